@@ -1,0 +1,40 @@
+# Run `make` for the list of targets.
+SHELL := /bin/bash
+venv := .venv/bin
+python := $(venv)/python
+code := hpcmm tests benchmarks slurm scripts
+
+.PHONY: help setup demo test lint cluster-up cluster-down cluster-status clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Install system packages (as root) and .venv with the pinned Python packages
+	@scripts/setup.sh
+
+demo: ## Train on a local four-node Slurm under nsys, and show where the time went
+	@scripts/demo.sh
+
+test: ## Set up, then run all tests
+	@scripts/setup.sh --with-test-tools
+	@$(python) -m pytest
+
+lint: setup ## Check style, types and import contracts
+	$(python) -m ruff check $(code)
+	$(python) -m ruff format --check $(code)
+	$(python) -m mypy --strict hpcmm
+	MYPYPATH=slurm/local $(python) -m mypy --strict --package cluster
+	$(venv)/lint-imports
+
+cluster-up: ## Start the local four-node Slurm cluster (as root)
+	@slurm/local/up
+
+cluster-down: ## Stop it
+	@slurm/local/down
+
+cluster-status: ## Show its nodes; exit status 0 only when it can be used
+	@slurm/local/status
+
+clean: ## Remove .venv and caches; runs/ stays
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find hpcmm tests benchmarks slurm scripts -name __pycache__ -type d -prune -exec rm -rf {} +
