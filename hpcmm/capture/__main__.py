@@ -1,0 +1,78 @@
+"""``python -m hpcmm.capture RUN_DIR -- COMMAND...``: the start of every rank, in front of submitit's entry point.
+
+It runs COMMAND under the profiler where the run's configuration asks for this rank, and becomes COMMAND otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from hpcmm import config as run_config
+from hpcmm.bootstrap.environment import RankEnvironment
+from hpcmm.config import Executor, RunConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.profiled_ranks import profiled_ranks
+from hpcmm.run_dir import RunDir
+from hpcmm.train.prepare import prepare
+
+
+def start_rank(run: RunDir, command: list[str]) -> int:
+    """Run the rank's command. Returns its exit status, or does not return."""
+    config = run_config.load(run.config)
+    rank = RankEnvironment.read().rank
+    if config.cluster.executor is Executor.local:
+        _write_to(run.rank_log(rank))
+        prepare(config)  # on Slurm the batch script does it before the ranks start
+    profiler = _profiler(config, rank)
+    if profiler is None:
+        _become(command)
+    from hpcmm.capture.nsys import run_under_nsys  # noqa: PLC0415 -- only where a profiler runs
+
+    assert config.profile.flags_file is not None
+    return run_under_nsys(profiler, config.profile.flags_file, command, run.rank_report(rank))
+
+
+def _profiler(config: RunConfig, rank: int) -> str | None:
+    """The profiler's path where this rank is to be profiled."""
+    profile = config.profile
+    if profile.tool is None:
+        return None
+    if rank not in profiled_ranks(profile.ranks, config.world_size, config.cluster.ranks_per_node):
+        return None
+    found = shutil.which(profile.tool)
+    if found is None:
+        said = f"{profile.tool} is not on the PATH of {os.uname().nodename}, so rank {rank} cannot be profiled"
+        if profile.required:
+            raise HpcmmError(f"{said}: load its module, or set profile.required=false to train without.")
+        print(f"hpcmm: {said}; it trains without.", file=sys.stderr)
+    return found
+
+
+def _write_to(log: Path) -> None:
+    """Send this process' and its children's output to the rank's log, as srun does on Slurm."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+
+
+def _become(command: list[str]) -> NoReturn:
+    sys.stdout.flush()
+    os.execvp(command[0], command)  # noqa: S606 -- a list of words, no shell
+
+
+def main(arguments: list[str]) -> int:
+    run_dir, separator, *command = arguments
+    assert separator == "--"
+    try:
+        return start_rank(RunDir(Path(run_dir)), command)
+    except HpcmmError as error:
+        print(f"hpcmm: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

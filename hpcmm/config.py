@@ -1,0 +1,233 @@
+"""The typed run configuration: every key that a run can have, with its type, default and meaning.
+
+Hydra merges ``conf/`` into :class:`RunConfig`; a key that is not a field here is refused. The result is frozen into
+``config.yaml`` of the run directory, which is the only configuration that a rank reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hpcmm.errors import HpcmmError
+
+MISSING: Any = "???"
+"""OmegaConf's marker of a value that the YAML tree must give."""
+
+
+class Executor(StrEnum):
+    """Who starts the ranks."""
+
+    slurm = "slurm"
+    local = "local"
+
+
+class Precision(StrEnum):
+    """Number format of parameters and gradients."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate over a run, after a linear warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+@dataclass
+class ClusterConfig:
+    """Where the job runs, and what it asks the scheduler for."""
+
+    name: str = MISSING
+    executor: Executor = Executor.slurm
+    nodes: int = 1
+    ranks_per_node: int = 1
+    cpus_per_rank: int = 1
+    gpus_per_node: int = 0
+    memory_gb: float | None = None
+    """Memory of a node in GB; None leaves it to the scheduler's default."""
+    time_limit_min: int = 60
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    """Nodes not to use, as a Slurm host list."""
+    template: str = "train.sbatch.j2"
+    """The sbatch template's file name in ``slurm/``."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Further ``#SBATCH --key=value`` lines."""
+    srun: list[str] = field(default_factory=list)
+    """Further arguments of ``srun``, each one word."""
+    modules: list[str] = field(default_factory=list)
+    """Environment modules to load on the nodes."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of every rank; quoted when they are written into the script."""
+    submit_environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of ``sbatch``, ``squeue`` and ``sacct`` on the login node (``SLURM_CONF``)."""
+    cache_dir: str | None = None
+    """Shared folder that outlives runs: compiled ops, generated data. None: the user's cache folder."""
+    kill_wait_s: int = 60
+    """Seconds that the other ranks of a step may live once one has ended."""
+
+
+@dataclass
+class DataConfig:
+    """Images in MVTec-AD's folder layout, and the text that goes with them."""
+
+    root: str | None = None
+    """Folder with one sub-folder a category. None: the stand-ins, in ``cluster.cache_dir``."""
+    generate: bool = False
+    """Make the stand-in data set under ``root`` when it is not there."""
+    categories: list[str] = field(default_factory=list)
+    """Categories to use; empty for all that lie under ``root``."""
+    image_size: int = 128
+    """Side of the square images that the model sees, in pixels."""
+    train_images_per_category: int = 24
+    test_images_per_category: int = 20
+    """Half of them with a defect. Both counts are for the generator only."""
+    anomaly_probability: float = 0.5
+    """Share of the training images that get a simulated defect."""
+    num_workers: int = 0
+    """Loader processes a rank; 0 decodes in the rank's own process."""
+    slow_rank: int | None = None
+    """Rank whose loading is made slow, to learn what a straggler looks like."""
+    slow_s: float = 0.0
+    """Seconds added to each batch of ``slow_rank``."""
+
+
+@dataclass
+class ModelConfig:
+    """Encoders and decoder of the anomaly detector."""
+
+    image_encoder: str = "efficientnet_lite0"
+    image_weights: str | None = None
+    """File with the image encoder's state dict. None: the weights that the installed package ships."""
+    text_encoder: str | None = None
+    """Folder of a ``transformers`` text encoder. None: the MiniLM that the installed package ships."""
+    freeze_image_encoder: bool = True
+    """The text encoder is always frozen."""
+    decoder: str = "fcn"
+    decoder_width: int = 256
+    """Channels of the decoder's feature maps."""
+    text_adapter_width: int = 2048
+    """Hidden width of the network that adapts text embeddings to the patch features."""
+    temperature: float = 0.07
+    """Divides the cosine similarity of patch and text."""
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation."""
+
+    task: str = "anomaly"
+    steps: int = 100
+    micro_batch_size: int = 4
+    """Images that a rank puts through the model at once."""
+    gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
+    """Checked against micro_batch_size x gradient_accumulation_steps x world size; None computes it."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    schedule: Schedule = Schedule.cosine
+    warmup_steps: int = 10
+    gradient_clip: float = 1.0
+    focal_gamma: float = 2.0
+    focal_alpha: float = 0.75
+    """Weight of abnormal pixels in the focal loss; normal ones have 1 - focal_alpha."""
+    focal_weight: float = 5.0
+    dice_weight: float = 1.0
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    evaluate: bool = True
+    """Score the held-out images before and after training."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over the ranks."""
+
+    zero_stage: int = 2
+    precision: Precision = Precision.fp32
+    reduce_bucket_size: int = 5_000_000
+    allgather_bucket_size: int = 5_000_000
+    """Elements, not bytes, of one communication bucket."""
+    overlap_comm: bool = False
+    rendezvous_timeout_s: int = 300
+    collective_timeout_s: int = 600
+    threads_per_rank: int | None = None
+    """OpenMP threads of a rank; None takes ``cluster.cpus_per_rank``."""
+
+
+@dataclass
+class ProfileConfig:
+    """Which ranks a profiler wraps, and with which flags."""
+
+    name: str = "off"
+    tool: str | None = None
+    """``nsys``, or None for no profiler."""
+    flags_file: str | None = None
+    """YAML file in ``profiles/nsys/`` with the flags of ``nsys profile``."""
+    ranks: str = "all"
+    """``all``, ``one_per_node``, or a list such as ``0,3-5``."""
+    required: bool = False
+    """Fail when the profiler is missing on a node, instead of training without it."""
+
+
+@dataclass
+class RunConfig:
+    """A whole run. ``config.yaml`` of a run directory is one of these."""
+
+    name: str = MISSING
+    """Start of the run directory's name."""
+    runs_root: str = "runs"
+    """Folder that holds run directories, on a file system that all nodes share."""
+    wait: bool = False
+    """Follow the job until it ends."""
+    dry_run: bool = False
+    """Print the job's script and submit nothing."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.cluster.nodes * self.cluster.ranks_per_node
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images of one optimizer step over all ranks."""
+        return self.train.micro_batch_size * self.train.gradient_accumulation_steps * self.world_size
+
+
+def dump(config: RunConfig, path: Path) -> None:
+    """Write the frozen configuration: read-only, for whoever runs this job has to run this."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    path.chmod(0o444)
+
+
+def load(path: Path) -> RunConfig:
+    """Read a frozen configuration. Raises HpcmmError where the file is missing or is not one."""
+    try:
+        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    except OSError as error:
+        raise HpcmmError(f"{path} cannot be read ({error.strerror}): is this a run directory?") from error
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise HpcmmError(f"{path} is not a configuration of this version of hpcmm: {reason}.") from error
+    assert isinstance(loaded, RunConfig)
+    return loaded

@@ -1,0 +1,84 @@
+"""What Slurm says of a job: its state while it is queued or runs, its record when it is over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpcmm.errors import HpcmmError
+
+PENDING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
+ACTIVE = PENDING | {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+"""States after which another one comes."""
+
+_RECORD_FIELDS = (
+    "JobID,JobName,State,ExitCode,DerivedExitCode,Reason,NNodes,NTasks,NodeList,"
+    "AllocTRES,Submit,Start,End,ElapsedRaw,MaxRSS"
+)
+_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """A job's line in the queue. ``reason`` says why it waits, ``start`` when it is expected to (or did) start."""
+
+    state: str
+    reason: str = ""
+    start: str = ""
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+
+def queue_state(job_id: str) -> QueueState:
+    """Asks squeue, and sacct where the job has left the queue. Raises HpcmmError when neither answers."""
+    listed = _run("squeue", "--noheader", f"--jobs={job_id}", "--format=%T|%r|%S", absent="Invalid job id")
+    if listed.strip():
+        state, *rest = listed.strip().splitlines()[0].split("|", 2)
+        if len(rest) != 2:
+            raise HpcmmError(
+                f"squeue answered {listed.strip()[:80]!r}, which is no state; the job itself is not affected."
+            )
+        return QueueState(state, *rest)
+    records = job_records(job_id)
+    if not records:
+        raise HpcmmError(f"Neither squeue nor sacct knows job {job_id}: was it of another cluster, or too long ago?")
+    return QueueState(records[0]["State"].split()[0])
+
+
+def job_records(job_id: str) -> list[dict[str, str]]:
+    """sacct's records: of the job first, then of its steps. Keys are sacct's names of the fields."""
+    listed = _run("sacct", "--parsable2", "--delimiter=\t", f"--jobs={job_id}", f"--format={_RECORD_FIELDS}")
+    names, *rows = [line.split("\t") for line in listed.splitlines()] or [[]]
+    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+
+
+def _run(*command: str, absent: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
+    """The command's output; nothing where it complains of what ``absent`` says."""
+    # squeue and sacct take defaults for their formats from the user's environment, and these must not apply.
+    clean = {name: value for name, value in environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_TIMEOUT_S,
+            env=clean | {"SLURM_TIME_FORMAT": ""},
+        )
+    except FileNotFoundError as error:
+        raise HpcmmError(f"{command[0]} not found: run this on a Slurm login node.") from error
+    except subprocess.TimeoutExpired as error:
+        raise HpcmmError(
+            f"{command[0]} gave no answer within {_TIMEOUT_S} s; the job itself is not affected."
+        ) from error
+    if done.returncode == 0:
+        return done.stdout
+    if absent is not None and absent in done.stderr:
+        return ""
+    complaint = " ".join(done.stderr.split())
+    raise HpcmmError(f"{command[0]} failed ({complaint}); the job itself is not affected.")

@@ -1,0 +1,18 @@
+"""The callable that submitit carries to every rank. Imported on login nodes, so it imports nothing heavy itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RankTask:
+    """Runs one rank of the job in ``run_dir``."""
+
+    run_dir: str
+
+    def __call__(self) -> dict[str, float]:
+        """Returns the rank's final metrics, which submitit hands back to the submitter."""
+        from hpcmm.train.rank import run_rank  # noqa: PLC0415 -- imports torch, on the node only
+
+        return run_rank(self.run_dir)

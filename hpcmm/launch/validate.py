@@ -1,0 +1,150 @@
+"""What must hold between the values of a run before it may queue. Types and key names are the schema's matter."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from hpcmm.config import Executor, RunConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.profiled_ranks import profiled_ranks
+from hpcmm.resources import resource
+
+ZERO_STAGES = range(4)
+TASKS = ("anomaly",)
+_MOST_RANKS = 1_000_000
+_MOST_MEMORY_GB = 1e6
+
+
+def validate(config: RunConfig) -> None:
+    """Raises HpcmmError with one sentence for each thing that is wrong."""
+    if config.world_size > _MOST_RANKS:
+        raise HpcmmError(
+            f"cluster.nodes x cluster.ranks_per_node is {config.world_size}, more ranks than any cluster has."
+        )
+    problems = [
+        *_sizes(config),
+        *_batch(config),
+        *_optimisation(config),
+        *_cluster(config),
+        *_parallel(config),
+        *_data(config),
+        *_profile(config),
+    ]
+    if problems:
+        raise HpcmmError("\n".join(problems))
+
+
+def _sizes(config: RunConfig) -> Iterator[str]:
+    at_least_one = {
+        "cluster.nodes": config.cluster.nodes,
+        "cluster.ranks_per_node": config.cluster.ranks_per_node,
+        "cluster.cpus_per_rank": config.cluster.cpus_per_rank,
+        "cluster.time_limit_min": config.cluster.time_limit_min,
+        "train.steps": config.train.steps,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        "train.log_every": config.train.log_every,
+        "parallel.reduce_bucket_size": config.parallel.reduce_bucket_size,
+        "parallel.allgather_bucket_size": config.parallel.allgather_bucket_size,
+        "data.image_size": config.data.image_size,
+    }
+    at_least_zero = {
+        "cluster.gpus_per_node": config.cluster.gpus_per_node,
+        "train.warmup_steps": config.train.warmup_steps,
+        "train.checkpoint_every": config.train.checkpoint_every,
+        "data.num_workers": config.data.num_workers,
+        "data.slow_s": config.data.slow_s,
+    }
+    for least, values in ((1, at_least_one), (0, at_least_zero)):
+        for key, value in values.items():
+            if not value >= least:  # so that nan fails
+                yield f"{key} is {value}, but must be at least {least}."
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    train, wanted = config.train, config.train.global_batch_size
+    if wanted is not None and wanted != config.global_batch_size:
+        per_step = train.gradient_accumulation_steps * config.world_size
+        fits = wanted > 0 and wanted % per_step == 0
+        cure = f"set train.micro_batch_size={wanted // per_step}" if fits else f"choose a multiple of {per_step}"
+        yield (
+            f"train.global_batch_size is {wanted}, but micro_batch_size {train.micro_batch_size} x "
+            f"gradient_accumulation_steps {train.gradient_accumulation_steps} x world size {config.world_size} is "
+            f"{config.global_batch_size}: {cure}."
+        )
+
+
+def _optimisation(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    positive = {"train.learning_rate": train.learning_rate, "train.gradient_clip": train.gradient_clip}
+    for key, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            yield f"{key} is {value}, but must be a finite number above 0."
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        yield f"train.betas is {train.betas}, but must be two numbers from 0 to below 1."
+    if train.task not in TASKS:
+        yield f"train.task is {train.task!r}, but hpcmm trains {', '.join(TASKS)}."
+
+
+def _cluster(config: RunConfig) -> Iterator[str]:
+    cluster = config.cluster
+    if cluster.gpus_per_node and cluster.ranks_per_node != cluster.gpus_per_node:
+        yield (
+            f"cluster.ranks_per_node is {cluster.ranks_per_node} and gpus_per_node is {cluster.gpus_per_node}: "
+            "each rank drives one GPU, so make them equal."
+        )
+    if cluster.executor is Executor.local and cluster.nodes != 1:
+        yield f"cluster.nodes is {cluster.nodes}, but the local executor has this machine alone: set cluster.nodes=1."
+    if not _is_file_of(cluster.template, "slurm"):
+        yield f"cluster.template is {cluster.template!r}, but slurm/ holds no such file."
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        yield f"name is {config.name!r}: use letters, digits, dots, dashes and underscores, for it names a folder."
+    if not config.runs_root or not config.runs_root.isprintable() or "%" in config.runs_root:
+        yield f"runs_root is {config.runs_root!r}: name a folder without control characters and percent signs."
+    if cluster.memory_gb is not None and not 0.001 <= cluster.memory_gb <= _MOST_MEMORY_GB:
+        yield f"cluster.memory_gb is {cluster.memory_gb}, but must be the GB of a node's memory."
+    for key, value in {**cluster.environment, **cluster.submit_environment}.items():
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            yield f"cluster.environment.{key} holds bytes that a script cannot."
+    for key in [*cluster.environment, *cluster.submit_environment]:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            yield f"cluster.environment has {key!r}, which is no name of an environment variable."
+    for key in cluster.sbatch:
+        if not re.fullmatch(r"[a-z][a-z-]*", key):
+            yield f"cluster.sbatch has {key!r}, which is no long option of sbatch without its dashes."
+
+
+def _parallel(config: RunConfig) -> Iterator[str]:
+    if config.parallel.zero_stage not in ZERO_STAGES:
+        yield f"parallel.zero_stage is {config.parallel.zero_stage}, but ZeRO has the stages 0, 1, 2 and 3."
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.root is None and not data.generate:
+        yield "data.root is not given: name the folder of the data set, or make stand-ins with data.generate=true."
+    if data.slow_rank is not None and not 0 <= data.slow_rank < config.world_size:
+        yield f"data.slow_rank is {data.slow_rank}, but the ranks are 0 to {config.world_size - 1}."
+    if not 0 <= data.anomaly_probability <= 1:
+        yield f"data.anomaly_probability is {data.anomaly_probability}, but a probability lies between 0 and 1."
+
+
+def _profile(config: RunConfig) -> Iterator[str]:
+    profile = config.profile
+    if profile.tool is None:
+        return
+    if profile.tool != "nsys":
+        yield f"profile.tool is {profile.tool!r}, but nsys is the only profiler that hpcmm wraps ranks with."
+    if profile.flags_file is None or not _is_file_of(profile.flags_file, "profiles/nsys"):
+        yield f"profile.flags_file is {profile.flags_file!r}, but profiles/nsys/ holds no such file."
+    try:
+        profiled_ranks(profile.ranks, config.world_size, config.cluster.ranks_per_node)
+    except HpcmmError as error:
+        yield str(error)
+
+
+def _is_file_of(name: str, folder: str) -> bool:
+    """Whether ``name`` is the plain name of a file in hpcmm's own ``folder``."""
+    return any(name == entry.name and entry.is_file() for entry in resource(folder).iterdir())

@@ -1,0 +1,83 @@
+"""Where every file of a run lies. No other module builds such a path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run, shared by the login node and all ranks."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved, frozen configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def submission_script(self) -> Path:
+        """The sbatch script, readable and submittable by hand."""
+        return self.root / "submission.sh"
+
+    @property
+    def job_record(self) -> Path:
+        """What the scheduler's accounting says of the job, as JSON."""
+        return self.root / "job.json"
+
+    @property
+    def submitit(self) -> Path:
+        """submitit's own folder: the pickled task and each rank's result."""
+        return self.root / "submitit"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def nsys(self) -> Path:
+        return self.root / "nsys"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def analysis(self) -> Path:
+        return self.root / "analysis"
+
+    @property
+    def batch_log(self) -> Path:
+        """Output of the batch script itself: preparation, srun's complaints."""
+        return self.logs / "batch.log"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores on held-out images before and after training, as JSON."""
+        return self.metrics / "evaluation.json"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank:04d}.log"
+
+    def rank_metrics(self, rank: int) -> Path:
+        """JSON lines: a ``start`` record (rank, node, job), then one record a step."""
+        return self.metrics / f"rank_{rank:04d}.jsonl"
+
+    def rank_report(self, rank: int) -> Path:
+        """The rank's finished nsys report."""
+        return self.nsys / f"rank_{rank:04d}.nsys-rep"
+
+    def create(self) -> None:
+        """Make the folders, closed to other users since submitit's pickles lie within.
+
+        Raises FileExistsError when the run directory is there already.
+        """
+        self.root.mkdir(mode=0o700, parents=True)
+        for folder in (self.submitit, self.logs, self.nsys, self.metrics, self.checkpoints):
+            folder.mkdir()
