@@ -1,0 +1,14 @@
+"""NVTX ranges for training steps, their phases and every collective; usable from any PyTorch script.
+
+>>> from hpcmm import annotate
+>>> annotate.collectives.install()      # once, after torch.distributed.init_process_group
+>>> with annotate.step(0):
+...     with annotate.phase("data"):
+...         ...
+
+Without a profiler attached nothing is installed and the context managers do nothing.
+"""
+
+from hpcmm.annotate.ranges import phase, profiler_attached, step
+
+__all__ = ["phase", "profiler_attached", "step"]

@@ -1,0 +1,210 @@
+"""An NVTX range around every collective of the process, whoever calls it.
+
+PyTorch sends each collective through its dispatcher as an operator of the ``c10d`` library: those of
+``torch.distributed``'s Python functions, and those that C++ code such as DistributedDataParallel's reducer starts.
+:func:`install` puts a recording kernel in front of the real one there, at the dispatcher's autograd level, so
+DeepSpeed's internal collectives are seen without any knowledge of DeepSpeed. Tensors that were made in
+``torch.inference_mode`` pass by that level, and so do the functional collectives that compiled graphs and DTensor use:
+these two are not recorded.
+
+A range starts at the enqueue. On CPU backends it ends when the work is complete, on whichever thread completes it; on
+CUDA it ends with the enqueue, since the kernel itself is in the profiler's GPU trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import nvtx
+import torch
+import torch.distributed as dist
+
+from hpcmm.annotate import names
+from hpcmm.annotate.ranges import profiler_attached
+
+OP_NAMES = {
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "allgather_coalesced_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all",
+    "gather_": "gather",
+    "scatter_": "scatter",
+    "barrier": "barrier",
+    "monitored_barrier_": "barrier",
+    "send": "send",
+    "recv_": "recv",
+    "recv_any_source_": "recv",
+}
+"""The dispatcher's operators of the ``c10d`` library, with the field's name of each."""
+
+POINT_TO_POINT = frozenset({"send", "recv"})
+
+_DEVICES = ("CPU", "CUDA")
+
+
+class CollectiveRecorder:
+    """Starts and ends the ranges, and numbers the collectives of each process group."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[str, int] = {}
+        """Number of the latest collective, by group name."""
+        self._open: dict[dist.Work, Any] = {}
+        """Ranges whose work runs on. Holding the work keeps its identity, which a later ``wait`` is matched by."""
+        self._watched: SimpleQueue[tuple[dist.Work, torch.futures.Future[Any]]] = SimpleQueue()
+        self._watcher: Thread | None = None
+        self.recorded: Counter[tuple[str, str]] = Counter()
+        """Ranges started, by (group name, op)."""
+
+    def record(self, op: str, device: str, arguments: tuple[Any, ...], blocking: bool, call: Callable[[], Any]) -> Any:
+        """Run ``call`` with a range around it, and return what it returned."""
+        group = next(dist.ProcessGroup.unbox(a) for a in arguments if isinstance(a, torch.ScriptObject))
+        name = names.CollectiveName(op, group.group_name, self._sequence(op, group), _bytes(op, arguments))
+        range_id = nvtx.start_range(name.format(), domain=names.COMM_DOMAIN)
+        self.recorded[group.group_name, op] += 1
+        try:
+            result = call()
+            work = None if device == "CUDA" else _work(result)
+            if work is not None and blocking:
+                work.wait()
+        except BaseException:
+            nvtx.end_range(range_id)
+            raise
+        if work is None or blocking:
+            nvtx.end_range(range_id)
+        else:
+            self._end_later(work, range_id)
+        return result
+
+    def _sequence(self, op: str, group: dist.ProcessGroup) -> int:
+        """The number of this collective in its group, the same on every rank of the group.
+
+        Counted here, from the group's own number at first sight, because Gloo's counts sends and receives too, which
+        only two ranks take part in. Those carry the number of the collective before them.
+        """
+        name = group.group_name
+        if name not in self._sequences:
+            self._sequences[name] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        if op not in POINT_TO_POINT:
+            self._sequences[name] += 1
+        return self._sequences[name]
+
+    def _end_later(self, work: dist.Work, range_id: Any) -> None:
+        """End the range when the work is complete: at its ``wait``, or when its future is done, whichever is first.
+
+        The future is waited for by a thread of our own. A callback on it would run before Gloo calls the work
+        complete, and would hang where C++ code waits for the work while it holds Python's lock, as
+        DistributedDataParallel's constructor does.
+        """
+        self._open[work] = range_id
+        try:
+            future = work.get_future()
+        except RuntimeError:  # Gloo's send, receive and reduce-scatter have none, and all are waited for
+            return
+        if self._watcher is None:
+            self._watcher = Thread(target=self._watch, name="hpcmm-collectives", daemon=True)
+            self._watcher.start()
+        self._watched.put((work, future))
+
+    def _watch(self) -> None:
+        while True:
+            work, future = self._watched.get()
+            # The error of a failed collective belongs to whoever waits for its work; only its end matters here.
+            with contextlib.suppress(Exception):
+                future.wait()
+            self.waited(work)
+
+    def waited(self, work: dist.Work) -> None:
+        """End the range of a work that is complete, unless that has been done."""
+        range_id = self._open.pop(work, None)
+        if range_id is not None:
+            nvtx.end_range(range_id)
+
+
+def _bytes(op: str, arguments: Iterable[Any]) -> int:
+    """The largest of the operation's inputs and outputs; a barrier's tensor is only there to choose the device."""
+    return 0 if op == "barrier" else max(map(_tensor_bytes, arguments), default=0)
+
+
+def _tensor_bytes(argument: Any) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.numel() * argument.element_size()
+    if isinstance(argument, list | tuple):
+        return sum(map(_tensor_bytes, argument))
+    return 0
+
+
+def _work(result: Any) -> dist.Work | None:
+    """The handle in an operator's result: alone, last of a tuple, or absent from a blocking operator's."""
+    last = result[-1] if isinstance(result, list | tuple) and result else result
+    return dist.Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
+
+
+_installed: tuple[CollectiveRecorder, torch.library.Library] | None = None
+
+
+def install(*, force: bool = False) -> CollectiveRecorder | None:
+    """Annotate every collective of this process from now on; once is enough for all groups, later ones included.
+
+    Returns None, and changes nothing, when no profiler is attached (unless ``force``). All ranks should call it at
+    the same place of their program, since the numbers of sends and receives are only known from here on.
+    """
+    global _installed  # noqa: PLW0603 -- the dispatcher that it changes is global, too
+    if _installed is None:
+        if not (profiler_attached() or force):
+            return None
+        recorder = CollectiveRecorder()
+        _installed = (recorder, _intercept(recorder))
+        _notice_waits(recorder)
+    return _installed[0]
+
+
+def _intercept(recorder: CollectiveRecorder) -> torch.library.Library:
+    """Register the recording kernels; they last as long as the returned library."""
+    library = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
+    for operator, op in OP_NAMES.items():
+        for device in _DEVICES:
+            kernel = _recording_kernel(recorder, operator, op, device)
+            library.impl(operator, kernel, f"Autograd{device}", with_keyset=True)  # type: ignore[no-untyped-call]
+    return library
+
+
+def _recording_kernel(recorder: CollectiveRecorder, operator: str, op: str, device: str) -> Callable[..., Any]:
+    overload = getattr(torch.ops.c10d, operator).default
+    argument_names = [argument.name for argument in overload._schema.arguments]
+    async_at = argument_names.index("async_op") if "async_op" in argument_names else None
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        # The dispatcher leaves out trailing arguments that have their default, here True.
+        blocking = async_at is not None and async_at < len(arguments) and not arguments[async_at]
+        # Redispatching lets go of Python's lock, for which a thread of Gloo's may wait while it holds Gloo's own.
+        below = keyset & torch._C._after_autograd_keyset
+        return recorder.record(op, device, arguments, blocking, lambda: overload.redispatch(below, *arguments))
+
+    return kernel
+
+
+def _notice_waits(recorder: CollectiveRecorder) -> None:
+    """Let ``Work.wait`` end the ranges of works that have no future."""
+    wait = dist.Work.wait
+
+    def wait_and_end(work: dist.Work, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return wait(work, *arguments, **keywords)
+        finally:
+            recorder.waited(work)
+
+    dist.Work.wait = wait_and_end  # type: ignore[method-assign, assignment]

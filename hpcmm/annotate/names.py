@@ -1,0 +1,48 @@
+"""Names of the NVTX domains and ranges: what the ranks write and the analysis reads.
+
+In domain ``hpcmm`` a ``step`` range (its integer payload is the step's number) encloses phase ranges, all pushed and
+popped on the thread that trains. In domain ``hpcmm.comm`` each collective is one range that starts at its enqueue
+and ends when its work is complete, named ``all_reduce group=0 seq=12 bytes=4096``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+DOMAIN = "hpcmm"
+COMM_DOMAIN = "hpcmm.comm"
+STEP = "step"
+PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
+
+_COLLECTIVE = re.compile(r"(?P<op>\w+) group=(?P<group>\S+) seq=(?P<seq>[0-9]{1,19}) bytes=(?P<bytes>[0-9]{1,19})")
+_INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveName:
+    """What the name of a collective's range carries.
+
+    ``sequence`` is the process group's own number of the operation, so (group, op, sequence) names the same
+    instance on every rank. ``bytes`` is the payload as nccl-tests count it: the largest of the rank's input and output.
+    """
+
+    op: str
+    group: str
+    sequence: int
+    bytes: int
+
+    def format(self) -> str:
+        return f"{self.op} group={quote(self.group, safe='')} seq={self.sequence} bytes={self.bytes}"
+
+    @classmethod
+    def parse(cls, text: str) -> CollectiveName | None:
+        """The name's parts, or None where ``text`` is not a collective's name."""
+        match = _COLLECTIVE.fullmatch(text)
+        if match is None:
+            return None
+        sequence, size = int(match["seq"]), int(match["bytes"])
+        if max(sequence, size) > _INT64_MAX:
+            return None
+        return cls(match["op"], unquote(match["group"]), sequence, size)

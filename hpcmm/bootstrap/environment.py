@@ -1,0 +1,65 @@
+"""Who this rank is, from what the scheduler put into the environment. No ssh, no host file, no MPI."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpcmm.errors import HpcmmError
+
+_SLURM = {
+    "rank": "SLURM_PROCID",
+    "local_rank": "SLURM_LOCALID",
+    "world_size": "SLURM_NTASKS",
+    "job_id": "SLURM_JOB_ID",
+}
+_SUBMITIT_LOCAL = {
+    "rank": "SUBMITIT_LOCAL_GLOBALID",
+    "local_rank": "SUBMITIT_LOCAL_LOCALID",
+    "world_size": "SUBMITIT_LOCAL_NTASKS",
+    "job_id": "SUBMITIT_LOCAL_JOB_ID",
+}
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """The place of one rank in its job."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    job_id: str
+    node: str
+    master_addr: str
+    master_port: int
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ) -> RankEnvironment:
+        """Raises HpcmmError, naming the variable, where the environment is not a rank's."""
+        # A job on submitit's local executor may itself have been started within a Slurm job.
+        names = _SUBMITIT_LOCAL if environ.get("SUBMITIT_EXECUTOR") == "local" else _SLURM
+        wanted = [*names.values(), "MASTER_ADDR", "MASTER_PORT"]
+        missing = [name for name in wanted if name not in environ]
+        if missing:
+            raise HpcmmError(
+                f"{', '.join(missing)} not set: a rank starts through the run's submission.sh, or with cluster=local."
+            )
+        return cls(
+            rank=int(environ[names["rank"]]),
+            local_rank=int(environ[names["local_rank"]]),
+            world_size=int(environ[names["world_size"]]),
+            job_id=environ[names["job_id"]],
+            node=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            master_addr=environ["MASTER_ADDR"],
+            master_port=int(environ["MASTER_PORT"]),
+        )
+
+    def export(self, environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
+        """Set the variables that PyTorch, DeepSpeed and Accelerate look for."""
+        environ["RANK"] = str(self.rank)
+        environ["LOCAL_RANK"] = str(self.local_rank)
+        environ["WORLD_SIZE"] = str(self.world_size)
+        environ["MASTER_ADDR"] = self.master_addr
+        environ["MASTER_PORT"] = str(self.master_port)

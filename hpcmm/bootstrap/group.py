@@ -1,0 +1,86 @@
+"""One process group over all ranks of the job: gloo between CPUs, NCCL between GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from hpcmm.bootstrap.accelerator import select_accelerator
+from hpcmm.bootstrap.environment import RankEnvironment
+from hpcmm.bootstrap.metrics import MetricsWriter
+from hpcmm.config import RunConfig
+from hpcmm.errors import HpcmmError
+
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+
+
+@contextlib.contextmanager
+def process_group(place: RankEnvironment, config: RunConfig, metrics: MetricsWriter) -> Iterator[torch.device]:
+    """Join the job's process group, leave it at the end. Yields this rank's device.
+
+    Raises HpcmmError when not all ranks arrive within ``parallel.rendezvous_timeout_s``.
+    """
+    place.export()
+    device = _own_device(place)
+    _set_threads(config)
+    with metrics.startup("rendezvous"):
+        _rendezvous(place, config, BACKENDS[device.type])
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_device(place: RankEnvironment) -> torch.device:
+    if select_accelerator() == "cpu":
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    # A scheduler that binds each rank to its GPU shows it that one alone, as number 0.
+    number = 0 if visible == 1 else place.local_rank
+    if number >= visible:
+        raise HpcmmError(
+            f"Rank {place.rank} is number {place.local_rank} on {place.node}, which shows it {visible} GPUs."
+        )
+    torch.cuda.set_device(number)
+    os.environ["LOCAL_RANK"] = str(number)  # DeepSpeed takes its device from it
+    return torch.device("cuda", number)
+
+
+def _set_threads(config: RunConfig) -> None:
+    torch.set_num_threads(config.parallel.threads_per_rank or config.cluster.cpus_per_rank)
+
+
+def _rendezvous(place: RankEnvironment, config: RunConfig, backend: str) -> None:
+    import deepspeed  # noqa: PLC0415 -- reads DS_ACCELERATOR when it is imported
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    wait_s = config.parallel.rendezvous_timeout_s
+    where = f"{place.master_addr}:{place.master_port}"
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            place.master_addr,
+            place.master_port,
+            place.world_size,
+            is_master=place.rank == 0,
+            timeout=timedelta(seconds=wait_s),
+        )
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("default", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=config.parallel.collective_timeout_s),
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise HpcmmError(
+            f"Rank {place.rank} on {place.node} did not meet the other ranks at {where} within {wait_s} s: did all "
+            f"{place.world_size} start (see the others' logs), and does {place.master_addr} resolve on {place.node}?"
+        ) from error
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

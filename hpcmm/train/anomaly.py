@@ -1,0 +1,88 @@
+"""The task that hpcmm ships: multimodal anomaly detection, spread over the ranks of a job."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from hpcmm.config import RunConfig
+from hpcmm.data.anomaly import Batch, build_datasets, collate
+from hpcmm.models import build_model
+from hpcmm.models.anomaly import AnomalyModel
+from hpcmm.models.losses import AnomalyLoss
+from hpcmm.models.scores import image_auroc, pixel_auroc
+from hpcmm.train.data_root import data_root
+from hpcmm.train.sampling import EndlessSampler
+
+log = logging.getLogger("hpcmm.train")
+
+
+class AnomalyTask:
+    """Model, data and loss of one rank."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self.model = build_model(config.model, config.train.seed).to(device)
+        self._loss = AnomalyLoss(config.train)
+        self._train, self._test = build_datasets(data_root(config), config.data, config.train.seed)
+
+    def batches(self, rank: int, world_size: int, first: int = 0) -> Iterator[Batch]:
+        """This rank's micro-batches, from round ``first`` on, without end."""
+        data, train = self._config.data, self._config.train
+        sampler = EndlessSampler(len(self._train), train.micro_batch_size, rank, world_size, train.seed, first)
+        loader: DataLoader[Any] = DataLoader(
+            self._train, batch_sampler=sampler, collate_fn=collate, num_workers=data.num_workers
+        )
+        delay_s = data.slow_s if rank == data.slow_rank else 0.0
+        for batch in loader:
+            if delay_s:
+                time.sleep(delay_s)
+            yield batch
+
+    def loss(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch and its parts, scalars."""
+        logits = engine(batch["image"].to(self._device), batch["caption"])
+        total, parts = self._loss(logits, batch["mask"].to(self._device))
+        return total, {name: value.detach() for name, value in parts.items()}
+
+    @torch.no_grad()
+    def evaluate(self, engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int) -> dict[str, float]:
+        """Image and pixel AUROC on the held-out images, which the ranks share out. Only rank 0 gets the result."""
+        own = Subset(self._test, range(rank, len(self._test), world_size))
+        loader: DataLoader[Any] = DataLoader(own, batch_size=self._config.train.micro_batch_size, collate_fn=collate)
+        engine.eval()
+        results = [self._score(engine, batch) for batch in loader]
+        engine.train()
+        gathered: list[list[dict[str, np.ndarray]]] | None = [[] for _ in range(world_size)] if rank == 0 else None
+        dist.gather_object(results, gathered, dst=0)
+        if gathered is None:
+            return {}
+        merged = [result for of_rank in gathered for result in of_rank]
+        columns = {name: np.concatenate([result[name] for result in merged]) for name in merged[0]}
+        areas = {
+            "image_auroc": image_auroc(columns["score"], columns["label"]),
+            "pixel_auroc": pixel_auroc(columns["map"], columns["mask"]),
+        }
+        for name, area in areas.items():
+            if area.reason:
+                log.warning("no %s: %s", name, area.reason)
+        return {name: area.value for name, area in areas.items()}
+
+    def _score(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> dict[str, np.ndarray]:
+        logits = engine(batch["image"].to(self._device), batch["caption"])
+        return {
+            "label": batch["label"].numpy(),
+            "score": AnomalyModel.score(logits).cpu().numpy(),
+            "mask": batch["mask"][:, 0].numpy().astype(bool),
+            "map": AnomalyModel.anomaly_map(logits).cpu().numpy(),
+        }

@@ -1,0 +1,51 @@
+"""What has to be there before any rank starts: ``python -m hpcmm.train.prepare RUN_DIR``, once a job, on one node.
+
+Compiled ops are built and the task's data is made, unless an earlier run left them. A line says which.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpcmm import config as run_config
+from hpcmm.bootstrap.cache import cache_dir, extensions_dir
+from hpcmm.bootstrap.compiled_ops import build_ops, ops_are_built
+from hpcmm.config import RunConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.run_dir import RunDir
+from hpcmm.train.data_root import ensure_data
+
+
+def prepare(config: RunConfig) -> None:
+    """Build and make what is missing, one process at a time. Cheap when nothing is."""
+    folder = cache_dir(config.cluster)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(folder / "prepare.lock"):
+        ops = extensions_dir(config.cluster)
+        if not ops_are_built(ops):
+            build_ops(ops)
+        ensure_data(config)
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        prepare(run_config.load(RunDir(Path(arguments[0])).config))
+    except HpcmmError as error:
+        print(f"hpcmm: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
