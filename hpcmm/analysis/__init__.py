@@ -1,0 +1,1 @@
+"""Pure functions from events to tables: where the time of a step went, on which rank, and because of what."""

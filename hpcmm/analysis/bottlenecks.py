@@ -1,0 +1,157 @@
+"""What a step loses, to what, because of whom: the ranked table, every second of it counted once.
+
+The time of a step, as a mean over ranks, is useful work, exposed transfer, and exposed waiting. Waiting and the excess
+work that caused it are charged to (rank, part of its work) by :mod:`hpcmm.analysis.delay`. A charge becomes a rank's
+fault only where it stands out of the noise; the rest is one row that blames nobody. ``docs/bottlenecks.md`` explains
+the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from hpcmm.analysis import delay
+from hpcmm.analysis.delay import BETWEEN_STEPS, SUBPROCESS, Floats
+from hpcmm.analysis.faults import find_faults
+from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, Evidence, Finding, kind_of_phase
+from hpcmm.analysis.osrt import NS_PER_S
+from hpcmm.analysis.steps import StepTimes
+from hpcmm.analysis.trace import RankTrace
+
+MIN_SHARE = 0.02
+"""Losses below this share of a step are not worth a row."""
+COLUMNS = [
+    "rank_order",
+    "cause",
+    "lost_s_per_step",
+    "step_share",
+    "rank",
+    "node",
+    "phase",
+    "evidence",
+    "confidence",
+    "suggestion",
+]
+
+
+def gather(traces: Sequence[RankTrace], rows: pd.DataFrame, steps: StepTimes, expected_ranks: int) -> Evidence:
+    """Charge all waiting, in seconds a step."""
+    parts = delay.work_parts(traces)
+    losses = delay.losses_by_step(traces, rows, parts, steps.numbers) / NS_PER_S
+    return Evidence(traces, rows, steps, parts, losses, expected_ranks)
+
+
+def find(evidence: Evidence) -> list[Finding]:
+    """All findings above :data:`MIN_SHARE` of a step, largest loss first; empty without steps."""
+    if not len(evidence.steps.numbers):
+        return []
+    faults, blamed = find_faults(evidence)
+    findings = [*faults, *_transfer(evidence), *_imbalance(evidence, blamed), *_own_work(evidence)]
+    worth = [finding for finding in findings if finding.lost_s >= MIN_SHARE * evidence.steps.mean_s]
+    return sorted(worth, key=lambda finding: -finding.lost_s)
+
+
+_PHASE_SHARE = 0.1
+"""A phase is named for communication that spreads over several when it holds this share of it."""
+
+
+def _transfer(evidence: Evidence) -> list[Finding]:
+    """Exposed communication that no late rank explains."""
+    rows = evidence.rows
+    if rows.empty:
+        return []
+    inside = rows[rows["step"].isin(evidence.steps.numbers)]
+    count = len(evidence.steps.numbers) * len(evidence.traces)
+    lost = float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count
+    by_phase = inside.groupby("phase")["exposed_transfer_ns"].sum()
+    shares = (by_phase / max(float(by_phase.sum()), 1.0)).sort_values(ascending=False)
+    phase = ", ".join(str(name) for name in shares[shares >= _PHASE_SHARE].index)
+    megabytes = float(inside["bytes"].sum()) / count / 1e6
+    large = inside[inside["bytes"] >= inside["bytes"].quantile(0.5)]
+    bandwidth = float(large["bus_bytes_per_s"].median())
+    told = f"{megabytes:.3g} MB a step and rank"
+    if np.isfinite(bandwidth) and bandwidth > 0:
+        rate = f"{bandwidth / 1e9:.3g} GB/s" if bandwidth >= 1e9 else f"{bandwidth / 1e6:.3g} MB/s"
+        told += f" at a bus bandwidth of {rate}"
+    unseen = evidence.expected_ranks - len(evidence.traces)
+    complete = float(inside["complete"].mean()) if len(inside) else 0.0
+    confidence = LOW if unseen > 0 else HIGH if complete > 0.9 else MEDIUM
+    if unseen > 0:
+        told += (
+            f"; {unseen} of {evidence.expected_ranks} ranks have no report, and part of this may be waiting for them"
+        )
+    else:
+        told += "; all ranks are there, the transfer itself takes the time"
+    cause = CAUSES["transfer"] if unseen <= 0 else "communication, or waiting for ranks without a report"
+    return [Finding("transfer", cause, lost, None, "", phase, told, confidence)]
+
+
+def _imbalance(evidence: Evidence, blamed: npt.NDArray[np.bool_]) -> list[Finding]:
+    """Waiting that is nobody's consistent fault."""
+    rest = evidence.losses * ~blamed
+    lost = float(rest.sum(axis=(1, 2)).mean())
+    by_part = rest.sum(axis=(0, 1))
+    names = (*evidence.parts.names, "")
+    phase = names[int(by_part.argmax())].removeprefix(SUBPROCESS)
+    told = (
+        f"ranks wait for one another by turns, no one consistently; "
+        f"steps vary by {evidence.steps.noise_s:.3g} s (robust standard deviation)"
+    )
+    return [Finding("imbalance", CAUSES["imbalance"], lost, None, "", phase, told, LOW)]
+
+
+def _own_work(evidence: Evidence) -> list[Finding]:
+    """Time that all ranks spend on something other than training: loading, checkpoints, child processes, gaps."""
+    found = []
+    for part, name in enumerate(evidence.parts.names):
+        phase = name.removeprefix(SUBPROCESS)
+        kind = "subprocess" if name.startswith(SUBPROCESS) else kind_of_phase(phase)
+        if kind == "compute":
+            continue
+        seconds = _work_per_step(evidence, part)
+        # A blamed rank's own excess is in its row already, and the lower median over ranks does not see it.
+        lost = float(np.sort(seconds)[(len(seconds) - 1) // 2])
+        told = f"every rank spends {lost:.3g} s a step in it"
+        found.append(Finding(kind, f"{CAUSES[kind]} on all ranks", lost, None, "", phase, told, MEDIUM))
+    return found
+
+
+def _work_per_step(evidence: Evidence, part: int) -> Floats:
+    """Mean seconds a (non-warm-up) step in a part, by trace."""
+    totals = []
+    for trace, rank in enumerate(evidence.traces):
+        steps = rank.steps[rank.steps["step"].isin(evidence.steps.numbers)]
+        if evidence.parts.names[part] == BETWEEN_STEPS and len(steps):
+            window = np.array([[steps["start_ns"].iloc[0], steps["end_ns"].iloc[-1]]], dtype=np.float64)
+        else:
+            window = steps[["start_ns", "end_ns"]].to_numpy(np.float64)
+        covered = evidence.parts.between(trace, window[:, 0], window[:, 1])[:, part].sum() if len(window) else 0.0
+        totals.append(covered / NS_PER_S / len(evidence.steps.numbers))
+    return np.array(totals)
+
+
+def table(findings: Sequence[Finding], step_s: float, suggestions: Sequence[str]) -> pd.DataFrame:
+    """The ranked table (COLUMNS), one row a finding."""
+    frame = pd.DataFrame(
+        [
+            (
+                order,
+                finding.cause,
+                finding.lost_s,
+                finding.lost_s / step_s if step_s > 0 else 0.0,
+                finding.rank,
+                finding.node,
+                finding.phase,
+                finding.evidence,
+                finding.confidence,
+                suggestion,
+            )
+            for order, (finding, suggestion) in enumerate(zip(findings, suggestions, strict=True), start=1)
+        ],
+        columns=COLUMNS,
+    )
+    return frame.astype({"rank": "Int64"})

@@ -1,0 +1,226 @@
+"""The ledger: every expected rank and every report, with what became of it. Nothing is left out silently."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from hpcmm.analysis.trace import RankTrace
+from hpcmm.reports.events import Report
+from hpcmm.reports.load import Reading
+from hpcmm.reports.run_record import MAX_WORLD_SIZE, RunRecord
+
+FOUND = "found"
+MISSING = "missing"
+TRUNCATED = "truncated"
+EMPTY = "empty"
+NOT_PROFILED = "not_profiled"
+WRONG_JOB = "wrong_job"
+NO_NVTX = "no_nvtx"
+DUPLICATE = "duplicate"
+
+COLUMNS = ["rank", "node", "status", "steps", "events", "span_s", "nsys_version", "reason", "report"]
+
+NVTX_NEEDS_NSYS = (2024, 1)
+"""First nsys under which the Python package nvtx >= 0.2.12 records anything: it asks whether its domain is enabled."""
+
+"""A larger number in an environment is damage."""
+
+_RANK_IN_NAME = re.compile(r"rank_(\d+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFacts:
+    """What the ledger needs of a report once its events are gone."""
+
+    reading: Reading
+    traces: tuple[RankTrace, ...]
+    job_id: str | None
+    world_size: int
+    nsys_version: str
+    events: int
+    span_s: float
+    epoch_ns: int | None
+    first_ns: int
+    no_ranges: str
+    """Why the report has no steps; empty when it has."""
+    damage: str
+
+    @property
+    def name(self) -> str:
+        return self.reading.source.name
+
+
+def facts_of(reading: Reading, traces: Sequence[RankTrace]) -> ReportFacts:
+    """Facts of a reading, without the report itself."""
+    report = reading.report
+    if report is None:
+        return ReportFacts(reading, (), None, 0, "", 0, 0.0, None, 0, "", reading.reason)
+    return ReportFacts(
+        reading=replace(reading, report=None),
+        traces=tuple(traces),
+        job_id=report.identity.job_id,
+        world_size=report.identity.world_size or 0,
+        nsys_version=report.nsys_version,
+        events=report.events,
+        span_s=(report.last_ns - report.first_ns) / 1e9,
+        epoch_ns=report.epoch_ns,
+        first_ns=report.first_ns,
+        no_ranges="" if any(len(trace.steps) for trace in traces) else _why_no_ranges(report),
+        damage="; ".join(report.damage),
+    )
+
+
+def _why_no_ranges(report: Report) -> str:
+    if report.domains or "nvtx" in report.traced:
+        return "the program wrote NVTX ranges, but no steps in domain hpcmm: annotate its loop with hpcmm.annotate"
+    version = tuple(int(part) for part in re.findall(r"\d+", report.nsys_version)[:2])
+    if version and version < NVTX_NEEDS_NSYS:
+        return (
+            f"no NVTX ranges at all: under nsys {report.nsys_version} the Python package nvtx 0.2.12 or later records "
+            "nothing; install nvtx==0.2.11, or trace with --trace=nvtx"
+        )
+    return "no NVTX ranges at all: trace with --trace=nvtx, and annotate the loop with hpcmm.annotate"
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The coverage table, and the traces that the other tables are made from, by rank."""
+
+    table: pd.DataFrame
+    used: tuple[tuple[ReportFacts, RankTrace], ...]
+    complete: bool
+    """Every report was read and every rank that should have one has."""
+    expected_ranks: int
+    """Ranks of the job as its record or its ranks' environment tell; at least those that were read."""
+
+
+def assess(facts: Sequence[ReportFacts], record: RunRecord) -> Ledger:
+    """Give each report its rank and status; then add the expected ranks that have no report."""
+    job_id = record.job_id or _majority_job(facts)
+    world_size = record.world_size or max((f.world_size for f in facts if job_id in (None, f.job_id)), default=0)
+    world_size = min(world_size, MAX_WORLD_SIZE)
+    rows: list[tuple[object, ...]] = []
+    claims: dict[int, list[tuple[ReportFacts, RankTrace]]] = {}
+    unknown = -1
+    for fact in facts:
+        if not fact.traces:
+            rows.append(_row(fact, _rank_by_name(fact, record), None, _status_without_trace(fact)))
+        for trace in fact.traces:
+            rank = _resolve_rank(fact, trace, record)
+            if fact.job_id and job_id and fact.job_id != job_id:
+                told = f"belongs to job {fact.job_id}, the others to job {job_id}"
+                rows.append(_row(fact, rank, trace, (WRONG_JOB, told)))
+                continue
+            if rank is None:
+                rank, unknown = unknown, unknown - 1
+            claims.setdefault(rank, []).append((fact, replace(trace, rank=rank, node=_node(trace, rank, record))))
+    used = _settle_claims(claims, record, rows)
+    rows.extend(_without_report({int(str(row[0])) for row in rows if row[0] is not None}, world_size, record))
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
+    table = table.sort_values(["rank", "report"], na_position="last", kind="stable", ignore_index=True)
+    fine = {FOUND, NOT_PROFILED} if record.world_size else {FOUND, NO_NVTX}
+    complete = bool(len(table)) and set(table["status"]) <= fine
+    return Ledger(table, tuple(used), complete, max(world_size, len(used)))
+
+
+def _majority_job(facts: Sequence[ReportFacts]) -> str | None:
+    jobs = Counter(fact.job_id for fact in facts if fact.job_id)
+    return max(jobs, key=lambda job: (jobs[job], job)) if jobs else None
+
+
+def _resolve_rank(fact: ReportFacts, trace: RankTrace, record: RunRecord) -> int | None:
+    """From the captured environment, else from the run's own record: by process id, then by file name."""
+    if trace.rank >= 0:
+        return trace.rank
+    by_pid = record.rank_of(trace.pid, trace.node or None)
+    return by_pid if by_pid is not None else (_rank_by_name(fact, record) if len(fact.traces) == 1 else None)
+
+
+def _rank_by_name(fact: ReportFacts, record: RunRecord) -> int | None:
+    """hpcmm names its reports by rank; other people's file names mean nothing."""
+    match = _RANK_IN_NAME.search(fact.reading.source.path.stem)
+    return int(match[1]) if match and record.world_size else None
+
+
+def _node(trace: RankTrace, rank: int, record: RunRecord) -> str:
+    start = record.starts.get(rank)
+    return start.node if start is not None else trace.node
+
+
+def _settle_claims(
+    claims: dict[int, list[tuple[ReportFacts, RankTrace]]], record: RunRecord, rows: list[tuple[object, ...]]
+) -> list[tuple[ReportFacts, RankTrace]]:
+    """Of several reports of one rank keep the one that the run's record names, else the one with the most steps."""
+    used = []
+    for rank, claimants in sorted(claims.items()):
+        start = record.starts.get(rank)
+
+        def merit(claim: tuple[ReportFacts, RankTrace], pid: int = start.pid if start else -1) -> tuple[bool, int, int]:
+            return claim[1].pid == pid, len(claim[1].steps), claim[0].events
+
+        best = max(claimants, key=merit)
+        for claim in claimants:
+            fact, trace = claim
+            if claim is not best:
+                told = f"claims rank {rank}, which {best[0].name} has"
+                rows.append(_row(fact, rank, trace, (DUPLICATE, told)))
+                continue
+            used.append(claim)
+            rows.append(_row(fact, rank, trace, _status(fact, trace)))
+    return used
+
+
+def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
+    if fact.damage:
+        return TRUNCATED, f"read in part: {fact.damage}"
+    if not len(trace.steps):
+        return NO_NVTX, fact.no_ranges
+    unclosed = trace.steps.loc[~trace.steps["closed"], "step"]
+    if len(unclosed):
+        return FOUND, f"step {int(unclosed.iloc[-1])} has no end: the process or its capture stopped in mid-step"
+    return FOUND, "" if trace.rank >= 0 else "the report does not tell its rank"
+
+
+def _status_without_trace(fact: ReportFacts) -> tuple[str, str]:
+    if fact.damage:
+        return TRUNCATED, fact.damage
+    if fact.events == 0:
+        return EMPTY, "the capture holds no events"
+    return NO_NVTX, fact.no_ranges
+
+
+def _row(fact: ReportFacts, rank: int | None, trace: RankTrace | None, verdict: tuple[str, str]) -> tuple[object, ...]:
+    """A row of the table; ``verdict`` is status and reason."""
+    node, steps = (trace.node, len(trace.steps)) if trace is not None else ("", 0)
+    status, reason = verdict
+    return rank, node, status, steps, fact.events, fact.span_s, fact.nsys_version, reason, fact.name
+
+
+def _without_report(present: set[int], world_size: int, record: RunRecord) -> list[tuple[object, ...]]:
+    """Rows of expected ranks that no report claims."""
+    rows: list[tuple[object, ...]] = []
+    for rank in sorted(set(range(world_size)) - present):
+        start = record.starts.get(rank)
+        node = start.node if start is not None else ""
+        if record.world_size and rank not in record.profiled:
+            told = (
+                "profile.ranks leaves this rank out"
+                if record.profiled
+                else "the run was not profiled: launch it with profile=nsys"
+            )
+            rows.append((rank, node, NOT_PROFILED, 0, 0, 0.0, "", told, ""))
+        else:
+            told = (
+                "it started, but left no report: it still runs, or was killed before nsys could write one"
+                if start
+                else "it has not started: the job still waits, or this rank failed (see its log)"
+            )
+            if not record.world_size:
+                told = f"the other reports are of a job of {world_size} ranks"
+            rows.append((rank, node, MISSING, 0, 0, 0.0, "", told, ""))
+    return rows

@@ -1,0 +1,97 @@
+"""From a rank's nested NVTX ranges to steps and to a partition of each step into phases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from hpcmm.analysis.intervals import IntervalSet, first_claims
+from hpcmm.annotate import names
+
+OTHER = "other"
+"""Time within a step that no phase covers."""
+OUTSIDE = -1
+"""Step number of phases that lie outside any step, such as a last checkpoint."""
+
+SEGMENT_COLUMNS = ["step", "phase", "start_ns", "end_ns"]
+STEP_COLUMNS = ["step", "start_ns", "end_ns", "closed"]
+
+
+def find_steps(ranges: pd.DataFrame) -> pd.DataFrame:
+    """Steps of one process from its ranges of the annotation's domain: step, start_ns, end_ns, closed.
+
+    The number is the range's payload, and ranges without one are left out; where no range has one, or they do not
+    increase, it is the ordinal.
+    """
+    steps = ranges[ranges["name"] == names.STEP].sort_values("start_ns", kind="stable").reset_index(drop=True)
+    if steps["payload"].notna().any():
+        steps = steps[steps["payload"].notna()].reset_index(drop=True)
+    number = steps["payload"]
+    increasing = number.notna().all() and bool((number.to_numpy()[1:] > number.to_numpy()[:-1]).all())
+    number = number if increasing else pd.Series(range(len(steps)))
+    end = steps["end_ns"].to_numpy(np.int64)
+    next_start = np.append(steps["start_ns"].to_numpy(np.int64)[1:], np.iinfo(np.int64).max)
+    # A step without an end can at most last until the next one begins.
+    end = np.where(steps["closed"].to_numpy(bool), end, np.minimum(end, next_start))
+    start, end = first_claims(steps["start_ns"].to_numpy(np.int64), end)
+    disjoint = steps.assign(step=number.astype(np.int64), start_ns=start, end_ns=end)
+    return disjoint.loc[end > start, STEP_COLUMNS].reset_index(drop=True)
+
+
+def flatten(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """Disjoint segments of the step thread: step, phase, start_ns, end_ns, sorted by start.
+
+    Time belongs to the innermost phase. What a step leaves uncovered is phase :data:`OTHER`; a phase outside any step
+    has step :data:`OUTSIDE`.
+    """
+    phases = ranges[ranges["name"] != names.STEP].sort_values(["start_ns", "end_ns"], ascending=[True, False])
+    pieces = _innermost(
+        phases["start_ns"].to_numpy(np.int64), phases["end_ns"].to_numpy(np.int64), phases["name"].to_list()
+    )
+    frame = pd.DataFrame(pieces, columns=["phase", "start_ns", "end_ns"])
+    start, end = frame["start_ns"].to_numpy(np.int64), frame["end_ns"].to_numpy(np.int64)
+    index = np.searchsorted(steps["start_ns"].to_numpy(np.int64), start, side="right") - 1
+    step_end = np.append(steps["end_ns"].to_numpy(np.int64), -1)
+    number = np.append(steps["step"].to_numpy(np.int64), OUTSIDE)
+    frame["step"] = np.where(start < step_end[index], number[index], OUTSIDE)
+    frame["end_ns"] = np.where(frame["step"] == OUTSIDE, end, np.minimum(end, step_end[index]))
+    whole = pd.concat([frame, _gaps(frame, steps)], ignore_index=True)
+    return whole.loc[whole["end_ns"] > whole["start_ns"], SEGMENT_COLUMNS].sort_values("start_ns", ignore_index=True)
+
+
+def _innermost(start: np.ndarray, end: np.ndarray, labels: list[str]) -> list[tuple[str, int, int]]:
+    """Disjoint pieces of nested ranges, sorted by start then longest first; a child is cut to its parent's end."""
+    pieces: list[tuple[str, int, int]] = []
+    stack: list[tuple[str, int]] = []
+    cursor = 0
+    for label, begin, finish in zip(labels, start.tolist(), end.tolist(), strict=True):
+        while stack and stack[-1][1] <= begin:
+            closed, closed_end = stack.pop()
+            pieces.append((closed, cursor, closed_end))
+            cursor = max(cursor, closed_end)
+        if stack:
+            pieces.append((stack[-1][0], cursor, begin))
+        cursor = begin
+        stack.append((label, min(finish, stack[-1][1]) if stack else finish))
+    while stack:
+        closed, closed_end = stack.pop()
+        pieces.append((closed, cursor, closed_end))
+        cursor = max(cursor, closed_end)
+    return [piece for piece in pieces if piece[2] > piece[1]]
+
+
+def _gaps(segments: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """What the phases leave of each step."""
+    covered = IntervalSet.union_of(segments["start_ns"], segments["end_ns"])
+    # Steps follow one another, so adjoining ones would merge: each keeps its own bounds.
+    whole = IntervalSet(steps["start_ns"].to_numpy(np.int64), steps["end_ns"].to_numpy(np.int64))
+    free = whole.subtract(covered)
+    index = np.searchsorted(whole.start_ns, free.start_ns, side="right") - 1
+    return pd.DataFrame(
+        {
+            "step": steps["step"].to_numpy(np.int64)[index] if len(index) else np.empty(0, dtype=np.int64),
+            "phase": OTHER,
+            "start_ns": free.start_ns,
+            "end_ns": free.end_ns,
+        }
+    )

@@ -1,0 +1,1 @@
+"""Nsight Systems reports of any version, read into events on one clock."""

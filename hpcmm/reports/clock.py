@@ -1,0 +1,249 @@
+"""One clock for all reports: UTC of each report, corrected between reports by when synchronising collectives end.
+
+nsys writes UTC of the session's start into each report. On one host that is good to some 0.1 ms, with single outliers
+of milliseconds; between hosts it is as good as NTP. A collective that synchronises its ranks ends on all of them within
+its own transfer time, so the ends of many give offset and drift of one clock against another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+Floats = npt.NDArray[np.float64]
+
+SAME_HOST_ERROR_NS = 100_000
+"""Error of nsys's own UTC stamps on one host, when no outlier is found."""
+UNSYNCHRONISED_ERROR_NS = 10_000_000
+"""What NTP leaves between nodes, where no collective tells better."""
+EPOCH_OUTLIER_NS = 1_000_000
+"""A report whose UTC stamp is off by more than this against its own host is corrected."""
+MAX_DRIFT = 500e-6
+"""Quartz oscillators stay within 100 ppm; a steeper fit is noise of a short run."""
+MAX_INSTANCES = 4000
+"""Collectives used in a fit; more would not make it better."""
+MAD_TO_SIGMA = 1.4826
+
+CLOCK_COLUMNS = ["node", "reports", "offset_s", "drift_ppm", "residual_s", "error_s", "collectives", "corrected"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportClock:
+    """Maps a report's own nanoseconds to the run's time: nanoseconds since ``origin_ns`` (UTC) of the run."""
+
+    epoch_ns: int
+    origin_ns: int
+    offset_ns: float = 0.0
+    drift: float = 0.0
+    """What to subtract: ``offset_ns + drift * t``, with t the uncorrected run time in ns."""
+
+    @classmethod
+    def uncorrected(cls, epoch_ns: int | None, origin_ns: int) -> ReportClock:
+        """By the report's own UTC stamp; without one, its time 0 is taken for the run's."""
+        return cls(epoch_ns if epoch_ns is not None else origin_ns, origin_ns)
+
+    def __call__(self, times: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        raw = times + (self.epoch_ns - self.origin_ns)
+        corrected: npt.NDArray[np.int64] = raw - np.rint(self.offset_ns + self.drift * raw).astype(np.int64)
+        return corrected
+
+
+class CommonClock(NamedTuple):
+    """A clock for each report, the table of nodes (CLOCK_COLUMNS), and the largest error between any two ranks."""
+
+    clocks: list[ReportClock]
+    table: pd.DataFrame
+    error_ns: float
+
+
+class LineFit(NamedTuple):
+    """offset + slope * t through noisy points; ``sigma`` is the robust spread around it."""
+
+    offset: float
+    slope: float
+    sigma: float
+    standard_error: float
+
+
+def robust_line(t: Floats, y: Floats, *, rounds: int = 20) -> LineFit:
+    """Huber regression by reweighted least squares (Huber 1964), k = 1.345.
+
+    A slope within three standard errors of nothing, or beyond what oscillators do, would only add noise: then the
+    median is the fit.
+    """
+    center = float(np.median(t))
+    scale = float(np.max(np.abs(t - center))) or 1.0
+    x = (t - center) / scale
+    slope, offset, sigma = 0.0, float(np.median(y)), 0.0
+    weights = np.ones_like(y)
+    variance = float((x**2).sum())
+    for _ in range(rounds):
+        mean_x, mean_y = np.average(x, weights=weights), np.average(y, weights=weights)
+        variance = float((weights * (x - mean_x) ** 2).sum())
+        if variance == 0.0:
+            break
+        slope = float((weights * (x - mean_x) * (y - mean_y)).sum()) / variance
+        offset = float(mean_y - slope * mean_x)
+        residual = y - offset - slope * x
+        sigma = MAD_TO_SIGMA * float(np.median(np.abs(residual)))
+        if sigma == 0.0:
+            break
+        weights = np.minimum(1.0, 1.345 * sigma / np.maximum(np.abs(residual), 1e-12))
+    insignificant = variance == 0.0 or abs(slope) < 3 * sigma / np.sqrt(variance)
+    if insignificant or abs(slope / scale) > MAX_DRIFT:
+        slope, offset = 0.0, float(np.median(y))
+        sigma = MAD_TO_SIGMA * float(np.median(np.abs(y - offset)))
+    standard_error = 1.2533 * sigma / float(np.sqrt(len(y)))
+    return LineFit(offset - slope / scale * center, slope / scale, sigma, standard_error)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Starts and ends of complete synchronising collectives on uncorrected run time, NaN where a report has no part.
+
+    Shapes (instances, reports), in float64 nanoseconds since the run's origin.
+    """
+
+    start: Floats
+    end: Floats
+
+    def best(self) -> Arrivals:
+        """The shortest ones of each stretch of the run: their ends are the most nearly simultaneous."""
+        shortest = np.nanmin(self.end - self.start, axis=1)
+        order = np.argsort(np.nanmax(self.end, axis=1), kind="stable")
+        keep: list[npt.NDArray[np.intp]] = []
+        for stretch in np.array_split(order, max(1, min(len(order) // 8, 64))):
+            limit = np.quantile(shortest[stretch], 0.5) if len(stretch) else 0.0
+            keep.append(stretch[shortest[stretch] <= limit])
+        chosen = np.concatenate(keep) if keep else order
+        chosen = chosen[:: max(1, len(chosen) // MAX_INSTANCES)]
+        return Arrivals(self.start[chosen], self.end[chosen])
+
+
+def common_clock(epochs_ns: list[int | None], nodes: list[str], origin_ns: int, arrivals: Arrivals) -> CommonClock:
+    """Clocks of reports whose UTC stamps are ``epochs_ns``, on ``nodes``.
+
+    ``arrivals`` must be in run time as :class:`ReportClock` gives it without correction.
+    """
+    clocks = [ReportClock.uncorrected(epoch, origin_ns) for epoch in epochs_ns]
+    # A report that does not tell its epoch shares no clock with its node.
+    nodes = [
+        node if epoch is not None else f"{node} (report {index})"
+        for index, (node, epoch) in enumerate(zip(nodes, epochs_ns, strict=True))
+    ]
+    best = arrivals.best() if len(arrivals.end) else arrivals
+    corrections = np.zeros(len(nodes))
+    end = best.end.copy()
+    names = list(dict.fromkeys(nodes))
+    columns = {name: np.array([i for i, node in enumerate(nodes) if node == name]) for name in names}
+    for members in columns.values():
+        shift = _epoch_outliers(end[:, members])
+        corrections[members] = shift
+        end[:, members] -= shift
+    fits = _align_nodes(Arrivals(best.start - corrections, end), columns)
+    for name, members in columns.items():
+        fit = fits[name]
+        for index in members:
+            clock = clocks[index]
+            clocks[index] = ReportClock(clock.epoch_ns, origin_ns, corrections[index] + fit.offset_ns, fit.drift)
+    rows = [
+        (name, len(columns[name]), *fits[name].row(), bool(np.any(corrections[columns[name]])) or fits[name].applied)
+        for name in names
+    ]
+    error = max((fit.error_ns for fit in fits.values()), default=SAME_HOST_ERROR_NS)
+    return CommonClock(clocks, pd.DataFrame(rows, columns=CLOCK_COLUMNS), error)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFit:
+    """How one node's clock runs against the reference node's."""
+
+    offset_ns: float
+    drift: float
+    sigma_ns: float
+    error_ns: float
+    collectives: int
+    applied: bool
+
+    def row(self) -> tuple[float, float, float, float, int]:
+        return self.offset_ns / 1e9, self.drift * 1e6, self.sigma_ns / 1e9, self.error_ns / 1e9, self.collectives
+
+
+def _epoch_outliers(end: Floats) -> Floats:
+    """Offset of each report of one host against the host's median, where it is beyond doubt; else 0."""
+    shift = np.zeros(end.shape[1])
+    if end.shape[1] < 2 or not len(end):
+        return shift
+    usable = np.isfinite(end).sum(axis=1) >= 2
+    if not usable.any():
+        return shift
+    delta = end[usable] - np.nanmedian(end[usable], axis=1, keepdims=True)
+    for column in range(end.shape[1]):
+        own = delta[np.isfinite(delta[:, column]), column]
+        if len(own) >= 3:
+            median = float(np.median(own))
+            spread = MAD_TO_SIGMA * float(np.median(np.abs(own - median)))
+            if abs(median) > max(EPOCH_OUTLIER_NS, 3 * spread):
+                shift[column] = median
+    return shift
+
+
+def _align_nodes(arrivals: Arrivals, columns: dict[str, npt.NDArray[np.intp]]) -> dict[str, NodeFit]:
+    """Fit every node against those already aligned, beginning with the first; nodes may share groups only in chains."""
+    names = list(columns)
+    start, end = arrivals.start.copy(), arrivals.end.copy()
+    fits: dict[str, NodeFit] = {names[0]: NodeFit(0.0, 0.0, 0.0, SAME_HOST_ERROR_NS, 0, False)} if names else {}
+    waiting = names[1:]
+    while waiting:
+        aligned = np.concatenate([columns[name] for name in fits])
+        known = np.isfinite(end[:, aligned]).any(axis=1)
+        shared = {name: known & np.isfinite(end[:, columns[name]]).any(axis=1) for name in waiting}
+        name = max(waiting, key=lambda candidate: int(shared[candidate].sum()))
+        waiting.remove(name)
+        own, use = columns[name], shared[name]
+        fit = _fit_node(
+            Arrivals(start[np.ix_(use, own)], end[np.ix_(use, own)]),
+            Arrivals(start[np.ix_(use, aligned)], end[np.ix_(use, aligned)]),
+        )
+        fits[name] = fit
+        start[:, own] -= fit.offset_ns + fit.drift * start[:, own]
+        end[:, own] -= fit.offset_ns + fit.drift * end[:, own]
+    return fits
+
+
+def _fit_node(own: Arrivals, reference: Arrivals) -> NodeFit:
+    """Offset and drift of a node from the collectives it shares with nodes already aligned (same rows)."""
+    if len(own.end) < 3:
+        return NodeFit(0.0, 0.0, float("nan"), UNSYNCHRONISED_ERROR_NS, len(own.end), False)
+    at, delta = _row_median(own.end), _row_median(own.end) - _row_median(reference.end)
+    line = robust_line(at, delta)
+    fitted = _bound(own, reference, line.offset + line.slope * at) + 2 * line.standard_error
+    as_is = _bound(own, reference, np.zeros(len(at)))
+    size = float(np.max(np.abs(line.offset + line.slope * at)))
+    # A correction that is within its own error is left alone: the stamps are as good.
+    if size <= fitted and as_is <= 2 * fitted:
+        return NodeFit(0.0, 0.0, line.sigma, max(SAME_HOST_ERROR_NS, as_is), len(at), False)
+    return NodeFit(line.offset, line.slope, line.sigma, max(SAME_HOST_ERROR_NS, fitted), len(at), True)
+
+
+def _bound(own: Arrivals, reference: Arrivals, correction: Floats) -> float:
+    """How wrong the node's clock can still be after ``correction``, by causality: no rank leaves before all are there.
+
+    The remaining offset lies within [max(start_own - end_ref), min(end_own - start_ref)], over all instances.
+    """
+    low = np.nanmax(own.start, axis=1) - correction - np.nanmin(reference.end, axis=1)
+    high = np.nanmin(own.end, axis=1) - correction - np.nanmax(reference.start, axis=1)
+    return max(abs(float(low.max())), abs(float(high.min())))
+
+
+def _row_median(values: Floats) -> Floats:
+    """Median over the columns that have a value; NaN where none has."""
+    result = np.full(len(values), np.nan)
+    some = np.isfinite(values).any(axis=1)
+    if some.any():
+        result[some] = np.nanmedian(values[some], axis=1)
+    return result

@@ -1,0 +1,115 @@
+"""From a report as nsys leaves it (``.nsys-rep``, ``.qdstrm``) to an SQLite export in a private cache.
+
+Inputs are never written to, nor anything beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcmm.errors import HpcmmError
+from hpcmm.reports.find import ReportSource
+from hpcmm.reports.importer import import_qdstrm
+
+EXPORT_TIMEOUT_S = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """Turns captures into SQLite files under ``cache`` (created with mode 0700: exports hold environments)."""
+
+    cache: Path
+    nsys: Path | None
+
+    @classmethod
+    def locate(cls, cache: Path) -> Converter:
+        """A converter with the nsys on the PATH; it may be missing, which matters only where it is needed."""
+        found = shutil.which("nsys")
+        nsys = Path(found).resolve() if found else None
+        return cls(cache.absolute(), nsys)
+
+    def to_sqlite(self, source: ReportSource) -> Path:
+        """An SQLite file of ``source``: the given one, or a cached export.
+
+        Raises HpcmmError with the reason of the last candidate when none can be converted.
+        """
+        reason = f"{source.path}: nothing to read."
+        for candidate in source.candidates:
+            try:
+                return self._convert(candidate)
+            except HpcmmError as error:
+                reason = str(error)
+        raise HpcmmError(reason)
+
+    def _convert(self, path: Path) -> Path:
+        if path.stat().st_size == 0:
+            raise HpcmmError(f"{path} has no bytes: the capture was cut off before anything was written.")
+        if path.suffix == ".sqlite":
+            return path
+        target = self.cache / f"{path.stem}-{_cache_key(path)}.sqlite"
+        if not target.exists():
+            self._prepare_cache()
+            with tempfile.TemporaryDirectory(dir=self.cache, prefix="export-") as scratch:
+                report = self._import(path, Path(scratch)) if path.suffix == ".qdstrm" else path
+                self._export(report, Path(scratch), target)
+        return target
+
+    def _prepare_cache(self) -> None:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self.cache.chmod(0o700)
+
+    def _import(self, qdstrm: Path, scratch: Path) -> Path:
+        """The ``.nsys-rep`` of a raw capture, which nsys leaves where it was killed or finds no importer."""
+        copy, report = scratch / "capture.qdstrm", scratch / "report.nsys-rep"
+        shutil.copyfile(qdstrm, copy)
+        import_qdstrm(copy, report, subject=qdstrm)
+        copy.unlink()
+        return report
+
+    def _export(self, report: Path, scratch: Path, target: Path) -> None:
+        if self.nsys is None:
+            raise HpcmmError(
+                f"{report} needs nsys to be read: put nsys on the PATH, or export it to .sqlite elsewhere."
+            )
+        partial = scratch / "report.sqlite"
+        _run([str(self.nsys), "export", "--type", "sqlite", "-o", str(partial), str(report.resolve())], scratch, report)
+        if not partial.is_file():
+            raise HpcmmError(f"{report} could not be exported: the report is truncated or damaged.")
+        partial.replace(target)
+
+
+def _cache_key(path: Path) -> str:
+    stat = path.stat()
+    text = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _run(command: list[str], folder: Path, subject: Path) -> None:
+    """Run one of nsys's tools; its own complaint becomes the reason."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=EXPORT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HpcmmError(f"{subject}: {command[0]} failed: {error}.") from error
+    if done.returncode != 0:
+        raise HpcmmError(f"{subject} could not be converted: {_complaint(done.stdout + done.stderr)}")
+
+
+def _complaint(output: str) -> str:
+    """The last line that says something, without progress bars."""
+    lines = [line.split("\r")[-1].strip() for line in output.splitlines()]
+    telling = [line for line in lines if line and not line.startswith(("Processing [", "Exporting "))]
+    return telling[-1][:300] if telling else "the file is truncated or damaged."

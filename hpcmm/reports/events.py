@@ -1,0 +1,267 @@
+"""One report's events as arrays: its NVTX ranges of the annotation's domains and its OS runtime calls.
+
+Times are nanoseconds of the report's own clock until :mod:`hpcmm.reports.clock` puts all reports on one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from hpcmm.annotate import names
+from hpcmm.errors import HpcmmError
+from hpcmm.reports.identity import Identity, read_identity
+from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
+
+PUSH_POP, START_END = 59, 60
+DOMAIN_CREATE = 75
+OSRT_CALL = 27
+"""``eventClass`` of a call; other classes mark the start and end of the tracing itself."""
+PID_SHIFT, ID_MASK = 24, 0xFFFFFF
+"""globalTid = ... pid (24 bits) tid (24 bits)."""
+MAX_NS = 1 << 52
+"""Times beyond this are damage: 36 years in nanoseconds."""
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A report that could be opened.
+
+    ``nvtx``: start_ns, end_ns (int64; an open range ends at the report's last event), closed, pid, tid, end_tid, kind,
+    domain, name, payload (nullable). ``osrt``: start_ns, end_ns, pid, tid, function (category).
+    """
+
+    path: Path
+    nsys_version: str
+    identity: Identity
+    epoch_ns: int | None
+    """What to add to a time to get UTC; 0 where the export is shifted already, None where unknown."""
+    processes: dict[int, str]
+    nvtx: pd.DataFrame
+    osrt: pd.DataFrame
+    events: int
+    """Rows of the event tables, whether or not they are read."""
+    first_ns: int
+    last_ns: int
+    domains: tuple[str, ...]
+    traced: frozenset[str]
+    """Of ``nvtx``, ``osrt``, ``cuda``: what left events."""
+    damage: tuple[str, ...] = field(default=())
+
+
+def read_report(path: Path, source: Path) -> Report:
+    """Events of the SQLite export at ``path``; ``source`` is the user's own file.
+
+    Raises HpcmmError when nothing can be read.
+    """
+    with ReportDatabase(path) as database:
+        damage = ["the file is shorter than its header says"] if database.cut_off else []
+        domains = _domains(database)
+        osrt = _read_osrt(database, damage)
+        nvtx = _read_nvtx(database, domains, damage)
+        span = _spans(database)
+        first, last = _overall(span)
+        nvtx["end_ns"] = nvtx["end_ns"].where(nvtx["closed"], max(last, first)).astype(np.int64)
+        nvtx = nvtx[nvtx["end_ns"] >= nvtx["start_ns"]].reset_index(drop=True)
+        return Report(
+            path=source,
+            nsys_version=_metadata(database, "EXPORT_PRODUCT_VERSION"),
+            identity=read_identity(database),
+            epoch_ns=_epoch_ns(database),
+            processes=_processes(database),
+            nvtx=nvtx,
+            osrt=osrt,
+            events=sum(count for count, _, _ in span.values()),
+            first_ns=first,
+            last_ns=last,
+            domains=tuple(sorted(set(domains.values()))),
+            traced=frozenset(kind for kind, (count, _, _) in span.items() if count),
+            damage=tuple(damage),
+        )
+
+
+def _metadata(database: ReportDatabase, key: str) -> str:
+    """A value of the export's metadata table, whose name and key prefix depend on the version."""
+    for table in ("META_DATA_EXPORT", "EXPORT_META_DATA"):
+        if database.has(table, "name", "value"):
+            rows = database.rows(f"SELECT value FROM {table} WHERE name = ? LIMIT 1", (key,))  # noqa: S608
+            if rows:
+                return str(rows[0][0])[:MAX_NAME_LENGTH]
+    return ""
+
+
+def _epoch_ns(database: ReportDatabase) -> int | None:
+    # A normalised export is shifted to UTC already, while utcEpochNs stays: adding it again would double the epoch.
+    if _metadata(database, "EXPORT_PARAM_TIME_NORMALIZE").lower() in {"true", "1"}:
+        return 0
+    if not database.has("TARGET_INFO_SESSION_START_TIME", "utcEpochNs"):
+        return None
+    rows = database.rows(
+        "SELECT utcEpochNs FROM TARGET_INFO_SESSION_START_TIME WHERE typeof(utcEpochNs) = 'integer' LIMIT 1"
+    )
+    epoch = rows[0][0] if rows else None
+    return epoch if isinstance(epoch, int) and 0 < epoch < 1 << 62 else None
+
+
+def _processes(database: ReportDatabase) -> dict[int, str]:
+    """Names of the whole machine's processes by pid, as nsys lists them."""
+    if not database.has("PROCESSES", "pid", "name"):
+        return {}
+    rows = database.rows(
+        f"SELECT pid, substr(name, 1, {MAX_NAME_LENGTH}) FROM PROCESSES WHERE typeof(pid) = 'integer'"  # noqa: S608
+    )
+    return {pid: str(name) for pid, name in rows if isinstance(pid, int)}
+
+
+def _spans(database: ReportDatabase) -> dict[str, tuple[int, int, int]]:
+    """Rows, first start and last end by kind of event."""
+    tables = {"nvtx": "NVTX_EVENTS", "osrt": "OSRT_API", "cuda": "CUPTI_ACTIVITY_KIND_KERNEL"}
+    found: dict[str, tuple[int, int, int]] = {}
+    for kind, table in tables.items():
+        if not database.has(table, "start", "end"):
+            continue
+        query = f"""
+            SELECT COUNT(*), MIN(start), MAX(MAX(start, COALESCE("end", start)))
+            FROM {table} WHERE typeof(start) = 'integer' AND start BETWEEN 0 AND {MAX_NS}
+            AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" BETWEEN start AND {MAX_NS}))
+        """  # noqa: S608
+        try:
+            count, first, last = database.rows(query)[0]
+        except HpcmmError:
+            continue
+        if isinstance(count, int) and isinstance(first, int) and isinstance(last, int):
+            found[kind] = (count, first, last)
+    return found
+
+
+def _overall(spans: dict[str, tuple[int, int, int]]) -> tuple[int, int]:
+    if not spans:
+        return 0, 0
+    return min(first for _, first, _ in spans.values()), max(last for _, _, last in spans.values())
+
+
+def _domains(database: ReportDatabase) -> dict[tuple[int, int], str]:
+    """Domain names by (pid, domainId); ids are unique within a process only."""
+    if not database.has("NVTX_EVENTS", "eventType", "domainId", "globalTid"):
+        return {}
+    query = f"""
+        SELECT globalTid, domainId, {_text_expression(database)} FROM NVTX_EVENTS {_string_join(database)}
+        WHERE eventType = {DOMAIN_CREATE} AND typeof(globalTid) = 'integer' AND typeof(domainId) = 'integer'
+    """  # noqa: S608
+    try:
+        rows = database.rows(query)
+    except HpcmmError:
+        return {}
+    return {
+        (_pid(thread), domain): str(name)
+        for thread, domain, name in rows
+        if isinstance(thread, int) and isinstance(domain, int)
+    }
+
+
+def _pid(global_tid: int) -> int:
+    return (global_tid >> PID_SHIFT) & ID_MASK
+
+
+def _text_expression(database: ReportDatabase) -> str:
+    """A range's name: its own text or, when it was registered, the shared string."""
+    parts = [database.column("NVTX_EVENTS", "text")]
+    if database.has("NVTX_EVENTS", "textId") and database.has("StringIds", "id", "value"):
+        parts.append("StringIds.value")
+    return f"substr(CAST(COALESCE({', '.join([*parts, repr('')])}) AS TEXT), 1, {MAX_NAME_LENGTH})"
+
+
+def _string_join(database: ReportDatabase) -> str:
+    if database.has("NVTX_EVENTS", "textId") and database.has("StringIds", "id", "value"):
+        return "LEFT JOIN StringIds ON StringIds.id = NVTX_EVENTS.textId"
+    return ""
+
+
+NVTX_COLUMNS = ["start_ns", "end_ns", "closed", "pid", "tid", "end_tid", "kind", "domain", "name", "payload"]
+
+
+def _read_nvtx(database: ReportDatabase, domains: dict[tuple[int, int], str], damage: list[str]) -> pd.DataFrame:
+    """Ranges of the annotation's own domains, sorted by start."""
+    wanted = {key: name for key, name in domains.items() if name in {names.DOMAIN, names.COMM_DOMAIN}}
+    rows: list[tuple[object, ...]] = []
+    if wanted and database.has("NVTX_EVENTS", "start", "end"):
+        try:
+            rows = database.rows(_nvtx_query(database, sorted({domain for _, domain in wanted})))
+        except HpcmmError as error:
+            damage.append(str(error))
+    frame = pd.DataFrame(
+        rows, columns=["start_ns", "end_ns", "closed", "kind", "thread", "end_thread", "domain_id", "name", "payload"]
+    ).astype({"start_ns": np.int64, "end_ns": np.int64, "closed": bool, "payload": "Int64"})
+    thread = frame["thread"].to_numpy(np.int64)
+    frame["pid"], frame["tid"] = (thread >> PID_SHIFT) & ID_MASK, thread & ID_MASK
+    frame["end_tid"] = frame["end_thread"].to_numpy(np.int64) & ID_MASK
+    keys = zip(frame["pid"], frame["domain_id"], strict=True)
+    frame["domain"] = pd.Series([wanted.get(key) for key in keys], dtype="object")
+    sane = frame["domain"].notna() & (~frame["closed"] | (frame["end_ns"] >= frame["start_ns"]))
+    return frame.loc[sane, NVTX_COLUMNS].sort_values("start_ns", kind="stable").reset_index(drop=True)
+
+
+def _nvtx_query(database: ReportDatabase, domain_ids: list[int]) -> str:
+    def column(name: str) -> str:
+        return database.column("NVTX_EVENTS", name)
+
+    integers = [column(name) for name in ("int64Value", "uint64Value", "int32Value", "uint32Value")]
+    payload = f"COALESCE({', '.join(integers)})"
+    return f"""
+        SELECT start, COALESCE("end", 0), "end" IS NOT NULL, eventType, globalTid,
+               COALESCE({column("endGlobalTid")}, globalTid), domainId, {_text_expression(database)},
+               CASE WHEN typeof({payload}) = 'integer' AND {payload} BETWEEN 0 AND {MAX_NS} THEN {payload} END
+        FROM NVTX_EVENTS {_string_join(database)}
+        WHERE eventType IN ({PUSH_POP}, {START_END}, 70, 71) AND domainId IN ({", ".join(map(str, domain_ids))})
+        AND typeof(start) = 'integer' AND start BETWEEN 0 AND {MAX_NS} AND typeof(globalTid) = 'integer'
+        AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" BETWEEN 0 AND {MAX_NS}))
+        AND typeof({column("endGlobalTid")}) IN ('integer', 'null')
+    """  # noqa: S608
+
+
+def _read_osrt(database: ReportDatabase, damage: list[str]) -> pd.DataFrame:
+    """All OS runtime calls, in the export's own order."""
+    values = np.empty((0, 4), dtype=np.int64)
+    if database.has("OSRT_API", "start", "end", "globalTid", "nameId"):
+        event_class = database.column("OSRT_API", "eventClass")
+        query = f"""
+            SELECT start, "end", globalTid, nameId FROM OSRT_API
+            WHERE typeof(start) = 'integer' AND typeof("end") = 'integer' AND "end" >= start
+            AND start >= 0 AND "end" <= {MAX_NS} AND typeof(globalTid) = 'integer' AND typeof(nameId) = 'integer'
+            AND COALESCE({event_class}, {OSRT_CALL}) = {OSRT_CALL}
+        """  # noqa: S608
+        values, problem = database.integers(query, 4)
+        if problem:
+            damage.append(f"{database.path} is damaged: {problem}.")
+    start, end, thread, name_id = values.T
+    codes, categories = _function_names(database, name_id)
+    return pd.DataFrame(
+        {
+            "start_ns": start,
+            "end_ns": end,
+            "pid": ((thread >> PID_SHIFT) & ID_MASK).astype(np.int32),
+            "tid": (thread & ID_MASK).astype(np.int32),
+            "function": pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(categories)),
+        }
+    )
+
+
+def _function_names(database: ReportDatabase, name_id: Integers) -> tuple[npt.NDArray[np.intp], list[str]]:
+    """A code for each call, and the functions' names; ids without a string keep their number."""
+    used, codes = np.unique(name_id, return_inverse=True)
+    strings: dict[int, str] = {}
+    if database.has("StringIds", "id", "value"):
+        marks = ", ".join("?" * len(used))
+        query = f"SELECT id, substr(value, 1, {MAX_NAME_LENGTH}) FROM StringIds WHERE id IN ({marks})"  # noqa: S608
+        strings = {int(str(key)): str(name) for key, name in database.rows(query, tuple(int(key) for key in used))}
+    labels = [strings.get(int(key), f"function {key}") for key in used]
+    unique = sorted(set(labels))
+    position = {label: index for index, label in enumerate(unique)}
+    lookup = np.array([position[label] for label in labels], dtype=np.intp)
+    return (lookup[codes] if len(used) else np.empty(0, dtype=np.intp)), unique

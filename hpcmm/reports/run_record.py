@@ -1,0 +1,121 @@
+"""What the run directory itself says about the run: the ranks to expect, and which process was which."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpcmm.errors import HpcmmError
+from hpcmm.profiled_ranks import profiled_ranks
+from hpcmm.run_dir import RunDir
+
+MAX_WORLD_SIZE = 1 << 17
+"""More ranks than this are a damaged record."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankStart:
+    """A rank's own ``start`` record."""
+
+    rank: int
+    node: str
+    job_id: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """Empty where the reports came without a run directory."""
+
+    world_size: int = 0
+    ranks_per_node: int = 0
+    profiled: frozenset[int] = frozenset()
+    starts: dict[int, RankStart] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def job_id(self) -> str | None:
+        """The job that most ranks name; of a requeued job the start records hold the last one."""
+        job_ids = [start.job_id for start in self.starts.values() if start.job_id]
+        return max(set(job_ids), key=lambda job: (job_ids.count(job), job)) if job_ids else None
+
+    def rank_of(self, pid: int, node: str | None) -> int | None:
+        """The rank that ran as ``pid``, when only one can be meant."""
+        matches = [
+            start.rank for start in self.starts.values() if start.pid == pid and (node is None or start.node == node)
+        ]
+        return matches[0] if len(matches) == 1 else None
+
+
+def read_run_record(run_dir: RunDir | None) -> RunRecord:
+    """The record of ``run_dir``; files that are missing or damaged leave their part empty."""
+    if run_dir is None:
+        return RunRecord()
+    starts = {start.rank: start for start in map(_read_start, sorted(run_dir.metrics.glob("rank_*.jsonl"))) if start}
+    config = _read_config(run_dir.config)
+    cluster = _section(config, "cluster")
+    nodes, ranks_per_node = _positive(cluster.get("nodes")), _positive(cluster.get("ranks_per_node"))
+    world_size = nodes * ranks_per_node
+    profile = _section(config, "profile")
+    return RunRecord(
+        world_size=world_size,
+        ranks_per_node=ranks_per_node,
+        profiled=_profiled(profile, world_size, ranks_per_node),
+        starts=starts,
+        config=config,
+        name=run_dir.root.resolve().name,
+    )
+
+
+def _profiled(profile: dict[str, Any], world_size: int, ranks_per_node: int) -> frozenset[int]:
+    if profile.get("tool", "nsys") is None or not world_size:
+        return frozenset()
+    try:
+        return profiled_ranks(str(profile.get("ranks", "all")), world_size, ranks_per_node)
+    except HpcmmError:  # not a configuration that a launch would have accepted, so it tells nothing
+        return frozenset()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _read_start(path: Path) -> RankStart | None:
+    """The last ``start`` record of a metrics file: a requeued rank appends a new one."""
+    found: RankStart | None = None
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if '"start"' in line:
+                    found = _parse_start(line) or found
+    except OSError:
+        return None
+    return found
+
+
+def _parse_start(line: str) -> RankStart | None:
+    try:
+        record = json.loads(line)
+        if record["event"] != "start":
+            return None
+        return RankStart(int(record["rank"]), str(record["node"]), str(record.get("job_id", "")), int(record["pid"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _positive(value: object) -> int:
+    return value if isinstance(value, int) and 0 < value <= MAX_WORLD_SIZE else 0

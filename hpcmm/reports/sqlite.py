@@ -1,0 +1,96 @@
+"""Read-only access to an SQLite export whose tables, columns and cell types cannot be relied on."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+
+from hpcmm.errors import HpcmmError
+
+ROWS_PER_FETCH = 100_000
+MAX_NAME_LENGTH = 256
+"""Characters of a name that are read; longer names come from damaged or hostile reports."""
+
+
+class ReportDatabase:
+    """An open export. Use as a context manager.
+
+    Raises HpcmmError when the file is no SQLite database at all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # immutable: no lock file and no journal beside a file that is not ours.
+        uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&immutable=1"
+        try:
+            self._connection = sqlite3.connect(uri, uri=True)
+            self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            self._columns = self._read_schema()
+        except (sqlite3.Error, UnicodeError) as error:
+            raise HpcmmError(f"{path} is not a readable SQLite export: {error}.") from error
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the file is shorter than its header says; SQLite itself only notices where it reads."""
+        with self.path.open("rb") as file:
+            header = file.read(100)
+        page_bytes = int.from_bytes(header[16:18], "big")
+        pages = int.from_bytes(header[28:32], "big")
+        return self.path.stat().st_size < pages * (65536 if page_bytes == 1 else page_bytes)
+
+    def __enter__(self) -> ReportDatabase:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def _read_schema(self) -> dict[str, frozenset[str]]:
+        tables = self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        return {
+            str(name): frozenset(
+                str(row[0]) for row in self._connection.execute("SELECT name FROM pragma_table_info(?)", (name,))
+            )
+            for (name,) in tables
+        }
+
+    def has(self, table: str, *columns: str) -> bool:
+        """Whether ``table`` exists with all of ``columns``; exports leave out tables without rows."""
+        return table in self._columns and self._columns[table].issuperset(columns)
+
+    def column(self, table: str, name: str) -> str:
+        """``name`` qualified by its table where it exists, else ``NULL``: for a query that bears older schemas."""
+        return f'{table}."{name}"' if self.has(table, name) else "NULL"
+
+    def rows(self, query: str, parameters: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+        """All rows of a small query.
+
+        Raises HpcmmError when the file is damaged where the rows lie.
+        """
+        try:
+            return self._connection.execute(query, parameters).fetchall()
+        except (sqlite3.Error, UnicodeError) as error:
+            raise HpcmmError(f"{self.path} is damaged: {error}.") from error
+
+    def integers(self, query: str, width: int) -> tuple[npt.NDArray[np.int64], str | None]:
+        """Rows of ``width`` integers as an array of shape (rows, width), and what went wrong part way, if anything.
+
+        Rows that precede the damage are kept. The query has to make sure that every cell is an integer.
+        """
+        parts: list[npt.NDArray[np.int64]] = []
+        damage: str | None = None
+        try:
+            cursor = self._connection.execute(query)
+            while rows := cursor.fetchmany(ROWS_PER_FETCH):
+                parts.append(np.array(rows, dtype=np.int64).reshape(len(rows), width))
+        except (sqlite3.Error, UnicodeError) as error:
+            damage = str(error)
+        whole = np.concatenate(parts) if parts else np.empty((0, width), dtype=np.int64)
+        return whole, damage
