@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated import make_trace
+
+from hpcmm.analysis.collectives import bus_bandwidth, estimate_waits, expose, match
+from hpcmm.analysis.intervals import IntervalSet
+
+
+def ranks(*arrivals: tuple[int, int], op: str = "all_reduce", size: int = 1000):
+    """One collective of ranks given as (start, end)."""
+    return [
+        make_trace(rank, "n", [(0, "backward", 0, 1000)], [(op, 5, size, start, end, 0, "backward")])
+        for rank, (start, end) in enumerate(arrivals)
+    ]
+
+
+def test_both_estimators_and_the_late_arriver() -> None:
+    rows = estimate_waits(match(ranks((100, 500), (150, 510), (400, 505))), 10)
+    assert rows["wait_b_ns"].tolist() == [300, 250, 0]
+    assert rows["wait_a_ns"].tolist() == [400 - 105, 360 - 105, 0]
+    assert rows["wait_ns"].tolist() == [300, 250, 0]
+    assert rows["late_rank"].tolist() == [2, 2, 2]
+    assert rows["lateness_ns"].tolist() == [250, 250, 250]
+
+
+def test_nobody_is_blamed_when_the_clock_is_worse_than_the_wait() -> None:
+    rows = estimate_waits(match(ranks((100, 500), (150, 510), (400, 505))), 1000)
+    assert not rows["blamable"].any()
+    assert rows["late_rank"].isna().all()
+    assert rows["wait_ns"].tolist() == rows["wait_a_ns"].tolist()
+
+
+@pytest.mark.parametrize("op", ["broadcast", "send", "all_to_all"])
+def test_operations_that_do_not_synchronise_have_no_wait(op: str) -> None:
+    assert estimate_waits(match(ranks((100, 500), (150, 510), op=op)), 10)["wait_ns"].isna().all()
+
+
+def test_an_instance_that_lacks_a_rank_is_incomplete() -> None:
+    traces = ranks((100, 500), (150, 510))
+    more = make_trace(
+        1, "n", [(0, "backward", 0, 2000)], [("all_reduce", s, 8, 150 * s, 160 * s, 0, "b") for s in (5, 6)]
+    )
+    rows = estimate_waits(match([traces[0], more]), 1)
+    assert rows.groupby("sequence")["complete"].first().to_dict() == {5: True, 6: False}
+
+
+def test_an_instance_without_an_end_is_incomplete_and_counts_for_nothing() -> None:
+    traces = ranks((100, 500), (150, 510))
+    opened = replace(traces[1], collectives=traces[1].collectives.assign(closed=False))
+    rows = expose(estimate_waits(match([traces[0], opened]), 1), [traces[0], opened])
+    assert not rows["complete"].any()
+    assert rows.loc[rows["rank"] == 1, "exposed_transfer_ns"].tolist() == [0]
+
+
+def test_bus_bandwidth_as_nccl_tests_define_it() -> None:
+    rows = estimate_waits(match(ranks((0, 500), (400, 500), size=1000)), 1)
+    assert bus_bandwidth(rows) == pytest.approx([1000 * (2 * 1 / 2) / 100e-9] * 2)
+
+
+def test_overlapping_collectives_are_exposed_once_and_only_while_the_thread_is_blocked() -> None:
+    comm = [("all_reduce", 0, 8, 0, 100, 0, "b"), ("all_reduce", 1, 8, 50, 140, 0, "b")]
+    trace = make_trace(0, "n", [(0, "b", 0, 200)], comm, blocked=IntervalSet(np.array([80]), np.array([130])))
+    rows = expose(estimate_waits(match([trace]), 1), [trace])
+    assert rows["exposed_transfer_ns"].tolist() == [20, 30]
+
+
+def test_no_collectives_at_all() -> None:
+    assert estimate_waits(match([make_trace(0, "n", [(0, "b", 0, 9)], [])]), 1).empty

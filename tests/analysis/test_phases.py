@@ -1,0 +1,66 @@
+import pandas as pd
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcmm.analysis.phases import OTHER, OUTSIDE, find_steps, flatten
+
+
+def frame(rows: list[tuple]) -> pd.DataFrame:
+    """Rows of (name, start, end, payload, closed)."""
+    made = pd.DataFrame(rows, columns=["name", "start_ns", "end_ns", "payload", "closed"])
+    return made.astype({"payload": "Int64", "closed": bool})
+
+
+def pieces(rows: list[tuple]) -> list[tuple]:
+    ranges = frame(rows)
+    return list(flatten(ranges, find_steps(ranges)).itertuples(index=False, name=None))
+
+
+def test_phases_and_gaps_partition_the_step() -> None:
+    rows = [("step", 0, 100, 7, True), ("data", 10, 30, None, True), ("forward", 30, 90, None, True)]
+    assert pieces(rows) == [(7, OTHER, 0, 10), (7, "data", 10, 30), (7, "forward", 30, 90), (7, OTHER, 90, 100)]
+
+
+def test_time_belongs_to_the_innermost_phase() -> None:
+    rows = [("step", 0, 50, 0, True), ("forward", 0, 50, None, True), ("loss", 20, 30, None, True)]
+    assert pieces(rows) == [(0, "forward", 0, 20), (0, "loss", 20, 30), (0, "forward", 30, 50)]
+
+
+def test_a_phase_outside_any_step_keeps_no_step() -> None:
+    rows = [("step", 0, 10, 0, True), ("evaluate", 20, 40, None, True)]
+    assert pieces(rows)[-1] == (OUTSIDE, "evaluate", 20, 40)
+
+
+def test_adjoining_steps_stay_apart() -> None:
+    assert pieces([("step", 0, 10, 0, True), ("step", 10, 20, 1, True)]) == [(0, OTHER, 0, 10), (1, OTHER, 10, 20)]
+
+
+def test_an_open_step_ends_where_the_next_begins() -> None:
+    steps = find_steps(frame([("step", 0, 99, 0, False), ("step", 10, 20, 1, True)]))
+    assert steps[["step", "start_ns", "end_ns"]].to_numpy().tolist() == [[0, 0, 10], [1, 10, 20]]
+
+
+def test_step_numbers_are_payloads_or_else_ordinals() -> None:
+    assert list(find_steps(frame([("step", 0, 1, 40, True), ("step", 1, 2, 41, True)]))["step"]) == [40, 41]
+    assert list(find_steps(frame([("step", 0, 1, None, True), ("step", 1, 2, None, True)]))["step"]) == [0, 1]
+    assert list(find_steps(frame([("step", 0, 1, 5, True), ("step", 1, 2, 5, True)]))["step"]) == [0, 1]
+    assert list(find_steps(frame([("step", 0, 1, 3, True), ("step", 1, 2, None, True)]))["step"]) == [3]
+
+
+ranges = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50), st.integers(0, 50)), max_size=10)
+
+
+@given(ranges, st.lists(st.integers(1, 20), max_size=4))
+def test_any_ranges_even_misnested_give_disjoint_segments_that_fill_the_steps(phases, lengths) -> None:
+    rows = [(name, start, max(start, end), None, True) for name, start, end in phases]
+    at = 0
+    for number, length in enumerate(lengths):
+        rows.append(("step", at, at + length, number, True))
+        at += length
+    made = frame(rows)
+    steps = find_steps(made)
+    segments = flatten(made, steps)
+    assert (segments["end_ns"].to_numpy()[:-1] <= segments["start_ns"].to_numpy()[1:]).all()
+    inside = segments[segments["step"] != OUTSIDE]
+    filled = (inside["end_ns"] - inside["start_ns"]).groupby(inside["step"]).sum()
+    assert filled.to_dict() == dict(enumerate(lengths))

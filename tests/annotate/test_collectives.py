@@ -1,0 +1,95 @@
+"""Every collective gets its range: held against the process groups' own sequence numbers."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from hpcmm.annotate.names import COMM_DOMAIN, CollectiveName
+from hpcmm.bootstrap.free_port import find_free_port
+from hpcmm.capture.nsys import run_under_nsys
+from hpcmm.config import RunConfig
+from hpcmm.train.prepare import prepare
+
+SCRIPT = Path(__file__).with_name("collective_ranks.py")
+
+
+def by_group(recorded):
+    counts = Counter()
+    for name, count in recorded.items():
+        counts[name.split()[0]] += count
+    return counts
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory, nsys):
+    """What rank 0 counted under nsys, and the names of the ranges in its report."""
+    folder = tmp_path_factory.mktemp("collectives")
+    prepare(RunConfig())
+    port = str(find_free_port("127.0.0.1"))
+    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
+    other = subprocess.Popen([*command, "1", port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    counts = folder / "counts.json"
+    shell = ["bash", "-c", 'exec "$@" >"$0"', str(counts), *command, "0", port]
+    assert run_under_nsys(nsys, "timeline.yaml", shell, folder / "rank_0000.nsys-rep") == 0
+    _, errors = other.communicate(timeout=60)
+    assert other.returncode == 0, errors
+    export = ["nsys", "export", "--type=sqlite", f"--output={folder}/r.sqlite", f"{folder}/rank_0000.nsys-rep"]
+    subprocess.run(export, check=True, capture_output=True)
+    with sqlite3.connect(folder / "r.sqlite") as database:
+        ranges = database.execute(
+            "SELECT names.value, ranges.end FROM NVTX_EVENTS AS ranges "
+            "JOIN StringIds AS names ON names.id = ranges.textId "
+            "WHERE ranges.eventType = 60 AND ranges.domainId = "
+            "(SELECT domainId FROM NVTX_EVENTS WHERE eventType = 75 AND text = ?)",
+            (COMM_DOMAIN,),
+        ).fetchall()
+    said = next(line for line in counts.read_text(encoding="utf-8").splitlines() if line.startswith("{"))
+    return json.loads(said), ranges
+
+
+@pytest.mark.nsys
+def test_each_group_has_as_many_ranges_as_its_own_sequence_number(captured):
+    counted, _ = captured
+    # gloo counts sends and receives among its own numbers, and so do the ranges.
+    recorded = by_group(counted["recorded"])
+    assert {group: recorded[group] for group in counted["own_numbers"]} == counted["own_numbers"]
+    assert len(recorded) >= 3  # the world's, the pair's and DeepSpeed's
+
+
+@pytest.mark.nsys
+def test_the_report_holds_these_ranges_each_closed_and_named(captured):
+    counted, ranges = captured
+    names = [CollectiveName.parse(name) for name, _ in ranges]
+    assert Counter(f"{name.group} {name.op}" for name in names) == counted["recorded"]
+    assert [name for name, end in ranges if end is None] == []
+    assert counted["open_ranges"] == 0
+
+
+@pytest.mark.nsys
+def test_sequence_numbers_run_without_a_gap_and_bytes_are_right(captured):
+    _, ranges = captured
+    names = [CollectiveName.parse(name) for name, _ in ranges]
+    for group in {name.group for name in names}:
+        numbers = [name.sequence for name in names if name.group == group and name.op not in ("send", "recv")]
+        assert sorted(numbers) == list(range(1, len(numbers) + 1))
+    sizes = {name.op: name.bytes for name in names if name.group == "0" and name.sequence in range(41, 53)}
+    assert sizes["barrier"] == 0
+    assert sizes["broadcast"] == sizes["reduce"] == 4000
+    assert sizes["reduce_scatter"] == sizes["all_to_all"] == 8000
+
+
+def test_without_a_profiler_nothing_is_installed():
+    code = (
+        "import torch.distributed as dist; wait = dist.Work.wait; from hpcmm import annotate; "
+        "from hpcmm.annotate import collectives; assert collectives.install() is None; assert dist.Work.wait is wait; "
+        "assert annotate.step(0) is annotate.phase('data')"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NVTX")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

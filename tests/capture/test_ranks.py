@@ -1,0 +1,37 @@
+"""The choice of profiled ranks, and the flags of their profiler."""
+
+import sys
+
+import pytest
+
+from hpcmm.capture.nsys import profile_flags, run_under_nsys
+from hpcmm.errors import HpcmmError
+from hpcmm.profiled_ranks import profiled_ranks
+
+
+@pytest.mark.parametrize(
+    ("choice", "ranks"),
+    [("all", {0, 1, 2, 3, 4, 5}), ("one_per_node", {0, 2, 4}), ("0", {0}), ("0, 3-5", {0, 3, 4, 5}), ("5,5", {5})],
+)
+def test_choices(choice, ranks):
+    assert profiled_ranks(choice, 6, 2) == ranks
+
+
+@pytest.mark.parametrize("choice", ["0-99999999999", "", "some", "6", "0-6", "-1", "1;2", "5-3"])
+def test_a_choice_that_cannot_be_met_is_refused(choice):
+    with pytest.raises(HpcmmError):
+        profiled_ranks(choice, 6, 2)
+
+
+def test_cuda_is_traced_only_where_there_is_a_gpu():
+    assert "--trace=nvtx,osrt" in profile_flags("timeline.yaml", gpu=False)
+    assert "--trace=nvtx,osrt,cuda" in profile_flags("timeline.yaml", gpu=True)
+
+
+def test_the_report_is_whole_and_the_command_s_exit_status_is_kept(tmp_path, nsys):
+    report = tmp_path / "rank_0000.nsys-rep"
+    code = "import nvtx, sys\nwith nvtx.annotate('x', domain='hpcmm'): pass\nsys.exit(3)"
+    status = run_under_nsys(nsys, "timeline.yaml", [sys.executable, "-c", code], report)
+    assert status == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["rank_0000.nsys-rep"]
+    assert report.stat().st_size > 10_000

@@ -1,0 +1,51 @@
+"""Overrides become a typed configuration, or one sentence that names the valid keys."""
+
+import pytest
+
+from hpcmm.config import Executor, Schedule
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.compose import compose_run
+
+
+def test_the_demo_composes_to_eight_ranks_under_nsys():
+    run = compose_run(["experiment=anomaly_demo"])
+    assert run.world_size == 8
+    assert run.cluster.executor is Executor.slurm
+    assert run.profile.tool == "nsys"
+    assert run.global_batch_size == 8 * run.train.micro_batch_size
+
+
+def test_the_command_line_overrules_the_experiment():
+    run = compose_run(["experiment=anomaly_demo", "cluster=local", "train.steps=3", "train.schedule=constant"])
+    assert run.cluster.executor is Executor.local
+    assert run.train.steps == 3
+    assert run.train.schedule is Schedule.constant
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.stepss=3", "did you mean train.steps?"),
+        ("trian.steps=3", "did you mean train?"),
+        ("cluster.nodez=3", "did you mean cluster.nodes?"),
+        ("+extra=1", "extra is no key"),
+        ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted to Integer."),
+        ("cluster.executor=pbs", "expected one of [slurm, local]"),
+        ("cluster=slrum", "choose one of local, local_slurm, slurm."),
+        ("experiment=none_such", "choose one of anomaly_demo"),
+        ("train.steps=[1", "Not a Hydra override"),
+        ("steps", "Not a Hydra override"),
+        ("~train.steps", "does not support deletion"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(override, expected):
+    with pytest.raises(HpcmmError) as raised:
+        compose_run([override])
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_dictionaries_take_any_key_and_keep_hostile_values_as_they_are():
+    run = compose_run(["cluster.environment.GREETING='x; echo pwn'", "cluster.sbatch.reservation=maint"])
+    assert run.cluster.environment == {"GREETING": "x; echo pwn"}
+    assert run.cluster.sbatch == {"reservation": "maint"}

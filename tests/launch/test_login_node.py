@@ -1,0 +1,118 @@
+"""What a login-node command imports, and what it says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "deepspeed", "transformers", "sklearn", "skimage")
+
+
+def run_python(*arguments, **keywords):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **keywords)
+
+
+@pytest.mark.parametrize(
+    "module", ["hpcmm.launch.__main__", "hpcmm.launch.follow", "hpcmm.launch.submit", "hpcmm.analyze"]
+)
+def test_login_node_commands_import_nothing_heavy(module):
+    code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    assert run_python("-c", code).stdout == "[]\n"
+
+
+def test_the_analysis_imports_no_scheduler():
+    unwanted = ("submitit", "hydra", "hpcmm.launch")
+    code = f"import hpcmm.analyze, sys; print([name for name in {unwanted} if name in sys.modules])"
+    assert run_python("-c", code).stdout == "[]\n"
+
+
+def test_a_dry_run_prints_the_script_and_leaves_nothing(tmp_path):
+    done = run_python("-m", "hpcmm.launch", "experiment=anomaly_demo", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_one_sentence_and_a_non_zero_exit(tmp_path):
+    done = run_python("-m", "hpcmm.launch", "train.stepz=1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("hpcmm: train.stepz is no key of the configuration: did you mean train.steps?")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_the_launcher_says_what_to_do(tmp_path):
+    environment = {"PATH": "/nowhere", "HOME": str(tmp_path)}
+    done = run_python("-m", "hpcmm.launch", "cluster=slurm", cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    assert "sbatch and srun not found" in done.stderr
+    assert "cluster=local" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_the_groups_and_their_options():
+    text = run_python("-m", "hpcmm.launch", "--help").stdout
+    assert Path(__file__).parents[2].joinpath("conf/cluster/local_slurm.yaml").is_file()
+    assert "cluster=     local, local_slurm, slurm" in text
+    assert "exit status" in text
+
+
+ACCEPTING_SBATCH = "#!/bin/sh\necho 'sbatch: a warning' >&2\necho Submitted batch job 7\n"
+
+
+def launch_with_sbatch(folder, text, *overrides):
+    """Launch with stand-ins for sbatch and srun on the PATH, to see what is made of their answers."""
+    binaries = folder / "bin"
+    binaries.mkdir()
+    for name in ("sbatch", "srun"):
+        (binaries / name).write_text(text, encoding="utf-8")
+        (binaries / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
+    return run_python("-m", "hpcmm.launch", "cluster=slurm", *overrides, cwd=folder, env=environment)
+
+
+def test_an_accepted_job_s_id_is_told_whatever_stands_at_latest(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").write_text("precious", encoding="utf-8")
+    done = launch_with_sbatch(tmp_path, ACCEPTING_SBATCH)
+    assert done.returncode == 0
+    assert "job id:         7" in done.stdout
+    assert "sbatch: a warning" in done.stderr
+    assert "latest does not point to this run" in done.stderr
+    assert (tmp_path / "runs" / "latest").read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("#!/bin/sh\nexit 1\n", "Slurm refused the job (sbatch said nothing)"),
+        ("#!/bin/sh\nprintf 'error: \\033[31mInvalid \\377 qos' >&2; exit 1\n", "`sacctmgr show qos`"),
+        ("#!/bin/sh\necho '123;c1'\n", "sbatch gave no job id"),
+    ],
+)
+def test_what_sbatch_answers_becomes_one_clean_sentence(tmp_path, answer, expected):
+    done = launch_with_sbatch(tmp_path, answer)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "\033" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("runs_root=/dev/null/runs", "cannot be written"),
+        ("runs_root='/tmp/a\nb'", "without control characters"),
+        ("cluster=null", "cluster needs an option: choose one of"),
+        ("cluster.memory_gb=nan", "cluster.memory_gb is nan"),
+        ("cluster.nodes=99999999999", "more ranks than any cluster has"),
+        ("profile=nsys", None),
+    ],
+)
+def test_odd_values_are_refused_in_a_sentence(tmp_path, override, expected):
+    done = launch_with_sbatch(tmp_path, ACCEPTING_SBATCH, override)
+    assert done.returncode == (1 if expected else 0)
+    assert (expected or "") in done.stderr
+    assert "Traceback" not in done.stderr

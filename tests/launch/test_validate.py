@@ -1,0 +1,58 @@
+"""Arithmetic that must hold before a job queues."""
+
+import pytest
+
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.compose import compose_run
+from hpcmm.launch.validate import validate
+
+
+def problems(*overrides):
+    try:
+        validate(compose_run(["experiment=anomaly_demo", *overrides]))
+    except HpcmmError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_the_demo_is_valid():
+    assert problems() == []
+
+
+def test_a_right_global_batch_is_accepted():
+    assert problems("train.global_batch_size=32") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.global_batch_size=64"], "is 32: set train.micro_batch_size=8."),
+        (["train.global_batch_size=33"], "choose a multiple of 8."),
+        (["cluster.ranks_per_node=3"], "each rank drives one GPU"),
+        (["cluster=local", "cluster.nodes=2"], "set cluster.nodes=1"),
+        (["parallel.zero_stage=4"], "ZeRO has the stages 0, 1, 2 and 3"),
+        (["data.slow_rank=8"], "the ranks are 0 to 7"),
+        (["data=mvtec"], "data.root is not given"),
+        (["profile.ranks=8"], "the ranks of this run are 0 to 7"),
+        (["profile.ranks=first"], "write all, one_per_node"),
+        (["profile.flags_file=none.yaml"], "profiles/nsys/ holds no such file"),
+        (["profile.tool=perf"], "nsys is the only profiler"),
+        (["cluster.template=none.j2"], "slurm/ holds no such file"),
+        (["cluster.template=../pyproject.toml"], "slurm/ holds no such file"),
+        (["train.learning_rate=nan"], "must be a finite number above 0"),
+        (["train.betas=[0.9]"], "must be two numbers"),
+        (["train.task=poetry"], "hpcmm trains anomaly"),
+        (["name='../up'"], "it names a folder"),
+        (["train.steps=0"], "train.steps is 0, but must be at least 1"),
+        (["data.anomaly_probability=2"], "a probability lies between 0 and 1"),
+        (["cluster.environment={1A: c}"], "no name of an environment variable"),
+    ],
+)
+def test_each_mistake_is_named(overrides, expected):
+    said = problems(*overrides)
+    assert len(said) == 1
+    assert expected in said[0]
+
+
+def test_all_mistakes_are_named_at_once():
+    assert len(problems("train.steps=0", "parallel.zero_stage=7", "data.slow_rank=99")) == 3

@@ -1,0 +1,79 @@
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpcmm.errors import HpcmmError
+from hpcmm.reports.convert import Converter
+from hpcmm.reports.events import read_report
+from hpcmm.reports.find import ReportSource
+
+
+def test_a_given_export_is_used_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "x.sqlite").write_bytes(b"x")
+    converter = Converter(tmp_path / "cache", None)
+    assert converter.to_sqlite(ReportSource((tmp_path / "x.sqlite",))) == tmp_path / "x.sqlite"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_nsys_an_export_of_the_same_capture_serves(tmp_path: Path) -> None:
+    for name in ("x.nsys-rep", "x.sqlite"):
+        (tmp_path / name).write_bytes(b"x")
+    source = ReportSource((tmp_path / "x.nsys-rep", tmp_path / "x.sqlite"))
+    assert Converter(tmp_path / "cache", None).to_sqlite(source) == tmp_path / "x.sqlite"
+
+
+@pytest.mark.parametrize(("name", "tool"), [("x.nsys-rep", "nsys"), ("x.qdstrm", "QdstrmImporter")])
+def test_a_missing_tool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tool: str) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(HpcmmError, match=tool):
+        Converter(tmp_path / "cache", None).to_sqlite(ReportSource((tmp_path / name,)))
+
+
+def test_an_empty_file_is_a_cut_off_capture(tmp_path: Path) -> None:
+    (tmp_path / "x.sqlite").touch()
+    with pytest.raises(HpcmmError, match="no bytes"):
+        Converter(tmp_path / "cache", None).to_sqlite(ReportSource((tmp_path / "x.sqlite",)))
+
+
+needs_nsys = pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not installed")
+
+
+@pytest.mark.nsys
+@needs_nsys
+@pytest.mark.parametrize("name", ["x.nsys-rep", "x.qdstrm"])
+def test_random_bytes_are_told_and_leave_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(bytes(range(256)) * 40)
+    converter = Converter.locate(tmp_path / "cache")
+    with pytest.raises(HpcmmError, match="could not be"):
+        converter.to_sqlite(ReportSource((tmp_path / name,)))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.nsys
+@needs_nsys
+def test_a_real_capture_is_read_and_nothing_is_written_beside_it(tmp_path: Path) -> None:
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    command = ["nsys", "profile", "--trace=osrt", "--sample=none", "--cpuctxsw=none", "-o", str(inputs / "r")]
+    subprocess.run([*command, "sleep", "0.2"], check=True, capture_output=True, timeout=120)
+    before = {path.name: path.stat().st_mtime_ns for path in inputs.iterdir()}
+    (capture,) = (path for path in inputs.iterdir() if path.suffix in {".qdstrm", ".nsys-rep"})
+    converter = Converter.locate(tmp_path / "cache")
+    export = converter.to_sqlite(ReportSource((capture,)))
+    report = read_report(export, capture)
+    assert report.events > 0
+    assert "osrt" in report.traced
+    assert {path.name: path.stat().st_mtime_ns for path in inputs.iterdir()} == before
+    assert stat.S_IMODE(converter.cache.stat().st_mode) == 0o700
+    assert converter.to_sqlite(ReportSource((capture,))) == export
+
+
+def test_a_cache_given_by_a_relative_path_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Converter.locate(Path("runs/latest/analysis/cache")).cache == tmp_path / "runs/latest/analysis/cache"

@@ -1,0 +1,107 @@
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from hpcmm.errors import HpcmmError
+from hpcmm.reports.events import read_report
+
+SAMPLES = Path(__file__).parents[2] / "profiles" / "samples"
+
+THREAD = (7 << 24) | 7
+
+
+def test_ranges_carry_domain_name_payload_and_thread(export) -> None:
+    export.rows("StringIds", (5, "forward")).domains().range(10, 90, "step", payload=3)
+    export.rows("NVTX_EVENTS", (20, 30, 59, None, THREAD, None, 5, 1, None))
+    export.rows("NVTX_EVENTS", (25, 60, 60, "all_reduce group=0 seq=1 bytes=4", THREAD, THREAD + 2, None, 2, None))
+    ranges = read_report(export.path, export.path).nvtx
+    assert list(ranges["name"]) == ["step", "forward", "all_reduce group=0 seq=1 bytes=4"]
+    assert list(ranges["domain"]) == ["hpcmm", "hpcmm", "hpcmm.comm"]
+    assert ranges["payload"].iloc[0] == 3
+    assert (ranges["pid"].iloc[0], ranges["tid"].iloc[0], ranges["end_tid"].iloc[2]) == (7, 7, 9)
+
+
+def test_other_domains_and_marks_are_counted_but_not_read(export) -> None:
+    export.domains().range(1, 2, "step").range(1, 2, "x", domain=0).range(1, None, "mark", kind=34)
+    report = read_report(export.path, export.path)
+    assert len(report.nvtx) == 1
+    assert report.events == 5
+
+
+def test_an_open_range_ends_with_the_report_and_an_inverted_one_is_dropped(export) -> None:
+    export.domains().range(10, None, "step").range(20, 5, "data").range(30, 70, "forward")
+    ranges = read_report(export.path, export.path).nvtx
+    assert list(ranges["name"]) == ["step", "forward"]
+    assert (ranges["end_ns"].iloc[0], bool(ranges["closed"].iloc[0])) == (70, False)
+
+
+def test_calls_are_named_and_markers_of_the_tracing_left_out(export) -> None:
+    export.rows("StringIds", (1, "poll")).rows(
+        "OSRT_API", (5, 9, 27, THREAD, 1), (6, 8, 27, THREAD, 99), (0, 0, 31, THREAD, 1), (9, 5, 27, THREAD, 1)
+    )
+    calls = read_report(export.path, export.path).osrt
+    assert list(calls["function"]) == ["poll", "function 99"]
+
+
+def test_a_normalised_export_is_not_shifted_again(export) -> None:
+    export.rows("TARGET_INFO_SESSION_START_TIME", (1_700_000_000_000_000_000,)).domains()
+    assert read_report(export.path, export.path).epoch_ns == 1_700_000_000_000_000_000
+    export.rows("EXPORT_META_DATA", ("EXPORT_PARAM_TIME_NORMALIZE", "true"))
+    assert read_report(export.path, export.path).epoch_ns == 0
+
+
+def test_the_h100_export_of_nsys_2026_is_read() -> None:
+    path = SAMPLES / "h100_2gpu_nccl.sqlite"
+    report = read_report(path, path)
+    assert report.nsys_version.startswith("2026.2")
+    assert report.traced == {"nvtx", "cuda"}
+    assert report.nvtx.empty
+
+
+@pytest.mark.parametrize("kept", [0.001, 0.02, 0.3, 0.6, 0.9, 0.99])
+def test_a_truncated_export_is_an_error_or_is_marked(tmp_path, kept: float) -> None:
+    whole = (SAMPLES / "slow_data" / "rank_0001.sqlite").read_bytes()
+    path = tmp_path / "cut.sqlite"
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    try:
+        report = read_report(path, path)
+    except HpcmmError:
+        return
+    assert report.damage
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *(f"DROP TABLE {table}" for table in ("NVTX_EVENTS", "OSRT_API", "StringIds", "PROCESSES")),
+        *(
+            f"ALTER TABLE NVTX_EVENTS DROP COLUMN {column}"
+            for column in ("int64Value", "domainId", "textId", "eventType")
+        ),
+        "ALTER TABLE OSRT_API DROP COLUMN nameId",
+        "UPDATE NVTX_EVENTS SET start = 'soon'",
+        "UPDATE NVTX_EVENTS SET int64Value = 1.5, globalTid = x'00ff'",
+        'UPDATE OSRT_API SET "end" = 9223372036854775807',
+        "UPDATE NVTX_EVENTS SET start = -9223372036854775807",
+        "UPDATE TARGET_INFO_SESSION_START_TIME SET utcEpochNs = 'now'",
+        "UPDATE NVTX_EVENTS SET text = zeroblob(1000000)",
+    ],
+)
+def test_a_damaged_schema_or_cell_costs_only_its_own_rows(damaged_sample, statement: str) -> None:
+    path = damaged_sample(statement) / "rank_0001.sqlite"
+    report = read_report(path, path)
+    assert report.events > 0
+    assert (report.nvtx["end_ns"] >= report.nvtx["start_ns"]).all()
+
+
+def test_reading_locks_nothing_and_writes_nothing(damaged_sample) -> None:
+    folder = damaged_sample()
+    path = folder / "rank_0001.sqlite"
+    before = path.read_bytes()
+    with sqlite3.connect(path) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        read_report(path, path)
+        other.rollback()
+    assert path.read_bytes() == before
+    assert sorted(child.suffix for child in folder.iterdir()) == [".sqlite"] * 4

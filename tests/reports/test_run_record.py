@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from hpcmm.reports.run_record import read_run_record
+from hpcmm.run_dir import RunDir
+
+
+@pytest.mark.parametrize(
+    ("profile", "ranks"),
+    [
+        ("{tool: nsys, ranks: all}", {0, 1, 2, 3}),
+        ("{tool: nsys, ranks: one_per_node}", {0, 2}),
+        ("{tool: nsys, ranks: '0,2-3'}", {0, 2, 3}),
+        ("{tool: null, ranks: all}", set()),
+        ("{tool: nsys, ranks: x}", set()),
+    ],
+)
+def test_profiled_ranks_are_the_configuration_s(tmp_path: Path, profile: str, ranks: set[int]) -> None:
+    text = f"cluster: {{nodes: 2, ranks_per_node: 2}}\nprofile: {profile}\n"
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    assert read_run_record(RunDir(tmp_path)).profiled == ranks
+
+
+def start(rank: int, **changes: object) -> str:
+    return (
+        json.dumps({"event": "start", "rank": rank, "node": "n1", "job_id": "17", "pid": 100 + rank} | changes) + "\n"
+    )
+
+
+def test_the_record_of_a_run(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.metrics.mkdir()
+    run_dir.config.write_text("cluster: {nodes: 2, ranks_per_node: 2}\nprofile: {tool: nsys, ranks: one_per_node}\n")
+    run_dir.rank_metrics(0).write_text(start(0) + '{"event": "step", "step": 0}\n' + start(0, pid=555))
+    run_dir.rank_metrics(1).write_text("not json\n" + start(1))
+    run_dir.rank_metrics(2).write_bytes(b"\xff\xfe")
+    record = read_run_record(run_dir)
+    assert record.world_size == 4
+    assert record.profiled == {0, 2}
+    assert record.starts.keys() == {0, 1}
+    assert record.rank_of(555, "n1") == 0
+    assert record.rank_of(100, None) is None
+    assert record.job_id == "17"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "cluster: 3", "cluster: {nodes: many}", "a: [", "!!python/object:os.system x"]
+)
+def test_a_damaged_configuration_leaves_nothing_expected(tmp_path: Path, text: str) -> None:
+    RunDir(tmp_path).config.write_text(text)
+    assert read_run_record(RunDir(tmp_path)).world_size == 0

@@ -1,0 +1,57 @@
+"""What the one-machine cluster writes into the machine's files, and which input it refuses, without starting it."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+
+LOCAL = Path(__file__).resolve().parents[2] / "slurm" / "local"
+
+
+@pytest.fixture(autouse=True)
+def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(LOCAL))
+
+
+@pytest.mark.parametrize("before", ["", "127.0.0.1 localhost\n", "127.0.0.1 localhost", "\n\n", "a\r\n"])
+def test_removing_the_hosts_block_gives_the_file_back_byte_for_byte(before: str) -> None:
+    from cluster import host_names
+    from cluster.layout import Layout
+
+    layout = Layout(Path("/state/a+b"), "node", IPv4Network("10.77.3.0/24"))
+    other = Layout(Path("/state/a"), "spare", IPv4Network("10.77.4.0/24"))
+    written = before + host_names.block(layout, before)
+    both = written + host_names.block(other, written)
+
+    assert "10.77.3.14 node4\n" in written
+    assert host_names.without_block(layout.root, written) == before
+    assert host_names.without_block(layout.root, host_names.without_block(other.root, both)) == before
+    assert "10.77.4.11 spare1\n" in host_names.without_block(layout.root, both)
+
+
+@pytest.mark.parametrize(("rate", "bits"), [("30mbit", 30_000_000), ("1.5gbit", 1_500_000_000), ("8kbit", 8_000)])
+def test_rates_are_read_in_bits_per_second(rate: str, bits: int) -> None:
+    from cluster.faults import rate_in_bits
+
+    assert rate_in_bits(rate) == bits
+
+
+@pytest.mark.parametrize("rate", ["30", "mbit", "-1mbit", "0mbit", "1 mbit", "1mbit;", "30MB", "9e9gbit"])
+def test_anything_else_is_no_rate(rate: str) -> None:
+    from cluster.errors import ClusterError
+    from cluster.faults import rate_in_bits
+
+    with pytest.raises(ClusterError, match="such as 30mbit"):
+        rate_in_bits(rate)
+
+
+@pytest.mark.parametrize("path", ["relative", "/with blank", "/quo'te", "/a/../b", "/" + "long" * 20])
+def test_a_state_directory_that_slurm_could_not_use_is_refused(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster import state_directory
+    from cluster.errors import ClusterError
+
+    monkeypatch.setenv(state_directory.VARIABLE, path)
+    with pytest.raises(ClusterError, match="absolute path"):
+        state_directory.chosen()
