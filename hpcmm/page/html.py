@@ -2,61 +2,107 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
-import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from hpcmm.analysis.phases import OTHER
 from hpcmm.analysis.study import Study
-from hpcmm.annotate.names import PHASES
+from hpcmm.page import page_tables
+from hpcmm.page.bandwidth import bandwidth
+from hpcmm.page.bars import TRANSFER_NAME, WAIT_NAME, device_bars, rank_bars, step_budget
+from hpcmm.page.child_waits import child_waits
+from hpcmm.page.coverage_grid import coverage_grid
+from hpcmm.page.efficiency_tree import efficiency
+from hpcmm.page.palette import TRANSFER, WAIT
+from hpcmm.page.step_plot import step_plot
 from hpcmm.page.timeline import timeline
-from hpcmm.page.verdict import clock_line, coverage_line, headline, number, percent, plain, seconds, steps_line
+from hpcmm.page.verdict import (
+    clock_line,
+    coverage_line,
+    efficiency_line,
+    gpu_line,
+    headline,
+    late_line,
+    percent,
+    plain,
+    rank_name,
+    seconds,
+    steps_line,
+)
+from hpcmm.page.wait_matrix import wait_matrix
+from hpcmm.page.worst_step import culprits, worst_step
 
-MAX_ROWS = 400
-"""Rows of a table on the page; the CSV holds all."""
-MAX_MATRIX = 64
-"""Ranks of the wait matrix on the page."""
-
-
-@dataclass(frozen=True, slots=True)
-class PageTable:
-    """A table as the template draws it."""
-
-    title: str
-    note: str
-    columns: list[tuple[str, bool]]
-    """Name, and whether its cells are numbers."""
-    rows: list[list[str]]
-    left_out: int
-    file: str
-    open: bool = False
+_SCRIPTS = (
+    "format", "palette", "unpack", "bitmap", "row", "lanes", "describe", "timeline", "gestures", "step_plot", "start",
+)  # fmt: skip
+"""Modules of the page's script, each after those that it uses."""
 
 
 def page(study: Study) -> str:
     """The whole page as text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    folder = files("hpcmm.page")
-    template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    style = _asset("report.css")
+    script = '"use strict";\n' + "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
+    data = timeline(study)
+    bottlenecks = _bottlenecks(study)
+    steps = step_plot(study)
+    rates, rates_left_out = bandwidth(study)
+    drawn: dict[str, Any] = {
+        "budget": step_budget(study),
+        "bottlenecks": bottlenecks,
+        "timeline_lanes": len(data["lanes"]),
+        "timeline_legend": _timeline_legend(data),
+        "left_out": _left_out(data["left_out"]),
+        "steps": steps,
+        "matrix": wait_matrix(study),
+        "ranks": rank_bars(study),
+        "efficiency": efficiency(study),
+        "devices": device_bars(study),
+        "bandwidth": rates,
+        "bandwidth_left_out": rates_left_out,
+        "children": child_waits(study),
+    }
+    text: str = environment.from_string(_asset("report.html.j2")).render(
         title=plain(study.name or "Analysis"),
         headline=headline(study),
-        facts=[steps_line(study), coverage_line(study), clock_line(study)],
-        budget=_budget(study),
-        bottlenecks=_bottlenecks(study),
-        timeline=_json(timeline(study)),
-        step_times=_json(_step_times(study)),
-        matrix=_matrix(study),
-        tables=_tables(study),
+        first=bottlenecks[0] if bottlenecks else None,
+        facts=[fact for fact in (steps_line(study), coverage_line(study), efficiency_line(study)) if fact],
+        gpu_facts=[_capital(fact) for fact in (gpu_line(study), late_line(study)) if fact],
+        clock=_capital(clock_line(study)),
+        parts=_parts(drawn),
+        coverage=coverage_grid(study),
+        trust_tables=[page_tables.clock(study)],
+        tables=page_tables.folded(study),
+        timeline=_json(data),
+        step_data=_json(steps.points if steps else {}),
+        policy=_policy(style, script),
         # These are this package's own files, not data.
-        style=Markup((folder / "report.css").read_text(encoding="utf-8")),  # noqa: S704
-        viewer=Markup((folder / "viewer.js").read_text(encoding="utf-8")),  # noqa: S704
-        charts=Markup((folder / "charts.js").read_text(encoding="utf-8")),  # noqa: S704
+        style=Markup(style),  # noqa: S704
+        script=Markup(script),  # noqa: S704
+        **drawn,
+    )
+    return text.lstrip()
+
+
+def _asset(name: str) -> str:
+    return (files("hpcmm.page") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Content-Security-Policy: nothing is loaded, and nothing runs but the page's own style and script."""
+
+    def source(text: str) -> str:
+        digest = hashlib.sha256(text.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+    return (
+        f"default-src 'none'; script-src {source(script)}; style-src {source(style)}; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
 
@@ -68,6 +114,28 @@ def _json(data: Any) -> Markup:
     return Markup(text)  # noqa: S704
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _parts(drawn: dict[str, Any]) -> list[tuple[str, str]]:
+    """(anchor, name) of the page's parts that are there."""
+    parts = [
+        ("bottlenecks", "Bottlenecks", True),
+        ("timeline-section", "Timeline", drawn["timeline_lanes"]),
+        ("steps", "Step times", drawn["steps"]),
+        ("waiting", "Who waited for whom", drawn["matrix"]),
+        ("ranks", "Ranks", drawn["ranks"]),
+        ("efficiency", "Efficiency", drawn["efficiency"]),
+        ("gpus", "GPUs", drawn["devices"]),
+        ("collectives", "Collectives", drawn["bandwidth"]),
+        ("children", "Child processes", drawn["children"]),
+        ("trust", "Coverage and clocks", True),
+        ("tables", "Tables", True),
+    ]
+    return [(anchor, name) for anchor, name, there in parts if there]
+
+
 def _bottlenecks(study: Study) -> list[dict[str, Any]]:
     return [
         {
@@ -76,104 +144,39 @@ def _bottlenecks(study: Study) -> list[dict[str, Any]]:
             "lost": seconds(float(row["lost_s_per_step"])),
             "share": percent(float(row["step_share"])),
             "width": round(100 * min(float(row["step_share"]), 1.0), 1),
-            "rank": number(row["rank"]),
-            "node": plain(row["node"]),
+            "who": _who(study, row),
             "phase": plain(row["phase"]),
             "evidence": plain(row["evidence"]),
             "confidence": str(row["confidence"]),
-            "suggestion": plain(row["suggestion"]),
+            "rows": plain(row.get("evidence_rows") or ""),
+            **_suggestion(plain(row["suggestion"])),
+            "step": worst_step(study, row),
+            "ranks": ",".join(str(rank) for rank in culprits(study, row)),
         }
         for row in study.tables["bottlenecks"].to_dict("records")
     ]
 
 
-def _budget(study: Study) -> list[dict[str, Any]]:
-    """What a step consists of, as a mean over ranks: useful work, exposed transfer, exposed waiting."""
-    phases = study.tables["phases"]
-    inside = phases[phases["step"].isin(study.steps.numbers)]
-    if inside.empty or not study.steps.mean_s:
-        return []
-    waits = study.tables["comm_wait"]
-    ranks = inside["rank"].nunique()
-    wait = float(waits["wait_s_per_step"].sum()) / ranks
-    transfer = float(waits["transfer_s_per_step"].sum()) / ranks
-    useful = inside.groupby("phase")["useful_s"].sum() / ranks / len(study.steps.numbers)
-    order = [*PHASES, *sorted(set(useful.index) - {*PHASES, OTHER}), OTHER]
-    parts = [(str(phase), float(useful[phase]), "work") for phase in order if phase in useful.index]
-    parts += [("waiting for other ranks", wait, "wait"), ("communication transfer", transfer, "transfer")]
-    return [
-        {"name": plain(name), "kind": kind, "time": seconds(value), "share": round(100 * value / study.steps.mean_s, 1)}
-        for name, value, kind in parts
-        if value > 0.002 * study.steps.mean_s
-    ]
+def _suggestion(text: str) -> dict[str, str]:
+    """A suggestion is an override or a command, or advice in words, with such after a colon or without."""
+    advice, colon, code = text.partition(": ")
+    if colon and " " in advice:
+        return {"advice": advice + ":", "code": code}
+    in_words = " " in text and not set(text) & set("=|/$")
+    return {"advice": text, "code": ""} if in_words else {"advice": "", "code": text}
 
 
-def _step_times(study: Study) -> dict[str, Any]:
-    """Median, least and largest duration over ranks by step."""
-    table = study.tables["steps"]
-    grouped = table.groupby("step")["duration_s"].agg(["min", "median", "max"]) if len(table) else pd.DataFrame()
-    if grouped.empty:
-        return {"step": [], "min": [], "median": [], "max": []}
-    data: dict[str, Any] = {
-        name: [round(float(value), 6) for value in grouped[name]] for name in ("min", "median", "max")
-    }
-    data["step"] = [int(step) for step in grouped.index]
-    return data
+def _who(study: Study, row: dict[Any, Any]) -> str:
+    named = culprits(study, row)
+    if len(named) == 1:
+        return rank_name(named[0], str(row["node"] or ""))
+    return plain(row["node"]) if row["node"] else ""
 
 
-def _matrix(study: Study) -> dict[str, Any] | None:
-    """Who waited for whom, in milliseconds a step, with a shade from 0 to 1 for each cell."""
-    values = study.wait_matrix * 1e3
-    if values.size == 0 or len(values) > MAX_MATRIX or not np.any(values > 0):
-        return None
-    largest = float(values.max())
-    ranks = [trace.rank for trace in study.traces]
-    rows = [
-        {
-            "rank": rank,
-            "cells": [
-                {"text": f"{value:.1f}" if value >= 0.05 else "", "shade": round(value / largest, 3)} for value in row
-            ],
-        }
-        for rank, row in zip(ranks, values.tolist(), strict=True)
-    ]
-    return {"ranks": ranks, "rows": rows}
+def _timeline_legend(data: dict[str, Any]) -> list[tuple[str, str]]:
+    entries = list(zip(data["phases"], data["kinds"], strict=True))
+    return [*entries, (WAIT_NAME, WAIT), (TRANSFER_NAME, TRANSFER)] if data["collectives"] else entries
 
 
-def _tables(study: Study) -> list[PageTable]:
-    tables = study.tables
-    return [
-        _table(
-            "Coverage",
-            "Every expected rank and every report, and what became of it.",
-            tables["coverage"],
-            "coverage",
-            shown=True,
-        ),
-        _table(
-            "Waiting for communication",
-            "Seconds a step by rank and phase, warm-up left out.",
-            tables["comm_wait"],
-            "comm_wait",
-        ),
-        _table(
-            "Waits for child processes",
-            "Calls of the waitpid family, coalesced.",
-            tables["waitpid_windows"],
-            "waitpid_windows",
-        ),
-        _table("Clocks", "Each node's clock against the first node's.", tables["clock"], "clock"),
-        _table(
-            "OS runtime calls of the step threads",
-            "Longest first; time within steps is what matters.",
-            tables["osrt"][tables["osrt"]["thread_role"] == "step"].sort_values("in_step_s", ascending=False),
-            "osrt",
-        ),
-    ]
-
-
-def _table(title: str, note: str, frame: pd.DataFrame, name: str, *, shown: bool = False) -> PageTable:
-    columns = [(str(column), pd.api.types.is_numeric_dtype(kind)) for column, kind in frame.dtypes.items()]
-    cells = frame.head(MAX_ROWS).astype(object).itertuples(index=False)
-    rows = [[number(value) for value in row] for row in cells]
-    return PageTable(title, note, columns, rows, max(0, len(frame) - MAX_ROWS), f"{name}.csv", shown)
+def _left_out(counts: dict[str, int]) -> list[str]:
+    return [f"The {count:,} shortest {what} are not drawn." for what, count in counts.items() if count]

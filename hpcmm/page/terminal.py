@@ -1,98 +1,195 @@
-"""What ``python -m hpcmm.analyze`` prints: rich on a terminal, plain text of full width elsewhere."""
+"""What ``python -m hpcmm.analyze`` prints: rich on a terminal, one plain line a row elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from hpcmm.analysis.study import Study
-from hpcmm.page.verdict import clock_line, coverage_line, headline, number, percent, plain, steps_line
+from hpcmm.page.verdict import (
+    clock_line,
+    coverage_line,
+    efficiency_line,
+    gpu_line,
+    headline,
+    late_line,
+    percent,
+    plain,
+    rank_name,
+    seconds,
+    steps_line,
+)
 from hpcmm.reports import load
 
-PLAIN_WIDTH = 200
-"""Columns of the output into a file or pipe, where nothing may be cut."""
+TABLE_WIDTH = 100
+"""A narrower terminal gets a few lines for each bottleneck instead of a table."""
+QUIET_S = 15.0
+"""Where standard error is no terminal, long work says this often how far it is."""
+MAX_GAPS = 20
+_STYLES = {"high": "bold red", "medium": "yellow", "low": "dim"}
 
 
 @contextmanager
 def progress_bar() -> Iterator[load.Progress]:
-    """A progress callback that draws on standard error, when that is a terminal; else one that does nothing."""
+    """A progress callback for standard error: a bar on a terminal, now and then a line elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda _what, _done, _of: None
+        yield _progress_lines()
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[count]}", markup=False),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("", total=None, count="")
 
         def show(what: str, done: int, of: int) -> None:
-            bar.update(task, description=plain(what), completed=done, total=of)
+            total, count = (of, f"{done}/{of}") if of > 1 else (None, "")
+            bar.update(task, description=plain(what), completed=done, total=total, count=count)
 
         yield show
 
 
+def _progress_lines() -> load.Progress:
+    last = time.monotonic()
+
+    def show(what: str, done: int, of: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET_S:
+            last = time.monotonic()
+            print(f"hpcmm.analyze: {plain(what)}" + (f" ({done}/{of})" if of > 1 else ""), file=sys.stderr, flush=True)
+
+    return show
+
+
 def print_study(study: Study, out: Path, console: Console | None = None) -> None:
     """Verdict, bottlenecks, and what is missing; the page's path last."""
-    console = console or _console()
-    console.print(Text(headline(study), style="bold"))
-    table = study.tables["bottlenecks"]
-    if len(table):
-        console.print(Text(f"Evidence: {plain(table.iloc[0]['evidence'])}.", style="dim"))
-        console.print(Text.assemble("Try: ", (plain(table.iloc[0]["suggestion"]), "bold green")))
-    console.print()
-    if len(table):
-        console.print(_bottlenecks(table, plain_text=not console.is_terminal))
-    lines = [steps_line(study), coverage_line(study)]
-    console.print(Text("; ".join(lines) + "."))
+    console = console or _standard_output()
+    rich = console.is_terminal and not console.is_dumb_terminal
+    rows = study.tables["bottlenecks"].to_dict("records")
+    _line(console, headline(study), "bold", rich=rich)
+    if rows:
+        _line(console, f"Evidence: {plain(rows[0]['evidence'])}.", "dim", rich=rich)
+        _line(console, f"Try: {plain(rows[0]['suggestion'])}", "bold green", rich=rich)
+        console.print()
+        if not rich:
+            _print_plain(console, rows)
+        elif console.width < TABLE_WIDTH:
+            _print_stacked(console, rows)
+        else:
+            console.print(_table(rows))
+        console.print()
+    facts = [steps_line(study), coverage_line(study), efficiency_line(study)]
+    _line(console, "; ".join(fact for fact in facts if fact) + ".", "", rich=rich)
     if len(study.tables["clock"]) > 1:
-        console.print(Text(f"{clock_line(study)[:1].upper()}{clock_line(study)[1:]}."))
-    _print_gaps(console, study.tables["coverage"])
+        _line(console, f"{clock_line(study)[:1].upper()}{clock_line(study)[1:]}.", "", rich=rich)
+    for told in filter(None, (gpu_line(study), late_line(study))):
+        _line(console, f"{told[:1].upper()}{told[1:]}.", "", rich=rich)
+    for gap in _gaps(study.tables["coverage"]):
+        _line(console, f"  {gap}", "yellow", rich=rich)
     console.print(Text(f"Report: {out / 'report.html'}"), soft_wrap=True)
 
 
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, color_system=None, force_terminal=False)
+def _standard_output() -> Console:
+    """Standard output, where a locale without Unicode must cost a character, not the result."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return Console(highlight=False)
 
 
-def _bottlenecks(rows: pd.DataFrame, *, plain_text: bool) -> Table:
-    table = Table(box=box.ASCII2 if plain_text else box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+def _line(console: Console, text: str, style: str, *, rich: bool) -> None:
+    """A sentence; where nobody looks at the width, it stays one line."""
+    console.print(Text(text, style=style if rich else ""), soft_wrap=not rich)
+
+
+def _who(row: dict[Any, Any]) -> str:
+    if pd.isna(row["rank"]):
+        return plain(row["node"]) or "-"
+    on = f" on {plain(row['node'])}" if row["node"] else ""
+    return f"{rank_name(int(row['rank']))}{on}"
+
+
+def _table(rows: list[dict[Any, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("cause", overflow="fold")
-    table.add_column("lost s/step", justify="right", no_wrap=True)
-    table.add_column("of step", justify="right", no_wrap=True)
-    table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("node", overflow="fold")
+    table.add_column("lost a step", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    table.add_column("who", overflow="fold")
     table.add_column("phase", overflow="fold")
     table.add_column("sure", no_wrap=True)
-    table.add_column("try", overflow="fold", min_width=20)
-    styles = {"high": "bold red", "medium": "yellow", "low": "dim"}
-    for row in rows.to_dict("records"):
+    table.add_column("try", overflow="fold")
+    for row in rows:
         table.add_row(
             str(row["rank_order"]),
-            Text(plain(row["cause"]), style=styles.get(str(row["confidence"]), "")),
-            f"{row['lost_s_per_step']:.4f}",
+            Text(plain(row["cause"]), style=_STYLES.get(str(row["confidence"]), "")),
+            seconds(float(row["lost_s_per_step"])),
             percent(float(row["step_share"])),
-            number(row["rank"]) or "-",
-            Text(plain(row["node"]) or "-"),
+            Text(_who(row)),
             Text(plain(row["phase"]) or "-"),
-            str(row["confidence"]),
+            plain(row["confidence"]),
             Text(plain(row["suggestion"]), style="green"),
         )
     return table
 
 
-def _print_gaps(console: Console, coverage: pd.DataFrame) -> None:
+def _print_stacked(console: Console, rows: list[dict[Any, Any]]) -> None:
+    for row in rows:
+        where = ", ".join(part for part in (_who(row), plain(row["phase"])) if part and part != "-")
+        style = _STYLES.get(str(row["confidence"]), "")
+        cause = Text.assemble(f"{row['rank_order']}. ", (plain(row["cause"]), style), f" ({where})" if where else "")
+        lost = f"{seconds(float(row['lost_s_per_step']))} a step, {percent(float(row['step_share']))}"
+        console.print(cause)
+        console.print(Padding(Text(f"{lost}, confidence {plain(row['confidence'])}"), (0, 0, 0, 3)))
+        console.print(Padding(Text.assemble("try ", (plain(row["suggestion"]), "green")), (0, 0, 0, 3)))
+
+
+def _print_plain(console: Console, rows: list[dict[Any, Any]]) -> None:
+    """Columns of words and spaces, one line a row whatever its width: for files, pipes and grep."""
+    lines = [("#", "lost a step", "share", "cause", "who", "phase", "sure", "try")]
+    lines += [
+        (
+            str(row["rank_order"]),
+            seconds(float(row["lost_s_per_step"])),
+            percent(float(row["step_share"])),
+            plain(row["cause"]),
+            _who(row),
+            plain(row["phase"]) or "-",
+            plain(row["confidence"]),
+            plain(row["suggestion"]),
+        )
+        for row in rows
+    ]
+    widths = [max(cell_len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
+    for line in lines:
+        cells = [cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=False)]
+        console.print(Text("  ".join([*cells, line[-1]])), soft_wrap=True)
+
+
+def _gaps(coverage: pd.DataFrame) -> list[str]:
     """One line for each rank or report that something is wrong with."""
     troubled = coverage[(coverage["reason"] != "") & (coverage["status"] != "not_profiled")]
-    for row in troubled.head(20).to_dict("records"):
-        who = f"rank {row['rank']}" if pd.notna(row["rank"]) and int(row["rank"]) >= 0 else plain(row["report"])
-        console.print(Text(f"  {who}: {row['status']}: {plain(row['reason'])}", style="yellow"))
-    if len(troubled) > 20:
-        console.print(Text(f"  and {len(troubled) - 20} more: see coverage.csv", style="yellow"))
+    told = []
+    for row in troubled.head(MAX_GAPS).to_dict("records"):
+        known = pd.notna(row["rank"]) and int(row["rank"]) >= 0
+        who = rank_name(int(row["rank"]), str(row["node"] or "")) if known else plain(row["report"])
+        told.append(f"{who}: {plain(row['status']).replace('_', ' ')}: {plain(row['reason'])}")
+    if len(troubled) > MAX_GAPS:
+        told.append(f"and {len(troubled) - MAX_GAPS} more: see coverage.csv")
+    return told

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pandas as pd
 
 from hpcmm.analysis.study import Study
+from hpcmm.analysis.trace import RankTrace
 
 MAX_TEXT = 300
 """Characters of a foreign name that are shown."""
@@ -14,7 +16,8 @@ MAX_TEXT = 300
 
 def plain(value: object) -> str:
     """Foreign text without control characters (ANSI codes, newlines), cut to :data:`MAX_TEXT`."""
-    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
+    head = str(value)[: MAX_TEXT + 1]
+    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in head)
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -24,25 +27,61 @@ def number(value: object, digits: int = 3) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else plain(value)
 
 
 def seconds(value: float) -> str:
     """A duration with the unit that suits it."""
-    if value >= 1 or value == 0:
+    if value >= 999.5:
+        return f"{value:,.0f} s"
+    if value >= 0.9995 or value == 0:
         return f"{value:.3g} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
+    return f"{value * 1e3:.3g} ms" if value >= 0.9995e-3 else f"{value * 1e6:.3g} µs"
 
 
 def percent(value: float) -> str:
+    """A share with two significant digits or so."""
     return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+
+
+def size(value: float) -> str:
+    """Bytes with the decimal unit that suits them."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    index = min(int(math.log10(value) // 3), len(units) - 1) if value >= 1 else 0
+    return f"{value / 1000**index:.3g} {units[index]}"
+
+
+def rank_name(rank: int, node: str = "") -> str:
+    """``rank 3 · node2``; a process whose report does not tell its rank has a negative number."""
+    name = f"rank {rank}" if rank >= 0 else f"process {-rank} (rank unknown)"
+    return f"{name} · {plain(node)}" if node else name
+
+
+def trace_name(trace: RankTrace) -> str:
+    """The rank; of a report without steps the GPU and process that stand for it."""
+    known = trace.rank >= 0 or trace.device is None
+    return rank_name(trace.rank) if known else f"GPU {trace.device} of process {trace.pid}"
+
+
+def rank_list(ranks: Iterable[object]) -> str:
+    """``0-3, 7`` for the ranks 0, 1, 2, 3 and 7."""
+    numbers = sorted({int(str(rank)) for rank in ranks if not pd.isna(rank)})  # type: ignore[call-overload]
+    runs: list[list[int]] = []
+    for number_ in numbers:
+        if runs and number_ == runs[-1][1] + 1:
+            runs[-1][1] = number_
+        else:
+            runs.append([number_, number_])
+    return plain(", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs))
 
 
 def headline(study: Study) -> str:
     """The first bottleneck in one sentence, or why there is none."""
     table = study.tables["bottlenecks"]
     if not len(study.steps.numbers):
-        return "No steps to analyse: " + _why_no_steps(study)
+        return gpu_headline(study) or "No steps to analyse: " + _why_no_steps(study)
     step = seconds(study.steps.mean_s)
     if table.empty:
         return f"Nothing stands out: no cause takes 2% of the {step} step, and no rank is to blame."
@@ -52,9 +91,9 @@ def headline(study: Study) -> str:
     where = f" in phase{several} {plain(row['phase'])}" if row["phase"] else ""
     cause = plain(row["cause"])
     if pd.notna(row["rank"]):
-        rank = f"Rank {row['rank']}" if row["rank"] >= 0 else f"The report number {-row['rank']} without a rank"
+        rank = rank_name(int(row["rank"]))
         on = f" on {plain(row['node'])}" if row["node"] else ""
-        return f"{rank}{on} costs {lost}: {cause}{where}."
+        return f"{rank[:1].upper()}{rank[1:]}{on} costs {lost}: {cause}{where}."
     if row["node"]:
         return f"Node {plain(row['node'])} costs {lost}: {cause}{where}."
     return f"{cause[:1].upper()}{cause[1:]} costs {lost}{where}."
@@ -93,3 +132,91 @@ def steps_line(study: Study) -> str:
 def clock_line(study: Study) -> str:
     """How well the ranks' clocks agree."""
     return f"clocks agree within {seconds(study.clock.error_ns / 1e9)}; shorter waits are blamed on nobody"
+
+
+def efficiency_line(study: Study) -> str:
+    """Parallel efficiency of the run and its factors; empty where there is no table ``efficiency``."""
+    table = study.tables.get("efficiency")
+    run = table[table["scope"] == "run"] if table is not None and len(table) else None
+    if run is None or run.empty:
+        return ""
+    row = run.iloc[0]
+    values = [row["parallel_efficiency"], row["load_balance"], row["communication_efficiency"]]
+    if any(pd.isna(value) for value in values):
+        return ""
+    whole, balance, communication = (percent(float(value)) for value in values)
+    return f"parallel efficiency {whole} = load balance {balance} x communication {communication}"
+
+
+GPU_NOT_TRACED = "no GPU activity was traced, so nothing is said of GPUs"
+
+
+def gpu_line(study: Study) -> str:
+    """How the GPUs spent the steps (the whole capture without steps), as a mean over devices."""
+    rows = _gpu_rows(study)
+    if rows.empty:
+        return GPU_NOT_TRACED
+    span = float(rows["span_s"].sum())
+    share = {name: float(rows[f"{name}_s"].sum()) / span for name in ("compute", "exposed_comm", "idle", "idle_host")}
+    return (
+        f"GPUs compute {percent(share['compute'])} of the time, communicate {percent(share['exposed_comm'])} without "
+        f"computing, and are idle {percent(share['idle'])} "
+        f"({percent(share['idle_host'])} because the host launches its work too late)"
+    )
+
+
+def gpu_headline(study: Study) -> str:
+    """The largest loss of a capture without steps, or nothing where no GPU was traced."""
+    rows = _gpu_rows(study)
+    span = float(rows["span_s"].sum())
+    if rows.empty or span <= 0:
+        return ""
+    other = rows.groupby("idle_other_cause")["idle_other_s"].sum()
+    waited = rows["comm_wait_s"].clip(upper=rows["exposed_comm_s"])
+    causes = {
+        "idle time because the host launches its work too late": rows["idle_host_s"],
+        f"idle time ({other.idxmax()})": rows["idle_other_s"],
+        "waiting in collectives for the GPU that comes last": waited,
+        "communication without computing": rows["exposed_comm_s"] - waited,
+    }
+    cause = max(causes, key=lambda name: float(causes[name].sum()))
+    lost = causes[cause]
+    at = int((lost / rows["span_s"]).to_numpy(float).argmax())
+    worst = rows.iloc[at]
+    devices = len(rows.drop_duplicates(["rank", "device"]))
+    where = "on one GPU" if devices == 1 else f"on {devices} GPUs"
+    told = f"of {seconds(span / devices)} {where} the largest loss is {cause}, {percent(float(lost.sum()) / span)}"
+    share = float(lost.iloc[at] / worst["span_s"])
+    if devices > 1 and share > 1.05 * float(lost.sum()) / span:
+        told += f", most of all {_gpu_name(worst)} ({percent(share)})"
+    return f"No steps are annotated; {told}."
+
+
+def late_line(study: Study) -> str:
+    """Who arrives last at collectives that only their order on the device identifies; nothing where nobody does."""
+    table = study.tables["collectives"]
+    ordered = table[table["basis"].str.startswith("kernel order") & table["late_rank"].notna()]
+    if ordered.empty:
+        return ""
+    late = ordered.drop_duplicates(["group", "op", "sequence"])["late_rank"].value_counts()
+    devices = study.tables["gpu"].drop_duplicates("rank").set_index("rank")
+    who = _gpu_name(devices.loc[late.index[0]]) if late.index[0] in devices.index else f"rank {late.index[0]}"
+    waited = float(ordered["wait_s"].sum())
+    return (
+        f"{who} arrives last at {late.iloc[0]} of {late.sum()} collectives that GPUs had to wait in, {seconds(waited)} "
+        "in all; matched by the order of their kernels alone"
+    )
+
+
+def _gpu_rows(study: Study) -> pd.DataFrame:
+    """Rows of the steps that count; all rows where there are none."""
+    table = study.tables["gpu"]
+    steady = table[table["step"].notna() & ~table["warmup"].astype(bool)]
+    return steady if len(steady) else table
+
+
+def _gpu_name(row: pd.Series) -> str:
+    rank = row.get("rank", row.name)
+    owner = f"rank {rank}" if int(str(rank)) >= 0 else f"process {row['pid']}"
+    on = f" on {plain(row['node'])}" if row["node"] else ""
+    return f"GPU {row['device']} of {owner}{on}"

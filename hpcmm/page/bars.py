@@ -1,0 +1,162 @@
+"""Stacked bars: an average step, each rank's step by phase, each GPU's step."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from hpcmm.analysis.study import Study
+from hpcmm.page.palette import TRANSFER, WAIT, kinds, ordered
+from hpcmm.page.verdict import percent, plain, rank_name, seconds
+
+MAX_BARS = 64
+"""Ranks or devices that are drawn."""
+MIN_SHARE = 0.002
+"""Parts below this share of the whole are not drawn."""
+WAIT_NAME, TRANSFER_NAME = "waiting for other ranks", "communication transfer"
+
+_DEVICE_PARTS = [
+    ("computation", "forward"),
+    ("computation and communication", "backward"),
+    ("exposed communication", TRANSFER),
+    ("copies", "data"),
+    ("idle: the host launched too late", WAIT),
+    ("idle: other", "other"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a bar, in percent of the drawing's width; ``kind`` is its colour."""
+
+    name: str
+    kind: str
+    time: str
+    share: str
+    start: float
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A stacked bar with its text alternative."""
+
+    label: str
+    parts: list[Part]
+    total: str
+    told: str
+
+
+@dataclass(frozen=True, slots=True)
+class BarChart:
+    """Bars on one scale; ``legend`` is (name, kind) of all parts, ``left_out`` how many are not drawn: the ``rest``."""
+
+    bars: list[Bar]
+    legend: list[tuple[str, str]]
+    left_out: int
+    rest: str
+
+
+def step_budget(study: Study) -> Bar | None:
+    """What a step consists of, as a mean over ranks: useful work by phase, exposed waiting, exposed transfer."""
+    split = _split_by_rank(study)
+    return _bar("", list(split.mean().items()), study.steps.mean_s) if len(split) else None
+
+
+def rank_bars(study: Study) -> BarChart | None:
+    """The same for each rank."""
+    split = _split_by_rank(study)
+    if split.empty:
+        return None
+    by_wait = split.sort_values(WAIT_NAME, kind="stable")
+    # Those that wait least are those that the others wait for.
+    drawn = by_wait if len(split) <= MAX_BARS else pd.concat([by_wait.head(MAX_BARS // 2), by_wait.tail(MAX_BARS // 2)])
+    drawn = drawn.sort_index()
+    whole = float(split.sum(axis=1).max())
+    nodes = {trace.rank: trace.node for trace in study.traces}
+    bars = [
+        _bar(rank_name(int(str(rank)), nodes.get(int(str(rank)), "")), list(row.items()), whole)
+        for rank, row in drawn.iterrows()
+    ]
+    return BarChart(bars, _legend(bars), len(split) - len(drawn), "they wait neither least nor most")
+
+
+def device_bars(study: Study) -> BarChart | None:
+    """Each GPU's time in its steps (all of it where there are no steps), from table ``gpu``."""
+    table = study.tables.get("gpu")
+    if table is None or table.empty:
+        return None
+    steady = table[table["step"].isin(study.steps.numbers)]
+    table = steady if len(steady) else table
+    keys = ["rank", "node", "pid", "device"]
+    sums = table.groupby(keys, dropna=False)[_DEVICE_COLUMNS].sum()
+    count = max(table["step"].nunique(), 1)
+    sums = sums / count
+    drawn = sums.sort_values("idle_s", ascending=False, kind="stable").head(MAX_BARS).sort_index()
+    whole = float(sums["span_s"].max())
+    bars = []
+    for row in drawn.reset_index().to_dict("records"):
+        rank, pid, node = int(row["rank"]), int(row["pid"]), plain(row["node"])
+        label = f"GPU {plain(row['device'])} of {rank_name(rank) if rank >= 0 else f'process {pid}'} · {node}"
+        values = zip((name for name, _ in _DEVICE_PARTS), _device_split(row), strict=True)
+        bars.append(_bar(label, list(values), whole))
+    return BarChart(bars, _legend(bars), len(sums) - len(drawn), "they idle less")
+
+
+_DEVICE_COLUMNS = ["span_s", "compute_s", "overlap_s", "exposed_comm_s", "idle_s", "idle_host_s"]
+
+
+def _device_split(row: dict[Hashable, Any]) -> list[float]:
+    """Seconds of each of ``_DEVICE_PARTS``, which add up to the span: copies count where nothing else runs."""
+    copies = row["span_s"] - row["idle_s"] - row["compute_s"] - row["exposed_comm_s"]
+    idle = row["idle_s"] - row["idle_host_s"]
+    return [
+        max(float(value), 0.0)
+        for value in (
+            row["compute_s"] - row["overlap_s"],
+            row["overlap_s"],
+            row["exposed_comm_s"],
+            copies,
+            row["idle_host_s"],
+            idle,
+        )
+    ]
+
+
+def _split_by_rank(study: Study) -> pd.DataFrame:
+    """Seconds a step: a row a rank, a column a phase's useful work, then waiting and transfer."""
+    phases = study.tables["phases"]
+    inside = phases[phases["step"].isin(study.steps.numbers)]
+    if inside.empty:
+        return pd.DataFrame()
+    work = inside.groupby(["rank", "phase"], observed=True)["useful_s"].sum().unstack().fillna(0.0)
+    work = work[ordered(work.columns)] / len(study.steps.numbers)
+    waits = study.tables["comm_wait"].groupby("rank")[["wait_s_per_step", "transfer_s_per_step"]].sum()
+    waits = waits.reindex(work.index, fill_value=0.0).astype(float)
+    return work.assign(**{WAIT_NAME: waits["wait_s_per_step"], TRANSFER_NAME: waits["transfer_s_per_step"]})
+
+
+def _kinds(names: Sequence[str]) -> dict[str, str]:
+    phases = [name for name in names if name not in (WAIT_NAME, TRANSFER_NAME)]
+    return dict(zip(phases, kinds(phases), strict=True)) | {WAIT_NAME: WAIT, TRANSFER_NAME: TRANSFER}
+
+
+def _bar(label: str, values: Sequence[tuple[object, float]], whole: float) -> Bar:
+    named = [(str(name), float(value)) for name, value in values]
+    colours = _kinds([name for name, _ in named]) | dict(_DEVICE_PARTS)
+    parts, at = [], 0.0
+    for name, value in named:
+        width = 100 * value / whole if whole > 0 else 0.0
+        if width >= 100 * MIN_SHARE:
+            share = percent(value / whole)
+            parts.append(Part(plain(name), colours[name], seconds(value), share, round(at, 3), round(width, 3)))
+        at += width
+    total = seconds(sum(value for _, value in named))
+    return Bar(label, parts, total, ", ".join(f"{part.name} {part.time} ({part.share})" for part in parts))
+
+
+def _legend(bars: Sequence[Bar]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((part.name, part.kind) for bar in bars for part in bar.parts))
