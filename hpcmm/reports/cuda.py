@@ -1,0 +1,230 @@
+"""What a report's GPUs did: kernels, copies and sets with the call that launched each, and all push/pop ranges.
+
+nsys leaves out tables without rows and has renamed and added columns over the versions, so nothing but the times of an
+activity is taken for granted. An activity and its launching call share process and correlation id. The launches of
+activities that began before the capture, or that CUDA graphs make on their own, are not in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from hpcmm.errors import HpcmmError
+from hpcmm.reports.nccl_calls import read_nccl_calls
+from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
+
+Integers = npt.NDArray[np.int64]
+
+KERNEL, COPY, SET, GRAPH = "kernel", "copy", "set", "graph"
+TABLES = {
+    "CUPTI_ACTIVITY_KIND_KERNEL": KERNEL,
+    "CUPTI_ACTIVITY_KIND_MEMCPY": COPY,
+    "CUPTI_ACTIVITY_KIND_MEMSET": SET,
+    "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": GRAPH,
+}
+"""GRAPH_TRACE holds whole launches of CUDA graphs, where nsys was told to trace graphs as one."""
+RUNTIME = "CUPTI_ACTIVITY_KIND_RUNTIME"
+NAME_COLUMNS = ("shortName", "demangledName", "mangledName")
+PUSH_POP, IMPORTED_PUSH_POP = 59, 70
+
+PID_SHIFT, ID_MASK = 24, 0xFFFFFF
+MAX_NS = 1 << 52
+MAX_CORRELATION = 0xFFFFFFFF
+UNKNOWN = -1
+"""A number that the report does not tell: the launch of an activity, a process id."""
+MAX_RANGES = 2_000_000
+"""Push/pop ranges that are read of one report; a profile of every operator of a long run has more."""
+RANGES_PER_FETCH = 100_000
+IDS_PER_QUERY = 500
+
+ACTIVITY_COLUMNS = ["start_ns", "end_ns", "pid", "device", "stream", "kind", "name"]
+LAUNCH_COLUMNS = ["launch_ns", "launch_end_ns", "launch_tid"]
+RANGE_COLUMNS = ["start_ns", "end_ns", "pid", "tid", "domain", "name"]
+
+
+@dataclass(frozen=True, slots=True)
+class CudaEvents:
+    """GPU activities and the ranges that may have launched them; times are the report's own nanoseconds.
+
+    ``activities``, sorted by start: start_ns, end_ns, pid, device, stream, kind (category of KERNEL, COPY, SET, GRAPH),
+    name (category; of kernels only), launch_ns, launch_end_ns and launch_tid of the launching call (UNKNOWN where it
+    was not traced). ``ranges``: closed push/pop ranges of every domain: start_ns, end_ns, pid, tid, domain and name
+    (categories; the domain ``""`` is NVTX's default one).
+    """
+
+    activities: pd.DataFrame
+    ranges: pd.DataFrame
+    nccl_calls: pd.DataFrame
+    """As :func:`hpcmm.reports.nccl_calls.read_nccl_calls` gives them; mostly none."""
+
+
+def read_cuda(database: ReportDatabase, domains: Mapping[tuple[int, int], str], damage: list[str]) -> CudaEvents | None:
+    """GPU events of an export, or None where it has none. ``domains``: names of NVTX domains by (pid, domainId).
+
+    What is lost to damage is told in a sentence each, appended to ``damage``.
+    """
+    parts = [_read_activities(database, table, damage) for table in TABLES if database.has(table, "start", "end")]
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return None
+    activities = pd.concat(parts, ignore_index=True)
+    activities = _with_launches(database, activities, damage)
+    for column in ("kind", "name"):
+        activities[column] = activities[column].astype("category")
+    activities = activities.sort_values("start_ns", kind="stable", ignore_index=True)
+    return CudaEvents(
+        activities.drop(columns="correlation"), _read_ranges(database, domains, damage), read_nccl_calls(database)
+    )
+
+
+def _read_activities(database: ReportDatabase, table: str, damage: list[str]) -> pd.DataFrame:
+    kind = TABLES[table]
+    names = [column for column in NAME_COLUMNS if database.has(table, column)] if kind == KERNEL else []
+    known = [column for column in ("globalPid", "deviceId", "streamId", "correlationId") if database.has(table, column)]
+    values = _sane_columns(database, table, ["start", "end", *known, *names[:1]], damage)
+    unknown = np.full(len(values["start"]), UNKNOWN, dtype=np.int64)
+    process = values.get("globalPid", unknown)
+    return pd.DataFrame(
+        {
+            "start_ns": values["start"],
+            "end_ns": values["end"],
+            "pid": np.where(process > 0, (process >> PID_SHIFT) & ID_MASK, UNKNOWN),
+            "device": values.get("deviceId", unknown),
+            "stream": values.get("streamId", unknown),
+            "correlation": values.get("correlationId", unknown),
+            "kind": kind,
+            "name": _labels(database, values[names[0]] if names else unknown, "kernel") if kind == KERNEL else "",
+        }
+    )
+
+
+def _sane_columns(database: ReportDatabase, table: str, columns: list[str], damage: list[str]) -> dict[str, Integers]:
+    """Integer columns, start and end among them, of the rows that end after they start and lie within MAX_NS."""
+    pieces: list[list[Integers]] = []
+    try:
+        pieces.extend(database.integers(table, columns))
+    except HpcmmError as error:
+        damage.append(str(error))
+    whole = [np.concatenate(column) for column in zip(*pieces, strict=True)]
+    values = dict(zip(columns, whole or [np.empty(0, dtype=np.int64)] * len(columns), strict=True))
+    sane = (values["start"] >= 0) & (values["end"] >= values["start"]) & (values["end"] <= MAX_NS)
+    return {name: column[sane] for name, column in values.items()}
+
+
+def _labels(database: ReportDatabase, ids: Integers, unnamed: str) -> npt.NDArray[np.object_]:
+    """The shared strings behind ``ids``; an id without a string keeps its number."""
+    used, codes = np.unique(ids, return_inverse=True)
+    strings: dict[int, str] = {}
+    if database.has("StringIds", "id", "value"):
+        for first in range(0, len(used), IDS_PER_QUERY):
+            some = tuple(int(key) for key in used[first : first + IDS_PER_QUERY])
+            marks = ", ".join("?" * len(some))
+            query = f"SELECT id, substr(CAST(value AS TEXT), 1, {MAX_NAME_LENGTH}) FROM StringIds WHERE id IN ({marks})"  # noqa: S608
+            try:
+                strings |= {int(str(key)): str(value) for key, value in database.rows(query, some)}
+            except HpcmmError:
+                continue
+    labels = np.array([strings.get(int(key), f"{unnamed} {key}") for key in used], dtype=object)
+    return labels[codes] if len(used) else np.empty(0, dtype=object)
+
+
+def _with_launches(database: ReportDatabase, activities: pd.DataFrame, damage: list[str]) -> pd.DataFrame:
+    """Add LAUNCH_COLUMNS; an activity without a process gets that of the only process that calls CUDA."""
+    unknown = dict.fromkeys(LAUNCH_COLUMNS, np.full(len(activities), UNKNOWN, dtype=np.int64))
+    if not database.has(RUNTIME, "start", "end", "globalTid", "correlationId"):
+        return activities.assign(**unknown)
+    calls = _sane_columns(database, RUNTIME, ["start", "end", "globalTid", "correlationId"], damage)
+    usable = (calls["correlationId"] > 0) & (calls["correlationId"] <= MAX_CORRELATION)
+    start, end, thread, call_id = (column[usable] for column in calls.values())
+    if not len(start):
+        return activities.assign(**unknown)
+    caller = (thread >> PID_SHIFT) & ID_MASK
+    pid = activities["pid"].to_numpy(np.int64)
+    if (pid == UNKNOWN).any() and (caller == caller[0]).all():
+        pid = np.where(pid == UNKNOWN, caller[0], pid)
+    # Of a runtime call and the driver call within it, both with one id, the outer one begins first.
+    order = np.lexsort((start, call_id, caller))
+    key = (caller << 32 | call_id)[order]
+    correlation = activities["correlation"].to_numpy(np.int64)
+    valid = (pid >= 0) & (correlation > 0) & (correlation <= MAX_CORRELATION)
+    wanted = np.where(valid, pid << 32 | correlation, UNKNOWN)
+    at = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
+    found = key[at] == wanted
+    columns = (start[order][at], end[order][at], thread[order][at] & ID_MASK)
+    launches = {name: np.where(found, values, UNKNOWN) for name, values in zip(LAUNCH_COLUMNS, columns, strict=True)}
+    return activities.assign(pid=pid, **launches)
+
+
+def _read_ranges(database: ReportDatabase, domains: Mapping[tuple[int, int], str], damage: list[str]) -> pd.DataFrame:
+    """Closed push/pop ranges that began and ended on one thread, in the export's order."""
+    frames = []
+    count, after = 0, -1
+    while database.has("NVTX_EVENTS", "start", "end", "eventType", "globalTid") and count < MAX_RANGES:
+        try:
+            rows = database.rows(_ranges_query(database), (after,))
+        except HpcmmError as error:
+            damage.append(str(error))
+            break
+        if not rows:
+            break
+        *numbers, text, row_id = zip(*rows, strict=True)
+        values = np.array(numbers, dtype=np.int64)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "start_ns": values[0],
+                    "end_ns": values[1],
+                    "pid": (values[2] >> PID_SHIFT) & ID_MASK,
+                    "tid": values[2] & ID_MASK,
+                    "domain_id": values[3],
+                    "text_id": values[4],
+                    "name": pd.Series(text, dtype="object"),
+                }
+            )
+        )
+        count, after = count + len(rows), int(str(row_id[-1]))
+    if count >= MAX_RANGES:
+        damage.append(f"{database.path} has more NVTX ranges than are read: the first {count:,} are projected.")
+    ranges = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*RANGE_COLUMNS, "domain_id"])
+    return _named(database, ranges, domains)
+
+
+def _ranges_query(database: ReportDatabase) -> str:
+    def integer(name: str, otherwise: int) -> str:
+        cell = database.column("NVTX_EVENTS", name)
+        return f"CASE WHEN typeof({cell}) = 'integer' THEN {cell} ELSE {otherwise} END"
+
+    text = database.column("NVTX_EVENTS", "text")
+    return f"""
+        SELECT start, "end", globalTid, {integer("domainId", 0)}, {integer("textId", UNKNOWN)},
+               substr(CAST({text} AS TEXT), 1, {MAX_NAME_LENGTH}), rowid
+        FROM NVTX_EVENTS
+        WHERE rowid > ? AND eventType IN ({PUSH_POP}, {IMPORTED_PUSH_POP})
+        AND typeof(start) = 'integer' AND typeof("end") = 'integer' AND start BETWEEN 0 AND "end" AND "end" <= {MAX_NS}
+        AND typeof(globalTid) = 'integer' AND {integer("endGlobalTid", UNKNOWN)} IN ({UNKNOWN}, 0, globalTid)
+        ORDER BY rowid LIMIT {RANGES_PER_FETCH}
+    """  # noqa: S608
+
+
+def _named(database: ReportDatabase, ranges: pd.DataFrame, domains: Mapping[tuple[int, int], str]) -> pd.DataFrame:
+    """Names and domains as categories; a domain whose creation is not in the report keeps its number."""
+    if ranges.empty:
+        numbers = dict.fromkeys(("start_ns", "end_ns", "pid", "tid"), np.dtype(np.int64))
+        return pd.DataFrame(columns=RANGE_COLUMNS).astype({**numbers, "domain": "category", "name": "category"})
+    registered = ranges["name"].isna().to_numpy()
+    name = ranges["name"].to_numpy(object, copy=True)
+    name[registered] = _labels(database, ranges["text_id"].to_numpy(np.int64)[registered], "range")
+    pairs = ranges["pid"].to_numpy(np.int64) << 32 | (ranges["domain_id"].to_numpy(np.int64) & 0xFFFFFFFF)
+    used, codes = np.unique(pairs, return_inverse=True)
+    labels = [_domain_name(int(pair) >> 32, int(pair) & 0xFFFFFFFF, domains) for pair in used]
+    ranges = ranges.assign(name=name, domain=np.array(labels, dtype=object)[codes])
+    return ranges[RANGE_COLUMNS].astype({"name": "category", "domain": "category"})
+
+
+def _domain_name(pid: int, domain_id: int, domains: Mapping[tuple[int, int], str]) -> str:
+    return domains.get((pid, domain_id), f"domain {domain_id}" if domain_id else "")
