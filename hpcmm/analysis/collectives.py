@@ -6,21 +6,29 @@ clock, d_r = e_r - s_r:
 - estimator A, which needs no clock: transfer = min_r d_r, wait_r = d_r - transfer;
 - estimator B: wait_r = clip(max_q s_q - s_r, 0, d_r), Scalasca's "wait at NxN".
 
-Both hold only where every rank needs all others: not for rooted or point-to-point operations.
+A holds only where all ranks also leave together; B wherever every rank needs data of all others, so that an
+all-to-all, whose ranks may exchange unequal amounts, has B alone. Neither holds for rooted operations, whose ranges do
+not tell the root, nor for point-to-point ones, whose ranges do not tell the peer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.intervals import first_claims
+from hpcmm.analysis import nccl
+from hpcmm.analysis.intervals import IntervalSet, Times, first_claims
 from hpcmm.analysis.trace import RankTrace
 
 SYNCHRONISING = frozenset({"all_reduce", "all_gather", "reduce_scatter", "barrier"})
+"""No rank leaves before all have arrived, and all leave within the operation's own transfer time."""
+NEEDS_ALL = SYNCHRONISING | {"all_to_all"}
+"""No rank leaves before all have arrived."""
 POINT_TO_POINT = frozenset({"send", "recv"})
 
 KEY = ["group", "op", "sequence", "occurrence"]
@@ -37,61 +45,81 @@ def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
     if rows.empty:
         columns = ["op", "group", "sequence", "occurrence", "bytes", "start_ns", "end_ns", "closed", "step", "phase"]
         return pd.DataFrame(
-            columns=[*columns, "trace", "rank", "node", "instance", "ranks", "complete", "synchronising"]
+            columns=[*columns, "trace", "rank", "node", "instance", "ranks", "complete", "synchronising", "needs_all"]
         )
+    rows = nccl.with_basis(rows)
     rows["instance"] = rows.groupby(KEY, sort=False).ngroup()
     collective = ~rows["op"].isin(POINT_TO_POINT)
     members = rows[collective].groupby("group")["trace"].nunique()
     closed = rows["closed"].groupby(rows["instance"]).sum()
     rows["ranks"] = rows["group"].map(members).fillna(0).astype(np.int64)
     rows["complete"] = collective & (rows["instance"].map(closed) == rows["ranks"])
-    rows["synchronising"] = rows["complete"] & rows["op"].isin(SYNCHRONISING) & (rows["ranks"] > 1)
+    shared = rows["complete"] & (rows["ranks"] > 1)
+    rows["synchronising"] = shared & rows["op"].isin(SYNCHRONISING)
+    rows["needs_all"] = shared & rows["op"].isin(NEEDS_ALL)
     return rows.sort_values(["trace", "start_ns"], kind="stable", ignore_index=True)
 
 
 def estimate_waits(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
-    """Add wait_a_ns, wait_b_ns, wait_ns, transfer_ns, late_rank, lateness_ns and blamable to matched rows.
+    """Add waits, transfer and late arriver to matched rows; all times in nanoseconds.
+
+    Adds duration_ns, wait_a_ns, wait_b_ns, wait_ns, transfer_ns, blamable, late_rank, lateness_ns,
+    lateness_to_median_ns, clock_error_ns, estimators_disagree and last_start_ns.
 
     ``wait_ns`` is estimator B where the clock's error is below the instance's longest wait by A, else A, which needs no
-    clock. The late arriver is named only where the longest wait by B exceeds the clock's error. Operations that do not
-    synchronise their ranks have NaN waits.
+    clock. The late arriver is named only where the longest wait by B exceeds the clock's error. Operations in which no
+    rank needs all others have NaN waits.
     """
     duration: pd.Series[float] = (rows["end_ns"] - rows["start_ns"]).astype(np.float64)
     by_instance = rows["instance"]
-    applies = rows["synchronising"].to_numpy(bool)
+    has_a, has_b = rows["synchronising"].to_numpy(bool), rows["needs_all"].to_numpy(bool)
     last = rows.groupby("instance")["start_ns"].transform("max")
-    wait_a = duration - duration.groupby(by_instance).transform("min")
-    wait_b = (last - rows["start_ns"]).astype(np.float64).clip(upper=duration)
-    clock_tells = wait_a.groupby(by_instance).transform("max") > clock_error_ns
+    wait_a = (duration - duration.groupby(by_instance).transform("min")).where(has_a)
+    wait_b = (last - rows["start_ns"]).astype(np.float64).clip(upper=duration).where(has_b)
     longest = wait_b.groupby(by_instance).transform("max")
-    blamable = applies & clock_tells.to_numpy() & (longest.to_numpy() > clock_error_ns)
-    wait = np.where(clock_tells, wait_b, wait_a)
-    late_rank, lateness = _late_arrivers(rows)
+    clock_tells = wait_a.fillna(wait_b).groupby(by_instance).transform("max") > clock_error_ns
+    blamable = has_b & clock_tells.to_numpy() & (longest.to_numpy() > clock_error_ns)
+    wait = wait_b.where(clock_tells, wait_a)
+    late = _late_arrivers(rows)
     return rows.assign(
         duration_ns=duration,
-        wait_a_ns=wait_a.where(applies),
-        wait_b_ns=wait_b.where(applies),
-        wait_ns=np.where(applies, wait, np.nan),
-        transfer_ns=np.where(applies, duration - wait, duration),
+        wait_a_ns=wait_a,
+        wait_b_ns=wait_b,
+        wait_ns=wait,
+        transfer_ns=duration - wait.fillna(0.0),
         blamable=blamable,
-        late_rank=pd.Series(late_rank, dtype="Int64").where(pd.Series(blamable)),
-        lateness_ns=np.where(blamable, lateness, np.nan),
+        late_rank=pd.Series(late.rank, dtype="Int64", index=rows.index).where(blamable),
+        lateness_ns=np.where(blamable, late.after_second_ns, np.nan),
+        lateness_to_median_ns=np.where(blamable, late.after_median_ns, np.nan),
+        clock_error_ns=np.where(has_b, clock_error_ns, np.nan),
+        estimators_disagree=(wait_a - wait_b).abs() > clock_error_ns,
         last_start_ns=last,
     )
 
 
-def _late_arrivers(rows: pd.DataFrame) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """For each row, its instance's last arriver and how long after the second-last that came."""
+class _Late(NamedTuple):
+    """For each row, its instance's last arriver."""
+
+    rank: npt.NDArray[np.int64]
+    after_second_ns: npt.NDArray[np.float64]
+    """How long after the last but one it came; 0 where it is alone."""
+    after_median_ns: npt.NDArray[np.float64]
+    """How long after the median arrival."""
+
+
+def _late_arrivers(rows: pd.DataFrame) -> _Late:
     order = np.lexsort((rows["start_ns"].to_numpy(), rows["instance"].to_numpy()))
     instance = rows["instance"].to_numpy()[order]
-    is_last = np.append(instance[1:] != instance[:-1], True)[: len(instance)]
-    at = np.flatnonzero(is_last)
     start = rows["start_ns"].to_numpy(np.int64)[order]
-    has_second = (at > 0) & (instance[at - 1] == instance[at])
-    gap = np.where(has_second, start[at] - start[at - 1], 0).astype(np.float64)
-    rank = rows["rank"].to_numpy(np.int64)[order][at]
-    position = np.searchsorted(instance[at], rows["instance"].to_numpy())
-    return rank[position], gap[position]
+    last = np.flatnonzero(np.append(instance[1:] != instance[:-1], True)[: len(instance)])
+    first = np.append(0, last[:-1] + 1)[: len(last)]
+    second = np.maximum(last - 1, first)
+    middle, upper = (first + last) // 2, (first + last + 1) // 2
+    median = start[middle] + (start[upper] - start[middle]) / 2
+    position = np.searchsorted(instance[last], rows["instance"].to_numpy())
+    rank = rows["rank"].to_numpy(np.int64)[order][last]
+    late = start[last]
+    return _Late(rank[position], (late - start[second]).astype(np.float64)[position], (late - median)[position])
 
 
 def bus_bandwidth(rows: pd.DataFrame) -> npt.NDArray[np.float64]:
@@ -114,22 +142,45 @@ def bus_bandwidth(rows: pd.DataFrame) -> npt.NDArray[np.float64]:
 
 
 def expose(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> pd.DataFrame:
-    """Add exposed_wait_ns and exposed_transfer_ns: what of each collective kept the step thread from working.
-
-    Collectives in flight together are counted once: time belongs to the one that was enqueued first. Where OS calls
-    were traced only the time that the step thread was blocked in them counts, so communication behind computation
-    costs nothing; else all of it does, which is an upper bound. A collective without an end counts for nothing.
-    """
+    """Add exposed_wait_ns and exposed_transfer_ns: what of each collective kept the step thread from working."""
     wait = np.zeros(len(rows))
     transfer = np.zeros(len(rows))
-    for index, group in rows[rows["closed"].astype(bool)].groupby("trace", sort=False):
-        at = group.index.to_numpy()
-        begin, end = first_claims(group["start_ns"].to_numpy(np.int64), group["end_ns"].to_numpy(np.int64))
-        wait_end = group["start_ns"].to_numpy(np.int64) + group["wait_ns"].fillna(0).to_numpy().astype(np.int64)
-        split = np.clip(wait_end, begin, end)
-        blocked = traces[int(str(index))].blocked
-        if blocked is None:
-            wait[at], transfer[at] = split - begin, end - split
-        else:
-            wait[at], transfer[at] = blocked.covered_within(begin, split), blocked.covered_within(split, end)
+    for claims in claimed(rows, traces):
+        wait[claims.at] = claims.exposed(claims.begin, claims.split)
+        transfer[claims.at] = claims.exposed(claims.split, claims.end)
     return rows.assign(exposed_wait_ns=wait, exposed_transfer_ns=transfer)
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """The time of one trace's collectives, each instant given to one of them; arrays of shape (collectives,).
+
+    Collectives in flight together are counted once: time belongs to the one that was enqueued first.
+    """
+
+    trace: int
+    at: npt.NDArray[np.intp]
+    """Positions of the collectives in the rows."""
+    begin: Times
+    split: Times
+    """Waiting before, transfer after."""
+    end: Times
+    blocked: IntervalSet | None
+
+    def exposed(self, start: Times, end: Times) -> Times:
+        """What of each interval [start, end) kept the step thread from working.
+
+        Where OS calls were traced only the time that the step thread was blocked in them counts, so communication
+        behind computation costs nothing; else all of it does, which is an upper bound.
+        """
+        return end - start if self.blocked is None else self.blocked.covered_within(start, end)
+
+
+def claimed(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> Iterator[Claims]:
+    """Claims of each trace that has collectives with an end; one without an end claims nothing."""
+    for index, group in rows[rows["closed"].astype(bool)].groupby("trace", sort=True):
+        start, at = group["start_ns"].to_numpy(np.int64), group.index.to_numpy(np.intp)
+        begin, end = first_claims(start, group["end_ns"].to_numpy(np.int64))
+        wait_end = start + group["wait_ns"].fillna(0).to_numpy().astype(np.int64)
+        trace = int(str(index))
+        yield Claims(trace, at, begin, np.clip(wait_end, begin, end), end, traces[trace].blocked)

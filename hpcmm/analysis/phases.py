@@ -59,6 +59,21 @@ def flatten(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     return whole.loc[whole["end_ns"] > whole["start_ns"], SEGMENT_COLUMNS].sort_values("start_ns", ignore_index=True)
 
 
+def batch_sizes(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """Sizes of batches that phases within steps carry as their payload: step, phase, size."""
+    told = ranges[(ranges["name"] != names.STEP) & ranges["payload"].notna()]
+    start = told["start_ns"].to_numpy(np.int64)
+    index = np.searchsorted(steps["start_ns"].to_numpy(np.int64), start, side="right") - 1
+    inside = (index >= 0) & (start < np.append(steps["end_ns"].to_numpy(np.int64), -1)[index])
+    return pd.DataFrame(
+        {
+            "step": np.append(steps["step"].to_numpy(np.int64), OUTSIDE)[index[inside]],
+            "phase": told["name"].to_numpy(object)[inside],
+            "size": told["payload"].to_numpy(np.float64, na_value=np.nan)[inside],
+        }
+    )
+
+
 def _innermost(start: np.ndarray, end: np.ndarray, labels: list[str]) -> list[tuple[str, int, int]]:
     """Disjoint pieces of nested ranges, sorted by start then longest first; a child is cut to its parent's end."""
     pieces: list[tuple[str, int, int]] = []
@@ -95,3 +110,11 @@ def _gaps(segments: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
             "end_ns": free.end_ns,
         }
     )
+
+
+def locate(segments: pd.DataFrame, at_ns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Step and phase at each time: :data:`OUTSIDE` and no name where no segment is."""
+    index = np.searchsorted(segments["start_ns"].to_numpy(np.int64), at_ns, side="right") - 1
+    inside = (index >= 0) & (at_ns < np.append(segments["end_ns"].to_numpy(np.int64), 0)[index])
+    step = np.where(inside, np.append(segments["step"].to_numpy(np.int64), 0)[index], OUTSIDE)
+    return step, np.where(inside, np.append(segments["phase"].to_numpy(object), "")[index], "")

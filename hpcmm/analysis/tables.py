@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import osrt, waitpid
-from hpcmm.analysis.delay import exposed_communication
-from hpcmm.analysis.intervals import IntervalSet
+from hpcmm.analysis import nccl, osrt, waitpid
+from hpcmm.analysis.delay import UNEXPLAINED
+from hpcmm.analysis.findings import Evidence
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.phases import OUTSIDE
 from hpcmm.analysis.trace import RankTrace
 
-PHASE_COLUMNS = ["rank", "node", "step", "phase", "duration_s", "comm_s", "exposed_comm_s", "useful_s", "warmup"]
 STEP_COLUMNS = ["rank", "node", "step", "start_s", "duration_s", "warmup"]
 COLLECTIVE_COLUMNS = [
     "op",
@@ -25,20 +24,27 @@ COLLECTIVE_COLUMNS = [
     "step",
     "phase",
     "start_s",
+    "end_s",
     "duration_s",
     "wait_s",
     "transfer_s",
     "wait_a_s",
     "wait_b_s",
+    "estimators_disagree",
+    "clock_error_s",
     "exposed_wait_s",
     "exposed_transfer_s",
     "bytes",
     "bus_bytes_per_s",
     "late_rank",
     "lateness_s",
+    "lateness_to_median_s",
     "ranks",
     "complete",
+    "basis",
+    "device",
 ]
+DELAY_COLUMNS = ["rank", "node", "step", "phase", "lost_s"]
 WAITPID_COLUMNS = ["rank", "role", "function", "child", "step", "phase", "start_s", "duration_s", "verdict"]
 WINDOW_COLUMNS = ["rank", "role", "verdict", "start_s", "end_s", "calls", "union_s"]
 
@@ -49,11 +55,13 @@ def _step(numbers: pd.Series) -> pd.Series:
 
 
 def osrt_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
-    """OS runtime calls of every rank: rank, role, thread_role, function and OSRT_COLUMNS' times."""
+    """OS runtime calls of every rank: rank, role, thread_role, function and OSRT_COLUMNS' times; longest first."""
     frames = [trace.osrt.assign(rank=trace.rank) for trace in traces]
     columns = ["rank", *osrt.OSRT_COLUMNS]
     table = pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
-    return table.rename(columns={"process_role": "role"})
+    table = table.rename(columns={"process_role": "role"})
+    order = ["rank", "role", "thread_role", "total_s", "function"]
+    return table.sort_values(order, ascending=[True, True, True, False, True], ignore_index=True)
 
 
 def waitpid_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
@@ -69,7 +77,8 @@ def waitpid_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
         if len(trace.waits)
     ]
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["process_role", *WAITPID_COLUMNS])
-    return table.drop(columns="role", errors="ignore").rename(columns={"process_role": "role"})[WAITPID_COLUMNS]
+    table = table.drop(columns="role", errors="ignore").rename(columns={"process_role": "role"})
+    return table.sort_values(["rank", "start_s", "duration_s"], ignore_index=True)[WAITPID_COLUMNS]
 
 
 def waitpid_windows(traces: Sequence[RankTrace]) -> pd.DataFrame:
@@ -91,36 +100,9 @@ def waitpid_windows(traces: Sequence[RankTrace]) -> pd.DataFrame:
             )
         )
     frames = [frame for frame in frames if len(frame)]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=WINDOW_COLUMNS)
-
-
-def phases_table(traces: Sequence[RankTrace], warmup_step: int | None) -> pd.DataFrame:
-    """Time of each phase in each step of each rank (PHASE_COLUMNS); the phases of a step add up to it."""
-    frames = []
-    for trace in traces:
-        segments = trace.segments
-        if segments.empty:
-            continue
-        start, end = segments["start_ns"].to_numpy(np.int64), segments["end_ns"].to_numpy(np.int64)
-        flight = IntervalSet.union_of(trace.collectives["start_ns"], trace.collectives["end_ns"])
-        parts = pd.DataFrame(
-            {
-                "step": segments["step"].to_numpy(),
-                "phase": segments["phase"].to_numpy(),
-                "duration_s": (end - start) / NS_PER_S,
-                "comm_s": flight.covered_within(start, end) / NS_PER_S,
-                "exposed_comm_s": exposed_communication(trace).covered_within(start, end) / NS_PER_S,
-            }
-        )
-        summed = parts.groupby(["step", "phase"], as_index=False).sum()
-        frames.append(summed.assign(rank=trace.rank, node=trace.node))
     if not frames:
-        return pd.DataFrame(columns=PHASE_COLUMNS)
-    table = pd.concat(frames, ignore_index=True)
-    table["useful_s"] = table["duration_s"] - table["exposed_comm_s"]
-    table["warmup"] = table["step"] == (warmup_step if warmup_step is not None else -2)
-    table = table.sort_values(["rank", "step", "phase"], ignore_index=True)
-    return table.assign(step=_step(table["step"]))[PHASE_COLUMNS]
+        return pd.DataFrame(columns=WINDOW_COLUMNS)
+    return pd.concat(frames, ignore_index=True).sort_values(["rank", "start_s", "end_s"], ignore_index=True)
 
 
 def steps_table(traces: Sequence[RankTrace], warmup_step: int | None) -> pd.DataFrame:
@@ -139,13 +121,16 @@ def steps_table(traces: Sequence[RankTrace], warmup_step: int | None) -> pd.Data
         for trace in traces
         if len(closed := trace.steps[trace.steps["closed"]])
     ]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=STEP_COLUMNS)
+    if not frames:
+        return pd.DataFrame(columns=STEP_COLUMNS)
+    return pd.concat(frames, ignore_index=True).sort_values(["rank", "step"], ignore_index=True)
 
 
 def collectives_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Each rank's part in each collective (COLLECTIVE_COLUMNS), sorted by instance and rank."""
     seconds = {
         "start_s": "start_ns",
+        "end_s": "end_ns",
         "duration_s": "duration_ns",
         "wait_s": "wait_ns",
         "transfer_s": "transfer_ns",
@@ -154,6 +139,31 @@ def collectives_table(rows: pd.DataFrame) -> pd.DataFrame:
         "exposed_wait_s": "exposed_wait_ns",
         "exposed_transfer_s": "exposed_transfer_ns",
         "lateness_s": "lateness_ns",
+        "lateness_to_median_s": "lateness_to_median_ns",
+        "clock_error_s": "clock_error_ns",
     }
     table = rows.assign(**{name: rows[source] / NS_PER_S for name, source in seconds.items()}, step=_step(rows["step"]))
+    table = nccl.with_basis(table)
+    # A kernel without a range of hpcmm does not tell its size, unless NCCL's own range does.
+    table["bytes"] = (
+        table["bytes"].astype("Int64").where(table["basis"].isin([nccl.BY_NAME, nccl.BY_KERNEL]) | (table["bytes"] > 0))
+    )
     return table.sort_values(["instance", "rank"], ignore_index=True)[COLLECTIVE_COLUMNS]
+
+
+def delays_table(evidence: Evidence) -> pd.DataFrame:
+    """What each rank's delays cost, by step and part of its work (DELAY_COLUMNS), seconds as a mean over all ranks."""
+    step, trace, part = np.nonzero(evidence.losses)
+    names = np.array([*evidence.parts.names, UNEXPLAINED], dtype=object)
+    table = pd.DataFrame(
+        {
+            "rank": np.array([trace.rank for trace in evidence.traces], dtype=np.int64)[trace],
+            "node": np.array([trace.node for trace in evidence.traces], dtype=object)[trace],
+            "step": evidence.steps.numbers[step],
+            "phase": names[part],
+            "lost_s": evidence.losses[step, trace, part],
+        }
+    )
+    return table.sort_values(["rank", "step", "phase"], ignore_index=True)[DELAY_COLUMNS].astype(
+        {"node": "str", "phase": "str"}
+    )

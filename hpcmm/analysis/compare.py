@@ -1,0 +1,207 @@
+"""What changed from one run to another, with the noise of the steps taken into account.
+
+Each metric is a series over the steps that are not warm-up; :mod:`hpcmm.analysis.noise` tells what its mean may differ
+by. A difference must also be large enough to matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from hpcmm.analysis.delay import SUBPROCESS, Floats
+from hpcmm.analysis.efficiency import EFFICIENCIES, STEP, samples_per_step
+from hpcmm.analysis.noise import half_widths
+from hpcmm.errors import HpcmmError
+
+BETTER, WORSE, NO_DIFFERENCE, TOO_FEW = "better", "worse", "no difference seen", "too few steps"
+SECONDS, RATIO = "s per step", "ratio"
+
+COLUMNS = [
+    "kind",
+    "metric",
+    "phase",
+    "rank",
+    "node",
+    "unit",
+    "run_a",
+    "run_b",
+    "change",
+    "low",
+    "high",
+    "step_share",
+    "verdict",
+]
+_KINDS = ["step", "bottleneck", "phase", "communication", "efficiency"]
+
+MIN_CHANGE = 0.02
+"""Share of run A's step, or difference of an efficiency, below which a change is none: like runs differ by as much from
+one day to the next, which steps of one run cannot show."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunTables:
+    """What of a run is compared: tables ``steps``, ``phases``, ``efficiency``, ``delays`` and ``bottlenecks``."""
+
+    name: str
+    tables: Mapping[str, pd.DataFrame]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Table of COLUMNS, and how the runs themselves differ, one sentence each."""
+
+    name_a: str
+    name_b: str
+    table: pd.DataFrame
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What is compared: a row of the table."""
+
+    kind: str
+    name: str
+    phase: str = ""
+    rank: int | None = None
+    node: str = ""
+    unit: str = SECONDS
+
+
+def compare(run_a: RunTables, run_b: RunTables) -> Comparison:
+    """Compare ``run_b`` with the older ``run_a``: steps, phases, communication, POP efficiencies, bottlenecks.
+
+    Raises HpcmmError where a run has no steps besides warm-up.
+    """
+    for run in (run_a, run_b):
+        if not len(_steady(run)):
+            raise HpcmmError(f"{run.name} has no steps to compare: only annotated steps after the first count.")
+    bottlenecks = _bottlenecks(run_a) | _bottlenecks(run_b)
+    series_a, series_b = _series(run_a, bottlenecks), _series(run_b, bottlenecks)
+    metrics = sorted({**series_a, **series_b}, key=lambda metric: _KINDS.index(metric.kind))
+    values_a, values_b = (
+        np.column_stack([series.get(metric, np.zeros(len(_steady(run)))) for metric in metrics])
+        for run, series in ((run_a, series_a), (run_b, series_b))
+    )
+    table = _table(metrics, values_a, values_b)
+    return Comparison(run_a.name, run_b.name, table, tuple(_notes(run_a, run_b)))
+
+
+def _table(metrics: Sequence[Metric], values_a: Floats, values_b: Floats) -> pd.DataFrame:
+    mean_a, mean_b = values_a.mean(axis=0), values_b.mean(axis=0)
+    change, half = mean_b - mean_a, half_widths(values_a, values_b)
+    step_s = mean_a[0]
+    is_time = np.array([metric.unit == SECONDS for metric in metrics])
+    matters = np.abs(change) >= np.where(is_time, MIN_CHANGE * step_s, MIN_CHANGE)
+    improved = (change < 0) == is_time
+    verdict = np.select(
+        [np.isnan(half), ~matters | (np.abs(change) <= half), improved], [TOO_FEW, NO_DIFFERENCE, BETTER], WORSE
+    )
+    table = pd.DataFrame(
+        {
+            "kind": [metric.kind for metric in metrics],
+            "metric": [metric.name for metric in metrics],
+            "phase": [metric.phase for metric in metrics],
+            "rank": pd.array([metric.rank for metric in metrics], dtype="Int64"),
+            "node": [metric.node for metric in metrics],
+            "unit": [metric.unit for metric in metrics],
+            "run_a": mean_a,
+            "run_b": mean_b,
+            "change": change,
+            "low": change - half,
+            "high": change + half,
+            "step_share": np.where(is_time, change / step_s, np.nan),
+            "verdict": verdict,
+        }
+    )
+    return table.astype(dict.fromkeys(("kind", "metric", "phase", "node", "unit", "verdict"), "str"))[COLUMNS]
+
+
+def _steady(run: RunTables) -> npt.NDArray[np.int64]:
+    table = run.tables["efficiency"]
+    return np.sort(table.loc[table["scope"] == STEP, "step"].to_numpy(np.int64))
+
+
+def _series(run: RunTables, bottlenecks: Iterable[Metric]) -> dict[Metric, Floats]:
+    """Value of each metric in each steady step; a mean over ranks where it is a time."""
+    numbers = _steady(run)
+    steps, phases = run.tables["steps"], run.tables["phases"]
+    ranks = steps["rank"].nunique()
+
+    def by_step(rows: pd.DataFrame, column: str, over: int = ranks) -> Floats:
+        summed = rows.groupby("step")[column].sum()
+        series: Floats = summed.reindex(numbers, fill_value=0.0).to_numpy(np.float64) / max(over, 1)
+        return series
+
+    inside = phases[phases["step"].isin(numbers)]
+    found = {Metric("step", "step time"): by_step(steps, "duration_s")}
+    for phase, rows in inside[inside["within"].fillna("") == ""].groupby("phase", sort=True):
+        found[Metric("phase", "useful time", phase=str(phase))] = by_step(rows, "useful_s")
+    found[Metric("communication", "waiting")] = by_step(inside, "wait_s")
+    found[Metric("communication", "transfer")] = by_step(inside, "transfer_s")
+    efficiency = run.tables["efficiency"]
+    efficiency = efficiency[efficiency["scope"] == STEP].set_index("step").reindex(numbers)
+    for name in EFFICIENCIES:
+        values = efficiency[name].to_numpy(np.float64)
+        if np.isfinite(values).all():  # the ratio of nothing to nothing is none
+            found[Metric("efficiency", name.replace("_", " "), unit=RATIO)] = values
+    delays = run.tables["delays"]
+    for metric in bottlenecks:
+        if metric.rank is not None or metric.node:
+            own = delays["rank"] == metric.rank if metric.rank is not None else delays["node"] == metric.node
+            parts = [metric.phase, SUBPROCESS + metric.phase] if metric.phase else delays["phase"].unique()
+            found[metric] = by_step(delays[own & delays["phase"].isin(parts)], "lost_s", 1)
+    return found
+
+
+def _bottlenecks(run: RunTables) -> dict[Metric, None]:
+    """The bottlenecks that name a rank or a node; the others are the phases and the communication themselves."""
+    rows = run.tables["bottlenecks"]
+    return {
+        Metric(
+            "bottleneck",
+            str(row["cause"]),
+            phase=_text(row["phase"]),
+            rank=int(row["rank"]) if pd.notna(row["rank"]) else None,
+            node=_text(row["node"]),
+        ): None
+        for row in rows.to_dict("records")
+        if pd.notna(row["rank"]) or _text(row["node"])
+    }
+
+
+def _text(value: object) -> str:
+    """Text of a cell: an empty one comes back from a file as nothing."""
+    return value if isinstance(value, str) else ""
+
+
+def _notes(run_a: RunTables, run_b: RunTables) -> Iterator[str]:
+    """How the runs themselves differ: ranks, nodes, samples a step, configuration."""
+    for what, column in (("ranks", "rank"), ("nodes", "node")):
+        counts = [run.tables["steps"][column].nunique() for run in (run_a, run_b)]
+        if counts[0] != counts[1]:
+            yield f"{what}: {counts[0]} in A, {counts[1]} in B; times are means over the ranks of each"
+    samples = [samples_per_step(run.config) for run in (run_a, run_b)]
+    if samples[0] != samples[1] and all(samples):
+        yield f"a step trains on {samples[0]} samples in A and on {samples[1]} in B; step times are not per sample"
+    flat_a, flat_b = dict(_flat(run_a.config)), dict(_flat(run_b.config))
+    if flat_a and flat_b:
+        for key in sorted(flat_a.keys() | flat_b.keys()):
+            values = [flat.get(key, "(not set)") for flat in (flat_a, flat_b)]
+            if values[0] != values[1]:
+                yield f"{key}: {values[0]} in A, {values[1]} in B"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)

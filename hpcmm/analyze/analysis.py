@@ -1,0 +1,194 @@
+"""The analysis as Python sees it: a study of reports, and one method a table."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hpcmm.analysis.efficiency import Reference
+from hpcmm.analysis.study import Study, study
+from hpcmm.errors import HpcmmError
+from hpcmm.page.write import write_outputs
+from hpcmm.reports.find import Found, find_reports
+from hpcmm.reports.load import Progress
+from hpcmm.reports.run_record import RunRecord, read_run_record
+
+ALL_READ, NOTHING_USABLE, PARTIAL = 0, 1, 2
+
+Paths = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What ``analyze`` found. Each method returns a table, made when it is first asked for, as a frame of your own.
+
+    Times end in ``_s`` (seconds), sizes are bytes; ``step`` is missing where something lies outside any step. A
+    negative rank is a process whose report does not tell its rank. ``docs/tables.md`` explains every column.
+    """
+
+    study: Study
+    record: RunRecord
+    """What the run directory says of itself; empty without one."""
+    out: Path
+    """Where :meth:`write` writes: the folder given, else the run's ``analysis``, else ``./analysis``."""
+
+    @property
+    def name(self) -> str:
+        """The run's name; empty where reports came without a run directory."""
+        return self.study.name
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The run's frozen configuration; empty where it is not known."""
+        return self.record.config
+
+    @property
+    def complete(self) -> bool:
+        """Whether every report was read and every rank that should have one has."""
+        return self.study.complete
+
+    @property
+    def exit_status(self) -> int:
+        """Of the command: 0 when complete, else 2."""
+        return ALL_READ if self.complete else PARTIAL
+
+    @property
+    def tables(self) -> Mapping[str, pd.DataFrame]:
+        """All tables by name, those of the methods below."""
+        return self.study.tables
+
+    def write(self, folder: str | Path | None = None) -> Path:
+        """Write all tables (CSV, Parquet), summary.md, report.html and trace.json.gz; returns the folder.
+
+        Raises HpcmmError with nothing changed there when the folder cannot be written.
+        """
+        target = self.out if folder is None else Path(folder)
+        write_outputs(self.study, target)
+        return target
+
+    def _table(self, name: str) -> pd.DataFrame:
+        return self.study.tables[name].copy(deep=False)
+
+    def bottlenecks(self) -> pd.DataFrame:
+        """What a step loses, ranked: cause, lost_s_per_step, step_share, rank, node, phase, evidence, suggestion."""
+        return self._table("bottlenecks")
+
+    def coverage(self) -> pd.DataFrame:
+        """Every expected rank and every report: rank, node, status, steps, events, span_s, reason, report."""
+        return self._table("coverage")
+
+    def steps(self) -> pd.DataFrame:
+        """Each step of each rank: start_s, duration_s, warmup."""
+        return self._table("steps")
+
+    def phases(self) -> pd.DataFrame:
+        """Rank x step x phase, communication apart (``within`` its phase): duration_s, useful_s, wait_s, transfer_s."""
+        return self._table("phases")
+
+    def phases_summary(self) -> pd.DataFrame:
+        """Rank x phase without warm-up: mean_s, p50_s, p95_s, max_s, variation; warmup_s apart."""
+        return self._table("phases_summary")
+
+    def efficiency(self) -> pd.DataFrame:
+        """The POP efficiencies (0 to 1) of the run, each step and each phase, in column ``scope``."""
+        return self._table("efficiency")
+
+    def collectives(self) -> pd.DataFrame:
+        """Each rank's part in each collective: start_s, end_s, wait_s, transfer_s, bus_bytes_per_s, late_rank."""
+        return self._table("collectives")
+
+    def comm_wait(self) -> pd.DataFrame:
+        """Rank x phase, seconds a step: waiting, transfer, what was overlapped, who was waited for and in what."""
+        return self._table("comm_wait")
+
+    def delays(self) -> pd.DataFrame:
+        """What each rank's delays cost all ranks, by step and part of its work: lost_s."""
+        return self._table("delays")
+
+    def osrt(self) -> pd.DataFrame:
+        """Calls into the OS by rank, thread role, function: calls, total_s, union_s, in_step_s, p50_s, p95_s."""
+        return self._table("osrt")
+
+    def waitpid(self) -> pd.DataFrame:
+        """Every wait for a child process: rank, role, child, step, phase, start_s, duration_s, verdict."""
+        return self._table("waitpid")
+
+    def waitpid_windows(self) -> pd.DataFrame:
+        """Waits for child processes coalesced: rank, role, verdict, start_s, end_s, calls, union_s."""
+        return self._table("waitpid_windows")
+
+    def clock(self) -> pd.DataFrame:
+        """Each node's clock against the first node's: offset_s, drift_ppm, residual_s, error_s, collectives."""
+        return self._table("clock")
+
+    def environment(self) -> pd.DataFrame:
+        """Environment variables of every rank, with every value redacted that is not on the allow-list."""
+        return self._table("environment")
+
+    def gpu(self) -> pd.DataFrame:
+        """Device x step where CUDA was traced: compute_s, comm_s, overlap_s, exposed_comm_s, idle_s and its cause."""
+        return self._table("gpu")
+
+    def projection(self) -> pd.DataFrame:
+        """NVTX ranges projected on the GPU where CUDA was traced: calls, host_s, gpu_envelope_s, gpu_union_s."""
+        return self._table("projection")
+
+    def wait_matrix(self) -> pd.DataFrame:
+        """Who (row: rank) waited for whom (column: rank), seconds a step."""
+        ranks = [trace.rank for trace in self.study.traces]
+        return pd.DataFrame(
+            self.study.wait_matrix.copy(),
+            index=pd.Index(ranks, name="rank"),
+            columns=pd.Index(ranks, name="waited_for_rank"),
+        )
+
+
+def analyze(
+    paths: Paths,
+    out: str | Path | None = None,
+    *,
+    reference: Reference | None = None,
+    keep_cache: bool = False,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Analyse the reports under ``paths``: a run directory, a folder of reports, report files, or several of these.
+
+    Nothing is written unless ``out`` names a folder (or :meth:`Analysis.write` is called). ``reference`` is what
+    :func:`hpcmm.analyze.runs.read_reference` gives. With ``keep_cache`` the SQLite exports stay in ``out/cache``.
+
+    Raises HpcmmError when nothing there is usable.
+    """
+    found = find_reports(as_paths(paths))
+    if not found.sources and found.run_dir is None:
+        told = ", ".join(map(str, as_paths(paths)))
+        raise HpcmmError(f"no nsys reports in {told}: give a run directory or report files.")
+    record = read_run_record(found.run_dir)
+    with tempfile.TemporaryDirectory(prefix="hpcmm-") as scratch:
+        result = study(
+            found.sources,
+            record,
+            # Exports hold the environment of the processes, and the temporary folder is closed to other users.
+            Path(scratch) if out is None else Path(out) / "cache",
+            progress or (lambda _what, _done, _of: None),
+            keep_cache=keep_cache and out is not None,
+            reference=reference,
+        )
+    analysis = Analysis(result, record, Path(out) if out is not None else default_folder(found))
+    if out is not None:
+        analysis.write()
+    return analysis
+
+
+def default_folder(found: Found) -> Path:
+    """Where the command writes when it is not told: ``analysis`` of the run directory, else of the current folder."""
+    return found.run_dir.analysis if found.run_dir is not None else Path("analysis")
+
+
+def as_paths(paths: Paths) -> list[Path]:
+    """One path or several as a list."""
+    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]

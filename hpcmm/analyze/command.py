@@ -1,0 +1,116 @@
+"""The command line: ``python -m hpcmm.analyze PATH...`` and ``python -m hpcmm.analyze compare RUN_A RUN_B``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpcmm.analyze.analysis import ALL_READ, NOTHING_USABLE, analyze, default_folder
+from hpcmm.analyze.runs import compare, read_reference
+from hpcmm.errors import HpcmmError
+from hpcmm.page.comparison import print_comparison, write_comparison
+from hpcmm.page.terminal import print_study, progress_bar
+from hpcmm.reports.find import find_reports
+
+DESCRIPTION = """\
+Read the Nsight Systems reports of a run and say how many seconds a step loses, to what, and because of which rank.
+
+PATH is a run directory of hpcmm, a folder of reports, or any number of report files: .nsys-rep, .qdstrm (what a
+killed capture leaves) or .sqlite exports, made by hpcmm or not. Inputs are only read.
+
+Into RUN_DIR/analysis, or ./analysis, or DIR go
+  report.html            the verdicts, a timeline of all ranks, and charts: open it in a browser
+  summary.md             the verdicts and the small tables
+  trace.json.gz          all ranks on one clock, for ui.perfetto.dev or chrome://tracing
+  *.csv and *.parquet    bottlenecks, coverage, phases, collectives, efficiency and the other tables
+"""
+EPILOG = """\
+examples:
+  python -m hpcmm.analyze runs/latest
+  python -m hpcmm.analyze nsys/*.nsys-rep --out /tmp/analysis
+  python -m hpcmm.analyze runs/on_8_nodes --reference runs/on_1_node
+  python -m hpcmm.analyze compare runs/before runs/after
+
+exit status: 0 every report was read; 2 some were missing or damaged, the rest was analysed; 1 nothing was usable.
+docs/tables.md explains every column, docs/bottlenecks.md every verdict.
+"""
+COMPARE_DESCRIPTION = """\
+Say what got better or worse from RUN_A, the older, to RUN_B: step time, each blamed rank or node, each phase, waiting,
+transfer, and the POP efficiencies. A change counts only where it is beyond the noise of both runs' steps, with the
+number of comparisons taken into account, and at least 2% of a step. Keys of the configuration that differ are named.
+
+A RUN is a run directory, a folder of reports, a report file, or the folder that an earlier analysis wrote.
+The table goes to DIR as compare.csv and compare.parquet; without --out, to the folder of RUN_B's analysis.
+"""
+COMPARE_EPILOG = """\
+exit status: 0 compared, whatever the verdicts; 1 a run could not be read or has no steps.
+A folder that is itself called "compare" is analysed as ./compare.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _compare(given[1:]) if given[:1] == ["compare"] else _analyze(given)
+    except (HpcmmError, OSError) as error:
+        print(f"hpcmm.analyze: {error}", file=sys.stderr)
+        return NOTHING_USABLE
+
+
+def _analyze(arguments: Sequence[str]) -> int:
+    parser = _parser("python -m hpcmm.analyze", DESCRIPTION, EPILOG)
+    parser.usage = (
+        "python -m hpcmm.analyze [--out DIR] [--reference RUN] [--keep-cache] PATH [PATH ...]\n"
+        "       python -m hpcmm.analyze compare RUN_A RUN_B [--out DIR]"
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="run directory or nsys reports")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for tables and page")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="RUN",
+        help="a smaller run, to which computation scaling and global efficiency are stated (run directory, reports, or "
+        "the folder of its analysis)",
+    )
+    parser.add_argument(
+        "--keep-cache",
+        action="store_true",
+        help="keep the SQLite exports in DIR/cache: faster next time, but they hold the ranks' whole environment",
+    )
+    options = parser.parse_args(arguments)
+    folder = options.out or default_folder(find_reports(options.paths))
+    with progress_bar() as progress:
+        reference = read_reference(options.reference, progress=progress) if options.reference is not None else None
+        analysis = analyze(options.paths, folder, reference=reference, keep_cache=options.keep_cache, progress=progress)
+    print_study(analysis.study, analysis.out)
+    return analysis.exit_status
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    parser = _parser("python -m hpcmm.analyze compare", COMPARE_DESCRIPTION, COMPARE_EPILOG)
+    parser.add_argument("run_a", type=Path, metavar="RUN_A", help="the older run")
+    parser.add_argument("run_b", type=Path, metavar="RUN_B", help="the newer run")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.csv and compare.parquet")
+    options = parser.parse_args(arguments)
+    with progress_bar() as progress:
+        comparison = compare(options.run_a, options.run_b, progress=progress)
+    folder = options.out or _folder_of(options.run_b)
+    write_comparison(comparison, folder)
+    print_comparison(comparison, folder)
+    return ALL_READ
+
+
+def _folder_of(run: Path) -> Path:
+    """Where the analysis of ``run`` lies or would lie."""
+    if run.is_dir() and (run / "efficiency.csv").is_file():
+        return run
+    return default_folder(find_reports([run]))
+
+
+def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
