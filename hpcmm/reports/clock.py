@@ -7,7 +7,7 @@ its own transfer time, so the ends of many give offset and drift of one clock ag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +24,13 @@ EPOCH_OUTLIER_NS = 1_000_000
 """A report whose UTC stamp is off by more than this against its own host is corrected."""
 MAX_DRIFT = 500e-6
 """Quartz oscillators stay within 100 ppm; a steeper fit is noise of a short run."""
+MIN_INSTANCES = 3
+OSCILLATOR_DRIFT = 100e-6
+"""A drift that oscillators may have, and that a short run need not show."""
 MAX_INSTANCES = 4000
-"""Collectives used in a fit; more would not make it better."""
+"""Collectives used in a fit through ends; more would not make it better."""
+MIDDLE_TIMES = 1.5
+"""The middle of what causality allows is taken where it is so many times more certain than the fit through the ends."""
 MAD_TO_SIGMA = 1.4826
 
 CLOCK_COLUMNS = ["node", "reports", "offset_s", "drift_ppm", "residual_s", "error_s", "collectives", "corrected"]
@@ -111,8 +116,8 @@ class Arrivals:
     start: Floats
     end: Floats
 
-    def best(self) -> Arrivals:
-        """The shortest ones of each stretch of the run: their ends are the most nearly simultaneous."""
+    def best(self) -> npt.NDArray[np.intp]:
+        """Rows of the shortest ones of each stretch of the run: their ends are the most nearly simultaneous."""
         shortest = np.nanmin(self.end - self.start, axis=1)
         order = np.argsort(np.nanmax(self.end, axis=1), kind="stable")
         keep: list[npt.NDArray[np.intp]] = []
@@ -120,8 +125,7 @@ class Arrivals:
             limit = np.quantile(shortest[stretch], 0.5) if len(stretch) else 0.0
             keep.append(stretch[shortest[stretch] <= limit])
         chosen = np.concatenate(keep) if keep else order
-        chosen = chosen[:: max(1, len(chosen) // MAX_INSTANCES)]
-        return Arrivals(self.start[chosen], self.end[chosen])
+        return chosen[:: max(1, len(chosen) // MAX_INSTANCES)]
 
 
 def common_clock(epochs_ns: list[int | None], nodes: list[str], origin_ns: int, arrivals: Arrivals) -> CommonClock:
@@ -135,16 +139,13 @@ def common_clock(epochs_ns: list[int | None], nodes: list[str], origin_ns: int, 
         node if epoch is not None else f"{node} (report {index})"
         for index, (node, epoch) in enumerate(zip(nodes, epochs_ns, strict=True))
     ]
-    best = arrivals.best() if len(arrivals.end) else arrivals
+    best = arrivals.best() if len(arrivals.end) else np.empty(0, dtype=np.intp)
     corrections = np.zeros(len(nodes))
-    end = best.end.copy()
     names = list(dict.fromkeys(nodes))
     columns = {name: np.array([i for i, node in enumerate(nodes) if node == name]) for name in names}
     for members in columns.values():
-        shift = _epoch_outliers(end[:, members])
-        corrections[members] = shift
-        end[:, members] -= shift
-    fits = _align_nodes(Arrivals(best.start - corrections, end), columns)
+        corrections[members] = _epoch_outliers(arrivals.end[np.ix_(best, members)])
+    fits = _align_nodes(Arrivals(arrivals.start - corrections, arrivals.end - corrections), best, columns)
     for name, members in columns.items():
         fit = fits[name]
         for index in members:
@@ -192,37 +193,58 @@ def _epoch_outliers(end: Floats) -> Floats:
     return shift
 
 
-def _align_nodes(arrivals: Arrivals, columns: dict[str, npt.NDArray[np.intp]]) -> dict[str, NodeFit]:
+def _align_nodes(
+    arrivals: Arrivals, best: npt.NDArray[np.intp], columns: dict[str, npt.NDArray[np.intp]]
+) -> dict[str, NodeFit]:
     """Fit every node against those already aligned, beginning with the first; nodes may share groups only in chains."""
     names = list(columns)
     start, end = arrivals.start.copy(), arrivals.end.copy()
+    tightest = np.zeros(len(end), dtype=bool)
+    tightest[best] = True
     fits: dict[str, NodeFit] = {names[0]: NodeFit(0.0, 0.0, 0.0, SAME_HOST_ERROR_NS, 0, False)} if names else {}
     waiting = names[1:]
     while waiting:
-        aligned = np.concatenate([columns[name] for name in fits])
-        known = np.isfinite(end[:, aligned]).any(axis=1)
-        shared = {name: known & np.isfinite(end[:, columns[name]]).any(axis=1) for name in waiting}
-        name = max(waiting, key=lambda candidate: int(shared[candidate].sum()))
+        present = {name: np.isfinite(end[:, columns[name]]).any(axis=1) for name in names}
+        known = np.any([present[name] for name in fits], axis=0)
+        name = max(waiting, key=lambda candidate: int((known & present[candidate]).sum()))
         waiting.remove(name)
-        own, use = columns[name], shared[name]
+        # Straight to the first node where it can be, for an error passes on from node to node.
+        direct = present[name] & present[names[0]]
+        through = [other for other in fits if other == names[0] or not direct.sum() >= MIN_INSTANCES]
+        aligned = np.concatenate([columns[other] for other in through])
+        own, use = columns[name], present[name] & np.any([present[other] for other in through], axis=0)
         fit = _fit_node(
             Arrivals(start[np.ix_(use, own)], end[np.ix_(use, own)]),
             Arrivals(start[np.ix_(use, aligned)], end[np.ix_(use, aligned)]),
+            tightest[use],
         )
+        met = [fits[other].error_ns for other in through if (present[other] & present[name]).any()]
+        if direct.sum() < MIN_INSTANCES and met:
+            fit = replace(fit, error_ns=fit.error_ns + min(met))
         fits[name] = fit
         start[:, own] -= fit.offset_ns + fit.drift * start[:, own]
         end[:, own] -= fit.offset_ns + fit.drift * end[:, own]
     return fits
 
 
-def _fit_node(own: Arrivals, reference: Arrivals) -> NodeFit:
-    """Offset and drift of a node from the collectives it shares with nodes already aligned (same rows)."""
-    if len(own.end) < 3:
+def _fit_node(own: Arrivals, reference: Arrivals, tightest: npt.NDArray[np.bool_]) -> NodeFit:
+    """Offset and drift of a node from the collectives it shares with nodes already aligned (same rows).
+
+    Of two lines, the robust fit through the ends of the ``tightest`` and the middle of what causality allows, the one
+    that causality bounds more closely is taken. No line fits a clock that was slewed meanwhile: the error says it.
+    """
+    if len(own.end) < MIN_INSTANCES:
         return NodeFit(0.0, 0.0, float("nan"), UNSYNCHRONISED_ERROR_NS, len(own.end), False)
     at, delta = _row_median(own.end), _row_median(own.end) - _row_median(reference.end)
-    line = robust_line(at, delta)
-    fitted = _bound(own, reference, line.offset + line.slope * at) + 2 * line.standard_error
-    as_is = _bound(own, reference, np.zeros(len(at)))
+    corridor = Corridor.between(at, own, reference)
+    chosen = tightest if tightest.sum() >= MIN_INSTANCES else np.ones(len(at), dtype=bool)
+    line = robust_line(at[chosen], delta[chosen])
+    middle = corridor.middle()
+    fitted = corridor.error(line.offset, line.slope) + 2 * line.standard_error
+    if fitted > MIDDLE_TIMES * corridor.error(*middle):
+        line = line._replace(offset=middle[0], slope=middle[1])
+        fitted = corridor.error(*middle)
+    as_is = corridor.error(0.0, 0.0)
     size = float(np.max(np.abs(line.offset + line.slope * at)))
     # A correction that is within its own error is left alone: the stamps are as good.
     if size <= fitted and as_is <= 2 * fitted:
@@ -230,14 +252,68 @@ def _fit_node(own: Arrivals, reference: Arrivals) -> NodeFit:
     return NodeFit(line.offset, line.slope, line.sigma, max(SAME_HOST_ERROR_NS, fitted), len(at), True)
 
 
-def _bound(own: Arrivals, reference: Arrivals, correction: Floats) -> float:
-    """How wrong the node's clock can still be after ``correction``, by causality: no rank leaves before all are there.
+@dataclass(frozen=True, slots=True)
+class Corridor:
+    """What causality allows: no rank leaves a synchronising collective before all have arrived.
 
-    The remaining offset lies within [max(start_own - end_ref), min(end_own - start_ref)], over all instances.
+    A node's clock against the reference's, at time ``at_ns`` of each instance, lies between ``low_ns`` (its last
+    arrival minus the reference's first end) and ``high_ns`` (its first end minus the reference's last arrival).
     """
-    low = np.nanmax(own.start, axis=1) - correction - np.nanmin(reference.end, axis=1)
-    high = np.nanmin(own.end, axis=1) - correction - np.nanmax(reference.start, axis=1)
-    return max(abs(float(low.max())), abs(float(high.min())))
+
+    at_ns: Floats
+    low_ns: Floats
+    high_ns: Floats
+
+    @classmethod
+    def between(cls, at: Floats, own: Arrivals, reference: Arrivals) -> Corridor:
+        low = np.nanmax(own.start, axis=1) - np.nanmin(reference.end, axis=1)
+        high = np.nanmin(own.end, axis=1) - np.nanmax(reference.start, axis=1)
+        return cls(at, low, high)
+
+    def error(self, offset: float, slope: float) -> float:
+        """How wrong a node's clock can still be when ``offset + slope * at`` has been subtracted.
+
+        That is how far the line is from any other line that causality allows with the drift of an oscillator, at
+        either end of the run. Where the line leaves the corridor it is wrong by as much at least.
+        """
+        line = offset + slope * self.at_ns
+        outside = max(abs(float((self.low_ns - line).max())), abs(float((self.high_ns - line).min())))
+        slopes = np.append(np.linspace(-OSCILLATOR_DRIFT, OSCILLATOR_DRIFT, 41), slope)
+        low = (self.low_ns - slopes[:, None] * self.at_ns).max(axis=1)
+        high = (self.high_ns - slopes[:, None] * self.at_ns).min(axis=1)
+        allowed = low <= high
+        if not allowed.any():
+            return outside
+        ends = np.array([self.at_ns.min(), self.at_ns.max()])
+        above = (high[allowed, None] + slopes[allowed, None] * ends).max(axis=0) - (offset + slope * ends)
+        below = (offset + slope * ends) - (low[allowed, None] + slopes[allowed, None] * ends).min(axis=0)
+        return max(outside, float(above.max()), float(below.max()))
+
+    def middle(self) -> tuple[float, float]:
+        """Offset and slope of the line with the most room on both sides; level where that leaves half as much."""
+        slope = self._roomiest()
+        if self._room(0.0) > 0 and 2 * self._room(0.0) >= self._room(slope):
+            slope = 0.0
+        low, high = self._bounds(slope)
+        return (low + high) / 2, slope
+
+    def _roomiest(self) -> float:
+        """The slope with the most room, which is a concave function of it (ternary search)."""
+        low, high = -OSCILLATOR_DRIFT, OSCILLATOR_DRIFT
+        for _ in range(60):
+            third = (high - low) / 3
+            if self._room(low + third) < self._room(high - third):
+                low += third
+            else:
+                high -= third
+        return (low + high) / 2
+
+    def _bounds(self, slope: float) -> tuple[float, float]:
+        return float((self.low_ns - slope * self.at_ns).max()), float((self.high_ns - slope * self.at_ns).min())
+
+    def _room(self, slope: float) -> float:
+        low, high = self._bounds(slope)
+        return (high - low) / 2
 
 
 def _row_median(values: Floats) -> Floats:

@@ -6,10 +6,11 @@ Inputs are never written to, nor anything beside them.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -25,6 +26,8 @@ class Converter:
 
     cache: Path
     nsys: Path | None
+    owner: int = field(default_factory=os.getpid)
+    """Whose unfinished exports :meth:`clear` removes."""
 
     @classmethod
     def locate(cls, cache: Path) -> Converter:
@@ -51,13 +54,29 @@ class Converter:
             raise HpcmmError(f"{path} has no bytes: the capture was cut off before anything was written.")
         if path.suffix == ".sqlite":
             return path
-        target = self.cache / f"{path.stem}-{_cache_key(path)}.sqlite"
+        target = self._target(path)
         if not target.exists():
             self._prepare_cache()
-            with tempfile.TemporaryDirectory(dir=self.cache, prefix="export-") as scratch:
+            with tempfile.TemporaryDirectory(dir=self.cache, prefix=f"export-{self.owner}-") as scratch:
                 report = self._import(path, Path(scratch)) if path.suffix == ".qdstrm" else path
                 self._export(report, Path(scratch), target)
         return target
+
+    def discard(self, source: ReportSource) -> None:
+        """Remove what was exported of ``source``; never the user's own files."""
+        for candidate in source.candidates:
+            if candidate.suffix != ".sqlite" and candidate.exists():
+                self._target(candidate).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what workers that died have left, and the cache where nothing is in it any more."""
+        for left in self.cache.glob(f"export-{self.owner}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if self.cache.is_dir() and not any(self.cache.iterdir()):
+            self.cache.rmdir()
+
+    def _target(self, path: Path) -> Path:
+        return self.cache / f"{path.stem}-{_cache_key(path)}.sqlite"
 
     def _prepare_cache(self) -> None:
         self.cache.mkdir(parents=True, exist_ok=True)

@@ -14,15 +14,20 @@ import pandas as pd
 
 from hpcmm.annotate import names
 from hpcmm.errors import HpcmmError
+from hpcmm.reports.cuda import CudaEvents, read_cuda
 from hpcmm.reports.identity import Identity, read_identity
 from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
 
-PUSH_POP, START_END = 59, 60
+MARK, PUSH_POP, START_END = 34, 59, 60
 DOMAIN_CREATE = 75
 OSRT_CALL = 27
 """``eventClass`` of a call; other classes mark the start and end of the tracing itself."""
 PID_SHIFT, ID_MASK = 24, 0xFFFFFF
 """globalTid = ... pid (24 bits) tid (24 bits)."""
+LOADER_NAME = "pt_data_worker"
+"""What PyTorch calls the processes of its data loader."""
+IDS_PER_QUERY = 500
+"""Parameters of one query; SQLite has a limit."""
 MAX_NS = 1 << 52
 """Times beyond this are damage: 36 years in nanoseconds."""
 
@@ -53,6 +58,12 @@ class Report:
     traced: frozenset[str]
     """Of ``nvtx``, ``osrt``, ``cuda``: what left events."""
     damage: tuple[str, ...] = field(default=())
+    requested: frozenset[str] = frozenset()
+    """Of ``nvtx`` and ``cuda``: what nsys was asked to trace; empty where the report does not say."""
+    cuda: CudaEvents | None = None
+    ranks: dict[int, int] = field(default_factory=dict)
+    """Ranks by pid, of the processes that told theirs in a mark."""
+    """What its GPUs did; None where no GPU activity was traced."""
 
 
 def read_report(path: Path, source: Path) -> Report:
@@ -65,7 +76,8 @@ def read_report(path: Path, source: Path) -> Report:
         domains = _domains(database)
         osrt = _read_osrt(database, damage)
         nvtx = _read_nvtx(database, domains, damage)
-        span = _spans(database)
+        cuda = read_cuda(database, domains, damage)
+        span = _spans(database, osrt)
         first, last = _overall(span)
         nvtx["end_ns"] = nvtx["end_ns"].where(nvtx["closed"], max(last, first)).astype(np.int64)
         nvtx = nvtx[nvtx["end_ns"] >= nvtx["start_ns"]].reset_index(drop=True)
@@ -83,6 +95,9 @@ def read_report(path: Path, source: Path) -> Report:
             domains=tuple(sorted(set(domains.values()))),
             traced=frozenset(kind for kind, (count, _, _) in span.items() if count),
             damage=tuple(damage),
+            requested=_requested(database),
+            cuda=cuda,
+            ranks=_ranks(database, domains),
         )
 
 
@@ -109,20 +124,51 @@ def _epoch_ns(database: ReportDatabase) -> int | None:
     return epoch if isinstance(epoch, int) and 0 < epoch < 1 << 62 else None
 
 
+def _requested(database: ReportDatabase) -> frozenset[str]:
+    """What was to be traced, which newer versions tell."""
+    if not database.has("META_DATA_CAPTURE", "name", "value"):
+        return frozenset()
+    try:
+        rows = database.rows("SELECT value FROM META_DATA_CAPTURE WHERE name LIKE '%CAPTURE_EVENT_TYPE'")
+    except HpcmmError:
+        return frozenset()
+    told = " ".join(str(value) for (value,) in rows).lower()
+    return frozenset(kind for kind, word in _EVENT_TYPES.items() if word in told)
+
+
+_EVENT_TYPES = {"nvtx": "nvtxevents", "cuda": "cuda"}
+
+
 def _processes(database: ReportDatabase) -> dict[int, str]:
-    """Names of the whole machine's processes by pid, as nsys lists them."""
-    if not database.has("PROCESSES", "pid", "name"):
-        return {}
-    rows = database.rows(
-        f"SELECT pid, substr(name, 1, {MAX_NAME_LENGTH}) FROM PROCESSES WHERE typeof(pid) = 'integer'"  # noqa: S608
-    )
-    return {pid: str(name) for pid, name in rows if isinstance(pid, int)}
+    """Names of the whole machine's processes by pid; of those that nsys does not list, the name of their first thread.
+
+    PyTorch's data loader gives its processes a thread name of their own, which tells more than the program.
+    """
+    found: dict[int, str] = {}
+    try:
+        if database.has("PROCESSES", "pid", "name"):
+            found |= _names_by_id(database, "SELECT pid, {name} FROM PROCESSES", "name")
+        if database.has("ThreadNames", "nameId", "globalTid") and database.has("StringIds", "id", "value"):
+            pid, tid = f"globalTid >> {PID_SHIFT} & {ID_MASK}", f"globalTid & {ID_MASK}"
+            query = f"SELECT {tid}, {{name}} FROM ThreadNames JOIN StringIds ON id = nameId WHERE {pid} = {tid}"  # noqa: S608
+            first_threads = _names_by_id(database, query, "value")
+            found = first_threads | {pid: name for pid, name in found.items() if first_threads.get(pid) != LOADER_NAME}
+    except HpcmmError:
+        return found
+    return found
 
 
-def _spans(database: ReportDatabase) -> dict[str, tuple[int, int, int]]:
+def _names_by_id(database: ReportDatabase, query: str, name: str) -> dict[int, str]:
+    rows = database.rows(query.format(name=f"substr({name}, 1, {MAX_NAME_LENGTH})"))
+    return {number: str(text) for number, text in rows if isinstance(number, int) and text}
+
+
+def _spans(database: ReportDatabase, osrt: pd.DataFrame) -> dict[str, tuple[int, int, int]]:
     """Rows, first start and last end by kind of event."""
-    tables = {"nvtx": "NVTX_EVENTS", "osrt": "OSRT_API", "cuda": "CUPTI_ACTIVITY_KIND_KERNEL"}
+    tables = {"nvtx": "NVTX_EVENTS", "cuda": "CUPTI_ACTIVITY_KIND_KERNEL"}
     found: dict[str, tuple[int, int, int]] = {}
+    if len(osrt):
+        found["osrt"] = (len(osrt), int(osrt["start_ns"].min()), int(osrt["end_ns"].max()))
     for kind, table in tables.items():
         if not database.has(table, "start", "end"):
             continue
@@ -163,6 +209,27 @@ def _domains(database: ReportDatabase) -> dict[tuple[int, int], str]:
         for thread, domain, name in rows
         if isinstance(thread, int) and isinstance(domain, int)
     }
+
+
+def _ranks(database: ReportDatabase, domains: dict[tuple[int, int], str]) -> dict[int, int]:
+    """Ranks by pid, from the marks of the annotation."""
+    own = sorted({number for (_, number), name in domains.items() if name == names.DOMAIN})
+    if not own or not database.has("NVTX_EVENTS", "eventType", "domainId", "globalTid"):
+        return {}
+    query = f"""
+        SELECT globalTid, domainId, {_text_expression(database)} FROM NVTX_EVENTS {_string_join(database)}
+        WHERE eventType = {MARK} AND domainId IN ({", ".join(map(str, own))}) AND typeof(globalTid) = 'integer'
+    """  # noqa: S608
+    try:
+        rows = database.rows(query)
+    except HpcmmError:
+        return {}
+    told = {
+        _pid(thread): names.parse_rank(str(text))
+        for thread, number, text in rows
+        if isinstance(thread, int) and isinstance(number, int) and domains.get((_pid(thread), number)) == names.DOMAIN
+    }
+    return {pid: rank for pid, rank in told.items() if rank is not None}
 
 
 def _pid(global_tid: int) -> int:
@@ -227,19 +294,19 @@ def _nvtx_query(database: ReportDatabase, domain_ids: list[int]) -> str:
 
 def _read_osrt(database: ReportDatabase, damage: list[str]) -> pd.DataFrame:
     """All OS runtime calls, in the export's own order."""
-    values = np.empty((0, 4), dtype=np.int64)
-    if database.has("OSRT_API", "start", "end", "globalTid", "nameId"):
-        event_class = database.column("OSRT_API", "eventClass")
-        query = f"""
-            SELECT start, "end", globalTid, nameId FROM OSRT_API
-            WHERE typeof(start) = 'integer' AND typeof("end") = 'integer' AND "end" >= start
-            AND start >= 0 AND "end" <= {MAX_NS} AND typeof(globalTid) = 'integer' AND typeof(nameId) = 'integer'
-            AND COALESCE({event_class}, {OSRT_CALL}) = {OSRT_CALL}
-        """  # noqa: S608
-        values, problem = database.integers(query, 4)
-        if problem:
-            damage.append(f"{database.path} is damaged: {problem}.")
-    start, end, thread, name_id = values.T
+    pieces: list[tuple[Integers, ...]] = []
+    columns = ["start", "end", "globalTid", "nameId"]
+    if database.has("OSRT_API", *columns):
+        classed = ["eventClass"] if database.has("OSRT_API", "eventClass") else []
+        try:
+            for start, end, thread, name_id, *event_class in database.integers("OSRT_API", [*columns, *classed]):
+                sane = (start >= 0) & (end >= start) & (end <= MAX_NS)
+                for kind in event_class:
+                    sane &= kind == OSRT_CALL
+                pieces.append((start[sane], end[sane], thread[sane], name_id[sane]))
+        except HpcmmError as error:
+            damage.append(str(error))
+    start, end, thread, name_id = _joined(pieces, len(columns))
     codes, categories = _function_names(database, name_id)
     return pd.DataFrame(
         {
@@ -248,20 +315,34 @@ def _read_osrt(database: ReportDatabase, damage: list[str]) -> pd.DataFrame:
             "pid": ((thread >> PID_SHIFT) & ID_MASK).astype(np.int32),
             "tid": (thread & ID_MASK).astype(np.int32),
             "function": pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(categories)),
-        }
+        },
+        copy=False,
     )
+
+
+def _joined(pieces: list[tuple[Integers, ...]], width: int) -> list[Integers]:
+    """Each column of all pieces, which are given up one after another to save memory."""
+    columns = [list(column) for column in zip(*pieces, strict=True)] or [[] for _ in range(width)]
+    pieces.clear()
+    joined: list[Integers] = []
+    while columns:
+        parts = columns.pop(0)
+        joined.append(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))
+    return joined
 
 
 def _function_names(database: ReportDatabase, name_id: Integers) -> tuple[npt.NDArray[np.intp], list[str]]:
     """A code for each call, and the functions' names; ids without a string keep their number."""
-    used, codes = np.unique(name_id, return_inverse=True)
+    codes, used = pd.factorize(name_id)
     strings: dict[int, str] = {}
     if database.has("StringIds", "id", "value"):
-        marks = ", ".join("?" * len(used))
-        query = f"SELECT id, substr(value, 1, {MAX_NAME_LENGTH}) FROM StringIds WHERE id IN ({marks})"  # noqa: S608
-        strings = {int(str(key)): str(name) for key, name in database.rows(query, tuple(int(key) for key in used))}
+        for first in range(0, len(used), IDS_PER_QUERY):
+            ids = tuple(int(key) for key in used[first : first + IDS_PER_QUERY])
+            marks = ", ".join("?" * len(ids))
+            query = f"SELECT id, substr(value, 1, {MAX_NAME_LENGTH}) FROM StringIds WHERE id IN ({marks})"  # noqa: S608
+            strings |= {int(str(key)): str(name) for key, name in database.rows(query, ids)}
     labels = [strings.get(int(key), f"function {key}") for key in used]
     unique = sorted(set(labels))
     position = {label: index for index, label in enumerate(unique)}
     lookup = np.array([position[label] for label in labels], dtype=np.intp)
-    return (lookup[codes] if len(used) else np.empty(0, dtype=np.intp)), unique
+    return lookup[codes], unique

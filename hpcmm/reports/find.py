@@ -28,6 +28,14 @@ class ReportSource:
     def name(self) -> str:
         return self.path.name
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of the largest file of the capture; 0 where it cannot be told."""
+        try:
+            return max(candidate.stat().st_size for candidate in self.candidates)
+        except OSError:
+            return 0
+
 
 @dataclass(frozen=True, slots=True)
 class Found:

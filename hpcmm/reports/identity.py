@@ -1,88 +1,139 @@
 """Which rank, node and job a report belongs to, from the environment that nsys captured with it.
 
-The captured environment holds secrets. Only the keys of :data:`IDENTITY_KEYS` ever leave this module.
+The captured environment holds secrets. Values of variables that :func:`may_be_shown` does not allow never leave this
+module.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from hpcmm.reports.sqlite import ReportDatabase
+from hpcmm.errors import HpcmmError
+from hpcmm.reports.printable import printable
+from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
 
 RANK_KEYS = ("RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """The most specific first: under ``torchrun`` a worker's RANK differs from the SLURM_PROCID of its launcher."""
 NODE_KEYS = ("SLURMD_NODENAME",)
 JOB_KEYS = ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID")
 WORLD_KEYS = ("WORLD_SIZE",)
-IDENTITY_KEYS = frozenset(RANK_KEYS + NODE_KEYS + JOB_KEYS + WORLD_KEYS)
+
+SHOWN_KEYS = frozenset(
+    {
+        *(*RANK_KEYS, *NODE_KEYS, *JOB_KEYS, *WORLD_KEYS),
+        *("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+        *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING"),
+        *("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
+        *("DS_ACCELERATOR", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM"),
+    }
+)
+SHOWN_PREFIXES = ("GLOO_", "NCCL_", "OMPI_COMM_WORLD_", "SLURM_", "TORCH_NCCL_", "UCX_")
+_SECRET = re.compile("AUTH|CREDENTIAL|COOKIE|JWT|KEY|PASS|PRIVATE|SECRET|TOKEN", re.IGNORECASE)
+"""A variable with one of these in its name is a secret, unless it is one of SHOWN_KEYS."""
+REDACTED = "[redacted]"
 
 _SEMICOLON_PAIR = re.compile(r"(?:^|;)([A-Za-z_][A-Za-z0-9_]*)=([^;]*)")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_NUMBER = re.compile("[0-9]{1,7}")
+MAX_ENVIRONMENT_BYTES = 4 << 20
+"""More than the kernel hands to a process by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Rank, node and job of the process that nsys started; None where the report does not tell."""
+    """Rank, node and job of the process that nsys started; None where the report does not tell.
+
+    ``environment`` has every variable, with REDACTED for the values of those that may not be shown.
+    """
 
     rank: int | None
     node: str | None
     job_id: str | None
     world_size: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-_NUMBER = re.compile("[0-9]{1,7}")
+def may_be_shown(variable: str) -> bool:
+    """Whether the value of an environment variable may appear in an output."""
+    if variable in SHOWN_KEYS:
+        return True
+    return variable.startswith(SHOWN_PREFIXES) and not _SECRET.search(variable)
 
 
 def read_identity(database: ReportDatabase) -> Identity:
-    """Identity of the report behind ``database``."""
-    environment = _captured_environment(database)
-    return identity_of(environment, _hostname(database))
+    """Identity of the report behind ``database``; what is damaged there tells nothing."""
+    try:
+        environment, hostname = _captured_environment(database), _hostname(database)
+    except HpcmmError:
+        return Identity(None, None, None)
+    return identity_of(environment, hostname)
 
 
 def identity_of(environment: Mapping[str, str], hostname: str | None) -> Identity:
     """Identity from environment values; ``hostname`` is the node's name where Slurm did not give one."""
-    ranks = (environment[key] for key in RANK_KEYS if _NUMBER.fullmatch(environment.get(key, "")))
-    rank = next(ranks, None)
-    node = next((environment[key] for key in NODE_KEYS if environment.get(key)), hostname)
-    job_id = next((environment[key] for key in JOB_KEYS if environment.get(key)), None)
-    world = next((environment[key] for key in WORLD_KEYS if _NUMBER.fullmatch(environment.get(key, ""))), None)
+    world = _number(environment, WORLD_KEYS)
     return Identity(
-        rank=int(rank) if rank is not None else None,
-        node=node,
-        job_id=job_id,
-        world_size=int(world) if world is not None else None,
+        rank=_number(environment, RANK_KEYS),
+        node=next((environment[key] for key in NODE_KEYS if environment.get(key)), hostname),
+        job_id=next((environment[key] for key in JOB_KEYS if environment.get(key)), None),
+        world_size=world,
+        environment=environment,
     )
 
 
+def _number(environment: Mapping[str, str], keys: tuple[str, ...]) -> int | None:
+    return next((int(environment[key]) for key in keys if _NUMBER.fullmatch(environment.get(key, ""))), None)
+
+
 def parse_environment(text: str) -> dict[str, str]:
-    """The allow-listed variables in an environment as nsys stores it.
+    """The variables of an environment as nsys stores it, redacted.
 
     nsys 2022.4 separates with NUL, 2026.2 with a semicolon, which values may hold too.
     """
     if "\0" in text:
-        pairs = [tuple(entry.split("=", 1)) for entry in text.split("\0") if "=" in entry]
+        pairs = [entry.partition("=")[::2] for entry in text.split("\0") if "=" in entry]
     else:
         pairs = _SEMICOLON_PAIR.findall(text)
-    return {key: value for key, value in pairs if key in IDENTITY_KEYS}
+    return _redact(pairs)
+
+
+def _redact(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    return {
+        key[:MAX_NAME_LENGTH]: printable(value[:MAX_NAME_LENGTH]) if may_be_shown(key) else REDACTED
+        for key, value in pairs
+        if _VARIABLE.fullmatch(key)
+    }
 
 
 def _captured_environment(database: ReportDatabase) -> dict[str, str]:
-    environment: dict[str, str] = {}
+    """The environment of the process that nsys started. Newer versions write it twice; one of them is unambiguous."""
     if database.has("META_DATA_CAPTURE", "name", "value"):
-        rows = database.rows("SELECT value FROM META_DATA_CAPTURE WHERE name LIKE 'PROCESS_0:ENVIRONMENT_VARIABLE'")
-        for (value,) in rows:
-            key, _, quoted = str(value).partition("=")
-            if key in IDENTITY_KEYS:
-                environment[key] = quoted.strip('"')
+        rows = database.rows(_environment_query("META_DATA_CAPTURE"), ("PROCESS_0:ENVIRONMENT_VARIABLE",))
+        pairs = [_text(value).partition("=")[::2] for (value,) in rows]
+        if pairs:
+            return _redact([(key, quoted.removeprefix('"').removesuffix('"')) for key, quoted in pairs])
+    environment: dict[str, str] = {}
     if database.has("TARGET_INFO_SYSTEM_ENV", "name", "value"):
-        for (value,) in database.rows("SELECT value FROM TARGET_INFO_SYSTEM_ENV WHERE name = 'DeviceEnvironment'"):
-            environment.update(parse_environment(str(value)))
+        for (value,) in database.rows(_environment_query("TARGET_INFO_SYSTEM_ENV"), ("DeviceEnvironment",)):
+            environment |= parse_environment(_text(value))
     return environment
+
+
+def _environment_query(table: str) -> str:
+    # As a blob: text would come with its separators escaped.
+    return f"SELECT substr(CAST(value AS BLOB), 1, {MAX_ENVIRONMENT_BYTES}) FROM {table} WHERE name = ?"  # noqa: S608
+
+
+def _text(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else ""
 
 
 def _hostname(database: ReportDatabase) -> str | None:
     if not database.has("TARGET_INFO_SYSTEM_ENV", "name", "value"):
         return None
-    rows = database.rows("SELECT value FROM TARGET_INFO_SYSTEM_ENV WHERE name = 'Hostname' LIMIT 1")
+    rows = database.rows(
+        f"SELECT substr(value, 1, {MAX_NAME_LENGTH}) FROM TARGET_INFO_SYSTEM_ENV WHERE name = 'Hostname' LIMIT 1"  # noqa: S608
+    )
     return str(rows[0][0]) if rows and rows[0][0] else None

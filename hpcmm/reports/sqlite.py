@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -12,6 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcmm.errors import HpcmmError
+from hpcmm.reports.pages import UnusualTableError, integer_columns
+from hpcmm.reports.printable import printable
+
+Integers = npt.NDArray[np.int64]
 
 ROWS_PER_FETCH = 100_000
 MAX_NAME_LENGTH = 256
@@ -19,7 +25,7 @@ MAX_NAME_LENGTH = 256
 
 
 class ReportDatabase:
-    """An open export. Use as a context manager.
+    """An open export. Use as a context manager. All text comes printable (see :func:`printable`).
 
     Raises HpcmmError when the file is no SQLite database at all.
     """
@@ -30,7 +36,7 @@ class ReportDatabase:
         uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&immutable=1"
         try:
             self._connection = sqlite3.connect(uri, uri=True)
-            self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            self._connection.text_factory = lambda raw: printable(raw.decode("utf-8", "replace"))
             self._columns = self._read_schema()
         except (sqlite3.Error, UnicodeError) as error:
             raise HpcmmError(f"{path} is not a readable SQLite export: {error}.") from error
@@ -79,18 +85,36 @@ class ReportDatabase:
         except (sqlite3.Error, UnicodeError) as error:
             raise HpcmmError(f"{self.path} is damaged: {error}.") from error
 
-    def integers(self, query: str, width: int) -> tuple[npt.NDArray[np.int64], str | None]:
-        """Rows of ``width`` integers as an array of shape (rows, width), and what went wrong part way, if anything.
+    def integers(self, table: str, columns: Sequence[str]) -> Iterator[list[Integers]]:
+        """The rows of ``table`` whose ``columns``, all of them there, are integers: pieces of one array a column.
 
-        Rows that precede the damage are kept. The query has to make sure that every cell is an integer.
+        Raises HpcmmError after the pieces that precede the damage, where the file is damaged.
         """
-        parts: list[npt.NDArray[np.int64]] = []
-        damage: str | None = None
+        layout = self.rows(
+            "SELECT name, pk, hidden, (SELECT rootpage FROM sqlite_master WHERE type = 'table' AND name = ?1) "
+            "FROM pragma_table_xinfo(?1) ORDER BY cid",
+            (table,),
+        )
+        names = [str(name) for name, _, _, _ in layout]
+        plain = not any(key or hidden for _, key, hidden, _ in layout)
+        done = 0
+        if plain and isinstance(root := layout[0][3], int):
+            with suppress(UnusualTableError):
+                for values, fine in integer_columns(self.path, root, [names.index(column) for column in columns]):
+                    yield [value[fine] for value in values]
+                    done += len(fine)
+                return
+        yield from self._integers_by_query(table, columns, done)
+
+    def _integers_by_query(self, table: str, columns: Sequence[str], skipped: int) -> Iterator[list[Integers]]:
+        quoted = [f'"{column}"' for column in columns]
+        checks = " AND ".join(f"typeof({column}) = 'integer'" for column in quoted)
+        query = f"SELECT {', '.join(quoted)} FROM (SELECT * FROM {table} LIMIT -1 OFFSET ?) WHERE {checks}"  # noqa: S608
+        row = np.dtype([(column, np.int64) for column in columns])
         try:
-            cursor = self._connection.execute(query)
+            cursor = self._connection.execute(query, (skipped,))
             while rows := cursor.fetchmany(ROWS_PER_FETCH):
-                parts.append(np.array(rows, dtype=np.int64).reshape(len(rows), width))
+                piece = np.array(rows, dtype=row)
+                yield [piece[column] for column in columns]
         except (sqlite3.Error, UnicodeError) as error:
-            damage = str(error)
-        whole = np.concatenate(parts) if parts else np.empty((0, width), dtype=np.int64)
-        return whole, damage
+            raise HpcmmError(f"{self.path} is damaged: {error}.") from error

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hpcmm.reports.clock import Arrivals, common_clock, robust_line
 
@@ -98,3 +100,66 @@ def test_a_drift_within_its_noise_is_not_used() -> None:
     noise = np.random.default_rng(2)
     line = robust_line(np.linspace(0, 1e9, 50), noise.normal(0, 1e5, 50))
     assert line.slope == 0.0
+
+
+def spread(clocks, arrivals, truth) -> float:
+    """Largest difference between any two ranks' corrected clocks and the truth, over the collectives."""
+    error = corrected_ends(clocks, arrivals) - truth
+    return float(np.abs(np.median(error, axis=0)[:, None] - np.median(error, axis=0)[None, :]).max())
+
+
+@given(
+    st.floats(-50e6, 50e6),
+    st.floats(-60e-6, 60e-6),
+    st.integers(20, 300),
+    st.floats(20.0, 600.0),
+    st.integers(0, 1000),
+)
+@settings(max_examples=60)
+def test_the_stated_error_holds(offset_ns, drift, instances, span_s, seed) -> None:
+    arrivals, truth = simulate([0.0, offset_ns], [0.0, drift], instances=instances, span_s=span_s, seed=seed)
+    clocks = common_clock([EPOCH] * 4, NODES[:4], EPOCH, arrivals)
+    error = corrected_ends(clocks, arrivals) - truth
+    between = np.abs(np.median(error[:, :2], axis=1) - np.median(error[:, 2:], axis=1))
+    assert np.median(between) <= clocks.error_ns
+    assert np.quantile(between, 0.9) <= clocks.error_ns + 0.5e6  # the ends themselves differ by as much
+
+
+def test_a_clock_that_was_slewed_in_mid_run_has_a_large_error() -> None:
+    arrivals, _ = simulate([0.0, 1e6], [0.0, 0.0], span_s=300.0)
+    slewed = [
+        values + np.where(np.arange(4) >= 2, 1.0, 0.0) * np.clip(values - 100e9, 0, 40e9) * 500e-6
+        for values in (arrivals.start, arrivals.end)
+    ]
+    steady = common_clock([EPOCH] * 4, NODES[:4], EPOCH, arrivals)
+    clocks = common_clock([EPOCH] * 4, NODES[:4], EPOCH, Arrivals(*slewed))
+    assert steady.error_ns < 2e6
+    assert clocks.error_ns > 3e6
+    assert clocks.table.set_index("node").loc["b", "residual_s"] > 1e-3
+
+
+def test_collectives_that_end_late_by_milliseconds_do_not_move_the_clock() -> None:
+    arrivals, truth = simulate([0.0, 4.1e6], [0.0, -13e-6])
+    dice = np.random.default_rng(3)
+    late = dice.uniform(6e6, 9e6, arrivals.end.shape) * (dice.random(arrivals.end.shape) < 0.15)
+    clocks = common_clock([EPOCH] * 4, NODES[:4], EPOCH, Arrivals(arrivals.start, arrivals.end + late))
+    node = clocks.table.set_index("node").loc["b"]
+    assert node["offset_s"] == pytest.approx(4.1e-3, abs=0.5e-3)
+    assert spread(clocks, arrivals, truth) < 0.5e6
+
+
+def test_few_noisy_collectives_still_bound_an_offset_that_is_there() -> None:
+    arrivals, truth = simulate([0.0, 40e6], [0.0, 0.0], instances=6, span_s=20.0)
+    clocks = common_clock([EPOCH] * 4, NODES[:4], EPOCH, arrivals)
+    assert clocks.table["corrected"].tolist() == [False, True]
+    assert spread(clocks, arrivals, truth) <= clocks.error_ns + 1e6
+
+
+def test_an_error_passes_on_along_a_chain() -> None:
+    arrivals, _ = simulate([0.0, 9e6, 30e6], [0.0, 0.0, 0.0])
+    start, end = arrivals.start.copy(), arrivals.end.copy()
+    for values in (start, end):
+        values[::2, 4:] = np.nan
+        values[1::2, :2] = np.nan
+    table = common_clock([EPOCH] * 6, NODES, EPOCH, Arrivals(start, end)).table.set_index("node")
+    assert table.loc["c", "error_s"] > table.loc["b", "error_s"]

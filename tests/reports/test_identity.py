@@ -1,19 +1,64 @@
 import pytest
 
 from hpcmm.reports.events import read_report
-from hpcmm.reports.identity import identity_of, parse_environment
+from hpcmm.reports.identity import identity_of, may_be_shown, parse_environment
 
 
 @pytest.mark.parametrize("separator", ["\0", ";"])
-def test_only_allow_listed_variables_are_read(separator: str) -> None:
+def test_values_that_are_not_allowed_are_redacted(separator: str) -> None:
     text = separator.join(
-        ["API_TOKEN=hunter2", "SLURM_PROCID=3", "SLURM_JWT=eyJ", "SLURMD_NODENAME=node2", "PATH=/bin"]
+        [
+            "API_TOKEN=hunter2",
+            "SLURM_PROCID=3",
+            "SLURM_JWT=eyJ",
+            "SLURMD_NODENAME=node2",
+            "NCCL_DEBUG=INFO",
+            "PATH=/bin",
+        ]
     )
-    assert parse_environment(text) == {"SLURM_PROCID": "3", "SLURMD_NODENAME": "node2"}
+    assert parse_environment(text) == {
+        "API_TOKEN": "[redacted]",
+        "SLURM_PROCID": "3",
+        "SLURM_JWT": "[redacted]",
+        "SLURMD_NODENAME": "node2",
+        "NCCL_DEBUG": "INFO",
+        "PATH": "[redacted]",
+    }
+
+
+@pytest.mark.parametrize(
+    ("variable", "shown"),
+    [
+        ("MASTER_ADDR", True),
+        ("CUDA_VISIBLE_DEVICES", True),
+        ("SLURM_JOB_NODELIST", True),
+        ("SLURM_STEP_KEYRING", False),
+        ("NCCL_AUTH_TOKEN", False),
+        ("SLURM_MY_password", False),
+        ("MASTER_PASSWORD", False),
+        ("WANDB_API_KEY", False),
+        ("AWS_ACCESS_KEY_ID", False),
+    ],
+)
+def test_what_may_be_shown(variable: str, shown: bool) -> None:
+    assert may_be_shown(variable) == shown
 
 
 def test_a_semicolon_within_a_nul_separated_value_starts_no_variable() -> None:
-    assert parse_environment("FOO=a;RANK=9\0SLURM_PROCID=1") == {"SLURM_PROCID": "1"}
+    assert parse_environment("FOO=a;RANK=9\0SLURM_PROCID=1") == {"FOO": "[redacted]", "SLURM_PROCID": "1"}
+
+
+def test_of_a_newer_export_the_unambiguous_environment_is_read(export) -> None:
+    export.environment("RANK=9;SECRET=a;NCCL_DEBUG=part-of-the-secret")
+    export.connection.execute("CREATE TABLE META_DATA_CAPTURE (name TEXT, value TEXT)")
+    for value in ('RANK="2"', 'SECRET="a;NCCL_DEBUG=part-of-the-secret"'):
+        export.rows("META_DATA_CAPTURE", ("PROCESS_0:ENVIRONMENT_VARIABLE", value))
+    report = read_report(export.path, export.path)
+    assert report.identity.environment == {"RANK": "2", "SECRET": "[redacted]"}
+
+
+def test_names_in_an_environment_that_no_shell_would_take_are_left_out() -> None:
+    assert parse_environment("<b>=1\0a\nb=2\0RANK=1\x1b[31m\0OK=1") == {"RANK": "1\\x1b[31m", "OK": "[redacted]"}
 
 
 def test_the_workers_own_rank_goes_before_that_of_its_launcher() -> None:
