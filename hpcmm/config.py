@@ -41,6 +41,20 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
+class Layout(StrEnum):
+    """Folder layout of a data set."""
+
+    mvtec = "mvtec"
+    visa = "visa"
+
+
+class OnError(StrEnum):
+    """What becomes of an image that cannot be used."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
 @dataclass
 class ClusterConfig:
     """Where the job runs, and what it asks the scheduler for."""
@@ -80,10 +94,23 @@ class ClusterConfig:
 
 @dataclass
 class DataConfig:
-    """Images in MVTec-AD's folder layout, and the text that goes with them."""
+    """Images in MVTec-AD's or VisA's folder layout, and the text that goes with them."""
 
+    layout: Layout = Layout.mvtec
+    """``mvtec`` or ``visa``."""
     root: str | None = None
     """Folder with one sub-folder a category. None: the stand-ins, in ``cluster.cache_dir``."""
+    test_root: str | None = None
+    """Another data set to score on, such as MVTec-AD after training on VisA. None: the test images of ``root``."""
+    test_layout: Layout | None = None
+    """Layout of ``test_root``; None: ``layout``."""
+    test_categories: list[str] = field(default_factory=list)
+    """Categories of ``test_root`` to use; empty for all."""
+    shots: int | None = None
+    """Normal images a category to train on, drawn by the seed; None for all."""
+    on_error: OnError = OnError.refuse
+    """An unreadable image, or a mask of another size than its image: ``refuse`` ends the run, ``skip`` warns, takes the
+    next image in training, and leaves it out of the scores."""
     generate: bool = False
     """Make the stand-in data set under ``root`` when it is not there."""
     categories: list[str] = field(default_factory=list)

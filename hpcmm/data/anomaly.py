@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -13,14 +15,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hpcmm.config import DataConfig
+from hpcmm.config import DataConfig, OnError
 from hpcmm.data.captions import read_captions
-from hpcmm.data.images import normalise, read_image, read_mask
-from hpcmm.data.mvtec import Sample, list_categories, test_samples, train_samples
+from hpcmm.data.images import normalise, read_image, read_pair
+from hpcmm.data.layouts import READERS
+from hpcmm.data.samples import Sample
 from hpcmm.data.simulate import simulate_anomaly
 from hpcmm.errors import HpcmmError
 
 Floats = NDArray[np.float32]
+
+log = logging.getLogger("hpcmm.data")
 
 
 class Item(TypedDict):
@@ -62,7 +67,9 @@ class TrainImages(Dataset[Item]):
         self._captions = captions
         self._side = config.image_size
         self._anomaly_probability = config.anomaly_probability
+        self._on_error = config.on_error
         self._seed = seed
+        self._unusable: set[Path] = set()
         self._donors = {
             category: [sample for sample in self._samples if sample.category != category] or self._samples
             for category in {sample.category for sample in self._samples}
@@ -74,12 +81,12 @@ class TrainImages(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         """``index`` may run on past the end: item ``epoch * len + i`` is image i with the changes of that epoch."""
         epoch, index = divmod(index, len(self._samples))
-        sample = self._samples[index]
+        sample, pixels = self._read(index)
         rng = np.random.default_rng([self._seed, epoch, index])
-        image = _augment(read_image(sample.image, self._side), rng)
+        image = _augment(pixels, rng)
         mask = np.zeros(image.shape[:2], np.float32)
         if rng.random() < self._anomaly_probability:
-            image, mask = simulate_anomaly(image, self._read_donor(sample.category, rng), rng)
+            image, mask = simulate_anomaly(image, self._read_donor(sample.category, image, rng), rng)
         phrases = self._captions[sample.category]
         return _item(image, mask, phrases[int(rng.integers(len(phrases)))], sample.category, index)
 
@@ -87,49 +94,115 @@ class TrainImages(Dataset[Item]):
         """One epoch, the first; without it, going on past the end would make a ``for`` loop endless."""
         return (self[index] for index in range(len(self)))
 
-    def _read_donor(self, category: str, rng: np.random.Generator) -> Floats:
+    def _read(self, index: int) -> tuple[Sample, Floats]:
+        """The sample at ``index`` and its pixels; with ``data.on_error=skip`` the next one that can be read."""
+        for step in range(len(self._samples)):
+            sample = self._samples[(index + step) % len(self._samples)]
+            try:
+                return sample, read_image(sample.image, self._side)
+            except HpcmmError as error:
+                if self._on_error is OnError.refuse:
+                    raise
+                self._warn(sample.image, error)
+        raise HpcmmError(f"None of the {len(self._samples)} training images can be read; see the warnings before.")
+
+    def _warn(self, path: Path, error: HpcmmError) -> None:
+        """Say it once for each image, and how many there are by now."""
+        if path not in self._unusable:
+            self._unusable.add(path)
+            log.warning("%s It is skipped, as data.on_error says; %d so far.", error, len(self._unusable))
+
+    def _read_donor(self, category: str, image: Floats, rng: np.random.Generator) -> Floats:
         """An image of another category where there is one: a piece of the same texture could not be told apart."""
         donors = self._donors[category]
-        return read_image(donors[int(rng.integers(len(donors)))].image, self._side)
+        donor = donors[int(rng.integers(len(donors)))].image
+        try:
+            return read_image(donor, self._side)
+        except HpcmmError as error:
+            if self._on_error is OnError.refuse:
+                raise
+            self._warn(donor, error)
+            return image
 
 
 class TestImages(Dataset[Item]):
-    """Held-out images with their true masks, unchanged."""
+    """Held-out images with their true masks, unchanged.
+
+    With ``data.on_error=skip`` every image is opened once when the set is built, and those that cannot be used are left
+    out, so that all ranks agree on what is scored.
+    """
 
     __test__ = False  # for pytest, which takes the name for a test's
 
     def __init__(self, samples: Sequence[Sample], captions: dict[str, tuple[str, ...]], config: DataConfig) -> None:
-        self._samples = list(samples)
         self._captions = captions
         self._side = config.image_size
+        self._samples = list(samples) if config.on_error is OnError.refuse else self._usable(samples)
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Item:
-        """Raises IndexError past the end."""
+        """Raises IndexError past the end, HpcmmError for an image that cannot be used."""
         sample = self._samples[index]
-        image = read_image(sample.image, self._side)
-        mask = np.zeros(image.shape[:2], np.float32) if sample.mask is None else read_mask(sample.mask, self._side)
+        image, mask = read_pair(sample, self._side)
         item = _item(image, mask, self._captions[sample.category][0], sample.category, index)
         item["label"] = sample.label  # a thin defect's mask may vanish when it is made smaller
         return item
 
+    def _usable(self, samples: Sequence[Sample]) -> list[Sample]:
+        usable = []
+        for sample in samples:
+            try:
+                read_pair(sample, self._side)
+            except HpcmmError as error:
+                log.warning("%s It is left out of the scores, as data.on_error says.", error)
+            else:
+                usable.append(sample)
+        if len(usable) < len(samples):
+            log.warning("%d of %d test images are left out.", len(samples) - len(usable), len(samples))
+        return usable
+
 
 def build_datasets(root: Path, data: DataConfig, seed: int) -> tuple[TrainImages, TestImages]:
-    """The data sets of the chosen categories of an MVTec-AD folder.
+    """The data sets of the chosen categories: training images of ``root``, test images of it or of ``data.test_root``.
 
-    Raises HpcmmError when the layout is not MVTec-AD's, or a value of ``data`` cannot be used.
+    Raises HpcmmError when a layout is not as ``data`` says, or a value of ``data`` cannot be used.
     """
     if data.image_size < 32:
         raise HpcmmError(f"data.image_size must be at least 32 pixels, not {data.image_size}.")
     if not 0 <= data.anomaly_probability <= 1:
         raise HpcmmError(f"data.anomaly_probability must lie in 0 to 1, not {data.anomaly_probability}.")
-    categories = list_categories(root, data.categories)
-    captions = read_captions(root, categories)
-    train = [sample for category in categories for sample in train_samples(root, category)]
-    test = [sample for category in categories for sample in test_samples(root, category)]
-    return TrainImages(train, captions, data, seed), TestImages(test, captions, data)
+    reader = READERS[data.layout]
+    categories = reader.categories(root, data.categories)
+    train = [
+        sample
+        for category in categories
+        for sample in draw_shots(reader.train(root, category), data.shots, [seed, zlib.crc32(category.encode())])
+    ]
+    train_images = TrainImages(train, read_captions(root, categories), data, seed)
+    test_root, test_reader, test_categories = root, reader, categories
+    if data.test_root is not None:
+        test_root = Path(data.test_root).expanduser()
+        test_reader = READERS[data.test_layout or data.layout]
+        test_categories = test_reader.categories(test_root, data.test_categories)
+    test = [sample for category in test_categories for sample in test_reader.test(test_root, category)]
+    return train_images, TestImages(test, read_captions(test_root, test_categories), data)
+
+
+def draw_shots(samples: list[Sample], shots: int | None, seed: Sequence[int]) -> list[Sample]:
+    """``shots`` of the samples in their order, the same ones for the same seed; all for None.
+
+    Raises HpcmmError when there are fewer.
+    """
+    if shots is None:
+        return samples
+    if not 1 <= shots <= len(samples):
+        raise HpcmmError(
+            f"data.shots is {shots}, but category {samples[0].category} has 1 to {len(samples)} normal images to draw."
+        )
+    chosen = np.random.default_rng(list(seed)).choice(len(samples), shots, replace=False)
+    return [samples[index] for index in sorted(chosen)]
 
 
 def collate(items: Sequence[Item]) -> Batch:

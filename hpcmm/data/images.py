@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from hpcmm.data.samples import Sample
 from hpcmm.errors import HpcmmError
 
 Floats = NDArray[np.float32]
@@ -28,10 +29,38 @@ def read_image(path: Path, side: int) -> Floats:
 
 
 def read_mask(path: Path, side: int) -> Floats:
-    """The defect mask as (side, side) of zeros and ones. Raises HpcmmError as :func:`read_image` does."""
+    """The defect mask as (side, side) of zeros and ones. Raises HpcmmError as :func:`read_image` does.
+
+    Any value above 0 is a defect: MVTec-AD writes 255, VisA numbers its kinds of defect from 1 on.
+    """
     with _open(path) as image:
-        mask = np.asarray(_resize(image.convert("L"), side, Image.Resampling.NEAREST))
-    return (mask > 127).astype(np.float32)
+        mask = np.asarray(_resize(_single_channel(image), side, Image.Resampling.NEAREST))
+    return (mask > 0).astype(np.float32)
+
+
+def read_pair(sample: Sample, side: int) -> tuple[Floats, Floats]:
+    """A sample's image (side, side, 3) and its mask (side, side), zeros for a normal image.
+
+    Raises HpcmmError when either cannot be read, or the two files are not of one size.
+    """
+    image = read_image(sample.image, side)
+    if sample.mask is None:
+        return image, np.zeros(image.shape[:2], np.float32)
+    sizes = [_size(sample.image), _size(sample.mask)]
+    if sizes[0] != sizes[1]:
+        told = " and ".join(f"{width} x {height}" for width, height in sizes)
+        raise HpcmmError(f"The image {sample.image} and its mask {sample.mask} must be of one size, not {told} pixels.")
+    return image, read_mask(sample.mask, side)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def _single_channel(image: Image.Image) -> Image.Image:
+    """A palette's indices are its values: VisA's masks could lose them as colours."""
+    return image if image.mode in {"L", "P", "1"} else image.convert("L")
 
 
 def normalise(image: Floats) -> Floats:

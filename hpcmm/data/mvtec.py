@@ -9,27 +9,10 @@ CVPR 2019.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from hpcmm.data.samples import GOOD, Sample
 from hpcmm.errors import HpcmmError
-
-GOOD = "good"
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image file; ``mask`` is None for a normal image."""
-
-    image: Path
-    category: str
-    defect: str
-    mask: Path | None
-
-    @property
-    def label(self) -> int:
-        """1 with a defect, 0 without."""
-        return int(self.mask is not None)
 
 
 def list_categories(root: Path, wanted: Sequence[str] = ()) -> list[str]:

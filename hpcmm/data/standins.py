@@ -1,7 +1,7 @@
-"""Writes a stand-in data set in MVTec-AD's layout, cut from real photographs, with defects drawn on held-out images.
+"""Writes stand-ins in MVTec-AD's or VisA's layout, cut from real photographs, with defects on held-out images.
 
 It lets everything run where MVTec-AD itself cannot be had. It is a stand-in: scores on it say that training works, and
-nothing about MVTec-AD. ``python -m hpcmm.data.standins ROOT`` writes one by hand.
+nothing about MVTec-AD or VisA. ``python -m hpcmm.data.standins ROOT`` writes one by hand.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpcmm.config import DataConfig
+from hpcmm.config import DataConfig, Layout
 from hpcmm.data.captions import write_captions
 from hpcmm.data.defects import DEFECTS
+from hpcmm.data.layout_writers import MvtecWriter, VisaWriter
 from hpcmm.data.textures import TEXTURES, Region, read_photograph
 from hpcmm.errors import HpcmmError
 
@@ -76,6 +77,7 @@ def generate(root: Path, config: DataConfig, seed: int) -> None:
 def _parameters(config: DataConfig, seed: int) -> dict[str, object]:
     return {
         "format": _FORMAT,
+        "layout": config.layout.value,
         "seed": seed,
         "train_images_per_category": config.train_images_per_category,
         "test_images_per_category": config.test_images_per_category,
@@ -103,6 +105,7 @@ def _read_hash(stamp: Path) -> str:
 
 def _write(root: Path, config: DataConfig, seed: int) -> None:
     windows: dict[str, dict[str, int]] = {}
+    writer = MvtecWriter(root) if config.layout is Layout.mvtec else VisaWriter(root)
     for texture in TEXTURES:
         photograph = read_photograph(texture)
         for split, region, count in (
@@ -113,11 +116,13 @@ def _write(root: Path, config: DataConfig, seed: int) -> None:
                 rng = np.random.default_rng([seed, zlib.crc32(f"{texture.category}/{split}".encode()), index])
                 window = _choose_window(region, texture.window, rng)
                 defect = _choose_defect(split, index, count)
-                path = _write_image(root / texture.category, split, defect, _cut(photograph, window, rng), rng)
+                values, mask = _damage(_cut(photograph, window, rng), defect, rng)
+                path = writer.add(texture.category, split, defect, np.round(values * 255).astype(np.uint8), mask)
                 windows[path.relative_to(root).as_posix()] = asdict(window)
+    writer.finish()
     write_captions(root, {texture.category: texture.phrases for texture in TEXTURES})
     stamp = {
-        "note": "Stand-ins cut from scikit-image's photographs, with drawn defects. Not MVTec-AD.",
+        "note": "Stand-ins cut from scikit-image's photographs, with drawn defects. Neither MVTec-AD nor VisA.",
         "hash": parameters_hash(config, seed),
         "parameters": _parameters(config, seed),
         "photographs": {texture.category: texture.file for texture in TEXTURES},
@@ -150,25 +155,14 @@ def _cut(photograph: NDArray[np.uint8], window: Region, rng: np.random.Generator
     return np.clip(values, 0, 1).astype(np.float32)
 
 
-def _write_image(
-    category: Path, split: str, defect: str | None, values: NDArray[np.float32], rng: np.random.Generator
-) -> Path:
-    """Save one image in the category's folder, and its mask where it gets a defect; give the image's path."""
-    folder = category / split / (defect or "good")
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{sum(1 for _ in folder.iterdir()):03d}"
-    if defect is not None:
-        values, opacity = DEFECTS[defect](values, rng)
-        masks = category / "ground_truth" / defect
-        masks.mkdir(parents=True, exist_ok=True)
-        _save((opacity > _MASK_OPACITY).astype(np.uint8) * 255, masks / f"{stem}_mask.png")
-    path = folder / f"{stem}.png"
-    _save(np.round(values * 255).astype(np.uint8), path)
-    return path
-
-
-def _save(pixels: NDArray[np.uint8], path: Path) -> None:
-    Image.fromarray(pixels).save(path, compress_level=1)
+def _damage(
+    values: NDArray[np.float32], defect: str | None, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    """The image with its defect drawn on it, and where that is; None for a normal image."""
+    if defect is None:
+        return values, None
+    damaged, opacity = DEFECTS[defect](values, rng)
+    return damaged, opacity > _MASK_OPACITY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,9 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("root", type=Path, help="folder to write, absent or empty")
     parser.add_argument("--train-images-per-category", type=int, default=defaults.train_images_per_category)
     parser.add_argument("--test-images-per-category", type=int, default=defaults.test_images_per_category)
+    parser.add_argument("--layout", choices=[layout.value for layout in Layout], default=defaults.layout.value)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     config = DataConfig(
+        layout=Layout(options.layout),
         train_images_per_category=options.train_images_per_category,
         test_images_per_category=options.test_images_per_category,
     )

@@ -48,10 +48,11 @@ def _typed(composed: DictConfig) -> RunConfig:
 
 
 def config_groups() -> dict[str, list[str]]:
-    """The groups of ``conf/`` with their options, both sorted."""
+    """The groups of ``conf/``, such as ``model`` and ``model/decoder``, with their options, both sorted."""
+    root = resource("conf")
     return {
-        group.name: sorted(option.stem for option in group.glob("*.yaml"))
-        for group in sorted(resource("conf").iterdir())
+        group.relative_to(root).as_posix(): sorted(option.stem for option in group.glob("*.yaml"))
+        for group in sorted(root.rglob("*"))
         if group.is_dir()
     }
 
@@ -101,7 +102,7 @@ def _explain(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = str(cause)
     key = re.search(r"full_key: (\S+)", text)
-    group = re.search(r"Could not (?:find|load) '?(\w+)/([^'\s]+?)'?[\s.]", text + " ")
+    group = re.search(r"Could not (?:find|load) '?([\w/]+)/([^'\s/]+?)'?[\s.]", text + " ")
     if group and group[1] in (groups := config_groups()):
         return (
             f"{group[1]}={group[2]} is no option of the group {group[1]}: choose one of {', '.join(groups[group[1]])}."

@@ -20,6 +20,7 @@ from hpcmm.models import build_model
 from hpcmm.models.anomaly import AnomalyModel
 from hpcmm.models.losses import AnomalyLoss
 from hpcmm.models.scores import image_auroc, pixel_auroc
+from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.train.data_root import data_root
 from hpcmm.train.sampling import EndlessSampler
 
@@ -60,6 +61,7 @@ class AnomalyTask:
         """Image and pixel AUROC on the held-out images, which the ranks share out. Only rank 0 gets the result."""
         own = Subset(self._test, range(rank, len(self._test), world_size))
         loader: DataLoader[Any] = DataLoader(own, batch_size=self._config.train.micro_batch_size, collate_fn=collate)
+        merge_batch_statistics(engine.module)
         engine.eval()
         results = [self._score(engine, batch) for batch in loader]
         engine.train()

@@ -17,6 +17,7 @@ from hpcmm.bootstrap.metrics import MetricsWriter
 from hpcmm.config import RunConfig
 from hpcmm.run_dir import RunDir
 from hpcmm.train.anomaly import AnomalyTask
+from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.train.engine import build_engine
 from hpcmm.train.progress import Progress
 
@@ -92,6 +93,7 @@ def _checkpoint_due(step: int, config: RunConfig) -> bool:
 
 def save_checkpoint(engine: deepspeed.DeepSpeedEngine, run: RunDir, steps_done: int) -> None:
     """All ranks save their part; the frozen encoders, which come from their own files, are left out."""
+    merge_batch_statistics(engine.module)
     engine.save_checkpoint(
         str(run.checkpoints),
         tag=f"step_{steps_done:06d}",

@@ -9,8 +9,12 @@ from torch import nn
 
 from hpcmm.errors import HpcmmError
 from hpcmm.models.decoders.fcn import FcnDecoder
+from hpcmm.models.decoders.mlp import MlpBatchNormDecoder, MlpDecoder
+from hpcmm.models.decoders.resnet import ResNetDecoder
 
-DECODERS: Mapping[str, Callable[[Sequence[int], int], nn.Module]] = MappingProxyType({"fcn": FcnDecoder})
+DECODERS: Mapping[str, Callable[[Sequence[int], int], nn.Module]] = MappingProxyType(
+    {"fcn": FcnDecoder, "mlp": MlpDecoder, "mlp_bn": MlpBatchNormDecoder, "resnet": ResNetDecoder}
+)
 """Each takes the channels of the feature maps, finest first, and the width of a patch embedding."""
 
 

@@ -1,0 +1,91 @@
+"""A model's scores of held-out images, and the numbers that sum them up by category."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from hpcmm.data.anomaly import TestImages, collate
+from hpcmm.models.anomaly import AnomalyModel
+from hpcmm.models.scores import best_decision, image_auroc, pixel_auroc, region_overlap
+
+MEAN = "mean"
+"""The row over all categories: each counts the same, whatever its number of images."""
+POOLED = "all images"
+"""The row of all images together, which one threshold has to tell apart: what a run's own evaluation reports."""
+METRICS = ["image_auroc", "pixel_auroc", "pro", "f1", "accuracy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Of N images: score (N,), label (N,), map and mask (N, side, side), category (N,)."""
+
+    score: NDArray[np.float32]
+    label: NDArray[np.int64]
+    map: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    category: NDArray[Any]
+
+
+@torch.no_grad()
+def score_images(
+    model: AnomalyModel,
+    test: TestImages,
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda _done, _of: None,
+) -> Scored:
+    """Score every image of ``test``, in its order. ``progress`` is told how many are done, and of how many."""
+    loader: DataLoader[Any] = DataLoader(test, batch_size=batch_size, collate_fn=collate)
+    parts: list[tuple[NDArray[Any], ...]] = []
+    done = 0
+    for batch in loader:
+        logits = model(batch["image"].to(device), batch["caption"])
+        parts.append(
+            (
+                model.score(logits).cpu().numpy(),
+                batch["label"].numpy(),
+                model.anomaly_map(logits).cpu().numpy(),
+                batch["mask"][:, 0].numpy() > 0.5,
+                np.array(batch["category"], dtype=object),
+            )
+        )
+        done += len(batch["caption"])
+        progress(done, len(test))
+    return Scored(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def by_category(scored: Scored) -> pd.DataFrame:
+    """One row a category, one of all images together, and last the mean over categories.
+
+    Columns: category, images, abnormal and METRICS (0 to 1). A metric that a category cannot have (no defect, no normal
+    image) is nan, and left out of the mean.
+    """
+    categories = sorted(set(scored.category))
+    rows = [_row(category, scored, scored.category == category) for category in categories]
+    mean = pd.DataFrame(rows)[METRICS].mean().to_dict()
+    pooled = _row(POOLED, scored, np.ones(len(scored.category), dtype=bool))
+    total = {"category": MEAN, "images": pooled["images"], "abnormal": pooled["abnormal"], **mean}
+    return pd.DataFrame([*rows, pooled, total])
+
+
+def _row(name: str, scored: Scored, own: NDArray[np.bool_]) -> dict[str, object]:
+    score, label, maps, mask = scored.score[own], scored.label[own], scored.map[own], scored.mask[own]
+    decision = best_decision(score, label)
+    return {
+        "category": name,
+        "images": int(own.sum()),
+        "abnormal": int(label.sum()),
+        "image_auroc": image_auroc(score, label).value,
+        "pixel_auroc": pixel_auroc(maps, mask).value,
+        "pro": region_overlap(maps, mask).value,
+        "f1": decision.f1,
+        "accuracy": decision.accuracy,
+    }

@@ -1,0 +1,105 @@
+"""Scores by category, intervals over seeds, the picture; and a whole run scored from its checkpoint."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy import stats
+
+from hpcmm.config import RunConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.evaluate import picture
+from hpcmm.evaluate.checkpoint import load_model
+from hpcmm.evaluate.score import MEAN, METRICS, POOLED, Scored, by_category
+from hpcmm.evaluate.table import over_seeds, separated
+from hpcmm.models.scores import image_auroc
+from hpcmm.run_dir import RunDir
+
+
+@pytest.fixture
+def scored() -> Scored:
+    """Two categories of ten images; ``tile`` has no defect."""
+    rng = np.random.default_rng(0)
+    label = np.array([0, 1] * 5 + [0] * 10)
+    mask = np.zeros((20, 8, 8), dtype=bool)
+    mask[label == 1, 2:4, 2:5] = True
+    maps = (0.3 * rng.random((20, 8, 8)) + 0.5 * mask).astype(np.float32)
+    category = np.array(["screw"] * 10 + ["tile"] * 10, dtype=object)
+    return Scored(maps.max(axis=(1, 2)) * rng.uniform(0.7, 1.3, 20).astype(np.float32), label, maps, mask, category)
+
+
+def test_each_category_is_scored_by_itself_and_counts_the_same_in_the_mean(scored: Scored):
+    table = by_category(scored).set_index("category")
+    assert list(table.index) == ["screw", "tile", POOLED, MEAN]
+    assert table.loc["screw", "image_auroc"] == image_auroc(scored.score[:10], scored.label[:10]).value
+    assert table.loc["tile", METRICS].isna().all()
+    pd.testing.assert_series_equal(table.loc[MEAN, METRICS], table.loc["screw", METRICS], check_names=False)
+    assert table.loc[MEAN, "images"] == 20
+    assert table.loc[POOLED, "image_auroc"] == image_auroc(scored.score, scored.label).value
+
+
+def seeds(values: dict[str, list[float]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"model": model, "seed": seed, "category": MEAN, **dict.fromkeys(METRICS, value)}
+            for model, of_model in values.items()
+            for seed, value in enumerate(of_model)
+        ]
+    )
+
+
+def test_intervals_are_students_t(scored: Scored):
+    values = [0.8, 0.84, 0.91]
+    row = over_seeds(seeds({"fcn": values})).iloc[0]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert (row["seeds"], row["mean"]) == (3, pytest.approx(0.85))
+    assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(min(high, 1)))
+
+
+def test_only_models_whose_intervals_do_not_touch_are_ranked():
+    table = over_seeds(seeds({"good": [0.95, 0.951, 0.952], "bad": [0.6, 0.61, 0.62], "wide": [0.5, 0.9, 0.99]}))
+    assert separated(table, "image_auroc") == [("good", "bad")]
+    assert separated(over_seeds(seeds({"good": [0.9], "bad": [0.1]})), "image_auroc") == []
+
+
+def test_the_picture_shows_an_image_a_category_and_a_map_a_model(scored: Scored, tmp_path):
+    indices = picture.chosen(scored)
+    assert [scored.category[index] for index in indices] == ["screw", "tile"]
+    assert scored.label[indices[0]] == 1
+    images = {index: np.zeros((3, 8, 8), np.float32) for index in indices}
+    picture.draw(tmp_path / "maps.png", images, [("fcn", scored), ("mlp", scored)])
+    with Image.open(tmp_path / "maps.png") as drawn:
+        pixels = np.asarray(drawn)
+    assert pixels.shape[1] > 4 * 128
+    # The defect's place is brighter than the rest, in the mask as in both maps.
+    for place in (1, 2, 3):
+        cell = pixels[18:146, 96 + place * 132 : 96 + place * 132 + 128].mean(axis=2)
+        assert cell[40:60, 40:70].mean() > cell[80:, 80:].mean() + 30
+
+
+def test_heat_goes_from_dark_to_bright():
+    colours = picture.heat(np.linspace(0, 1, 11, dtype=np.float32)[None])[0]
+    assert (np.diff(colours.sum(axis=1)) > 0).all()
+    assert np.isfinite(colours).all()
+
+
+def test_a_run_without_a_checkpoint_is_named(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    with pytest.raises(HpcmmError, match="holds no finished checkpoint"):
+        load_model(run, RunConfig())
+    (run.checkpoints / "latest").write_text("step_000010")
+    with pytest.raises(HpcmmError, match="names 'step_000010', but there is no such checkpoint"):
+        load_model(run, RunConfig())
+
+
+def test_a_checkpoint_that_others_can_write_is_not_read(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    (run.checkpoints / "latest").write_text("step_1")
+    (run.checkpoints / "step_1").mkdir()
+    (run.checkpoints / "step_1").chmod(0o777)
+    with pytest.raises(HpcmmError, match="can be written by another user"):
+        load_model(run, RunConfig())
