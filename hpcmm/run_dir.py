@@ -49,6 +49,11 @@ class RunDir:
         return self.root / "checkpoints"
 
     @property
+    def failures(self) -> Path:
+        """What ranks that ended badly left, a folder for each time that the job ran; absent where none did."""
+        return self.root / "failures"
+
+    @property
     def analysis(self) -> Path:
         return self.root / "analysis"
 
