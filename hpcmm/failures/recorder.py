@@ -91,6 +91,7 @@ def _record(error: Exception, path: Path, rank: int, node: str) -> None:
     if type(error).__module__ != "builtins":
         kind = f"{type(error).__module__}.{kind}"
     message = str(error)[: records.MOST_CHARACTERS]
+    error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without this module's own frame
     lines = "".join(traceback.format_exception(error)).splitlines()[-records.MOST_LINES :]
     unreachable = unreachable_nodes() if kind_of_exception(kind, message, lines) in CONSEQUENCES else []
     try:

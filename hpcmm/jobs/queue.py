@@ -165,9 +165,7 @@ def _without_sacct(error: HpcmmError) -> str:
 def _squeue(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
     wanted = _SEPARATOR.join(_SQUEUE.values())
     whole_ranges = {**environ, "SLURM_BITSTR_LEN": "0"}
-    listed = ask(
-        "squeue", "--noheader", *options, f"--format={wanted}", absent="Invalid job id", environ=whole_ranges
-    )
+    listed = ask("squeue", "--noheader", *options, f"--format={wanted}", absent="Invalid job id", environ=whole_ranges)
     return _rows(listed, list(_SQUEUE), "squeue")
 
 
