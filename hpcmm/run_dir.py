@@ -28,6 +28,11 @@ class RunDir:
         return self.root / "job.json"
 
     @property
+    def preflight(self) -> Path:
+        """What the check of the nodes before the run found, as JSON."""
+        return self.root / "preflight.json"
+
+    @property
     def submitit(self) -> Path:
         """submitit's own folder: the pickled task and each rank's result."""
         return self.root / "submitit"
