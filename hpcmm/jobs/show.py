@@ -29,7 +29,8 @@ def state_lines(state: State) -> list[str]:
     """A target's jobs, with how far its ranks came."""
     if not state.jobs:
         return [f"{state.target.asked}: no job of it is known here: it was never queued, or Slurm has forgotten it."]
-    lines = job_lines(state.jobs, {job.raw_id: state.run for job in state.jobs})
+    run = state.run
+    lines = job_lines(state.jobs, {job.raw_id: run for job in state.jobs})
     counts: Counter[str] = Counter()
     for job in state.jobs:
         counts[job.state] += job.tasks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from hpcmm.jobs.find_run import Target, job_ids_of, run_of_command, settings, slurm_environment
 from hpcmm.jobs.local_state import local_job
@@ -21,12 +22,13 @@ class State:
     jobs: list[Job]
     notes: list[str]
 
-    @property
+    @cached_property
     def run(self) -> RunDir | None:
         """The run directory, also where only a job's number was given."""
         if self.target.run is not None:
             return self.target.run
-        return next((run for job in reversed(self.jobs) if (run := run_of_command(job)) is not None), None)
+        commands = {job.command: job for job in self.jobs}  # the tasks of an array have one
+        return next((run for job in reversed(commands.values()) if (run := run_of_command(job)) is not None), None)
 
     @property
     def active(self) -> list[Job]:
@@ -56,13 +58,13 @@ def states_of(targets: Sequence[Target], environ: Mapping[str, str] = os.environ
 
 
 def _state(target: Target, answer: Answer) -> State:
-    jobs: list[Job] = []
+    jobs: dict[str, Job] = {}
     for job_id in target.job_ids:
         found = [job for job in answer.jobs if job_id in {job.job_id, job.raw_id, job.job_id.split("_")[0]}]
         if not found and target.run is not None and (record := record_of(target.run, job_id)) is not None:
             found = [record]
-        jobs += [job for job in found if job not in jobs]
-    return State(target, jobs, list(answer.notes))
+        jobs |= {job.job_id: job for job in found}
+    return State(target, list(jobs.values()), list(answer.notes))
 
 
 def _is_local(run: RunDir | None) -> bool:
