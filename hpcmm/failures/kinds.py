@@ -75,6 +75,7 @@ _DATA_KINDS = frozenset(
         "zipfile.BadZipFile",
     }
 )
+_HIDDEN_BY_IMPORTS = frozenset({Kind.out_of_memory, Kind.disk_full, Kind.gpu_error})
 _DATA_FRAMES = re.compile(r'File "[^"]*/(?:hpcmm/data/|hpcmm/train/data_root|torch/utils/data/)')
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
 _LOG_PREFIX = re.compile(r"^\[rank\d+\]:? ?")
@@ -98,13 +99,19 @@ def kind_of_exception(kind: str, message: str, traceback: Sequence[str] = ()) ->
     """
     head = f"{kind}: {message}"
     chain = [line for line in traceback if line[:1].strip() and not line.startswith(_TRACEBACK)]
-    for text in (head, *reversed(chain)):
-        for found, pattern in _BY_WORDS:
-            if re.search(pattern, text, re.IGNORECASE if found is not Kind.gpu_error else 0):
-                return found
-        if text is head and (kind in _DATA_KINDS or _raised_by_data(traceback)):
-            return Kind.data
-    return Kind.exception
+    said = [_by_words(text) for text in (head, *reversed(chain))]
+    if said[0] is Kind.import_failed:  # which may hide why it failed
+        return next((found for found in said if found in _HIDDEN_BY_IMPORTS), Kind.import_failed)
+    if said[0] is None and (kind in _DATA_KINDS or _raised_by_data(traceback)):
+        return Kind.data
+    return next((found for found in said if found is not None), Kind.exception)
+
+
+def _by_words(text: str) -> Kind | None:
+    for found, pattern in _BY_WORDS:
+        if re.search(pattern, text, re.IGNORECASE if found is not Kind.gpu_error else 0):
+            return found
+    return None
 
 
 def _raised_by_data(traceback: Sequence[str]) -> bool:

@@ -92,7 +92,9 @@ def _record(error: Exception, path: Path, rank: int, node: str) -> None:
         kind = f"{type(error).__module__}.{kind}"
     message = str(error)[: records.MOST_CHARACTERS]
     error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without this module's own frame
-    lines = "".join(traceback.format_exception(error)).splitlines()[-records.MOST_LINES :]
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    cut = [line for line in lines[: -records.MOST_LINES] if line[:1].strip()]  # what it was raised from stays
+    lines = [*cut[-records.MOST_LINES :], *lines[-records.MOST_LINES :]]
     unreachable = unreachable_nodes() if kind_of_exception(kind, message, lines) in CONSEQUENCES else []
     try:
         records.write(records.RankError(rank, node, now_ns, kind, message, lines, unreachable), path)

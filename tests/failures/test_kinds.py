@@ -55,6 +55,13 @@ def test_an_exception_raised_from_another_takes_its_own_kind_first():
     assert kind_of_exception("FileNotFoundError", "x", chain) is Kind.data
 
 
+def test_an_import_that_failed_for_want_of_memory_is_one_of_memory():
+    chain = ["RuntimeError: DefaultCPUAllocator: can't allocate memory", "ModuleNotFoundError: Could not import 'x'"]
+    assert kind_of_exception("ModuleNotFoundError", "Could not import 'x'", chain) is Kind.out_of_memory
+    chain[0] = "KeyError: 'x'"
+    assert kind_of_exception("ModuleNotFoundError", "Could not import 'x'", chain) is Kind.import_failed
+
+
 def test_source_lines_are_not_words_of_the_failure():
     chain = ["Traceback (most recent call last):", '  File "a.py", line 1, in f', "    # No space left on device"]
     assert kind_of_exception("ValueError", "x", chain) is Kind.exception

@@ -88,6 +88,20 @@ def test_an_exception_is_recorded_by_the_rank_and_its_status_by_the_parent(job):
     process.stderr.close()
 
 
+def test_of_a_long_traceback_the_end_and_the_causes_are_kept(job):
+    source = "def f0(): 1 / 0\n" + "".join(f"def f{n}(): f{n - 1}()\n" for n in range(1, 80))
+    source += "try:\n    raise MemoryError(1)\nexcept MemoryError:\n    f79()\n"
+    body = f"exec({source!r})"
+    process = job.start(body)
+    assert process.wait(20) == 1
+    lines = job.error().traceback
+    assert "MemoryError: 1" in lines
+    assert len(lines) < 80
+    assert not any("in f79" in line for line in lines)
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+    process.stderr.close()
+
+
 def test_a_rank_that_ends_well_leaves_nothing(job):
     process = job.start("pass")
     assert process.wait(20) == 0
