@@ -11,7 +11,7 @@ from hpcmm.doctor.meeting import Line, answer_clock, come, gather, measure_offse
 from hpcmm.doctor.pairing import best_of_each, rounds_of_pairs
 
 
-@given(st.integers(2, 40))
+@given(st.integers(2, 17))
 def test_each_member_meets_another_partner_in_each_round(count):
     rounds = rounds_of_pairs(count)
     pairs = [pair for pairs in rounds for pair in pairs]
@@ -22,7 +22,7 @@ def test_each_member_meets_another_partner_in_each_round(count):
         assert set(members) <= set(range(count))
 
 
-@given(st.integers(4, 40), st.data())
+@given(st.integers(4, 17), st.data())
 def test_one_slow_member_is_the_only_slow_one(count, data):
     slow = data.draw(st.integers(0, count - 1))
     measured = [(*pair, 1.0 if slow in pair else 9.0) for pairs in rounds_of_pairs(count) for pair in pairs]
