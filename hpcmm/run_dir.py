@@ -28,6 +28,11 @@ class RunDir:
         return self.root / "job.json"
 
     @property
+    def preflight(self) -> Path:
+        """What the check of the nodes before the run found, as JSON."""
+        return self.root / "preflight.json"
+
+    @property
     def submitit(self) -> Path:
         """submitit's own folder: the pickled task and each rank's result."""
         return self.root / "submitit"
@@ -47,6 +52,11 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def failures(self) -> Path:
+        """What ranks that ended badly left, a folder for each time that the job ran; absent where none did."""
+        return self.root / "failures"
 
     @property
     def analysis(self) -> Path:

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
 from hpcmm.bootstrap.accelerator import select_accelerator
@@ -33,9 +34,27 @@ def process_group(place: RankEnvironment, config: RunConfig, metrics: MetricsWri
     with metrics.startup("rendezvous"):
         _rendezvous(place, config, BACKENDS[device.type])
     try:
-        yield device
+        with _timeout_of_later_groups(timedelta(seconds=config.parallel.collective_timeout_s)):
+            yield device
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _timeout_of_later_groups(timeout: timedelta) -> Iterator[None]:
+    """Give groups that are made without a timeout this one.
+
+    ZeRO reduces gradients in groups that DeepSpeed makes so; PyTorch would let them wait for half an hour.
+    """
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    for name in names:
+        setattr(distributed_c10d, name, timeout)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(distributed_c10d, name, value)
 
 
 def _own_device(place: RankEnvironment) -> torch.device:

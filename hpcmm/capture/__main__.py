@@ -1,6 +1,6 @@
 """``python -m hpcmm.capture RUN_DIR -- COMMAND...``: the start of every rank, in front of submitit's entry point.
 
-It runs COMMAND under the profiler where the run's configuration asks for this rank, and becomes COMMAND otherwise.
+It runs COMMAND, under the profiler where the run's configuration asks for this rank, and records how it ended.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from hpcmm import config as run_config
 from hpcmm.bootstrap.environment import RankEnvironment
+from hpcmm.capture.watch import end_as, record_exit, run_watched
 from hpcmm.config import Executor, RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.failures.recorder import rank_of
 from hpcmm.profiled_ranks import profiled_ranks
 from hpcmm.run_dir import RunDir
 from hpcmm.train.prepare import prepare
 
 
 def start_rank(run: RunDir, command: list[str]) -> int:
-    """Run the rank's command. Returns its exit status, or does not return."""
+    """Run the rank's command. Returns its exit status, negative for a signal."""
     config = run_config.load(run.config)
     rank = RankEnvironment.read().rank
     if config.cluster.executor is Executor.local:
@@ -29,11 +30,13 @@ def start_rank(run: RunDir, command: list[str]) -> int:
         prepare(config)  # on Slurm the batch script does it before the ranks start
     profiler = _profiler(config, rank)
     if profiler is None:
-        _become(command)
+        return run_watched(command, run, rank)
     from hpcmm.capture.nsys import run_under_nsys  # noqa: PLC0415 -- only where a profiler runs
 
     assert config.profile.flags_file is not None
-    return run_under_nsys(profiler, config.profile.flags_file, command, run.rank_report(rank))
+    status = run_under_nsys(profiler, config.profile.flags_file, command, run.rank_report(rank))
+    record_exit(status, run, rank)
+    return status
 
 
 def _profiler(config: RunConfig, rank: int) -> str | None:
@@ -59,18 +62,14 @@ def _write_to(log: Path) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
 
 
-def _become(command: list[str]) -> NoReturn:
-    sys.stdout.flush()
-    os.execvp(command[0], command)  # noqa: S606 -- a list of words, no shell
-
-
 def main(arguments: list[str]) -> int:
     run_dir, separator, *command = arguments
     assert separator == "--"
     try:
-        return start_rank(RunDir(Path(run_dir)), command)
+        return end_as(start_rank(RunDir(Path(run_dir)), command))
     except HpcmmError as error:
         print(f"hpcmm: {error}", file=sys.stderr, flush=True)
+        record_exit(1, RunDir(Path(run_dir)), rank_of(os.environ))
         return 1
 
 

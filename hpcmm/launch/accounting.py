@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpcmm.errors import HpcmmError
+from hpcmm.slurm_commands import ask
 
 PENDING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
 ACTIVE = PENDING | {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
@@ -17,7 +15,6 @@ _RECORD_FIELDS = (
     "JobID,JobName,State,ExitCode,DerivedExitCode,Reason,NNodes,NTasks,NodeList,"
     "AllocTRES,Submit,Start,End,ElapsedRaw,MaxRSS"
 )
-_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class QueueState:
 
 def queue_state(job_id: str) -> QueueState:
     """Asks squeue, and sacct where the job has left the queue. Raises HpcmmError when neither answers."""
-    listed = _run("squeue", "--noheader", f"--jobs={job_id}", "--format=%T|%r|%S", absent="Invalid job id")
+    listed = ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%T|%r|%S", absent="Invalid job id")
     if listed.strip():
         state, *rest = listed.strip().splitlines()[0].split("|", 2)
         if len(rest) != 2:
@@ -51,34 +48,6 @@ def queue_state(job_id: str) -> QueueState:
 
 def job_records(job_id: str) -> list[dict[str, str]]:
     """sacct's records: of the job first, then of its steps. Keys are sacct's names of the fields."""
-    listed = _run("sacct", "--parsable2", "--delimiter=\t", f"--jobs={job_id}", f"--format={_RECORD_FIELDS}")
+    listed = ask("sacct", "--parsable2", "--delimiter=\t", f"--jobs={job_id}", f"--format={_RECORD_FIELDS}")
     names, *rows = [line.split("\t") for line in listed.splitlines()] or [[]]
     return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
-
-
-def _run(*command: str, absent: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
-    """The command's output; nothing where it complains of what ``absent`` says."""
-    # squeue and sacct take defaults for their formats from the user's environment, and these must not apply.
-    clean = {name: value for name, value in environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=_TIMEOUT_S,
-            env=clean | {"SLURM_TIME_FORMAT": ""},
-        )
-    except FileNotFoundError as error:
-        raise HpcmmError(f"{command[0]} not found: run this on a Slurm login node.") from error
-    except subprocess.TimeoutExpired as error:
-        raise HpcmmError(
-            f"{command[0]} gave no answer within {_TIMEOUT_S} s; the job itself is not affected."
-        ) from error
-    if done.returncode == 0:
-        return done.stdout
-    if absent is not None and absent in done.stderr:
-        return ""
-    complaint = " ".join(done.stderr.split())
-    raise HpcmmError(f"{command[0]} failed ({complaint}); the job itself is not affected.")

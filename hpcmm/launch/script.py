@@ -32,6 +32,7 @@ def render_script(config: RunConfig, run: RunDir, python: str = sys.executable) 
     environment.filters["directive"] = _directive_value
     return environment.get_template(config.cluster.template).render(
         cluster=config.cluster,
+        launch=config.launch,
         directives=_directives(config, run),
         environment=config.cluster.environment,
         run=run,
@@ -52,7 +53,7 @@ def _directives(config: RunConfig, run: RunDir) -> dict[str, str | None]:
     cluster = config.cluster
     directives: dict[str, Any] = {
         "job-name": config.name,
-        "nodes": cluster.nodes,
+        "nodes": cluster.nodes + config.launch.spare_nodes,
         "ntasks-per-node": cluster.ranks_per_node,
         "cpus-per-task": cluster.cpus_per_rank,
         "gpus-per-node": cluster.gpus_per_node or None,

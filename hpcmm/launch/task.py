@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from hpcmm.failures.recorder import recording_failure
+from hpcmm.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,7 @@ class RankTask:
 
     def __call__(self) -> dict[str, float]:
         """Returns the rank's final metrics, which submitit hands back to the submitter."""
-        from hpcmm.train.rank import run_rank  # noqa: PLC0415 -- imports torch, on the node only
+        with recording_failure(RunDir(Path(self.run_dir))):
+            from hpcmm.train.rank import run_rank  # noqa: PLC0415 -- imports torch, on the node only
 
-        return run_rank(self.run_dir)
+            return run_rank(self.run_dir)

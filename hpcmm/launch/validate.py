@@ -31,6 +31,7 @@ def validate(config: RunConfig) -> None:
         *_parallel(config),
         *_data(config),
         *_profile(config),
+        *_launch(config),
     ]
     if problems:
         raise HpcmmError("\n".join(problems))
@@ -55,6 +56,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "train.warmup_steps": config.train.warmup_steps,
         "train.checkpoint_every": config.train.checkpoint_every,
         "data.num_workers": config.data.num_workers,
+        "launch.spare_nodes": config.launch.spare_nodes,
         "data.slow_s": config.data.slow_s,
     }
     for least, values in ((1, at_least_one), (0, at_least_zero)):
@@ -143,6 +145,14 @@ def _profile(config: RunConfig) -> Iterator[str]:
         profiled_ranks(profile.ranks, config.world_size, config.cluster.ranks_per_node)
     except HpcmmError as error:
         yield str(error)
+
+
+def _launch(config: RunConfig) -> Iterator[str]:
+    launch = config.launch
+    if launch.preflight and config.cluster.executor is Executor.local:
+        yield "launch.preflight checks the nodes of a Slurm job: set it to false with cluster=local."
+    if launch.spare_nodes > 0 and not launch.preflight:
+        yield f"launch.spare_nodes is {launch.spare_nodes}, but only launch.preflight=true uses spare nodes."
 
 
 def _is_file_of(name: str, folder: str) -> bool:

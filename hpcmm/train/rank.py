@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from pathlib import Path
 
 from hpcmm import config as run_config
@@ -23,8 +22,6 @@ def run_rank(run_dir: str) -> dict[str, float]:
     config = run_config.load(run.config)
     place = RankEnvironment.read()
     _log_with_rank(place)
-    # submitit ignores SIGTERM, so a cancelled job would run on until it is killed.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     select_accelerator()
     with MetricsWriter(run.rank_metrics(place.rank)) as metrics:
         metrics.start(place)

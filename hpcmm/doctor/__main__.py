@@ -1,0 +1,97 @@
+"""``python -m hpcmm.doctor``: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcmm.bootstrap.cache import cache_dir
+from hpcmm.config import RunConfig
+from hpcmm.doctor.facts import node_facts
+from hpcmm.doctor.judge import Finding, Weight, judge
+from hpcmm.doctor.nsys_check import nsys_problem
+from hpcmm.doctor.report import report_lines, report_values
+from hpcmm.doctor.step import allocation_options, check_nodes
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.compose import compose_run
+
+_TIME_LIMIT_MIN = 8
+
+EPILOG = """\
+examples:
+  python -m hpcmm.doctor                                  this machine alone
+  python -m hpcmm.doctor cluster=local_slurm --nodes 4    a short job on four nodes, and this machine
+  python -m hpcmm.doctor cluster=mysite --nodes 2 --nodelist gpu07,gpu08
+
+exit status: 0 nothing is bad (there may be warnings), 1 something is, or the check itself failed.
+docs/doctor.md tells what is checked, and from which value on it counts as bad.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hpcmm.doctor",
+        description="Check this machine, and the nodes of a cluster, for what breaks or slows multi-node training.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of hpcmm.launch: cluster=NAME ...")
+    parser.add_argument("--nodes", type=int, default=0, metavar="N", help="check N nodes in a job of their own")
+    parser.add_argument("--nodelist", metavar="LIST", help="these nodes, as a Slurm host list")
+    parser.add_argument("--wait", type=int, default=120, metavar="S", help="seconds to wait for nodes (default: 120)")
+    parser.add_argument("--no-nsys", action="store_true", help="do not record a range with nsys (saves 10 s a node)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args(arguments)
+    try:
+        return _check(compose_run(options.overrides), options)
+    except HpcmmError as error:
+        print(f"hpcmm.doctor: {error}", file=sys.stderr)
+        return 1
+
+
+def _check(config: RunConfig, options: argparse.Namespace) -> int:
+    os.environ.update(config.cluster.submit_environment)
+    folders = [Path(config.runs_root).expanduser().absolute(), cache_dir(config.cluster)]
+    nsys = not options.no_nsys
+    here = node_facts(folders)
+    if nsys and here["nsys"]:
+        here["nsys_problem"], here["nsys_checked"] = nsys_problem(here["nsys"]), True
+    login = f"{here['node']} (here)"
+    found: dict[str, dict[str, Any]] = {login: here}
+    nodes: list[str] = []
+    if options.nodes > 0:
+        srun = ["srun", *allocation_options(config.cluster, _TIME_LIMIT_MIN), f"--immediate={options.wait}"]
+        srun += [f"--nodelist={options.nodelist}"] if options.nodelist else []
+        srun += [f"--exclude={config.cluster.exclude}"] if config.cluster.exclude else []
+        result = check_nodes(None, options.nodes, folders, srun, nsys=nsys)
+        nodes = result.nodes
+        found |= result.found
+        if not nodes:
+            raise HpcmmError(f"No node was checked: {' '.join(result.complaint.split()) or 'srun said nothing'}.")
+    names = [login, *nodes]
+    findings = judge([login], found) + judge(nodes, found, config.cluster.gpus_per_node)
+    findings += [] if not nodes else _against_nodes(login, found, nodes)
+    if options.json:
+        print(json.dumps(report_values(names, found, findings), indent=2))
+    else:
+        print("\n".join(report_lines(names, found, findings)))
+    return 1 if any(finding.weight is Weight.bad for finding in findings) else 0
+
+
+def _against_nodes(login: str, found: dict[str, dict[str, Any]], nodes: list[str]) -> list[Finding]:
+    """What this machine's Python and packages have other than a node's: jobs are composed here and run there."""
+    model = next((node for node in nodes if found.get(node)), None)
+    if model is None:
+        return []
+    pair = {name: {key: found[name][key] for key in ("python", "packages", "nsys")} for name in (login, model)}
+    return [each for each in judge([login, model], pair) if each.check in {"Python", "packages"} and each.node == login]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

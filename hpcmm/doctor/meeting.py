@@ -1,0 +1,114 @@
+"""The nodes meet at the first one over TCP: who is there, how far the clocks differ, and what all have to tell.
+
+A node that cannot come is left out after a bounded time, so that it does not keep the others from being judged.
+The messages are JSON lines and begin with a secret, which the nodes read from a file that only their user can read.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_EXCHANGES = 20
+_MOST_BYTES = 16 * 1024**2
+
+
+@dataclass(frozen=True)
+class ClockOffset:
+    """A node's clock minus the first node's, estimated as in NTP (RFC 5905, section 8) by the quickest exchange."""
+
+    offset_s: float
+    error_s: float
+    """Half of that exchange's round trip: the offset lies within it whatever the two ways took."""
+
+
+class Line:
+    """JSON lines over a socket, each bounded in size and time."""
+
+    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
+        connection.settimeout(timeout_s)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connection = connection
+        self._file = connection.makefile("rb")
+
+    def send(self, value: object) -> None:
+        self.connection.sendall(json.dumps(value).encode() + b"\n")
+
+    def receive(self) -> Any:
+        """Raises OSError when the other side is gone or says what is no JSON."""
+        line = self._file.readline(_MOST_BYTES)
+        if not line.endswith(b"\n"):
+            raise ConnectionError("the other node is gone")
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise ConnectionError("the other node sent no JSON") from error
+
+    @property
+    def own_address(self) -> str:
+        return str(self.connection.getsockname()[0])
+
+
+def measure_offset(line: Line) -> ClockOffset:
+    """Ask the other side for its clock; it answers with ``answer_clock``."""
+    best: ClockOffset | None = None
+    for _ in range(_EXCHANGES):
+        sent_ns = time.time_ns()
+        line.send("clock")
+        theirs_ns = int(line.receive())
+        received_ns = time.time_ns()
+        error_s = (received_ns - sent_ns) / 2e9
+        if best is None or error_s < best.error_s:
+            best = ClockOffset((theirs_ns - (sent_ns + received_ns) / 2) / 1e9, error_s)
+    assert best is not None
+    return best
+
+
+def answer_clock(line: Line) -> None:
+    """The other side of ``measure_offset``."""
+    for _ in range(_EXCHANGES):
+        line.receive()
+        line.send(time.time_ns())
+
+
+def gather(
+    server: socket.socket, secret: str, expected: Sequence[str], wait_s: float, talk_s: float
+) -> dict[str, tuple[Line, dict[str, Any]]]:
+    """At the first node: the nodes that come within ``wait_s``, each with its line and what it told of itself."""
+    came: dict[str, tuple[Line, dict[str, Any]]] = {}
+    until = time.monotonic() + wait_s
+    while len(came) < len(expected) and (left_s := until - time.monotonic()) > 0:
+        server.settimeout(left_s)
+        try:
+            connection, _ = server.accept()
+            line = Line(connection, talk_s)
+            hello = line.receive()
+        except OSError:
+            continue
+        known = isinstance(hello, dict) and secrets.compare_digest(str(hello.get("secret", "")), secret)
+        if known and hello.get("node") in expected:
+            came[hello["node"]] = (line, hello)
+        else:
+            connection.close()
+    return came
+
+
+def come(address: tuple[str, int], hello: dict[str, Any], wait_s: float, talk_s: float) -> Line:
+    """At any other node: connect to the first one, and say hello. Raises OSError when it is not reached in time."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            connection = socket.create_connection(address, timeout=max(0.1, min(5.0, until - time.monotonic())))
+            break
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+    line = Line(connection, talk_s)
+    line.send(hello)
+    return line

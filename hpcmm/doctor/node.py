@@ -1,0 +1,154 @@
+"""``python -m hpcmm.doctor.node REQUEST``: one process on each node of a job step; it writes its word beside REQUEST.
+
+The first node listens, the others come to it. Who has come is told to all, and only these measure with each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hpcmm.bootstrap.free_port import find_free_port
+from hpcmm.doctor.facts import node_facts
+from hpcmm.doctor.meeting import answer_clock, come, gather, measure_offset
+from hpcmm.doctor.nsys_check import nsys_problem
+from hpcmm.failures.reachable import job_nodes
+
+_MEET_S, _TALK_S, _MEASURE_S, _SHARED_S = 30.0, 120.0, 60.0, 20.0
+
+
+def main(arguments: list[str]) -> int:
+    request_file = Path(arguments[0])
+    request = json.loads(request_file.read_text(encoding="utf-8"))
+    nodes = list(request["nodes"] or job_nodes(os.environ))
+    folders = [Path(folder) for folder in request["folders"]]
+    found = node_facts(folders)
+    place = nodes.index(found["node"])
+    found["names"] = {node: _address(node) for node in nodes}
+    for folder in folders:
+        _leave_token(folder, request["id"], nodes[place], found)
+    try:
+        _with_others(request, request_file.parent, nodes, place, found)
+    except OSError as error:
+        found["problem"] = f"it did not meet the other nodes at {nodes[0]}: {error}"
+    if request["nsys"] and found["nsys"]:
+        found["nsys_problem"], found["nsys_checked"] = nsys_problem(found["nsys"]), True
+    _write(found, request_file.parent / f"{nodes[place]}.json")
+    return 0
+
+
+def _with_others(request: dict[str, Any], folder: Path, nodes: list[str], place: int, found: dict[str, Any]) -> None:
+    port_file = folder / "port"
+    if place == 0:
+        with socket.create_server(("", 0), backlog=4096) as server:
+            _write(server.getsockname()[1], port_file)
+            came = gather(server, request["secret"], nodes[1:], _MEET_S, _TALK_S)
+        present = [nodes[0], *(node for node in nodes[1:] if node in came)]
+        lines = {node: line for node, (line, _) in came.items()}
+        addresses = {node: came[node][1]["address"] for node in present[1:]}
+        own = next((lines[node].own_address for node in present[1:]), "127.0.0.1")
+        told: dict[str, Any] = {"members": present, "address": own, "port": find_free_port(own)}
+        for node in present[1:]:
+            lines[node].send(told)
+            answer_clock(lines[node])  # one after the other, so that none waits while its clock is read
+        found["came"] = addresses
+        found["clock"] = {"offset_s": 0.0, "error_s": 0.0}
+    else:
+        port = _read_port(port_file)
+        hello = {"secret": request["secret"], "node": nodes[place], "address": found["names"][nodes[place]]}
+        line = come((nodes[0], port), hello, _MEET_S, _TALK_S)
+        told = line.receive()
+        found["clock"] = asdict(measure_offset(line))
+        own = line.own_address
+    found["address"] = own
+    found["interface"] = next((name for name, each in found["interfaces"].items() if own in each["addresses"]), None)
+    members: list[str] = told["members"]
+    found["shared"] = _shared(request, members)
+    if len(members) > 1:
+        _measure(told, members.index(nodes[place]), found)
+
+
+def _measure(told: dict[str, Any], member: int, found: dict[str, Any]) -> None:
+    try:
+        from hpcmm.doctor.all_reduce import pair_bandwidths  # noqa: PLC0415 -- imports torch, late and on nodes alone
+
+        backend, pairs = pair_bandwidths(told["address"], told["port"], member, len(told["members"]), _MEASURE_S)
+    except (RuntimeError, ImportError, OSError) as error:
+        found["all_reduce"] = {"problem": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+        return
+    names = told["members"]
+    found["all_reduce"] = {
+        "backend": backend,
+        "pairs": [[names[first], names[second], rate] for first, second, rate in pairs],
+    }
+
+
+def _address(node: str) -> str | None:
+    try:
+        return str(socket.getaddrinfo(node, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return None
+
+
+def _leave_token(folder: Path, request_id: str, node: str, found: dict[str, Any]) -> None:
+    """Write a file that the other nodes look for; whoever asked removes all, once every node has looked."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        token_file(folder, request_id, node).write_text(node, encoding="utf-8")
+    except OSError as error:
+        found.setdefault("unwritable", {})[str(folder)] = str(error.strerror)
+
+
+def token_file(folder: Path, request_id: str, node: str) -> Path:
+    return folder / f".hpcmm-doctor-{request_id}-{node}"
+
+
+def _shared(request: dict[str, Any], members: list[str]) -> dict[str, list[str]]:
+    """For each folder the members whose file this node does not see within some seconds."""
+    unseen: dict[str, list[str]] = {}
+    until = time.monotonic() + _SHARED_S
+    for folder in request["folders"]:
+        missing = list(members)
+        while missing:
+            missing = [node for node in missing if not _sees(token_file(Path(folder), request["id"], node), node)]
+            if not missing or time.monotonic() > until:
+                break
+            time.sleep(0.2)
+        unseen[folder] = missing
+    return unseen
+
+
+def _sees(token: Path, node: str) -> bool:
+    try:
+        os.listdir(token.parent)  # noqa: PTH208 -- makes NFS look again
+        return token.read_text(encoding="utf-8") == node
+    except OSError:
+        return False
+
+
+def _read_port(port_file: Path) -> int:
+    until = time.monotonic() + _MEET_S
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            return int(port_file.read_text(encoding="ascii"))
+        if time.monotonic() > until:
+            raise TimeoutError(f"{port_file} did not appear: is its folder shared?")
+        time.sleep(0.1)
+
+
+def _write(value: object, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

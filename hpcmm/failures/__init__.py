@@ -1,0 +1,1 @@
+"""What a failing rank leaves behind, and what kind of failure it is. No torch, no Slurm."""

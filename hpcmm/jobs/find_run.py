@@ -1,0 +1,150 @@
+"""From what a user writes, a run's name or directory or a job's number, to the run and its jobs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpcmm.errors import HpcmmError
+from hpcmm.jobs.queue import Job
+from hpcmm.run_dir import RunDir
+
+_JOB_ID = re.compile(r"\d+(?:_\d+)?")
+_SUBMITTED = re.compile(r"(\d+(?:_\d+)?)_submitted\.pkl")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a user means: a run, a job by number, or both."""
+
+    asked: str
+    job_ids: tuple[str, ...]
+    """Newest last; a run that was submitted again by hand has several."""
+    run: RunDir | None
+
+
+def find_targets(asked: str, runs_root: Path) -> list[Target]:
+    """The runs or the job that ``asked`` names, newest first; several where it is the common start of runs' names.
+
+    Raises HpcmmError, with the nearest names, where there is none.
+    """
+    named = Path(asked).expanduser()
+    if _is_run(named):
+        return [_target(asked, named.resolve())]
+    if _JOB_ID.fullmatch(asked):
+        run = run_of_job(asked, runs_root)
+        return [Target(asked, (asked,), run)]
+    within = runs_root / asked
+    if asked not in {"", ".", ".."} and "/" not in asked and _is_run(within):
+        return [_target(asked, within.resolve())]
+    runs = runs_in(runs_root)
+    found = [run for run in runs if run.root.name.startswith(f"{asked}-")]
+    if not found:
+        raise HpcmmError(_no_such_run(asked, runs_root, runs))
+    return [_target(asked, run.root) for run in found]
+
+
+def runs_in(runs_root: Path) -> list[RunDir]:
+    """The runs in a folder, newest first."""
+    try:
+        folders = [entry for entry in runs_root.iterdir() if not entry.is_symlink() and _is_run(entry)]
+    except OSError:
+        return []
+    return [RunDir(folder.absolute()) for folder in sorted(folders, key=_made_at, reverse=True)]
+
+
+def job_ids_of(run: RunDir) -> tuple[str, ...]:
+    """Numbers of all jobs that ran, or wait to run, in this directory, newest last."""
+    ids: dict[str, float] = {}
+    try:
+        for entry in run.submitit.iterdir():
+            match = _SUBMITTED.fullmatch(entry.name)
+            if match:
+                ids[match[1]] = entry.stat().st_mtime
+    except OSError:
+        pass  # not made by submitit, or not ours to read
+    record = _job_record(run)
+    if record and (job_id := record.get("job_id")) is not None:
+        ids.setdefault(str(job_id), 0.0)
+    return tuple(sorted(ids, key=lambda each: (ids[each], each)))
+
+
+def run_of_job(job_id: str, runs_root: Path) -> RunDir | None:
+    """The run in ``runs_root`` that this job belongs to."""
+    return next((run for run in runs_in(runs_root) if job_id in job_ids_of(run)), None)
+
+
+def run_of_command(job: Job) -> RunDir | None:
+    """The run whose script this job was submitted with, by what Slurm noted of it."""
+    start = job.command.find("/")
+    script = Path(job.command[start:]) if start >= 0 else None
+    if script is None or script.name != "submission.sh" or not _is_run(script.parent):
+        return None
+    return RunDir(script.parent)
+
+
+def settings(run: RunDir) -> dict[str, Any]:
+    """The run's frozen configuration as plain values, of whatever version of hpcmm; empty where there is none."""
+    try:
+        given = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return given if isinstance(given, dict) else {}
+
+
+def slurm_environment(run: RunDir | None, environ: dict[str, str] | None = None) -> dict[str, str]:
+    """This process' environment, and in it what the run's configuration gives to Slurm's commands.
+
+    Only the user's own configuration counts: whoever sets SLURM_CONF chooses the code that squeue loads.
+    """
+    environ = dict(os.environ) if environ is None else environ
+    if run is None:
+        return environ
+    try:
+        trusted = run.config.stat().st_uid in {0, os.geteuid()}
+    except OSError:
+        return environ
+    cluster = settings(run).get("cluster") if trusted else None
+    given = cluster.get("submit_environment") if isinstance(cluster, dict) else None
+    return environ | {str(key): str(value) for key, value in given.items()} if isinstance(given, dict) else environ
+
+
+def _target(asked: str, folder: Path) -> Target:
+    run = RunDir(folder)
+    return Target(asked, job_ids_of(run), run)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / "config.yaml").is_file() or (folder / "submission.sh").is_file()
+    except OSError:
+        return False
+
+
+def _made_at(folder: Path) -> int:
+    try:
+        return RunDir(folder).submission_script.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _job_record(run: RunDir) -> dict[str, Any]:
+    try:
+        given = json.loads(run.job_record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return given if isinstance(given, dict) else {}
+
+
+def _no_such_run(asked: str, runs_root: Path, runs: list[RunDir]) -> str:
+    names = [run.root.name for run in runs]
+    close = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "give a job's number, a run's name or its directory."
+    return f"{asked!r} is no run in {runs_root.absolute()}, no run directory and no job's number: {hint}"

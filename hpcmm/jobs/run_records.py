@@ -1,0 +1,93 @@
+"""What a run directory itself tells of its jobs, for times when Slurm has forgotten them or does not answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcmm.jobs.queue import Job
+from hpcmm.run_dir import RunDir
+
+_TAIL_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class RankProgress:
+    """How far a rank came, by its metrics file."""
+
+    rank: int
+    node: str
+    job_id: str
+    last_step: int | None
+    """Number of its last finished step; None before the first."""
+    last_unix_ns: int
+    """The node's clock at its last record."""
+    ended: bool
+    """It trained to its end."""
+
+
+def progress_of(run: RunDir) -> dict[int, RankProgress]:
+    """The newest start of each rank, from the files in ``RUN/metrics``."""
+    found = {}
+    for path in sorted(run.metrics.glob("rank_*.jsonl")):
+        number = path.stem.removeprefix("rank_")
+        if number.isdecimal() and (progress := _progress(path, int(number))) is not None:
+            found[progress.rank] = progress
+    return found
+
+
+def record_of(run: RunDir, job_id: str) -> Job | None:
+    """The job as ``job.json`` keeps it, or as its ranks' last words tell; None where neither does."""
+    try:
+        given = json.loads(run.job_record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        given = None
+    if isinstance(given, dict) and str(given.get("job_id")) == job_id:
+        return Job(job_id, job_id, state=str(given.get("state", "UNKNOWN")), source="run directory")
+    mine = [each for each in progress_of(run).values() if each.job_id == job_id]
+    if mine and all(each.ended for each in mine):
+        return Job(job_id, job_id, state="COMPLETED", source="run directory")
+    if any(run.failures.glob(f"{job_id}.*/rank_*.exit.json")):
+        return Job(job_id, job_id, state="FAILED", source="run directory")
+    return None
+
+
+def _progress(path: Path, rank: int) -> RankProgress | None:
+    records = _records(path)
+    start = next((record for record in reversed(records) if record.get("event") == "start"), None)
+    since = records[records.index(start) :] if start is not None else records
+    if start is None:  # a long file: the tail holds no start, but the head does
+        start = next((record for record in _records(path, head=True) if record.get("event") == "start"), None)
+    if start is None or not since:
+        return None
+    steps = [record["step"] for record in since if record.get("event") == "step" and isinstance(record["step"], int)]
+    last_ns = since[-1].get("unix_ns")
+    return RankProgress(
+        rank,
+        str(start.get("node", "")),
+        str(start.get("job_id", "")),
+        steps[-1] if steps else None,
+        last_ns if isinstance(last_ns, int) else 0,
+        since[-1].get("event") == "end",
+    )
+
+
+def _records(path: Path, *, head: bool = False) -> list[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            if not head:
+                file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = file.read(_TAIL_BYTES).decode(errors="replace")
+    except OSError:
+        return []
+    return [record for line in text.splitlines() if (record := _object(line)) is not None]
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        given = json.loads(line)
+    except ValueError:  # the tail began within a line, or the rank died while it wrote
+        return None
+    return given if isinstance(given, dict) and ("step" in given or given.get("event") != "step") else None

@@ -1,0 +1,81 @@
+"""The state of what a user asked for, from the first source that knows it: squeue, sacct, the run directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from hpcmm.jobs.find_run import Target, job_ids_of, run_of_command, settings, slurm_environment
+from hpcmm.jobs.local_state import local_job
+from hpcmm.jobs.queue import Answer, Job, find_jobs
+from hpcmm.jobs.run_records import record_of
+from hpcmm.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class State:
+    """A target with its jobs, newest last."""
+
+    target: Target
+    jobs: list[Job]
+    notes: list[str]
+
+    @cached_property
+    def run(self) -> RunDir | None:
+        """The run directory, also where only a job's number was given."""
+        if self.target.run is not None:
+            return self.target.run
+        commands = {job.command: job for job in self.jobs}  # the tasks of an array have one
+        return next((run for job in reversed(commands.values()) if (run := run_of_command(job)) is not None), None)
+
+    @property
+    def active(self) -> list[Job]:
+        return [job for job in self.jobs if job.active]
+
+
+def states_of(targets: Sequence[Target], environ: Mapping[str, str] = os.environ) -> list[State]:
+    """The states of all targets, with one call of squeue, and at most one of sacct, for each cluster they are on.
+
+    Raises HpcmmError when squeue does not answer.
+    """
+    clusters: dict[str, dict[str, str]] = {}
+    asked: dict[str, list[str]] = {}
+    for target in targets:
+        if not _is_local(target.run):
+            mine = slurm_environment(target.run, dict(environ))
+            key = mine.get("SLURM_CONF", "")
+            clusters[key] = mine
+            asked.setdefault(key, []).extend(target.job_ids)
+    answers = {key: find_jobs(asked[key], clusters[key]) for key in asked}
+    return [
+        _local_state(target)
+        if _is_local(target.run)
+        else _state(target, answers[slurm_environment(target.run, dict(environ)).get("SLURM_CONF", "")])
+        for target in targets
+    ]
+
+
+def _state(target: Target, answer: Answer) -> State:
+    jobs: dict[str, Job] = {}
+    for job_id in target.job_ids:
+        found = [job for job in answer.jobs if job_id in {job.job_id, job.raw_id, job.job_id.split("_")[0]}]
+        if not found and target.run is not None and (record := record_of(target.run, job_id)) is not None:
+            found = [record]
+        jobs |= {job.job_id: job for job in found}
+    return State(target, list(jobs.values()), list(answer.notes))
+
+
+def _is_local(run: RunDir | None) -> bool:
+    cluster = settings(run).get("cluster") if run is not None else None
+    return isinstance(cluster, dict) and cluster.get("executor") == "local"
+
+
+def _local_state(target: Target) -> State:
+    assert target.run is not None
+    given = settings(target.run)
+    ranks = given["cluster"].get("ranks_per_node")
+    ranks = ranks if isinstance(ranks, int) else 1
+    newest = job_ids_of(target.run)[-1:]
+    return State(target, [local_job(target.run, each, str(given.get("name", "")), ranks) for each in newest], [])

@@ -1,0 +1,166 @@
+"""Why a job failed, in words and as values."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from hpcmm.jobs.advice import advice
+from hpcmm.jobs.evidence import JobEvidence, gather
+from hpcmm.jobs.find_run import Target, settings
+from hpcmm.jobs.first_failure import Event, Verdict, events_of, first_failure
+from hpcmm.jobs.logs import printable
+from hpcmm.jobs.queue import Job
+
+_MOST_LINES = 12
+_MOST_RANKS = 8
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A job's first failure with what belongs to it; no verdict where nothing has failed."""
+
+    evidence: JobEvidence
+    verdict: Verdict | None
+    events: list[Event]
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict is not None
+
+
+def explain(target: Target) -> Explanation:
+    """Explain the newest job of ``target``. Raises HpcmmError where nothing is known of it."""
+    evidence = gather(target)
+    return explanation_of(evidence)
+
+
+def explanation_of(evidence: JobEvidence) -> Explanation:
+    events = events_of(evidence)
+    job = evidence.job
+    went_well = job.state == "COMPLETED" or (job.active and not events)
+    return Explanation(evidence, None if went_well else first_failure(evidence), events)
+
+
+def lines_of(explanation: Explanation) -> list[str]:
+    """For a terminal."""
+    evidence, verdict = explanation.evidence, explanation.verdict
+    job = evidence.job
+    name = evidence.run.root.name if evidence.run else job.name
+    title = f"job {job.job_id} ({name})" if name else f"job {job.job_id}"
+    notes = [f"note: {note}" for note in evidence.notes]
+    if verdict is None:
+        return [printable(line.encode()) for line in [f"{title}: {job.state}. {_progress(evidence)}", *notes]]
+    lines = [f"{title}: {verdict.kind}"]
+    lines += [f"first:    {_first(verdict)}"] if _first(verdict) else []
+    what, *more = (verdict.what.splitlines() or [""])[:6]
+    lines += [f"what:     {what}", *(f"          {line}" for line in more)]
+    lines += [f"          {line}" for line in _shown(verdict.traceback)]
+    if verdict.rank is not None and (step := _last_step(evidence, verdict.rank)):
+        lines.append(f"reached:  {step}")
+    others = [f"rank {event.rank} ({event.kind})" for event in explanation.events if event.rank != verdict.rank]
+    if others:
+        more_ranks = f" and {len(others) - _MOST_RANKS} more" if len(others) > _MOST_RANKS else ""
+        lines.append(f"then:     {', '.join(others[:_MOST_RANKS])}{more_ranks}")
+    lines.append(f"Slurm:    {_slurm(job)}{_restarts(evidence)}")
+    lines += [f"do:       {line}" for line in _advice(explanation)]
+    if evidence.run is not None:
+        log = evidence.run.rank_log(verdict.rank) if verdict.rank is not None else evidence.run.batch_log
+        lines.append(f"log:      {log}")
+    return [printable(line.encode()) for line in [*lines, *notes]]
+
+
+def values_of(explanation: Explanation) -> dict[str, Any]:
+    """For JSON."""
+    evidence, verdict = explanation.evidence, explanation.verdict
+    job = evidence.job
+    values: dict[str, Any] = {
+        "job_id": job.job_id,
+        "run_dir": str(evidence.run.root) if evidence.run else None,
+        "failed": explanation.failed,
+        "state": job.state,
+        "reason": job.reason,
+        "exit_code": job.exit_code,
+        "derived_exit_code": job.derived_exit_code,
+        "restart": evidence.restart,
+        "nodes": evidence.node_states,
+        "notes": evidence.notes,
+    }
+    if verdict is None:
+        return values
+    step = evidence.ranks[verdict.rank].progress if verdict.rank in evidence.ranks else None
+    first = asdict(verdict) | {
+        "time": _utc(verdict.unix_ns) if verdict.unix_ns else None,
+        "last_step": step.last_step if step else None,
+    }
+    return values | {
+        "class": str(verdict.kind),
+        "first": first,
+        "events": [asdict(event) | {"time": _utc(event.unix_ns)} for event in explanation.events],
+        "advice": _advice(explanation),
+        "exclude": verdict.bad_nodes,
+    }
+
+
+def _advice(explanation: Explanation) -> list[str]:
+    verdict, evidence = explanation.verdict, explanation.evidence
+    assert verdict is not None
+    cluster = settings(evidence.run).get("cluster") if evidence.run else None
+    excluded = cluster.get("exclude") if isinstance(cluster, dict) else None
+    said = advice(verdict, evidence.job.job_id, str(excluded or ""))
+    if evidence.job.active and evidence.job.pending:
+        said.append("Slurm has queued the job again; it needs nothing now.")
+    return said
+
+
+def _shown(traceback: list[str]) -> list[str]:
+    """The last frames, without the lines that only underline."""
+    return [line for line in traceback if line.strip(" ^~")][-_MOST_LINES:]
+
+
+def _first(verdict: Verdict) -> str:
+    parts = [f"rank {verdict.rank}" if verdict.rank is not None else "", f"on {verdict.node}" if verdict.node else ""]
+    parts.append(f"at {_utc(verdict.unix_ns)}" if verdict.unix_ns else "")
+    return " ".join(part for part in parts if part)
+
+
+def _utc(unix_ns: int) -> str:
+    try:
+        return datetime.fromtimestamp(unix_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    except (ValueError, OverflowError, OSError):  # a record that somebody else wrote
+        return "an unknown time"
+
+
+def _last_step(evidence: JobEvidence, rank: int) -> str:
+    progress = evidence.ranks[rank].progress if rank in evidence.ranks else None
+    if progress is None:
+        return ""
+    return "no step yet" if progress.last_step is None else f"finished step {progress.last_step}"
+
+
+def _slurm(job: Job) -> str:
+    reason = f" ({job.reason})" if job.reason else ""
+    codes = f", exit code {job.exit_code}" if job.exit_code else ""
+    derived = f", of its steps {job.derived_exit_code}" if job.derived_exit_code not in {"", "0:0"} else ""
+    return f"{job.state}{reason}{codes}{derived}, by {job.source}"
+
+
+def _restarts(evidence: JobEvidence) -> str:
+    return f"; this is its restart {evidence.restart}" if evidence.restart else ""
+
+
+def _progress(evidence: JobEvidence) -> str:
+    if evidence.job.state == "COMPLETED":
+        return "Nothing has failed."
+    known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
+    if not known:
+        return "Nothing has failed so far; no step is finished yet."
+    steps = [each.last_step for each in known if each.last_step is not None]
+    ago_s = max(0.0, time.time() - max(each.last_unix_ns for each in known) / 1e9)
+    slowest = min(known, key=lambda each: (each.last_step or 0, each.rank)).rank
+    return (
+        f"Nothing has failed so far: {len(known)} ranks finished step {min(steps)} to {max(steps)}, rank {slowest} the "
+        f"fewest, the last one {ago_s:.0f} s ago."
+    )

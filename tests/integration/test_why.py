@@ -1,0 +1,306 @@
+"""Jobs that fail in every way that can be made here, on the real local Slurm, and what ``hpcmm.jobs why`` says of them.
+
+All jobs run at once: the fixture starts them, breaks them, and waits until all are over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+
+LIGHT = [
+    "cluster=local_slurm",
+    "cluster.nodes=2",
+    "cluster.ranks_per_node=1",
+    "cluster.gpus_per_node=0",
+    "cluster.kill_wait_s=20",
+    "train.evaluate=false",
+    "train.micro_batch_size=1",
+    "train.steps=100000",
+    "data.image_size=64",
+    "model.decoder_width=32",
+    "data.slow_rank=0",
+    "data.slow_s=0.5",
+]
+ALONE = "cluster.nodes=1"
+COLLECTIVE_TIMEOUT_S = 15
+ELSEWHERE = "cluster.exclude='node[3-4]'"
+"""Keeps a job off the nodes that are broken."""
+
+SITECUSTOMIZE = """
+import os, signal, sys
+
+def fail(number, frame):
+    if os.environ["FAULT"] == "raise":
+        raise ArithmeticError("the loss is not a number")
+    import torch
+    torch.empty(1 << 60)
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "deepspeed":
+            raise ModuleNotFoundError("No module named 'deepspeed'")
+
+if os.environ.get("FAULT") in {"raise", "memory"}:
+    signal.signal(signal.SIGUSR1, fail)
+elif os.environ.get("FAULT") == "import" and os.environ.get("SLURM_PROCID") == "1":
+    sys.meta_path.insert(0, Missing())
+"""
+
+
+@dataclass
+class Faulty:
+    """A job that is broken on purpose."""
+
+    name: str
+    job_id: str
+    run: Path
+    broken_at: float = 0.0
+    over_at: float = 0.0
+
+    @property
+    def seconds_to_end(self) -> float:
+        return self.over_at - self.broken_at
+
+
+class Jobs:
+    """Starts, breaks and asks about jobs."""
+
+    def __init__(self, cluster, folder):
+        self.cluster = cluster
+        self.folder = folder
+        self.all: dict[str, Faulty] = {}
+        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
+
+    def module(self, module, *arguments, **environment):
+        path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            env=self.cluster.env | {"PYTHONPATH": path} | environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    def start(self, name, *overrides, fault=""):
+        launched = self.module("hpcmm.launch", *LIGHT, f"name={name}", *overrides, FAULT=fault)
+        assert launched.returncode == 0, launched.stderr
+        said = dict(line.split(":", 1) for line in launched.stdout.splitlines())
+        self.all[name] = Faulty(name, said["job id"].strip(), Path(said["run directory"].strip()), time.monotonic())
+
+    def broken(self, name):
+        self.all[name].broken_at = time.monotonic()
+
+    def rank_pid(self, name, rank):
+        start = self.records(name, rank)[0]
+        assert start["event"] == "start"
+        return start["pid"]
+
+    def records(self, name, rank):
+        path = self.all[name].run / "metrics" / f"rank_{rank:04d}.jsonl"
+        with contextlib.suppress(FileNotFoundError):
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return []
+
+    def await_rank(self, name, rank, part):
+        """Wait until a rank has finished a part of its start, or ``step``, its first step."""
+        wait_until(lambda: any(part in (r["event"], r.get("part")) for r in self.records(name, rank)), 120)
+
+    def signal_rank(self, name, rank, number):
+        self.broken(name)
+        os.kill(self.rank_pid(name, rank), number)
+
+    def note_those_over(self):
+        """Ask once for all; a job that Slurm requeued, or that still completes, has ended as far as its ranks go."""
+        listed = self.cluster.run("squeue", "--noheader", "--states=all", "--format=%A %T").splitlines()
+        states = dict(line.split() for line in listed)
+        for job in self.all.values():
+            if not job.over_at and states.get(job.job_id) not in {"RUNNING", "CONFIGURING"}:
+                if states.get(job.job_id) == "PENDING" and job.name != "node_failure":
+                    continue
+                job.over_at = time.monotonic()
+
+    def why(self, name):
+        done = self.module("hpcmm.jobs", "why", str(self.all[name].run), "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+
+def wait_until(condition, within_s):
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if condition():
+            return
+        time.sleep(0.3)
+    pytest.fail(f"not within {within_s} s")
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm_cluster, tmp_path_factory):
+    jobs = Jobs(slurm_cluster, tmp_path_factory.mktemp("faulty jobs"))
+    timeout = f"parallel.collective_timeout_s={COLLECTIVE_TIMEOUT_S}"
+    jobs.start("link_cut", "cluster.nodes=3", "cluster.sbatch.nodelist='node[1-3]'", timeout)
+    jobs.start("node_failure", "cluster.sbatch.nodelist='node[1,4]'")
+    jobs.start("time_limit", ELSEWHERE, ALONE, "cluster.time_limit_min=1")
+    try:
+        jobs.await_rank("node_failure", 1, "step")
+        slurm_cluster.fault("stop", "node4")
+        jobs.broken("node_failure")
+        jobs.await_rank("link_cut", 2, "step")
+        slurm_cluster.fault("cut", "node3")
+        jobs.broken("link_cut")
+        jobs.start("hang", ELSEWHERE, timeout, "data.slow_rank=1", "data.slow_s=600")
+        jobs.start("sigkill", ELSEWHERE)
+        jobs.start("raise", ELSEWHERE, fault="raise")
+        jobs.start("import", ELSEWHERE, fault="import")
+        jobs.start("memory", ELSEWHERE, ALONE, fault="memory")
+        jobs.start("cancel", ELSEWHERE, ALONE)
+        jobs.start("data", ELSEWHERE, ALONE, "data.generate=false", "data.root=/none/such")
+        jobs.await_rank("sigkill", 1, "step")
+        jobs.signal_rank("sigkill", 1, signal.SIGKILL)
+        # Not before the first step: within a lazy import, transformers makes an ImportError of any exception.
+        jobs.await_rank("raise", 1, "step")
+        jobs.signal_rank("raise", 1, signal.SIGUSR1)
+        jobs.await_rank("memory", 0, "step")
+        jobs.signal_rank("memory", 0, signal.SIGUSR1)
+        jobs.await_rank("cancel", 0, "imports")
+        jobs.broken("cancel")
+        assert jobs.module("hpcmm.jobs", "cancel", "cancel").returncode == 0
+        failures = jobs.all["link_cut"].run / "failures"
+        wait_until(lambda: len(list(failures.glob("*/rank_*.error.json"))) >= 2, 60)
+        slurm_cluster.fault("restore", "node3")
+
+        def all_over():
+            jobs.note_those_over()
+            return all(job.over_at for job in jobs.all.values())
+
+        wait_until(all_over, 150)
+        jobs.node_failure = jobs.why("node_failure")  # while the node is down
+        yield jobs
+    finally:
+        slurm_cluster.run("scancel", *(job.job_id for job in jobs.all.values()))
+        for node in ("node3", "node4"):
+            slurm_cluster.fault("restore", node)
+
+
+def test_a_rank_that_raises_is_named_with_its_traceback(jobs):
+    told = jobs.why("raise")
+    assert told["class"] == "exception"
+    assert (told["first"]["rank"], told["first"]["node"]) == (1, "node2")
+    assert told["first"]["what"] == "ArithmeticError: the loss is not a number"
+    assert "sitecustomize.py" in "".join(told["first"]["traceback"])
+    assert told["state"] == "FAILED"
+    assert told["exit_code"] != "0:0"
+    first, *others = told["events"]
+    assert (first["rank"], first["kind"]) == (1, "exception")
+    assert {event["kind"] for event in others} <= {"peer lost"}
+
+
+def test_a_rank_that_is_killed_is_named_though_the_others_only_lose_it(jobs):
+    told = jobs.why("sigkill")
+    assert told["class"] == "killed"
+    assert (told["first"]["rank"], told["first"]["node"]) == (1, "node2")
+    assert told["first"]["what"] == "SIGKILL"
+    assert told["first"]["last_step"] >= 0
+
+
+def test_the_rank_that_others_wait_for_in_vain_is_named_with_its_place(jobs):
+    told = jobs.why("hang")
+    assert told["class"] == "collective timeout"
+    assert (told["first"]["rank"], told["first"]["node"]) == (1, "node2")
+    assert "train/anomaly.py" in told["first"]["what"]
+    assert told["first"]["last_step"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("memory", "out of memory", "can't allocate memory"),
+        ("import", "import", "No module named 'deepspeed'"),
+        ("data", "data", "/none/such"),
+    ],
+)
+def test_the_kind_of_an_exception_is_told(jobs, name, kind, said):
+    told = jobs.why(name)
+    assert told["class"] == kind
+    assert said in told["first"]["what"]
+    assert told["first"]["rank"] == (1 if name == "import" else 0)
+
+
+def test_a_dead_node_is_named_with_the_line_that_leaves_it_out(jobs):
+    told = jobs.node_failure
+    assert told["class"] == "node failure"
+    assert told["first"]["node"] == "node4"
+    assert told["first"]["rank"] == 1
+    assert told["exclude"] == ["node4"]
+    assert any("--exclude=node4" in line for line in told["advice"])
+
+
+def test_a_cut_link_is_named(jobs):
+    told = jobs.why("link_cut")
+    assert told["class"] == "node failure"
+    assert told["first"]["node"] == "node3"
+    assert told["first"]["rank"] == 2
+    assert told["exclude"] == ["node3"]
+
+
+def test_a_cancelled_job_and_one_out_of_time_are_nobody_s_failure(jobs):
+    cancelled, late = jobs.why("cancel"), jobs.why("time_limit")
+    assert cancelled["class"] == "cancelled"
+    assert cancelled["first"]["rank"] is None
+    assert late["class"] == "time limit"
+    assert late["first"]["rank"] is None
+
+
+def test_every_job_ended_within_its_bound(jobs):
+    bounds = {"hang": 120, "node_failure": 150, "link_cut": 120, "time_limit": 150, "import": 90, "data": 90}
+    took = {name: job.seconds_to_end for name, job in jobs.all.items()}
+    assert all(took[name] < bounds.get(name, 45) for name in took), took
+
+
+def test_why_reads_well_in_a_terminal_and_without_accounting(jobs):
+    job = jobs.all["sigkill"]
+    bare = jobs.folder / "bin"
+    bare.mkdir()
+    (bare / "sacct").write_text("#!/bin/sh\necho 'sacct: error: Connection refused' >&2\nexit 1\n", encoding="utf-8")
+    (bare / "sacct").chmod(0o755)
+    done = jobs.module("hpcmm.jobs", "why", job.job_id, PATH=f"{bare}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^first:    rank 1 on node2 at 20", done.stdout, re.MULTILINE)
+    assert re.search(r"^what:     SIGKILL$", done.stdout, re.MULTILINE)
+    assert "sacct gives no answer" in done.stdout
+    listed = jobs.module("hpcmm.jobs", "list", "--since", "now-1hour", PATH=f"{bare}:{os.environ['PATH']}")
+    assert listed.returncode == 0
+    assert "sacct gives no answer" in listed.stderr
+    assert str(job.run) in listed.stdout
+
+
+def test_logs_carry_their_rank_in_front(jobs):
+    done = jobs.module("hpcmm.jobs", "logs", "raise", "-n", "1000")
+    assert done.returncode == 0
+    assert any(line.startswith("[1] ") and "ArithmeticError" in line for line in done.stdout.splitlines())
+    assert any(line.startswith("[batch] srun: error: node2: task 1") for line in done.stdout.splitlines())
+    followed = jobs.module("hpcmm.jobs", "logs", "raise", "--follow", "--ranks=1")
+    assert followed.returncode == 0
+    assert all(line.startswith("[1] ") for line in followed.stdout.splitlines())
+
+
+def test_cancelling_what_is_over_says_so(jobs):
+    done = jobs.module("hpcmm.jobs", "cancel", "raise")
+    assert done.returncode == 1
+    assert re.search(r"Nothing to cancel: job \d+ of raise is over \(FAILED since ", done.stderr)

@@ -1,0 +1,172 @@
+"""From evidence to the first failure, its node and what to do."""
+
+import pytest
+
+from hpcmm.failures.kinds import Kind, LoggedError
+from hpcmm.failures.records import RankError, RankExit
+from hpcmm.jobs.evidence import JobEvidence, RankEvidence
+from hpcmm.jobs.first_failure import first_failure
+from hpcmm.jobs.queue import Job
+from hpcmm.jobs.run_records import RankProgress
+from hpcmm.jobs.why import explanation_of, lines_of, values_of
+
+SECOND = 1_000_000_000
+LOST = ("RuntimeError", "Connection closed by peer [10.0.0.2]:5")
+LATE = ("RuntimeError", "Timed out waiting 15000ms for recv operation to complete")
+WAITING = """\
+Thread 0x00007f (most recent call first):
+  File "/usr/lib/python3.11/threading.py", line 1 in wait
+Current thread 0x00007f29d4443b80 (most recent call first):
+  File "/env/site-packages/torch/distributed/distributed_c10d.py", line 3252 in all_reduce
+  File "/home/me/train.py", line 4 in step
+  File "<frozen runpy>", line 198 in _run_module_as_main
+"""
+SLEEPING = WAITING.replace("/env/site-packages/torch/distributed/distributed_c10d.py", "/home/me/load.py")
+
+
+def raised(rank, second, kind, message, unreachable=()):
+    error = RankError(rank, f"n{rank}", second * SECOND, kind, message, [f"{kind}: {message}"], list(unreachable))
+    return RankEvidence(rank, f"n{rank}", error, RankExit(rank, f"n{rank}", second * SECOND + 1, 1, None))
+
+
+def signalled(rank, second, number, **more):
+    return RankEvidence(rank, f"n{rank}", exit=RankExit(rank, f"n{rank}", second * SECOND, None, number), **more)
+
+
+def silent(rank, step=4):
+    return RankEvidence(rank, f"n{rank}", progress=RankProgress(rank, f"n{rank}", "7", step, 5 * SECOND, False))
+
+
+def job(*ranks, state="FAILED", reason="", nodes=None, srun=(), **more):
+    known = {rank.rank: rank for rank in ranks}
+    return JobEvidence(
+        Job("7", "7", name="run", state=state, reason=reason),
+        None,
+        ranks=known,
+        node_states=nodes or {},
+        srun_lines=list(srun),
+        **more,
+    )
+
+
+def test_the_earliest_exception_is_the_first_failure():
+    found = first_failure(job(raised(0, 9, "ValueError", "b"), raised(1, 8, "KeyError", "a"), raised(2, 7, *LOST)))
+    assert (found.kind, found.rank, found.node, found.what) == (Kind.exception, 1, "n1", "KeyError: a")
+
+
+def test_a_kill_comes_before_those_who_lost_the_rank_whatever_their_clocks_say():
+    found = first_failure(job(raised(0, 3, *LOST), signalled(1, 9, 9), signalled(2, 4, 15)))
+    assert (found.kind, found.rank, found.what) == (Kind.killed, 1, "SIGKILL")
+
+
+@pytest.mark.parametrize("evidence", [{"state": "OUT_OF_MEMORY"}, {"oom_kill": True}])
+def test_a_kill_where_memory_ran_out_is_named_so(evidence):
+    assert first_failure(job(raised(0, 3, *LOST), signalled(1, 9, 9), **evidence)).kind is Kind.out_of_memory
+
+
+def test_a_segmentation_fault_is_a_crash():
+    assert first_failure(job(signalled(1, 9, 11), raised(0, 3, *LOST))).kind is Kind.crashed
+
+
+def test_the_rank_that_is_not_in_the_collective_hangs():
+    ranks = [raised(0, 20, *LATE), signalled(1, 21, 15, stacks=WAITING), signalled(2, 21, 15, stacks=SLEEPING)]
+    found = first_failure(job(*ranks))
+    assert (found.kind, found.rank, found.node) == (Kind.collective_timeout, 2, "n2")
+    assert "/home/me/load.py" in found.what
+
+
+def test_without_stacks_the_rank_with_the_fewest_steps_hangs():
+    def at(rank, step):
+        return RankProgress(rank, f"n{rank}", "7", step, 5 * SECOND, False)
+
+    ranks = [signalled(rank, 21, 15, progress=at(rank, 5 - (rank == 2))) for rank in range(1, 4)]
+    assert first_failure(job(raised(0, 20, *LATE), *ranks)).rank == 2
+
+
+def test_when_all_waited_the_network_is_suspect():
+    found = first_failure(job(*(raised(rank, 20 + rank, *LATE) for rank in range(3))))
+    assert found.kind is Kind.collective_timeout
+    assert "the network is suspect" in found.what
+
+
+def test_a_node_that_the_others_cannot_reach_is_named():
+    ranks = [raised(0, 20, *LATE, ["n2"]), raised(1, 21, *LATE, ["n2"]), raised(2, 19, *LATE, ["n0", "n1"])]
+    found = first_failure(job(*ranks))
+    assert (found.kind, found.node, found.rank, found.bad_nodes) == (Kind.node_failure, "n2", 2, ["n2"])
+
+
+def test_of_two_nodes_that_cannot_reach_each_other_slurm_s_silence_decides():
+    ranks = [raised(0, 20, *LATE, ["n1"]), raised(1, 21, *LATE, ["n0"])]
+    assert first_failure(job(*ranks, nodes={"n0": "idle", "n1": "idle*"})).bad_nodes == ["n1"]
+    assert first_failure(job(*ranks, nodes={"n0": "idle", "n1": "idle"})).bad_nodes == ["n0", "n1"]
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [{"nodes": {"n0": "mixed", "n1": "down* (Not responding)"}}, {"srun": ["Node failure on n1"]}, {"nodes": {}}],
+)
+def test_a_node_whose_ranks_left_no_word_failed(evidence):
+    found = first_failure(job(raised(0, 6, *LOST), silent(1), **evidence))
+    assert (found.kind, found.rank, found.node, found.bad_nodes) == (Kind.node_failure, 1, "n1", ["n1"])
+
+
+def test_one_silent_rank_of_a_node_with_others_is_no_dead_node():
+    same_node = RankEvidence(1, "n0", progress=RankProgress(1, "n0", "7", 1, 5, False))
+    found = first_failure(job(raised(0, 6, *LOST), same_node, srun=["n0: task 1: Killed"]))
+    assert (found.kind, found.rank, found.bad_nodes) == (Kind.killed, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [("TIMEOUT", Kind.time_limit), ("PREEMPTED", Kind.preempted), ("CANCELLED", Kind.cancelled)],
+)
+def test_what_slurm_ended_is_no_rank_s_failure(state, kind):
+    ranks = [signalled(0, 9, 15), signalled(1, 40, 9), raised(2, 10, *LOST)]
+    found = first_failure(job(*ranks, state=state, reason="by 1000"))
+    assert (found.kind, found.rank) == (kind, None)
+
+
+def test_a_job_at_its_time_limit_names_the_rank_that_hung():
+    ranks = [signalled(0, 9, 15, stacks=WAITING), signalled(1, 9, 15, stacks=SLEEPING)]
+    found = first_failure(job(*ranks, state="TIMEOUT"))
+    assert (found.kind, found.rank) == (Kind.time_limit, 1)
+    assert "load.py" in found.what
+
+
+def test_an_exception_counts_though_the_job_was_cancelled_later():
+    found = first_failure(job(raised(0, 5, "ValueError", "x"), signalled(1, 9, 15), state="CANCELLED"))
+    assert (found.kind, found.rank) == (Kind.exception, 0)
+
+
+def test_the_log_tells_what_a_program_without_records_raised():
+    rank = RankEvidence(
+        1, "n1", exit=RankExit(1, "n1", 5, 1, None), logged=LoggedError("MemoryError", "", ["MemoryError"])
+    )
+    assert first_failure(job(rank)).kind is Kind.out_of_memory
+    assert first_failure(job(RankEvidence(1, "n1", exit=RankExit(1, "n1", 5, 3, None)))).what == "exit status 3"
+
+
+def test_a_batch_script_that_fails_before_the_ranks_is_told():
+    said = LoggedError("hpcmm.errors.HpcmmError", "No C++ compiler here.", ["hpcmm: No C++ compiler here."])
+    found = first_failure(job(batch_error=said))
+    assert "before any rank started: No C++ compiler here." in found.what
+    assert first_failure(job()).kind is Kind.unknown
+
+
+def test_a_job_that_runs_or_completed_has_not_failed():
+    assert not explanation_of(job(silent(0), state="RUNNING")).failed
+    done = explanation_of(job(state="COMPLETED"))
+    assert lines_of(done) == ["job 7 (run): COMPLETED. Nothing has failed."]
+    assert values_of(done)["failed"] is False
+
+
+def test_the_explanation_is_printable_and_says_what_to_do():
+    told = explanation_of(job(raised(0, 5, "ValueError", "\033[31mx\nsecond line"), raised(1, 6, *LOST)))
+    lines = lines_of(told)
+    assert lines[0] == "job 7 (run): exception"
+    assert lines[1] == "first:    rank 0 on n0 at 1970-01-01T00:00:05.000Z"
+    assert "then:     rank 1 (peer lost)" in lines
+    assert "\033" not in "".join(lines)
+    node = explanation_of(job(raised(0, 6, *LOST), silent(1), nodes={"n1": "down*"}))
+    assert any("--exclude=n1" in line for line in lines_of(node))
+    assert values_of(node)["exclude"] == ["n1"]

@@ -1,0 +1,227 @@
+"""What squeue and sacct answer, and the runs that a user means."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hpcmm.errors import HpcmmError
+from hpcmm.jobs.cancel import cancel
+from hpcmm.jobs.find_run import find_targets, job_ids_of, slurm_environment
+from hpcmm.jobs.polling import LONGEST_S, Poller
+from hpcmm.jobs.queue import Job, count_tasks, find_jobs
+from hpcmm.jobs.state import State, states_of
+from hpcmm.run_dir import RunDir
+
+SEPARATOR = "\x1f"
+
+
+def squeue_row(job_id="7", raw_id="7", state="RUNNING", command="/x/submission.sh", started="2026-01-01T00:00:00"):
+    values = [job_id, raw_id, "run", "me", state, "None", "N/A", started, "N/A", "0:10", "n[1-2]", "2", command]
+    return SEPARATOR.join(values)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Stand-ins whose answers a test writes, to see what is made of them; they log how often they are called."""
+    return Slurm(tmp_path, monkeypatch)
+
+
+class Slurm:
+    def __init__(self, folder, monkeypatch):
+        self.folder = folder / "bin"
+        self.folder.mkdir()
+        self.calls = folder / "calls"
+        self.calls.touch()
+        monkeypatch.setenv("PATH", f"{self.folder}:{os.environ['PATH']}")
+        for name in ("squeue", "sacct", "scancel", "sinfo"):
+            self.answers(name)
+
+    def answers(self, name, *lines, complaint=""):
+        (self.folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        end = f"echo {complaint!r} >&2; exit 1" if complaint else f"cat {self.folder}/{name}.txt"
+        script = f'#!/bin/sh\necho {name} "$@" >> {self.calls}\n{end}\n'
+        (self.folder / name).write_text(script, encoding="utf-8")
+        (self.folder / name).chmod(0o755)
+
+    def called(self, name):
+        return [line for line in self.calls.read_text().splitlines() if line.startswith(name)]
+
+
+def make_run(root, name="run-20260101-000000-1a2b", job_id="7", environment=None):
+    run = RunDir(root / name)
+    run.create()
+    cluster = {"submit_environment": environment or {}, "executor": "slurm", "nodes": 1, "ranks_per_node": 2}
+    run.config.write_text(json.dumps({"cluster": cluster}), encoding="utf-8")
+    run.submission_script.touch()
+    if job_id:
+        (run.submitit / f"{job_id}_submitted.pkl").touch()
+    return run
+
+
+def test_many_jobs_take_one_call_of_squeue_and_at_most_one_of_sacct(slurm):
+    slurm.answers("squeue", *(squeue_row(str(number), str(number)) for number in range(50)))
+    found = find_jobs([str(number) for number in range(60)])
+    assert len(found.jobs) == 50
+    assert len(slurm.called("squeue")) == len(slurm.called("sacct")) == 1
+    assert "--jobs=50,51" in slurm.called("sacct")[0]
+
+
+def test_names_with_separators_and_odd_rows_do_no_harm(slurm):
+    slurm.answers("squeue", squeue_row(command="/a b/it's|x/submission.sh"), "slurm_load: odd", "")
+    (job,) = find_jobs(["7"]).jobs
+    assert job.command == "/a b/it's|x/submission.sh"
+    assert (job.state, job.nodes, job.ended, job.reason) == ("RUNNING", "n[1-2]", "", "")
+
+
+def test_without_sacct_what_the_queue_knows_is_told_and_a_note(slurm):
+    slurm.answers("squeue", squeue_row())
+    slurm.answers("sacct", complaint="Slurm accounting storage is disabled")
+    found = find_jobs(["7", "8"])
+    assert [job.job_id for job in found.jobs] == ["7"]
+    assert "accounting storage is disabled" in found.notes[0]
+
+
+def test_a_controller_that_is_silent_is_one_sentence(slurm):
+    slurm.answers("squeue", complaint="slurm_load_jobs error: Unable to contact slurm controller")
+    with pytest.raises(HpcmmError, match=r"squeue failed .*Unable to contact"):
+        find_jobs(["7"])
+
+
+@pytest.mark.parametrize(
+    ("job_id", "tasks"),
+    [
+        ("7", 1),
+        ("7_3", 1),
+        ("7_[0-999]", 1000),
+        ("7_[0-2,4-999%5]", 999),
+        ("7_[0-10:5]", 3),
+        ("7_[8]", 1),
+        ("7_[x]", 1),
+    ],
+)
+def test_the_tasks_of_an_array_are_counted(job_id, tasks):
+    assert count_tasks(job_id) == tasks
+
+
+def test_a_run_is_found_by_its_directory_its_name_and_the_start_of_it(tmp_path):
+    old = make_run(tmp_path / "runs", "run-1", "3")
+    new = make_run(tmp_path / "runs", "run-2", "9")
+    os.utime(old.submission_script, (1, 1))
+    (tmp_path / "runs" / "latest").symlink_to("run-2")
+    for asked in (str(new.root), "run-2", "latest"):
+        (target,) = find_targets(asked, tmp_path / "runs")
+        assert (target.run.root, target.job_ids) == (new.root, ("9",))
+    assert [target.job_ids for target in find_targets("run", tmp_path / "runs")] == [("9",), ("3",)]
+    (by_number,) = find_targets("3", tmp_path / "runs")
+    assert by_number.run.root == old.root
+    with pytest.raises(HpcmmError, match="did you mean run-2"):
+        find_targets("rum-2", tmp_path / "runs")
+
+
+def test_the_jobs_of_a_run_are_those_that_were_submitted_in_it_newest_last(tmp_path):
+    run = make_run(tmp_path, job_id="30")
+    (run.submitit / "4_7_submitted.pkl").touch()
+    os.utime(run.submitit / "30_submitted.pkl", (1, 1))
+    assert job_ids_of(run) == ("30", "4_7")
+
+
+def test_only_the_user_s_own_configuration_sets_the_environment_of_slurm_s_commands(tmp_path, monkeypatch):
+    run = make_run(tmp_path, environment={"SLURM_CONF": "/site/slurm.conf"})
+    assert slurm_environment(run, {})["SLURM_CONF"] == "/site/slurm.conf"
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    if run.config.stat().st_uid != 0:
+        assert "SLURM_CONF" not in slurm_environment(run, {})
+    os.chown(run.config, 4243, -1) if os.getuid() == 0 else None
+    assert "SLURM_CONF" not in slurm_environment(run, {})
+
+
+def test_a_job_that_slurm_forgot_is_told_from_its_run_directory(slurm, tmp_path):
+    run = make_run(tmp_path)
+    for rank in range(2):
+        start = {"event": "start", "rank": rank, "node": "n1", "job_id": "7", "unix_ns": 1}
+        run.rank_metrics(rank).write_text(json.dumps(start) + '\n{"event": "end", "unix_ns": 2}\n', encoding="utf-8")
+    slurm.answers("squeue", complaint="Invalid job id specified")
+    slurm.answers("sacct", complaint="no accounting")
+    (state,) = states_of(find_targets(str(run.root), tmp_path))
+    assert [(job.state, job.source) for job in state.jobs] == [("COMPLETED", "run directory")]
+
+
+def test_cancelling_asks_first_and_cancels_only_what_is_active(slurm, tmp_path):
+    make_run(tmp_path, "a-1", "7")
+    make_run(tmp_path, "a-2", "8")
+    slurm.answers("squeue", squeue_row(state="COMPLETED"), squeue_row("8", "8", "PENDING"))
+    assert cancel("a", find_targets("a", tmp_path)) == ["8"]
+    assert slurm.called("scancel") == ["scancel 8"]
+    slurm.answers("squeue", squeue_row(), squeue_row("8", "8"))
+    with pytest.raises(HpcmmError, match="start of 2 active runs: name one of a-"):
+        cancel("a", find_targets("a", tmp_path))
+    slurm.answers("squeue", squeue_row(state="FAILED"), squeue_row("8", "8", "TIMEOUT"))
+    with pytest.raises(HpcmmError, match=r"Nothing to cancel: job \d of a is over"):
+        cancel("a", find_targets("a", tmp_path))
+    assert len(slurm.called("scancel")) == 1
+
+
+def test_polling_waits_ever_longer_and_starts_anew_after_a_change():
+    clock, asked, states = [0.0], [], ["RUNNING"]
+
+    def ask(targets):
+        asked.append(clock[0])
+        return [State(targets[0], [Job("7", "7", state=states[0])], [])]
+
+    poller = Poller([None], ask, lambda: clock[0])
+    for tick in range(2000):
+        clock[0] = tick * 0.5
+        if clock[0] == 500:
+            states[0] = "COMPLETING"
+        poller.poll()
+    pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
+    assert len(asked) < 60
+    assert max(pauses) <= LONGEST_S + 0.5
+    assert pauses[0] < 3
+    assert min(pauses[20:]) < 3  # after the change
+
+
+def test_a_question_without_answer_keeps_the_last_state():
+    answers = [[State(None, [Job("7", "7", state="RUNNING")], [])]]
+
+    def ask(_targets):
+        if not answers:
+            raise HpcmmError("squeue gave no answer")
+        return answers.pop()
+
+    times = iter([0.0, 0.0, 0.0, 100.0, 100.0, 100.0])
+    poller = Poller([None], ask, lambda: next(times))
+    poller.poll()
+    assert poller.poll()[0].jobs[0].state == "RUNNING"
+    assert poller.complaint == "squeue gave no answer"
+
+
+def test_the_command_imports_no_torch_and_answers_fast(slurm, tmp_path):
+    slurm.answers("squeue", *(squeue_row(f"7_{number}", str(number + 10)) for number in range(1000)))
+    code = (
+        "import sys; from hpcmm.jobs.__main__ import main; status = main(['status', '7']);"
+        "import hpcmm.jobs.why; assert not {'torch', 'deepspeed', 'numpy', 'hydra'} & set(sys.modules);"
+        "sys.exit(status)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    took_s = time.perf_counter() - began
+    assert done.returncode == 0, done.stderr
+    assert "7 (1000 tasks)" in done.stdout
+    assert "1000 RUNNING" in done.stdout
+    assert took_s < 2
+
+
+@pytest.mark.parametrize("arguments", [["status", "nothing"], ["logs", "nothing"], ["why", "nothing"], ["cancel", ""]])
+def test_what_does_not_exist_is_one_sentence(tmp_path, arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcmm.jobs", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "is no run in" in done.stderr
