@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 
+from hpcmm.bootstrap.startup import SCRIPT_BEGAN
 from hpcmm.run_dir import RunDir
 
 
@@ -18,7 +19,7 @@ def begin_attempt(run: RunDir, environ: Mapping[str, str] = os.environ) -> int:
         "job_id": environ.get("SLURM_JOB_ID", ""),
         "restart_count": int(environ.get("SLURM_RESTART_COUNT") or 0),
         "nodes": environ.get("SLURM_JOB_NODELIST", ""),
-        "unix_ns": time.time_ns(),
+        "script_began_s": float(environ.get(SCRIPT_BEGAN) or time.time()),
     }
     with run.attempts.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

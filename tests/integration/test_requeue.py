@@ -12,12 +12,12 @@ import pytest
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
-STEPS = 60
+STEPS = 24
 TRAINING = [
     "experiment=anomaly_demo", "cluster.ranks_per_node=1", "cluster.gpus_per_node=0", f"train.steps={STEPS}",
     "train.evaluate=false", "train.micro_batch_size=2", "data.image_size=64", "data.train_images_per_category=4",
 ]  # fmt: skip
-SLOWLY = ["data.slow_rank=0", "data.slow_s=0.4"]
+SLOWLY = ["data.slow_rank=0", "data.slow_s=0.3"]
 """A step lasts long enough for a fault to come in time, and needs the processors no longer."""
 
 
@@ -70,7 +70,7 @@ class Job:
 @pytest.fixture(scope="module")
 def uninterrupted(slurm_cluster, tmp_path_factory):
     """Two equal runs that started at once on the same nodes."""
-    nodes = f"cluster.sbatch.nodelist={','.join(slurm_cluster.nodes[:2])}"
+    nodes = f"cluster.sbatch.nodelist='{','.join(slurm_cluster.nodes[:2])}'"
     jobs = [
         Job(slurm_cluster, tmp_path_factory.mktemp("clean"), "profile=off", "cluster.nodes=2", nodes) for _ in range(2)
     ]
@@ -88,7 +88,8 @@ def test_two_jobs_that_start_at_once_on_the_same_nodes_do_not_meet(uninterrupted
 @pytest.mark.nsys
 def test_a_preempted_run_goes_on_without_a_lost_or_repeated_step(uninterrupted, slurm_cluster, nsys, tmp_path):
     nodes = slurm_cluster.nodes[:2]
-    job = Job(slurm_cluster, tmp_path, "cluster.nodes=2", f"cluster.sbatch.nodelist={','.join(nodes)}", *SLOWLY)
+    where = ("cluster.nodes=2", f"cluster.sbatch.nodelist='{','.join(nodes)}'")
+    job = Job(slurm_cluster, tmp_path, "profile.ranks='0'", *where, *SLOWLY)
     job.wait_until(lambda: job.has_done(3), within_s=90)
     slurm_cluster.run("srun", "--qos=urgent", "--exclusive", f"--nodelist={','.join(nodes)}", "true")
     job.wait_until(lambda: job.has_done(5, attempt=2), within_s=90)
@@ -96,11 +97,57 @@ def test_a_preempted_run_goes_on_without_a_lost_or_repeated_step(uninterrupted, 
     stopped_at = job.records(0, "resume")[1]["step"]
     assert 4 <= stopped_at < STEPS
     assert job.records(0, "lost") == []
+    for report in ("nsys/before_attempt_2/rank_0000.nsys-rep", "nsys/rank_0000.nsys-rep"):
+        assert (job.run / report).stat().st_size > 100_000
     for rank in range(2):
         assert job.losses(rank) == uninterrupted[0].losses(rank)
-        for report in (f"nsys/before_attempt_2/rank_{rank:04d}.nsys-rep", f"nsys/rank_{rank:04d}.nsys-rep"):
-            assert (job.run / report).stat().st_size > 100_000
     assert sorted(path.name for path in (job.run / "checkpoints").iterdir() if path.is_dir()) == [
         f"step_{stopped_at:06d}",
         f"step_{STEPS:06d}",
     ]
+
+    # Damage to the newest checkpoint costs the steps since the one before, and no more.
+    newest = job.run / "checkpoints" / f"step_{STEPS:06d}" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    slurm_cluster.run("sbatch", "--wait", str(job.run / "submission.sh"), timeout_s=120)
+    assert (
+        "wrong checksum"
+        in (job.run / "logs" / "rank_0000.log").read_text() + (job.run / "logs" / "rank_0001.log").read_text()
+    )
+    assert [record["step"] for record in job.records(0, "resume")] == [0, stopped_at, stopped_at]
+    for rank in range(2):
+        assert job.losses(rank) == uninterrupted[0].losses(rank)
+
+
+def test_a_run_goes_on_after_its_time_limit_and_can_be_ended_in_peace(slurm_cluster, tmp_path):
+    limit = ("cluster.time_limit_min=1", "cluster.stop_warning_s=25", "train.steps=10000")
+    job = Job(slurm_cluster, tmp_path, "profile=off", "cluster.nodes=1", *limit)
+    job.wait_until(lambda: job.has_done(0, attempt=2), within_s=150)
+    first, second = (record["step"] for record in job.records(0, "resume"))
+    assert first == 0 < second
+    slurm_cluster.run("scancel", "--batch", "--signal=USR2", job.job_id)
+    job.complete(within_s=30)
+    assert job.losses(0)  # each step once
+    steps_done = job.records(0, "step")[-1]["step"] + 1
+    assert (job.run / "checkpoints" / "latest").read_text() == f"step_{steps_done:06d}"
+
+
+def test_a_run_goes_on_without_the_node_that_failed(slurm_cluster, tmp_path):
+    overrides = ("profile=off", "cluster.nodes=3", "requeue=on_node_failure", "train.checkpoint_every=4", *SLOWLY)
+    job = Job(slurm_cluster, tmp_path, *overrides)
+    job.wait_until(lambda: job.has_done(5), within_s=90)
+    failed = job.records(1, "start")[0]["node"]
+    slurm_cluster.fault("stop", failed)
+    try:
+        job.wait_until(lambda: job.has_done(5, attempt=2), within_s=200)
+        job.complete()
+    finally:
+        slurm_cluster.fault("restore", failed)
+    resumed_at = job.records(0, "resume")[1]["step"]
+    assert resumed_at > 0
+    assert resumed_at % 4 == 0
+    for rank in range(3):
+        assert len(job.losses(rank)) == STEPS
+        assert job.records(rank, "start")[1]["node"] != failed

@@ -79,13 +79,14 @@ MpiDefault=none
 
 # Jobs start at once, and may be requeued when a node dies.
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=1,sched_interval=1,preempt_send_user_signal
+SchedulerParameters=bf_interval=1,sched_interval=1
 JobRequeue=1
 ReturnToService=2
 
 # `--qos={URGENT_QOS}` preempts other jobs: they are warned, have {GRACE_S} s to end, and are queued once more.
 PreemptType=preempt/qos
 PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 
 # Generous where four nodes compete for few processors, short where a user waits.
 MessageTimeout=60
