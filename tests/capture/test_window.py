@@ -48,14 +48,23 @@ def test_flags_that_this_nsys_does_not_know_are_dropped_by_name():
     assert dropped == ["--cuda-event-trace"]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def facts(nsys, cache):
+    return nsys_facts(nsys, cache)
+
+
 @pytest.mark.nsys
-def test_the_installed_nsys_records_ranges_and_is_asked_once(nsys, tmp_path, monkeypatch):
-    facts = nsys_facts(nsys, tmp_path / "cache")
+def test_the_installed_nsys_records_ranges_and_is_asked_once(nsys, facts, cache, monkeypatch):
     assert facts.problem is None
     assert {"trace", "sample", "capture-range", "nvtx-capture", "capture-range-end"} <= set(facts.flags)
     monkeypatch.setattr(subprocess, "run", None)  # the second answer starts no process
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert nsys_facts(nsys, tmp_path / "cache") == facts
+    assert nsys_facts(nsys, cache) == facts
 
 
 @pytest.mark.nsys
@@ -90,10 +99,9 @@ with CaptureWindow(range(3, 5)) as window:
 
 
 @pytest.mark.nsys
-def test_a_window_s_report_holds_its_steps_under_their_own_numbers(nsys, tmp_path):
+def test_a_window_s_report_holds_its_steps_under_their_own_numbers(nsys, facts, tmp_path):
     from hpcmm.capture.nsys import run_under_nsys
 
-    facts = nsys_facts(nsys, tmp_path / "cache")
     words, dropped = known_flags(profile_flags(profile("3:5"), 8, gpu=False), facts)
     assert dropped == []
     report, table = tmp_path / "rank_0000.nsys-rep", tmp_path / "table.sqlite"
