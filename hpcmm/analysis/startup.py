@@ -26,7 +26,7 @@ def startup_table(records: Mapping[int, Iterable[Mapping[str, Any]]]) -> pd.Data
     )
     rows = []
     for (attempt, part), group in parts.groupby(["attempt", "part"], sort=False):
-        slowest = group.loc[group["duration_s"].idxmax()]
+        slowest = group.sort_values(["duration_s", "rank"]).iloc[-1]
         rows.append(
             {
                 "attempt": attempt,
