@@ -55,6 +55,16 @@ class OnError(StrEnum):
     skip = "skip"
 
 
+class Requeue(StrEnum):
+    """When an unfinished run goes back into the queue by itself, to go on from its last checkpoint."""
+
+    never = "never"
+    on_stop = "on_stop"
+    """After it was warned of its time limit or of a preemption, and saved a checkpoint."""
+    on_node_failure = "on_node_failure"
+    """Then, and when Slurm takes a node away without warning: it failed, or a preemption gives no time."""
+
+
 @dataclass
 class ClusterConfig:
     """Where the job runs, and what it asks the scheduler for."""
@@ -90,6 +100,9 @@ class ClusterConfig:
     """Shared folder that outlives runs: compiled ops, generated data. None: the user's cache folder."""
     kill_wait_s: int = 60
     """Seconds that the other ranks of a step may live once one has ended."""
+    stop_warning_s: int = 120
+    """Seconds before the time limit at which Slurm warns the job, which then ends its step, saves a checkpoint and
+    finishes its reports. A preemption gives the partition's or QOS' grace time instead. 0: no warning."""
 
 
 @dataclass
@@ -175,7 +188,9 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 saves only at the end."""
+    """Steps between checkpoints; 0 saves only at the end, and when the job is asked to stop."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
     evaluate: bool = True
     """Score the held-out images before and after training."""
 
@@ -207,6 +222,8 @@ class ProfileConfig:
     """YAML file in ``profiles/nsys/`` with the flags of ``nsys profile``."""
     ranks: str = "all"
     """``all``, ``one_per_node``, or a list such as ``0,3-5``."""
+    steps: str | None = None
+    """Steps to record, such as ``100:110`` for the ten from 100 on; None records all, and the start as well."""
     required: bool = False
     """Fail when the profiler is missing on a node, instead of training without it."""
 
@@ -233,6 +250,7 @@ class RunConfig:
     """Follow the job until it ends."""
     dry_run: bool = False
     """Print the job's script and submit nothing."""
+    requeue: Requeue = Requeue.on_stop
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -72,6 +72,21 @@ class RunDir:
         """Scores on held-out images before and after training, as JSON."""
         return self.metrics / "evaluation.json"
 
+    @property
+    def stop_request(self) -> Path:
+        """An empty file that asks the ranks to save a checkpoint and stop, made when Slurm gives warning of an end."""
+        return self.root / "stop"
+
+    @property
+    def stopped(self) -> Path:
+        """An empty file: the ranks stopped as asked, with a checkpoint, before the last step."""
+        return self.root / "stopped"
+
+    @property
+    def attempts(self) -> Path:
+        """JSON lines: one for each start of the job's script."""
+        return self.root / "attempts.jsonl"
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:04d}.log"
 
@@ -82,6 +97,10 @@ class RunDir:
     def rank_report(self, rank: int) -> Path:
         """The rank's finished nsys report."""
         return self.nsys / f"rank_{rank:04d}.nsys-rep"
+
+    def reports_before(self, attempt: int) -> Path:
+        """Where reports of earlier attempts lie that ``attempt`` made anew."""
+        return self.nsys / f"before_attempt_{attempt}"
 
     def create(self) -> None:
         """Make the folders, closed to other users since submitit's pickles lie within.

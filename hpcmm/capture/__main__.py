@@ -6,15 +6,16 @@ It runs COMMAND, under the profiler where the run's configuration asks for this 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
+import time
 from pathlib import Path
 
 from hpcmm import config as run_config
+from hpcmm.bootstrap import startup
 from hpcmm.bootstrap.environment import RankEnvironment
 from hpcmm.capture.watch import end_as, record_exit, run_watched
 from hpcmm.config import Executor, RunConfig
-from hpcmm.errors import HpcmmError
+from hpcmm.errors import HpcmmError, ProfilerUnusableError
 from hpcmm.failures.recorder import rank_of
 from hpcmm.profiled_ranks import profiled_ranks
 from hpcmm.run_dir import RunDir
@@ -23,36 +24,33 @@ from hpcmm.train.prepare import prepare
 
 def start_rank(run: RunDir, command: list[str]) -> int:
     """Run the rank's command. Returns its exit status, negative for a signal."""
+    os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
     config = run_config.load(run.config)
     rank = RankEnvironment.read().rank
     if config.cluster.executor is Executor.local:
         _write_to(run.rank_log(rank))
         prepare(config)  # on Slurm the batch script does it before the ranks start
-    profiler = _profiler(config, rank)
-    if profiler is None:
-        return run_watched(command, run, rank)
-    from hpcmm.capture.nsys import run_under_nsys  # noqa: PLC0415 -- only where a profiler runs
+    if _is_profiled(config, rank):
+        from hpcmm.capture.profiled import run_profiled  # noqa: PLC0415 -- only where a profiler runs
 
-    assert config.profile.flags_file is not None
-    status = run_under_nsys(profiler, config.profile.flags_file, command, run.rank_report(rank))
-    record_exit(status, run, rank)
-    return status
+        try:
+            status = run_profiled(config, run, rank, command)
+        except ProfilerUnusableError as unusable:
+            if config.profile.required:
+                raise HpcmmError(f"{unusable}. Set profile.required=false to train without.") from unusable
+            print(f"hpcmm: {unusable}; rank {rank} trains without.", file=sys.stderr)
+        else:
+            record_exit(status, run, rank)
+            return status
+    os.environ[startup.COMMAND_BEGAN] = f"{time.time():.3f}"
+    return run_watched(command, run, rank)
 
 
-def _profiler(config: RunConfig, rank: int) -> str | None:
-    """The profiler's path where this rank is to be profiled."""
+def _is_profiled(config: RunConfig, rank: int) -> bool:
     profile = config.profile
-    if profile.tool is None:
-        return None
-    if rank not in profiled_ranks(profile.ranks, config.world_size, config.cluster.ranks_per_node):
-        return None
-    found = shutil.which(profile.tool)
-    if found is None:
-        said = f"{profile.tool} is not on the PATH of {os.uname().nodename}, so rank {rank} cannot be profiled"
-        if profile.required:
-            raise HpcmmError(f"{said}: load its module, or set profile.required=false to train without.")
-        print(f"hpcmm: {said}; it trains without.", file=sys.stderr)
-    return found
+    return profile.tool is not None and rank in profiled_ranks(
+        profile.ranks, config.world_size, config.cluster.ranks_per_node
+    )
 
 
 def _write_to(log: Path) -> None:

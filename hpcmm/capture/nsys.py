@@ -14,15 +14,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from hpcmm.bootstrap.startup import COMMAND_BEGAN
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.importer import import_qdstrm
-from hpcmm.resources import resource
 
-_GPU_DEVICE = Path("/dev/nvidiactl")
 _STEP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _ATTEMPTS = 4
 _START_POLL_S = 0.02
@@ -30,31 +26,25 @@ _PR_SET_CHILD_SUBREAPER = 36
 """From Linux' sys/prctl.h."""
 
 
-def profile_flags(flags_file: str, *, gpu: bool) -> list[str]:
-    """Arguments of ``nsys profile`` from a file in ``profiles/nsys/``. ``gpu``: the node has an NVIDIA GPU."""
-    wanted: dict[str, Any] = yaml.safe_load(resource(f"profiles/nsys/{flags_file}").read_text(encoding="utf-8"))
-    trace = [*wanted["trace"], *(wanted.get("trace_on_gpu", []) if gpu else [])]
-    flags = {"trace": ",".join(trace), **wanted.get("flags", {})}
-    return [f"--{name}={value}" for name, value in flags.items()]
-
-
-def run_under_nsys(nsys: str, flags_file: str, command: Sequence[str], report: Path) -> int:
-    """Run ``command`` under nsys and leave its report at ``report``. Returns the command's exit status.
+def run_under_nsys(profile: Sequence[str], command: Sequence[str], report: Path, aside: Path | None = None) -> int:
+    """Run ``command`` under ``nsys profile FLAGS...`` and leave its report at ``report``. Returns its exit status.
 
     nsys writes on the node's own disk; only the finished report is copied to the shared one. Where it cannot be
-    finished here, what there is is copied beside ``report`` and the reason is printed.
+    finished here, what there is is copied beside ``report`` and the reason is printed. A report that stands there from
+    an earlier attempt is moved to the folder ``aside``.
     """
     _keep_descendants()
-    with tempfile.TemporaryDirectory(prefix="hpcmm-nsys-") as folder, _outlive_the_command():
-        output = Path(folder) / report.stem
-        flags = profile_flags(flags_file, gpu=_GPU_DEVICE.exists())
-        status = _run([nsys, "profile", *flags, f"--output={output}"], command, Path(folder) / "started")
-        _finish(output, report)
+    folder = Path(tempfile.mkdtemp(prefix="hpcmm-nsys-"))
+    with _outlive_the_command():
+        output = folder / report.stem
+        status = start_under_nsys([*profile, f"--output={output}"], command, folder / "started")
+        if _finish(output, report, aside):
+            shutil.rmtree(folder, ignore_errors=True)
     return status
 
 
-def _run(profile: Sequence[str], command: Sequence[str], started: Path) -> int:
-    """Run nsys until the command is over; again where nsys fails before it has started the command.
+def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Path) -> int:
+    """Run nsys until the command is over; again where nsys fails before it has made the file ``started``.
 
     The ranks of a node start their nsys one after the other. Several at once meet in nsys 2022.4's shared session table
     and fail, one in twenty, with "Local Endpoint is not available", "sem_open" or "End of file".
@@ -62,7 +52,8 @@ def _run(profile: Sequence[str], command: Sequence[str], started: Path) -> int:
     noting_the_start = ["/bin/sh", "-c", ': >"$0" && exec "$@"', str(started)]
     for attempts_left in reversed(range(_ATTEMPTS)):
         with _one_start_at_a_time():
-            process = subprocess.Popen([*profile, *noting_the_start, *command])
+            environment = os.environ | {COMMAND_BEGAN: f"{time.time():.3f}"}
+            process = subprocess.Popen([*profile, *noting_the_start, *command], env=environment)
             while not started.exists() and process.poll() is None:
                 time.sleep(_START_POLL_S)
         status = process.wait()
@@ -80,7 +71,8 @@ def _one_start_at_a_time() -> Iterator[None]:
         yield
 
 
-def _finish(output: Path, report: Path) -> None:
+def _finish(output: Path, report: Path, aside: Path | None) -> bool:
+    """Import what nsys left and copy it. Returns whether nothing is left behind that anyone would miss."""
     finished, unfinished = output.with_suffix(".nsys-rep"), output.with_suffix(".qdstrm")
     if not finished.exists() and unfinished.exists():
         try:
@@ -88,16 +80,33 @@ def _finish(output: Path, report: Path) -> None:
         except HpcmmError as error:
             print(f"hpcmm: {error}", file=sys.stderr)
     made = finished if finished.exists() else unfinished
-    if made.exists():
-        _copy_whole(made, report.with_suffix(made.suffix))
-    else:
+    if not made.exists():
         print(f"hpcmm: nsys left no report for {report.stem}; its messages stand above.", file=sys.stderr)
+        return True
+    target = report.with_suffix(made.suffix)
+    try:
+        if aside is not None and target.exists():
+            aside.mkdir(exist_ok=True)
+            target.replace(aside / target.name)
+        _copy_whole(made, target)
+    except OSError as error:
+        print(
+            f"hpcmm: the report cannot be written to {target} ({error.strerror}): it stays in {made} on "
+            f"{os.uname().nodename}.",
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 def _copy_whole(source: Path, target: Path) -> None:
     """Copy so that ``target`` never exists half-written."""
     partial = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, partial)
+    try:
+        shutil.copyfile(source, partial)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(target)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hpcmm.config import RunConfig
+from hpcmm.config import Requeue, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import resource
 from hpcmm.run_dir import RunDir
@@ -33,6 +33,7 @@ def render_script(config: RunConfig, run: RunDir, python: str = sys.executable) 
     return environment.get_template(config.cluster.template).render(
         cluster=config.cluster,
         launch=config.launch,
+        requeue=config.requeue,
         directives=_directives(config, run),
         environment=config.cluster.environment,
         run=run,
@@ -66,8 +67,10 @@ def _directives(config: RunConfig, run: RunDir) -> dict[str, str | None]:
         "exclude": cluster.exclude,
         "output": _slurm_pattern(run.batch_log),
         "open-mode": "append",
+        "requeue" if config.requeue is Requeue.on_node_failure else "no-requeue": "",
+        "signal": f"B:USR1@{cluster.stop_warning_s}" if cluster.stop_warning_s else None,
     }
-    given: dict[str, str | None] = {key: str(value) for key, value in directives.items() if value is not None}
+    given: dict[str, str | None] = {key: str(value) or None for key, value in directives.items() if value is not None}
     return given | {key: value or None for key, value in cluster.sbatch.items()}
 
 

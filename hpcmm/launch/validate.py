@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from hpcmm.config import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.profiled_ranks import profiled_ranks
+from hpcmm.profiled_steps import step_window
 from hpcmm.resources import resource
 
 ZERO_STAGES = range(4)
@@ -28,6 +29,7 @@ def validate(config: RunConfig) -> None:
         *_batch(config),
         *_optimisation(config),
         *_cluster(config),
+        *_warning(config),
         *_parallel(config),
         *_data(config),
         *_profile(config),
@@ -47,6 +49,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "train.micro_batch_size": config.train.micro_batch_size,
         "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         "train.log_every": config.train.log_every,
+        "train.keep_checkpoints": config.train.keep_checkpoints,
         "parallel.reduce_bucket_size": config.parallel.reduce_bucket_size,
         "parallel.allgather_bucket_size": config.parallel.allgather_bucket_size,
         "data.image_size": config.data.image_size,
@@ -55,6 +58,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "cluster.gpus_per_node": config.cluster.gpus_per_node,
         "train.warmup_steps": config.train.warmup_steps,
         "train.checkpoint_every": config.train.checkpoint_every,
+        "cluster.stop_warning_s": config.cluster.stop_warning_s,
         "data.num_workers": config.data.num_workers,
         "launch.spare_nodes": config.launch.spare_nodes,
         "data.slow_s": config.data.slow_s,
@@ -118,6 +122,15 @@ def _cluster(config: RunConfig) -> Iterator[str]:
             yield f"cluster.sbatch has {key!r}, which is no long option of sbatch without its dashes."
 
 
+def _warning(config: RunConfig) -> Iterator[str]:
+    warning_s, limit_s = config.cluster.stop_warning_s, 60 * config.cluster.time_limit_min
+    if warning_s >= limit_s:
+        yield (
+            f"cluster.stop_warning_s is {warning_s}, but the whole job has {limit_s} s: raise cluster.time_limit_min, "
+            "or set a shorter warning."
+        )
+
+
 def _parallel(config: RunConfig) -> Iterator[str]:
     if config.parallel.zero_stage not in ZERO_STAGES:
         yield f"parallel.zero_stage is {config.parallel.zero_stage}, but ZeRO has the stages 0, 1, 2 and 3."
@@ -143,6 +156,10 @@ def _profile(config: RunConfig) -> Iterator[str]:
         yield f"profile.flags_file is {profile.flags_file!r}, but profiles/nsys/ holds no such file."
     try:
         profiled_ranks(profile.ranks, config.world_size, config.cluster.ranks_per_node)
+    except HpcmmError as error:
+        yield str(error)
+    try:
+        step_window(profile.steps, config.train.steps)
     except HpcmmError as error:
         yield str(error)
 

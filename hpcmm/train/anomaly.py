@@ -42,7 +42,12 @@ class AnomalyTask:
         data, train = self._config.data, self._config.train
         sampler = EndlessSampler(len(self._train), train.micro_batch_size, rank, world_size, train.seed, first)
         loader: DataLoader[Any] = DataLoader(
-            self._train, batch_sampler=sampler, collate_fn=collate, num_workers=data.num_workers
+            self._train,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=data.num_workers,
+            # Its own, for a loader draws a number when it starts: a resumed run would be one number ahead.
+            generator=torch.Generator().manual_seed(train.seed),
         )
         delay_s = data.slow_s if rank == data.slow_rank else 0.0
         for batch in loader:

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -15,11 +16,14 @@ from hpcmm import annotate
 from hpcmm.bootstrap.environment import RankEnvironment
 from hpcmm.bootstrap.metrics import MetricsWriter
 from hpcmm.config import RunConfig
+from hpcmm.profiled_steps import step_window
 from hpcmm.run_dir import RunDir
 from hpcmm.train.anomaly import AnomalyTask
-from hpcmm.train.batch_statistics import merge_batch_statistics
+from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import build_engine
 from hpcmm.train.progress import Progress
+from hpcmm.train.stop import StopRequest
+from hpcmm.train.window import CaptureWindow
 
 log = logging.getLogger("hpcmm.train")
 
@@ -27,14 +31,29 @@ log = logging.getLogger("hpcmm.train")
 def train(
     config: RunConfig, run: RunDir, place: RankEnvironment, device: torch.device, metrics: MetricsWriter
 ) -> dict[str, float]:
-    """Train ``config.train.steps`` steps, save a checkpoint that loads again. Returns the scores before and after."""
+    """Train until ``config.train.steps`` steps are done, from the newest checkpoint on where there is one.
+
+    Returns the scores before and after training; none when it was asked to stop before its last step.
+    """
     with metrics.startup("model and data"):
         task = AnomalyTask(config, device)
     with metrics.startup("engine"):
         engine = build_engine(task.model, config)
     try:
-        scores = _score(task, engine, config, place, "before")
-        _run_steps(task, engine, config, run, place, metrics)
+        checkpoints = Checkpoints(run, place, config.train.keep_checkpoints)
+        resumed = checkpoints.load_newest(engine)
+        if resumed is None:
+            first, scores = 0, _score(task, engine, config, place, "before")
+        else:
+            first, scores = resumed["steps_done"], resumed["scores"]
+            log.info("resumed from the checkpoint after step %d of %d", first, config.train.steps)
+        metrics.resume(first)
+        steps_done = _run_steps(Session(config, run, place, task, engine, checkpoints, metrics), first, scores)
+        if steps_done < config.train.steps:
+            log.info("stopped as asked after step %d of %d, with a checkpoint", steps_done, config.train.steps)
+            if place.rank == 0:
+                run.stopped.touch()
+            return {}
         scores |= _score(task, engine, config, place, "after")
         if place.rank == 0 and scores:
             run.evaluation.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
@@ -44,26 +63,43 @@ def train(
         engine.destroy()  # or gloo's threads may abort the process at its end
 
 
-def _run_steps(
-    task: AnomalyTask,
-    engine: deepspeed.DeepSpeedEngine,
-    config: RunConfig,
-    run: RunDir,
-    place: RankEnvironment,
-    metrics: MetricsWriter,
-) -> None:
-    batches = task.batches(place.rank, place.world_size)
-    with Progress(config, shown=place.rank == 0) as progress:
-        for step in range(config.train.steps):
+@dataclass(frozen=True)
+class Session:
+    """What the steps of one rank need."""
+
+    config: RunConfig
+    run: RunDir
+    place: RankEnvironment
+    task: AnomalyTask
+    engine: deepspeed.DeepSpeedEngine
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+
+
+def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
+    """Train from step ``first`` on. Returns how many steps are done in all, fewer than asked for after a stop."""
+    config, place = session.config, session.place
+    steps = config.train.steps
+    batches = session.task.batches(place.rank, place.world_size, first * config.train.gradient_accumulation_steps)
+    stop_request = StopRequest(session.run, place)
+    window = CaptureWindow(step_window(config.profile.steps, steps))
+    with Progress(config, first=first, shown=place.rank == 0) as progress, window:
+        for step in range(first, steps):
+            window.before(step)
             began = time.perf_counter()
             with annotate.step(step):
-                values = _step(task, engine, batches, config)
-                if _checkpoint_due(step, config):
+                values = _step(session.task, session.engine, batches, config)
+                with annotate.phase("agree"):
+                    stop = stop_request.agreed()
+                if stop or _checkpoint_due(step, config):
                     with annotate.phase("checkpoint"):
-                        save_checkpoint(engine, run, step + 1)
+                        session.checkpoints.save(session.engine, step + 1, {"scores": scores})
             step_s = time.perf_counter() - began
-            metrics.step(step, **values, step_s=step_s)
+            session.metrics.step(step, **values, step_s=step_s)
             progress.advance(step, values["loss"], step_s)
+            if stop:
+                return step + 1
+    return steps
 
 
 def _step(
@@ -89,17 +125,6 @@ def _step(
 def _checkpoint_due(step: int, config: RunConfig) -> bool:
     every = config.train.checkpoint_every
     return step + 1 == config.train.steps or (every > 0 and (step + 1) % every == 0)
-
-
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, run: RunDir, steps_done: int) -> None:
-    """All ranks save their part; the frozen encoders, which come from their own files, are left out."""
-    merge_batch_statistics(engine.module)
-    engine.save_checkpoint(
-        str(run.checkpoints),
-        tag=f"step_{steps_done:06d}",
-        client_state={"steps_done": steps_done},
-        exclude_frozen_parameters=True,
-    )
 
 
 def _score(

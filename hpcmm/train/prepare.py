@@ -17,6 +17,7 @@ from hpcmm.bootstrap.compiled_ops import build_ops, ops_are_built
 from hpcmm.config import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.run_dir import RunDir
+from hpcmm.train.attempt import begin_attempt
 from hpcmm.train.data_root import ensure_data
 
 
@@ -40,7 +41,9 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 
 def main(arguments: list[str]) -> int:
     try:
-        prepare(run_config.load(RunDir(Path(arguments[0])).config))
+        run = RunDir(Path(arguments[0]))
+        prepare(run_config.load(run.config))
+        begin_attempt(run)
     except HpcmmError as error:
         print(f"hpcmm: {error}", file=sys.stderr)
         return 1

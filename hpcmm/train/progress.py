@@ -18,13 +18,15 @@ log = logging.getLogger("hpcmm.train")
 class Progress:
     """Shown by one rank only; the others' does nothing."""
 
-    def __init__(self, config: RunConfig, *, shown: bool) -> None:
+    def __init__(self, config: RunConfig, *, first: int, shown: bool) -> None:
+        """``first``: the step that this attempt begins with."""
         self._steps = config.train.steps
         self._batch = config.global_batch_size
         self._every = config.train.log_every
+        self._first = first
         self._shown = shown
         self._bar = Bar(disable=not (shown and sys.stderr.isatty()))
-        self._task = self._bar.add_task("training", total=self._steps)
+        self._task = self._bar.add_task("training", total=self._steps, completed=first)
         self._interval_began = time.perf_counter()
         self._interval_steps = 0
 
@@ -42,7 +44,7 @@ class Progress:
         """After each step, with this rank's loss."""
         self._interval_steps += 1
         self._bar.advance(self._task)
-        if not self._shown or ((step + 1) % self._every and step not in (0, self._steps - 1)):
+        if not self._shown or ((step + 1) % self._every and step not in (self._first, self._steps - 1)):
             return
         now = time.perf_counter()
         elapsed_s, done = now - self._interval_began, self._interval_steps

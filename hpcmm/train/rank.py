@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from hpcmm import config as run_config
-from hpcmm.annotate import collectives
-from hpcmm.bootstrap.accelerator import select_accelerator
 from hpcmm.bootstrap.cache import extensions_dir
-from hpcmm.bootstrap.compiled_ops import load_ops
 from hpcmm.bootstrap.environment import RankEnvironment
-from hpcmm.bootstrap.group import process_group
 from hpcmm.bootstrap.metrics import MetricsWriter
+from hpcmm.bootstrap.startup import parts_before
 from hpcmm.run_dir import RunDir
+from hpcmm.train.attempt import current_attempt
 
 
 def run_rank(run_dir: str) -> dict[str, float]:
     """Train as ``config.yaml`` of the run directory says. Returns the final metrics."""
+    began_s = time.time()
     run = RunDir(Path(run_dir))
     config = run_config.load(run.config)
     place = RankEnvironment.read()
     _log_with_rank(place)
-    select_accelerator()
-    with MetricsWriter(run.rank_metrics(place.rank)) as metrics:
+    with MetricsWriter(run.rank_metrics(place.rank), current_attempt(run)) as metrics:
         metrics.start(place)
+        for part, duration_s in parts_before(began_s):
+            metrics.startup_part(part, duration_s)
         with metrics.startup("imports"):
+            from hpcmm.annotate import collectives  # noqa: PLC0415 -- imports torch
+            from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415 -- imports torch
+
+            select_accelerator()
+            from hpcmm.bootstrap.compiled_ops import load_ops  # noqa: PLC0415
+
             load_ops(extensions_dir(config.cluster))
-            from hpcmm.train.loop import train  # noqa: PLC0415 -- imports deepspeed, which asks for the accelerator
+            # Both import deepspeed, which asks for the accelerator.
+            from hpcmm.bootstrap.group import process_group  # noqa: PLC0415
+            from hpcmm.train.loop import train  # noqa: PLC0415
         with process_group(place, config, metrics) as device:
             collectives.install()
             return train(config, run, place, device, metrics)

@@ -7,7 +7,7 @@ import shutil
 from . import daemons
 from .layout import Layout
 from .processes import run
-from .slurm_config import CLUSTER_NAME
+from .slurm_config import CLUSTER_NAME, GRACE_S, URGENT_QOS
 
 INSTALL_TIMEOUT_S = 120
 
@@ -33,11 +33,15 @@ def create_database(layout: Layout) -> None:
 
 
 def register_cluster(layout: Layout) -> None:
-    """Make the accounting daemon know the cluster, so that jobs are recorded from the first on."""
+    """Tell the accounting daemon of the cluster, so that jobs are recorded from the first on, and who may preempt."""
     environment = daemons.environment(layout)
     known = run("sacctmgr", "-nP", "list", "cluster", "format=cluster", env=environment, timeout_s=90).split()
     if CLUSTER_NAME not in known:
         run("sacctmgr", "-i", "add", "cluster", CLUSTER_NAME, env=environment, timeout_s=90)
+    known = run("sacctmgr", "-nP", "list", "qos", "format=name", env=environment, timeout_s=90).split()
+    if URGENT_QOS not in known:
+        run("sacctmgr", "-i", "modify", "qos", "normal", "set", f"gracetime={GRACE_S}", env=environment, timeout_s=90)
+        run("sacctmgr", "-i", "add", "qos", URGENT_QOS, "set", "preempt=normal", env=environment, timeout_s=90)
 
 
 def require_answer(layout: Layout) -> None:

@@ -8,6 +8,12 @@ from .layout import GPUS_PER_NODE, Layout
 
 CLUSTER_NAME = "hpcmm"
 PARTITION = "main"
+URGENT_QOS = "urgent"
+"""Jobs of this quality of service preempt all others."""
+
+GRACE_S = 60
+"""Seconds that a preempted job may take to end."""
+
 CPUS_PER_NODE = 8
 CONTROLLER_PORT = 26817
 NODE_PORT = 26818
@@ -44,7 +50,7 @@ SlurmdPort={NODE_PORT}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={layout.munge_socket}
+AuthInfo=socket={layout.munge_socket},cred_expire=10
 CredType=cred/munge
 
 StateSaveLocation={layout.controller_spool}
@@ -76,6 +82,11 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1
 JobRequeue=1
 ReturnToService=2
+
+# `--qos={URGENT_QOS}` preempts other jobs: they are warned, have {GRACE_S} s to end, and are queued once more.
+PreemptType=preempt/qos
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 
 # Generous where four nodes compete for few processors, short where a user waits.
 MessageTimeout=60

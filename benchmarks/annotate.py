@@ -1,0 +1,101 @@
+"""What annotation adds to a training step of 20 ms, without a profiler and under nsys: medians over fresh processes.
+
+    python benchmarks/annotate.py [--runs 5]
+
+A step is the step range, four phases and four gloo all-reduces, of one process, so that nothing waits. In each process
+the medians of many steps without annotation and of many with it are compared. Under nsys, with the flags of
+profiles/nsys/timeline.yaml, both kinds of steps run under it. Exit status 1 when a bound is exceeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+STEP_S = 0.020
+BOUNDS = {"without a profiler": 0.005, "under nsys": 0.02}
+STEPS = 400
+COLLECTIVES = 4
+PHASES = ("data", "forward", "backward", "optimizer")
+
+
+def added_s() -> float:
+    """Seconds that annotation adds to one step of this process."""
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
+
+    from hpcmm import annotate  # noqa: PLC0415
+    from hpcmm.annotate import collectives  # noqa: PLC0415
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    tensor = torch.zeros(1000)
+
+    def step(number: int, *, annotated: bool) -> float:
+        began = time.perf_counter()
+        with annotate.step(number) if annotated else nullcontext():
+            for phase in PHASES:
+                with annotate.phase(phase) if annotated else nullcontext():
+                    pass
+            for _ in range(COLLECTIVES):
+                dist.all_reduce(tensor)
+        return time.perf_counter() - began
+
+    for number in range(50):
+        step(number, annotated=False)
+    bare = statistics.median(step(number, annotated=False) for number in range(STEPS))
+    collectives.install()
+    for number in range(50):
+        step(number, annotated=True)
+    annotated = statistics.median(step(number, annotated=True) for number in range(STEPS))
+    dist.destroy_process_group()
+    return annotated - bare
+
+
+def of_a_fresh_process(prefix: list[str]) -> float:
+    command = [*prefix, sys.executable, __file__, "--inside"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(next(line for line in done.stdout.splitlines() if line.startswith("added ")).split()[1])
+
+
+def nsys_prefix(folder: Path) -> list[str]:
+    from hpcmm.capture.profiled import profile_flags  # noqa: PLC0415
+    from hpcmm.config import ProfileConfig  # noqa: PLC0415
+
+    flags = profile_flags(ProfileConfig(tool="nsys", flags_file="timeline.yaml"), STEPS, gpu=False)
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    return ["nsys", "profile", *words, "--force-overwrite=true", f"--output={folder / 'report'}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        print("added", added_s())
+        return 0
+    worst = 0
+    with tempfile.TemporaryDirectory() as folder:
+        prefixes = {"without a profiler": []}
+        if shutil.which("nsys"):
+            prefixes["under nsys"] = nsys_prefix(Path(folder))
+        for name, prefix in prefixes.items():
+            added = statistics.median(of_a_fresh_process(prefix) for _ in range(options.runs))
+            share, bound = added / STEP_S, BOUNDS[name]
+            said = f"{added * 1e6:.1f} us a step, {share:.3%} of 20 ms"
+            print(f"{name}: {said} (median of {options.runs}, bound {bound:.1%})")
+            worst |= share > bound
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""From a Slurm job's start to the end of its first step: hpcmm beside `torchrun` by hand, same nodes, same training.
+
+    python benchmarks/startup.py [--runs 5] [KEY=VALUE ...]
+
+Both jobs train the same configuration on the local cluster (slurm/local/up) and note their times in the same files. The
+rival's script is what one writes by hand: one torchrun a node, which starts its ranks and lets them meet. The clock
+starts with the first line of the job's script, and stops when the last rank has done its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hpcmm import config as run_config
+from hpcmm.analysis.startup import startup_table
+from hpcmm.launch import plan, queue
+from hpcmm.run_dir import RunDir
+
+CONFIGURATION = ("experiment=anomaly_demo", "profile=off", "train.steps=2", "train.evaluate=false")
+
+TORCHRUN_SCRIPT = """#!/bin/bash
+#SBATCH --nodes={nodes} --ntasks-per-node=1 --cpus-per-task={cpus} --gpus-per-node={gpus}
+#SBATCH --time=10 --output={log}
+echo "$EPOCHREALTIME" > {began}
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --cpus-per-task={cpus} {python} -m torch.distributed.run --nnodes={nodes} --nproc-per-node={ranks_per_node} \\
+    --rdzv-backend=c10d --rdzv-endpoint="$head:29400" --rdzv-id="$SLURM_JOB_ID" {program} --rank-of={run}
+"""
+
+
+def begin(overrides: list[str], root: Path) -> tuple[run_config.RunConfig, RunDir]:
+    return plan([*CONFIGURATION, *overrides, f"runs_root={root}"])
+
+
+def with_hpcmm(overrides: list[str], root: Path) -> float:
+    """Seconds from the script's start to the first step of all ranks."""
+    config, run = begin(overrides, root)
+    wait_for(queue(config, run).job_id)
+    began_s = json.loads(run.attempts.read_text(encoding="utf-8"))["script_began_s"]
+    return first_step_ended_s(run) - began_s
+
+
+def with_torchrun(overrides: list[str], root: Path) -> float:
+    config, run = begin(overrides, root)
+    run.create()
+    run_config.dump(config, run.config)
+    os.environ.update(config.cluster.submit_environment)
+    began, script = run.root / "began", run.root / "torchrun.sh"
+    script.write_text(
+        TORCHRUN_SCRIPT.format(
+            nodes=config.cluster.nodes,
+            ranks_per_node=config.cluster.ranks_per_node,
+            cpus=config.cluster.cpus_per_rank * config.cluster.ranks_per_node,
+            gpus=config.cluster.gpus_per_node,
+            log=run.batch_log,
+            began=began,
+            python=sys.executable,
+            program=Path(__file__).resolve(),
+            run=run.root,
+        ),
+        encoding="utf-8",
+    )
+    done = subprocess.run(["sbatch", "--parsable", str(script)], check=True, capture_output=True, text=True)
+    wait_for(done.stdout.strip())
+    return first_step_ended_s(run) - float(began.read_text(encoding="ascii"))
+
+
+def rank_under_torchrun(run_dir: str) -> None:
+    """What a script for torchrun does: join the group from torchrun's variables, and train."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
+    from hpcmm.bootstrap.cache import extensions_dir  # noqa: PLC0415
+    from hpcmm.bootstrap.compiled_ops import load_ops  # noqa: PLC0415
+    from hpcmm.bootstrap.environment import RankEnvironment  # noqa: PLC0415
+    from hpcmm.bootstrap.metrics import MetricsWriter  # noqa: PLC0415
+
+    run = RunDir(Path(run_dir))
+    config = run_config.load(run.config)
+    select_accelerator()
+    load_ops(extensions_dir(config.cluster))
+    import torch.distributed as dist  # noqa: PLC0415
+
+    dist.init_process_group("gloo")
+    import deepspeed  # noqa: PLC0415
+
+    from hpcmm.train.loop import train  # noqa: PLC0415
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    variable = os.environ
+    place = RankEnvironment(
+        rank=int(variable["RANK"]),
+        local_rank=int(variable["LOCAL_RANK"]),
+        world_size=int(variable["WORLD_SIZE"]),
+        job_id=variable["SLURM_JOB_ID"],
+        node=variable["SLURMD_NODENAME"],
+        master_addr=variable["MASTER_ADDR"],
+        master_port=int(variable["MASTER_PORT"]),
+    )
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(config.cluster.cpus_per_rank)
+    with MetricsWriter(run.rank_metrics(place.rank)) as metrics:
+        train(config, run, place, torch.device("cpu"), metrics)
+    dist.destroy_process_group()
+
+
+def first_step_ended_s(run: RunDir) -> float:
+    ended_ns = [
+        record["unix_ns"]
+        for records in metrics_of(run).values()
+        for record in records
+        if record["event"] == "step" and record["step"] == 0
+    ]
+    return max(ended_ns) / 1e9
+
+
+def metrics_of(run: RunDir) -> dict[int, list[dict[str, object]]]:
+    files = sorted(run.metrics.glob("rank_*.jsonl"))
+    return {
+        rank: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for rank, file in enumerate(files)
+    }
+
+
+def wait_for(job_id: str) -> None:
+    """Until the job is over; its failure ends the benchmark."""
+    while True:
+        asked = ["squeue", "-h", "--states=all", "-j", job_id, "-o", "%T"]
+        state = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+        if state == "COMPLETED":
+            return
+        if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            sys.exit(f"job {job_id} ended as {state}")
+        time.sleep(0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args()
+    if options.rank_of:
+        rank_under_torchrun(options.rank_of)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        with_hpcmm(options.overrides, root)  # compiles and makes what the first job on a machine has to
+        pairs = [
+            (with_hpcmm(options.overrides, root), with_torchrun(options.overrides, root)) for _ in range(options.runs)
+        ]
+        ours, theirs = (statistics.median(values) for values in zip(*pairs, strict=True))
+        print(f"hpcmm:    {ours:.2f} s from the script's start to the end of the first step (median of {options.runs})")
+        print(f"torchrun: {theirs:.2f} s")
+        print(f"difference: {ours - theirs:+.2f} s (at most +1 s is the aim)")
+        last = (root / "latest").resolve()
+        print(startup_table(metrics_of(RunDir(last))).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Checkpoints that are whole or not there: saved beside, renamed, checked before they are loaded.
+
+``checkpoints/step_000010/`` holds DeepSpeed's files, each rank's random state and ``manifest.json`` with the sizes of
+all of them. It gets its name, and ``latest`` gets to name it, once every rank has written its part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hpcmm.bootstrap.environment import RankEnvironment
+from hpcmm.errors import HpcmmError
+from hpcmm.run_dir import RunDir
+from hpcmm.train.batch_statistics import merge_batch_statistics
+from hpcmm.train.random_state import random_state, restore_random_state
+
+log = logging.getLogger("hpcmm.train")
+
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d+)")
+_NONE_LEFT = -1
+
+
+class Checkpoints:
+    """A run's checkpoints, as one rank sees them. All ranks call each method together."""
+
+    def __init__(self, run: RunDir, place: RankEnvironment, keep: int) -> None:
+        """``keep``: how many of the newest are left when one more has been saved."""
+        self._folder = run.checkpoints
+        self._place = place
+        self._keep = keep
+
+    def save(self, engine: deepspeed.DeepSpeedEngine, steps_done: int, state: dict[str, Any]) -> None:
+        """Save what training needs to go on. The frozen encoders, which come from their own files, are left out.
+
+        Raises HpcmmError where there is no room; the checkpoints before stay as they are.
+        """
+        partial = self._folder / f".step_{steps_done:06d}.part"
+        merge_batch_statistics(engine.module)
+        with self._said_clearly(partial, steps_done):
+            if self._place.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            dist.barrier()
+            torch.save(random_state(), self._random_state_file(partial))
+            engine.save_checkpoint(
+                str(self._folder),
+                tag=partial.name,
+                client_state={"steps_done": steps_done, **state},
+                save_latest=False,
+                exclude_frozen_parameters=True,
+            )  # ends with a barrier, so all parts are there
+            if self._place.rank == 0:
+                self._publish(partial, steps_done)
+
+    def load_newest(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, Any] | None:
+        """Load the newest checkpoint that is whole, and return what was given to ``save``, with ``steps_done``.
+
+        None where there is none. One that any rank finds damaged is put aside, with a warning that says what is wrong.
+        """
+        candidates = iter(self._newest_first() if self._place.rank == 0 else ())
+        while True:
+            steps_done = _same_on_all(next(candidates, _NONE_LEFT), engine.device)
+            if steps_done == _NONE_LEFT:
+                return None
+            folder = self._folder / f"step_{steps_done:06d}"
+            damage = self._damage(folder)
+            if damage is not None:
+                log.warning("checkpoint %s is damaged (%s): going on from the one before", folder, damage)
+            if not _any_rank(damage is not None, engine.device):
+                return self._load(engine, folder)
+            if self._place.rank == 0:
+                shutil.rmtree(self._folder / f"damaged_{folder.name}", ignore_errors=True)
+                folder.rename(self._folder / f"damaged_{folder.name}")
+
+    def _load(self, engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+        _, state = engine.load_checkpoint(str(self._folder), tag=folder.name, custom_load_fn=_load_trained)
+        restore_random_state(torch.load(self._random_state_file(folder), weights_only=True))
+        assert state is not None
+        return dict(state)
+
+    def _publish(self, partial: Path, steps_done: int) -> None:
+        sizes = {path.name: path.stat().st_size for path in partial.iterdir() if path.is_file()}
+        (partial / _MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        final = self._folder / f"step_{steps_done:06d}"
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        latest = self._folder / ".latest.part"
+        latest.write_text(final.name, encoding="utf-8")
+        latest.replace(self._folder / "latest")
+        for old in self._newest_first()[self._keep :]:
+            shutil.rmtree(self._folder / f"step_{old:06d}", ignore_errors=True)
+
+    def _newest_first(self) -> list[int]:
+        names = (_NAME.fullmatch(entry.name) for entry in self._folder.iterdir() if entry.is_dir())
+        return sorted((int(name[1]) for name in names if name), reverse=True)
+
+    def _random_state_file(self, folder: Path) -> Path:
+        return folder / f"random_rank_{self._place.rank:04d}.pt"
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with this rank's share of the files; the ranks share them out."""
+        try:
+            sizes: dict[str, int] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{_MANIFEST}: {error}"
+        for name, size in sorted(sizes.items())[self._place.rank :: self._place.world_size]:
+            try:
+                damage = _damage_of_file(folder / name, size)
+            except OSError as error:
+                damage = error.strerror
+            if damage is not None:
+                return f"{name}: {damage}"
+        return None
+
+    @contextlib.contextmanager
+    def _said_clearly(self, partial: Path, steps_done: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if not _is_about_writing(error):
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            free_mb = shutil.disk_usage(self._folder).free / 1e6
+            raise HpcmmError(
+                f"Rank {self._place.rank} could not save the checkpoint after step {steps_done} in {self._folder} "
+                f"({free_mb:.0f} MB are free there): make room, then submit the run's submission.sh again. Earlier "
+                "checkpoints are whole, and training goes on from the last of them."
+            ) from error
+
+
+def _damage_of_file(path: Path, size: int) -> str | None:
+    """Compares the size, and each record of PyTorch's zip container with its own CRC-32."""
+    found = path.stat().st_size
+    if found != size:
+        return f"{found} bytes instead of {size}"
+    if path.suffix != ".pt":
+        return None
+    try:
+        with zipfile.ZipFile(path) as container:
+            broken = container.testzip()
+    except zipfile.BadZipFile as error:
+        return str(error)
+    return f"wrong checksum of {broken}" if broken else None
+
+
+def _is_about_writing(error: OSError | RuntimeError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+
+
+def _load_trained(src: dict[str, Any], dst: nn.Module) -> None:
+    """As ``load_state_dict``, which would also ask for the frozen parameters that were left out."""
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    wrong = sorted(trained.intersection(missing)) + sorted(unexpected)
+    if wrong:
+        raise HpcmmError(f"The checkpoint is of another model: {', '.join(wrong[:5])} do not match.")
+
+
+def _same_on_all(number: int, device: torch.device) -> int:
+    """Rank 0's number. Its view of the shared folder counts, for the others' may be older."""
+    value = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.broadcast(value, src=0)
+    return int(value)
+
+
+def _any_rank(claim: bool, device: torch.device) -> bool:
+    value = torch.tensor(int(claim), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)

@@ -1,0 +1,49 @@
+"""What the settings of stopping, requeueing and the capture's window do to the script, and which are refused."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.compose import compose_run
+from hpcmm.launch.script import render_script
+from hpcmm.launch.validate import validate
+from hpcmm.run_dir import RunDir
+
+
+def script(*overrides):
+    return render_script(
+        compose_run(["experiment=anomaly_demo", *overrides]), RunDir(Path("/shared/run")), "/env/python"
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "directive", "goes_on"),
+    [("never", "--no-requeue", "no"), ("on_stop", "--no-requeue", "yes"), ("on_node_failure", "--requeue", "yes")],
+)
+def test_the_policy_decides_who_may_requeue(policy, directive, goes_on):
+    lines = script(f"requeue={policy}").splitlines()
+    assert f"#SBATCH {directive}" in lines
+    assert f"goes_on={goes_on}" in lines
+    assert any(line.startswith("answers()") for line in lines) == (policy == "on_node_failure")
+    assert subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, check=False).returncode == 0
+
+
+def test_a_warning_of_no_length_is_none():
+    assert "#SBATCH --signal=B:USR1@90" in script("cluster.stop_warning_s=90").splitlines()
+    assert "#SBATCH --signal" not in script("cluster.stop_warning_s=0")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("cluster.stop_warning_s=1200", "the whole job has 1200 s"),
+        ("cluster.stop_warning_s=-1", r"cluster\.stop_warning_s is -1"),
+        ("train.keep_checkpoints=0", r"train\.keep_checkpoints is 0"),
+        ("profile.steps='50:60'", "holds none of this run's steps 0 to 49"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_queueing(override, said):
+    with pytest.raises(HpcmmError, match=said):
+        validate(compose_run(["experiment=anomaly_demo", override]))
