@@ -11,19 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import delay
-from hpcmm.analysis.delay import BETWEEN_STEPS, SUBPROCESS, Floats
-from hpcmm.analysis.faults import find_faults
-from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, Evidence, Finding, kind_of_phase
+from hpcmm.analysis import batches, delay, links, propagation, silence
+from hpcmm.analysis.delay import BETWEEN_STEPS, UNEXPLAINED, Floats
+from hpcmm.analysis.faults import FAULT_SHARE, Mask, find_faults
+from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, Evidence, Finding, kind_of_part, phase_of_part
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.steps import StepTimes
 from hpcmm.analysis.trace import RankTrace
 
 MIN_SHARE = 0.02
 """Losses below this share of a step are not worth a row."""
+BLAMED_WEIGHT = 6.0
+"""A row that names a culprit goes before rows that name nobody with up to so many times its loss."""
 COLUMNS = [
     "rank_order",
     "cause",
@@ -34,6 +35,8 @@ COLUMNS = [
     "phase",
     "evidence",
     "confidence",
+    "evidence_rows",
+    "worst_step",
     "suggestion",
 ]
 
@@ -41,32 +44,55 @@ COLUMNS = [
 def gather(traces: Sequence[RankTrace], rows: pd.DataFrame, steps: StepTimes, expected_ranks: int) -> Evidence:
     """Charge all waiting, in seconds a step."""
     parts = delay.work_parts(traces)
-    losses = delay.losses_by_step(traces, rows, parts, steps.numbers) / NS_PER_S
+    losses = propagation.losses_by_step(traces, rows, parts, steps.numbers) / NS_PER_S
     return Evidence(traces, rows, steps, parts, losses, expected_ranks)
 
 
 def find(evidence: Evidence) -> list[Finding]:
-    """All findings above :data:`MIN_SHARE` of a step, largest loss first; empty without steps."""
+    """All findings above :data:`MIN_SHARE` of a step, the most telling first; empty without steps.
+
+    They are ordered by loss, where a loss that has a culprit counts :data:`BLAMED_WEIGHT` times: waiting and transfer
+    are never nothing, and a culprit can be done something about.
+    """
     if not len(evidence.steps.numbers):
         return []
-    faults, blamed = find_faults(evidence)
-    findings = [*faults, *_transfer(evidence), *_imbalance(evidence, blamed), *_own_work(evidence)]
+    stopped = _stopped(evidence)
+    transfer = _transfer(evidence, sum(finding.lost_s for finding in stopped))
+    faults, blamed = find_faults(evidence, sum(finding.lost_s for finding in transfer))
+    faults = [batches.explain(evidence, fault) for fault in faults]
+    findings = [*faults, *stopped, *transfer, *_imbalance(evidence, blamed), *_own_work(evidence)]
     worth = [finding for finding in findings if finding.lost_s >= MIN_SHARE * evidence.steps.mean_s]
-    return sorted(worth, key=lambda finding: -finding.lost_s)
+    return sorted(worth, key=lambda finding: -finding.lost_s * (BLAMED_WEIGHT if finding.blames else 1.0))
 
 
 _PHASE_SHARE = 0.1
 """A phase is named for communication that spreads over several when it holds this share of it."""
 
 
-def _transfer(evidence: Evidence) -> list[Finding]:
-    """Exposed communication that no late rank explains."""
+def _stopped(evidence: Evidence) -> list[Finding]:
+    """Ranks whose process stood still in the middle of a collective."""
+    found = []
+    for index, lost in silence.standing_still(evidence.traces, evidence.steps, evidence.rows):
+        trace, mean = evidence.traces[index], float(lost.mean())
+        hit = evidence.steps.numbers[lost > 0]
+        told = f"no thread of rank {trace.rank} ran while all were in a collective, in {len(hit)} of {len(lost)} steps"
+        share = mean / evidence.steps.mean_s
+        sure = HIGH if share >= 2 * FAULT_SHARE else MEDIUM
+        worst = evidence.worst_step(lost)
+        rows = f"collectives: step={worst} rank={trace.rank}"
+        if share >= FAULT_SHARE:
+            found.append(Finding("stall", CAUSES["stall"], mean, trace.rank, trace.node, "", told, sure, rows, worst))
+    return found
+
+
+def _transfer(evidence: Evidence, explained_s: float) -> list[Finding]:
+    """Exposed communication that neither a late rank explains nor one that stood still (``explained_s``)."""
     rows = evidence.rows
     if rows.empty:
         return []
     inside = rows[rows["step"].isin(evidence.steps.numbers)]
     count = len(evidence.steps.numbers) * len(evidence.traces)
-    lost = float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count
+    lost = max(0.0, float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count - explained_s)
     by_phase = inside.groupby("phase")["exposed_transfer_ns"].sum()
     shares = (by_phase / max(float(by_phase.sum()), 1.0)).sort_values(ascending=False)
     phase = ", ".join(str(name) for name in shares[shares >= _PHASE_SHARE].index)
@@ -87,36 +113,66 @@ def _transfer(evidence: Evidence) -> list[Finding]:
     else:
         told += "; all ranks are there, the transfer itself takes the time"
     cause = CAUSES["transfer"] if unseen <= 0 else "communication, or waiting for ranks without a report"
-    return [Finding("transfer", cause, lost, None, "", phase, told, confidence)]
+    by_step = inside.groupby("step")["exposed_transfer_ns"].sum().reindex(evidence.steps.numbers).fillna(0.0)
+    worst = evidence.worst_step(by_step.to_numpy(np.float64))
+    most = inside.iloc[int(inside["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
+    where = f"collectives: step={most['step']} op={most['op']} group={most['group']} sequence={most['sequence']}"
+    node, about = links.slow_node(evidence.traces)
+    if about:
+        told += f"; {about}"
+        confidence = MEDIUM if node and confidence == HIGH else confidence
+    return [Finding("transfer", cause, lost, None, node, phase, told, confidence, where, worst)]
 
 
-def _imbalance(evidence: Evidence, blamed: npt.NDArray[np.bool_]) -> list[Finding]:
-    """Waiting that is nobody's consistent fault."""
-    rest = evidence.losses * ~blamed
+def _imbalance(evidence: Evidence, blamed: Mask) -> list[Finding]:
+    """Waiting that is nobody's consistent fault: because batches differ, or else because ranks do, by turns."""
+    rest = np.where(blamed, 0.0, evidence.losses)
+    uneven = batches.uneven(evidence, rest, ~np.asarray(blamed.any(axis=(0, 2))))
+    if uneven is not None:
+        compute = [index for index, name in enumerate(evidence.parts.names) if kind_of_part(name) == "compute"]
+        rest[:, :, compute] = 0.0
     lost = float(rest.sum(axis=(1, 2)).mean())
     by_part = rest.sum(axis=(0, 1))
-    names = (*evidence.parts.names, "")
-    phase = names[int(by_part.argmax())].removeprefix(SUBPROCESS)
+    part = (*evidence.parts.names, UNEXPLAINED)[int(by_part.argmax())]
+    phase = "" if part == UNEXPLAINED else phase_of_part(part)
     told = (
         f"ranks wait for one another by turns, no one consistently; "
         f"steps vary by {evidence.steps.noise_s:.3g} s (robust standard deviation)"
     )
-    return [Finding("imbalance", CAUSES["imbalance"], lost, None, "", phase, told, LOW)]
+    withheld = _withheld_s(evidence)
+    if withheld > MIN_SHARE * evidence.steps.mean_s:
+        told += (
+            f"; another {withheld:.3g} s of waiting a step is shorter than the clocks' error and is blamed on nobody"
+        )
+    worst = evidence.worst_step(rest[:, :, int(by_part.argmax())].sum(axis=1))
+    rows = f"delays: phase={part}" + ("" if worst is None else f" step={worst}")
+    other = Finding("imbalance", CAUSES["imbalance"], lost, None, "", phase, told, LOW, rows, worst)
+    return [other] if uneven is None else [uneven, other]
+
+
+def _withheld_s(evidence: Evidence) -> float:
+    """Exposed waiting a step, as a mean over ranks, whose late rank the clocks cannot tell."""
+    rows = evidence.rows
+    if rows.empty:
+        return 0.0
+    vague = rows["needs_all"].astype(bool) & ~rows["blamable"].astype(bool) & rows["step"].isin(evidence.steps.numbers)
+    count = len(evidence.steps.numbers) * len(evidence.traces)
+    return float(rows.loc[vague, "exposed_wait_ns"].sum()) / NS_PER_S / count
 
 
 def _own_work(evidence: Evidence) -> list[Finding]:
     """Time that all ranks spend on something other than training: loading, checkpoints, child processes, gaps."""
     found = []
     for part, name in enumerate(evidence.parts.names):
-        phase = name.removeprefix(SUBPROCESS)
-        kind = "subprocess" if name.startswith(SUBPROCESS) else kind_of_phase(phase)
+        phase, kind = phase_of_part(name), kind_of_part(name)
         if kind == "compute":
             continue
         seconds = _work_per_step(evidence, part)
         # A blamed rank's own excess is in its row already, and the lower median over ranks does not see it.
         lost = float(np.sort(seconds)[(len(seconds) - 1) // 2])
         told = f"every rank spends {lost:.3g} s a step in it"
-        found.append(Finding(kind, f"{CAUSES[kind]} on all ranks", lost, None, "", phase, told, MEDIUM))
+        rows = f"phases: phase={phase}"
+        found.append(Finding(kind, f"{CAUSES[kind]} on all ranks", lost, None, "", phase, told, MEDIUM, rows))
     return found
 
 
@@ -148,10 +204,12 @@ def table(findings: Sequence[Finding], step_s: float, suggestions: Sequence[str]
                 finding.phase,
                 finding.evidence,
                 finding.confidence,
+                finding.rows,
+                finding.worst_step,
                 suggestion,
             )
             for order, (finding, suggestion) in enumerate(zip(findings, suggestions, strict=True), start=1)
         ],
         columns=COLUMNS,
     )
-    return frame.astype({"rank": "Int64"})
+    return frame.astype({"rank": "Int64", "worst_step": "Int64"})

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pandas as pd
 
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.trace import RankTrace, extract_traces
 from hpcmm.reports.events import Report
+from hpcmm.reports.identity import Identity
 from hpcmm.reports.load import Reading
+from hpcmm.reports.printable import printable
 from hpcmm.reports.run_record import MAX_WORLD_SIZE, RunRecord
 
 FOUND = "found"
@@ -23,62 +26,73 @@ WRONG_JOB = "wrong_job"
 NO_NVTX = "no_nvtx"
 DUPLICATE = "duplicate"
 
-COLUMNS = ["rank", "node", "status", "steps", "events", "span_s", "nsys_version", "reason", "report"]
+COLUMNS = ["rank", "node", "status", "steps", "spans", "events", "span_s", "nsys_version", "reason", "report"]
 
 NVTX_NEEDS_NSYS = (2024, 1)
 """First nsys under which the Python package nvtx >= 0.2.12 records anything: it asks whether its domain is enabled."""
 
-"""A larger number in an environment is damage."""
-
-_RANK_IN_NAME = re.compile(r"rank_(\d+)$")
+_RANK_IN_NAME = re.compile(r"rank_([0-9]{1,7})")
 
 
 @dataclass(frozen=True, slots=True)
 class ReportFacts:
-    """What the ledger needs of a report once its events are gone."""
+    """What is kept of a report once its events are gone: its traces, and what the ledger tells of it."""
 
-    reading: Reading
-    traces: tuple[RankTrace, ...]
-    job_id: str | None
-    world_size: int
-    nsys_version: str
-    events: int
-    span_s: float
-    epoch_ns: int | None
-    first_ns: int
-    no_ranges: str
+    path: Path
+    traces: tuple[RankTrace, ...] = ()
+    identity: Identity = field(default_factory=lambda: Identity(None, None, None))
+    nsys_version: str = ""
+    spans: int = 0
+    """Ranges of the annotation."""
+    events: int = 0
+    span_s: float = 0.0
+    epoch_ns: int | None = None
+    first_ns: int = 0
+    no_ranges: str = ""
     """Why the report has no steps; empty when it has."""
-    damage: str
+    gpu_missing: bool = False
+    """CUDA was asked for, but left no events."""
+    damage: str = ""
 
     @property
     def name(self) -> str:
-        return self.reading.source.name
+        return printable(self.path.name)
+
+    @property
+    def job_id(self) -> str | None:
+        return self.identity.job_id
 
 
-def facts_of(reading: Reading, traces: Sequence[RankTrace]) -> ReportFacts:
-    """Facts of a reading, without the report itself."""
-    report = reading.report
-    if report is None:
-        return ReportFacts(reading, (), None, 0, "", 0, 0.0, None, 0, "", reading.reason)
+def observe(report: Report) -> ReportFacts:
+    """Traces and facts of a report."""
+    traces = tuple(extract_traces(report))
     return ReportFacts(
-        reading=replace(reading, report=None),
-        traces=tuple(traces),
-        job_id=report.identity.job_id,
-        world_size=report.identity.world_size or 0,
+        path=report.path,
+        traces=traces,
+        identity=report.identity,
         nsys_version=report.nsys_version,
+        spans=len(report.nvtx),
         events=report.events,
         span_s=(report.last_ns - report.first_ns) / 1e9,
         epoch_ns=report.epoch_ns,
         first_ns=report.first_ns,
+        gpu_missing="cuda" in report.requested and report.cuda is None,
         no_ranges="" if any(len(trace.steps) for trace in traces) else _why_no_ranges(report),
         damage="; ".join(report.damage),
     )
 
 
+def facts_of(reading: Reading[ReportFacts]) -> ReportFacts:
+    """Facts of a reading; of one that failed there is the reason."""
+    return reading.value or ReportFacts(reading.source.path, damage=printable(reading.reason))
+
+
 def _why_no_ranges(report: Report) -> str:
     if report.domains or "nvtx" in report.traced:
         return "the program wrote NVTX ranges, but no steps in domain hpcmm: annotate its loop with hpcmm.annotate"
-    version = tuple(int(part) for part in re.findall(r"\d+", report.nsys_version)[:2])
+    if report.requested and "nvtx" not in report.requested:
+        return "no NVTX ranges at all: nsys was told not to trace them; add nvtx to its --trace"
+    version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", report.nsys_version)[:2])
     if version and version < NVTX_NEEDS_NSYS:
         return (
             f"no NVTX ranges at all: under nsys {report.nsys_version} the Python package nvtx 0.2.12 or later records "
@@ -101,36 +115,41 @@ class Ledger:
 
 def assess(facts: Sequence[ReportFacts], record: RunRecord) -> Ledger:
     """Give each report its rank and status; then add the expected ranks that have no report."""
-    job_id = record.job_id or _majority_job(facts)
-    world_size = record.world_size or max((f.world_size for f in facts if job_id in (None, f.job_id)), default=0)
-    world_size = min(world_size, MAX_WORLD_SIZE)
+    job_id = _majority_job(facts, record)
+    told = max((f.identity.world_size or 0 for f in facts if job_id in (None, f.job_id)), default=0)
+    world_size = min(record.world_size or told, MAX_WORLD_SIZE)
     rows: list[tuple[object, ...]] = []
     claims: dict[int, list[tuple[ReportFacts, RankTrace]]] = {}
-    unknown = -1
+    nameless: list[str] = []
     for fact in facts:
         if not fact.traces:
-            rows.append(_row(fact, _rank_by_name(fact, record), None, _status_without_trace(fact)))
+            rank = _rank_without_trace(fact, record)
+            rows.append(_row(fact, rank, None, _status_without_trace(fact)))
+            nameless += [fact.name] if rank is None and fact.damage else []
         for trace in fact.traces:
             rank = _resolve_rank(fact, trace, record)
             if fact.job_id and job_id and fact.job_id != job_id:
-                told = f"belongs to job {fact.job_id}, the others to job {job_id}"
-                rows.append(_row(fact, rank, trace, (WRONG_JOB, told)))
+                why = f"belongs to job {fact.job_id}, the others to job {job_id}"
+                rows.append(_row(fact, rank, trace, (WRONG_JOB, why)))
                 continue
             if rank is None:
-                rank, unknown = unknown, unknown - 1
+                nameless.append(fact.name)
+                rank = -len(nameless)
             claims.setdefault(rank, []).append((fact, replace(trace, rank=rank, node=_node(trace, rank, record))))
     used = _settle_claims(claims, record, rows)
-    rows.extend(_without_report({int(str(row[0])) for row in rows if row[0] is not None}, world_size, record))
+    present = {int(str(row[0])) for row in rows if row[0] is not None and row[2] != WRONG_JOB}
+    rows.extend(_without_report(present, world_size, record, list(dict.fromkeys(nameless))))
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
     table = table.sort_values(["rank", "report"], na_position="last", kind="stable", ignore_index=True)
     fine = {FOUND, NOT_PROFILED} if record.world_size else {FOUND, NO_NVTX}
     complete = bool(len(table)) and set(table["status"]) <= fine
-    return Ledger(table, tuple(used), complete, max(world_size, len(used)))
+    return Ledger(table, tuple(used), complete, world_size or len(used))
 
 
-def _majority_job(facts: Sequence[ReportFacts]) -> str | None:
+def _majority_job(facts: Sequence[ReportFacts], record: RunRecord) -> str | None:
+    """The job of most reports. Between equals the run's record tells; alone it does where no report does."""
     jobs = Counter(fact.job_id for fact in facts if fact.job_id)
-    return max(jobs, key=lambda job: (jobs[job], job)) if jobs else None
+    return max(jobs, key=lambda job: (jobs[job], job == record.job_id, job)) if jobs else record.job_id
 
 
 def _resolve_rank(fact: ReportFacts, trace: RankTrace, record: RunRecord) -> int | None:
@@ -141,10 +160,15 @@ def _resolve_rank(fact: ReportFacts, trace: RankTrace, record: RunRecord) -> int
     return by_pid if by_pid is not None else (_rank_by_name(fact, record) if len(fact.traces) == 1 else None)
 
 
+def _rank_without_trace(fact: ReportFacts, record: RunRecord) -> int | None:
+    rank = fact.identity.rank
+    return rank if rank is not None else _rank_by_name(fact, record)
+
+
 def _rank_by_name(fact: ReportFacts, record: RunRecord) -> int | None:
     """hpcmm names its reports by rank; other people's file names mean nothing."""
-    match = _RANK_IN_NAME.search(fact.reading.source.path.stem)
-    return int(match[1]) if match and record.world_size else None
+    match = _RANK_IN_NAME.fullmatch(fact.path.stem)
+    return int(match[1]) if match and int(match[1]) < record.world_size else None
 
 
 def _node(trace: RankTrace, rank: int, record: RunRecord) -> str:
@@ -179,11 +203,15 @@ def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
     if fact.damage:
         return TRUNCATED, f"read in part: {fact.damage}"
     if not len(trace.steps):
-        return NO_NVTX, fact.no_ranges
+        stands_for = f"process {trace.pid}, GPU {trace.device}: " if trace.device is not None else ""
+        return NO_NVTX, stands_for + fact.no_ranges
     unclosed = trace.steps.loc[~trace.steps["closed"], "step"]
     if len(unclosed):
         return FOUND, f"step {int(unclosed.iloc[-1])} has no end: the process or its capture stopped in mid-step"
-    return FOUND, "" if trace.rank >= 0 else "the report does not tell its rank"
+    if trace.rank >= 0:
+        return FOUND, "CUDA was to be traced, but no GPU activity was recorded" if fact.gpu_missing else ""
+    others = f" of its {len(fact.traces)} processes with steps" if len(fact.traces) > 1 else ""
+    return FOUND, f"the report does not tell the rank{others or ''}"
 
 
 def _status_without_trace(fact: ReportFacts) -> tuple[str, str]:
@@ -196,13 +224,18 @@ def _status_without_trace(fact: ReportFacts) -> tuple[str, str]:
 
 def _row(fact: ReportFacts, rank: int | None, trace: RankTrace | None, verdict: tuple[str, str]) -> tuple[object, ...]:
     """A row of the table; ``verdict`` is status and reason."""
-    node, steps = (trace.node, len(trace.steps)) if trace is not None else ("", 0)
+    if trace is not None:
+        node, steps, spans = trace.node, len(trace.steps), trace.spans
+    else:
+        node, steps, spans = fact.identity.node or "", 0, fact.spans
     status, reason = verdict
-    return rank, node, status, steps, fact.events, fact.span_s, fact.nsys_version, reason, fact.name
+    return rank, node, status, steps, spans, fact.events, fact.span_s, fact.nsys_version, reason, fact.name
 
 
-def _without_report(present: set[int], world_size: int, record: RunRecord) -> list[tuple[object, ...]]:
-    """Rows of expected ranks that no report claims."""
+def _without_report(
+    present: set[int], world_size: int, record: RunRecord, nameless: Sequence[str]
+) -> list[tuple[object, ...]]:
+    """Rows of expected ranks that no report claims; ``nameless`` reports may be theirs, but do not tell."""
     rows: list[tuple[object, ...]] = []
     for rank in sorted(set(range(world_size)) - present):
         start = record.starts.get(rank)
@@ -213,7 +246,7 @@ def _without_report(present: set[int], world_size: int, record: RunRecord) -> li
                 if record.profiled
                 else "the run was not profiled: launch it with profile=nsys"
             )
-            rows.append((rank, node, NOT_PROFILED, 0, 0, 0.0, "", told, ""))
+            rows.append((rank, node, NOT_PROFILED, 0, 0, 0, 0.0, "", told, ""))
         else:
             told = (
                 "it started, but left no report: it still runs, or was killed before nsys could write one"
@@ -222,5 +255,11 @@ def _without_report(present: set[int], world_size: int, record: RunRecord) -> li
             )
             if not record.world_size:
                 told = f"the other reports are of a job of {world_size} ranks"
-            rows.append((rank, node, MISSING, 0, 0, 0.0, "", told, ""))
+            if nameless:
+                told = f"no report tells that it is of this rank; {_some(nameless)} may be"
+            rows.append((rank, node, MISSING, 0, 0, 0, 0.0, "", told, ""))
     return rows
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" or one of {len(names) - 3} more" if len(names) > 3 else "")

@@ -7,7 +7,8 @@ exactly once, and a single straggler is charged all of it.
 The charge is then shared out over the parts c of the late rank's work since the previous synchronisation, in proportion
 to d_c = max(0, t_c(late) - median over ranks of t_c): delay costs after Boehme, Geimer, Arnold, Voigtlaender and Wolf,
 "Identifying the root causes of wait states in large-scale parallel applications" (2016), with the median in place of
-the waiter.
+the waiter. A delay that was itself caused by waiting in another group is passed back by
+:mod:`hpcmm.analysis.propagation`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SUBPROCESS = "subprocess in "
 
 @dataclass(frozen=True, slots=True)
 class GroupArrivals:
-    """The complete, synchronising instances of one group. Matrices have shape (instances, members)."""
+    """Complete instances of one group in which every rank needs all others; shapes (instances, members)."""
 
     members: npt.NDArray[np.intp]
     """Trace of each column."""
@@ -49,27 +50,31 @@ class GroupArrivals:
 
 def group_arrivals(rows: pd.DataFrame) -> list[GroupArrivals]:
     """Matrices of every group, instances in the order of their first arrival."""
-    found = []
-    for _, group in rows[rows["synchronising"].astype(bool)].groupby("group", sort=True):
-        tables = {
-            name: group.pivot_table(index="instance", columns="trace", values=name, aggfunc="first")
-            for name in ("start_ns", "end_ns", "wait_ns", "exposed_wait_ns", "step")
-        }
-        order = np.argsort(tables["start_ns"].min(axis=1).to_numpy(), kind="stable")
-        matrix = {name: table.to_numpy(np.float64)[order] for name, table in tables.items()}
-        blamable = group.groupby("instance")["blamable"].first().to_numpy(bool)[order]
-        found.append(
-            GroupArrivals(
-                members=tables["start_ns"].columns.to_numpy(np.intp),
-                start=matrix["start_ns"],
-                end=matrix["end_ns"],
-                wait=matrix["wait_ns"],
-                exposed=matrix["exposed_wait_ns"],
-                step=matrix["step"].astype(np.int64),
-                blamable=blamable,
-            )
-        )
-    return found
+    needed = rows[rows["needs_all"].astype(bool)]
+    return [_arrivals_of(group) for _, group in needed.groupby("group", sort=True)]
+
+
+def _arrivals_of(group: pd.DataFrame) -> GroupArrivals:
+    members, column = np.unique(group["trace"].to_numpy(np.intp), return_inverse=True)
+    _, row = np.unique(group["instance"].to_numpy(np.int64), return_inverse=True)
+    shape = (int(row.max()) + 1, len(members))
+
+    def matrix(name: str) -> Floats:
+        filled = np.full(shape, np.nan)
+        filled[row, column] = group[name].to_numpy(np.float64)
+        return filled
+
+    start = matrix("start_ns")
+    order = np.argsort(start.min(axis=1), kind="stable")
+    return GroupArrivals(
+        members=members,
+        start=start[order],
+        end=matrix("end_ns")[order],
+        wait=matrix("wait_ns")[order],
+        exposed=matrix("exposed_wait_ns")[order],
+        step=matrix("step")[order].astype(np.int64),
+        blamable=matrix("blamable")[order, 0].astype(np.bool_),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,38 +204,36 @@ def window_starts(arrivals: GroupArrivals) -> Floats:
     return begins
 
 
-def attribute(arrivals: GroupArrivals, charges: Charges, parts: WorkParts) -> Floats:
-    """Share each charge out over the parts of the late rank's work: shape (instances, members, parts + 1).
+def excess_work(arrivals: GroupArrivals, parts: WorkParts) -> Floats:
+    """By how much each part of a rank's work since the last synchronisation exceeds the median over the group's ranks.
 
-    The last column is what no part explains: the late rank did nothing for longer than its peers.
+    Shape (instances, members, parts), ns; 0 where no synchronisation came before.
     """
     begin = window_starts(arrivals)
-    unknown = np.isnan(begin)
-    begin = np.where(unknown, arrivals.start, begin)
+    begin = np.where(np.isnan(begin), arrivals.start, begin)
     time = np.stack(
         [parts.between(int(trace), begin[:, j], arrivals.start[:, j]) for j, trace in enumerate(arrivals.members)],
         axis=1,
     )
-    excess = np.maximum(time - np.median(time, axis=1, keepdims=True), 0.0)
-    whole = excess.sum(axis=2, keepdims=True)
-    fraction = np.divide(excess, whole, out=np.zeros_like(excess), where=whole > 0)
-    fraction = np.concatenate((fraction, np.where(whole > 0, 0.0, 1.0)), axis=2)
-    shares: Floats = (charges.caused + charges.own)[:, :, None] * fraction
-    return shares
+    # In place: of 64 ranks with thousands of collectives these are the largest arrays of all.
+    time -= np.median(time, axis=1, keepdims=True)
+    excess: Floats = np.maximum(time, 0.0, out=time)
+    return excess
 
 
-def losses_by_step(
-    traces: Sequence[RankTrace], rows: pd.DataFrame, parts: WorkParts, steps: npt.NDArray[np.int64]
-) -> Floats:
-    """Loss that each rank's parts cause in each step: shape (steps, traces, parts + 1), ns, mean over all ranks.
+def fractions(excess: Floats) -> Floats:
+    """``excess`` as shares of its sum over the last axis; a column is added for what nothing explains."""
+    whole = excess.sum(axis=-1, keepdims=True)
+    found: Floats = np.zeros((*excess.shape[:-1], excess.shape[-1] + 1))
+    np.divide(excess, whole, out=found[..., :-1], where=whole > 0)
+    found[..., -1:] = whole <= 0
+    return found
 
-    A delay counts in the step in which the late rank arrived. Collectives outside ``steps`` are left out.
+
+def attribute(arrivals: GroupArrivals, charges: Charges, parts: WorkParts) -> Floats:
+    """Share each charge out over the parts of the late rank's own work: shape (instances, members, parts + 1).
+
+    The last column is what no part explains: the late rank did nothing for longer than its peers.
     """
-    total = np.zeros((len(steps), len(traces), len(parts.names) + 1))
-    for arrivals in group_arrivals(rows):
-        shares = attribute(arrivals, charge(arrivals), parts)
-        for column, trace in enumerate(arrivals.members):
-            position = np.searchsorted(steps, arrivals.step[:, column])
-            known = (position < len(steps)) & (steps[np.minimum(position, len(steps) - 1)] == arrivals.step[:, column])
-            np.add.at(total, (position[known], int(trace)), shares[known, column])
-    return total / max(len(traces), 1)
+    shares: Floats = (charges.caused + charges.own)[:, :, None] * fractions(excess_work(arrivals, parts))
+    return shares

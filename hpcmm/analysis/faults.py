@@ -1,129 +1,250 @@
 """Which charges are a rank's or a node's fault: those that stand out of the noise of the run.
 
-The rules are explained in ``docs/bottlenecks.md``.
+A fault is either sustained, then chance does not explain its sum; or it is a few events that are far beyond whatever
+else happens in the run, on one or two ranks. The rules are explained in ``docs/bottlenecks.md``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.delay import SUBPROCESS, Floats
-from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, Evidence, Finding, kind_of_phase
+from hpcmm.analysis.delay import Floats
+from hpcmm.analysis.exchangeable import chance_of_sum
+from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, Evidence, Finding, kind_of_part, phase_of_part
 from hpcmm.analysis.osrt import NS_PER_S
-from hpcmm.analysis.steps import MAD_TO_SIGMA
 
 FAULT_SHARE = 0.03
 """A rank is named from this share of a step on."""
-FAULT_Z = 4.0
-"""Standard errors by which a rank's charge must exceed its peers'."""
-FAULT_DOMINANCE = 0.5
-"""Share of the steps in which the rank must be the first of all in its part, unless its loss comes in bursts."""
-ALIKE = 0.3
-"""A node is at fault when its least charged rank has more than this share of its most charged one's."""
-BURST_SIGMAS = 8.0
-BURST_SHARE = 0.6
-"""A loss of which this share falls into steps beyond BURST_SIGMAS of the typical one comes in bursts."""
+MAX_CHANCE = 0.005
+"""Probability by chance above which a sustained delay is nobody's."""
+TRANSFER_SHARE = 0.1
+"""... and from this share of the exposed transfer on, whose ends are not as sharp as work's."""
+TIMES_PEERS = 2.0
+"""A rank's delays must be so many times as long as those of its peers' median."""
+ALIKE = 0.5
+"""A node is at fault when its least late rank has more than this share of its latest one's delays ..."""
+TIMES_OTHERS = 1.5
+"""... and so many times as long ones as any rank elsewhere."""
+EVENT_TIMES = 3.0
+"""An event is so many times as long as the worst step of any other rank (with six or more, but one) ..."""
+EVENT_SHARE = 0.3
+"""... and lasts at least this share of a step."""
+STALL_STEPS = 0.1
+"""Events in at most this share of the steps are a stall, and not how the rank does its work."""
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class _Standing:
-    """How one rank's charges in one part stand out."""
+class _Fault:
+    """Charges of some traces in the parts of one kind, in some steps."""
 
-    mean_s: float
-    z: float
+    kind: str
+    members: tuple[int, ...]
+    charges: Floats
+    """Seconds by (step, part); 0 in parts of another kind."""
+    chance: float
+    """Probability of a sustained delay by chance; 0 for events."""
+    events: int
+    """Steps with an event; 0 for a sustained delay."""
     dominance: float
-    burst: bool
-    burst_steps: int
+    """Share of the steps in which it was the largest delay of its kind."""
+
+    @property
+    def lost_s(self) -> float:
+        return float(self.charges.sum(axis=1).mean())
 
 
-def _standing(own: Floats, peers: Floats, totals: Floats) -> _Standing:
-    """``own`` is a suspect's charge by step in one part, ``peers`` (steps, others) the others'; ``totals`` is all."""
-    count = len(own)
+def find_faults(evidence: Evidence, transfer_s: float) -> tuple[list[Finding], Mask]:
+    """Rows that name a rank or a node, and the mask (steps, traces, parts + 1) of the charges that they hold.
+
+    ``transfer_s`` is the exposed transfer of a step.
+    """
+    least_s = max(FAULT_SHARE * evidence.steps.mean_s, TRANSFER_SHARE * transfer_s)
+    blamed = np.zeros(evidence.losses.shape, dtype=bool)
+    faults = []
+    for search in (_sustained, _events):
+        for fault, mask in search(evidence, np.where(blamed, 0.0, evidence.losses), least_s):
+            blamed |= mask
+            faults.append(fault)
+    return [_finding(evidence, fault) for fault in _merged(faults)], blamed
+
+
+def _columns(evidence: Evidence) -> dict[str, list[int]]:
+    """Parts of each kind."""
+    found: dict[str, list[int]] = {}
+    for index, name in enumerate(evidence.parts.names):
+        found.setdefault(kind_of_part(name), []).append(index)
+    return found
+
+
+def _sustained(evidence: Evidence, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
+    """Nodes, then ranks, that are late more than chance would have it, the latest first."""
+    for kind, columns in _columns(evidence).items():
+        delays = losses[:, :, columns].sum(axis=2)
+        left = list(range(delays.shape[1]))
+        for units in (_slow_nodes(evidence, delays), [(index,) for index in left]):
+            waiting = [unit for unit in units if set(unit) <= set(left)]
+            while waiting:
+                unit = max(waiting, key=lambda members: float(delays[:, members].sum()))
+                standing = _judge(delays, unit, left, least_s)
+                if standing is None:
+                    break
+                waiting.remove(unit)
+                left = [index for index in left if index not in unit]
+                mask = _mask(losses.shape, unit, columns)
+                yield _Fault(kind, unit, (losses * mask).sum(axis=1), *standing), mask
+
+
+def _slow_nodes(evidence: Evidence, delays: Floats) -> list[tuple[int, ...]]:
+    """Nodes all of whose ranks are late alike, and later than any rank elsewhere."""
+    mean = delays.mean(axis=0)
+    found = []
+    for members in evidence.nodes().values():
+        others = np.delete(mean, members)
+        least, most = mean[members].min(), mean[members].max()
+        if len(members) > 1 and len(others) and least > max(ALIKE * most, TIMES_OTHERS * others.max()):
+            found.append(tuple(members))
+    return found
+
+
+def _judge(
+    delays: Floats, unit: tuple[int, ...], left: Sequence[int], least_s: float
+) -> tuple[float, int, float] | None:
+    """Chance, no events, and dominance of ``unit`` against the other traces ``left``; None where it is not at fault."""
+    own = delays[:, unit].sum(axis=1)
+    others = [index for index in left if index not in unit]
     mean = float(own.mean())
-    peer_means = peers.mean(axis=0) if peers.shape[1] else np.zeros(1)
-    typical = float(np.median(peer_means))
-    spread = MAD_TO_SIGMA * float(np.median(np.abs(peer_means - typical)))
-    error = float(own.std()) / np.sqrt(max(count, 1))
-    noise = float(np.hypot(error, spread))
-    dominance = float((own > peers.max(axis=1, initial=0.0)).mean()) if count else 0.0
-    limit = np.median(totals) + BURST_SIGMAS * MAD_TO_SIGMA * np.median(np.abs(totals - np.median(totals)))
-    heavy = own > limit
-    burst = mean > 0 and own[heavy].sum() / own.sum() > BURST_SHARE
-    z = (mean - typical) / noise if noise > 0 else np.inf if mean > typical else 0.0
-    return _Standing(mean, z, dominance, bool(burst), int(heavy.sum()))
-
-
-def find_faults(evidence: Evidence) -> tuple[list[Finding], npt.NDArray[np.bool_]]:
-    """Rows that name a rank or a node, and the mask (traces, parts + 1) of the charges that they hold."""
-    losses, step_s = evidence.losses, evidence.steps.mean_s
-    blamed = np.zeros(losses.shape[1:], dtype=bool)
-    found: list[Finding] = []
-    totals = losses.sum(axis=(1, 2))
-    for part in range(len(evidence.parts.names)):
-        for members in _suspects(evidence, losses[:, :, part]):
-            others = np.array([trace for trace in range(losses.shape[1]) if trace not in members], dtype=np.intp)
-            own = losses[:, members, part].sum(axis=1)
-            # A node of several ranks is compared with as many ranks' worth of every other one.
-            standing = _standing(own, losses[:, others, part] * len(members), totals)
-            confidence = _confidence(standing, step_s)
-            if confidence is not None and not blamed[members, part].any():
-                blamed[members, part] = True
-                found.append(_fault(evidence, members, part, standing, confidence))
-    return _merge_phases(found), blamed
-
-
-def _suspects(evidence: Evidence, losses: Floats) -> list[list[int]]:
-    """Traces that may be at fault together: first whole nodes whose ranks are all late alike, then each rank."""
-    by_node: dict[str, list[int]] = {}
-    for index, trace in enumerate(evidence.traces):
-        by_node.setdefault(trace.node, []).append(index)
-    mean = losses.mean(axis=0)
-    alike = [
-        members
-        for members in by_node.values()
-        if 1 < len(members) < len(mean) and mean[members].min() > ALIKE * mean[members].max()
-    ]
-    return [*alike, *([index] for index in range(len(mean)))]
-
-
-def _confidence(standing: _Standing, step_s: float) -> str | None:
-    """How sure it is that the rank is at fault; None where it is not."""
-    share = standing.mean_s / step_s
-    if share < FAULT_SHARE:
+    if not others or mean < least_s:
         return None
-    if standing.burst:
-        return HIGH if share >= 2 * FAULT_SHARE else MEDIUM
-    if standing.z < FAULT_Z or standing.dominance < FAULT_DOMINANCE:
+    # A node is compared with as many ranks' worth of the others.
+    peers = delays[:, others] * len(unit)
+    if mean < TIMES_PEERS * float(np.median(peers.mean(axis=0))):
         return None
-    return HIGH if share >= 2 * FAULT_SHARE and standing.dominance >= 0.75 else MEDIUM
+    chance = chance_of_sum(np.column_stack((own, peers)), 0)
+    dominance = float((own > peers.max(axis=1)).mean())
+    if chance > MAX_CHANCE and not _unmistakable(own, peers, dominance):
+        return None
+    return chance, 0, dominance
 
 
-def _fault(evidence: Evidence, members: list[int], part: int, standing: _Standing, confidence: str) -> Finding:
-    first = evidence.traces[members[0]]
-    name = evidence.parts.names[part]
-    phase = name.removeprefix(SUBPROCESS)
-    one_off = standing.burst and phase != "checkpoint" and standing.burst_steps <= 0.1 * len(evidence.losses)
-    kind = "stall" if one_off else "subprocess" if name.startswith(SUBPROCESS) else kind_of_phase(phase)
-    alone = len(members) == 1
-    ranks = ", ".join(str(evidence.traces[index].rank) for index in members)
-    who = f"rank {ranks}: its {phase} takes" if alone else f"all ranks of {first.node} ({ranks}): their {phase} takes"
-    if standing.burst:
-        told = (
-            f"others wait for {who} longer than the others', in {standing.burst_steps} of {len(evidence.losses)} steps"
+def _unmistakable(own: Floats, peers: Floats, dominance: float) -> bool:
+    """Few ranks or steps leave much to chance; but an equal delay in each step is none."""
+    error = max(float(own.std()), float(peers.std(axis=0).max())) / np.sqrt(len(own))
+    return len(own) >= 4 and dominance > 0.9 and float(own.mean() - peers.mean(axis=0).max()) > 6 * error
+
+
+def _events(evidence: Evidence, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
+    """Single delays that are far beyond whatever else happens, where only one or two ranks have any."""
+    kinds = _columns(evidence)
+    whole = losses.sum(axis=2)
+    heavy = {kind: np.zeros(whole.shape, dtype=bool) for kind in kinds}
+    for index in range(whole.shape[1]):
+        worst = np.sort(np.delete(whole.max(axis=0), index))
+        # Another rank may have its own; with a few ranks that would leave too little to compare with.
+        usual = float(worst[-2 if len(worst) >= 5 else -1]) if len(worst) else np.inf
+        usual = max(usual, float(np.quantile(whole[:, index], 0.7)))
+        limit = max(EVENT_TIMES * usual, EVENT_SHARE * evidence.steps.median_s)
+        for kind, columns in kinds.items():
+            heavy[kind][:, index] = losses[:, index, columns].sum(axis=1) > limit
+    hit = np.flatnonzero(np.any(list(heavy.values()), axis=(0, 1)))
+    for kind, columns in kinds.items():
+        for index in hit.tolist():
+            there = heavy[kind][:, index]
+            mask = _mask(losses.shape, (index,), columns) & there[:, None, None]
+            charges = (losses * mask).sum(axis=1)
+            if charges.sum() / len(charges) >= least_s:
+                stall = kind != "checkpoint" and there.sum() <= max(1.0, STALL_STEPS * len(there))
+                count = int(there.sum())
+                yield _Fault("stall" if stall else kind, (index,), charges, 0.0, count, 1.0), mask
+
+
+def _mask(shape: tuple[int, ...], members: Sequence[int], columns: Sequence[int]) -> Mask:
+    mask = np.zeros(shape, dtype=bool)
+    for index in members:
+        mask[:, index, columns] = True
+    return mask
+
+
+def _merged(faults: Sequence[_Fault]) -> list[_Fault]:
+    """Faults of one kind on the same ranks are one: a steady delay and its outliers, a stall that spans two phases."""
+    groups: dict[tuple[str, tuple[int, ...]], list[_Fault]] = {}
+    for fault in faults:
+        groups.setdefault((fault.kind, fault.members), []).append(fault)
+    merged = []
+    for members in groups.values():
+        first = max(members, key=lambda fault: fault.lost_s)
+        charges = np.sum([fault.charges for fault in members], axis=0)
+        merged.append(
+            replace(first, charges=charges, events=int((charges.sum(axis=1) > 0).sum()) if first.events else 0)
         )
-    else:
-        told = f"others wait for {who} longer than the others', most of all in {standing.dominance:.0%} of steps"
-    function, function_s = _excess_function(evidence, members[0], phase)
-    if function and function_s > 0.3 * standing.mean_s:
+    return merged
+
+
+def _finding(evidence: Evidence, fault: _Fault) -> Finding:
+    by_part = fault.charges.sum(axis=0)
+    names = (*evidence.parts.names, "")
+    phase = phase_of_part(names[int(by_part.argmax())])
+    first, alone = evidence.traces[fault.members[0]], len(fault.members) == 1
+    ranks = evidence.ranks(fault.members)
+    who = f"rank {ranks}: its {phase} takes" if alone else f"all ranks of {first.node} ({ranks}): their {phase} takes"
+    told = f"others wait for {who} longer than the others', {_when(evidence, fault)}"
+    function, function_s = _excess_function(evidence, fault.members[0], phase)
+    if function and function_s > 0.3 * fault.lost_s:
         told += f"; {function_s:.3g} s a step more than its peers in {function}"
-    if np.isfinite(standing.z) and not standing.burst:
-        told += f" (z = {standing.z:.0f})"
-    cause = CAUSES[kind] if alone else f"{CAUSES[kind]} on a slow node"
-    return Finding(kind, cause, standing.mean_s, first.rank if alone else None, first.node, phase, told, confidence)
+    kinds: dict[str, float] = {}
+    for name, cost in zip(names, by_part / len(fault.charges), strict=True):
+        kinds[phase_of_part(name)] = kinds.get(phase_of_part(name), 0.0) + float(cost)
+    split = {name: cost for name, cost in kinds.items() if cost > 0.1 * fault.lost_s}
+    if len(split) > 1:
+        told += "; by phase: " + ", ".join(f"{name} {cost:.3g} s" for name, cost in split.items())
+    worst = evidence.worst_step(fault.charges[:, int(by_part.argmax())])
+    whom = f"rank={ranks}" if alone else f"node={first.node}"
+    return Finding(
+        kind=fault.kind,
+        cause=CAUSES[fault.kind] if alone else f"{CAUSES[fault.kind]} on a slow node",
+        lost_s=fault.lost_s,
+        rank=first.rank if alone else None,
+        node=first.node,
+        phase=phase,
+        evidence=told,
+        confidence=_confidence(fault, evidence.steps.mean_s),
+        rows=f"delays: {whom} phase={names[int(by_part.argmax())]}" + ("" if worst is None else f" step={worst}"),
+        worst_step=worst,
+    )
+
+
+def _when(evidence: Evidence, fault: _Fault) -> str:
+    """In which steps, in words."""
+    by_step = fault.charges.sum(axis=1)
+    numbers = evidence.steps.numbers
+    if fault.events:
+        steps = numbers[by_step > 0]
+        listed = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
+        return f"in {len(steps)} of {len(numbers)} steps ({listed})"
+    told = f"most of all in {fault.dominance:.0%} of steps"
+    heavy = np.flatnonzero(by_step > 0.5 * np.quantile(by_step, 0.95))
+    span = slice(int(heavy[0]), int(heavy[-1]) + 1) if len(heavy) else slice(0, len(numbers))
+    if span.stop - span.start <= 0.7 * len(numbers) and by_step[span].sum() > 0.85 * by_step.sum():
+        told += f", and only from step {numbers[span][0]} to {numbers[span][-1]}"
+    elif fault.chance > 0:
+        told += f" (by chance: {fault.chance:.0e})"
+    return told
+
+
+def _confidence(fault: _Fault, step_s: float) -> str:
+    share = fault.lost_s / step_s
+    sure = (
+        fault.chance < MAX_CHANCE / 20
+        if not fault.events
+        else fault.lost_s * len(fault.charges) > fault.events * step_s / 2
+    )
+    return HIGH if share >= 2 * FAULT_SHARE and sure else MEDIUM
 
 
 def _excess_function(evidence: Evidence, trace: int, phase: str) -> tuple[str, float]:
@@ -139,18 +260,3 @@ def _excess_function(evidence: Evidence, trace: int, phase: str) -> tuple[str, f
     excess = table[:, trace] - np.median(np.delete(table, trace, axis=1), axis=1)
     most = int(excess.argmax())
     return str(names[most]), float(excess[most]) / NS_PER_S / len(evidence.steps.numbers)
-
-
-def _merge_phases(found: list[Finding]) -> list[Finding]:
-    """Faults of one kind on one rank or node are one fault, in the phase that holds most of it."""
-    groups: dict[tuple[int | None, str, str], list[Finding]] = {}
-    for finding in found:
-        groups.setdefault((finding.rank, finding.node, finding.kind), []).append(finding)
-    merged = []
-    for members in groups.values():
-        most = max(members, key=lambda member: member.lost_s)
-        lost = sum(member.lost_s for member in members)
-        split = ", ".join(f"{member.phase} {member.lost_s:.3g} s" for member in members)
-        told = most.evidence if len(members) == 1 else f"{most.evidence}; by phase: {split}"
-        merged.append(replace(most, lost_s=lost, evidence=told))
-    return merged

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
-from hpcmm.analysis.delay import BETWEEN_STEPS, Floats, WorkParts
+from hpcmm.analysis.delay import BETWEEN_STEPS, SUBPROCESS, Floats, WorkParts
 from hpcmm.analysis.steps import StepTimes
 from hpcmm.analysis.trace import RankTrace
 
@@ -16,6 +17,8 @@ HIGH, MEDIUM, LOW = "high", "medium", "low"
 CAUSES = {
     "data": "data loading",
     "compute": "computation",
+    "batch": "longer batches",
+    "uneven": "uneven batches",
     "checkpoint": "checkpoint",
     "subprocess": "waiting for a child process",
     "stall": "stall",
@@ -25,11 +28,16 @@ CAUSES = {
     "imbalance": "imbalance without a culprit",
 }
 
+_KINDS_OF_PHASES = {"data": "data", "checkpoint": "checkpoint", "other": "other", BETWEEN_STEPS: "between"}
 
-def kind_of_phase(phase: str) -> str:
-    """The kind of finding that a long ``phase`` is."""
-    kinds = {"data": "data", "checkpoint": "checkpoint", "other": "other", BETWEEN_STEPS: "between"}
-    return kinds.get(phase, "compute")
+
+def kind_of_part(part: str) -> str:
+    """The kind of finding that a long part of a rank's work is."""
+    return "subprocess" if part.startswith(SUBPROCESS) else _KINDS_OF_PHASES.get(part, "compute")
+
+
+def phase_of_part(part: str) -> str:
+    return part.removeprefix(SUBPROCESS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,15 @@ class Finding:
     phase: str
     evidence: str
     confidence: str
+    rows: str = ""
+    """Where the evidence lies: a table, and the columns and values to filter it by."""
+    worst_step: int | None = None
+    """The step that shows it best."""
+
+    @property
+    def blames(self) -> bool:
+        """Whether it names a rank or a node."""
+        return self.rank is not None or self.node != ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +73,33 @@ class Evidence:
     steps: StepTimes
     parts: WorkParts
     losses: Floats
-    """Seconds by (step, trace, part), a mean over ranks."""
+    """Seconds by (step, trace, part), a mean over ranks; the last part is what nothing explains."""
     expected_ranks: int
     """Ranks of the job, read or not."""
+
+    def nodes(self) -> dict[str, list[int]]:
+        """Traces of each node."""
+        found: dict[str, list[int]] = {}
+        for index, trace in enumerate(self.traces):
+            found.setdefault(trace.node, []).append(index)
+        return found
+
+    def ranks(self, members: Sequence[int]) -> str:
+        return ", ".join(str(self.traces[index].rank) for index in members)
+
+    def worst_step(self, by_step: Floats) -> int | None:
+        """The step with the most of ``by_step``, shape (steps,)."""
+        return int(self.steps.numbers[int(np.argmax(by_step))]) if len(by_step) and by_step.max() > 0 else None
+
+    def time_in(self, part_names: Sequence[str]) -> Floats:
+        """Seconds of useful work of each trace in parts of each step, shape (steps, traces)."""
+        columns = [index for index, name in enumerate(self.parts.names) if name in part_names]
+        found = np.zeros((len(self.steps.numbers), len(self.traces)))
+        for index, trace in enumerate(self.traces):
+            bounds = (
+                trace.steps.set_index("step")[["start_ns", "end_ns"]].reindex(self.steps.numbers).to_numpy(np.float64)
+            )
+            there = np.isfinite(bounds).all(axis=1)
+            within = self.parts.between(index, bounds[there, 0], bounds[there, 1])
+            found[there, index] = within[:, columns].sum(axis=1) / 1e9
+        return found

@@ -29,6 +29,10 @@ _COMMUNICATION_WAITS = (
 )
 """Starts of the names of calls in which a thread waits for other threads or for the network. Not sleeps, not files."""
 
+MIN_SILENCE_NS = 300_000_000
+SILENCE_TIMES = 10.0
+"""A silence is so many times as long as 99% of the gaps between a process's calls."""
+
 STEP_THREAD, OTHER_THREAD = "step", "other"
 
 OSRT_COLUMNS = [
@@ -55,6 +59,23 @@ def blocked_intervals(osrt: pd.DataFrame, pid: int, tid: int) -> IntervalSet | N
     return IntervalSet.union_of(chosen["start_ns"], chosen["end_ns"])
 
 
+def silences(osrt: pd.DataFrame, pid: int) -> IntervalSet:
+    """When no thread of a process entered or left an OS call for far longer than it is usual for the process.
+
+    Of a process whose calls are all long, or few, nothing can be said, and the set is empty.
+    """
+    mine = osrt[osrt["pid"] == pid]
+    # Starts lie in the order of time, nearly; a stable sort makes use of that.
+    ends = np.sort(mine["end_ns"].to_numpy(np.int64), kind="stable")
+    times = np.sort(np.concatenate((mine["start_ns"].to_numpy(np.int64), ends)), kind="stable")
+    gaps = np.diff(times)
+    if len(gaps) < 1000:
+        return IntervalSet.empty()
+    limit = max(MIN_SILENCE_NS, SILENCE_TIMES * float(np.quantile(gaps, 0.99)))
+    quiet = np.flatnonzero(gaps > limit)
+    return IntervalSet(times[quiet], times[quiet + 1])
+
+
 def summarise(
     osrt: pd.DataFrame, roles: dict[int, str], step_thread: tuple[int, int], steps: IntervalSet
 ) -> pd.DataFrame:
@@ -65,13 +86,12 @@ def summarise(
     """
     if osrt.empty:
         return pd.DataFrame(columns=OSRT_COLUMNS)
-    pid, tid = osrt["pid"].to_numpy(), osrt["tid"].to_numpy()
     functions = osrt["function"].cat.categories
     role_names = sorted(set(roles.values()) | {"other"})
-    role_code = pd.Series(pid).map({key: role_names.index(role) for key, role in roles.items()})
-    role = role_code.fillna(role_names.index("other")).to_numpy(np.int64)
-    on_step_thread = ((pid == step_thread[0]) & (tid == step_thread[1])).astype(np.int64)
-    group = (role * 2 + on_step_thread) * len(functions) + osrt["function"].cat.codes.to_numpy(np.int64)
+    code, pids = pd.factorize(osrt["pid"].to_numpy())
+    role = np.array([role_names.index(roles.get(int(pid), "other")) for pid in pids], dtype=np.int64)[code]
+    on_step_thread = (osrt["pid"].to_numpy() == step_thread[0]) & (osrt["tid"].to_numpy() == step_thread[1])
+    group = (role * 2 + on_step_thread) * len(functions) + osrt["function"].cat.codes.to_numpy()
     table = _by_group(group, osrt["start_ns"].to_numpy(np.int64), osrt["end_ns"].to_numpy(np.int64), steps)
     code = table.pop("group").to_numpy()
     table["function"] = np.asarray(functions)[code % len(functions)]
@@ -83,41 +103,24 @@ def summarise(
 
 def _by_group(group: np.ndarray, start: np.ndarray, end: np.ndarray, steps: IntervalSet) -> pd.DataFrame:
     """Counts, sums, unions and quantiles of call durations by group number."""
-    duration = end - start
-    order = np.lexsort((duration, group))
-    sorted_duration = duration[order]
-    present, first, calls = np.unique(group[order], return_index=True, return_counts=True)
-    # Groups are laid one after another on a single axis, so that one union serves all of them.
-    low = int(start.min())
-    width = int(end.max()) - low + 1
-    dense = np.searchsorted(present, group)
-    union = IntervalSet.union_of(start - low + dense * width, end - low + dense * width)
-    owner = union.start_ns // width
-    covered = steps.covered_within(
-        union.start_ns % width + low, union.start_ns % width + low + union.end_ns - union.start_ns
-    )
-    return pd.DataFrame(
-        {
-            "group": present,
-            "calls": calls,
-            "total_s": np.add.reduceat(sorted_duration, first) / NS_PER_S,
-            "union_s": np.bincount(owner, union.end_ns - union.start_ns, len(present)) / NS_PER_S,
-            "in_step_s": np.bincount(owner, covered, len(present)) / NS_PER_S,
-            "p50_s": _quantile(sorted_duration, first, calls, 0.50) / NS_PER_S,
-            "p95_s": _quantile(sorted_duration, first, calls, 0.95) / NS_PER_S,
-            "max_s": sorted_duration[first + calls - 1] / NS_PER_S,
-        }
-    )
+    if group.max() < np.iinfo(np.int16).max:
+        group = group.astype(np.int16)  # which numpy sorts in linear time
+    order = np.argsort(group, kind="stable")
+    present, calls = np.unique(group, return_counts=True)
+    rows = [
+        _measure(start[members], end[members], steps) for members in np.split(order, np.cumsum(calls)[:-1].astype(int))
+    ]
+    table = pd.DataFrame(rows, columns=["total_s", "union_s", "in_step_s", "p50_s", "p95_s", "max_s"]) / NS_PER_S
+    return table.assign(group=present.astype(np.int64), calls=calls)
 
 
-def _quantile(values: np.ndarray, first: np.ndarray, count: np.ndarray, level: float) -> np.ndarray:
-    """Linear-interpolation quantile of each sorted run of ``values``."""
-    position = (count - 1) * level
-    below = np.floor(position).astype(np.int64)
-    above = np.minimum(below + 1, count - 1)
-    low, high = values[first + below], values[first + above]
-    interpolated: np.ndarray = low + (high - low) * (position - below)
-    return interpolated
+def _measure(start: np.ndarray, end: np.ndarray, steps: IntervalSet) -> tuple[float, ...]:
+    """Sum, union, union within ``steps``, median, 95th percentile and maximum of calls, in nanoseconds."""
+    union = IntervalSet.union_of(start, end)
+    in_steps = int(steps.covered_within(union.start_ns, union.end_ns).sum())
+    length = end - start
+    p50, p95 = np.quantile(length, [0.50, 0.95])
+    return float(length.sum()), union.total_ns, in_steps, p50, p95, length.max()
 
 
 def calls_by_phase(osrt: pd.DataFrame, pid: int, tid: int, segments: pd.DataFrame) -> pd.DataFrame:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import bottlenecks, collectives, tables
+from hpcmm.analysis import bottlenecks, collectives, gpu_tables, nccl, tables
 from hpcmm.analysis.comm_wait import comm_wait, wait_matrix
-from hpcmm.analysis.coverage import Ledger, assess, facts_of
+from hpcmm.analysis.coverage import Ledger, assess, facts_of, observe
+from hpcmm.analysis.efficiency import Reference, efficiency, samples_per_step
+from hpcmm.analysis.environment import environment_table
+from hpcmm.analysis.phase_times import phases_summary, phases_table
+from hpcmm.analysis.schema import Tables
 from hpcmm.analysis.steps import StepTimes, step_times
 from hpcmm.analysis.suggestions import suggest
-from hpcmm.analysis.trace import RankTrace, extract_traces
+from hpcmm.analysis.trace import RankTrace
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.clock import Arrivals, CommonClock, ReportClock, common_clock
+from hpcmm.reports.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import ReportSource
 from hpcmm.reports.load import Progress, read_all
@@ -28,7 +32,8 @@ class Study:
     """Everything that the tables and the page are made of. Times of ``traces`` are run time, in nanoseconds."""
 
     name: str
-    tables: dict[str, pd.DataFrame]
+    tables: Mapping[str, pd.DataFrame]
+    """Each made when it is first asked for."""
     traces: tuple[RankTrace, ...]
     collectives: pd.DataFrame
     """Matched collectives with waits, in nanoseconds."""
@@ -40,9 +45,15 @@ class Study:
 
 
 def study(
-    sources: Sequence[ReportSource], record: RunRecord, cache: Path, progress: Progress, *, keep_cache: bool = False
+    sources: Sequence[ReportSource],
+    record: RunRecord,
+    cache: Path,
+    progress: Progress,
+    *,
+    keep_cache: bool = False,
+    reference: Reference | None = None,
 ) -> Study:
-    """Read ``sources`` and derive all tables.
+    """Read ``sources`` and derive all tables; computation scaling is against ``reference``.
 
     Raises HpcmmError when no report can be read.
     """
@@ -50,29 +61,39 @@ def study(
     progress("aligning clocks", 0, 1)
     traces, clock = _on_one_clock(ledger)
     progress("matching collectives", 0, 1)
-    rows = collectives.estimate_waits(collectives.match(traces), clock.error_ns)
+    matched = nccl.confirm_order(collectives.match(traces), clock.error_ns)
+    rows = collectives.estimate_waits(matched, clock.error_ns)
     rows = collectives.expose(rows.assign(bus_bytes_per_s=collectives.bus_bandwidth(rows)), traces)
     steps = step_times(traces)
     progress("finding bottlenecks", 0, 1)
-    stepping = [trace for trace in traces if len(trace.steps)]
-    findings = bottlenecks.find(bottlenecks.gather(traces, rows, steps, ledger.expected_ranks)) if stepping else []
+    evidence = bottlenecks.gather(traces, rows, steps, ledger.expected_ranks)
+    findings = bottlenecks.find(evidence) if any(len(trace.steps) for trace in traces) else []
     suggestions = [suggest(finding, record.config) for finding in findings]
-    warmup = steps.warmup_number
+    ranked = bottlenecks.table(findings, steps.mean_s, suggestions)
     steady = rows["step"].isin(steps.numbers)
+    made = Tables(
+        {
+            "coverage": lambda: ledger.table,
+            "osrt": lambda: tables.osrt_table(traces),
+            "waitpid": lambda: tables.waitpid_table(traces),
+            "waitpid_windows": lambda: tables.waitpid_windows(traces),
+            "steps": lambda: tables.steps_table(traces, steps.warmup_number),
+            "phases": lambda: phases_table(traces, rows, steps.warmup_number),
+            "phases_summary": lambda: phases_summary(made["phases"], steps),
+            "efficiency": lambda: efficiency(made["phases"], steps, reference, samples_per_step(record.config)),
+            "collectives": lambda: tables.collectives_table(rows),
+            "comm_wait": lambda: comm_wait(traces, rows, steps, evidence.parts),
+            "gpu": lambda: gpu_tables.gpu_table(traces, rows, steps.warmup_number),
+            "projection": lambda: gpu_tables.projection_table(traces),
+            "delays": lambda: tables.delays_table(evidence),
+            "clock": lambda: clock.table,
+            "environment": lambda: environment_table(ledger.used),
+            "bottlenecks": lambda: ranked,
+        }
+    )
     return Study(
         name=record.name,
-        tables={
-            "coverage": ledger.table,
-            "osrt": tables.osrt_table(traces),
-            "waitpid": tables.waitpid_table(traces),
-            "waitpid_windows": tables.waitpid_windows(traces),
-            "steps": tables.steps_table(traces, warmup),
-            "phases": tables.phases_table(traces, warmup),
-            "collectives": tables.collectives_table(rows),
-            "comm_wait": comm_wait(traces, rows, steps),
-            "clock": clock.table,
-            "bottlenecks": bottlenecks.table(findings, steps.mean_s, suggestions),
-        },
+        tables=made,
         traces=tuple(traces),
         collectives=rows,
         steps=steps,
@@ -85,10 +106,7 @@ def study(
 def _read(
     sources: Sequence[ReportSource], record: RunRecord, converter: Converter, progress: Progress, *, keep_cache: bool
 ) -> Ledger:
-    facts = []
-    for reading in read_all(sources, converter, progress, keep_cache=keep_cache):
-        traces = extract_traces(reading.report) if reading.report is not None else []
-        facts.append(facts_of(reading, traces))
+    facts = [facts_of(one) for one in read_all(sources, converter, observe, progress, keep_cache=keep_cache)]
     ledger = assess(facts, record)
     if not any(fact.events for fact in facts):
         reasons = [fact.damage for fact in facts if fact.damage] or list(ledger.table["reason"]) or ["there are none."]
@@ -106,7 +124,7 @@ def _on_one_clock(ledger: Ledger) -> tuple[list[RankTrace], CommonClock]:
         trace.on_clock(ReportClock.uncorrected(epoch, origin))
         for epoch, (_, trace) in zip(epochs, ledger.used, strict=True)
     ]
-    matched = collectives.match(raw)
+    matched = nccl.confirm_order(collectives.match(raw), UNSYNCHRONISED_ERROR_NS)
     usable = matched[matched["synchronising"].astype(bool)] if len(matched) else matched
     arrivals = Arrivals(_matrix(usable, "start_ns", len(raw)), _matrix(usable, "end_ns", len(raw)))
     clock = common_clock(epochs, [trace.node for trace in raw], origin, arrivals)

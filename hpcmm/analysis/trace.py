@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import osrt, phases, waitpid
+from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
 from hpcmm.analysis.intervals import IntervalSet, Times
 from hpcmm.annotate import names
+from hpcmm.reports.cuda import CudaEvents
 from hpcmm.reports.events import Report
 
 COLLECTIVE_COLUMNS = [
@@ -47,6 +48,18 @@ class RankTrace:
     osrt: pd.DataFrame
     calls: pd.DataFrame
     """OS time of the step thread by step, phase and function."""
+    spans: int = 0
+    """Ranges of the annotation that the process wrote."""
+    device: int | None = None
+    """The GPU that stands for an unknown rank, in a report without steps."""
+    gpu: pd.DataFrame | None = None
+    """As :func:`hpcmm.analysis.gpu.gpu_rows` gives it; None where no GPU activity was traced."""
+    projection: pd.DataFrame | None = None
+    """As :func:`hpcmm.analysis.projection.aggregate` gives it."""
+    batches: pd.DataFrame | None = None
+    """step, phase and size of each batch that a phase was told of; None where none was."""
+    silences: IntervalSet | None = None
+    """When no thread of the process entered or left an OS call, though some do all the time."""
 
     def on_clock(self, clock: OnClock) -> RankTrace:
         """The same trace with every time put through ``clock``."""
@@ -63,35 +76,69 @@ class RankTrace:
             segments=moved(self.segments),
             collectives=moved(self.collectives),
             waits=moved(self.waits),
+            gpu=None if self.gpu is None else moved(self.gpu),
             blocked=blocked,
+            silences=self.silences and IntervalSet(clock(self.silences.start_ns), clock(self.silences.end_ns)),
         )
 
 
 def extract_traces(report: Report) -> list[RankTrace]:
     """One trace for each process of ``report`` that ran steps; without any, one for its busiest process.
 
-    The rank is the report's own where one process ran steps, else -1: a report of several ranks does not say which is
-    which in its environment.
+    The rank is what the process told in a mark, else the report's own where one process ran steps, else -1: the
+    environment of a report of several ranks is their launcher's. Processes that run no steps go with the first that
+    does.
     """
     ranges = report.nvtx[report.nvtx["domain"] == names.DOMAIN]
     stepping = ranges[ranges["name"] == names.STEP]
     workers = [int(pid) for pid in stepping["pid"].drop_duplicates()]
     roles = waitpid.process_roles(report.osrt, report.processes, frozenset(workers))
+    if not workers and report.cuda is not None:
+        return _extract_devices(report, report.cuda, roles)
     if not workers:
         workers = [pid for pid, role in roles.items() if role == waitpid.WORKER][:1]
     rank = report.identity.rank if len(workers) == 1 and report.identity.rank is not None else -1
-    return [_extract(report, pid, rank, roles, len(workers)) for pid in workers]
+    return [_extract(report, pid, report.ranks.get(pid, rank), roles, workers) for pid in workers]
 
 
-def _extract(report: Report, pid: int, rank: int, roles: dict[int, str], workers: int) -> RankTrace:
+def _extract_devices(report: Report, cuda: CudaEvents, roles: dict[int, str]) -> list[RankTrace]:
+    """One trace for each GPU of each process, which stand for ranks that nothing annotated."""
+    used = cuda.activities[["pid", "device"]].drop_duplicates().sort_values(["pid", "device"])
+    known = report.identity.rank if len(used) == 1 and report.identity.rank is not None else -1
+    alone = used["pid"].value_counts()
+    traces: list[RankTrace] = []
+    pids = [int(pid) for pid in used["pid"].drop_duplicates()]
+    for pid, device in used.itertuples(index=False):
+        rank = report.ranks.get(int(pid), known) if alone[pid] == 1 else -1
+        own = _extract(report, int(pid), rank, roles, pids, int(device))
+        if traces and traces[-1].pid == own.pid:
+            # OS calls and ranges are the process's own: its first GPU has them.
+            none = own.osrt.iloc[:0], own.waits.iloc[:0], own.calls.iloc[:0]
+            own = replace(own, osrt=none[0], waits=none[1], calls=none[2], projection=None)
+        traces.append(own)
+    return traces
+
+
+def _extract(
+    report: Report, pid: int, rank: int, roles: dict[int, str], workers: list[int], device: int | None = None
+) -> RankTrace:
     mine = report.nvtx[report.nvtx["pid"] == pid]
     ranges = mine[(mine["domain"] == names.DOMAIN) & (mine["kind"] != 60)]
     tid = _step_thread(ranges, pid)
     ranges = ranges[ranges["tid"] == tid]
     steps = phases.find_steps(ranges)
     segments = phases.flatten(ranges, steps)
-    calls = report.osrt if workers == 1 else report.osrt[report.osrt["pid"] == pid]
+    calls = _calls_of(report.osrt, pid, workers)
     step_set = IntervalSet(steps["start_ns"].to_numpy(np.int64), steps["end_ns"].to_numpy(np.int64))
+    host = gpu_trace.HostSide(
+        pid=pid,
+        device=device,
+        steps=steps,
+        segments=segments,
+        collectives=_collectives(mine[mine["domain"] == names.COMM_DOMAIN], segments),
+        blocked=osrt.blocked_intervals(report.osrt, pid, tid),
+    )
+    gpu = gpu_trace.of_process(host, report.cuda)
     return RankTrace(
         rank=rank,
         node=report.identity.node or "",
@@ -99,12 +146,26 @@ def _extract(report: Report, pid: int, rank: int, roles: dict[int, str], workers
         report=report.path.name,
         steps=steps,
         segments=segments,
-        collectives=_collectives(mine[mine["domain"] == names.COMM_DOMAIN], segments),
-        blocked=osrt.blocked_intervals(report.osrt, pid, tid),
-        waits=waitpid.find_waits(calls, report.processes, roles, (pid, tid), segments),
+        collectives=gpu.collectives.drop(columns="tid"),
+        blocked=gpu.blocked,
+        waits=waitpid.find_waits(calls, waitpid.Family.of(report, roles), (pid, tid), segments),
         osrt=osrt.summarise(calls, roles, (pid, tid), step_set),
         calls=osrt.calls_by_phase(report.osrt, pid, tid, segments),
+        spans=len(mine),
+        device=device,
+        gpu=gpu.rows,
+        projection=gpu.projection,
+        batches=phases.batch_sizes(ranges, steps),
+        silences=osrt.silences(report.osrt, pid),
     )
+
+
+def _calls_of(osrt: pd.DataFrame, pid: int, workers: list[int]) -> pd.DataFrame:
+    """OS calls of one of ``workers``; the first has those of all other processes, too."""
+    if len(workers) == 1:
+        return osrt
+    process = osrt["pid"]
+    return osrt[(process == pid) | ~process.isin(workers)] if pid == workers[0] else osrt[process == pid]
 
 
 def _step_thread(ranges: pd.DataFrame, pid: int) -> int:
@@ -126,9 +187,5 @@ def _collectives(ranges: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
         bytes=np.array([name.bytes for name in parts], dtype=np.int64),
     )
     frame["occurrence"] = frame.groupby(["group", "op", "sequence"]).cumcount()
-    start = frame["start_ns"].to_numpy(np.int64)
-    index = np.searchsorted(segments["start_ns"].to_numpy(np.int64), start, side="right") - 1
-    inside = (index >= 0) & (start < np.append(segments["end_ns"].to_numpy(np.int64), 0)[index])
-    frame["step"] = np.where(inside, np.append(segments["step"].to_numpy(np.int64), 0)[index], phases.OUTSIDE)
-    frame["phase"] = np.where(inside, np.append(segments["phase"].to_numpy(object), "")[index], "")
-    return frame[COLLECTIVE_COLUMNS]
+    frame["step"], frame["phase"] = phases.locate(segments, frame["start_ns"].to_numpy(np.int64))
+    return frame[[*COLLECTIVE_COLUMNS, "tid"]]

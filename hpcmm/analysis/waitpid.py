@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.osrt import WAITPID_FUNCTIONS
 from hpcmm.analysis.phases import OUTSIDE
+from hpcmm.reports.events import LOADER_NAME, Report
 
 LAUNCHER, WORKER, DATA_LOADER, OTHER_PROCESS = "launcher", "worker", "data_loader", "other"
 
@@ -22,6 +25,9 @@ SUPERVISION, OP_BUILD, LOADING, WITHIN_STEP, OTHER_WAIT = (
 WINDOW_GAP_NS = 1_000_000_000
 """Waits of one kind that lie closer than this belong to one window."""
 
+EXIT_NS = 500_000_000
+"""A process is gone within this time after its last traced call."""
+
 WAIT_COLUMNS = ["process_role", "pid", "function", "child", "step", "phase", "start_ns", "end_ns", "verdict"]
 
 _LAUNCHERS = frozenset(
@@ -30,38 +36,71 @@ _LAUNCHERS = frozenset(
 
 
 def process_roles(osrt: pd.DataFrame, processes: dict[int, str], workers: frozenset[int]) -> dict[int, str]:
-    """The role of each process that has events. ``workers`` run steps; without any, the busiest that is no launcher."""
-    grouped = osrt.groupby("pid")["start_ns"]
-    first = {int(str(pid)): int(start) for pid, start in grouped.min().items()}
-    calls = {int(str(pid)): int(count) for pid, count in grouped.size().items()}
-    name = {pid: processes.get(pid, "") for pid in first}
+    """The role of each process that has OS calls. ``workers`` run steps; without any, the busiest that is no launcher.
+
+    nsys traces one program and what descends from it, so the process that began first launched all others. It names
+    only processes that ran when the capture began: what else a child is has to be told from when it lives and waits.
+    """
+    known = lives(osrt)
     if not workers:
-        candidates = [pid for pid in first if not _is_launcher(name[pid])]
-        workers = frozenset(sorted(candidates, key=lambda pid: -calls[pid])[:1])
-    begin = min((first.get(pid, 0) for pid in workers), default=0)
-    programs = {processes.get(pid, "") for pid in workers}
+        busiest = known["calls"].sort_values(ascending=False, kind="stable").index
+        workers = frozenset([int(pid) for pid in busiest if not _is_launcher(processes.get(int(pid), ""))][:1])
+    own = known.loc[known.index.isin(workers)]
+    begin, over = (own["first"].min(), own["last"].max()) if len(own) else (0, 0)
+    programs = {name for pid in workers if (name := processes.get(pid, ""))}
+    waiting = osrt[osrt["function"].isin(WAITPID_FUNCTIONS)]
+    meanwhile = (waiting["end_ns"] > begin) & (waiting["start_ns"] < over)
+    supervisors = {*waiting.loc[meanwhile, "pid"], known["first"].idxmin() if len(known) else -1}
     roles = dict.fromkeys(workers, WORKER)
-    for pid in first.keys() - workers:
-        started_before = first[pid] < begin and (_is_launcher(name[pid]) or name[pid] in programs)
-        forked = name[pid] in programs or "pt_data_worker" in name[pid]
-        roles[pid] = LAUNCHER if started_before else DATA_LOADER if forked else OTHER_PROCESS
+    for pid, first in zip(map(int, known.index), known["first"], strict=True):
+        name = processes.get(pid, "")
+        if pid in workers:
+            continue
+        if first < begin and (pid in supervisors or _is_launcher(name) or name in programs):
+            roles[pid] = LAUNCHER
+        else:
+            roles[pid] = DATA_LOADER if name in programs or LOADER_NAME in name else OTHER_PROCESS
     return roles
+
+
+def lives(osrt: pd.DataFrame) -> pd.DataFrame:
+    """By pid: first and last time of a call, and how many there are."""
+    code, pids = pd.factorize(osrt["pid"].to_numpy())
+    first = np.full(len(pids), np.iinfo(np.int64).max)
+    last = np.zeros(len(pids), dtype=np.int64)
+    np.minimum.at(first, code, osrt["start_ns"].to_numpy(np.int64))
+    np.maximum.at(last, code, osrt["end_ns"].to_numpy(np.int64))
+    return pd.DataFrame({"first": first, "last": last, "calls": np.bincount(code, minlength=len(pids))}, index=pids)
 
 
 def _is_launcher(program: str) -> bool:
     return program.rsplit("/", 1)[-1] in _LAUNCHERS
 
 
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The processes of a report: roles and names by pid, and when each lived (as :func:`lives` gives it)."""
+
+    roles: dict[int, str]
+    labels: dict[int, str]
+    lives: pd.DataFrame
+
+    @classmethod
+    def of(cls, report: Report, roles: dict[int, str]) -> Family:
+        """Ranks that told theirs are called by it."""
+        ranks = {pid: f"rank {rank}" for pid, rank in report.ranks.items()}
+        return cls(roles, report.processes | ranks, lives(report.osrt))
+
+    def label(self, pid: int) -> str:
+        return self.labels.get(pid, "") or f"process {pid}"
+
+
 def find_waits(
-    osrt: pd.DataFrame,
-    processes: dict[int, str],
-    roles: dict[int, str],
-    step_thread: tuple[int, int],
-    segments: pd.DataFrame,
+    osrt: pd.DataFrame, family: Family, step_thread: tuple[int, int], segments: pd.DataFrame
 ) -> pd.DataFrame:
     """Every call of the waitpid family: WAIT_COLUMNS, sorted by start. ``step`` is OUTSIDE where no step runs."""
-    family = [name for name in osrt["function"].cat.categories if name in WAITPID_FUNCTIONS]
-    waits = osrt[osrt["function"].isin(family)].sort_values("start_ns", kind="stable")
+    roles = family.roles
+    waits = osrt[osrt["function"].isin(WAITPID_FUNCTIONS)].sort_values("start_ns", kind="stable")
     start = waits["start_ns"].to_numpy(np.int64)
     index = np.searchsorted(segments["start_ns"].to_numpy(np.int64), start, side="right") - 1
     inside = (index >= 0) & (start < np.append(segments["end_ns"].to_numpy(np.int64), 0)[index])
@@ -72,7 +111,7 @@ def find_waits(
             "process_role": [roles.get(int(pid), OTHER_PROCESS) for pid in waits["pid"]],
             "pid": waits["pid"].to_numpy(np.int64),
             "function": waits["function"].astype(object).to_numpy(),
-            "child": _children(osrt, processes, waits),
+            "child": _children(family, waits),
             "step": np.where(inside, steps[index], OUTSIDE),
             "phase": np.where(inside, phases[index], ""),
             "start_ns": start,
@@ -82,7 +121,7 @@ def find_waits(
     in_steps = segments.loc[segments["step"] != OUTSIDE, "start_ns"]
     before_steps = frame["start_ns"] < (in_steps.min() if len(in_steps) else -1)
     on_step_thread = (frame["pid"] == step_thread[0]) & (waits["tid"].to_numpy() == step_thread[1])
-    child_roles = {processes.get(pid, ""): role for pid, role in roles.items()}
+    child_roles = {family.label(pid): role for pid, role in roles.items()}
     frame["verdict"] = [
         _verdict(
             role, child_roles.get(child, ""), in_step=step != OUTSIDE, before_steps=before, on_step_thread=on_thread
@@ -104,19 +143,23 @@ def _verdict(role: str, child_role: str, *, in_step: bool, before_steps: bool, o
     return OP_BUILD if role == WORKER and before_steps else OTHER_WAIT
 
 
-def _children(osrt: pd.DataFrame, processes: dict[int, str], waits: pd.DataFrame) -> list[str]:
-    """The program waited for, where a traced process ended just within the wait; reports name no child themselves."""
+def _children(family: Family, waits: pd.DataFrame) -> list[str]:
+    """The program waited for, where a traced process ended just before the wait did; its number where it has no name.
+
+    Reports themselves tell neither the child nor the call's result.
+    """
     if waits.empty:
         return []
-    lives = osrt.groupby("pid", observed=True).agg(first=("start_ns", "min"), last=("end_ns", "max"))
-    lives = lives.sort_values("last")
-    last, first = lives["last"].to_numpy(), lives["first"].to_numpy()
+    known = family.lives.sort_values("last")
+    last, first, pids = known["last"].to_numpy(), known["first"].to_numpy(), known.index.to_numpy()
+    begun = dict(zip(pids.tolist(), first.tolist(), strict=True))
     found: list[str] = []
     for pid, start, end in zip(waits["pid"], waits["start_ns"], waits["end_ns"], strict=True):
         index = np.searchsorted(last, end, side="right") - 1
-        fits = index >= 0 and last[index] >= start and first[index] >= lives["first"].get(pid, 0)
-        child = int(lives.index[index]) if fits and lives.index[index] != pid else -1
-        found.append(processes.get(child, ""))
+        if index >= 0 and pids[index] == pid:  # whose last call this wait was
+            index -= 1
+        fits = index >= 0 and last[index] >= max(start, end - EXIT_NS) and first[index] > begun[int(pid)]
+        found.append(family.label(int(pids[index])) if fits else "")
     return found
 
 

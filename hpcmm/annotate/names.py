@@ -1,8 +1,9 @@
 """Names of the NVTX domains and ranges: what the ranks write and the analysis reads.
 
 In domain ``hpcmm`` a ``step`` range (its integer payload is the step's number) encloses phase ranges, all pushed and
-popped on the thread that trains. In domain ``hpcmm.comm`` each collective is one range that starts at its enqueue
-and ends when its work is complete, named ``all_reduce group=0 seq=12 bytes=4096``.
+popped on the thread that trains; the payload of a phase is the size of the batch that it computes on. In domain
+``hpcmm.comm`` each collective is one range that starts at its enqueue and ends when its work is complete, named
+``all_reduce group=0 seq=12 bytes=4096``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ COMM_DOMAIN = "hpcmm.comm"
 STEP = "step"
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 
+_RANK = re.compile(r"process rank=([0-9]{1,7})")
 _COLLECTIVE = re.compile(r"(?P<op>\w+) group=(?P<group>\S+) seq=(?P<seq>[0-9]{1,19}) bytes=(?P<bytes>[0-9]{1,19})")
 _INT64_MAX = 2**63 - 1
 
@@ -46,3 +48,14 @@ class CollectiveName:
         if max(sequence, size) > _INT64_MAX:
             return None
         return cls(match["op"], unquote(match["group"]), sequence, size)
+
+
+def format_rank(rank: int) -> str:
+    """Name of the mark in domain ``hpcmm`` by which a process tells its rank: one capture may hold several."""
+    return f"process rank={rank}"
+
+
+def parse_rank(text: str) -> int | None:
+    """The rank in such a mark's name, or None where ``text`` is another name."""
+    match = _RANK.fullmatch(text)
+    return int(match[1]) if match else None

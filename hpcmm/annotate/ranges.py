@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import nvtx
 
@@ -11,6 +14,9 @@ from hpcmm.annotate import names
 
 _INJECTION = "NVTX_INJECTION64_PATH"
 """Set by every profiler that listens to NVTX, before the program starts."""
+
+_RANK_KEYS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""What launchers tell a process its rank by; the first goes first, as a worker's own."""
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -41,9 +47,38 @@ class _Range:
 
 def step(number: int) -> AbstractContextManager[None]:
     """One training step. ``number`` counts from 0 over the whole training, resumed runs included."""
-    return _Range(names.STEP, number) if _ATTACHED else _NOTHING
+    if not _ATTACHED:
+        return _NOTHING
+    _tell_rank()
+    return _Range(names.STEP, number)
 
 
-def phase(name: str) -> AbstractContextManager[None]:
-    """A part of a step; the usual ones are ``names.PHASES``, any other name is a phase of its own."""
-    return _Range(name, None) if _ATTACHED else _NOTHING
+@cache
+def _tell_rank() -> None:
+    """Once, mark which rank this process is, for captures of a launcher and all its workers."""
+    rank = next((os.environ[key] for key in _RANK_KEYS if os.environ.get(key, "").isdecimal()), None)
+    if rank is not None:
+        nvtx.mark(names.format_rank(int(rank)), domain=names.DOMAIN)
+
+
+def phase(name: str, batch: Any = None) -> AbstractContextManager[None]:
+    """A part of a step; the usual ones are ``names.PHASES``, any other name is a phase of its own.
+
+    With ``batch``, what the phase computes on, its size is recorded, so that a rank that is slow can be told from one
+    whose batches are larger.
+    """
+    if not _ATTACHED:
+        return _NOTHING
+    return _Range(name, None if batch is None else batch_size(batch))
+
+
+def batch_size(batch: Any) -> int:
+    """Elements of all tensors and characters of all texts in nested dicts, lists and tuples."""
+    if isinstance(batch, str):
+        return len(batch)
+    if isinstance(batch, Mapping):
+        return sum(map(batch_size, batch.values()))
+    if isinstance(batch, list | tuple):
+        return sum(map(batch_size, batch))
+    elements = getattr(batch, "numel", None)
+    return int(elements()) if callable(elements) else 0

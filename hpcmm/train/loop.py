@@ -111,7 +111,7 @@ def _step(
     for _ in range(rounds):
         with annotate.phase("data"):
             batch = next(batches)
-        with annotate.phase("forward"):
+        with annotate.phase("forward", batch):
             loss, parts = task.loss(engine, batch)
         with annotate.phase("backward"):
             engine.backward(loss)

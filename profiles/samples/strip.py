@@ -1,8 +1,9 @@
 """Make a small sample of an SQLite export, fit to be published: ``python profiles/samples/strip.py IN OUT``.
 
 An export holds the whole environment of the profiled process (tokens, keys), the machine's process list and the
-program's output. Kept are: the annotation's NVTX rows, the OS calls that took at least 100 µs (5 ms on threads without
-NVTX ranges), the strings that these name, and of the environment only what identifies the rank.
+program's output. Kept are: the annotation's NVTX rows, the OS calls since the first of them that took at least 100 µs
+(100 ms on threads without NVTX ranges), every wait for a child process, one in 64 short receives, the strings that
+these name, and of the environment only what identifies the rank.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ KEPT_TABLES = (
     "ThreadNames",
 )
 SHORTEST_CALL_NS = 100_000
-SHORTEST_BACKGROUND_CALL_NS = 5_000_000
+SHORTEST_BACKGROUND_CALL_NS = 100_000_000
+RECEIVING = ("recv", "recvfrom", "recvmsg", "readv")
+KEPT_OF_RECEIVING = 64
+"""How often a rank receives tells of its link: one in so many short calls is kept."""
 
 
 def strip(source: Path, target: Path) -> None:
@@ -41,6 +45,7 @@ def strip(source: Path, target: Path) -> None:
         copy.execute("DETACH report")
         _reduce(copy, {name for name in KEPT_TABLES if name in tables})
     copy = sqlite3.connect(target)
+    copy.execute("PRAGMA page_size = 1024")
     copy.execute("VACUUM")
     copy.close()
 
@@ -48,10 +53,11 @@ def strip(source: Path, target: Path) -> None:
 def _reduce(copy: sqlite3.Connection, tables: set[str]) -> None:
     """Delete what is not needed or not to be published."""
     copy.execute(
-        'DELETE FROM OSRT_API WHERE "end" - start < '
-        "CASE WHEN globalTid IN (SELECT globalTid FROM NVTX_EVENTS) THEN ? ELSE ? END AND nameId NOT IN "
-        "(SELECT id FROM StringIds WHERE value IN ('wait', 'wait3', 'wait4', 'waitid', 'waitpid'))",
-        (SHORTEST_CALL_NS, SHORTEST_BACKGROUND_CALL_NS),
+        'DELETE FROM OSRT_API WHERE (start < (SELECT MIN(start) FROM NVTX_EVENTS) OR "end" - start < '
+        "CASE WHEN globalTid IN (SELECT globalTid FROM NVTX_EVENTS) THEN ? ELSE ? END) AND nameId NOT IN "
+        "(SELECT id FROM StringIds WHERE value IN ('wait', 'wait3', 'wait4', 'waitid', 'waitpid')) AND NOT "
+        "(rowid % ? = 0 AND nameId IN (SELECT id FROM StringIds WHERE value IN (?, ?, ?, ?)))",
+        (SHORTEST_CALL_NS, SHORTEST_BACKGROUND_CALL_NS, KEPT_OF_RECEIVING, *RECEIVING),
     )
     used_processes = (
         "SELECT (globalTid >> 24) & 16777215 FROM OSRT_API UNION SELECT (globalTid >> 24) & 16777215 FROM NVTX_EVENTS"

@@ -1,11 +1,20 @@
 """Verdicts on runs whose fault is known, with noise."""
 
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
-from simulated import simulate_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated import everyone, simulate_program, simulate_run
 
 from hpcmm.analysis import bottlenecks, collectives
+from hpcmm.analysis.exchangeable import chance_of_sum
 from hpcmm.analysis.findings import CAUSES, Finding
+from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.steps import step_times
 from hpcmm.analysis.suggestions import suggest
 
@@ -101,11 +110,182 @@ def test_steps_without_any_collective() -> None:
     assert np.isfinite([finding.lost_s for finding in verdicts(traces)]).all()
 
 
+PROGRAM = ["data", "forward", "backward", ("backward", everyone), "optimizer", ("optimizer", everyone)]
+BASE = {"data": 10.0, "forward": 60.0, "backward": 120.0, "optimizer": 20.0, "between": 2.0}
+
+
+def verdicts_of(extra, **options):
+    return verdicts(simulate_program(PROGRAM, lambda r, s, p: BASE[p] + extra(r, s, p), **options))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (lambda r, _s, p: 50 * ((r, p) == (5, "forward")), {("compute", 5)}),
+        (
+            lambda r, _s, p: 60 * ((r, p) == (1, "data")) + 60 * ((r, p) == (6, "backward")),
+            {("data", 1), ("compute", 6)},
+        ),
+        (
+            lambda r, _s, p: 60 * ((r, p) == (1, "forward")) + 50 * ((r, p) == (6, "forward")),
+            {("compute", 1), ("compute", 6)},
+        ),
+        (lambda r, s, p: 400 * ((r, p) == (3, "forward") and s % 5 == 2), {("compute", 3)}),
+        (lambda r, _s, p: 50 * ((r, p) == (3, "optimizer")), {("compute", 3)}),
+        (lambda r, s, p: 80 * ((r, p) == (3, "forward") and s < 10), {("compute", 3)}),
+        (lambda r, _s, p: 60 * ((r, p) == (0, "between")), {("between", 0)}),
+        (lambda r, s, p: 500 * ((r, p, s) == (4, "backward", 9)), {("stall", 4)}),
+        (lambda r, _s, p: 60 * (p in {"forward", "backward"} and r in {4, 5}), {("compute", None)}),
+    ],
+    ids=["steady", "two", "two alike", "now and then", "optimizer", "recovered", "between", "once", "node"],
+)
+def test_faults_of_many_shapes_are_named_and_nobody_else(extra, expected, seed: int) -> None:
+    found = named(verdicts_of(extra, noise=0.05, seed=seed))
+    assert {(kind, rank) for kind, rank, _ in found} == expected
+
+
+def test_where_a_fault_was_is_said() -> None:
+    first = verdicts_of(lambda r, s, p: 80 * ((r, p) == (3, "forward") and s < 10), noise=0.02)[0]
+    assert "only from step 1 to 9" in first.evidence
+
+
+def test_clean_runs_are_hardly_ever_blamed() -> None:
+    blamed: dict[float, list[int]] = {0.0: [], 0.05: []}
+    for seed in range(100):
+        dice = np.random.default_rng(seed)
+        noise, pauses = float(dice.choice([0.02, 0.1, 0.3])), float(dice.choice([0.0, 0.05]))
+        ranks, steps = int(dice.choice([2, 4, 8])), int(dice.choice([6, 12, 20]))
+        traces = simulate_program(
+            PROGRAM, lambda _r, _s, p: BASE[p], seed=seed, noise=noise, pauses=pauses, ranks=ranks, steps=steps
+        )
+        blamed[pauses] += [seed] * bool(named(verdicts(traces)))
+    assert len(blamed[0.0]) <= 1, blamed
+    # The only pause of a run, nearly as long as a step, is a stall in truth.
+    assert len(blamed[0.05]) <= 6, blamed
+
+
+def test_pauses_on_ranks_by_turns_are_imbalance() -> None:
+    findings = verdicts_of(lambda _r, _s, _p: 0.0, noise=0.05, pauses=0.04, steps=40)
+    assert named(findings) == []
+    assert findings[0].kind == "imbalance"
+
+
+def test_sixty_four_ranks() -> None:
+    findings = verdicts_of(lambda r, _s, p: 40 * ((r, p) == (37, "backward")), ranks=64, ranks_per_node=8, noise=0.05)
+    assert named(findings) == [("compute", 37, "node5")]
+
+
+def test_a_delay_passes_through_another_group_to_its_cause() -> None:
+    """Rank 1 keeps rank 0 in their pair, and so rank 0 keeps all of its own column waiting."""
+    pairs = ("forward", lambda rank: f"pair{rank // 2}")
+    columns = ("backward", lambda rank: f"column{rank % 2}")
+    program = ["data", "forward", pairs, "backward", columns]
+    traces = simulate_program(program, lambda r, _s, p: BASE[p] + 60 * ((r, p) == (1, "forward")), noise=0.02)
+    findings = verdicts(traces)
+    assert named(findings) == [("compute", 1, "node1")]
+    assert findings[0].phase == "forward"
+    assert findings[0].lost_s == pytest.approx(0.06, rel=0.2)
+
+
+def test_batches_tell_a_slow_rank_from_one_with_more_to_do() -> None:
+    def work(rank, _step, phase):
+        return BASE[phase] * (1.5 if rank == 2 and phase in {"forward", "backward"} else 1.0)
+
+    equal = verdicts(simulate_program(PROGRAM, work, size=lambda _r, _s: 1000))
+    longer = verdicts(simulate_program(PROGRAM, work, size=lambda r, _s: 1500 if r == 2 else 1000))
+    assert [(first.kind, first.rank) for first in (equal[0], longer[0])] == [("compute", 2), ("batch", 2)]
+
+
+@pytest.mark.parametrize("sizes_known", [True, False])
+def test_batches_of_unequal_length_are_nobodys_fault(sizes_known: bool) -> None:
+    length = np.random.default_rng(1).choice([1.0, 1.0, 1.5, 2.5], size=(8, 20))
+
+    def work(rank, step, phase):
+        return BASE[phase] * (length[rank, step] if phase in {"forward", "backward"} else 1.0)
+
+    size = (lambda r, s: int(1000 * length[r, s])) if sizes_known else None
+    findings = verdicts(simulate_program(PROGRAM, work, size=size))
+    assert findings[0].kind == "uneven"
+    assert named(findings) == []
+
+
+def test_a_process_that_stands_still_in_a_collective_is_a_stall() -> None:
+    traces = simulate_program(PROGRAM, lambda _r, _s, p: BASE[p], noise=0.02, steps=12)
+    rows = traces[5].collectives
+    row = rows[rows["step"] == 7].iloc[0]
+    stop, length = int(row["end_ns"]) - 2_000_000, 1_500_000_000
+
+    def later(times):
+        return times + np.where(times > stop, length, 0)
+
+    halted = [trace.on_clock(later) for trace in traces]
+    halted[5] = replace(halted[5], silences=IntervalSet(np.array([stop]), np.array([stop + length])))
+    first = verdicts(halted)[0]
+    assert (first.kind, first.rank, first.worst_step) == ("stall", 5, 7)
+    assert first.lost_s == pytest.approx(1.5 / 11, rel=0.05)
+
+
+def test_data_that_trickle_in_on_both_sides_of_a_node_name_it() -> None:
+    calls = [100, 110, 105, 2600, 950, 1800, 1200, 90]
+    traces = simulate_program(PROGRAM, lambda _r, _s, p: BASE[p], transfer_ms=500, noise=0.02)
+    row = {"process_role": "worker", "thread_role": "other", "function": "recv"}
+    for trace, count in zip(traces, calls, strict=True):
+        object.__setattr__(trace, "osrt", pd.DataFrame([row | {"calls": count}]))
+    first = verdicts(traces)[0]
+    assert (first.kind, first.rank, first.node) == ("transfer", None, "node3")
+    for trace in traces:  # two nodes: either may be the slow one
+        object.__setattr__(trace, "node", "a" if trace.rank < 4 else "b")
+    assert verdicts(traces)[0].node == ""
+
+
+def test_waits_below_the_clocks_error_are_said_to_be_blamed_on_nobody() -> None:
+    findings = verdicts(
+        simulate_run(lambda r, _s, p: BALANCED[p] + 50 * ((r, p) == (1, "data"))), clock_error_ns=80_000_000
+    )
+    assert named(findings) == []
+
+
+@given(st.integers(2, 6), st.integers(2, 30), st.integers(0, 2**32 - 1))
+@settings(max_examples=60)
+def test_chance_bounds_what_exchanging_ranks_gives(units: int, steps: int, seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    delays = dice.exponential(1.0, (steps, units)) * (dice.random((steps, units)) < dice.uniform(0.1, 1))
+    bound = chance_of_sum(delays, int(delays.sum(axis=0).argmax()))
+    sums = np.array([dice.permuted(delays, axis=1).sum(axis=0).max() for _ in range(300)])
+    assert (sums >= delays.sum(axis=0).max() - 1e-9).mean() <= bound + 0.1
+
+
 @pytest.mark.parametrize("kind", CAUSES)
-def test_every_kind_has_a_suggestion(kind: str) -> None:
-    finding = Finding(kind, "", 1.0, 3, "node2", "data", "", "high")
-    assert suggest(finding, {})
-    assert suggest(finding, {"data": None, "train": {"checkpoint_every": "x"}})
+@pytest.mark.parametrize("config", [{}, {"data": None, "train": {"checkpoint_every": "x"}}])
+def test_every_kind_has_a_suggestion(kind: str, config) -> None:
+    assert suggest(Finding(kind, "", 1.0, 3, "node2", "data", "", "high"), config)
+
+
+@pytest.mark.parametrize("kind", CAUSES)
+@pytest.mark.parametrize("node", ["node2", "", "a; rm -rf /", "n'ode,[1-2]"])
+def test_overrides_compose_against_the_configuration(kind: str, node: str, tmp_path: Path) -> None:
+    from hpcmm.launch.compose import compose_run
+
+    config = {"train": {"micro_batch_size": 4}, "cluster": {"exclude": "node7"}}
+    suggestion = suggest(Finding(kind, "", 1.0, 3, node, "data", "", "high"), config)
+    words = shlex.split(suggestion)
+    if kind in {"stall", "subprocess"} or (kind == "transfer" and node):
+        assert words[0] in {"srun", "grep"}
+        return
+    assert len(words) == 1
+    key, value = words[0].split("=", 1)
+    composed = compose_run(["experiment=anomaly_demo", *words])
+    for name in key.split("."):
+        composed = getattr(composed, name)
+    assert str(composed) == (f"node7,{node}" if key == "cluster.exclude" else value)
+
+
+@pytest.mark.parametrize("kind", CAUSES)
+def test_without_a_run_record_no_key_of_ours_is_suggested(kind: str) -> None:
+    suggestion = suggest(Finding(kind, "", 1.0, 3, "node2", "data", "", "high"), {})
+    assert not any(f"{section}." in suggestion for section in ("train", "cluster", "parallel"))
+    assert not suggestion.startswith("data.")
 
 
 def test_a_hostile_node_name_cannot_leave_its_shell_word() -> None:

@@ -32,9 +32,38 @@ def test_nobody_is_blamed_when_the_clock_is_worse_than_the_wait() -> None:
     assert rows["wait_ns"].tolist() == rows["wait_a_ns"].tolist()
 
 
-@pytest.mark.parametrize("op", ["broadcast", "send", "all_to_all"])
-def test_operations_that_do_not_synchronise_have_no_wait(op: str) -> None:
-    assert estimate_waits(match(ranks((100, 500), (150, 510), op=op)), 10)["wait_ns"].isna().all()
+@pytest.mark.parametrize("op", ["broadcast", "reduce", "gather", "scatter", "send", "recv"])
+def test_operations_in_which_not_every_rank_needs_all_have_no_wait(op: str) -> None:
+    rows = estimate_waits(match(ranks((100, 500), (150, 510), op=op)), 10)
+    assert rows[["wait_ns", "wait_a_ns", "wait_b_ns", "clock_error_ns"]].isna().all(axis=None)
+    assert rows["transfer_ns"].tolist() == [400, 360]
+    assert not rows["blamable"].any()
+
+
+def test_an_all_to_all_waits_for_the_last_by_the_clock_alone() -> None:
+    rows = estimate_waits(match(ranks((100, 500), (150, 900), op="all_to_all")), 10)
+    assert rows["wait_a_ns"].isna().all()
+    assert rows["wait_ns"].tolist() == rows["wait_b_ns"].tolist() == [50, 0]
+    assert rows["late_rank"].tolist() == [1, 1]
+    assert not rows["estimators_disagree"].any()
+    unknown = estimate_waits(match(ranks((100, 500), (150, 900), op="all_to_all")), 1000)
+    assert unknown["wait_ns"].isna().all()
+    assert unknown["transfer_ns"].tolist() == [400, 750]
+
+
+def test_lateness_is_told_against_the_second_last_and_against_the_median() -> None:
+    rows = estimate_waits(match(ranks((100, 500), (150, 500), (300, 500), (400, 500))), 10)
+    assert rows["lateness_ns"].tolist() == [100] * 4
+    assert rows["lateness_to_median_ns"].tolist() == [400 - 225] * 4
+
+
+def test_it_is_said_where_the_estimators_disagree_by_more_than_the_clocks_error() -> None:
+    good = estimate_waits(match(ranks((100, 500), (400, 505))), 10)
+    assert not good["estimators_disagree"].any()
+    assert good["clock_error_ns"].tolist() == [10, 10]
+    # The second rank's clock is 250 late: by durations it came 50 after the first, by the clock 300.
+    shifted = estimate_waits(match(ranks((100, 500), (400, 750))), 10)
+    assert shifted["estimators_disagree"].tolist() == [True, False]
 
 
 def test_an_instance_that_lacks_a_rank_is_incomplete() -> None:

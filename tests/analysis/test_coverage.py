@@ -5,7 +5,6 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from hpcmm.analyze import Analysis, analyze
@@ -146,7 +145,7 @@ def test_the_h100_report_is_listed_as_what_it_is(samples: Path, tmp_path: Path) 
     analysis = analyze([samples / "h100_2gpu_nccl.sqlite"], tmp_path)
     row = analysis.tables["coverage"].iloc[0]
     assert row["status"] == "no_nvtx"
-    assert pd.isna(row["rank"])
+    assert row["rank"] < 0
     assert row["nsys_version"].startswith("2026.2")
     assert analysis.exit_status == 0
 
@@ -165,7 +164,7 @@ def test_values_that_no_profiler_writes_cost_one_report_at_most(run_dir: RunDir,
     analysis = analyze([run_dir.root])
     found = statuses(analysis)
     assert {rank: found[rank] for rank in (0, 2, 3)} == {0: "found", 2: "found", 3: "found"}
-    assert (analysis.out / "report.html").is_file()
+    assert (analysis.write() / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
@@ -182,3 +181,69 @@ def test_a_disk_that_cannot_be_written_is_named(run_dir: RunDir, tmp_path: Path)
     (tmp_path / "file").write_text("")
     with pytest.raises(HpcmmError, match=r"file cannot be written .*--out"):
         analyze([run_dir.root], tmp_path / "file")
+
+
+def test_a_cut_off_report_that_tells_no_rank_is_no_extra_rank(run_dir: RunDir, tmp_path: Path) -> None:
+    loose = tmp_path / "loose"
+    shutil.copytree(run_dir.nsys, loose)
+    (loose / "rank_0002.sqlite").write_bytes((loose / "rank_0002.sqlite").read_bytes()[:3000])
+    analysis = analyze([loose], tmp_path / "out")
+    table = analysis.tables["coverage"]
+    assert list(table["status"]) == ["found", "found", "missing", "found", "truncated"]
+    assert "rank_0002.sqlite may be" in reason(analysis, 2)
+    assert (analysis.tables["environment"]["rank"].nunique()) == 3
+
+
+def test_one_start_record_does_not_overrule_the_reports_job(run_dir: RunDir) -> None:
+    for rank in (1, 2, 3):
+        run_dir.rank_metrics(rank).unlink()
+    start = {"event": "start", "rank": 0, "node": "node1", "job_id": "99", "pid": 1}
+    run_dir.rank_metrics(0).write_text(json.dumps(start) + "\n")
+    assert set(statuses(analyze([run_dir.root])).values()) == {"found"}
+
+
+def test_the_ledger_counts_ranges_and_events(run_dir: RunDir) -> None:
+    row = analyze([run_dir.root]).tables["coverage"].iloc[0]
+    assert 0 < row["spans"] <= row["events"]
+    assert row["nsys_version"] == "2022.4.2.1"
+
+
+def test_a_capture_that_was_told_not_to_trace_nvtx_says_so(run_dir: RunDir) -> None:
+    edit(report(run_dir, 1), "DELETE FROM NVTX_EVENTS")
+    edit(report(run_dir, 1), "CREATE TABLE META_DATA_CAPTURE AS SELECT 'CAPTURE_EVENT_TYPE' AS name, 'Cuda' AS value")
+    assert "told not to trace them" in reason(analyze([run_dir.root]), 1)
+
+
+def test_names_that_hold_anything_reach_no_table_raw(run_dir: RunDir) -> None:
+    hostile = (
+        "'<script>alert(1)</script>' || char(27) || '[31m' || char(10) || '; DROP TABLE x' || "
+        "replace(hex(zeroblob(500000)), '0', 'y')"
+    )
+    edit(report(run_dir, 1), f"UPDATE StringIds SET value = {hostile} WHERE value = 'poll'")  # noqa: S608
+    chosen = "rowid % 7 = 0 AND eventType = 59"
+    edit(report(run_dir, 1), f"UPDATE NVTX_EVENTS SET text = {hostile}, textId = NULL WHERE {chosen}")  # noqa: S608
+    analysis = analyze([run_dir.root])
+    names = [*analysis.tables["osrt"]["function"], *analysis.tables["phases"]["phase"]]
+    assert any(name.startswith("<script>alert(1)</script>\\x1b[31m\\n; DROP TABLE") for name in names)
+    assert all(name.isprintable() and len(name) < 1100 for name in names)
+
+
+def test_unclosed_and_misnested_ranges_and_ends_before_starts_cost_no_other_rank(run_dir: RunDir) -> None:
+    edit(report(run_dir, 1), 'UPDATE NVTX_EVENTS SET "end" = NULL WHERE rowid % 5 = 0')
+    edit(report(run_dir, 1), 'UPDATE NVTX_EVENTS SET "end" = "end" + 30000000 WHERE rowid % 5 = 1')
+    edit(report(run_dir, 1), 'UPDATE NVTX_EVENTS SET "end" = start - 5 WHERE rowid % 5 = 2')
+    assert statuses(analyze([run_dir.root])) == dict.fromkeys(range(4), "found")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(range(256)) * 50, b"SQLite format 3\0" + bytes(4000)])
+def test_what_is_no_report_is_a_row_and_the_rest_is_analysed(run_dir: RunDir, content: bytes) -> None:
+    report(run_dir, 1).write_bytes(content)
+    analysis = analyze([run_dir.root])
+    assert statuses(analysis) == {0: "found", 1: "truncated", 2: "found", 3: "found"}
+    assert analysis.exit_status == 2
+
+
+def test_a_file_that_may_not_be_read_is_a_row(run_dir: RunDir, tmp_path: Path) -> None:
+    report(run_dir, 1).unlink()
+    report(run_dir, 1).symlink_to("/proc/self/mem")
+    assert statuses(analyze([run_dir.root]))[1] == "truncated"

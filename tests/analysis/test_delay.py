@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import MS, make_trace, simulate_run
 
-from hpcmm.analysis import collectives, delay
+from hpcmm.analysis import collectives, delay, propagation
 from hpcmm.analysis.delay import GroupArrivals
 
 
@@ -84,7 +84,7 @@ def test_a_delay_is_charged_to_the_phase_that_took_longer() -> None:
     traces = simulate_run(lambda rank, _step, phase: 60.0 if (rank, phase) == (3, "data") else 5.0, noise_ms=0.0)
     rows = collectives.expose(collectives.estimate_waits(collectives.match(traces), 1000), traces)
     parts = delay.work_parts(traces)
-    losses = delay.losses_by_step(traces, rows, parts, np.arange(1, 30))
+    losses = propagation.losses_by_step(traces, rows, parts, np.arange(1, 30))
     data = parts.names.index("data")
     assert losses[:, 3, data] == pytest.approx(55.0 * MS, rel=0.01)
     assert losses.sum() == pytest.approx(losses[:, 3, data].sum(), rel=0.01)

@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis.waitpid import find_waits, process_roles, windows
+from hpcmm.analysis.waitpid import Family, find_waits, lives, process_roles, windows
 
 SEGMENTS = pd.DataFrame(
     [(0, "forward", 100, 200), (1, "forward", 200, 300)], columns=["step", "phase", "start_ns", "end_ns"]
@@ -44,7 +44,7 @@ def test_without_steps_the_busiest_process_that_launches_nothing_is_the_worker()
 
 def test_verdicts_in_context() -> None:
     roles = process_roles(CALLS, PROCESSES, frozenset({7}))
-    waits = find_waits(CALLS, PROCESSES, roles, (7, 7), SEGMENTS)
+    waits = find_waits(CALLS, Family(roles, PROCESSES, lives(CALLS)), (7, 7), SEGMENTS)
     assert list(zip(waits["start_ns"], waits["verdict"], waits["step"], strict=True)) == [
         (0, "benign supervision", -1),
         (50, "op build", -1),
@@ -70,3 +70,35 @@ def test_waits_close_together_are_one_window() -> None:
         [0, 2 * second, 2, 2 * second],
         [9 * second, 10 * second, 1, second],
     ]
+
+
+UNNAMED = frame(
+    [
+        (0, 5, 1, 1, "open"),
+        (20, 500, 1, 1, "waitpid"),
+        (30, 480, 7, 7, "poll"),
+        (31, 470, 8, 8, "poll"),
+        (150, 190, 7, 7, "waitpid"),
+        (155, 185, 30, 30, "read"),
+        (160, 260, 40, 40, "read"),
+    ]
+)
+
+
+def test_processes_without_names_have_the_roles_that_their_lives_tell() -> None:
+    roles = process_roles(UNNAMED, {40: "pt_data_worker"}, frozenset({7, 8}))
+    assert roles == {1: "launcher", 7: "worker", 8: "worker", 30: "other", 40: "data_loader"}
+
+
+def test_a_child_is_called_by_its_rank_else_by_its_name_else_by_its_number() -> None:
+    roles = process_roles(UNNAMED, {}, frozenset({7, 8}))
+    waits = find_waits(UNNAMED, Family(roles, {7: "rank 0", 8: "rank 1"}, lives(UNNAMED)), (7, 7), SEGMENTS)
+    assert list(waits["child"]) == ["rank 0", "process 30"]
+    assert list(waits["verdict"]) == ["benign supervision", "within step"]
+
+
+def test_a_wait_that_ends_long_after_a_process_did_is_not_for_it() -> None:
+    second = 1_000_000_000
+    calls = frame([(0, 1, 7, 7, "read"), (5, 6, 30, 30, "read"), (4, 2 * second, 7, 7, "waitpid")])
+    waits = find_waits(calls, Family({7: "worker"}, {30: "g++"}, lives(calls)), (7, 7), SEGMENTS)
+    assert list(waits["child"]) == [""]

@@ -1,0 +1,171 @@
+"""A delay that was itself caused by waiting passes back to its own cause, through any number of groups.
+
+Ranks of one group (tensor, pipeline, expert or data parallel) may be late because they waited in another. For each
+late arrival the waiting in other groups since the group's last synchronisation, as far as it exceeds the median over
+the group's ranks, competes with the parts of the rank's own work; its share of the charge goes to those who were waited
+for there, in proportion, and on to what had kept them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from hpcmm.analysis.delay import (
+    Floats,
+    GroupArrivals,
+    WorkParts,
+    charge,
+    excess_work,
+    fractions,
+    group_arrivals,
+    window_starts,
+)
+from hpcmm.analysis.trace import RankTrace
+
+Cause = tuple[int, int]
+"""Trace, and part of its work (the last for what no part explains)."""
+NEGLIGIBLE = 1e-3
+"""Shares of a charge below this are not followed further."""
+MAX_DEPTH = 16
+
+
+def losses_by_step(
+    traces: Sequence[RankTrace], rows: pd.DataFrame, parts: WorkParts, steps: npt.NDArray[np.int64]
+) -> Floats:
+    """Loss that each rank's parts cause in each step: shape (steps, traces, parts + 1), ns, mean over all ranks.
+
+    A delay counts in the step in which the late rank arrived. Collectives outside ``steps`` are left out.
+    """
+    total = np.zeros((len(steps), len(traces), len(parts.names) + 1))
+    if not len(steps):
+        return total
+    groups = [_Group(arrivals, excess_work(arrivals, parts)) for arrivals in group_arrivals(rows)]
+    if len(groups) > 1:
+        chain = _Chain(groups)
+    for index, group in enumerate(groups):
+        arrivals, charges = group.arrivals, charge(group.arrivals)
+        cost = charges.caused + charges.own
+        place = np.searchsorted(steps, arrivals.step)
+        known = np.append(steps, np.iinfo(np.int64).min)[place] == arrivals.step
+        passed = chain.passed_on(index) if len(groups) > 1 else np.zeros_like(cost)
+        shares = (cost * (1.0 - passed) * known)[:, :, None] * group.fractions
+        for column, trace in enumerate(arrivals.members):
+            at = np.minimum(place[:, column], len(steps) - 1).astype(np.intp)
+            np.add.at(total[:, int(trace)], at, shares[:, column])
+        for instance, column in np.argwhere((passed > 0) & known & (cost > 0)):
+            for (trace, part), share in chain.waiting_cause(index, int(instance), int(column)).items():
+                total[place[instance, column], trace, part] += cost[instance, column] * passed[instance, column] * share
+    return total / max(len(traces), 1)
+
+
+class _Group:
+    """One group's arrivals, and which part of its own work made each of them late."""
+
+    def __init__(self, arrivals: GroupArrivals, excess: Floats) -> None:
+        self.arrivals = arrivals
+        self.excess_ns = excess.sum(axis=2)
+        self.fractions = fractions(excess)
+        self.begin = window_starts(arrivals)
+        self.column = {int(trace): column for column, trace in enumerate(arrivals.members)}
+        self.waited_before = np.concatenate(
+            (
+                np.zeros((1, len(arrivals.members))),
+                np.cumsum(np.where(arrivals.blamable[:, None], arrivals.exposed, 0.0), axis=0),
+            )
+        )
+        """Exposed waiting of each member before each instance."""
+
+    def instances_within(
+        self, column: int, begin: Floats, end: Floats
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """First and one past the last instance at which the member arrived within each window."""
+        starts = np.maximum.accumulate(self.arrivals.start[:, column])
+        return np.searchsorted(starts, begin, side="left"), np.searchsorted(starts, end, side="left")
+
+    def late(self, instance: int, column: int) -> list[tuple[int, float]]:
+        """Columns of the members that this one waited for, and their shares of its waiting."""
+        start = self.arrivals.start[instance]
+        order = np.argsort(start, kind="stable")
+        position = int(np.flatnonzero(order == column)[0])
+        gaps = np.diff(start[order])[position:]
+        if not len(gaps) or gaps.sum() <= 0:
+            return []
+        share = np.cumsum(gaps / np.arange(len(gaps), 0, -1)) / gaps.sum()
+        return [(int(late), float(part)) for late, part in zip(order[position + 1 :], share, strict=True)]
+
+
+class _Chain:
+    """Causes of waiting across groups, each found once."""
+
+    def __init__(self, groups: Sequence[_Group]) -> None:
+        self._groups = groups
+        self._of_trace: dict[int, list[int]] = defaultdict(list)
+        for index, group in enumerate(groups):
+            for trace in group.column:
+                self._of_trace[trace].append(index)
+        self._passed: list[Floats] = [self._share_of_waiting(index) for index in range(len(groups))]
+        self._known: dict[tuple[int, int, int], dict[Cause, float]] = {}
+
+    def passed_on(self, index: int) -> Floats:
+        """Share of each arrival's lateness that is due to waiting in other groups, shape (instances, members)."""
+        return self._passed[index]
+
+    def _share_of_waiting(self, index: int) -> Floats:
+        group = self._groups[index]
+        waited = np.zeros_like(group.arrivals.start)
+        begin, end = np.nan_to_num(group.begin, nan=np.inf), group.arrivals.start
+        for trace, column in group.column.items():
+            for other in self._of_trace[trace]:
+                if other != index:
+                    theirs = self._groups[other]
+                    own = theirs.column[trace]
+                    first, last = theirs.instances_within(own, begin[:, column], end[:, column])
+                    before = theirs.waited_before[:, own]
+                    waited[:, column] += before[np.maximum(first, last)] - before[first]
+        excess = np.maximum(waited - np.median(waited, axis=1, keepdims=True), 0.0)
+        whole = excess + group.excess_ns
+        share = np.divide(excess, whole, out=np.zeros_like(excess), where=whole > 0)
+        return np.where(share > NEGLIGIBLE, share, 0.0)
+
+    def cause(self, index: int, instance: int, column: int, depth: int = 0) -> dict[Cause, float]:
+        """What made a member late at an instance; shares that add up to 1."""
+        key = (index, instance, column)
+        if key not in self._known:
+            group = self._groups[index]
+            trace = int(group.arrivals.members[column])
+            passed = float(self._passed[index][instance, column]) if depth < MAX_DEPTH else 0.0
+            found: dict[Cause, float] = defaultdict(float)
+            for part in np.flatnonzero(group.fractions[instance, column] > 0):
+                found[trace, int(part)] += (1.0 - passed) * float(group.fractions[instance, column, part])
+            if passed:
+                for cause, share in self.waiting_cause(index, instance, column, depth).items():
+                    found[cause] += passed * share
+            self._known[key] = dict(found)
+        return self._known[key]
+
+    def waiting_cause(self, index: int, instance: int, column: int, depth: int = 0) -> dict[Cause, float]:
+        """What a member had waited for in other groups before it arrived; shares that add up to 1."""
+        group = self._groups[index]
+        trace = int(group.arrivals.members[column])
+        window = group.begin[[instance], column], group.arrivals.start[[instance], column]
+        found: dict[Cause, float] = defaultdict(float)
+        for other in self._of_trace[trace]:
+            if other == index:
+                continue
+            theirs = self._groups[other]
+            own = theirs.column[trace]
+            first, last = (int(bound[0]) for bound in theirs.instances_within(own, *window))
+            waits = np.diff(theirs.waited_before[first : last + 1, own])
+            for place in np.flatnonzero(waits > NEGLIGIBLE * max(float(waits.sum()), 1.0)):
+                for late, share in theirs.late(first + int(place), own):
+                    for cause, part in self.cause(other, first + int(place), late, depth + 1).items():
+                        found[cause] += float(waits[place]) * share * part
+        whole = sum(found.values())
+        if whole <= 0:
+            return {(trace, group.fractions.shape[2] - 1): 1.0}
+        return {cause: share / whole for cause, share in found.items() if share > NEGLIGIBLE * whole}

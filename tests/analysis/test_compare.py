@@ -1,0 +1,137 @@
+import numpy as np
+import pandas as pd
+import pytest
+from simulated import simulate_run
+
+from hpcmm.analysis import bottlenecks, tables
+from hpcmm.analysis.collectives import bus_bandwidth, estimate_waits, expose, match
+from hpcmm.analysis.compare import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE, RunTables, compare
+from hpcmm.analysis.efficiency import efficiency
+from hpcmm.analysis.noise import half_widths
+from hpcmm.analysis.phase_times import phases_table
+from hpcmm.analysis.steps import step_times
+from hpcmm.errors import HpcmmError
+
+
+def run_of(traces, name: str = "run", config: dict | None = None) -> RunTables:
+    rows = estimate_waits(match(traces), 1000.0)
+    rows = expose(rows.assign(bus_bytes_per_s=bus_bandwidth(rows)), traces)
+    steps = step_times(traces)
+    phases = phases_table(traces, rows, steps.warmup_number)
+    evidence = bottlenecks.gather(traces, rows, steps, len(traces))
+    findings = bottlenecks.find(evidence)
+    made = {
+        "steps": tables.steps_table(traces, steps.warmup_number),
+        "phases": phases,
+        "efficiency": efficiency(phases, steps),
+        "delays": tables.delays_table(evidence),
+        "bottlenecks": bottlenecks.table(findings, steps.mean_s, [""] * len(findings)),
+    }
+    return RunTables(name, made, config or {})
+
+
+def plain_work(_rank: int, _step: int, phase: str) -> float:
+    return {"data": 10.0, "forward": 20.0, "backward": 30.0}[phase]
+
+
+def straggler(rank: int, step: int, phase: str) -> float:
+    return plain_work(rank, step, phase) + (25.0 if (rank, phase) == (5, "forward") else 0.0)
+
+
+def verdicts(table: pd.DataFrame) -> dict[tuple, str]:
+    return {(row["kind"], row["metric"], row["phase"]): row["verdict"] for row in table.to_dict("records")}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_runs_of_the_same_thing_show_no_difference(seed: int) -> None:
+    first, second = (run_of(simulate_run(plain_work, noise_ms=3, seed=s)) for s in (2 * seed, 2 * seed + 1))
+    assert set(compare(first, second).table["verdict"]) == {NO_DIFFERENCE}
+
+
+def test_a_straggler_is_found_and_the_other_way_round_it_is_gone() -> None:
+    clean, slow = run_of(simulate_run(plain_work, seed=1)), run_of(simulate_run(straggler, seed=2))
+    worse, better = compare(clean, slow), compare(slow, clean)
+    for comparison, verdict, sign in ((worse, WORSE, 1), (better, BETTER, -1)):
+        found = verdicts(comparison.table)
+        assert found["step", "step time", ""] == verdict
+        assert found["communication", "waiting", ""] == verdict
+        assert found["communication", "transfer", ""] == NO_DIFFERENCE
+        assert found["phase", "useful time", "data"] == NO_DIFFERENCE
+        assert found["efficiency", "load balance", ""] == verdict
+        blamed = comparison.table[comparison.table["kind"] == "bottleneck"].iloc[0]
+        assert (blamed["rank"], blamed["phase"], blamed["verdict"]) == (5, "forward", verdict)
+        assert blamed["change"] == pytest.approx(sign * 0.025, abs=0.002)
+        assert blamed["low"] <= blamed["change"] <= blamed["high"]
+        assert comparison.table.iloc[0]["step_share"] == pytest.approx(
+            sign * 0.025 / (0.064 if sign > 0 else 0.089), abs=0.06
+        )
+
+
+def test_a_change_that_is_certain_but_small_counts_as_none() -> None:
+    first = run_of(simulate_run(plain_work, noise_ms=0.01, seed=1))
+    second = run_of(simulate_run(lambda *a: plain_work(*a) * 1.01, noise_ms=0.01, seed=2))
+    step = compare(first, second).table.iloc[0]
+    assert step["low"] > 0
+    assert step["verdict"] == NO_DIFFERENCE
+
+
+def test_few_steps_say_so() -> None:
+    first, second = (run_of(simulate_run(plain_work, steps=6, seed=seed)) for seed in (1, 2))
+    table = compare(first, second).table
+    assert set(table["verdict"]) == {TOO_FEW}
+    assert table["low"].isna().all()
+
+
+def test_what_differs_between_the_runs_is_named() -> None:
+    config = {
+        "cluster": {"nodes": 2, "ranks_per_node": 2},
+        "train": {"micro_batch_size": 4, "gradient_accumulation_steps": 1},
+    }
+    other = {"cluster": {"nodes": 4, "ranks_per_node": 2}, "train": config["train"] | {"lr": 0.1}}
+    first = run_of(simulate_run(plain_work, ranks=4), config=config)
+    second = run_of(simulate_run(plain_work, ranks=8), config=other)
+    notes = "\n".join(compare(first, second).notes)
+    assert "ranks: 4 in A, 8 in B" in notes
+    assert "nodes: 2 in A, 4 in B" in notes
+    assert "16 samples in A and on 32 in B" in notes
+    assert "train.lr: (not set) in A, 0.1 in B" in notes
+    assert "micro_batch_size" not in notes
+
+
+def test_a_phase_that_only_one_run_has_is_compared_with_none() -> None:
+    first = run_of(simulate_run(plain_work))
+    renamed = run_of(simulate_run(plain_work))
+    renamed.tables["phases"].replace({"phase": {"data": "load"}}, inplace=True)
+    rows = compare(first, renamed).table.set_index("phase")
+    assert rows.loc["data", ["run_b", "verdict"]].tolist() == [0.0, BETTER]
+    assert rows.loc["load", ["run_a", "verdict"]].tolist() == [0.0, WORSE]
+
+
+def test_a_run_without_steps_is_refused() -> None:
+    with pytest.raises(HpcmmError, match="empty has no steps"):
+        compare(run_of(simulate_run(plain_work, steps=10)), run_of(simulate_run(plain_work, steps=1), "empty"))
+
+
+@pytest.mark.parametrize(("steps", "correlation", "limit"), [(30, 0.0, 0.05), (30, 0.5, 0.1), (200, 0.5, 0.05)])
+def test_alike_series_rarely_differ_anywhere_even_where_neighbours_resemble_one_another(
+    steps: int, correlation: float, limit: float
+) -> None:
+    random = np.random.default_rng(7)
+    trials, wrong = 60, 0
+    for _ in range(trials):
+        series = []
+        for _run in range(2):
+            noise = random.normal(size=(steps + 50, 10))
+            for step in range(1, len(noise)):
+                noise[step] += correlation * noise[step - 1]
+            series.append(noise[50:])
+        wrong += bool((np.abs(series[1].mean(axis=0) - series[0].mean(axis=0)) > half_widths(*series)).any())
+    assert wrong / trials <= limit
+
+
+def test_a_real_shift_is_seen() -> None:
+    random = np.random.default_rng(3)
+    first, second = random.normal(size=(60, 10)), random.normal(size=(60, 10))
+    second[:, 4] += 2.0
+    seen = np.abs(second.mean(axis=0) - first.mean(axis=0)) > half_widths(first, second)
+    assert seen.tolist() == [index == 4 for index in range(10)]

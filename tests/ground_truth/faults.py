@@ -1,0 +1,76 @@
+"""The faults whose verdict is known: how each is put into a real run, and what the first row must say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One recording. The first row's cause begins with ``cause``; ``rank`` and ``node`` are named, and nobody else."""
+
+    injected: Sequence[dict[str, Any]] = ()
+    """Faults of ``inject/sitecustomize.py``, within the ranks."""
+    overrides: Sequence[str] = ()
+    """Further overrides of the launch command."""
+    throttle: tuple[str, str] | None = None
+    """Node and rate of its link."""
+    stop: tuple[int, float, int] | None = None
+    """Rank, seconds of SIGSTOP, and the step after which it comes."""
+    cause: str = ""
+    rank: int | None = None
+    node: str = ""
+    phase: str = ""
+
+
+def _burn(at: str, seconds: float, **when: Any) -> dict[str, Any]:
+    return {"at": at, "do": "burn", "seconds": seconds, **when}
+
+
+def _sleep(at: str, seconds: float, **when: Any) -> dict[str, Any]:
+    return {"at": at, "do": "sleep", "seconds": seconds, **when}
+
+
+FAULTS: dict[str, Fault] = {
+    "clean": Fault(),
+    "slow_forward": Fault(
+        injected=[_burn("forward", 0.3, ranks=[5])], cause="computation", rank=5, node="node3", phase="forward"
+    ),
+    "slow_data": Fault(
+        injected=[_sleep("data", 0.5, ranks=[3])], cause="data loading", rank=3, node="node2", phase="data"
+    ),
+    "slow_link": Fault(throttle=("node3", "100mbit"), cause="communication transfer", node="node3"),
+    "child_process": Fault(
+        injected=[{"at": "forward", "do": "wait", "seconds": 0.4, "ranks": [4]}],
+        cause="waiting for a child process",
+        rank=4,
+        node="node3",
+        phase="forward",
+    ),
+    "checkpoint": Fault(
+        injected=[_sleep("save", 1.5, ranks=[1])],
+        overrides=["train.checkpoint_every=4"],
+        cause="checkpoint",
+        rank=1,
+        node="node1",
+        phase="checkpoint",
+    ),
+    "stopped": Fault(stop=(6, 2.0, 5), cause="stall", rank=6, node="node4"),
+    "long_batches": Fault(
+        injected=[{"at": "batch", "do": "enlarge", "factor": 3, "ranks": [7]}],
+        cause="longer batches",
+        rank=7,
+        node="node4",
+    ),
+    "uneven_batches": Fault(
+        injected=[{"at": "batch", "do": "enlarge", "factor": [1, 1, 2, 3]}],
+        cause="uneven batches",
+    ),
+    "slow_node": Fault(
+        injected=[_burn("forward", 0.2, node="node2"), _burn("backward", 0.2, node="node2")],
+        cause="computation on a slow node",
+        node="node2",
+    ),
+}

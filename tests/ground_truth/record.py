@@ -1,0 +1,137 @@
+"""Record the faults afresh on the local Slurm cluster: ``python tests/ground_truth/record.py [FAULT...]``.
+
+Each is one profiled run of eight ranks on four nodes, launched by the public command, with the fault put in from
+outside. What is kept under ``recordings/FAULT`` is a run directory of the run's configuration and stripped exports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Thread
+
+import psutil
+from faults import FAULTS, Fault
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RECORDINGS = HERE / "recordings"
+STEPS = 12
+OVERRIDES = ["experiment=anomaly_demo", "wait=true", f"train.steps={STEPS}", "train.evaluate=false"]
+RUN_TIMEOUT_S = 300
+
+sys.path.insert(0, str(ROOT / "profiles" / "samples"))
+
+
+def run_with_fault(fault: Fault, folder: Path, env: dict[str, str], *overrides: str) -> Path:
+    """Launch the profiled run in ``folder`` with the fault in it; the run directory. Raises CalledProcessError."""
+    name = f"ground_truth_{os.getpid()}"
+    ranks_env = env | {
+        "HPCMM_GROUND_TRUTH": json.dumps(list(fault.injected)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "inject"), str(ROOT), env.get("PYTHONPATH")])),
+    }
+    with ExitStack() as during:
+        if fault.throttle:
+            during.enter_context(throttled(*fault.throttle, env))
+        if fault.stop:
+            during.enter_context(stopping(*fault.stop, folder))
+        try:
+            subprocess.run(
+                [sys.executable, "-m", "hpcmm.launch", *OVERRIDES, f"name={name}", *fault.overrides, *overrides],
+                cwd=folder,
+                env=ranks_env,
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,
+                timeout=RUN_TIMEOUT_S,
+                check=True,
+            )
+        except BaseException:
+            # The job outlives the command that follows it.
+            subprocess.run(["scancel", f"--name={name}"], env=env, check=False)
+            raise
+    return (folder / "runs" / "latest").resolve()
+
+
+@contextmanager
+def throttled(node: str, rate: str, env: dict[str, str]) -> Iterator[None]:
+    """A node behind a slow link."""
+    command = str(ROOT / "slurm" / "local" / "fault")
+    subprocess.run([command, "throttle", node, rate], env=env, stdout=sys.stderr, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([command, "restore", node], env=env, stdout=sys.stderr, check=True)
+
+
+@contextmanager
+def stopping(rank: int, seconds: float, after_step: int, folder: Path) -> Iterator[None]:
+    """Stop a rank's process for a while, once, after it has done a step."""
+
+    def stop() -> None:
+        metrics = folder / "runs" / "latest" / "metrics" / f"rank_{rank:04d}.jsonl"
+        until = time.monotonic() + RUN_TIMEOUT_S
+        while time.monotonic() < until:
+            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+            records = [json.loads(line) for line in lines if line.endswith("}")]
+            if any(record["event"] == "step" and record["step"] >= after_step for record in records):
+                pid = next(record["pid"] for record in records if record["event"] == "start")
+                process = psutil.Process(pid)
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(seconds)
+                process.send_signal(signal.SIGCONT)
+                return
+            time.sleep(0.01)
+
+    thread = Thread(target=stop)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def keep(run: Path, target: Path) -> None:
+    """Stripped exports and configuration of ``run``, as a run directory of their own."""
+    from strip import strip
+
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "nsys").mkdir(parents=True)
+    shutil.copyfile(run / "config.yaml", target / "config.yaml")
+    for report in sorted((run / "nsys").glob("*.nsys-rep")):
+        with tempfile.TemporaryDirectory() as scratch:
+            export = Path(scratch) / f"{report.stem}.sqlite"
+            command = ["nsys", "export", "--type", "sqlite", "-o", str(export), str(report)]
+            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+            strip(export, target / "nsys" / export.name)
+
+
+def main(chosen: list[str]) -> int:
+    unknown = sorted(set(chosen) - set(FAULTS))
+    if unknown:
+        print(f"record.py: no such fault: {', '.join(unknown)}. There are {', '.join(FAULTS)}.", file=sys.stderr)
+        return 1
+    cluster = Path(os.environ.get("HPCMM_CLUSTER_DIR") or "/var/lib/hpcmm-cluster")
+    env = os.environ | {"SLURM_CONF": str(cluster / "etc" / "slurm.conf")}
+    # Ended from outside, it still mends the link and cancels the job.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    subprocess.run([str(ROOT / "slurm" / "local" / "up")], env=env, stdout=sys.stderr, check=True)
+    for name in chosen or FAULTS:
+        with tempfile.TemporaryDirectory(prefix="hpcmm-ground-truth-") as folder:
+            run = run_with_fault(FAULTS[name], Path(folder), env)
+            keep(run, RECORDINGS / name)
+        size = sum(path.stat().st_size for path in (RECORDINGS / name).rglob("*") if path.is_file())
+        print(f"{name}: {size / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
