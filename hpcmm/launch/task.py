@@ -1,8 +1,9 @@
-"""The callable that submitit carries to every rank. Imported on login nodes, so it imports nothing heavy itself."""
+"""What submitit carries to every rank. Imported on login nodes, so it imports nothing heavy itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,3 +17,16 @@ class RankTask:
         from hpcmm.train.rank import run_rank  # noqa: PLC0415 -- imports torch, on the node only
 
         return run_rank(self.run_dir)
+
+
+@dataclass(frozen=True)
+class UserTask:
+    """Runs the user's script or function as one rank of the job in ``run_dir``."""
+
+    run_dir: str
+
+    def __call__(self) -> Any:
+        """Returns what the function returned, which submitit hands back to the submitter."""
+        from hpcmm.train.user_task import run_user_task  # noqa: PLC0415 -- runs the user's code, on the node only
+
+        return run_user_task(self.run_dir)

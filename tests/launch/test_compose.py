@@ -31,7 +31,7 @@ def test_the_command_line_overrules_the_experiment():
         ("+extra=1", "extra is no key"),
         ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted to Integer."),
         ("cluster.executor=pbs", "expected one of [slurm, local]"),
-        ("cluster=slrum", "choose one of local, local_slurm, slurm."),
+        ("cluster=slrum", "local_slurm, modules_conda, slurm."),
         ("experiment=none_such", "choose one of anomaly_demo"),
         ("train.steps=[1", "Not a Hydra override"),
         ("steps", "Not a Hydra override"),

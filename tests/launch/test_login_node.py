@@ -55,7 +55,8 @@ def test_without_slurm_the_launcher_says_what_to_do(tmp_path):
 def test_help_names_the_groups_and_their_options():
     text = run_python("-m", "hpcmm.launch", "--help").stdout
     assert Path(__file__).parents[2].joinpath("conf/cluster/local_slurm.yaml").is_file()
-    assert "cluster=     local, local_slurm, slurm" in text
+    assert "cluster=     a30, h100_apptainer," in text
+    assert "local_slurm, modules_conda, slurm" in text
     assert "exit status" in text
 
 
