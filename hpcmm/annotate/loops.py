@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import TypeVar
 
 from hpcmm.annotate.ranges import phase, step
@@ -11,22 +12,22 @@ Batch = TypeVar("Batch")
 
 
 def steps(batches: Iterable[Batch], first: int = 0) -> Iterator[Batch]:
-    """Iterate over ``batches``, each iteration a step with the fetching of its batch as phase ``data``.
+    """Iterate over ``batches``, each iteration a step.
 
     >>> for batch in annotate.steps(loader):
     ...     loss = model(batch)
 
-    ``first`` is the number of the first step. A loop over several epochs goes on counting with
-    ``first=epoch * len(loader)``. A step ends with the loop's body, also when that leaves the loop.
+    A step is the loop's body and then, as phase ``data``, the fetching of the next batch; it ends too when the body
+    leaves the loop. ``first`` is the number of the first step: a loop over several epochs goes on counting with
+    ``first=epoch * len(loader)``.
     """
     iterator = iter(batches)
-    number = first
-    while True:
-        with step(number):
-            with phase("data"):
-                try:
+    try:
+        batch = next(iterator)
+        for number in count(first):
+            with step(number):
+                yield batch
+                with phase("data"):
                     batch = next(iterator)
-                except StopIteration:
-                    return
-            yield batch
-        number += 1
+    except StopIteration:
+        return

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.accounting import queue_state
 from hpcmm.run_dir import RunDir
 
 _JOB_ID = re.compile(r"[1-9][0-9]*(?:_[0-9]+)?")
@@ -31,3 +32,15 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
     if not _JOB_ID.fullmatch(job_id):
         raise HpcmmError(f"after={named}: {run.submission} holds {job_id[:40]!r}, which is no job id.")
     return job_id
+
+
+def still_to_wait_for(job_id: str) -> bool:
+    """Whether Slurm has yet to see job ``job_id`` complete; False when it has.
+
+    Slurm 22.05 starts a job at once whose dependency names a job that it does not know (any more), so this asks before.
+    Raises HpcmmError where the job has failed, or nobody knows it.
+    """
+    state = queue_state(job_id)
+    if not state.active and state.state != "COMPLETED":
+        raise HpcmmError(f"after={job_id}: that job ended as {state.state}, so a job after it would never start.")
+    return state.active

@@ -11,8 +11,8 @@ from hpcmm import config as run_config
 from hpcmm.config import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.ledger import COMPLETED, FAILED, Ledger, LedgerPoint, read_ledger
-from hpcmm.launch.run import Plan, frozen, plan, point_latest_to, write_shared_files, writing
-from hpcmm.launch.sbatch import sbatch
+from hpcmm.launch.run import Plan, frozen, plan, point_latest_to, with_live_dependency, write_shared_files, writing
+from hpcmm.launch.sbatch import check_slurm_is_here, sbatch, warn_where_it_cannot_start
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.launch.submit import note_submission, pickle_task
 from hpcmm.launch.sweep import Point
@@ -40,9 +40,9 @@ def queue_sweep(planned: Plan, points: Sequence[Point]) -> tuple[Ledger, str]:
 
     Returns the ledger and the array's job id. Raises HpcmmError when Slurm refuses it.
     """
+    planned = with_live_dependency(planned)
     config, sweep = planned.config, SweepDir(planned.run.root)
     codes = _codes(planned, points)
-    os.environ.update(config.cluster.submit_environment)
     _check_array_size(len(points))
     with writing(planned.run):
         planned.run.root.mkdir(mode=0o700, parents=True)
@@ -108,6 +108,7 @@ def _submit_array(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoin
     if config.launch.parallel_points:
         tasks += f"%{config.launch.parallel_points}"
     job_id = sbatch(config, shared.submission_script, tasks)
+    warn_where_it_cannot_start(config, job_id)
     ledger.note_array(job_id, points)
     analysis_job_id = None
     if shared.analysis_script.is_file():
@@ -130,10 +131,11 @@ def _ranges(indices: Sequence[int]) -> str:
 
 def _check_array_size(points: int) -> None:
     """Raises HpcmmError where the cluster takes no array of that size; sbatch would only call it invalid."""
+    check_slurm_is_here()
     try:
         shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False, timeout=30)
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return  # sbatch will say what is wrong
+        return  # sbatch has its own word on that
     for line in shown.stdout.splitlines():
         name, _, value = line.partition("=")
         if name.strip() == "MaxArraySize" and value.strip().isdigit() and points > int(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,8 +110,14 @@ def _type_of(key: str) -> Any:
     for part in key.split("."):
         if get_origin(node) is dict:
             break
-        node = get_type_hints(node).get(part) if is_dataclass(node) else None
+        node = type_hints(node).get(part) if is_dataclass(node) else None
     return node
+
+
+@functools.cache
+def type_hints(schema: Any) -> dict[str, Any]:
+    """The types of a class' fields. Python evaluates their text at each question, which a sweep asks thousands of."""
+    return get_type_hints(schema)
 
 
 def _known(override: Override) -> Override:
@@ -132,7 +139,7 @@ def _known(override: Override) -> Override:
         if part not in valid:
             raise HpcmmError(_unknown(".".join(parts[:depth]), part, valid + (sorted(groups) if depth == 0 else [])))
         assert isinstance(node, type)
-        node = get_type_hints(node)[part]
+        node = type_hints(node)[part]
     return override
 
 
@@ -166,7 +173,7 @@ def _explain(error: Exception) -> str:
 def _valid_keys(path: str) -> list[str]:
     node: Any = RunConfig
     for part in filter(None, path.split(".")):
-        node = get_type_hints(node)[part]
+        node = type_hints(node)[part]
     return [field.name for field in fields(node)] if is_dataclass(node) else []
 
 

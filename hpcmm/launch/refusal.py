@@ -5,6 +5,26 @@ from __future__ import annotations
 from hpcmm.config import RunConfig
 
 
+CANNOT_START = {
+    "PartitionConfig": "node count",
+    "PartitionNodeLimit": "node count",
+    "BadConstraints": "node count",
+    "PartitionTimeLimit": "time limit",
+    "PartitionDown": "partition not available",
+    "PartitionInactive": "partition not available",
+    "AccountNotAllowed": "account or account/partition",
+    "QOSNotAllowed": "qos",
+    "InvalidAccount": "account",
+    "InvalidQOS": "qos",
+}
+"""Reasons to wait that waiting does not mend, with the words in which sbatch refuses the same elsewhere."""
+
+
+def cannot_start(config: RunConfig, reason: str) -> str:
+    """What to do about a job that waits for one of ``CANNOT_START``."""
+    return _cure(config, CANNOT_START[reason])
+
+
 def refusal(config: RunConfig, complaint: str) -> str:
     """sbatch's own words, on one line and without control characters, and the cure."""
     lines = [
@@ -37,7 +57,7 @@ def _cure(config: RunConfig, complaint: str) -> str:
         ),
         "accounting/qos policy": (
             "A limit of your account or QOS is reached, on nodes, time or jobs in the queue: `sacctmgr show qos "
-            "format=name,maxtres,maxwall,maxsubmit` shows it; ask for less, or wait for your other jobs."
+            "format=name,maxtres,maxwall,maxsubmit` shows it; ask for less, or wait for others to end."
         ),
         "maxsubmit": "You have as many jobs queued as your account or QOS allows: wait for some to end.",
         "invalid partition": f"cluster.partition is {cluster.partition}: `sinfo -s` lists the partitions.",
@@ -59,6 +79,7 @@ def _cure(config: RunConfig, complaint: str) -> str:
         "more processors requested": nodes,
         "munge": "The cluster is not up, or munge is not running here (make cluster-up starts the local cluster).",
         "unable to contact": "The Slurm controller does not answer: is SLURM_CONF right, and slurmctld up?",
+        "configuration file": "No Slurm configuration is found: is SLURM_CONF right, and the cluster up?",
         "configuration source": "No Slurm configuration is found: is SLURM_CONF right, and the cluster up?",
         "timed out": "The Slurm controller is busy or down: see with `scontrol ping`, and launch again.",
         "connection refused": "The Slurm controller is down: see with `scontrol ping`, and launch again.",

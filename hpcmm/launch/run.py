@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from hpcmm import config as run_config
 from hpcmm.config import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.after import job_to_wait_for
+from hpcmm.launch.after import job_to_wait_for, still_to_wait_for
 from hpcmm.launch.compose import compose_run
 from hpcmm.launch.script import Job, render_analysis_script, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code, take_snapshot
@@ -69,6 +70,7 @@ def queue(planned: Plan) -> Submission:
     """Write the run directory and submit its script."""
     from hpcmm.launch.submit import submit  # noqa: PLC0415 -- submitit, which a dry run does not need
 
+    planned = with_live_dependency(planned)
     config, run = frozen(planned.config, planned.code), planned.run
     with writing(run):
         run.create()
@@ -77,6 +79,16 @@ def queue(planned: Plan) -> Submission:
     submission = submit(config, run, planned.code.python_path)
     point_latest_to(run)
     return submission
+
+
+def with_live_dependency(planned: Plan) -> Plan:
+    """Without the job to wait for where that has completed. Raises HpcmmError where it can complete no more."""
+    # For all that asks Slurm from here on.
+    os.environ.update(planned.config.cluster.submit_environment)
+    if planned.job.after is None or still_to_wait_for(planned.job.after):
+        return planned
+    print(f"hpcmm: job {planned.job.after} has completed, so there is nothing to wait for.", file=sys.stderr)
+    return replace(planned, job=replace(planned.job, after=None))
 
 
 def write_shared_files(planned: Plan) -> None:

@@ -14,7 +14,7 @@ from submitit.core.utils import DelayedSubmission
 
 from hpcmm.bootstrap.free_port import find_free_port
 from hpcmm.config import Executor, RunConfig, TaskName
-from hpcmm.launch.sbatch import sbatch
+from hpcmm.launch.sbatch import sbatch, warn_where_it_cannot_start
 from hpcmm.launch.script import rank_command
 from hpcmm.launch.task import RankTask, UserTask
 from hpcmm.run_dir import RunDir
@@ -51,11 +51,11 @@ class _WrappedLocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
 
 def submit(config: RunConfig, run: RunDir, python_path: tuple[str, ...] = ()) -> Submission:
     """Hand the job over and return at once. Raises HpcmmError when the scheduler refuses it."""
-    os.environ.update(config.cluster.submit_environment)
     task = pickle_task(config, run)
     if config.cluster.executor is Executor.local:
         return _submit_locally(config, run, task, python_path)
     job_id = sbatch(config, run.submission_script)
+    warn_where_it_cannot_start(config, job_id)
     analysis_job_id = None
     if run.analysis_script.is_file():
         # Also of a run that failed: its reports may say why.

@@ -11,16 +11,23 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, ValueType
 from omegaconf import DictConfig, OmegaConf
 
 from hpcmm.config import RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.compose import compose_tree, config_groups, explained, override_text, parse_overrides, to_run
+from hpcmm.launch.compose import (
+    compose_tree,
+    config_groups,
+    explained,
+    override_text,
+    parse_overrides,
+    to_run,
+    type_hints,
+)
 
 MOST_POINTS = 100_000
 _CARRIES_VALUES = re.compile(r"\$\{(?!oc\.env:)")
@@ -60,15 +67,22 @@ def compose_points(overrides: Sequence[str]) -> list[Point]:
 
 def _values(override: Override) -> list[Override]:
     """An override for each value of a sweep."""
-    key = override.get_key_element()
     if not override.is_discrete_sweep():
         raise HpcmmError(f"{override.input_line} has no end: write values, choice(...) or range(...).")
     if isinstance(override._value, Glob):
-        values = iter(override._value.filter(config_groups().get(override.key_or_group, [])))
+        values: Iterable[Any] = override._value.filter(config_groups().get(override.key_or_group, []))
     else:
-        values = override.sweep_string_iterator()
-    parser = OverridesParser.create()
-    return [parser.parse_override(f"{key}={value}") for value in values]
+        values = override.sweep_iterator()
+    # Made of the parsed values and not parsed again: that takes the grammar a millisecond for each.
+    return [
+        replace(
+            override,
+            value_type=ValueType.ELEMENT,
+            _value=value,
+            input_line=f"{override.get_key_element()}={Override._get_value_element_as_str(value)}",
+        )
+        for value in values
+    ]
 
 
 def _points(fixed: list[Override], products: Iterable[tuple[Override, ...]]) -> Iterator[Point]:
@@ -137,7 +151,7 @@ def _field_of(key: str) -> tuple[str, ...]:
     for part in key.split("."):
         if not is_dataclass(node):
             break
-        node = get_type_hints(node)[part]
+        node = type_hints(node)[part]
         path.append(part)
     return tuple(path)
 

@@ -6,7 +6,12 @@ from hypothesis import strategies as st
 from hpcmm.annotate.names import CollectiveName
 
 
-@given(st.sampled_from(["all_reduce", "barrier"]), st.text(min_size=1), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
+@given(
+    st.sampled_from(["all_reduce", "barrier"]),
+    st.text(min_size=1),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 2**63 - 1),
+)
 @example("all_reduce", "0", 10**18, 2**63 - 1)
 def test_a_name_reads_back_as_it_was_written(op, group, sequence, size):
     name = CollectiveName(op, group, sequence, size)
@@ -14,5 +19,12 @@ def test_a_name_reads_back_as_it_was_written(op, group, sequence, size):
 
 
 def test_other_names_are_none():
-    for text in ("", "step", "all_reduce", "all_reduce group= seq=1 bytes=2", "all_reduce group=0 seq=x bytes=2", f"all_reduce group=0 seq={2**63} bytes=2"):
+    for text in (
+        "",
+        "step",
+        "all_reduce",
+        "all_reduce group= seq=1 bytes=2",
+        "all_reduce group=0 seq=x bytes=2",
+        f"all_reduce group=0 seq={2**63} bytes=2",
+    ):
         assert CollectiveName.parse(text) is None
