@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -110,12 +110,12 @@ def _type_of(key: str) -> Any:
     for part in key.split("."):
         if get_origin(node) is dict:
             break
-        node = type_hints(node).get(part) if is_dataclass(node) else None
+        node = type_hints(node).get(part) if isinstance(node, type) and is_dataclass(node) else None
     return node
 
 
 @functools.cache
-def type_hints(schema: Any) -> dict[str, Any]:
+def type_hints(schema: Hashable) -> dict[str, Any]:
     """The types of a class' fields. Python evaluates their text at each question, which a sweep asks thousands of."""
     return get_type_hints(schema)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcmm.bootstrap.cache import cache_dir
 from hpcmm.config import ContainerConfig, ContainerEngine, RunConfig
 from hpcmm.run_dir import RunDir
 
@@ -22,6 +21,10 @@ class Container:
     def of(cls, config: RunConfig, run: RunDir, working_directory: Path) -> Container:
         """With the folders of the run, of its cache and of the launch, and then the site's own."""
         container = config.cluster.container
+        if container.engine is None:
+            return cls(container)
+        from hpcmm.bootstrap.cache import cache_dir  # noqa: PLC0415 -- importlib.metadata, 20 ms of every dry run
+
         folders = (str(run.root), str(cache_dir(config.cluster)), str(working_directory), *container.mounts)
         return cls(container, folders, str(working_directory))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hpcmm.config import RunConfig
 
-
 CANNOT_START = {
     "PartitionConfig": "node count",
     "PartitionNodeLimit": "node count",
@@ -61,9 +60,9 @@ def _cure(config: RunConfig, complaint: str) -> str:
         ),
         "maxsubmit": "You have as many jobs queued as your account or QOS allows: wait for some to end.",
         "invalid partition": f"cluster.partition is {cluster.partition}: `sinfo -s` lists the partitions.",
-        "partition not available": f"Partition {cluster.partition} is closed at present: `sinfo -s` shows open ones.",
+        "partition not available": f"Partition {cluster.partition} is closed at present: see `sinfo -s`.",
         "no partition specified": "The cluster has no default partition: name one with cluster.partition.",
-        "partition": f"cluster.partition is {cluster.partition}, which refuses you: `scontrol show partition` says why.",
+        "partition": f"cluster.partition is {cluster.partition}, which refuses you: see `scontrol show partition`.",
         "account": f"cluster.account is {cluster.account}: `sacctmgr show associations user=$USER` lists yours.",
         "qos": f"cluster.qos is {cluster.qos}: `sacctmgr show qos` lists them.",
         "memory specification": f"cluster.memory_gb is {cluster.memory_gb}: `sinfo -o '%n %m'` shows what nodes have.",

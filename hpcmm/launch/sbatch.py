@@ -48,7 +48,7 @@ def check_slurm_is_here() -> None:
     configuration = os.environ.get("SLURM_CONF")
     if configuration and not Path(configuration).is_file():
         raise HpcmmError(
-            f"SLURM_CONF is {configuration}, which is no file: is the cluster up (make cluster-up starts the local one)?"
+            f"SLURM_CONF is {configuration}, which is no file: is the cluster up (make cluster-up starts the local)?"
         )
 
 

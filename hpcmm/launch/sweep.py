@@ -53,6 +53,9 @@ def compose_points(overrides: Sequence[str]) -> list[Point]:
     parsed = parse_overrides(overrides)
     swept = [override for override in parsed if override.is_sweep_override()]
     fixed = [override for override in parsed if not override.is_sweep_override()]
+    if not swept:
+        with explained():
+            return [Point((), to_run(compose_tree(fixed)))]
     values = [_values(override) for override in swept]
     count = 1
     for choices in values:
@@ -149,7 +152,7 @@ def _field_of(key: str) -> tuple[str, ...]:
     node: Any = RunConfig
     path: list[str] = []
     for part in key.split("."):
-        if not is_dataclass(node):
+        if not (isinstance(node, type) and is_dataclass(node)):
             break
         node = type_hints(node)[part]
         path.append(part)

@@ -149,10 +149,8 @@ def test_a_function_runs_as_a_task_and_sees_its_arguments(slurm_cluster, folder)
     (folder / "package").mkdir()
     (folder / "package" / "__init__.py").write_text("")
     (folder / "package" / "train.py").write_text("def main(lr, name):\n    print('called with', repr(lr), name)\n")
-    launch(
-        slurm_cluster, folder, "task=function", "task.target=package.train:main", "task.kwargs={lr: 1e-4, name: '$(id)'}",
-        "cluster=local", "cluster.ranks_per_node=2", "wait=true",
-    )  # fmt: skip
+    function = ("task=function", "task.target=package.train:main", "task.kwargs={lr: 1e-4, name: '$(id)'}")
+    launch(slurm_cluster, folder, *function, "cluster=local", "cluster.ranks_per_node=2", "wait=true")
     for rank in range(2):
         assert "called with 0.0001 $(id)" in (latest(folder) / "logs" / f"rank_{rank:04d}.log").read_text()
 
