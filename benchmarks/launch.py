@@ -85,6 +85,16 @@ class Bench:
         }
 
 
+def runs_here(name: str, measure: Callable[[], float]) -> bool:
+    """Try it once, which fills the caches too; a rival that does not run is named with its last words."""
+    try:
+        measure()
+    except subprocess.CalledProcessError as error:
+        print(f"{name:<36} does not run: {error.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+        return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
@@ -93,8 +103,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.rivals)
-        measures = bench.measures()
-        rounds = [{name: measure() for name, measure in measures.items()} for _ in range(arguments.runs + 1)][1:]
+        measures = {name: measure for name, measure in bench.measures().items() if runs_here(name, measure)}
+        rounds = [{name: measure() for name, measure in measures.items()} for _ in range(arguments.runs)]
         medians = {name: statistics.median(each[name] for each in rounds) for name in measures}
         for name, median in medians.items():
             print(f"{name:<36} {median:6.3f} s (median of {arguments.runs})")
