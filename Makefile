@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 venv := .venv/bin
 python := $(venv)/python
-code := hpcmm tests benchmarks slurm scripts
+code := hpcmm tests benchmarks slurm scripts examples
 
 .PHONY: help setup demo test lint cluster-up cluster-down cluster-status clean
 

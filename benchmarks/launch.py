@@ -1,9 +1,13 @@
-"""How long `python -m hpcmm.launch` takes until it calls sbatch: medians over fresh processes.
+"""How long launching takes on the login node, beside its rivals: medians over fresh processes, taken in turns.
 
-    python benchmarks/launch.py [--runs 5]
+    python benchmarks/launch.py [--runs 5] [--points 1000] [--rivals FOLDER]
 
-A stand-in sbatch on the PATH notes when it is called; no job is submitted. The import of hydra and submitit alone,
-which no launcher of this kind can do without, is measured beside it.
+FOLDER is a virtual environment with the rivals: python -m venv FOLDER; FOLDER/bin/pip install nemo-run
+hydra-submitit-launcher 'hydra-core<1.4'. Without it only hpcmm and the import of hydra and submitit alone, which no
+launcher of this kind can do without, are measured. The rival of the dry run is a Hydra app with
+hydra-submitit-launcher that composes and prints the same configuration.
+
+A stand-in sbatch on the PATH notes when it is called; no job is submitted.
 """
 
 from __future__ import annotations
@@ -15,45 +19,98 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+PROJECT = Path(__file__).resolve().parents[1]
 SBATCH = """#!/bin/sh
 date +%s.%N > "$HPCMM_BENCHMARK_CALLED"
 echo "Submitted batch job 1"
 """
+RIVAL_APP = """\
+import hydra
+from hydra.core.config_store import ConfigStore
+from hpcmm.config import RunConfig
+ConfigStore.instance().store(name="schema", node=RunConfig)
+hydra.main(config_path={conf!r}, config_name="config", version_base="1.3")(lambda config: None)()
+"""
+LAUNCH = [sys.executable, "-m", "hpcmm.launch", "experiment=anomaly_demo"]
 
 
-def seconds_to_sbatch(folder: Path) -> float:
-    """From the start of the process to the start of sbatch."""
-    called = folder / "called"
-    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HPCMM_BENCHMARK_CALLED": str(called)}
-    began = time.time()
-    command = [sys.executable, "-m", "hpcmm.launch", "experiment=anomaly_demo", f"runs_root={folder / 'runs'}"]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    return float(called.read_text(encoding="ascii")) - began
+class Bench:
+    """Commands in a folder of their own, with stand-ins for Slurm's on the PATH."""
+
+    def __init__(self, folder: Path, rivals: Path | None) -> None:
+        self._folder = folder
+        self._rivals = rivals
+        self._called = folder / "called"
+        binaries = folder / "bin"
+        binaries.mkdir()
+        for name in ("sbatch", "srun", "squeue", "scontrol"):
+            (binaries / name).write_text(SBATCH if name == "sbatch" else "#!/bin/sh\n", encoding="ascii")
+            (binaries / name).chmod(0o755)
+        (folder / "app.py").write_text(RIVAL_APP.format(conf=str(PROJECT / "conf")), encoding="utf-8")
+        self._environment = os.environ | {
+            "PATH": f"{binaries}:{os.environ['PATH']}",
+            "PYTHONPATH": str(PROJECT),
+            "HPCMM_BENCHMARK_CALLED": str(self._called),
+        }
+
+    def seconds(self, *command: str) -> float:
+        """Of the whole process."""
+        began = time.time()
+        subprocess.run(command, env=self._environment, cwd=self._folder, check=True, capture_output=True)
+        return time.time() - began
+
+    def seconds_to_sbatch(self, *overrides: str) -> float:
+        """From the start of the process to the start of sbatch."""
+        began = time.time()
+        self.seconds(*LAUNCH, "cluster=slurm", f"runs_root={self._folder / 'runs'}", *overrides)
+        return float(self._called.read_text(encoding="ascii")) - began
+
+    def measures(self) -> dict[str, Callable[[], float]]:
+        """What is measured, by its name."""
+        own = {
+            "import hydra, submitit": lambda: self.seconds(sys.executable, "-c", "import hydra, submitit"),
+            "dry_run=true": lambda: self.seconds(*LAUNCH, "dry_run=true"),
+            "until sbatch is called": self.seconds_to_sbatch,
+        }
+        if self._rivals is None:
+            return own
+        binaries = self._rivals / "bin"
+        rival = (str(binaries / "python"), "app.py", "--cfg", "job", "hydra/launcher=submitit_slurm", LAUNCH[-1])
+        return own | {
+            "nemo --help": lambda: self.seconds(str(binaries / "nemo"), "--help"),
+            "hydra-submitit-launcher, --cfg job": lambda: self.seconds(*rival),
+        }
 
 
-def seconds_to_import() -> float:
-    began = time.time()
-    subprocess.run([sys.executable, "-c", "import hydra, submitit"], check=True)
-    return time.time() - began
+def runs_here(name: str, measure: Callable[[], float]) -> bool:
+    """Try it once, which fills the caches too; a rival that does not run is named with its last words."""
+    try:
+        measure()
+    except subprocess.CalledProcessError as error:
+        print(f"{name:<36} does not run: {error.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+        return False
+    return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
+    parser.add_argument("--points", type=int, default=1000)
+    parser.add_argument("--rivals", type=Path)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        binaries = Path(folder) / "bin"
-        binaries.mkdir()
-        for name in ("sbatch", "srun"):
-            (binaries / name).write_text(SBATCH, encoding="ascii")
-            (binaries / name).chmod(0o755)
-        pairs = [(seconds_to_sbatch(Path(folder)), seconds_to_import()) for _ in range(runs + 1)][1:]
-    launched, imported = (statistics.median(values) for values in zip(*pairs, strict=True))
-    print(f"until sbatch is called: {launched:.3f} s (median of {runs})")
-    print(f"import hydra, submitit: {imported:.3f} s (median of {runs})")
-    print(f"ratio: {launched / imported:.2f}")
+        bench = Bench(Path(folder), arguments.rivals)
+        measures = {name: measure for name, measure in bench.measures().items() if runs_here(name, measure)}
+        rounds = [{name: measure() for name, measure in measures.items()} for _ in range(arguments.runs)]
+        medians = {name: statistics.median(each[name] for each in rounds) for name in measures}
+        for name, median in medians.items():
+            print(f"{name:<36} {median:6.3f} s (median of {arguments.runs})")
+        print(f"dry_run=true / import: {medians['dry_run=true'] / medians['import hydra, submitit']:.2f}")
+        sweep_s = bench.seconds_to_sbatch(f"train.seed=range(0,{arguments.points})")
+        print(f"a sweep of {arguments.points} points, until its one sbatch is called: {sweep_s:.2f} s")
 
 
 if __name__ == "__main__":

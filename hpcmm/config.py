@@ -6,11 +6,12 @@ Hydra merges ``conf/`` into :class:`RunConfig`; a key that is not a field here i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,6 +26,33 @@ class Executor(StrEnum):
 
     slurm = "slurm"
     local = "local"
+
+
+class TaskName(StrEnum):
+    """What the ranks run."""
+
+    anomaly = "anomaly"
+    """The anomaly detector that hpcmm ships."""
+    script = "script"
+    """A Python script of the user's."""
+    function = "function"
+    """A Python function of the user's."""
+
+
+class ContainerEngine(StrEnum):
+    """What starts the ranks in a container."""
+
+    pyxis = "pyxis"
+    """Slurm's plugin for enroot: srun itself takes the image."""
+    apptainer = "apptainer"
+
+
+class Analyze(StrEnum):
+    """When a profiled run is analysed."""
+
+    never = "never"
+    after = "after"
+    """By a job of its own, which waits for the run's end."""
 
 
 class Precision(StrEnum):
@@ -66,22 +94,71 @@ class Requeue(StrEnum):
 
 
 @dataclass
+class TaskConfig:
+    """What every rank runs, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment."""
+
+    name: TaskName = TaskName.anomaly
+    path: str | None = None
+    """The script; for task=script."""
+    args: list[str] = field(default_factory=list)
+    """The script's command line, passed on as it is written."""
+    target: str | None = None
+    """The function, as package.module:function; for task=function."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """The function's keyword arguments."""
+
+
+@dataclass
+class ContainerConfig:
+    """The container that the ranks run in. hpcmm's code is mounted into it; the image must have what it requires."""
+
+    engine: ContainerEngine | None = None
+    """``pyxis`` or ``apptainer``; None for no container."""
+    image: str | None = None
+    """Whatever the engine takes: a registry's address, or a .sqsh or .sif file."""
+    mounts: list[str] = field(default_factory=list)
+    """Folders of the nodes to show inside, as SOURCE or SOURCE:TARGET; those of the run and of its code always are."""
+    arguments: list[str] = field(default_factory=list)
+    """Further arguments of ``apptainer exec``, or of srun for pyxis, each one word."""
+
+
+@dataclass
+class LaunchConfig:
+    """How a run is handed over."""
+
+    snapshot: bool = True
+    """Copy the code into the run directory, so that a queued job runs what was submitted."""
+    snapshot_limit_mb: int = 200
+    """A snapshot above this size is refused."""
+    parallel_points: int | None = None
+    """Most points of a sweep that run at once; None leaves it to the scheduler."""
+
+
+@dataclass
 class ClusterConfig:
     """Where the job runs, and what it asks the scheduler for."""
 
     name: str = MISSING
     executor: Executor = Executor.slurm
+    """``slurm``, or ``local`` for processes on this machine."""
     nodes: int = 1
+    """Compute nodes of a job."""
     ranks_per_node: int = 1
+    """Processes on each node; one a GPU."""
     cpus_per_rank: int = 1
+    """Processor cores of each rank."""
     gpus_per_node: int = 0
+    gpu_type: str | None = None
+    """The GPUs' type as Slurm names it (``a30``), where a partition has several."""
     memory_gb: float | None = None
     """Memory of a node in GB; None leaves it to the scheduler's default."""
     time_limit_min: int = 60
+    """Minutes after which Slurm ends the job."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    """Features that the nodes must have, as ``sbatch --constraint`` takes them."""
     exclude: str | None = None
     """Nodes not to use, as a Slurm host list."""
     template: str = "train.sbatch.j2"
@@ -92,6 +169,11 @@ class ClusterConfig:
     """Further arguments of ``srun``, each one word."""
     modules: list[str] = field(default_factory=list)
     """Environment modules to load on the nodes."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell that the job runs first, as they are: activating an environment, raising a limit."""
+    python: str | None = None
+    """The Python that runs the ranks; None takes the one that launches."""
+    container: ContainerConfig = field(default_factory=ContainerConfig)
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of every rank; quoted when they are written into the script."""
     submit_environment: dict[str, str] = field(default_factory=dict)
@@ -167,7 +249,6 @@ class ModelConfig:
 class TrainConfig:
     """The optimisation."""
 
-    task: str = "anomaly"
     steps: int = 100
     micro_batch_size: int = 4
     """Images that a rank puts through the model at once."""
@@ -249,8 +330,14 @@ class RunConfig:
     wait: bool = False
     """Follow the job until it ends."""
     dry_run: bool = False
-    """Print the job's script and submit nothing."""
     requeue: Requeue = Requeue.on_stop
+    """Print the job's script and each rank's command, and submit nothing."""
+    after: str | None = None
+    """Job id, or name of a run beside this one, that must have completed before this one starts."""
+    analyze: Analyze = Analyze.never
+    """``after`` queues the analysis behind the run, so that one command ends in tables."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -272,8 +359,29 @@ class RunConfig:
 
 def dump(config: RunConfig, path: Path) -> None:
     """Write the frozen configuration: read-only, for whoever runs this job has to run this."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    text = yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    path.write_text(text, encoding="utf-8")
     path.chmod(0o444)
+
+
+class _Dumper(yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper):  # type: ignore[misc]
+    """Quotes texts that start like a number: OmegaConf reads ``1e-4`` as one, though YAML 1.1 does not."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text[:1].isalpha() else "'")
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with names in place of enumerated values."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.name if isinstance(value, StrEnum) else value
 
 
 def load(path: Path) -> RunConfig:

@@ -23,6 +23,31 @@ class RunDir:
         return self.root / "submission.sh"
 
     @property
+    def analysis_script(self) -> Path:
+        """The sbatch script of the analysis that is queued behind the run."""
+        return self.root / "analysis.sh"
+
+    @property
+    def submission(self) -> Path:
+        """What the scheduler accepted, as JSON: the job's id, and that of the analysis behind it."""
+        return self.root / "submission.json"
+
+    @property
+    def provenance(self) -> Path:
+        """What the job was made from, as JSON: commits, packages, modules, hashes."""
+        return self.root / "provenance.json"
+
+    @property
+    def code(self) -> Path:
+        """The code as it was when the job was submitted, and which the job runs."""
+        return self.root / "code"
+
+    @property
+    def exit_status(self) -> Path:
+        """A line for each time that the batch script ran to its end: the job's id and exit status."""
+        return self.root / "exit_status"
+
+    @property
     def job_record(self) -> Path:
         """What the scheduler's accounting says of the job, as JSON."""
         return self.root / "job.json"
@@ -68,6 +93,11 @@ class RunDir:
         return self.logs / "batch.log"
 
     @property
+    def analysis_log(self) -> Path:
+        """Output of the analysis that is queued behind the run."""
+        return self.logs / "analysis.log"
+
+    @property
     def evaluation(self) -> Path:
         """Scores on held-out images before and after training, as JSON."""
         return self.metrics / "evaluation.json"
@@ -110,3 +140,24 @@ class RunDir:
         self.root.mkdir(mode=0o700, parents=True)
         for folder in (self.submitit, self.logs, self.nsys, self.metrics, self.checkpoints):
             folder.mkdir()
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """The folder of a sweep, whose points are run directories and share a script and the code."""
+
+    root: Path
+
+    @property
+    def ledger(self) -> Path:
+        """Every point with its overrides, run directory and jobs, as JSON."""
+        return self.root / "ledger.json"
+
+    def point(self, index: int) -> RunDir:
+        """The run directory of array task ``index``; the job's script builds the same name."""
+        return RunDir(self.root / f"{index:04d}")
+
+    @property
+    def shared(self) -> RunDir:
+        """Where the script, the code and the provenance of all points lie."""
+        return RunDir(self.root)

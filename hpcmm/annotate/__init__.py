@@ -6,9 +6,13 @@
 ...     with annotate.phase("data"):
 ...         ...
 
+In a loop of your own one line annotates the steps: ``for batch in annotate.steps(loader):``. A Hugging Face ``Trainer``
+takes ``hpcmm.annotate.hf.StepAnnotation`` as a callback.
+
 Without a profiler attached nothing is installed and the context managers do nothing.
 """
 
+from hpcmm.annotate.loops import steps
 from hpcmm.annotate.ranges import phase, profiler_attached, step
 
-__all__ = ["phase", "profiler_attached", "step"]
+__all__ = ["phase", "profiler_attached", "step", "steps"]

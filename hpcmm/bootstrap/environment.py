@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class RankEnvironment:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int
     job_id: str
     node: str
     master_addr: str
@@ -50,6 +52,7 @@ class RankEnvironment:
             rank=int(environ[names["rank"]]),
             local_rank=int(environ[names["local_rank"]]),
             world_size=int(environ[names["world_size"]]),
+            local_world_size=_ranks_on_this_node(environ, int(environ[names["world_size"]])),
             job_id=environ[names["job_id"]],
             node=environ.get("SLURMD_NODENAME") or socket.gethostname(),
             master_addr=environ["MASTER_ADDR"],
@@ -61,5 +64,17 @@ class RankEnvironment:
         environ["RANK"] = str(self.rank)
         environ["LOCAL_RANK"] = str(self.local_rank)
         environ["WORLD_SIZE"] = str(self.world_size)
+        environ["LOCAL_WORLD_SIZE"] = str(self.local_world_size)
         environ["MASTER_ADDR"] = self.master_addr
         environ["MASTER_PORT"] = str(self.master_port)
+
+
+def _ranks_on_this_node(environ: Mapping[str, str], world_size: int) -> int:
+    """From Slurm's ``2(x3),1``, three nodes of two tasks and one of one; all ranks where Slurm says nothing."""
+    listed = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")
+    if environ.get("SUBMITIT_EXECUTOR") == "local" or not listed:
+        return world_size
+    counts: list[int] = []
+    for tasks, repeated in re.findall(r"([0-9]+)(?:\(x([0-9]+)\))?", listed):
+        counts += [int(tasks)] * int(repeated or 1)
+    return counts[int(environ.get("SLURM_NODEID", "0"))]

@@ -3,61 +3,134 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpcmm.errors import HpcmmError
-from hpcmm.launch import plan, queue, render_script
-from hpcmm.launch.compose import config_groups
+
+if TYPE_CHECKING:
+    from hpcmm.launch.run import Plan
+    from hpcmm.launch.sweep import Point
 
 EPILOG = """\
 examples:
   python -m hpcmm.launch experiment=anomaly_demo            the main job, on the local four-node Slurm
   python -m hpcmm.launch experiment=anomaly_demo wait=true  ... and follow it to its end
   python -m hpcmm.launch cluster=local train.steps=20       four ranks on this machine, no Slurm
-  python -m hpcmm.launch cluster=slurm cluster.nodes=4 cluster.gpus_per_node=2 cluster.ranks_per_node=2 \\
-      cluster.partition=gpu profile=nsys data=mvtec data.root=/data/mvtec_ad
+  python -m hpcmm.launch cluster=a30 task=script task.path=train.py 'task.args=[--lr,1e-4]' profile=nsys analyze=after
+  python -m hpcmm.launch cluster=a30 task=function task.target=my_pkg.train:main task.kwargs.lr=1e-4
+  python -m hpcmm.launch cluster=a30 train.learning_rate=1e-3,1e-4 'train.seed=range(0,5)'    ten points, one job array
+  python -m hpcmm.launch resubmit runs/latest               the failed points of a sweep once more
   python -m hpcmm.launch experiment=anomaly_demo dry_run=true   print the job's script, submit nothing
 
 exit status: 0 the job was accepted (with wait=true: completed), 1 it was not or the configuration is wrong, 130 after
 Ctrl-C while following, which leaves the job running.
 Every key is documented in hpcmm/config.py; a key that does not exist is refused with the names of those that do.
 """
-
-
-def _parser() -> argparse.ArgumentParser:
-    groups = "\n".join(f"  {name + '=':<12} {', '.join(options)}" for name, options in config_groups().items())
-    return argparse.ArgumentParser(
-        prog="python -m hpcmm.launch",
-        description="Compose a run from conf/, check it, and submit it. Prints the job id, the run directory and what "
-        "to run next, and returns at once.\n\nconfig groups and their options:\n" + groups,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+RESUBMIT = "resubmit"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra override: a group's option or a key")
-    overrides = parser.parse_args(arguments).overrides
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(given):
+        print(_help())
+        return 0
     try:
-        config, run = plan(overrides)
-        if config.dry_run:
-            print(render_script(config, run), end="")
-            return 0
-        submission = queue(config, run)
+        if given[:1] == [RESUBMIT]:
+            return _resubmit(given[1:])
+        return _launch([word for word in given if word not in ("-m", "--multirun")])
     except HpcmmError as error:
         print(f"hpcmm: {error}", file=sys.stderr)
         return 1
+
+
+def _launch(overrides: Sequence[str]) -> int:
+    from hpcmm.launch.run import plan, queue  # noqa: PLC0415 -- after --help, which needs none of it
+    from hpcmm.launch.sweep import compose_points  # noqa: PLC0415
+    from hpcmm.launch.validate import validate  # noqa: PLC0415
+
+    options = [word for word in overrides if word.startswith("-")]
+    if options:
+        raise HpcmmError(f"{options[0]} is no option: everything is given as KEY=VALUE, see --help.")
+    points = compose_points(overrides)
+    if points[0].overrides:
+        return _launch_sweep(points, overrides)
+    config = points[0].config
+    validate(config)
+    planned = plan(config, overrides)
+    if config.dry_run:
+        return _dry_run(planned)
+    submission = queue(planned)
+    run = submission.run
     print(f"job id:         {submission.job_id}")
     print(f"run directory:  {run.root}")
-    if not config.wait:
-        print(f"follow rank 0:  tail -F {run.rank_log(0)}")
-        print(f"then, analyse:  python -m hpcmm.analyze {run.root}")
-        return 0
-    from hpcmm.launch.follow import follow  # noqa: PLC0415 -- rich, which a submission alone does not need
+    if config.wait:
+        from hpcmm.launch.follow import follow  # noqa: PLC0415 -- rich, which a submission alone does not need
 
-    return follow(config, submission)
+        return follow(config, submission)
+    print(f"follow rank 0:  tail -F {shlex.quote(str(run.rank_log(0)))}")
+    if submission.analysis_job_id is None:
+        print(f"then, analyse:  python -m hpcmm.analyze {shlex.quote(str(run.root))}")
+    else:
+        print(f"analysis:       job {submission.analysis_job_id}, which writes {run.analysis_log}")
+    return 0
+
+
+def _launch_sweep(points: Sequence[Point], overrides: Sequence[str]) -> int:
+    from hpcmm.launch.array import plan_sweep, queue_sweep  # noqa: PLC0415 -- submitit, for a sweep alone
+
+    planned = plan_sweep(points, overrides)
+    if planned.config.dry_run:
+        for index, point in enumerate(points):
+            print(f"# point {index}: {shlex.join(point.overrides)}")
+        return _dry_run(planned)
+    ledger, job_id = queue_sweep(planned, points)
+    print(f"job id:         {job_id}, an array of {len(points)} tasks")
+    print(f"sweep:          {ledger.sweep.root}")
+    print(f"ledger:         {ledger.sweep.ledger}")
+    print(f"failed points:  python -m hpcmm.launch {RESUBMIT} {shlex.quote(str(ledger.sweep.root))}")
+    return 0
+
+
+def _dry_run(planned: Plan) -> int:
+    from hpcmm.launch.dry_run import rank_comment  # noqa: PLC0415
+    from hpcmm.launch.script import render_script  # noqa: PLC0415
+
+    print(render_script(planned.config, planned.job) + rank_comment(planned), end="")
+    return 0
+
+
+def _resubmit(arguments: Sequence[str]) -> int:
+    from hpcmm.launch.array import resubmit, summary  # noqa: PLC0415
+
+    if len(arguments) != 1:
+        raise HpcmmError(f"Give one ledger: python -m hpcmm.launch {RESUBMIT} SWEEP_FOLDER, or its ledger.json.")
+    ledger, points, job_id = resubmit(Path(arguments[0]))
+    if job_id is None:
+        print(f"No point has failed: {summary(ledger)}.")
+        return 0
+    print(f"job id:         {job_id}, an array of {len(points)} tasks")
+    for point in points:
+        print(f"point {point.index:>4}:     {shlex.join(point.overrides)}")
+    return 0
+
+
+def _help() -> str:
+    from hpcmm.launch.help import groups_help, keys_help  # noqa: PLC0415
+
+    return argparse.ArgumentParser(
+        prog="python -m hpcmm.launch",
+        usage=f"%(prog)s [KEY=VALUE ...]\n       %(prog)s {RESUBMIT} LEDGER",
+        description="Compose a run from conf/, check it, and submit it. Prints the job id, the run directory and what "
+        "to run next, and returns at once. Several values of a key (a,b or range(0,5)) are a sweep: one job array.\n\n"
+        f"config groups and their options:\n{groups_help()}\n\nkeys, with their defaults:\n{keys_help()}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    ).format_help()
 
 
 if __name__ == "__main__":

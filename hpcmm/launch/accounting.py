@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hpcmm.errors import HpcmmError
@@ -44,6 +45,20 @@ def queue_state(job_id: str) -> QueueState:
     if not records:
         raise HpcmmError(f"Neither squeue nor sacct knows job {job_id}: was it of another cluster, or too long ago?")
     return QueueState(records[0]["State"].split()[0])
+
+
+def array_states(job_ids: Iterable[str]) -> dict[str, str]:
+    """States of the array tasks that Slurm has in its queue, by ``job_task``; one question for all arrays.
+
+    Tasks that have left the queue are not in it. Raises HpcmmError when squeue does not answer.
+    """
+    wanted = ",".join(sorted(job_ids))
+    if not wanted:
+        return {}
+    listed = ask(
+        "squeue", "--noheader", "--array", "--states=all", f"--jobs={wanted}", "--format=%i|%T", absent="Invalid job id"
+    )
+    return dict(line.strip().split("|", 1) for line in listed.splitlines() if "|" in line)
 
 
 def job_records(job_id: str) -> list[dict[str, str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hpcmm.config import Executor, RunConfig
+from hpcmm.config import Analyze, Executor, RunConfig, TaskName
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.accounting import QueueState, job_records, queue_state
 from hpcmm.launch.submit import Submission
@@ -38,6 +40,8 @@ def follow(config: RunConfig, submission: Submission) -> int:
         console.print(f"hpcmm: {error}", markup=False)
         return 1
     submission.run.job_record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if config.analyze is Analyze.after:
+        _show_analysis(submission, console)
     if record["state"] == "COMPLETED":
         if submission.run.evaluation.is_file():
             scores = json.loads(submission.run.evaluation.read_text(encoding="utf-8"))
@@ -50,17 +54,20 @@ def follow(config: RunConfig, submission: Submission) -> int:
 
 def _watch(config: RunConfig, submission: Submission, console: Console) -> QueueState:
     metrics = _Tail(submission.run.rank_metrics(0))
-    batch_log = _Tail(submission.run.batch_log)
+    shown_logs = [_Tail(submission.run.batch_log)]
+    if config.task.name is not TaskName.anomaly:  # which tells of its steps in its metrics
+        shown_logs.append(_Tail(submission.run.rank_log(0)))
     states = _states(config, submission)
     shown = QueueState("")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
+    hidden = not console.is_terminal or config.task.name is not TaskName.anomaly
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=hidden) as bar:
         task = bar.add_task("waiting", total=config.train.steps)
         for state in states:
             if state.state != shown.state or (state.active and state.reason != shown.reason):
                 shown = state
                 console.print(_state_line(submission.job_id, state), markup=False)
-            for line in batch_log.lines():
+            for line in (line for log in shown_logs for line in log.lines()):
                 console.print(line, markup=False)
             for line in metrics.lines():
                 record = json.loads(line)
@@ -118,6 +125,23 @@ def _record(config: RunConfig, submission: Submission, state: QueueState) -> dic
             return record | {"state": records[0]["State"].split()[0], "sacct": records}
         time.sleep(1)
     return record
+
+
+def _show_analysis(submission: Submission, console: Console) -> None:
+    """Show the analysis: of the job that is queued behind the run, or made here where there is no queue."""
+    run = submission.run
+    if submission.analysis_job_id is None:
+        command = [sys.executable, "-m", "hpcmm.analyze", str(run.root)]
+        subprocess.run(command, check=False)
+        return
+    pause_s, longest_s = _POLL_S
+    while (state := queue_state(submission.analysis_job_id)).active:
+        time.sleep(pause_s)
+        pause_s = min(longest_s, pause_s * 1.2)
+    if run.analysis_log.is_file():
+        print(run.analysis_log.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
+    if state.state != "COMPLETED":
+        console.print(f"analysis job {submission.analysis_job_id}: {state.state}", markup=False)
 
 
 def _show_failure(config: RunConfig, run: RunDir, console: Console) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,59 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hpcmm.config import Requeue, RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.container import Container
 from hpcmm.resources import resource
 from hpcmm.run_dir import RunDir
 
+ANALYSIS_TEMPLATE = "analysis.sbatch.j2"
+_ANALYSIS_TIME_MIN = 60
 
-def render_script(config: RunConfig, run: RunDir, python: str = sys.executable) -> str:
+
+@dataclass(frozen=True)
+class Job:
+    """What a script is rendered from, beside the configuration."""
+
+    run: RunDir
+    """The run directory; of a sweep the folder that holds those of its points."""
+    python_path: tuple[str, ...] = ()
+    """Folders that the job's Python searches first."""
+    points: int | None = None
+    """Number of a sweep's points; None for a single run."""
+    after: str | None = None
+    """Id of the job that must have completed before."""
+    launcher: str = sys.executable
+    """The Python that launches."""
+    working_directory: Path = field(default_factory=Path.cwd)
+    """The folder that the job is launched from, and runs in."""
+
+
+def render_script(config: RunConfig, job: Job) -> str:
     """The sbatch script of ``config``. Every value from the configuration is quoted for the shell.
 
-    Raises HpcmmError for a value that an ``#SBATCH`` line cannot hold.
+    ``cluster.setup`` alone is shell, and stands there as it is written. Raises HpcmmError for a value that an
+    ``#SBATCH`` line cannot hold.
     """
+    return _render(config.cluster.template, config, job, _directives(config, job))
+
+
+def render_analysis_script(config: RunConfig, job: Job) -> str:
+    """The script of the job that analyses the run, or each point of the sweep, when it is over."""
+    return _render(ANALYSIS_TEMPLATE, config, job, _analysis_directives(config, job))
+
+
+def rank_command(config: RunConfig, run: RunDir) -> list[str]:
+    """The words that start one rank: hpcmm's wrapper around submitit's entry point."""
+    python = python_of(config)
+    submitit = [python, "-P", "-u", "-m", "submitit.core._submit", str(run.submitit)]
+    return [python, "-P", "-m", "hpcmm.capture", str(run.root), "--", *submitit]
+
+
+def python_of(config: RunConfig, launcher: str = sys.executable) -> str:
+    """The Python that runs the ranks."""
+    return config.cluster.python or launcher
+
+
+def _render(template: str, config: RunConfig, job: Job, directives: dict[str, str | None]) -> str:
     environment = Environment(
         loader=FileSystemLoader(resource("slurm")),
         undefined=StrictUndefined,
@@ -29,49 +75,102 @@ def render_script(config: RunConfig, run: RunDir, python: str = sys.executable) 
         autoescape=False,  # noqa: S701 -- a shell script, where the filter `word` quotes
     )
     environment.filters["word"] = lambda value: shlex.quote(str(value))
+    environment.filters["words"] = shlex.join
+    environment.filters["pattern"] = _slurm_pattern
     environment.filters["directive"] = _directive_value
-    return environment.get_template(config.cluster.template).render(
+    container = Container.of(config, job.run, job.working_directory)
+    return environment.get_template(template).render(
         cluster=config.cluster,
         launch=config.launch,
         requeue=config.requeue,
-        directives=_directives(config, run),
+        directives=directives,
         environment=config.cluster.environment,
-        run=run,
-        python=python,
-        rank_log_pattern=_slurm_pattern(run.logs) + "/rank_%4t.log",
-        rank_command=rank_command(run, python),
+        run=job.run,
+        is_sweep=job.points is not None,
+        python=python_of(config, job.launcher),
+        python_path=os.pathsep.join(job.python_path),
+        once=_prefix(container.on_first_node()),
+        inside=_prefix(container.inside()),
+        srun_arguments=[*config.cluster.srun, *container.srun_arguments()],
     )
 
 
-def rank_command(run: RunDir, python: str = sys.executable) -> str:
-    """The shell words that start one rank: hpcmm's wrapper around submitit's entry point."""
-    submitit = [python, "-u", "-m", "submitit.core._submit", str(run.submitit)]
-    return shlex.join([python, "-m", "hpcmm.capture", str(run.root), "--", *submitit])
+def _prefix(words: list[str]) -> str:
+    return shlex.join(words) + " " if words else ""
 
 
-def _directives(config: RunConfig, run: RunDir) -> dict[str, str | None]:
+def _directives(config: RunConfig, job: Job) -> dict[str, str | None]:
     """Long options of sbatch, in a fixed order, with the site's own last."""
     cluster = config.cluster
-    directives: dict[str, Any] = {
-        "job-name": config.name,
-        "nodes": cluster.nodes + config.launch.spare_nodes,
-        "ntasks-per-node": cluster.ranks_per_node,
-        "cpus-per-task": cluster.cpus_per_rank,
-        "gpus-per-node": cluster.gpus_per_node or None,
-        "mem": None if cluster.memory_gb is None else f"{round(cluster.memory_gb * 1024)}M",
-        "time": cluster.time_limit_min,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "exclude": cluster.exclude,
-        "output": _slurm_pattern(run.batch_log),
-        "open-mode": "append",
-        "requeue" if config.requeue is Requeue.on_node_failure else "no-requeue": "",
-        "signal": f"B:USR1@{cluster.stop_warning_s}" if cluster.stop_warning_s else None,
-    }
-    given: dict[str, str | None] = {key: str(value) or None for key, value in directives.items() if value is not None}
+    given = _given(
+        {
+            "job-name": config.name,
+            "nodes": cluster.nodes + config.launch.spare_nodes,
+            "ntasks-per-node": cluster.ranks_per_node,
+            "cpus-per-task": cluster.cpus_per_rank,
+            "gpus-per-node": _gpus(config),
+            "mem": None if cluster.memory_gb is None else f"{round(cluster.memory_gb * 1024)}M",
+            "time": cluster.time_limit_min,
+            **_site(config),
+            "constraint": cluster.constraint,
+            "exclude": cluster.exclude,
+            "array": _array(config, job),
+            "dependency": None if job.after is None else f"afterok:{job.after}",
+            "kill-on-invalid-dep": None if job.after is None else "yes",
+            "output": _log_pattern(job, job.run.batch_log),
+            "open-mode": "append",
+            "requeue" if config.requeue is Requeue.on_node_failure else "no-requeue": "",
+            "signal": f"B:USR1@{cluster.stop_warning_s}" if cluster.stop_warning_s else None,
+        }
+    )
     return given | {key: value or None for key, value in cluster.sbatch.items()}
+
+
+def _analysis_directives(config: RunConfig, job: Job) -> dict[str, str | None]:
+    return _given(
+        {
+            "job-name": f"{config.name}-analysis",
+            "nodes": 1,
+            "ntasks": 1,
+            "time": _ANALYSIS_TIME_MIN,
+            **_site(config),
+            "reservation": config.cluster.sbatch.get("reservation"),
+            "array": _array(config, job),
+            "kill-on-invalid-dep": "yes",
+            "output": _log_pattern(job, job.run.analysis_log),
+        }
+    )
+
+
+def _site(config: RunConfig) -> dict[str, str | None]:
+    cluster = config.cluster
+    return {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
+
+
+def _given(directives: dict[str, Any]) -> dict[str, str | None]:
+    """Those that are given; an empty text is an option without a value."""
+    return {key: str(value) or None for key, value in directives.items() if value is not None}
+
+
+def _gpus(config: RunConfig) -> str | None:
+    cluster = config.cluster
+    if not cluster.gpus_per_node:
+        return None
+    return f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else str(cluster.gpus_per_node)
+
+
+def _array(config: RunConfig, job: Job) -> str | None:
+    if job.points is None:
+        return None
+    most = config.launch.parallel_points
+    return f"0-{job.points - 1}" + (f"%{most}" if most else "")
+
+
+def _log_pattern(job: Job, log: Path) -> str:
+    """Where Slurm writes ``log``; in a sweep, the log of the same name in each point's run directory."""
+    if job.points is None:
+        return _slurm_pattern(log)
+    return f"{_slurm_pattern(job.run.root)}/%4a/{_slurm_pattern(log.relative_to(job.run.root))}"
 
 
 def _slurm_pattern(path: Path) -> str:

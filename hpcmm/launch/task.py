@@ -1,9 +1,10 @@
-"""The callable that submitit carries to every rank. Imported on login nodes, so it imports nothing heavy itself."""
+"""What submitit carries to every rank. Imported on login nodes, so it imports nothing heavy itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpcmm.failures.recorder import recording_failure
 from hpcmm.run_dir import RunDir
@@ -21,3 +22,17 @@ class RankTask:
             from hpcmm.train.rank import run_rank  # noqa: PLC0415 -- imports torch, on the node only
 
             return run_rank(self.run_dir)
+
+
+@dataclass(frozen=True)
+class UserTask:
+    """Runs the user's script or function as one rank of the job in ``run_dir``."""
+
+    run_dir: str
+
+    def __call__(self) -> Any:
+        """Returns what the function returned, which submitit hands back to the submitter."""
+        with recording_failure(RunDir(Path(self.run_dir))):
+            from hpcmm.train.user_task import run_user_task  # noqa: PLC0415 -- runs the user's code, on the node only
+
+            return run_user_task(self.run_dir)

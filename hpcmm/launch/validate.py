@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Iterator
 
-from hpcmm.config import Executor, RunConfig
+from hpcmm.config import Analyze, Executor, RunConfig, TaskName
 from hpcmm.errors import HpcmmError
 from hpcmm.profiled_ranks import profiled_ranks
 from hpcmm.profiled_steps import step_window
 from hpcmm.resources import resource
 
 ZERO_STAGES = range(4)
-TASKS = ("anomaly",)
+DECODERS = ("fcn",)
 _MOST_RANKS = 1_000_000
 _MOST_MEMORY_GB = 1e6
 
@@ -26,12 +26,16 @@ def validate(config: RunConfig) -> None:
         )
     problems = [
         *_sizes(config),
+        *_numbers(config),
+        *_task(config),
         *_batch(config),
         *_optimisation(config),
         *_cluster(config),
         *_warning(config),
+        *_container(config),
+        *_handover(config),
         *_parallel(config),
-        *_data(config),
+        *(_data(config) if config.task.name is TaskName.anomaly else ()),
         *_profile(config),
         *_launch(config),
     ]
@@ -50,6 +54,12 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         "train.log_every": config.train.log_every,
         "train.keep_checkpoints": config.train.keep_checkpoints,
+        "model.decoder_width": config.model.decoder_width,
+        "model.text_adapter_width": config.model.text_adapter_width,
+        "parallel.rendezvous_timeout_s": config.parallel.rendezvous_timeout_s,
+        "parallel.collective_timeout_s": config.parallel.collective_timeout_s,
+        "cluster.kill_wait_s": config.cluster.kill_wait_s,
+        "launch.snapshot_limit_mb": config.launch.snapshot_limit_mb,
         "parallel.reduce_bucket_size": config.parallel.reduce_bucket_size,
         "parallel.allgather_bucket_size": config.parallel.allgather_bucket_size,
         "data.image_size": config.data.image_size,
@@ -62,11 +72,60 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "data.num_workers": config.data.num_workers,
         "launch.spare_nodes": config.launch.spare_nodes,
         "data.slow_s": config.data.slow_s,
+        "train.seed": config.train.seed,
     }
+    optional = {
+        "launch.parallel_points": config.launch.parallel_points,
+        "parallel.threads_per_rank": config.parallel.threads_per_rank,
+    }
+    at_least_one |= {key: value for key, value in optional.items() if value is not None}
     for least, values in ((1, at_least_one), (0, at_least_zero)):
         for key, value in values.items():
             if not value >= least:  # so that nan fails
                 yield f"{key} is {value}, but must be at least {least}."
+
+
+def _numbers(config: RunConfig) -> Iterator[str]:
+    """Numbers that must be finite, and above 0 or not below it."""
+    train = config.train
+    above_zero = {
+        "train.learning_rate": train.learning_rate,
+        "train.gradient_clip": train.gradient_clip,
+        "model.temperature": config.model.temperature,
+    }
+    not_below_zero = {
+        "train.weight_decay": train.weight_decay,
+        "train.focal_gamma": train.focal_gamma,
+        "train.focal_weight": train.focal_weight,
+        "train.dice_weight": train.dice_weight,
+        "data.slow_s": config.data.slow_s,
+    }
+    for key, value in above_zero.items():
+        if not (value > 0 and math.isfinite(value)):
+            yield f"{key} is {value}, but must be a finite number above 0."
+    for key, value in not_below_zero.items():
+        if not (value >= 0 and math.isfinite(value)):
+            yield f"{key} is {value}, but must be a finite number, 0 or above."
+
+
+def _task(config: RunConfig) -> Iterator[str]:
+    task = config.task
+    if task.name is TaskName.script and not task.path:
+        yield "task=script needs a script: give it as task.path=train.py."
+    if task.name is TaskName.function and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", task.target or ""):
+        yield f"task.target is {task.target!r}: name a function as package.module:function."
+    wrong = {
+        "task.path": task.path and task.name is not TaskName.script,
+        "task.args": task.args and task.name is not TaskName.script,
+        "task.target": task.target and task.name is not TaskName.function,
+        "task.kwargs": task.kwargs and task.name is not TaskName.function,
+    }
+    for key, is_wrong in wrong.items():
+        if is_wrong:
+            fitting = "script" if key in ("task.path", "task.args") else "function"
+            yield f"{key} is given, but the task is {task.name}: add task={fitting}, or leave it out."
+    if any("\0" in word for word in (task.path or "", *task.args)):
+        yield "task.path or task.args holds a NUL byte, which no command line can."
 
 
 def _batch(config: RunConfig) -> Iterator[str]:
@@ -84,14 +143,12 @@ def _batch(config: RunConfig) -> Iterator[str]:
 
 def _optimisation(config: RunConfig) -> Iterator[str]:
     train = config.train
-    positive = {"train.learning_rate": train.learning_rate, "train.gradient_clip": train.gradient_clip}
-    for key, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            yield f"{key} is {value}, but must be a finite number above 0."
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas is {train.betas}, but must be two numbers from 0 to below 1."
-    if train.task not in TASKS:
-        yield f"train.task is {train.task!r}, but hpcmm trains {', '.join(TASKS)}."
+    if not 0 <= train.focal_alpha <= 1:
+        yield f"train.focal_alpha is {train.focal_alpha}, but must lie between 0 and 1."
+    if config.model.decoder not in DECODERS:
+        yield f"model.decoder is {config.model.decoder!r}, but hpcmm has {', '.join(DECODERS)}."
 
 
 def _cluster(config: RunConfig) -> Iterator[str]:
@@ -129,6 +186,33 @@ def _warning(config: RunConfig) -> Iterator[str]:
             f"cluster.stop_warning_s is {warning_s}, but the whole job has {limit_s} s: raise cluster.time_limit_min, "
             "or set a shorter warning."
         )
+
+
+def _container(config: RunConfig) -> Iterator[str]:
+    container = config.cluster.container
+    if container.engine is None:
+        if container.image:
+            yield "cluster.container.image is given, but no engine: set cluster.container.engine to pyxis or apptainer."
+        return
+    if not container.image:
+        yield f"cluster.container.engine is {container.engine}, but there is no image: set cluster.container.image."
+    if config.cluster.executor is Executor.local:
+        yield "cluster.container needs Slurm, and the local executor has none: leave it out."
+    for mount in container.mounts:
+        if not mount.startswith("/") or "," in mount:
+            yield f"cluster.container.mounts has {mount!r}: write /source or /source:/target, without commas."
+
+
+def _handover(config: RunConfig) -> Iterator[str]:
+    local = config.cluster.executor is Executor.local
+    if config.analyze is Analyze.after and config.profile.tool is None:
+        yield "analyze=after needs reports to analyse: add profile=nsys."
+    if local and config.analyze is Analyze.after and not config.wait:
+        yield "analyze=after has no queue to wait in with cluster=local: add wait=true."
+    if local and config.after is not None:
+        yield f"after={config.after} needs Slurm's queue, and cluster=local has none: leave it out."
+    if any("\n" in line or "\0" in line for line in config.cluster.setup):
+        yield "cluster.setup has an entry of several lines: write each line as an entry of its own."
 
 
 def _parallel(config: RunConfig) -> Iterator[str]:

@@ -6,6 +6,7 @@ Compiled ops are built and the task's data is made, unless an earlier run left t
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 from hpcmm import config as run_config
 from hpcmm.bootstrap.cache import cache_dir, extensions_dir
 from hpcmm.bootstrap.compiled_ops import build_ops, ops_are_built
-from hpcmm.config import RunConfig
+from hpcmm.config import RunConfig, TaskName
 from hpcmm.errors import HpcmmError
 from hpcmm.run_dir import RunDir
 from hpcmm.train.attempt import begin_attempt
@@ -23,13 +24,16 @@ from hpcmm.train.data_root import ensure_data
 
 def prepare(config: RunConfig) -> None:
     """Build and make what is missing, one process at a time. Cheap when nothing is."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return  # a script of the user's, in an environment without it
     folder = cache_dir(config.cluster)
     folder.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(folder / "prepare.lock"):
         ops = extensions_dir(config.cluster)
         if not ops_are_built(ops):
             build_ops(ops)
-        ensure_data(config)
+        if config.task.name is TaskName.anomaly:
+            ensure_data(config)
 
 
 @contextmanager

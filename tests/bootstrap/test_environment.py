@@ -10,6 +10,7 @@ from hpcmm.errors import HpcmmError
 
 SLURM = {
     "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node3",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_NODEID": "2",
     "MASTER_ADDR": "node1", "MASTER_PORT": "23456",
 }  # fmt: skip
 
@@ -20,8 +21,17 @@ def test_slurm_tells_a_rank_its_place():
     exported: dict[str, str] = {}
     place.export(exported)
     assert exported == {
-        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "MASTER_PORT": "23456",
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node1", "MASTER_PORT": "23456",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "node", "expected"), [("2(x4)", "3", 2), ("3,1(x2)", "0", 3), ("3,1(x2)", "2", 1), ("8", "0", 8)]
+)
+def test_ranks_on_this_node_come_from_slurm_s_list(tasks_per_node, node, expected):
+    place = RankEnvironment.read(SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks_per_node, "SLURM_NODEID": node})
+    assert place.local_world_size == expected
 
 
 def test_the_local_executor_is_believed_within_a_slurm_job():

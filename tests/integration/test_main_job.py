@@ -187,7 +187,7 @@ def test_a_rank_with_slow_data_loading_is_named(slurm_cluster, nsys, tmp_path):
     ("overrides", "expected"),
     [
         (["cluster.partition=none_such"], "cluster.partition is none_such"),
-        (["cluster.gpus_per_node=3", "cluster.ranks_per_node=3"], "No nodes have 3 ranks"),
+        (["cluster.gpus_per_node=3", "cluster.ranks_per_node=3"], "4 nodes with 3 ranks"),
         (["cluster.memory_gb=900"], "cluster.memory_gb is 900"),
         (["cluster.sbatch.no-such-option=1"], "Slurm refused the job"),
     ],

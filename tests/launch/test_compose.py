@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpcmm.config import Executor, Schedule
+from hpcmm.config import Executor, Schedule, dump, load
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.compose import compose_run
 
@@ -31,11 +31,14 @@ def test_the_command_line_overrules_the_experiment():
         ("+extra=1", "extra is no key"),
         ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted to Integer."),
         ("cluster.executor=pbs", "expected one of [slurm, local]"),
-        ("cluster=slrum", "choose one of local, local_slurm, slurm."),
+        ("cluster=slrum", "local_slurm, modules_conda, slurm."),
         ("experiment=none_such", "choose one of anomaly_demo"),
         ("train.steps=[1", "Not a Hydra override"),
         ("steps", "Not a Hydra override"),
         ("~train.steps", "does not support deletion"),
+        ("hydra.run.dir=x", "a setting of Hydra's"),
+        ("hydra/launcher=submitit_slurm", "a setting of Hydra's"),
+        ("train.steps=1,2", "is a sweep"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(override, expected):
@@ -49,3 +52,32 @@ def test_dictionaries_take_any_key_and_keep_hostile_values_as_they_are():
     run = compose_run(["cluster.environment.GREETING='x; echo pwn'", "cluster.sbatch.reservation=maint"])
     assert run.cluster.environment == {"GREETING": "x; echo pwn"}
     assert run.cluster.sbatch == {"reservation": "maint"}
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("[--lr,1e-4,007,true,--x=1]", ["--lr", "1e-4", "007", "true", "--x=1"]),
+        ("['a, b',\"it's\",two words]", ["a, b", "it's", "two words"]),
+        ("['$(id)','x; echo pwn']", ["$(id)", "x; echo pwn"]),
+        ("['steps-${train.steps}']", ["steps-100"]),
+        ("[]", []),
+    ],
+)
+def test_a_script_s_words_stay_as_they_are_written(written, words):
+    assert compose_run(["task=script", "task.path=a.py", f"task.args={written}"]).task.args == words
+
+
+def test_numbers_stay_numbers_where_numbers_are_meant():
+    run = compose_run(["task=function", "task.target=a:b", "task.kwargs={lr: 1e-4, name: x}", "task.kwargs.n=2"])
+    assert run.task.kwargs == {"lr": 1e-4, "name": "x", "n": 2}
+
+
+@pytest.mark.parametrize("word", ["1e-4", "007", "true", "null", ".5e3", "a: b", "it's", "# no", "-", "", "a\nb", "ü"])
+def test_a_frozen_configuration_reads_back_as_it_was(tmp_path, word):
+    run = compose_run(["experiment=anomaly_demo"])
+    run.task.args = [word]
+    run.task.kwargs = {"value": word, "number": 1e-4}
+    run.cluster.environment = {"KEY": word}
+    dump(run, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == run

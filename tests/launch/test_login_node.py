@@ -1,11 +1,14 @@
 """What a login-node command imports, and what it says."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hpcmm.config import load
 
 HEAVY = ("torch", "deepspeed", "transformers", "sklearn", "skimage")
 
@@ -55,8 +58,44 @@ def test_without_slurm_the_launcher_says_what_to_do(tmp_path):
 def test_help_names_the_groups_and_their_options():
     text = run_python("-m", "hpcmm.launch", "--help").stdout
     assert Path(__file__).parents[2].joinpath("conf/cluster/local_slurm.yaml").is_file()
-    assert "cluster=     local, local_slurm, slurm" in text
+    assert "cluster=     a30, h100_apptainer," in text
+    assert "local_slurm, modules_conda, slurm" in text
     assert "exit status" in text
+    assert "cluster.time_limit_min=60          Minutes after which Slurm ends the job." in text
+    assert "task.args" in text
+
+
+def test_a_dry_run_works_without_slurm_and_names_each_rank_s_command(tmp_path):
+    (tmp_path / "train.py").write_text("")
+    words = ("cluster=a30", "task=script", "task.path=train.py", "task.args=[--lr,1e-4]", "profile=nsys")
+    environment = {"PATH": "/nowhere", "HOME": str(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    done = run_python(
+        "-m", "hpcmm.launch", *words, "profile.ranks=one_per_node", "dry_run=true", cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "# srun starts 8 ranks, each as:\n" in done.stdout
+    assert "code/project/train.py --lr 1e-4\n" in done.stdout
+    assert "on ranks 0, 2, 4, 6\n" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.py"]
+
+
+def test_a_dry_run_of_a_sweep_lists_its_points(tmp_path):
+    done = run_python("-m", "hpcmm.launch", "-m", "cluster=a30", "train.steps=5,6", "dry_run=true", cwd=tmp_path)
+    assert done.stdout.startswith("# point 0: train.steps=5\n# point 1: train.steps=6\n#!/bin/bash\n")
+    assert "#SBATCH --array=0-1\n" in done.stdout
+
+
+def test_a_sweep_is_one_call_of_sbatch_and_a_ledger(tmp_path):
+    done = launch_with_sbatch(tmp_path, ACCEPTING_SBATCH, "train.seed=range(0,30)")
+    assert done.returncode == 0, done.stderr
+    assert "an array of 30 tasks" in done.stdout
+    sweep = (tmp_path / "runs" / "latest").resolve()
+    points = json.loads((sweep / "ledger.json").read_text())["points"]
+    assert [point["overrides"] for point in points] == [[f"train.seed={seed}"] for seed in range(30)]
+    assert {point["run"]: load(sweep / point["run"] / "config.yaml").train.seed for point in points} == {
+        f"{seed:04d}": seed for seed in range(30)
+    }
+    assert (sweep / "code" / "hpcmm" / "hpcmm" / "__init__.py").is_file()
 
 
 ACCEPTING_SBATCH = "#!/bin/sh\necho 'sbatch: a warning' >&2\necho Submitted batch job 7\n"
@@ -66,7 +105,7 @@ def launch_with_sbatch(folder, text, *overrides):
     """Launch with stand-ins for sbatch and srun on the PATH, to see what is made of their answers."""
     binaries = folder / "bin"
     binaries.mkdir()
-    for name in ("sbatch", "srun"):
+    for name in ("sbatch", "srun", "squeue"):
         (binaries / name).write_text(text, encoding="utf-8")
         (binaries / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}

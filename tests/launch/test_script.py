@@ -8,20 +8,64 @@ import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.compose import compose_run
-from hpcmm.launch.script import render_script
+from hpcmm.launch.script import Job, render_analysis_script, render_script
+from hpcmm.resources import resource
 from hpcmm.run_dir import RunDir
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def rendered(*overrides, root="/shared/runs/demo-1"):
-    return render_script(
-        compose_run(["experiment=anomaly_demo", *overrides]), RunDir(Path(root)), python="/env/bin/python"
-    )
+PRESETS = sorted(path.stem for path in resource("conf/cluster").glob("*.yaml") if path.stem != "local")
+
+
+def job_of(root="/shared/runs/demo-1", **values):
+    return Job(
+        RunDir(Path(root)), (f"{root}/code/hpcmm",), launcher="/env/bin/python",
+        working_directory=Path("/home/me/project"), **values,
+    )  # fmt: skip
+
+
+def rendered(*overrides, root="/shared/runs/demo-1", **values):
+    return render_script(compose_run(["experiment=anomaly_demo", *overrides]), job_of(root, **values))
+
+
+def is_bash(text):
+    return subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
 def test_the_demo_script_is_as_recorded():
     assert rendered() == (GOLDEN / "anomaly_demo.sh").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_script_of_each_preset_is_as_recorded(preset):
+    config = compose_run([f"cluster={preset}", "cluster.cache_dir=/shared/cache"])
+    text = render_script(config, job_of())
+    assert is_bash(text)
+    assert text == (GOLDEN / f"{preset}.sh").read_text(encoding="utf-8")
+
+
+def test_a_sweep_s_script_is_as_recorded():
+    text = rendered("launch.parallel_points=4", points=100, after="17")
+    assert is_bash(text)
+    assert text == (GOLDEN / "sweep.sh").read_text(encoding="utf-8")
+
+
+def test_the_analysis_script_is_as_recorded():
+    text = render_analysis_script(compose_run(["cluster=a30", "profile=nsys"]), job_of())
+    assert is_bash(text)
+    assert text == (GOLDEN / "analysis.sh").read_text(encoding="utf-8")
+
+
+def test_the_setup_lines_run_before_all_else(tmp_path):
+    text = rendered("cluster.setup=['export FROM_SITE=1', 'echo $UNSET_VARIABLE']", "cluster.environment.MINE=2")
+    head = text[: text.index("run_dir=")]
+    assert is_bash(head)
+    shown = subprocess.run(
+        ["bash", "-c", f"{head}echo $FROM_SITE $MINE $PYTHONPATH"], capture_output=True, text=True, check=True,
+        env={"PATH": "/bin:/usr/bin", "PYTHONPATH": "/already"},
+    )  # fmt: skip
+    assert shown.stdout.split() == ["1", "2", "/shared/runs/demo-1/code/hpcmm:/already"]
 
 
 def test_every_site_option_reaches_the_script():
@@ -42,7 +86,7 @@ def test_every_site_option_reaches_the_script():
 def test_an_environment_value_arrives_unchanged_and_runs_nothing(tmp_path, value):
     run = compose_run(["experiment=anomaly_demo"])
     run.cluster.environment["VALUE"] = value
-    script = render_script(run, RunDir(tmp_path / 'it\'s a "run"'))
+    script = render_script(run, job_of(str(tmp_path / 'it\'s a "run"')))
     export = script[script.index("export VALUE=") : script.index("export SUBMITIT_EXECUTOR")]
     done = subprocess.run(
         ["bash", "-c", export + 'printf %s "$VALUE"'], capture_output=True, text=True, check=True, cwd=tmp_path
@@ -56,7 +100,7 @@ def test_a_path_with_blanks_quotes_and_percent_signs_stays_one_word():
     text = rendered(root=root)
     assert f"run_dir={shlex.quote(root)}\n" in text
     assert '#SBATCH --output="/shared/it\'s a \\"50%%\\" run/logs/batch.log"' in text
-    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    assert is_bash(text)
 
 
 def test_a_line_break_in_a_directive_is_refused():

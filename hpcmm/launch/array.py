@@ -1,0 +1,145 @@
+"""A sweep on Slurm: one job array for all points, a ledger of them, and the failed ones once more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpcmm import config as run_config
+from hpcmm.config import Executor, RunConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.ledger import COMPLETED, FAILED, Ledger, LedgerPoint, read_ledger
+from hpcmm.launch.run import Plan, frozen, plan, point_latest_to, with_live_dependency, write_shared_files, writing
+from hpcmm.launch.sbatch import check_slurm_is_here, sbatch, warn_where_it_cannot_start
+from hpcmm.launch.snapshot import CodePlan, plan_code
+from hpcmm.launch.submit import note_submission, pickle_task
+from hpcmm.launch.sweep import Point
+from hpcmm.launch.validate import validate
+from hpcmm.run_dir import RunDir, SweepDir
+
+
+def plan_sweep(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
+    """Validate every point, and name the sweep's folder. Raises HpcmmError; nothing is written."""
+    first = points[0].config
+    for point in points:
+        try:
+            validate(point.config)
+        except HpcmmError as error:
+            raise HpcmmError(f"At the point {', '.join(point.overrides)}: {error}") from error
+    if first.cluster.executor is Executor.local:
+        raise HpcmmError("A sweep is a Slurm job array, and cluster=local has no Slurm: choose another cluster.")
+    if first.wait:
+        raise HpcmmError("A sweep returns at once: leave wait=true out, and see how it goes with squeue.")
+    return plan(first, overrides, points=len(points))
+
+
+def queue_sweep(planned: Plan, points: Sequence[Point]) -> tuple[Ledger, str]:
+    """Write the sweep's folder with a run directory for each point, and submit all as one array.
+
+    Returns the ledger and the array's job id. Raises HpcmmError when Slurm refuses it.
+    """
+    planned = with_live_dependency(planned)
+    config, sweep = planned.config, SweepDir(planned.run.root)
+    codes = _codes(planned, points)
+    _check_array_size(len(points))
+    with writing(planned.run):
+        planned.run.root.mkdir(mode=0o700, parents=True)
+        planned.run.logs.mkdir()
+        for index, point in enumerate(points):
+            _write_point(sweep.point(index), frozen(point.config, codes[point.config.task.path]))
+        write_shared_files(planned)
+        listed = [
+            LedgerPoint(index, list(point.overrides), sweep.point(index).root.name)
+            for index, point in enumerate(points)
+        ]
+        ledger = Ledger(sweep, listed)
+        ledger.write()
+    job_id = _submit_array(config, ledger, ledger.points)
+    point_latest_to(planned.run)
+    return ledger, job_id
+
+
+def resubmit(path: Path) -> tuple[Ledger, list[LedgerPoint], str | None]:
+    """Submit the failed points of a sweep once more, with the same script, code and configurations.
+
+    Returns the ledger, the points and their job id; no points and None where none has failed. Raises HpcmmError.
+    """
+    ledger = read_ledger(path)
+    config = run_config.load(ledger.run(ledger.points[0]).config)
+    os.environ.update(config.cluster.submit_environment)
+    states = ledger.states()
+    failed = [point for point in ledger.points if states[point.index] == FAILED]
+    return ledger, failed, _submit_array(config, ledger, failed) if failed else None
+
+
+def summary(ledger: Ledger) -> str:
+    """How many points are in which state."""
+    states = list(ledger.states().values())
+    counts = {state: states.count(state) for state in (COMPLETED, "ACTIVE", FAILED)}
+    return ", ".join(f"{count} {state.lower()}" for state, count in counts.items())
+
+
+def _codes(planned: Plan, points: Sequence[Point]) -> dict[str | None, CodePlan]:
+    """The code of each script that is swept; all must lie in one project, since one copy is made."""
+    codes = {planned.config.task.path: planned.code}
+    for point in points:
+        path = point.config.task.path
+        if path not in codes:
+            codes[path] = plan_code(point.config, planned.run, planned.job.working_directory)
+            if codes[path].project != planned.code.project:
+                raise HpcmmError(
+                    f"task.path={path} lies in another project than {planned.config.task.path}: "
+                    "a sweep shares one copy of the code, so launch these one by one."
+                )
+    return codes
+
+
+def _write_point(run: RunDir, config: RunConfig) -> None:
+    run.create()
+    run_config.dump(config, run.config)
+    pickle_task(config, run)
+
+
+def _submit_array(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoint]) -> str:
+    shared = ledger.sweep.shared
+    tasks = f"--array={_ranges([point.index for point in points])}"
+    if config.launch.parallel_points:
+        tasks += f"%{config.launch.parallel_points}"
+    job_id = sbatch(config, shared.submission_script, tasks)
+    warn_where_it_cannot_start(config, job_id)
+    ledger.note_array(job_id, points)
+    analysis_job_id = None
+    if shared.analysis_script.is_file():
+        # Each point's analysis waits for its own point alone.
+        analysis_job_id = sbatch(config, shared.analysis_script, tasks, f"--dependency=aftercorr:{job_id}")
+    note_submission(shared, job_id=job_id, analysis_job_id=analysis_job_id)
+    return job_id
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Sorted indices as sbatch takes them: ``0-3,7,9-10``."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and index == parts[-1][1] + 1:
+            parts[-1][1] = index
+        else:
+            parts.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _check_array_size(points: int) -> None:
+    """Raises HpcmmError where the cluster takes no array of that size; sbatch would only call it invalid."""
+    check_slurm_is_here()
+    try:
+        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return  # sbatch has its own word on that
+    for line in shown.stdout.splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "MaxArraySize" and value.strip().isdigit() and points > int(value):
+            raise HpcmmError(
+                f"This sweep has {points} points, but MaxArraySize of this cluster allows {int(value)} array tasks: "
+                "split it into smaller sweeps."
+            )

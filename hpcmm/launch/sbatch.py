@@ -1,0 +1,66 @@
+"""The one place that calls ``sbatch``: bounded in time, and with its words whatever their encoding."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from hpcmm.config import RunConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.accounting import queue_state
+from hpcmm.launch.refusal import CANNOT_START, cannot_start, printable, refusal
+
+_TIMEOUT_S = 120
+
+
+def sbatch(config: RunConfig, script: Path, *options: str) -> str:
+    """Submit ``script``. Returns the job's id. Raises HpcmmError, with a cure, when Slurm refuses it."""
+    check_slurm_is_here()
+    try:
+        done = subprocess.run(["sbatch", *options, str(script)], capture_output=True, check=False, timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise HpcmmError(
+            f"sbatch gave no answer within {_TIMEOUT_S} s: see in squeue whether the job is there."
+        ) from error
+    complaint, answer = done.stderr.decode(errors="replace"), done.stdout.decode(errors="replace")
+    if done.returncode != 0:
+        raise HpcmmError(refusal(config, complaint))
+    if complaint.strip():
+        print(printable(complaint.strip()), file=sys.stderr)
+    accepted = re.search(r"Submitted batch job ([0-9]+)", answer)
+    if accepted is None:
+        said = printable(answer.strip().splitlines()[0]) if answer.strip() else "nothing was said"
+        raise HpcmmError(f"sbatch gave no job id, so the job may or may not run, see squeue ({said}).")
+    return accepted[1]
+
+
+def check_slurm_is_here() -> None:
+    """Raises HpcmmError without Slurm's commands, or its configuration, for which they would wait a minute."""
+    missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
+    if missing:
+        raise HpcmmError(
+            f"{' and '.join(missing)} not found: launch on a Slurm login node, or run here with cluster=local."
+        )
+    configuration = os.environ.get("SLURM_CONF")
+    if configuration and not Path(configuration).is_file():
+        raise HpcmmError(
+            f"SLURM_CONF is {configuration}, which is no file: is the cluster up (make cluster-up starts the local)?"
+        )
+
+
+def warn_where_it_cannot_start(config: RunConfig, job_id: str) -> None:
+    """Say so when Slurm has accepted a job that breaks a limit: many sites let such a job wait for ever."""
+    try:
+        state = queue_state(job_id)
+    except HpcmmError:
+        return  # it is accepted, which is what counts
+    if state.state == "PENDING" and state.reason in CANNOT_START:
+        print(
+            f"hpcmm: job {job_id} is queued but cannot start as it is ({state.reason}). "
+            f"{cannot_start(config, state.reason)} To take it back: scancel {job_id}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,153 @@
+"""The code of a run, copied when it is submitted: a job that queues for a day runs what was submitted.
+
+Copied are hpcmm itself, and for a script or function of the user's its project: what git tracks there and what it
+would track (new files that are not ignored), as it lies on disk, uncommitted changes included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hpcmm
+from hpcmm.config import RunConfig, TaskName
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.git import listed_files, project_root
+from hpcmm.resources import resource
+from hpcmm.run_dir import RunDir
+
+_MB = 10**6
+_PACKAGE = Path(hpcmm.__file__).resolve().parent
+_RESOURCES = ("conf", "slurm", "profiles/nsys")
+
+
+@dataclass(frozen=True)
+class CodePlan:
+    """Where the job's code comes from. Planning it reads no more than where things lie."""
+
+    project: Path | None
+    """The user's project; None where the task is hpcmm's own, or where nothing is copied."""
+    python_path: tuple[str, ...]
+    """Folders that the job's Python searches first."""
+    script: str | None
+    """The script that the ranks run."""
+
+
+def plan_code(config: RunConfig, run: RunDir, working_directory: Path) -> CodePlan:
+    """What a job of ``config`` runs. Raises HpcmmError where the script is not there."""
+    task = config.task
+    script = _existing_script(task.path, working_directory) if task.name is TaskName.script else None
+    if not config.launch.snapshot:
+        here = [str(working_directory)] if task.name is TaskName.function else []
+        return CodePlan(None, (str(_PACKAGE.parent), *here), str(script) if script else None)
+    own = str(_hpcmm_copy(run))
+    if task.name is TaskName.anomaly:
+        return CodePlan(None, (own,), None)
+    start = script.parent if script else working_directory
+    project = project_root(start) or start
+    copies = [
+        str(_project_copy(run) / entry.relative_to(project))
+        for entry in _import_folders(working_directory, task.name)
+        if entry.is_relative_to(project)
+    ]
+    copied_script = str(_project_copy(run) / script.relative_to(project)) if script else None
+    return CodePlan(project, (own, *dict.fromkeys(copies)), copied_script)
+
+
+def take_snapshot(config: RunConfig, run: RunDir, project: Path | None) -> str:
+    """Copy the code to ``run.code``. Returns the SHA-256 of all names and contents.
+
+    Raises HpcmmError when git cannot list the project or the code is above ``launch.snapshot_limit_mb``.
+    """
+    files = [(source, _hpcmm_copy(run) / name) for source, name in _own_files()]
+    if project is not None:
+        runs_root = Path(config.runs_root).expanduser().absolute()
+        listed = [file for file in _project_files(project) if not file.is_relative_to(runs_root)]
+        _check_size(project, listed, config.launch.snapshot_limit_mb)
+        files += [(file, _project_copy(run) / file.relative_to(project)) for file in listed]
+    digest = hashlib.sha256()
+    for folder in {target.parent for _, target in files}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for source, target in sorted(files, key=lambda pair: pair[1]):
+        digest.update(f"{target.relative_to(run.code)}\0{_copy(source, target)}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _hpcmm_copy(run: RunDir) -> Path:
+    return run.code / "hpcmm"
+
+
+def _project_copy(run: RunDir) -> Path:
+    return run.code / "project"
+
+
+def _existing_script(path: str | None, working_directory: Path) -> Path:
+    assert path is not None  # validated
+    script = working_directory / Path(path).expanduser()
+    if not script.is_file():
+        raise HpcmmError(f"task.path is {path}, but there is no such file in {working_directory}.")
+    return script.resolve()
+
+
+def _import_folders(working_directory: Path, task: TaskName) -> Iterator[Path]:
+    """The folders from which Python imports here, and would in a script of the project."""
+    if task is TaskName.function:
+        yield working_directory.resolve()
+    for entry in sys.path:
+        folder = Path(entry or working_directory).resolve()
+        if entry and folder.is_dir() and "site-packages" not in folder.parts:
+            yield folder
+
+
+def _own_files() -> Iterator[tuple[Path, Path]]:
+    """hpcmm's package and the files that it reads, each with its name in the copy."""
+    for file in _files_under(_PACKAGE):
+        yield file, Path("hpcmm") / file.relative_to(_PACKAGE)
+    if resource("conf").parent != _PACKAGE.parent:
+        return  # an installed package holds them itself
+    for folder in _RESOURCES:
+        for file in _files_under(resource(folder)):
+            if "local" not in file.relative_to(resource(folder)).parts:
+                yield file, file.relative_to(_PACKAGE.parent)
+
+
+def _files_under(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+
+
+def _project_files(project: Path) -> list[Path]:
+    if project_root(project) == project:
+        return listed_files(project)
+    # No git: the Python files beside the script, and the packages there.
+    modules = list(project.glob("*.py"))
+    packages = [entry.parent for entry in project.glob("*/__init__.py")]
+    return [*modules, *(file for package in packages for file in _files_under(package))]
+
+
+def _check_size(project: Path, files: Sequence[Path], limit_mb: int) -> None:
+    sizes = {file: file.lstat().st_size for file in files}
+    total_mb = sum(sizes.values()) / _MB
+    if total_mb > limit_mb:
+        largest = max(sizes, key=lambda file: sizes[file])
+        raise HpcmmError(
+            f"The code under {project} has {total_mb:.0f} MB, above launch.snapshot_limit_mb of {limit_mb}; its "
+            f"largest file is {largest.relative_to(project)} ({sizes[largest] / _MB:.0f} MB): list data in .gitignore, "
+            "raise the limit, or set launch.snapshot=false to run the code as it is when the job starts."
+        )
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file or link. Returns a digest of what it holds."""
+    if source.is_symlink():
+        pointed = source.readlink()
+        inside = (source.parent / pointed).resolve().is_relative_to(source.parent.resolve())
+        target.symlink_to(pointed if inside or pointed.is_absolute() else (source.parent / pointed).absolute())
+        return str(pointed)
+    shutil.copyfile(source, target)
+    shutil.copymode(source, target)
+    with target.open("rb") as copied:
+        return hashlib.file_digest(copied, "sha256").hexdigest()

@@ -1,0 +1,190 @@
+"""Launching on the real Slurm: frozen code, hostile values, sweeps, dependencies, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+TELLS_WHERE_IT_IS = """\
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GREETING")
+print(json.dumps({name: os.environ.get(name) for name in names} | {"argv": sys.argv[1:], "version": 1}))
+"""
+FAILS_UNTIL_MENDED = """\
+import pathlib, sys
+if sys.argv[1] == "odd" and not pathlib.Path("mended").exists():
+    sys.exit("not yet mended")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A working directory whose name is hard on shells."""
+    hard = tmp_path / 'it\'s a "home"; echo pwn'
+    hard.mkdir()
+    return hard
+
+
+def launch(cluster, folder, *overrides, expected=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcmm.launch", "cluster=local_slurm", *overrides],
+        env=cluster.env, cwd=folder, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert done.returncode == expected, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def wait_for(cluster, job_id, within_s=120):
+    until = time.monotonic() + within_s
+    while cluster.run("squeue", "-h", "-j", job_id, "-t", "PD,R,CG,CF").strip():
+        assert time.monotonic() < until, cluster.run("squeue")
+        time.sleep(0.5)
+
+
+def latest(folder):
+    return (folder / "runs" / "latest").resolve()
+
+
+def job_id_of(run):
+    return json.loads((run / "submission.json").read_text())["job_id"]
+
+
+def test_a_queued_job_runs_what_was_submitted_and_nothing_that_was_not_asked_for(slurm_cluster, folder):
+    script = folder / "tell.py"
+    script.write_text(TELLS_WHERE_IT_IS)
+    hostile = ["$(touch pwned)", "x; touch pwned", "`touch pwned`", 'it\'s "quoted"']
+    words = ",".join("'" + word.replace("'", "\\'") + "'" for word in hostile)
+    launch(
+        slurm_cluster, folder, "task=script", "task.path=tell.py", f"task.args=[{words},1e-4]", "cluster.nodes=2",
+        "cluster.environment.GREETING='x; touch pwned $(touch pwned)'", "cluster.sbatch.hold=''",
+    )  # fmt: skip
+    script.write_text("raise SystemExit('the code was not frozen')\n")
+    run = latest(folder)
+    slurm_cluster.run("scontrol", "release", job_id_of(run))
+    wait_for(slurm_cluster, job_id_of(run))
+    told = [
+        json.loads(
+            next(line for line in (run / "logs" / f"rank_{rank:04d}.log").read_text().splitlines() if line[0] == "{")
+        )
+        for rank in range(4)
+    ]
+    assert [rank["argv"] for rank in told] == [[*hostile, "1e-4"]] * 4
+    assert [rank["RANK"] for rank in told] == ["0", "1", "2", "3"]
+    assert [rank["LOCAL_RANK"] for rank in told] == ["0", "1", "0", "1"]
+    assert {(rank["WORLD_SIZE"], rank["LOCAL_WORLD_SIZE"]) for rank in told} == {("4", "2")}
+    assert {rank["GREETING"] for rank in told} == {"x; touch pwned $(touch pwned)"}
+    assert len({(rank["MASTER_ADDR"], rank["MASTER_PORT"]) for rank in told}) == 1
+    assert not list(folder.rglob("pwned"))
+
+
+def test_a_sweep_is_one_array_whose_failed_points_alone_run_again(slurm_cluster, folder):
+    (folder / "work.py").write_text(FAILS_UNTIL_MENDED)
+    one_rank = ("cluster.nodes=1", "cluster.ranks_per_node=1", "cluster.gpus_per_node=1")
+    began = time.monotonic()
+    launched = launch(
+        slurm_cluster, folder, *one_rank, "task=script", "task.path=work.py", "task.args=[even],[odd],[x]"
+    )
+    assert time.monotonic() - began < 15
+    assert "an array of 3 tasks" in launched.stdout
+    sweep = latest(folder)
+    array = job_id_of(sweep)
+    wait_for(slurm_cluster, array)
+    assert {path.name: path.read_text() for path in sweep.glob("*/exit_status")} == {"exit_status": f"{array}_2 0\n"}
+    assert [(sweep / f"{index:04d}" / "exit_status").read_text() for index in range(3)] == [
+        f"{array}_0 0\n", f"{array}_1 1\n", f"{array}_2 0\n",
+    ]  # fmt: skip
+    assert "not yet mended" in (sweep / "0001" / "logs" / "rank_0000.log").read_text()
+    (folder / "mended").touch()
+    again = launch_module(slurm_cluster, folder, "resubmit", str(sweep))
+    assert "an array of 1 tasks" in again
+    assert "odd" in again
+    wait_for(slurm_cluster, job_id_of(sweep))
+    points = json.loads((sweep / "ledger.json").read_text())["points"]
+    assert [len(point["jobs"]) for point in points] == [1, 2, 1]
+    assert "No point has failed: 3 completed" in launch_module(
+        slurm_cluster, folder, "resubmit", str(sweep / "ledger.json")
+    )
+
+
+def launch_module(cluster, folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "hpcmm.launch", *arguments],
+        env=cluster.env, cwd=folder, capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+
+
+def test_a_run_after_another_starts_only_when_that_has_completed(slurm_cluster, folder):
+    (folder / "fail.py").write_text("raise SystemExit(3)\n")
+    (folder / "work.py").write_text("print('worked')\n")
+    script = ("task=script", "cluster.nodes=1", "cluster.ranks_per_node=1", "cluster.gpus_per_node=1")
+    launch(slurm_cluster, folder, *script, "task.path=work.py", "name=first", "cluster.sbatch.hold=''")
+    first = latest(folder)
+    launch(slurm_cluster, folder, *script, "task.path=fail.py", "name=second", f"after={first.name}")
+    second = latest(folder)
+    launch(slurm_cluster, folder, *script, "task.path=work.py", "name=third", f"after={job_id_of(second)}")
+    third = latest(folder)
+    reasons = slurm_cluster.run("squeue", "-h", "-o", "%j %r", "-j", f"{job_id_of(second)},{job_id_of(third)}")
+    assert set(reasons.splitlines()) == {"second Dependency", "third Dependency"}
+    slurm_cluster.run("scontrol", "release", job_id_of(first))
+    wait_for(slurm_cluster, job_id_of(third))
+    assert (first / "exit_status").read_text().endswith(" 0\n")
+    assert (second / "exit_status").read_text().endswith(" 1\n")
+    assert not (third / "exit_status").exists()
+    after_failed = launch(slurm_cluster, folder, *script, "task.path=work.py", f"after={second.name}", expected=1)
+    assert "ended as FAILED, so a job after it would never start" in after_failed.stderr
+    after_completed = launch(slurm_cluster, folder, *script, "task.path=work.py", f"after={first.name}", "name=fourth")
+    assert "nothing to wait for" in after_completed.stderr
+    wait_for(slurm_cluster, job_id_of(latest(folder)))
+    assert (latest(folder) / "exit_status").read_text().endswith(" 0\n")
+
+
+def test_a_function_runs_as_a_task_and_sees_its_arguments(slurm_cluster, folder):
+    (folder / "package").mkdir()
+    (folder / "package" / "__init__.py").write_text("")
+    (folder / "package" / "train.py").write_text("def main(lr, name):\n    print('called with', repr(lr), name)\n")
+    function = ("task=function", "task.target=package.train:main", "task.kwargs={lr: 1e-4, name: '$(id)'}")
+    launch(slurm_cluster, folder, *function, "cluster=local", "cluster.ranks_per_node=2", "wait=true")
+    for rank in range(2):
+        assert "called with 0.0001 $(id)" in (latest(folder) / "logs" / f"rank_{rank:04d}.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["cluster.nodes=99"], "Asked for are 99 nodes"),
+        (["cluster.time_limit_min=100000"], "cluster.time_limit_min is 100000"),
+    ],
+)
+def test_a_job_that_is_accepted_but_cannot_start_is_told(slurm_cluster, folder, overrides, expected):
+    done = launch(slurm_cluster, folder, *overrides)
+    job_id = job_id_of(latest(folder))
+    slurm_cluster.run("scancel", job_id)
+    assert f"job {job_id} is queued but cannot start as it is" in done.stderr
+    assert expected in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["after=99999999"], "Neither squeue nor sacct knows job 99999999"),
+        (["cluster.constraint=none_such"], "cluster.constraint is none_such"),
+        (["cluster.exclude=none_such"], "cluster.exclude is none_such"),
+        (["cluster.gpu_type=h100"], "GPU"),
+        (["train.seed=range(0,2000)"], "MaxArraySize of this cluster allows"),
+        (
+            ["cluster.submit_environment.SLURM_CONF=/none/slurm.conf"],
+            "SLURM_CONF is /none/slurm.conf, which is no file",
+        ),
+    ],
+)
+def test_a_refusal_says_what_to_do(slurm_cluster, folder, overrides, expected):
+    done = launch(slurm_cluster, folder, *overrides, expected=1)
+    assert expected in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

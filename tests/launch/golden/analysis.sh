@@ -1,0 +1,17 @@
+#!/bin/bash
+# Rendered by `python -m hpcmm.launch`: the analysis that is queued behind a run.
+#SBATCH --job-name=run-analysis
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --time=60
+#SBATCH --partition=gpu
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --output=/shared/runs/demo-1/logs/analysis.log
+
+set -eo pipefail
+set -u  # only now, for not every site's own lines bear it
+export PYTHONPATH=/shared/runs/demo-1/code/hpcmm${PYTHONPATH:+:$PYTHONPATH}
+
+run_dir=/shared/runs/demo-1
+python=/env/bin/python
+"$python" -P -m hpcmm.analyze "$run_dir"

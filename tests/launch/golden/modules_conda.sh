@@ -1,0 +1,46 @@
+#!/bin/bash
+# Rendered by `python -m hpcmm.launch`. It can be submitted once more by hand, with sbatch.
+#SBATCH --job-name=run
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=4
+#SBATCH --time=240
+#SBATCH --partition=gpu
+#SBATCH --output=/shared/runs/demo-1/logs/batch.log
+#SBATCH --open-mode=append
+
+set -eo pipefail
+type module >/dev/null 2>&1 || source /etc/profile
+module load gcc/12
+module load cuda/12.4
+module load miniforge
+source "$(conda info --base)/etc/profile.d/conda.sh"
+conda activate hpcmm
+set -u  # only now, for not every site's own lines bear it
+export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/demo-1/code/hpcmm${PYTHONPATH:+:$PYTHONPATH}
+export SUBMITIT_EXECUTOR=slurm
+
+run_dir=/shared/runs/demo-1
+job_id=$SLURM_JOB_ID
+python=python
+trap 'echo "$job_id $?" >> "$run_dir/exit_status"' EXIT
+
+# submitit names the task's pickle after the job. A job that was submitted by hand takes the run's own copy.
+[ -e "$run_dir/submitit/${job_id}_submitted.pkl" ] ||
+    cp "$run_dir/submitit/task.pkl" "$run_dir/submitit/${job_id}_submitted.pkl"
+
+# Compiled ops and generated data: once, on one node, before any rank starts.
+"$python" -P -m hpcmm.train.prepare "$run_dir"
+
+# This script runs on the first node, where rank 0 will listen.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$("$python" -P -m hpcmm.bootstrap.free_port)
+export MASTER_ADDR MASTER_PORT
+
+# srun takes no --cpus-per-task from the job since Slurm 22.05, so it is said again.
+srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task=8 \
+    --output=/shared/runs/demo-1/logs/rank_%4t.log --open-mode=append --unbuffered \
+    "$python" -P -m hpcmm.capture "$run_dir" -- \
+    "$python" -P -u -m submitit.core._submit "$run_dir/submitit"
