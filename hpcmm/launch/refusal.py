@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpcmm.config import RunConfig
 
 CANNOT_START = {
-    "PartitionConfig": "node count",
+    "PartitionConfig": "breaks a limit of its partition",
     "PartitionNodeLimit": "node count",
     "BadConstraints": "node count",
     "PartitionTimeLimit": "time limit",
@@ -47,6 +47,9 @@ def _cure(config: RunConfig, complaint: str) -> str:
     )
     # In this order: the first that is found in sbatch's words is meant.
     cures = {
+        "breaks a limit of its partition": (
+            f"{nodes} cluster.time_limit_min is {cluster.time_limit_min}: `sinfo -o '%P %l'` shows the limits."
+        ),
         "job dependency": (
             f"after={config.after}: no such job is known any more; leave it out if that job has completed."
         ),
