@@ -132,6 +132,10 @@ class LaunchConfig:
     """A snapshot above this size is refused."""
     parallel_points: int | None = None
     """Most points of a sweep that run at once; None leaves it to the scheduler."""
+    preflight: bool = False
+    """Check all nodes of the job before the ranks start, and train on good ones only."""
+    spare_nodes: int = 0
+    """Nodes that the job holds beyond ``cluster.nodes``, to replace those that the check finds bad."""
 
 
 @dataclass
@@ -310,16 +314,6 @@ class ProfileConfig:
 
 
 @dataclass
-class LaunchConfig:
-    """What the launcher does besides."""
-
-    preflight: bool = False
-    """Check all nodes of the job before the ranks start, and train on good ones only."""
-    spare_nodes: int = 0
-    """Nodes that the job holds beyond ``cluster.nodes``, to replace those that the check finds bad."""
-
-
-@dataclass
 class RunConfig:
     """A whole run. ``config.yaml`` of a run directory is one of these."""
 
@@ -344,7 +338,6 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     @property
     def world_size(self) -> int:
