@@ -8,8 +8,11 @@
 #SBATCH --time=20
 #SBATCH --output=/shared/runs/demo-1/logs/batch.log
 #SBATCH --open-mode=append
+#SBATCH --no-requeue
+#SBATCH --signal=B:USR1@120
 
 set -eo pipefail
+export HPCMM_SCRIPT_BEGAN_S=$EPOCHREALTIME
 set -u  # only now, for not every site's own lines bear it
 export PYTHONPATH=/shared/runs/demo-1/code/hpcmm${PYTHONPATH:+:$PYTHONPATH}
 export SUBMITIT_EXECUTOR=slurm
@@ -17,7 +20,22 @@ export SUBMITIT_EXECUTOR=slurm
 run_dir=/shared/runs/demo-1
 job_id=$SLURM_JOB_ID
 python=/env/bin/python
-trap 'echo "$job_id $?" >> "$run_dir/exit_status"' EXIT
+port_holder=
+at_exit() {
+    echo "$job_id $?" >> "$run_dir/exit_status"
+    [ -z "$port_holder" ] || kill "$port_holder" 2> /dev/null || true
+}
+trap at_exit EXIT
+
+# USR1, Slurm's warning of an end: the ranks see the file, save a checkpoint and stop; the job goes back into the queue.
+# USR2, sent by `scancel --batch --signal=USR2 JOB`: the same, but the job is over then.
+goes_on=yes
+warned=no
+trap 'warned=yes; : > "$run_dir/stop"' USR1
+trap 'warned=yes; : > "$run_dir/stop"; goes_on=no' USR2
+rm -f "$run_dir/stop" "$run_dir/stopped"
+# What allowed the last requeue shall not allow Slurm to repeat one after a node failure.
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
 
 # submitit names the task's pickle after the job. A job that was submitted by hand takes the run's own copy.
 [ -e "$run_dir/submitit/${job_id}_submitted.pkl" ] ||
@@ -28,11 +46,30 @@ trap 'echo "$job_id $?" >> "$run_dir/exit_status"' EXIT
 
 # This script runs on the first node, where rank 0 will listen.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$("$python" -P -m hpcmm.bootstrap.free_port)
+on_first_node=()
+# A port of its own, that is kept for rank 0 until it listens there.
+exec {port}< <("${on_first_node[@]}" "$python" -P -m hpcmm.bootstrap.free_port --hold)
+port_holder=$!
+read -r MASTER_PORT <&"$port"
 export MASTER_ADDR MASTER_PORT
 
 # srun takes no --cpus-per-task from the job since Slurm 22.05, so it is said again.
+export HPCMM_SRUN_BEGAN_S=$EPOCHREALTIME
 srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task=1 \
     --output=/shared/runs/demo-1/logs/rank_%4t.log --open-mode=append --unbuffered \
     "$python" -P -m hpcmm.capture "$run_dir" -- \
-    "$python" -P -u -m submitit.core._submit "$run_dir/submitit"
+    "$python" -P -u -m submitit.core._submit "$run_dir/submitit" &
+ranks=$!
+
+while :; do
+    warned=no
+    wait "$ranks" && status=0 || status=$?
+    [ "$warned" = yes ] || break # a signal with a trap ends the wait only
+done
+
+if [ "$goes_on" = yes ] && [ -e "$run_dir/stopped" ]; then
+    echo "hpcmm: stopped with a checkpoint; job $SLURM_JOB_ID goes back into the queue and then on from there."
+    scontrol update JobId="$SLURM_JOB_ID" Requeue=1
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
