@@ -13,7 +13,8 @@ import pytest
 from hpcmm.annotate.names import COMM_DOMAIN, CollectiveName
 from hpcmm.bootstrap.free_port import find_free_port
 from hpcmm.capture.nsys import run_under_nsys
-from hpcmm.config import RunConfig
+from hpcmm.capture.profiled import profile_flags
+from hpcmm.config import ProfileConfig, RunConfig
 from hpcmm.train.prepare import prepare
 
 SCRIPT = Path(__file__).with_name("collective_ranks.py")
@@ -36,7 +37,9 @@ def captured(tmp_path_factory, nsys):
     other = subprocess.Popen([*command, "1", port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     counts = folder / "counts.json"
     shell = ["bash", "-c", 'exec "$@" >"$0"', str(counts), *command, "0", port]
-    assert run_under_nsys(nsys, "timeline.yaml", shell, folder / "rank_0000.nsys-rep") == 0
+    profiled = ProfileConfig(tool="nsys", flags_file="timeline.yaml")
+    flags = [f"--{name}={value}" for name, value in profile_flags(profiled, 1, gpu=False).items()]
+    assert run_under_nsys([nsys, "profile", *flags], shell, folder / "rank_0000.nsys-rep") == 0
     _, errors = other.communicate(timeout=60)
     assert other.returncode == 0, errors
     export = ["nsys", "export", "--type=sqlite", f"--output={folder}/r.sqlite", f"{folder}/rank_0000.nsys-rep"]
