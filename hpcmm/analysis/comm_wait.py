@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import delay
-from hpcmm.analysis.delay import UNEXPLAINED, Charges, Floats, GroupArrivals, WorkParts
+from hpcmm.analysis.delay import UNEXPLAINED, Floats, Singles, WorkParts
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.steps import StepTimes
@@ -39,7 +39,7 @@ def comm_wait(traces: Sequence[RankTrace], rows: pd.DataFrame, steps: StepTimes,
     ranks = np.array([trace.rank for trace in traces])
     exposed = [delay.exposed_communication(trace) for trace in traces]
     groups = delay.group_arrivals(rows)
-    causes = [delay.attribute(group, _unit_charges(group), parts) for group in groups]
+    causes = [delay.fractions(delay.excess_work(group, parts)) for group in groups]
     found = []
     for phase, of_phase in inside.groupby("phase", sort=True):
         chosen = rows["step"].isin(steps.numbers) & (rows["phase"] == phase)
@@ -85,12 +85,7 @@ def _only(rows: pd.DataFrame, chosen: pd.Series[bool]) -> pd.DataFrame:
     return rows.assign(exposed_wait_ns=rows["exposed_wait_ns"].where(chosen, 0.0))
 
 
-def _unit_charges(arrivals: GroupArrivals) -> Charges:
-    """Charges that make ``attribute`` give the share of each part in each rank's delay."""
-    return Charges(np.ones_like(arrivals.start), np.zeros_like(arrivals.start))
-
-
-def _waits_and_causes(rows: pd.DataFrame, causes: Sequence[Floats], traces: int) -> tuple[Floats, Floats]:
+def _waits_and_causes(rows: pd.DataFrame, causes: Sequence[Singles], traces: int) -> tuple[Floats, Floats]:
     """The wait matrix, and by trace how much of the waiting that it caused arose in which part of its work."""
     matrix = np.zeros((traces, traces))
     by_part = np.zeros((traces, causes[0].shape[2] if causes else 1))

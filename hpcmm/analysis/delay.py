@@ -26,6 +26,10 @@ from hpcmm.analysis.trace import RankTrace
 from hpcmm.analysis.waitpid import WITHIN_STEP
 
 Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
+
+_CHUNK = 1024
+"""Instances whose median is taken at once."""
 
 BETWEEN_STEPS = "between steps"
 UNEXPLAINED = "unexplained"
@@ -204,36 +208,28 @@ def window_starts(arrivals: GroupArrivals) -> Floats:
     return begins
 
 
-def excess_work(arrivals: GroupArrivals, parts: WorkParts) -> Floats:
+def excess_work(arrivals: GroupArrivals, parts: WorkParts) -> Singles:
     """By how much each part of a rank's work since the last synchronisation exceeds the median over the group's ranks.
 
     Shape (instances, members, parts), ns; 0 where no synchronisation came before.
     """
     begin = window_starts(arrivals)
     begin = np.where(np.isnan(begin), arrivals.start, begin)
-    time = np.stack(
-        [parts.between(int(trace), begin[:, j], arrivals.start[:, j]) for j, trace in enumerate(arrivals.members)],
-        axis=1,
-    )
-    # In place: of 64 ranks with thousands of collectives these are the largest arrays of all.
-    time -= np.median(time, axis=1, keepdims=True)
-    excess: Floats = np.maximum(time, 0.0, out=time)
+    # Of 64 ranks with thousands of collectives this is the largest array of all: single precision, and one copy.
+    excess = np.empty((*begin.shape, len(parts.names)), dtype=np.float32)
+    for column, trace in enumerate(arrivals.members):
+        excess[:, column] = parts.between(int(trace), begin[:, column], arrivals.start[:, column])
+    for first in range(0, len(excess), _CHUNK):
+        chunk = excess[first : first + _CHUNK]
+        chunk -= np.median(chunk, axis=1, keepdims=True)
+        np.maximum(chunk, 0.0, out=chunk)
     return excess
 
 
-def fractions(excess: Floats) -> Floats:
+def fractions(excess: Singles) -> Singles:
     """``excess`` as shares of its sum over the last axis; a column is added for what nothing explains."""
     whole = excess.sum(axis=-1, keepdims=True)
-    found: Floats = np.zeros((*excess.shape[:-1], excess.shape[-1] + 1))
+    found = np.zeros((*excess.shape[:-1], excess.shape[-1] + 1), dtype=np.float32)
     np.divide(excess, whole, out=found[..., :-1], where=whole > 0)
     found[..., -1:] = whole <= 0
     return found
-
-
-def attribute(arrivals: GroupArrivals, charges: Charges, parts: WorkParts) -> Floats:
-    """Share each charge out over the parts of the late rank's own work: shape (instances, members, parts + 1).
-
-    The last column is what no part explains: the late rank did nothing for longer than its peers.
-    """
-    shares: Floats = (charges.caused + charges.own)[:, :, None] * fractions(excess_work(arrivals, parts))
-    return shares

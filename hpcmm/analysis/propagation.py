@@ -18,6 +18,7 @@ import pandas as pd
 from hpcmm.analysis.delay import (
     Floats,
     GroupArrivals,
+    Singles,
     WorkParts,
     charge,
     excess_work,
@@ -53,10 +54,10 @@ def losses_by_step(
         place = np.searchsorted(steps, arrivals.step)
         known = np.append(steps, np.iinfo(np.int64).min)[place] == arrivals.step
         passed = chain.passed_on(index) if len(groups) > 1 else np.zeros_like(cost)
-        shares = (cost * (1.0 - passed) * known)[:, :, None] * group.fractions
+        own = cost * (1.0 - passed) * known
         for column, trace in enumerate(arrivals.members):
             at = np.minimum(place[:, column], len(steps) - 1).astype(np.intp)
-            np.add.at(total[:, int(trace)], at, shares[:, column])
+            np.add.at(total[:, int(trace)], at, own[:, column, None] * group.fractions[:, column])
         for instance, column in np.argwhere((passed > 0) & known & (cost > 0)):
             for (trace, part), share in chain.waiting_cause(index, int(instance), int(column)).items():
                 total[place[instance, column], trace, part] += cost[instance, column] * passed[instance, column] * share
@@ -66,9 +67,9 @@ def losses_by_step(
 class _Group:
     """One group's arrivals, and which part of its own work made each of them late."""
 
-    def __init__(self, arrivals: GroupArrivals, excess: Floats) -> None:
+    def __init__(self, arrivals: GroupArrivals, excess: Singles) -> None:
         self.arrivals = arrivals
-        self.excess_ns = excess.sum(axis=2)
+        self.excess_ns = excess.sum(axis=2, dtype=np.float64)
         self.fractions = fractions(excess)
         self.begin = window_starts(arrivals)
         self.column = {int(trace): column for column, trace in enumerate(arrivals.members)}

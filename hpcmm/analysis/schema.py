@@ -9,8 +9,20 @@ import pandas as pd
 UNITS = ("_s", "_s_per_step", "_bytes_per_s", "_share", "_ppm", "_efficiency", "_scaling")
 """Ends of the names of columns that hold real numbers."""
 INTEGERS = frozenset(
-    {"bytes", "calls", "collectives", "events", "late_rank", "nodes", "rank", "rank_order", "ranks", "reports"}
-    | {"sequence", "step", "steps", "waited_for_rank", "pid", "device", "kernels", "copies"}
+    {
+        "attempt",
+        "bytes",
+        "calls",
+        "collectives",
+        "events",
+        "late_rank",
+        "nodes",
+        "rank",
+        "rank_order",
+        "ranks",
+        "reports",
+    }
+    | {"sequence", "slowest_rank", "step", "steps", "waited_for_rank", "pid", "device", "kernels", "copies"}
 )
 FLAGS = frozenset({"complete", "corrected", "estimators_disagree", "warmup"})
 RATIOS = frozenset({"variation", "load_balance", "load_balance_in_node", "load_balance_between_nodes"})

@@ -16,6 +16,7 @@ from hpcmm.analysis.efficiency import Reference, efficiency, samples_per_step
 from hpcmm.analysis.environment import environment_table
 from hpcmm.analysis.phase_times import phases_summary, phases_table
 from hpcmm.analysis.schema import Tables
+from hpcmm.analysis.startup import startup_table
 from hpcmm.analysis.steps import StepTimes, step_times
 from hpcmm.analysis.suggestions import suggest
 from hpcmm.analysis.trace import RankTrace
@@ -86,6 +87,7 @@ def study(
             "gpu": lambda: gpu_tables.gpu_table(traces, rows, steps.warmup_number),
             "projection": lambda: gpu_tables.projection_table(traces),
             "delays": lambda: tables.delays_table(evidence),
+            "startup": lambda: startup_table(record.startup),
             "clock": lambda: clock.table,
             "environment": lambda: environment_table(ledger.used),
             "bottlenecks": lambda: ranked,

@@ -98,6 +98,10 @@ class Analysis:
         """The POP efficiencies (0 to 1) of the run, each step and each phase, in column ``scope``."""
         return self._table("efficiency")
 
+    def startup(self) -> pd.DataFrame:
+        """Each part of the start, by attempt: median_s and longest_s over the ranks, slowest_rank, ranks."""
+        return self._table("startup")
+
     def collectives(self) -> pd.DataFrame:
         """Each rank's part in each collective: start_s, end_s, wait_s, transfer_s, bus_bytes_per_s, late_rank."""
         return self._table("collectives")

@@ -38,6 +38,7 @@ def folded(study: Study) -> list[PageTable]:
     return [
         _table("Coverage", "Every expected rank and every report.", tables["coverage"], "coverage"),
         _table("Waiting for communication", "Seconds a step by rank and phase.", tables["comm_wait"], "comm_wait"),
+        _table("Start", "From the job's start to its first step, by part.", tables["startup"], "startup"),
         _table("Waits for child processes", "Coalesced into windows.", tables["waitpid_windows"], "waitpid_windows"),
         _table(
             "OS calls of the step threads",

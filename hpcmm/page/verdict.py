@@ -148,6 +148,18 @@ def efficiency_line(study: Study) -> str:
     return f"parallel efficiency {whole} = load balance {balance} x communication {communication}"
 
 
+def startup_line(study: Study) -> str:
+    """The parts of the newest attempt's start; empty where the ranks recorded none."""
+    table = study.tables.get("startup")
+    if table is None or table.empty:
+        return ""
+    newest = table[table["attempt"] == table["attempt"].max()]
+    parts = [
+        f"{plain(part)} {seconds(float(taken))}" for part, taken in zip(newest["part"], newest["median_s"], strict=True)
+    ]
+    return f"to the first step's end (medians over ranks): {', '.join(parts)}"
+
+
 GPU_NOT_TRACED = "no GPU activity was traced, so nothing is said of GPUs"
 
 

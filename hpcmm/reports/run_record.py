@@ -37,6 +37,8 @@ class RunRecord:
     starts: dict[int, RankStart] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     name: str = ""
+    startup: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
+    """By rank, the records of its start: each part, and the first step of each attempt."""
 
     @property
     def job_id(self) -> str | None:
@@ -56,7 +58,7 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
     """The record of ``run_dir``; files that are missing or damaged leave their part empty."""
     if run_dir is None:
         return RunRecord()
-    starts = {start.rank: start for start in map(_read_start, sorted(run_dir.metrics.glob("rank_*.jsonl"))) if start}
+    ranks = [found for found in map(_read_metrics, sorted(run_dir.metrics.glob("rank_*.jsonl"))) if found]
     config = _read_config(run_dir.config)
     cluster = _section(config, "cluster")
     nodes, ranks_per_node = _positive(cluster.get("nodes")), _positive(cluster.get("ranks_per_node"))
@@ -66,9 +68,10 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         world_size=world_size,
         ranks_per_node=ranks_per_node,
         profiled=_profiled(profile, world_size, ranks_per_node),
-        starts=starts,
+        starts={start.rank: start for start, _ in ranks},
         config=config,
         name=run_dir.root.resolve().name,
+        startup={start.rank: parts for start, parts in ranks},
     )
 
 
@@ -89,26 +92,42 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _read_start(path: Path) -> RankStart | None:
-    """The last ``start`` record of a metrics file: a requeued rank appends a new one."""
-    found: RankStart | None = None
+def _read_metrics(path: Path) -> tuple[RankStart, tuple[dict[str, Any], ...]] | None:
+    """The last ``start`` record of a metrics file, to which a requeued rank appends, and the records of all starts.
+
+    None where no record says which rank wrote the file.
+    """
+    start: RankStart | None = None
+    parts: list[dict[str, Any]] = []
+    before_first_step = True
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
-                if '"start"' in line:
-                    found = _parse_start(line) or found
+                if '"start' in line or before_first_step:
+                    record = _parse(line)
+                    start = _as_start(record) or start
+                    before_first_step = record.get("event") not in ("step", "lost")
+                    if record.get("event") != "start":
+                        parts.append(record)
     except OSError:
         return None
-    return found
+    return (start, tuple(parts)) if start is not None else None
 
 
-def _parse_start(line: str) -> RankStart | None:
+def _parse(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        if record["event"] != "start":
-            return None
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _as_start(record: dict[str, Any]) -> RankStart | None:
+    if record.get("event") != "start":
+        return None
+    try:
         return RankStart(int(record["rank"]), str(record["node"]), str(record.get("job_id", "")), int(record["pid"]))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

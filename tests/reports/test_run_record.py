@@ -51,3 +51,18 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
 def test_a_damaged_configuration_leaves_nothing_expected(tmp_path: Path, text: str) -> None:
     RunDir(tmp_path).config.write_text(text)
     assert read_run_record(RunDir(tmp_path)).world_size == 0
+
+
+def test_the_records_of_each_start_are_kept_with_the_first_step_alone(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.metrics.mkdir()
+    part = {"event": "startup", "part": "imports", "duration_s": 1.5}
+    steps = [{"event": "step", "step": step, "step_s": 0.1 + step} for step in range(3)]
+    first = [start(0), *(json.dumps(record | {"attempt": 1}) + "\n" for record in (part, *steps))]
+    second = [start(0), *(json.dumps(record | {"attempt": 2}) + "\n" for record in (part, *steps[1:]))]
+    run_dir.rank_metrics(0).write_text("".join([*first, *second, "cut o"]), encoding="utf-8")
+    kept = read_run_record(run_dir).startup[0]
+    assert [(record["event"], record["attempt"]) for record in kept] == [
+        ("startup", 1), ("step", 1), ("startup", 2), ("step", 2),
+    ]  # fmt: skip
+    assert kept[3]["step_s"] == 1.1
