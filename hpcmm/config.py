@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from hpcmm.errors import HpcmmError
 
@@ -383,8 +384,8 @@ def load(path: Path) -> RunConfig:
         loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     except OSError as error:
         raise HpcmmError(f"{path} cannot be read ({error.strerror}): is this a run directory?") from error
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        reason = " ".join(" ".join(str(error).split("\n", 2)[:2]).split()).rstrip(".")
         raise HpcmmError(f"{path} is not a configuration of this version of hpcmm: {reason}.") from error
     assert isinstance(loaded, RunConfig)
     return loaded

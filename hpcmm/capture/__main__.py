@@ -14,7 +14,7 @@ from hpcmm import config as run_config
 from hpcmm.bootstrap import startup
 from hpcmm.bootstrap.environment import RankEnvironment
 from hpcmm.capture.watch import end_as, record_exit, run_watched
-from hpcmm.config import Executor, RunConfig
+from hpcmm.config import Executor, RunConfig, TaskName
 from hpcmm.errors import HpcmmError, ProfilerUnusableError
 from hpcmm.failures.recorder import rank_of
 from hpcmm.profiled_ranks import profiled_ranks
@@ -30,7 +30,7 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     if config.cluster.executor is Executor.local:
         _write_to(run.rank_log(rank))
         prepare(config)  # on Slurm the batch script does it before the ranks start
-    if _is_profiled(config, rank):
+    if _is_profiled(config, rank) and not is_finished(config, run):
         from hpcmm.capture.profiled import run_profiled  # noqa: PLC0415 -- only where a profiler runs
 
         try:
@@ -53,6 +53,19 @@ def _is_profiled(config: RunConfig, rank: int) -> bool:
     )
 
 
+def is_finished(config: RunConfig, run: RunDir) -> bool:
+    """Whether the run has trained all of its steps: started once more, it has nothing to record.
+
+    Its reports would be replaced by empty ones.
+    """
+    try:
+        newest = (run.checkpoints / "latest").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    steps_done = newest.strip().removeprefix("step_")
+    return config.task.name is TaskName.anomaly and steps_done.isdecimal() and int(steps_done) >= config.train.steps
+
+
 def _write_to(log: Path) -> None:
     """Send this process' and its children's output to the rank's log, as srun does on Slurm."""
     with log.open("ab") as file:
@@ -61,8 +74,10 @@ def _write_to(log: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    run_dir, separator, *command = arguments
-    assert separator == "--"
+    if len(arguments) < 3 or arguments[1] != "--":
+        print("usage: python -m hpcmm.capture RUN_DIR -- COMMAND...", file=sys.stderr)
+        return 2
+    run_dir, _, *command = arguments
     try:
         return end_as(start_rank(RunDir(Path(run_dir)), command))
     except HpcmmError as error:

@@ -44,6 +44,9 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m hpcmm.train.prepare RUN_DIR", file=sys.stderr)
+        return 2
     try:
         run = RunDir(Path(arguments[0]))
         prepare(run_config.load(run.config))

@@ -4,9 +4,12 @@ import sys
 
 import pytest
 
+from hpcmm.capture.__main__ import is_finished, main
 from hpcmm.capture.nsys import run_under_nsys
+from hpcmm.config import RunConfig, TaskConfig, TaskName, TrainConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.profiled_ranks import profiled_ranks
+from hpcmm.run_dir import RunDir
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,27 @@ def test_the_report_is_whole_and_the_command_s_exit_status_is_kept(tmp_path, nsy
         "rank_0000.nsys-rep",
     ]
     assert report.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("latest", "task", "finished"),
+    [
+        (None, TaskName.anomaly, False),
+        ("step_000009", TaskName.anomaly, False),
+        ("step_000010", TaskName.anomaly, True),
+        ("step_000010", TaskName.script, False),
+        ("nonsense", TaskName.anomaly, False),
+    ],
+)
+def test_a_run_with_all_its_steps_is_not_profiled_once_more(tmp_path, latest, task, finished):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    if latest is not None:
+        (run.checkpoints / "latest").write_text(latest)
+    config = RunConfig(task=TaskConfig(name=task), train=TrainConfig(steps=10))
+    assert is_finished(config, run) is finished
+
+
+def test_a_wrong_call_is_told_how_to_call(capsys):
+    assert main(["somewhere"]) == 2
+    assert "usage: python -m hpcmm.capture RUN_DIR" in capsys.readouterr().err
