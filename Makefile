@@ -4,7 +4,7 @@ venv := .venv/bin
 python := $(venv)/python
 code := hpcmm tests benchmarks slurm scripts examples
 
-.PHONY: help setup demo test lint cluster-up cluster-down cluster-status clean
+.PHONY: help setup demo test test-all lint cluster-up cluster-down cluster-status clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -15,9 +15,15 @@ setup: ## Install system packages (as root) and .venv with the pinned Python pac
 demo: ## Train on a local four-node Slurm under nsys, and show where the time went
 	@scripts/demo.sh
 
-test: ## Set up, then run all tests
+test: ## Set up, then run the tests; those on the real Slurm one after the other
 	@scripts/setup.sh --with-test-tools
-	@$(python) -m pytest
+	@status=0; \
+	$(python) -m pytest -n 2 --dist loadfile --ignore tests/integration || status=1; \
+	$(python) -m pytest -m "not long" tests/integration || status=1; \
+	exit $$status
+
+test-all: test ## ... and the tests of faults that take a minute each
+	@$(python) -m pytest -m long tests/integration
 
 lint: setup ## Check style, types and import contracts
 	$(python) -m ruff check $(code)

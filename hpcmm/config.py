@@ -187,9 +187,10 @@ class ClusterConfig:
     """Shared folder that outlives runs: compiled ops, generated data. None: the user's cache folder."""
     kill_wait_s: int = 60
     """Seconds that the other ranks of a step may live once one has ended."""
-    stop_warning_s: int = 120
+    stop_warning_s: int | None = None
     """Seconds before the time limit at which Slurm warns the job, which then ends its step, saves a checkpoint and
-    finishes its reports. A preemption gives the partition's or QOS' grace time instead. 0: no warning."""
+    finishes its reports. A preemption gives the partition's or QOS' grace time instead. 0: no warning; None: 120, or a
+    quarter of a short time limit."""
 
 
 @dataclass

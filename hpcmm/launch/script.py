@@ -19,6 +19,8 @@ from hpcmm.run_dir import RunDir
 
 ANALYSIS_TEMPLATE = "analysis.sbatch.j2"
 _ANALYSIS_TIME_MIN = 60
+_STOP_WARNING_S = 120
+"""Time for a step, a checkpoint and the import of a report."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _directives(config: RunConfig, job: Job) -> dict[str, str | None]:
             "output": _log_pattern(job, job.run.batch_log),
             "open-mode": "append",
             "requeue" if config.requeue is Requeue.on_node_failure else "no-requeue": "",
-            "signal": f"B:USR1@{cluster.stop_warning_s}" if cluster.stop_warning_s else None,
+            "signal": _stop_warning(config),
         }
     )
     return given | {key: value or None for key, value in cluster.sbatch.items()}
@@ -157,6 +159,14 @@ def _gpus(config: RunConfig) -> str | None:
     if not cluster.gpus_per_node:
         return None
     return f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else str(cluster.gpus_per_node)
+
+
+def _stop_warning(config: RunConfig) -> str | None:
+    cluster = config.cluster
+    warning_s = cluster.stop_warning_s
+    if warning_s is None:
+        warning_s = min(_STOP_WARNING_S, 60 * cluster.time_limit_min // 4)
+    return f"B:USR1@{warning_s}" if warning_s else None
 
 
 def _array(config: RunConfig, job: Job) -> str | None:

@@ -68,7 +68,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "cluster.gpus_per_node": config.cluster.gpus_per_node,
         "train.warmup_steps": config.train.warmup_steps,
         "train.checkpoint_every": config.train.checkpoint_every,
-        "cluster.stop_warning_s": config.cluster.stop_warning_s,
+        "cluster.stop_warning_s": config.cluster.stop_warning_s or 0,
         "data.num_workers": config.data.num_workers,
         "launch.spare_nodes": config.launch.spare_nodes,
         "data.slow_s": config.data.slow_s,
@@ -181,7 +181,7 @@ def _cluster(config: RunConfig) -> Iterator[str]:
 
 def _warning(config: RunConfig) -> Iterator[str]:
     warning_s, limit_s = config.cluster.stop_warning_s, 60 * config.cluster.time_limit_min
-    if warning_s >= limit_s:
+    if warning_s is not None and warning_s >= limit_s:
         yield (
             f"cluster.stop_warning_s is {warning_s}, but the whole job has {limit_s} s: raise cluster.time_limit_min, "
             "or set a shorter warning."

@@ -17,6 +17,7 @@ import yaml
 pytestmark = [pytest.mark.slurm, pytest.mark.nsys, pytest.mark.timeout(600)]
 
 SHORT = ["experiment=anomaly_demo", "wait=true", "train.steps=10", "train.evaluate=false"]
+ONE_A_NODE = ["cluster.ranks_per_node=1", "cluster.gpus_per_node=0"]
 RUN_TIMEOUT_S = 400
 
 
@@ -52,17 +53,6 @@ def clean_run(slurm_cluster, nsys, tmp_path_factory):
     # A path with a blank and quotes, as a home directory may have one.
     folder = tmp_path_factory.mktemp('it\'s a "run"')
     return train_and_analyze(slurm_cluster, folder)
-
-
-def median_step_s(run):
-    """Median over ranks and steps of a step's duration, without the first."""
-    steps = [
-        record["step_s"]
-        for path in sorted((run / "metrics").glob("rank_*.jsonl"))
-        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        if record["event"] == "step" and record["step"] > 0
-    ]
-    return pd.Series(steps).median()
 
 
 def test_the_job_completed_on_four_nodes_with_eight_ranks(clean_run):
@@ -158,29 +148,28 @@ def test_the_script_runs_again_when_submitted_by_hand(clean_run, slurm_cluster):
     assert len(starts) == 2
 
 
-def test_a_throttled_link_makes_communication_the_first_row(clean_run, slurm_cluster, tmp_path):
-    run, _ = clean_run
+def test_a_throttled_link_makes_communication_the_first_row(slurm_cluster, nsys, tmp_path):
     slurm_cluster.fault("throttle", "node3", "150mbit")
     try:
-        slow, _ = train_and_analyze(slurm_cluster, tmp_path, "train.steps=6")
+        slow, _ = train_and_analyze(slurm_cluster, tmp_path, *ONE_A_NODE, "train.steps=6")
     finally:
         slurm_cluster.fault("restore", "node3")
-    assert median_step_s(slow) > 2 * median_step_s(run)
     first = table(slow, "bottlenecks").iloc[0]
     assert "communication" in first["cause"]
+    assert first["node"] == "node3"
     assert first["step_share"] > 0.3
 
 
 def test_a_rank_with_slow_data_loading_is_named(slurm_cluster, nsys, tmp_path):
-    run, printed = train_and_analyze(slurm_cluster, tmp_path, "data.slow_rank=5", "data.slow_s=1.0")
+    run, printed = train_and_analyze(slurm_cluster, tmp_path, *ONE_A_NODE, "data.slow_rank=2", "data.slow_s=1.0")
     first = table(run, "bottlenecks").iloc[0]
-    assert first["rank"] == 5
+    assert first["rank"] == 2
     assert first["node"] == "node3"
     assert first["phase"] == "data"
     assert "data" in first["cause"]
-    # Below the 1 s that rank 5 sleeps, for meanwhile the seven others share two cores among fewer.
+    # Below the 1 s that rank 2 sleeps, for meanwhile the three others share two cores among fewer.
     assert 0.2 < first["lost_s_per_step"] < 1.2
-    assert "rank 5" in printed
+    assert "rank 2" in printed
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_run_directory_is_said_and_the_last_checkpoint_stays_whole(slurm_cluster, small_disk):
     job = Job(slurm_cluster, small_disk, "profile=off", "cluster.nodes=1", "train.checkpoint_every=2")
     job.wait_until(lambda: job.state() in ("COMPLETED", "FAILED"), within_s=90)

@@ -26,6 +26,7 @@ LIGHT = [
     "cluster.ranks_per_node=1",
     "cluster.gpus_per_node=0",
     "cluster.kill_wait_s=20",
+    "cluster.stop_warning_s=0",
     "train.evaluate=false",
     "train.micro_batch_size=1",
     "train.steps=100000",

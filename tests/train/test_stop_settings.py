@@ -7,15 +7,14 @@ import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.compose import compose_run
-from hpcmm.launch.script import render_script
+from hpcmm.launch.script import Job, render_script
 from hpcmm.launch.validate import validate
 from hpcmm.run_dir import RunDir
 
 
 def script(*overrides):
-    return render_script(
-        compose_run(["experiment=anomaly_demo", *overrides]), RunDir(Path("/shared/run")), "/env/python"
-    )
+    job = Job(RunDir(Path("/shared/run")), launcher="/env/python")
+    return render_script(compose_run(["experiment=anomaly_demo", *overrides]), job)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +32,11 @@ def test_the_policy_decides_who_may_requeue(policy, directive, goes_on):
 def test_a_warning_of_no_length_is_none():
     assert "#SBATCH --signal=B:USR1@90" in script("cluster.stop_warning_s=90").splitlines()
     assert "#SBATCH --signal" not in script("cluster.stop_warning_s=0")
+
+
+def test_a_short_limit_gets_a_shorter_warning():
+    assert "#SBATCH --signal=B:USR1@120" in script("cluster.time_limit_min=60").splitlines()
+    assert "#SBATCH --signal=B:USR1@15" in script("cluster.time_limit_min=1").splitlines()
 
 
 @pytest.mark.parametrize(
