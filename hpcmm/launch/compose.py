@@ -152,8 +152,9 @@ def _known(override: Override) -> Override:
     if override.is_hydra_override():
         raise HpcmmError(f"{key} is a setting of Hydra's, which hpcmm makes itself: leave it out.")
     if key in groups:
-        if override.value() is None and key != "experiment":
-            raise HpcmmError(f"{key} needs an option: choose one of {', '.join(groups[key])}.")
+        if override.value() is None:
+            without = ", or leave it out" if key == "experiment" else ""
+            raise HpcmmError(f"{key} needs an option: choose one of {', '.join(groups[key])}{without}.")
         return override
     node: Any = RunConfig
     parts = key.split(".")

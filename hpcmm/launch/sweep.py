@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
-from hydra.core.override_parser.types import Glob, Override, ValueType
+from hydra.core.override_parser.types import Glob, Override, RangeSweep, ValueType
 from omegaconf import DictConfig, OmegaConf
 
 from hpcmm.config import RunConfig
@@ -76,6 +77,8 @@ def _values(override: Override) -> list[Override]:
         values: Iterable[Any] = override._value.filter(config_groups().get(override.key_or_group, []))
     else:
         values = override.sweep_iterator()
+    if isinstance(override._value, RangeSweep):
+        _check_range(override, override._value)
     # Made of the parsed values and not parsed again: that takes the grammar a millisecond for each.
     return [
         replace(
@@ -86,6 +89,15 @@ def _values(override: Override) -> list[Override]:
         )
         for value in values
     ]
+
+
+def _check_range(override: Override, swept: RangeSweep) -> None:
+    """Raises HpcmmError for a range that has no end or far too many values; looked at before any is made."""
+    start, stop, step = (float(number or 0) for number in (swept.start, swept.stop, swept.step))
+    if not step or not all(map(math.isfinite, (start, stop, step))) or start + step == start:
+        raise HpcmmError(f"{override.input_line} has no end: write range(START,STOP,STEP) of finite numbers.")
+    if (stop - start) / step > MOST_POINTS:
+        raise HpcmmError(f"{override.input_line} is a sweep of more than {MOST_POINTS} points, the most there may be.")
 
 
 def _points(fixed: list[Override], products: Iterable[tuple[Override, ...]]) -> Iterator[Point]:

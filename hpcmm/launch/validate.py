@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from hpcmm.config import Analyze, Executor, RunConfig, TaskName
 from hpcmm.errors import HpcmmError
@@ -15,7 +17,28 @@ from hpcmm.resources import resource
 ZERO_STAGES = range(4)
 DECODERS = ("fcn",)
 _MOST_RANKS = 1_000_000
+_MOST = 2**31 - 1
+"""What Slurm's and the libraries' whole numbers hold."""
+_LONGEST_NAME = 200
+"""A folder's name has 255 characters at most, and this one gets the time appended."""
 _MOST_MEMORY_GB = 1e6
+_DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+
+
+_OF_THE_RANKS = "hpcmm writes it from cluster.nodes, ranks_per_node and cpus_per_rank"
+_OF_THE_CALL = "hpcmm would not learn which job was submitted"
+_NOT_OPTIONS_OF_A_SITE = {
+    "array": "sweep a key, such as train.seed=1,2,3",
+    "dependency": "use after=JOB",
+    "job-name": "use name=NAME",
+    "output": "hpcmm writes all logs below runs_root",
+    "time": "use cluster.time_limit_min",
+    "nodes": _OF_THE_RANKS,
+    "ntasks": _OF_THE_RANKS,
+    "ntasks-per-node": _OF_THE_RANKS,
+    "cpus-per-task": _OF_THE_RANKS,
+    **dict.fromkeys(("parsable", "quiet", "test-only", "wait", "wrap", "help", "usage", "version"), _OF_THE_CALL),
+}
 
 
 def validate(config: RunConfig) -> None:
@@ -24,6 +47,8 @@ def validate(config: RunConfig) -> None:
         raise HpcmmError(
             f"cluster.nodes x cluster.ranks_per_node is {config.world_size}, more ranks than any cluster has."
         )
+    if problems := list(_lists(config)):
+        raise HpcmmError("\n".join(problems))
     problems = [
         *_sizes(config),
         *_numbers(config),
@@ -41,6 +66,16 @@ def validate(config: RunConfig) -> None:
     ]
     if problems:
         raise HpcmmError("\n".join(problems))
+
+
+def _lists(config: Any, parent: str = "") -> Iterator[str]:
+    """Lists within lists, which OmegaConf lets pass."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from _lists(value, f"{parent}{field.name}.")
+        elif isinstance(value, list) and any(isinstance(each, (list, dict)) for each in value):
+            yield f"{parent}{field.name} is {value}, but must be a plain list: quote what holds brackets."
 
 
 def _sizes(config: RunConfig) -> Iterator[str]:
@@ -75,6 +110,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "train.seed": config.train.seed,
     }
     optional = {
+        "data.shots": config.data.shots,
         "launch.parallel_points": config.launch.parallel_points,
         "parallel.threads_per_rank": config.parallel.threads_per_rank,
     }
@@ -83,6 +119,8 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         for key, value in values.items():
             if not value >= least:  # so that nan fails
                 yield f"{key} is {value}, but must be at least {least}."
+            elif value > _MOST:
+                yield f"{key} is {value}, but must be at most {_MOST}."
 
 
 def _numbers(config: RunConfig) -> Iterator[str]:
@@ -112,7 +150,7 @@ def _task(config: RunConfig) -> Iterator[str]:
     task = config.task
     if task.name is TaskName.script and not task.path:
         yield "task=script needs a script: give it as task.path=train.py."
-    if task.name is TaskName.function and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", task.target or ""):
+    if task.name is TaskName.function and not re.fullmatch(_DOTTED + ":" + _DOTTED, task.target or ""):
         yield f"task.target is {task.target!r}: name a function as package.module:function."
     wrong = {
         "task.path": task.path and task.name is not TaskName.script,
@@ -124,8 +162,8 @@ def _task(config: RunConfig) -> Iterator[str]:
         if is_wrong:
             fitting = "script" if key in ("task.path", "task.args") else "function"
             yield f"{key} is given, but the task is {task.name}: add task={fitting}, or leave it out."
-    if any("\0" in word for word in (task.path or "", *task.args)):
-        yield "task.path or task.args holds a NUL byte, which no command line can."
+    if any(_unwritable(word) for word in (task.path or "", *task.args)):
+        yield "task.path or task.args holds a NUL byte, which no command line can, or bytes that are no UTF-8."
 
 
 def _batch(config: RunConfig) -> Iterator[str]:
@@ -164,12 +202,14 @@ def _cluster(config: RunConfig) -> Iterator[str]:
         yield f"cluster.template is {cluster.template!r}, but slurm/ holds no such file."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         yield f"name is {config.name!r}: use letters, digits, dots, dashes and underscores, for it names a folder."
+    elif len(config.name) > _LONGEST_NAME:
+        yield f"name has {len(config.name)} characters, but it names a folder: use at most {_LONGEST_NAME}."
     if not config.runs_root or not config.runs_root.isprintable() or "%" in config.runs_root:
         yield f"runs_root is {config.runs_root!r}: name a folder without control characters and percent signs."
     if cluster.memory_gb is not None and not 0.001 <= cluster.memory_gb <= _MOST_MEMORY_GB:
         yield f"cluster.memory_gb is {cluster.memory_gb}, but must be the GB of a node's memory."
     for key, value in {**cluster.environment, **cluster.submit_environment}.items():
-        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        if _unwritable(value):
             yield f"cluster.environment.{key} holds bytes that a script cannot."
     for key in [*cluster.environment, *cluster.submit_environment]:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
@@ -177,6 +217,8 @@ def _cluster(config: RunConfig) -> Iterator[str]:
     for key in cluster.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*", key):
             yield f"cluster.sbatch has {key!r}, which is no long option of sbatch without its dashes."
+        elif key in _NOT_OPTIONS_OF_A_SITE:
+            yield f"cluster.sbatch.{key} cannot be given: {_NOT_OPTIONS_OF_A_SITE[key]}."
 
 
 def _warning(config: RunConfig) -> Iterator[str]:
@@ -254,6 +296,11 @@ def _launch(config: RunConfig) -> Iterator[str]:
         yield "launch.preflight checks the nodes of a Slurm job: set it to false with cluster=local."
     if launch.spare_nodes > 0 and not launch.preflight:
         yield f"launch.spare_nodes is {launch.spare_nodes}, but only launch.preflight=true uses spare nodes."
+
+
+def _unwritable(text: str) -> bool:
+    """Whether no script, or no UTF-8 file, can hold ``text``."""
+    return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_file_of(name: str, folder: str) -> bool:

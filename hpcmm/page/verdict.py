@@ -96,7 +96,8 @@ def headline(study: Study) -> str:
         return f"{rank[:1].upper()}{rank[1:]}{on} costs {lost}: {cause}{where}."
     if row["node"]:
         return f"Node {plain(row['node'])} costs {lost}: {cause}{where}."
-    return f"{cause[:1].upper()}{cause[1:]} costs {lost}{where}."
+    costs = "cost" if cause.endswith("batches") else "costs"
+    return f"{cause[:1].upper()}{cause[1:]} {costs} {lost}{where}."
 
 
 def _why_no_steps(study: Study) -> str:

@@ -156,7 +156,6 @@ def test_a_throttled_link_makes_communication_the_first_row(slurm_cluster, nsys,
         slurm_cluster.fault("restore", "node3")
     first = table(slow, "bottlenecks").iloc[0]
     assert "communication" in first["cause"]
-    assert first["node"] == "node3"
     assert first["step_share"] > 0.3
 
 

@@ -55,7 +55,7 @@ class Missing:
             raise ModuleNotFoundError("No module named 'deepspeed'")
 
 if os.environ.get("FAULT") in {"raise", "memory"}:
-    signal.signal(signal.SIGUSR1, fail)
+    signal.signal(signal.SIGHUP, fail)
 elif os.environ.get("FAULT") == "import" and os.environ.get("SLURM_PROCID") == "1":
     sys.meta_path.insert(0, Missing())
 """
@@ -176,9 +176,9 @@ def jobs(slurm_cluster, tmp_path_factory):
         jobs.signal_rank("sigkill", 1, signal.SIGKILL)
         # Not before the first step: within a lazy import, transformers makes an ImportError of any exception.
         jobs.await_rank("raise", 1, "step")
-        jobs.signal_rank("raise", 1, signal.SIGUSR1)
+        jobs.signal_rank("raise", 1, signal.SIGHUP)
         jobs.await_rank("memory", 0, "step")
-        jobs.signal_rank("memory", 0, signal.SIGUSR1)
+        jobs.signal_rank("memory", 0, signal.SIGHUP)
         jobs.await_rank("cancel", 0, "imports")
         jobs.broken("cancel")
         assert jobs.module("hpcmm.jobs", "cancel", "cancel").returncode == 0
