@@ -385,7 +385,7 @@ def load(path: Path) -> RunConfig:
         loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     except OSError as error:
         raise HpcmmError(f"{path} cannot be read ({error.strerror}): is this a run directory?") from error
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(" ".join(str(error).split("\n", 2)[:2]).split()).rstrip(".")
         raise HpcmmError(f"{path} is not a configuration of this version of hpcmm: {reason}.") from error
     assert isinstance(loaded, RunConfig)

@@ -29,6 +29,8 @@ def ask(
         )
     except FileNotFoundError as error:
         raise HpcmmError(f"{command[0]} not found: run this on a Slurm login node.") from error
+    except (OSError, ValueError) as error:  # no program, or an environment that no program can be given
+        raise HpcmmError(f"{command[0]} cannot be run ({error}): see `which {command[0]}`.") from error
     except subprocess.TimeoutExpired as error:
         raise HpcmmError(
             f"{command[0]} gave no answer within {timeout_s:g} s; the job itself is not affected."

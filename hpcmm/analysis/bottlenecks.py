@@ -65,6 +65,8 @@ def find(evidence: Evidence) -> list[Finding]:
     return sorted(worth, key=lambda finding: -finding.lost_s * (BLAMED_WEIGHT if finding.blames else 1.0))
 
 
+_MATCHED = 0.9
+"""From this share of the operations on, what is left of them is transfer."""
 _PHASE_SHARE = 0.1
 """A phase is named for communication that spreads over several when it holds this share of it."""
 
@@ -85,6 +87,19 @@ def _stopped(evidence: Evidence) -> list[Finding]:
     return found
 
 
+def _transfer_or_waiting(evidence: Evidence, inside: pd.DataFrame) -> tuple[str, str, str]:
+    """Cause, confidence and evidence: whether what seems transfer can be waiting for a rank that was not seen."""
+    unseen = evidence.expected_ranks - sum(len(trace.steps) > 0 for trace in evidence.traces)
+    matched = float((inside["complete"].astype(bool) & (inside["ranks"] > 1)).mean()) if len(inside) else 0.0
+    if unseen > 0:
+        why = f"{unseen} of {evidence.expected_ranks} ranks have no report with steps, and part of this may be waiting"
+        return "communication, or waiting for ranks without a report", LOW, f"{why} for them"
+    if matched > _MATCHED:
+        return CAUSES["transfer"], HIGH, "all ranks are there, the transfer itself takes the time"
+    why = f"only {matched:.0%} of the operations were seen on several ranks and all of their group"
+    return CAUSES["transfer"], MEDIUM if matched > 0.5 else LOW, f"{why}: part of this may be waiting"
+
+
 def _transfer(evidence: Evidence, explained_s: float) -> list[Finding]:
     """Exposed communication that neither a late rank explains nor one that stood still (``explained_s``)."""
     rows = evidence.rows
@@ -103,16 +118,8 @@ def _transfer(evidence: Evidence, explained_s: float) -> list[Finding]:
     if np.isfinite(bandwidth) and bandwidth > 0:
         rate = f"{bandwidth / 1e9:.3g} GB/s" if bandwidth >= 1e9 else f"{bandwidth / 1e6:.3g} MB/s"
         told += f" at a bus bandwidth of {rate}"
-    unseen = evidence.expected_ranks - len(evidence.traces)
-    complete = float(inside["complete"].mean()) if len(inside) else 0.0
-    confidence = LOW if unseen > 0 else HIGH if complete > 0.9 else MEDIUM
-    if unseen > 0:
-        told += (
-            f"; {unseen} of {evidence.expected_ranks} ranks have no report, and part of this may be waiting for them"
-        )
-    else:
-        told += "; all ranks are there, the transfer itself takes the time"
-    cause = CAUSES["transfer"] if unseen <= 0 else "communication, or waiting for ranks without a report"
+    cause, confidence, why = _transfer_or_waiting(evidence, inside)
+    told += f"; {why}"
     by_step = inside.groupby("step")["exposed_transfer_ns"].sum().reindex(evidence.steps.numbers).fillna(0.0)
     worst = evidence.worst_step(by_step.to_numpy(np.float64))
     most = inside.iloc[int(inside["exposed_transfer_ns"].to_numpy(np.float64).argmax())]

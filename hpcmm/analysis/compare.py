@@ -81,7 +81,8 @@ def compare(run_a: RunTables, run_b: RunTables) -> Comparison:
     Raises HpcmmError where a run has no steps besides warm-up.
     """
     for run in (run_a, run_b):
-        if not len(_steady(run)):
+        steps = run.tables["steps"]
+        if not len(_steady(run)) or not steps.loc[steps["step"].isin(_steady(run)), "duration_s"].sum() > 0:
             raise HpcmmError(f"{run.name} has no steps to compare: only annotated steps after the first count.")
     bottlenecks = _bottlenecks(run_a) | _bottlenecks(run_b)
     series_a, series_b = _series(run_a, bottlenecks), _series(run_b, bottlenecks)

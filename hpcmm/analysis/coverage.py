@@ -137,6 +137,9 @@ def assess(facts: Sequence[ReportFacts], record: RunRecord) -> Ledger:
                 rank = -len(nameless)
             claims.setdefault(rank, []).append((fact, replace(trace, rank=rank, node=_node(trace, rank, record))))
     used = _settle_claims(claims, record, rows)
+    # Ranks are numbered from 0: whoever is rank 7 has seven peers, also where nothing tells how many ranks there are.
+    if not record.world_size:
+        world_size = max([world_size, *(rank + 1 for rank in claims if rank < MAX_WORLD_SIZE)])
     present = {int(str(row[0])) for row in rows if row[0] is not None and row[2] != WRONG_JOB}
     rows.extend(_without_report(present, world_size, record, list(dict.fromkeys(nameless))))
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
@@ -254,7 +257,7 @@ def _without_report(
                 else "it has not started: the job still waits, or this rank failed (see its log)"
             )
             if not record.world_size:
-                told = f"the other reports are of a job of {world_size} ranks"
+                told = f"the other reports are of a job of {world_size} ranks or more"
             if nameless:
                 told = f"no report tells that it is of this rank; {_some(nameless)} may be"
             rows.append((rank, node, MISSING, 0, 0, 0, 0.0, "", told, ""))

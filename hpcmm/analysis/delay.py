@@ -176,9 +176,11 @@ def _parts_of(trace: RankTrace, phases: list[str]) -> tuple[IntervalSet, ...]:
     within = trace.waits[trace.waits["verdict"] == WITHIN_STEP]
     children = IntervalSet.union_of(within["start_ns"], within["end_ns"])
     own, subprocesses = [], []
+    starts, ends = trace.segments["start_ns"].to_numpy(np.int64), trace.segments["end_ns"].to_numpy(np.int64)
+    places = trace.segments.groupby("phase", sort=False).indices
     for phase in phases:
-        segments = trace.segments[trace.segments["phase"] == phase]
-        work = IntervalSet.union_of(segments["start_ns"], segments["end_ns"]).subtract(communication)
+        at = places.get(phase, np.empty(0, dtype=np.intp))
+        work = IntervalSet.union_of(starts[at], ends[at]).subtract(communication)
         own.append(work.subtract(children))
         subprocesses.append(work.intersect(children))
     start, end = trace.steps["start_ns"].to_numpy(np.int64), trace.steps["end_ns"].to_numpy(np.int64)

@@ -11,7 +11,6 @@ On the command line: ``python -m hpcmm.analyze --help``.
 """
 
 from hpcmm.analyze.analysis import Analysis, analyze
-from hpcmm.analyze.command import main
 from hpcmm.analyze.runs import compare
 
-__all__ = ["Analysis", "analyze", "compare", "main"]
+__all__ = ["Analysis", "analyze", "compare"]

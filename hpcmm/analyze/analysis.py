@@ -13,7 +13,6 @@ import pandas as pd
 from hpcmm.analysis.efficiency import Reference
 from hpcmm.analysis.study import Study, study
 from hpcmm.errors import HpcmmError
-from hpcmm.page.write import write_outputs
 from hpcmm.reports.find import Found, find_reports
 from hpcmm.reports.load import Progress
 from hpcmm.reports.run_record import RunRecord, read_run_record
@@ -67,6 +66,8 @@ class Analysis:
 
         Raises HpcmmError with nothing changed there when the folder cannot be written.
         """
+        from hpcmm.page.write import write_outputs  # noqa: PLC0415 -- a notebook needs no page, 0.2 s of imports
+
         target = self.out if folder is None else Path(folder)
         write_outputs(self.study, target)
         return target

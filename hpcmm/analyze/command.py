@@ -13,7 +13,10 @@ from hpcmm.errors import HpcmmError
 from hpcmm.page.comparison import print_comparison, write_comparison
 from hpcmm.page.terminal import print_study, progress_bar
 from hpcmm.reports.find import find_reports
+from hpcmm.reports.printable import printable
 
+INTERRUPTED = 130
+"""As a shell has it: 128 and the number of the signal."""
 DESCRIPTION = """\
 Read the Nsight Systems reports of a run and say how many seconds a step loses, to what, and because of which rank.
 
@@ -56,8 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _compare(given[1:]) if given[:1] == ["compare"] else _analyze(given)
     except (HpcmmError, OSError) as error:
-        print(f"hpcmm.analyze: {error}", file=sys.stderr)
+        print(f"hpcmm.analyze: {printable(str(error))}", file=sys.stderr)
         return NOTHING_USABLE
+    except KeyboardInterrupt:
+        print("hpcmm.analyze: interrupted; an earlier analysis there is as it was.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _analyze(arguments: Sequence[str]) -> int:

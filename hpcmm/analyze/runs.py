@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.compare import Comparison, RunTables
 from hpcmm.analysis.compare import compare as compare_tables
-from hpcmm.analysis.efficiency import Reference, samples_per_step
+from hpcmm.analysis.efficiency import EFFICIENCIES, STEP, Reference, samples_per_step
 from hpcmm.analyze.analysis import Analysis, Paths, analyze, as_paths
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import find_reports
@@ -17,7 +18,22 @@ from hpcmm.reports.load import Progress
 from hpcmm.reports.run_record import read_run_record
 from hpcmm.run_dir import RunDir
 
-_COMPARED = ("efficiency", "steps", "phases", "delays", "bottlenecks")
+_NUMBERS = {
+    "efficiency": ("step", *EFFICIENCIES),
+    "steps": ("rank", "step", "duration_s"),
+    "phases": ("step", "useful_s", "wait_s", "transfer_s"),
+    "delays": ("rank", "step", "lost_s"),
+    "bottlenecks": ("rank",),
+}
+"""The tables that are compared, and their columns of numbers ..."""
+_TEXTS = {
+    "efficiency": ("scope",),
+    "steps": ("node",),
+    "phases": ("phase", "within"),
+    "delays": ("node", "phase"),
+    "bottlenecks": ("cause", "phase", "node"),
+}
+"""... and of text."""
 
 
 def compare(run_a: Paths | Analysis, run_b: Paths | Analysis, *, progress: Progress | None = None) -> Comparison:
@@ -73,7 +89,7 @@ def _file(folder: Path, table: str) -> Path | None:
 def _written(folder: Path) -> RunTables:
     run_dir = RunDir(folder.resolve().parent)
     record = read_run_record(run_dir if run_dir.config.is_file() else None)
-    return RunTables(record.name or str(folder), {name: _read(folder, name) for name in _COMPARED}, record.config)
+    return RunTables(record.name or str(folder), {name: _read(folder, name) for name in _NUMBERS}, record.config)
 
 
 def _read(folder: Path, table: str) -> pd.DataFrame:
@@ -81,6 +97,27 @@ def _read(folder: Path, table: str) -> pd.DataFrame:
     if path is None:
         raise HpcmmError(f"{folder} has no table {table}: analyse the run again.")
     try:
-        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        read = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (OSError, ValueError, KeyError) as error:  # what pyarrow and pandas raise for a damaged file
         raise HpcmmError(f"{path} cannot be read ({error}): analyse the run again.") from error
+    wrong = _wrong_column(read, _NUMBERS[table], _TEXTS[table])
+    if wrong:
+        raise HpcmmError(f"{path} is not what an analysis writes ({wrong}): analyse the run again.")
+    return read
+
+
+def _wrong_column(read: pd.DataFrame, numbers: Sequence[str], texts: Sequence[str]) -> str:
+    """What is wrong with a table that anyone may have edited; empty where nothing is."""
+    lacking = [name for name in (*numbers, *texts) if name not in read]
+    if lacking:
+        return f"no column {lacking[0]}"
+    for name in numbers:
+        if not pd.api.types.is_numeric_dtype(read[name]) and read[name].notna().any():
+            return f"{name} is no number"
+        if np.isinf(read[name].to_numpy(np.float64, na_value=np.nan)).any():
+            return f"{name} is infinite"
+    if "scope" in read:
+        steps = read.loc[read["scope"] == STEP, "step"]
+        if steps.isna().any() or steps.duplicated().any():
+            return "its steps are not numbered"
+    return ""

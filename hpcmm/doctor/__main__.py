@@ -19,6 +19,8 @@ from hpcmm.doctor.report import report_lines, report_values
 from hpcmm.doctor.step import allocation_options, check_nodes
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.compose import compose_run
+from hpcmm.launch.validate_cluster import cluster_problems
+from hpcmm.working_directory import check_working_directory
 
 _TIME_LIMIT_MIN = 8
 
@@ -49,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(arguments)
     try:
-        return _check(compose_run(options.overrides), options)
+        check_working_directory()
+        config = compose_run(options.overrides)
+        if problems := list(cluster_problems(config)):
+            raise HpcmmError("\n".join(problems))
+        return _check(config, options)
     except HpcmmError as error:
         print(f"hpcmm.doctor: {error}", file=sys.stderr)
         return 1

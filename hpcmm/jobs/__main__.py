@@ -19,6 +19,7 @@ from hpcmm.jobs.polling import Poller
 from hpcmm.jobs.show import as_values, job_lines, state_lines
 from hpcmm.jobs.state import states_of
 from hpcmm.profiled_ranks import profiled_ranks
+from hpcmm.working_directory import check_working_directory
 
 _MOST_RANKS = 1_000_000
 
@@ -38,12 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
+        check_working_directory()
         command: Callable[[argparse.Namespace], int] = options.command
         status = command(options)
         sys.stdout.flush()
         return status
     except HpcmmError as error:
-        print(f"hpcmm.jobs: {error}", file=sys.stderr)
+        _complain([str(error)])
         return 1
     except KeyboardInterrupt:
         return 130
@@ -182,7 +184,8 @@ def _print_logs(lines: Iterable[tuple[str, str]]) -> None:
 
 def _complain(notes: Iterable[str]) -> None:
     for note in notes:
-        print(f"hpcmm.jobs: {note}", file=sys.stderr)
+        lines = [logs.printable(line.encode(errors="replace")) for line in note.splitlines()]
+        print("hpcmm.jobs: " + "\n".join(lines), file=sys.stderr)
 
 
 def _print_json(values: object) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, slurm_environment
-from hpcmm.jobs.state import State, states_of
+from hpcmm.jobs.state import State, is_local, states_of
 from hpcmm.slurm_commands import ask
 
 
@@ -26,12 +26,24 @@ def cancel(asked: str, targets: Sequence[Target]) -> list[str]:
         raise HpcmmError(f"{asked!r} is the start of {len(active)} active runs: name one of {names}.")
     state = active[0]
     ids = list(dict.fromkeys(_cancellable(job.job_id, job.raw_id) for job in state.active))
-    if any(job.source == "run directory" for job in state.active):
+    if is_local(state.run):
         for each in ids:
-            os.kill(int(each), signal.SIGINT)  # submitit's controller ends its ranks
+            _interrupt(int(each))
+    elif any(job.source == "run directory" for job in state.active):
+        raise HpcmmError(f"Nothing to cancel: Slurm does not know job {', '.join(ids)}, though the run directory does.")
     else:
         ask("scancel", *ids, environ=slurm_environment(state.run))
     return ids
+
+
+def _interrupt(pid: int) -> None:
+    """submitit's controller then ends its ranks."""
+    try:
+        os.kill(pid, signal.SIGINT)
+    except ProcessLookupError:
+        return  # over by now
+    except PermissionError as error:
+        raise HpcmmError(f"Process {pid} is another user's: you cannot cancel it.") from error
 
 
 def _cancellable(job_id: str, raw_id: str) -> str:

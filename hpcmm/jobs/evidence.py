@@ -20,6 +20,7 @@ from hpcmm.slurm_commands import ask
 
 _TAIL_BYTES = 256 * 1024
 _ATTEMPT = re.compile(r"(\d+)\.(\d+)")
+_RANK = re.compile(r"[0-9]{1,6}")
 _SRUN_TASKS = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)")
 
 
@@ -111,7 +112,7 @@ def ranks_in(listed: str) -> list[int]:
     found: list[int] = []
     for part in listed.split(","):
         first, _, last = part.partition("-")
-        if first.isdecimal() and (not last or last.isdecimal()):
+        if all(_RANK.fullmatch(number) for number in (first, last or first)):
             found += range(int(first), int(last or first) + 1)
     return found
 
@@ -159,9 +160,8 @@ def _ranks(run: RunDir, raw_id: str, attempt: Path | None) -> dict[int, RankEvid
     progress = {rank: each for rank, each in progress_of(run).items() if each.job_id == raw_id}
     numbers = set(progress)
     if attempt is not None:
-        numbers |= {
-            int(match[1]) for entry in attempt.iterdir() if (match := re.match(r"rank_(\d{1,7})\.", entry.name))
-        }
+        names = [entry.name for entry in attempt.glob("rank_*")]
+        numbers |= {int(match[1]) for name in names if (match := re.match(r"rank_([0-9]{1,6})\.", name))}
         numbers |= set(range(_world_size(run)))
     found = {}
     for rank in sorted(numbers):

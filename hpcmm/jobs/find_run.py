@@ -16,8 +16,8 @@ from hpcmm.errors import HpcmmError
 from hpcmm.jobs.queue import Job
 from hpcmm.run_dir import RunDir
 
-_JOB_ID = re.compile(r"\d+(?:_\d+)?")
-_SUBMITTED = re.compile(r"(\d+(?:_\d+)?)_submitted\.pkl")
+_JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
+_SUBMITTED = re.compile(r"([0-9]{1,12}(?:_[0-9]{1,9})?)_submitted\.pkl")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
 
     Raises HpcmmError, with the nearest names, where there is none.
     """
-    named = Path(asked).expanduser()
+    named = _expanded(asked)
     if _is_run(named):
         return [_target(asked, named.resolve())]
     if _JOB_ID.fullmatch(asked):
@@ -71,8 +71,8 @@ def job_ids_of(run: RunDir) -> tuple[str, ...]:
     except OSError:
         pass  # not made by submitit, or not ours to read
     record = _job_record(run)
-    if record and (job_id := record.get("job_id")) is not None:
-        ids.setdefault(str(job_id), 0.0)
+    if record and _JOB_ID.fullmatch(job_id := str(record.get("job_id"))):
+        ids.setdefault(job_id, 0.0)
     return tuple(sorted(ids, key=lambda each: (ids[each], each)))
 
 
@@ -94,7 +94,7 @@ def settings(run: RunDir) -> dict[str, Any]:
     """The run's frozen configuration as plain values, of whatever version of hpcmm; empty where there is none."""
     try:
         given = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return given if isinstance(given, dict) else {}
 
@@ -114,6 +114,13 @@ def slurm_environment(run: RunDir | None, environ: dict[str, str] | None = None)
     cluster = settings(run).get("cluster") if trusted else None
     given = cluster.get("submit_environment") if isinstance(cluster, dict) else None
     return environ | {str(key): str(value) for key, value in given.items()} if isinstance(given, dict) else environ
+
+
+def _expanded(asked: str) -> Path:
+    try:
+        return Path(asked).expanduser()
+    except RuntimeError:  # no such user
+        return Path(asked)
 
 
 def _target(asked: str, folder: Path) -> Target:
@@ -138,7 +145,7 @@ def _made_at(folder: Path) -> int:
 def _job_record(run: RunDir) -> dict[str, Any]:
     try:
         given = json.loads(run.job_record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return given if isinstance(given, dict) else {}
 

@@ -15,18 +15,18 @@ def local_job(run: RunDir, job_id: str, name: str, ranks: int) -> Job:
 
     submitit's number of a local job is that process' own; it may be another's by now, so its command is looked at.
     """
-    if _runs(int(job_id), run.submitit):
+    if job_id.isdecimal() and _runs(int(job_id), run.submitit):
         state = "RUNNING"
     else:
-        ended = [_ended_well(run.rank_metrics(rank)) for rank in range(ranks)]
-        state = "COMPLETED" if ended and all(ended) else "FAILED"
+        ended = ranks > 0 and all(_ended_well(run.rank_metrics(rank)) for rank in range(ranks))
+        state = "COMPLETED" if ended else "FAILED"
     return Job(job_id, job_id, name=name, state=state, node_count="1", source="run directory")
 
 
 def _runs(pid: int, folder: Path) -> bool:
     try:
         return str(folder) in psutil.Process(pid).cmdline()
-    except psutil.Error:
+    except (psutil.Error, OverflowError):
         return False
 
 

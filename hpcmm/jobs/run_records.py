@@ -42,7 +42,7 @@ def record_of(run: RunDir, job_id: str) -> Job | None:
     """The job as ``job.json`` keeps it, or as its ranks' last words tell; None where neither does."""
     try:
         given = json.loads(run.job_record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         given = None
     if isinstance(given, dict) and str(given.get("job_id")) == job_id:
         return Job(job_id, job_id, state=str(given.get("state", "UNKNOWN")), source="run directory")
@@ -88,6 +88,6 @@ def _records(path: Path, *, head: bool = False) -> list[dict[str, Any]]:
 def _object(line: str) -> dict[str, Any] | None:
     try:
         given = json.loads(line)
-    except ValueError:  # the tail began within a line, or the rank died while it wrote
+    except (ValueError, RecursionError):  # the tail began within a line, or the rank died while it wrote
         return None
     return given if isinstance(given, dict) and ("step" in given or given.get("event") != "step") else None

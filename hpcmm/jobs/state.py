@@ -43,7 +43,7 @@ def states_of(targets: Sequence[Target], environ: Mapping[str, str] = os.environ
     clusters: dict[str, dict[str, str]] = {}
     asked: dict[str, list[str]] = {}
     for target in targets:
-        if not _is_local(target.run):
+        if not is_local(target.run):
             mine = slurm_environment(target.run, dict(environ))
             key = mine.get("SLURM_CONF", "")
             clusters[key] = mine
@@ -51,7 +51,7 @@ def states_of(targets: Sequence[Target], environ: Mapping[str, str] = os.environ
     answers = {key: find_jobs(asked[key], clusters[key]) for key in asked}
     return [
         _local_state(target)
-        if _is_local(target.run)
+        if is_local(target.run)
         else _state(target, answers[slurm_environment(target.run, dict(environ)).get("SLURM_CONF", "")])
         for target in targets
     ]
@@ -67,7 +67,8 @@ def _state(target: Target, answer: Answer) -> State:
     return State(target, list(jobs.values()), list(answer.notes))
 
 
-def _is_local(run: RunDir | None) -> bool:
+def is_local(run: RunDir | None) -> bool:
+    """Whether it ran without Slurm, on submitit's local executor."""
     cluster = settings(run).get("cluster") if run is not None else None
     return isinstance(cluster, dict) and cluster.get("executor") == "local"
 

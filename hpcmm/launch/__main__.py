@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcmm.errors import HpcmmError
+from hpcmm.working_directory import check_working_directory
 
 if TYPE_CHECKING:
     from hpcmm.launch.run import Plan
@@ -39,12 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     try:
+        check_working_directory()
         if given[:1] == [RESUBMIT]:
             return _resubmit(given[1:])
         return _launch([word for word in given if word not in ("-m", "--multirun")])
     except HpcmmError as error:
         print(f"hpcmm: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as interrupt:
+        print(f"hpcmm: interrupted; {interrupt}." if str(interrupt) else "hpcmm: interrupted.", file=sys.stderr)
+        return 130
 
 
 def _launch(overrides: Sequence[str]) -> int:

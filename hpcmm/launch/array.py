@@ -14,8 +14,9 @@ from hpcmm.launch.ledger import COMPLETED, FAILED, Ledger, LedgerPoint, read_led
 from hpcmm.launch.run import Plan, frozen, plan, point_latest_to, with_live_dependency, write_shared_files, writing
 from hpcmm.launch.sbatch import check_slurm_is_here, sbatch, warn_where_it_cannot_start
 from hpcmm.launch.snapshot import CodePlan, plan_code
-from hpcmm.launch.submit import note_submission, pickle_task
+from hpcmm.launch.submit import note_submission, pickle_task, submit_analysis
 from hpcmm.launch.sweep import Point
+from hpcmm.launch.uninterrupted import uninterrupted
 from hpcmm.launch.validate import validate
 from hpcmm.run_dir import RunDir, SweepDir
 
@@ -107,14 +108,21 @@ def _submit_array(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoin
     tasks = f"--array={_ranges([point.index for point in points])}"
     if config.launch.parallel_points:
         tasks += f"%{config.launch.parallel_points}"
-    job_id = sbatch(config, shared.submission_script, tasks)
-    warn_where_it_cannot_start(config, job_id)
-    ledger.note_array(job_id, points)
-    analysis_job_id = None
-    if shared.analysis_script.is_file():
+    with uninterrupted() as submitted:
+        job_id = sbatch(config, shared.submission_script, tasks)
+        submitted.append(job_id)
+        try:
+            ledger.note_array(job_id, points)
+        except OSError as error:
+            raise HpcmmError(
+                f"Job {job_id} is submitted, but {ledger.sweep.ledger} cannot be written ({error.strerror}): free some "
+                f"space, and take the job back with scancel {job_id} before you launch again."
+            ) from error
+        note_submission(shared, job_id=job_id, analysis_job_id=None)
         # Each point's analysis waits for its own point alone.
-        analysis_job_id = sbatch(config, shared.analysis_script, tasks, f"--dependency=aftercorr:{job_id}")
-    note_submission(shared, job_id=job_id, analysis_job_id=analysis_job_id)
+        analysis_job_id = submit_analysis(config, shared, job_id, tasks, f"--dependency=aftercorr:{job_id}")
+        submitted.extend([analysis_job_id] if analysis_job_id else [])
+    warn_where_it_cannot_start(config, job_id)
     return job_id
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 
 _TIMEOUT_S = 60
+_CREDENTIALS = re.compile(
+    r"\.env(\..+)?|\.netrc|\.pypirc|\.git-credentials|id_(rsa|dsa|ecdsa|ed25519)|.+\.(pem|key|p12|pfx)|credentials(\.json)?",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,19 @@ def project_root(folder: Path) -> Path | None:
 def listed_files(root: Path) -> list[Path]:
     """The files that git tracks, and new ones that are not ignored; those of submodules too. Deleted ones are left out.
 
-    Raises HpcmmError when git cannot tell.
+    So are new files that hold credentials by their names, and a line on stderr says which. Raises HpcmmError when git
+    cannot tell.
     """
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
+    tracked = _names(_git(root, "ls-files", "-z", "--cached"))
+    new = _names(_git(root, "ls-files", "-z", "--others", "--exclude-standard")) - tracked
+    secret = sorted(name for name in new if _CREDENTIALS.fullmatch(Path(name).name))
+    if secret:
+        print(
+            f"hpcmm: not copied, for they look like credentials: {', '.join(map(ascii, secret))}. `git add` one that "
+            "the job needs, or name it in .gitignore.",
+            file=sys.stderr,
+        )
+    names = sorted((tracked | new).difference(secret))
     files: list[Path] = []
     for path in (root / name for name in names):
         if path.is_symlink() or path.is_file():
@@ -40,6 +55,10 @@ def listed_files(root: Path) -> list[Path]:
         elif (path / ".git").exists():
             files += listed_files(path)
     return files
+
+
+def _names(listed: bytes) -> set[str]:
+    return {os.fsdecode(name) for name in listed.split(b"\0") if name}
 
 
 def revision(root: Path) -> Revision:
@@ -57,7 +76,11 @@ def _git(root: Path, *arguments: str) -> bytes:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, check=False, timeout=_TIMEOUT_S, env=environment
+            ["git", "-C", str(root), "-c", "core.fsmonitor=false", *arguments],
+            capture_output=True,
+            check=False,
+            timeout=_TIMEOUT_S,
+            env=environment,
         )
     except FileNotFoundError as error:
         raise HpcmmError(_cannot(root, "git is not installed")) from error

@@ -75,17 +75,30 @@ class Ledger:
         return COMPLETED if point.jobs and f"{point.job_id} 0" in lines else FAILED
 
 
+def _is_whole(point: LedgerPoint) -> bool:
+    texts = (point.overrides, point.jobs)
+    return (
+        type(point.index) is int
+        and point.run == SweepDir(Path()).point(point.index).root.name
+        and all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in texts)
+        and all(job.isdecimal() for job in point.jobs)
+    )
+
+
 def read_ledger(path: Path) -> Ledger:
     """Read a ledger, or that of a sweep's folder. Raises HpcmmError where it is none."""
     file = path / "ledger.json" if path.is_dir() else path
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         points = [LedgerPoint(**point) for point in record["points"]]
-        whole = all(isinstance(p.index, int) and all(isinstance(job, str) for job in p.jobs) for p in points)
+        whole = [point.index for point in points] == [*range(len(points))] and all(map(_is_whole, points))
+        foreign = file.stat().st_uid != os.geteuid()
     except OSError as error:
         raise HpcmmError(f"{file} cannot be read ({error.strerror}): give the ledger of a sweep.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise HpcmmError(f"{file} is no ledger of a sweep: {error}.") from error
+    if foreign:
+        raise HpcmmError(f"{file} is another user's, whose scripts would run as you: launch the sweep yourself.")
     if not whole or not points:
         raise HpcmmError(f"{file} is no ledger of a sweep: its points are damaged.")
     return Ledger(SweepDir(Path(os.path.abspath(file)).parent), points)  # noqa: PTH100 -- links stay as they are

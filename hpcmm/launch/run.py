@@ -56,6 +56,10 @@ def plan(config: RunConfig, overrides: Sequence[str], points: int | None = None)
     run = RunDir(Path(config.runs_root).expanduser().absolute() / name)
     working_directory = Path.cwd()
     code = plan_code(config, run, working_directory)
+    if any(os.pathsep in folder for folder in code.python_path):
+        raise HpcmmError(
+            f"{run.root.parent} holds a colon, at which PYTHONPATH is split: set runs_root to another folder."
+        )
     after = None if config.after is None else job_to_wait_for(config.after, run.root.parent)
     job = Job(run, code.python_path, points=points, after=after, working_directory=working_directory)
     return Plan(config, run, code, job, tuple(overrides))

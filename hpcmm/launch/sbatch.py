@@ -21,11 +21,16 @@ def sbatch(config: RunConfig, script: Path, *options: str) -> str:
     """Submit ``script``. Returns the job's id. Raises HpcmmError, with a cure, when Slurm refuses it."""
     check_slurm_is_here()
     try:
-        done = subprocess.run(["sbatch", *options, str(script)], capture_output=True, check=False, timeout=_TIMEOUT_S)
+        # In a process group of its own, which Ctrl-C does not reach.
+        done = subprocess.run(
+            ["sbatch", *options, str(script)], capture_output=True, check=False, timeout=_TIMEOUT_S, process_group=0
+        )
     except subprocess.TimeoutExpired as error:
         raise HpcmmError(
             f"sbatch gave no answer within {_TIMEOUT_S} s: see in squeue whether the job is there."
         ) from error
+    except OSError as error:
+        raise HpcmmError(f"sbatch cannot be run ({error.strerror}): see `which sbatch`.") from error
     complaint, answer = done.stderr.decode(errors="replace"), done.stdout.decode(errors="replace")
     if done.returncode != 0:
         raise HpcmmError(refusal(config, complaint))

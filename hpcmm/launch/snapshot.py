@@ -7,6 +7,7 @@ would track (new files that are not ignored), as it lies on disk, uncommitted ch
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -87,10 +88,13 @@ def _project_copy(run: RunDir) -> Path:
 
 def _existing_script(path: str | None, working_directory: Path) -> Path:
     assert path is not None  # validated
-    script = working_directory / Path(path).expanduser()
-    if not script.is_file():
-        raise HpcmmError(f"task.path is {path}, but there is no such file in {working_directory}.")
-    return script.resolve()
+    try:
+        script = working_directory / Path(path).expanduser()
+        if script.is_file():
+            return script.resolve()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed, another's home
+        raise HpcmmError(f"task.path is {path[:200]}, which cannot be looked up ({error}).") from error
+    raise HpcmmError(f"task.path is {path}, but there is no such file in {working_directory}.")
 
 
 def _import_folders(working_directory: Path, task: TaskName) -> Iterator[Path]:
@@ -122,10 +126,15 @@ def _files_under(folder: Path) -> Iterator[Path]:
 def _project_files(project: Path) -> list[Path]:
     if project_root(project) == project:
         return listed_files(project)
-    # No git: the Python files beside the script, and the packages there.
-    modules = list(project.glob("*.py"))
+    # No git: the Python files beside the script, and the packages there, without hidden files such as .env.
+    modules = [entry for entry in project.glob("*.py") if entry.is_file()]
     packages = [entry.parent for entry in project.glob("*/__init__.py")]
-    return [*modules, *(file for package in packages for file in _files_under(package))]
+    inside = (file for package in packages for file in _files_under(package))
+    return [*modules, *(file for file in inside if not _is_hidden(file.relative_to(project)))]
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
 
 
 def _check_size(project: Path, files: Sequence[Path], limit_mb: int) -> None:
@@ -144,7 +153,8 @@ def _copy(source: Path, target: Path) -> str:
     """Copy a file or link. Returns a digest of what it holds."""
     if source.is_symlink():
         pointed = source.readlink()
-        inside = (source.parent / pointed).resolve().is_relative_to(source.parent.resolve())
+        # os.path's, for pathlib's raises where links lead in a circle.
+        inside = Path(os.path.realpath(source.parent / pointed)).is_relative_to(source.parent.resolve())
         target.symlink_to(pointed if inside or pointed.is_absolute() else (source.parent / pointed).absolute())
         return str(pointed)
     shutil.copyfile(source, target)

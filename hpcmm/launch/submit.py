@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from submitit.core.utils import DelayedSubmission
 
 from hpcmm.bootstrap.free_port import find_free_port
 from hpcmm.config import Executor, RunConfig, TaskName
+from hpcmm.errors import HpcmmError
 from hpcmm.launch.sbatch import sbatch, warn_where_it_cannot_start
 from hpcmm.launch.script import rank_command
 from hpcmm.launch.task import RankTask, UserTask
+from hpcmm.launch.uninterrupted import uninterrupted
 from hpcmm.run_dir import RunDir
 
 
@@ -54,15 +57,31 @@ def submit(config: RunConfig, run: RunDir, python_path: tuple[str, ...] = ()) ->
     task = pickle_task(config, run)
     if config.cluster.executor is Executor.local:
         return _submit_locally(config, run, task, python_path)
-    job_id = sbatch(config, run.submission_script)
-    warn_where_it_cannot_start(config, job_id)
-    analysis_job_id = None
-    if run.analysis_script.is_file():
+    with uninterrupted() as submitted:
+        job_id = sbatch(config, run.submission_script)
+        submitted.append(job_id)
+        note_submission(run, job_id=job_id, analysis_job_id=None)
         # Also of a run that failed: its reports may say why.
-        analysis_job_id = sbatch(config, run.analysis_script, f"--dependency=afterany:{job_id}")
-    note_submission(run, job_id=job_id, analysis_job_id=analysis_job_id)
+        analysis_job_id = submit_analysis(config, run, job_id, f"--dependency=afterany:{job_id}")
+        submitted.extend([analysis_job_id] if analysis_job_id else [])
+    warn_where_it_cannot_start(config, job_id)
     job = submitit.SlurmJob(folder=run.submitit, job_id=job_id, tasks=list(range(config.world_size)))
     return Submission(run, job_id, job, analysis_job_id)
+
+
+def submit_analysis(config: RunConfig, run: RunDir, job_id: str, *options: str) -> str | None:
+    """Queue the analysis behind job ``job_id``, where one was asked for. Returns its job's id.
+
+    Raises HpcmmError, which also says that job ``job_id`` is queued, when Slurm refuses it.
+    """
+    if not run.analysis_script.is_file():
+        return None
+    try:
+        analysis_job_id = sbatch(config, run.analysis_script, *options)
+    except HpcmmError as error:
+        raise HpcmmError(f"Job {job_id} is submitted and stays, but its analysis is not. {error}") from error
+    note_submission(run, job_id=job_id, analysis_job_id=analysis_job_id)
+    return analysis_job_id
 
 
 def pickle_task(config: RunConfig, run: RunDir) -> RankTask | UserTask:
@@ -74,9 +93,15 @@ def pickle_task(config: RunConfig, run: RunDir) -> RankTask | UserTask:
 
 
 def note_submission(run: RunDir, **jobs: str | None) -> None:
-    """Write ``submission.json``."""
+    """Write ``submission.json``; says so where that cannot be, for the job is queued already."""
     record = {**jobs, "submitted_unix_s": time.time()}
-    run.submission.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    try:
+        run.submission.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        print(
+            f"hpcmm: job {jobs['job_id']} is submitted, but {run.submission} cannot be written ({error.strerror}).",
+            file=sys.stderr,
+        )
 
 
 def _submit_locally(

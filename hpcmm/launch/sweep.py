@@ -73,12 +73,12 @@ def _values(override: Override) -> list[Override]:
     """An override for each value of a sweep."""
     if not override.is_discrete_sweep():
         raise HpcmmError(f"{override.input_line} has no end: write values, choice(...) or range(...).")
+    if isinstance(override._value, RangeSweep):
+        _check_range(override, override._value)
     if isinstance(override._value, Glob):
         values: Iterable[Any] = override._value.filter(config_groups().get(override.key_or_group, []))
     else:
         values = override.sweep_iterator()
-    if isinstance(override._value, RangeSweep):
-        _check_range(override, override._value)
     # Made of the parsed values and not parsed again: that takes the grammar a millisecond for each.
     return [
         replace(

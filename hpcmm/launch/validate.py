@@ -10,35 +10,16 @@ from typing import Any
 
 from hpcmm.config import Analyze, Executor, RunConfig, TaskName
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.validate_cluster import cluster_problems, is_file_of, is_unwritable
 from hpcmm.profiled_ranks import profiled_ranks
 from hpcmm.profiled_steps import step_window
-from hpcmm.resources import resource
 
 ZERO_STAGES = range(4)
 DECODERS = ("fcn",)
 _MOST_RANKS = 1_000_000
 _MOST = 2**31 - 1
 """What Slurm's and the libraries' whole numbers hold."""
-_LONGEST_NAME = 200
-"""A folder's name has 255 characters at most, and this one gets the time appended."""
-_MOST_MEMORY_GB = 1e6
 _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
-
-
-_OF_THE_RANKS = "hpcmm writes it from cluster.nodes, ranks_per_node and cpus_per_rank"
-_OF_THE_CALL = "hpcmm would not learn which job was submitted"
-_NOT_OPTIONS_OF_A_SITE = {
-    "array": "sweep a key, such as train.seed=1,2,3",
-    "dependency": "use after=JOB",
-    "job-name": "use name=NAME",
-    "output": "hpcmm writes all logs below runs_root",
-    "time": "use cluster.time_limit_min",
-    "nodes": _OF_THE_RANKS,
-    "ntasks": _OF_THE_RANKS,
-    "ntasks-per-node": _OF_THE_RANKS,
-    "cpus-per-task": _OF_THE_RANKS,
-    **dict.fromkeys(("parsable", "quiet", "test-only", "wait", "wrap", "help", "usage", "version"), _OF_THE_CALL),
-}
 
 
 def validate(config: RunConfig) -> None:
@@ -55,9 +36,7 @@ def validate(config: RunConfig) -> None:
         *_task(config),
         *_batch(config),
         *_optimisation(config),
-        *_cluster(config),
-        *_warning(config),
-        *_container(config),
+        *cluster_problems(config),
         *_handover(config),
         *_parallel(config),
         *(_data(config) if config.task.name is TaskName.anomaly else ()),
@@ -162,7 +141,7 @@ def _task(config: RunConfig) -> Iterator[str]:
         if is_wrong:
             fitting = "script" if key in ("task.path", "task.args") else "function"
             yield f"{key} is given, but the task is {task.name}: add task={fitting}, or leave it out."
-    if any(_unwritable(word) for word in (task.path or "", *task.args)):
+    if any(is_unwritable(word) for word in (task.path or "", *task.args)):
         yield "task.path or task.args holds a NUL byte, which no command line can, or bytes that are no UTF-8."
 
 
@@ -187,62 +166,6 @@ def _optimisation(config: RunConfig) -> Iterator[str]:
         yield f"train.focal_alpha is {train.focal_alpha}, but must lie between 0 and 1."
     if config.model.decoder not in DECODERS:
         yield f"model.decoder is {config.model.decoder!r}, but hpcmm has {', '.join(DECODERS)}."
-
-
-def _cluster(config: RunConfig) -> Iterator[str]:
-    cluster = config.cluster
-    if cluster.gpus_per_node and cluster.ranks_per_node != cluster.gpus_per_node:
-        yield (
-            f"cluster.ranks_per_node is {cluster.ranks_per_node} and gpus_per_node is {cluster.gpus_per_node}: "
-            "each rank drives one GPU, so make them equal."
-        )
-    if cluster.executor is Executor.local and cluster.nodes != 1:
-        yield f"cluster.nodes is {cluster.nodes}, but the local executor has this machine alone: set cluster.nodes=1."
-    if not _is_file_of(cluster.template, "slurm"):
-        yield f"cluster.template is {cluster.template!r}, but slurm/ holds no such file."
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
-        yield f"name is {config.name!r}: use letters, digits, dots, dashes and underscores, for it names a folder."
-    elif len(config.name) > _LONGEST_NAME:
-        yield f"name has {len(config.name)} characters, but it names a folder: use at most {_LONGEST_NAME}."
-    if not config.runs_root or not config.runs_root.isprintable() or "%" in config.runs_root:
-        yield f"runs_root is {config.runs_root!r}: name a folder without control characters and percent signs."
-    if cluster.memory_gb is not None and not 0.001 <= cluster.memory_gb <= _MOST_MEMORY_GB:
-        yield f"cluster.memory_gb is {cluster.memory_gb}, but must be the GB of a node's memory."
-    for key, value in {**cluster.environment, **cluster.submit_environment}.items():
-        if _unwritable(value):
-            yield f"cluster.environment.{key} holds bytes that a script cannot."
-    for key in [*cluster.environment, *cluster.submit_environment]:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            yield f"cluster.environment has {key!r}, which is no name of an environment variable."
-    for key in cluster.sbatch:
-        if not re.fullmatch(r"[a-z][a-z-]*", key):
-            yield f"cluster.sbatch has {key!r}, which is no long option of sbatch without its dashes."
-        elif key in _NOT_OPTIONS_OF_A_SITE:
-            yield f"cluster.sbatch.{key} cannot be given: {_NOT_OPTIONS_OF_A_SITE[key]}."
-
-
-def _warning(config: RunConfig) -> Iterator[str]:
-    warning_s, limit_s = config.cluster.stop_warning_s, 60 * config.cluster.time_limit_min
-    if warning_s is not None and warning_s >= limit_s:
-        yield (
-            f"cluster.stop_warning_s is {warning_s}, but the whole job has {limit_s} s: raise cluster.time_limit_min, "
-            "or set a shorter warning."
-        )
-
-
-def _container(config: RunConfig) -> Iterator[str]:
-    container = config.cluster.container
-    if container.engine is None:
-        if container.image:
-            yield "cluster.container.image is given, but no engine: set cluster.container.engine to pyxis or apptainer."
-        return
-    if not container.image:
-        yield f"cluster.container.engine is {container.engine}, but there is no image: set cluster.container.image."
-    if config.cluster.executor is Executor.local:
-        yield "cluster.container needs Slurm, and the local executor has none: leave it out."
-    for mount in container.mounts:
-        if not mount.startswith("/") or "," in mount:
-            yield f"cluster.container.mounts has {mount!r}: write /source or /source:/target, without commas."
 
 
 def _handover(config: RunConfig) -> Iterator[str]:
@@ -278,7 +201,7 @@ def _profile(config: RunConfig) -> Iterator[str]:
         return
     if profile.tool != "nsys":
         yield f"profile.tool is {profile.tool!r}, but nsys is the only profiler that hpcmm wraps ranks with."
-    if profile.flags_file is None or not _is_file_of(profile.flags_file, "profiles/nsys"):
+    if profile.flags_file is None or not is_file_of(profile.flags_file, "profiles/nsys"):
         yield f"profile.flags_file is {profile.flags_file!r}, but profiles/nsys/ holds no such file."
     try:
         profiled_ranks(profile.ranks, config.world_size, config.cluster.ranks_per_node)
@@ -296,13 +219,3 @@ def _launch(config: RunConfig) -> Iterator[str]:
         yield "launch.preflight checks the nodes of a Slurm job: set it to false with cluster=local."
     if launch.spare_nodes > 0 and not launch.preflight:
         yield f"launch.spare_nodes is {launch.spare_nodes}, but only launch.preflight=true uses spare nodes."
-
-
-def _unwritable(text: str) -> bool:
-    """Whether no script, or no UTF-8 file, can hold ``text``."""
-    return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _is_file_of(name: str, folder: str) -> bool:
-    """Whether ``name`` is the plain name of a file in hpcmm's own ``folder``."""
-    return any(name == entry.name and entry.is_file() for entry in resource(folder).iterdir())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -50,7 +51,10 @@ class Converter:
         raise HpcmmError(reason)
 
     def _convert(self, path: Path) -> Path:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise HpcmmError(f"{path} is no file, although it has the name of a report.")
+        if status.st_size == 0:
             raise HpcmmError(f"{path} has no bytes: the capture was cut off before anything was written.")
         if path.suffix == ".sqlite":
             return path
@@ -103,8 +107,8 @@ class Converter:
 
 
 def _cache_key(path: Path) -> str:
-    stat = path.stat()
-    text = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    status = path.stat()
+    text = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -246,7 +246,7 @@ def _text_expression(database: ReportDatabase) -> str:
 
 def _string_join(database: ReportDatabase) -> str:
     if database.has("NVTX_EVENTS", "textId") and database.has("StringIds", "id", "value"):
-        return "LEFT JOIN StringIds ON StringIds.id = NVTX_EVENTS.textId"
+        return f"LEFT JOIN {database.strings()} ON StringIds.id = NVTX_EVENTS.textId"
     return ""
 
 

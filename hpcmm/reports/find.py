@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,13 +77,14 @@ def _as_run_dir(path: Path) -> RunDir | None:
 def _reports_in(folder: Path) -> Iterable[Path]:
     if not folder.is_dir():
         return []
-    return sorted(child for child in folder.iterdir() if child.suffix in PREFERENCE and child.is_file())
+    # A link that leads nowhere, or whatever else has the name of a report, is one that cannot be read.
+    return sorted(child for child in folder.iterdir() if child.suffix in PREFERENCE)
 
 
 def _group(files: Iterable[Path]) -> tuple[ReportSource, ...]:
     """Files that differ only in kind are the same capture."""
     by_stem: dict[Path, set[Path]] = {}
     for file in files:
-        by_stem.setdefault(file.resolve().with_suffix(""), set()).add(file)
+        by_stem.setdefault(Path(os.path.realpath(file)).with_suffix(""), set()).add(file)
     captures = (sorted(group, key=lambda file: PREFERENCE.index(file.suffix)) for group in by_stem.values())
     return tuple(sorted((ReportSource(tuple(group)) for group in captures), key=lambda source: str(source.path)))

@@ -56,7 +56,7 @@ def _payloads(database: ReportDatabase) -> list[tuple[object, ...]]:
     join = ""
     if database.has("NVTX_EVENTS", "jsonTextId") and database.has("StringIds", "id", "value"):
         texts.append("StringIds.value")
-        join = "LEFT JOIN StringIds ON StringIds.id = NVTX_EVENTS.jsonTextId"
+        join = f"LEFT JOIN {database.strings()} ON StringIds.id = NVTX_EVENTS.jsonTextId"
     blob = database.column("NVTX_EVENTS", "binaryData")
     text, domain = f"COALESCE({', '.join([*texts, 'NULL'])})", database.column("NVTX_EVENTS", "domainId")
     query = f"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from hpcmm.run_dir import RunDir
 
 MAX_WORLD_SIZE = 1 << 17
 """More ranks than this are a damaged record."""
+MAX_CONFIG_BYTES = 1 << 20
+MAX_LINE_CHARACTERS = 1 << 20
+"""Of a line of metrics; what is longer is damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,20 @@ def _profiled(profile: dict[str, Any], world_size: int, ranks_per_node: int) -> 
         return frozenset()
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Of YAML without aliases, which hpcmm never writes: with them a small file can stand for one without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases")
+        return super().compose_node(parent, index)
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
+            return {}
+        config = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)  # noqa: S506 - a SafeLoader
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -101,8 +116,10 @@ def _read_metrics(path: Path) -> tuple[RankStart, tuple[dict[str, Any], ...]] | 
     parts: list[dict[str, Any]] = []
     before_first_step = True
     try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
+        if not path.is_file():  # to open a pipe would wait for who writes to it
+            return None
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in iter(partial(file.readline, MAX_LINE_CHARACTERS), ""):
                 if '"start' in line or before_first_step:
                     record = _parse(line)
                     start = _as_start(record) or start

@@ -71,6 +71,11 @@ class ReportDatabase:
         """Whether ``table`` exists with all of ``columns``; exports leave out tables without rows."""
         return table in self._columns and self._columns[table].issuperset(columns)
 
+    def strings(self) -> str:
+        """What a query joins as ``StringIds``, whose ids a damaged export may hold more than once: one row an id."""
+        keys = self.rows("SELECT name FROM pragma_table_info('StringIds') WHERE pk > 0")
+        return "StringIds" if keys == [("id",)] else "(SELECT id, value FROM StringIds GROUP BY id) AS StringIds"
+
     def column(self, table: str, name: str) -> str:
         """``name`` qualified by its table where it exists, else ``NULL``: for a query that bears older schemas."""
         return f'{table}."{name}"' if self.has(table, name) else "NULL"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hpcmm.analyze import Analysis, analyze, compare, main
+from hpcmm.analyze import Analysis, analyze, compare
+from hpcmm.analyze.command import main
 from hpcmm.analyze.runs import read_reference, read_run
 from hpcmm.errors import HpcmmError
 
@@ -105,6 +106,35 @@ def test_damaged_tables_are_named(written: Path, tmp_path: Path) -> None:
     (tmp_path / "efficiency.parquet").write_bytes((written / "efficiency.parquet").read_bytes())
     with pytest.raises(HpcmmError, match="has no table steps"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("efficiency", lambda frame: frame.drop(columns="scope")),
+        ("efficiency", lambda frame: pd.concat([frame, frame])),
+        ("steps", lambda frame: frame.assign(duration_s="x")),
+        ("steps", lambda frame: frame.assign(duration_s=float("inf"))),
+        ("bottlenecks", lambda frame: frame.assign(rank="one")),
+    ],
+)
+def test_tables_that_no_analysis_wrote_are_named(written: Path, tmp_path: Path, table: str, change) -> None:
+    for path in written.glob("*.parquet"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / f"{table}.parquet").unlink()
+    change(pd.read_parquet(written / f"{table}.parquet")).to_csv(tmp_path / f"{table}.csv", index=False)
+    with pytest.raises(HpcmmError, match=rf"{table}\.csv is not what an analysis writes"):
+        compare(tmp_path, written)
+
+
+def test_an_interrupt_is_one_sentence(clean: Analysis, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpcmm.analyze.command.analyze", interrupted)
+    assert main([str(SAMPLES / "clean"), "--out", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_is_its_own_reference(clean: Analysis, written: Path) -> None:

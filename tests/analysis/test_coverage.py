@@ -1,6 +1,7 @@
 """The ledger on the recorded ranks, given as a run directory and as loose files."""
 
 import json
+import os
 import shutil
 import sqlite3
 from pathlib import Path
@@ -247,3 +248,37 @@ def test_a_file_that_may_not_be_read_is_a_row(run_dir: RunDir, tmp_path: Path) -
     report(run_dir, 1).unlink()
     report(run_dir, 1).symlink_to("/proc/self/mem")
     assert statuses(analyze([run_dir.root]))[1] == "truncated"
+
+
+def test_a_gap_in_the_ranks_of_loose_reports_is_a_missing_rank(samples: Path, tmp_path: Path) -> None:
+    reports = [samples / "slow_data" / f"rank_{rank:04d}.sqlite" for rank in (0, 1, 3)]
+    analysis = analyze(reports)
+    assert statuses(analysis)[2] == "missing"
+    assert analysis.exit_status == 2
+    transfer = analysis.bottlenecks().query("cause.str.startswith('communication')")
+    assert set(transfer["confidence"]) <= {"low"}
+
+
+def test_a_rank_alone_tells_no_transfer_from_waiting(samples: Path) -> None:
+    transfer = analyze(samples / "slow_link" / "rank_0000.sqlite").bottlenecks().query("cause.str.startswith('comm')")
+    assert list(transfer["confidence"]) == ["low"]
+    assert "may be waiting" in transfer["evidence"].iloc[0]
+
+
+def test_a_rank_whose_steps_are_lost_is_not_taken_for_a_fast_one(run_dir: RunDir) -> None:
+    edit(report(run_dir, 2), 'UPDATE NVTX_EVENTS SET "end" = start WHERE eventType = 59')
+    analysis = analyze([run_dir.root])
+    assert statuses(analysis)[2] == "no_nvtx"
+    assert set(analysis.bottlenecks()["confidence"]) <= {"low", "medium"}
+
+
+def test_a_pipe_a_folder_and_a_loose_link_cost_their_rank_alone(run_dir: RunDir) -> None:
+    for rank in (1, 2, 3):
+        report(run_dir, rank).unlink()
+    os.mkfifo(report(run_dir, 1))
+    report(run_dir, 2).mkdir()
+    report(run_dir, 3).symlink_to("gone.sqlite")
+    analysis = analyze([run_dir.root])
+    assert statuses(analysis) == {0: "found", 1: "truncated", 2: "truncated", 3: "truncated"}
+    assert "is no file" in reason(analysis, 1)
+    assert "No such file" in reason(analysis, 3)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hpcmm.analyze import Analysis, analyze, main
+from hpcmm.analyze import Analysis, analyze
+from hpcmm.analyze.command import main
 
 DRIFT = 'start = start - start * 13 / 1000000, "end" = "end" - "end" * 13 / 1000000'
 

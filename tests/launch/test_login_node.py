@@ -101,7 +101,7 @@ def test_a_sweep_is_one_call_of_sbatch_and_a_ledger(tmp_path):
 ACCEPTING_SBATCH = "#!/bin/sh\necho 'sbatch: a warning' >&2\necho Submitted batch job 7\n"
 
 
-def launch_with_sbatch(folder, text, *overrides):
+def launch_with_sbatch(folder, text, *overrides, group=None):
     """Launch with stand-ins for sbatch and srun on the PATH, to see what is made of their answers."""
     binaries = folder / "bin"
     binaries.mkdir()
@@ -109,7 +109,9 @@ def launch_with_sbatch(folder, text, *overrides):
         (binaries / name).write_text(text, encoding="utf-8")
         (binaries / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
-    return run_python("-m", "hpcmm.launch", "cluster=slurm", *overrides, cwd=folder, env=environment)
+    return run_python(
+        "-m", "hpcmm.launch", "cluster=slurm", *overrides, cwd=folder, env=environment, process_group=group
+    )
 
 
 def test_an_accepted_job_s_id_is_told_whatever_stands_at_latest(tmp_path):
@@ -148,6 +150,7 @@ def test_what_sbatch_answers_becomes_one_clean_sentence(tmp_path, answer, expect
         ("cluster.memory_gb=nan", "cluster.memory_gb is nan"),
         ("cluster.nodes=99999999999", "more ranks than any cluster has"),
         ("profile=nsys", None),
+        ("experiment=null", "experiment needs an option"),
     ],
 )
 def test_odd_values_are_refused_in_a_sentence(tmp_path, override, expected):
@@ -155,3 +158,47 @@ def test_odd_values_are_refused_in_a_sentence(tmp_path, override, expected):
     assert done.returncode == (1 if expected else 0)
     assert (expected or "") in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_refused_analysis_says_that_the_run_is_queued(tmp_path):
+    sbatch = "#!/bin/sh\ncase $* in *analysis.sh) echo 'sbatch: error: Invalid qos' >&2; exit 1;; esac\n"
+    done = launch_with_sbatch(tmp_path, sbatch + "echo Submitted batch job 7\n", "profile=nsys", "analyze=after")
+    assert done.returncode == 1
+    assert "Job 7 is submitted and stays, but its analysis is not. Slurm refused the job (Invalid qos)" in done.stderr
+    assert json.loads((next((tmp_path / "runs").glob("run-*")) / "submission.json").read_text())["job_id"] == "7"
+
+
+def test_ctrl_c_while_sbatch_runs_leaves_no_job_that_is_not_noted(tmp_path):
+    # The launcher is interrupted, as by a terminal with all its group, while sbatch is at work.
+    sbatch = "#!/bin/sh\nkill -INT -$(ps -o pgid= -p $PPID | tr -d ' ')\nsleep 0.2\necho Submitted batch job 7\n"
+    done = launch_with_sbatch(tmp_path, sbatch, group=0)
+    assert done.returncode == 130
+    assert "hpcmm: interrupted; what is submitted stays; to take it back: scancel 7." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((next((tmp_path / "runs").glob("run-*")) / "submission.json").read_text())["job_id"] == "7"
+
+
+@pytest.mark.parametrize("command", [["hpcmm.launch", "dry_run=true"], ["hpcmm.jobs", "status", "x"], ["hpcmm.doctor"]])
+def test_a_working_directory_that_is_gone_is_said_to_be_gone(tmp_path, command):
+    shell = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", shell, "sh", str(tmp_path), sys.executable, "-P", "-m", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "The working directory is gone" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_pythonpath_cannot_hold_is_refused(tmp_path):
+    done = launch_with_sbatch(tmp_path, ACCEPTING_SBATCH, "runs_root='a:b'")
+    assert done.returncode == 1
+    assert "holds a colon, at which PYTHONPATH is split" in done.stderr
+
+
+def test_the_doctor_refuses_a_folder_of_nobody(tmp_path):
+    done = run_python("-m", "hpcmm.doctor", "runs_root='~nobody-here/x'", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no such user's home" in done.stderr

@@ -144,3 +144,35 @@ def test_the_packages_are_those_that_importlib_finds():
     for name in ("numpy", "pytest", "hydra_core", "omegaconf"):
         assert found[name] == version(name.replace("_", "-"))
     assert Path(sys.prefix).is_dir()
+
+
+def test_new_files_with_credentials_are_not_copied_and_are_named(project, capsys):
+    (project / ".env").write_text("TOKEN=1")
+    (project / "id_rsa").write_text("1")
+    config, run, code = planned(project)
+    take_snapshot(config, run, code.project)
+    assert not {".env", "id_rsa"} & {path.name for path in run.code.rglob("*")}
+    assert "not copied, for they look like credentials: '.env', 'id_rsa'." in capsys.readouterr().err
+
+
+def test_links_that_lead_in_a_circle_are_copied_as_they_are(project):
+    (project / "circle").symlink_to("circle")
+    config, run, code = planned(project)
+    take_snapshot(config, run, code.project)
+    assert (run.code / "project" / "circle").is_symlink()
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/train.py", "a" * 5000])
+def test_a_script_that_cannot_be_looked_up_is_refused(project, path):
+    with pytest.raises(HpcmmError, match="cannot be looked up"):
+        planned(project, f"task.path='{path}'")
+
+
+def test_what_is_named_like_a_module_and_is_no_file_is_not_copied(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "folder.py").mkdir()
+    os.mkfifo(tmp_path / "pipe.py")
+    config, run, code = planned(tmp_path, f"runs_root='{tmp_path}/runs'")
+    take_snapshot(config, run, code.project)
+    assert [path.name for path in (run.code / "project").iterdir()] == ["train.py"]

@@ -102,3 +102,46 @@ def test_a_new_array_is_noted_on_disk(tmp_path):
         ["7"],
         ["7", "8"],
     ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": "../elsewhere"},
+        {"run": 5},
+        {"index": 1},
+        {"index": True},
+        {"overrides": [1]},
+        {"jobs": ["--state=all"]},
+        {"jobs": 7},
+    ],
+)
+def test_a_damaged_ledger_is_refused(tmp_path, change):
+    ledger_of(tmp_path, [["7"]])
+    file = tmp_path / "ledger.json"
+    (point,) = json.loads(file.read_text())["points"]
+    file.write_text(json.dumps({"points": [point | change]}))
+    with pytest.raises(HpcmmError, match="its points are damaged"):
+        read_ledger(tmp_path)
+
+
+def test_another_user_s_ledger_is_refused_for_its_scripts_would_run(tmp_path, monkeypatch):
+    ledger_of(tmp_path, [["7"]])
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    with pytest.raises(HpcmmError, match="another user's"):
+        read_ledger(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("swept", "expected"),
+    [
+        ("range(0,inf)", "has no end"),
+        ("range(0,10,0)", "has no end"),
+        ("range(0,1e18)", "more than 100000 points"),
+        ("range(1e17,1e18,1)", "has no end"),
+        ("range(0,1000000)", "more than 100000 points"),
+    ],
+)
+def test_a_range_without_measure_is_refused_before_it_is_made(swept, expected):
+    with pytest.raises(HpcmmError, match=expected):
+        compose_points([f"train.learning_rate={swept}"])

@@ -62,6 +62,18 @@ def test_a_right_global_batch_is_accepted():
         (["train.steps=0"], "train.steps is 0, but must be at least 1"),
         (["data.anomaly_probability=2"], "a probability lies between 0 and 1"),
         (["cluster.environment={1A: c}"], "no name of an environment variable"),
+        ([f"name={'a' * 300}"], "use at most 200"),
+        (["train.steps=99999999999999999999"], "must be at most 2147483647"),
+        (["data.shots=0"], "data.shots is 0, but must be at least 1"),
+        (["cluster.modules=[a,[b]]"], "must be a plain list"),
+        (["task=script", "task.path=a.py", "task.args=[1,[2]]"], "must be a plain list"),
+        (["task=script", "task.path='\udcff.py'"], "bytes that are no UTF-8"),
+        (["task=function", "task.target=a..b:c"], "package.module:function"),
+        (["runs_root='~nobody-here/runs'"], "no such user's home"),
+        (["cluster.cache_dir='~nobody-here/cache'"], "no such user's home"),
+        (["cluster.sbatch.array=0-5"], "cluster.sbatch.array cannot be given: sweep a key"),
+        (["cluster.sbatch.parsable="], "would not learn which job was submitted"),
+        (["cluster.sbatch.nodes=9"], "cluster.nodes"),
     ],
 )
 def test_each_mistake_is_named(overrides, expected):

@@ -105,3 +105,9 @@ def test_reading_locks_nothing_and_writes_nothing(damaged_sample) -> None:
         other.rollback()
     assert path.read_bytes() == before
     assert sorted(child.suffix for child in folder.iterdir()) == [".sqlite"] * 4
+
+
+def test_a_string_that_is_there_twice_makes_no_range_twice(export) -> None:
+    export.rows("StringIds", (5, "forward"), (5, "forward")).domains()
+    export.rows("NVTX_EVENTS", (20, 30, 59, None, THREAD, None, 5, 1, None))
+    assert list(read_report(export.path, export.path).nvtx["name"]) == ["forward"]

@@ -34,3 +34,10 @@ def test_a_missing_path_and_a_file_of_another_kind_are_told(tmp_path: Path) -> N
     (tmp_path / "x.txt").touch()
     with pytest.raises(HpcmmError, match="not an nsys report"):
         find_reports([tmp_path / "x.txt"])
+
+
+def test_what_cannot_be_a_report_but_has_its_name_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "a.sqlite").symlink_to("a.sqlite")
+    (tmp_path / "b.sqlite").symlink_to(tmp_path / "gone")
+    (tmp_path / "c.sqlite").mkdir()
+    assert [source.name for source in find_reports([tmp_path]).sources] == ["a.sqlite", "b.sqlite", "c.sqlite"]

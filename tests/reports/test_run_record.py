@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,21 @@ def test_the_records_of_each_start_are_kept_with_the_first_step_alone(tmp_path: 
         ("startup", 1), ("step", 1), ("startup", 2), ("step", 2),
     ]  # fmt: skip
     assert kept[3]["step_s"] == 1.1
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &a\n  b: *a\n", "a: &a [x, x]\ncluster: {nodes: *a}\n", f"name: {'x' * (1 << 20)}\n"]
+)
+def test_a_configuration_that_stands_for_one_without_end_is_not_read(tmp_path: Path, text: str) -> None:
+    RunDir(tmp_path).config.write_text(text)
+    assert read_run_record(RunDir(tmp_path)).config == {}
+
+
+def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.metrics.mkdir()
+    os.mkfifo(run_dir.config)
+    os.mkfifo(run_dir.rank_metrics(0))
+    run_dir.rank_metrics(1).write_text(start(1))
+    record = read_run_record(run_dir)
+    assert (record.config, record.starts.keys()) == ({}, {1})
