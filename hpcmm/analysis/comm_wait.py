@@ -32,7 +32,8 @@ COLUMNS = [
 
 def comm_wait(traces: Sequence[RankTrace], rows: pd.DataFrame, steps: StepTimes, parts: WorkParts) -> pd.DataFrame:
     """One row a rank and phase with communication (COLUMNS), over the steps that are not warm-up."""
-    inside = rows[rows["step"].isin(steps.numbers)]
+    used = ["trace", "phase", "start_ns", "end_ns", "exposed_wait_ns", "exposed_transfer_ns"]
+    inside = rows[used][rows["step"].isin(steps.numbers)]
     if inside.empty or not len(steps.numbers):
         return pd.DataFrame(columns=COLUMNS)
     per_step = NS_PER_S * len(steps.numbers)

@@ -52,9 +52,23 @@ class GroupArrivals:
     blamable: npt.NDArray[np.bool_]
 
 
+_ARRIVAL_COLUMNS = [
+    "group",
+    "trace",
+    "instance",
+    "start_ns",
+    "end_ns",
+    "wait_ns",
+    "exposed_wait_ns",
+    "step",
+    "blamable",
+]
+
+
 def group_arrivals(rows: pd.DataFrame) -> list[GroupArrivals]:
     """Matrices of every group, instances in the order of their first arrival."""
-    needed = rows[rows["needs_all"].astype(bool)]
+    # A copy of all columns would take as much again as the rows themselves.
+    needed = rows[_ARRIVAL_COLUMNS][rows["needs_all"].astype(bool)]
     return [_arrivals_of(group) for _, group in needed.groupby("group", sort=True)]
 
 
