@@ -326,8 +326,9 @@ class RunConfig:
     wait: bool = False
     """Follow the job until it ends."""
     dry_run: bool = False
-    requeue: Requeue = Requeue.on_stop
     """Print the job's script and each rank's command, and submit nothing."""
+    requeue: Requeue = Requeue.on_stop
+    """When the run goes back into the queue by itself."""
     after: str | None = None
     """Job id, or name of a run beside this one, that must have completed before this one starts."""
     analyze: Analyze = Analyze.never

@@ -69,7 +69,7 @@ def study(
     progress("finding bottlenecks", 0, 1)
     evidence = bottlenecks.gather(traces, rows, steps, ledger.expected_ranks)
     findings = bottlenecks.find(evidence) if any(len(trace.steps) for trace in traces) else []
-    suggestions = [suggest(finding, record.config) for finding in findings]
+    suggestions = [suggest(finding, record.tunable) for finding in findings]
     ranked = bottlenecks.table(findings, steps.mean_s, suggestions)
     steady = rows["step"].isin(steps.numbers)
     made = Tables(

@@ -29,7 +29,8 @@ Load the newest checkpoint of each run, score the held-out images, and write to 
   scores.csv     every run by category: image and pixel AUROC, PRO, F1, accuracy
   summary.csv    every model's mean over its seeds, with a 95% confidence interval
   maps.png       an image a category with its true defect and each model's heat map
-A run's model is called by its decoder. F1 is the largest over all thresholds, accuracy is the one at that threshold.
+A run's model is called by its decoder; a second run of one decoder and seed also by its name.
+F1 is the largest over all thresholds, accuracy is the one at that threshold.
 """
 
 
@@ -73,6 +74,8 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
         config = _with_test_set(run_config.load(run.config), options)
         scored, test = _score(run, config)
         model = config.model.decoder
+        if any((frame["model"].iloc[0], frame["seed"].iloc[0]) == (model, config.train.seed) for frame in frames):
+            model = f"{model} ({run.root.name})"  # the same seed twice is no further sample of one model
         frames.append(by_category(scored).assign(run=run.root.name, model=model, seed=config.train.seed))
         if not shown:
             images = {index: test[index]["image"].numpy() for index in picture.chosen(scored)}

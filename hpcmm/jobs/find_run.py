@@ -70,6 +70,8 @@ def job_ids_of(run: RunDir) -> tuple[str, ...]:
                 ids[match[1]] = entry.stat().st_mtime
     except OSError:
         pass  # not made by submitit, or not ours to read
+    for job_id in _sweep_jobs(run):
+        ids.setdefault(job_id, 0.0)
     record = _job_record(run)
     if record and _JOB_ID.fullmatch(job_id := str(record.get("job_id"))):
         ids.setdefault(job_id, 0.0)
@@ -148,6 +150,16 @@ def _job_record(run: RunDir) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return given if isinstance(given, dict) else {}
+
+
+def _sweep_jobs(run: RunDir) -> list[str]:
+    """The arrays of a sweep, whose folder holds a ledger of its points; nothing for a single run."""
+    try:
+        points = json.loads((run.root / "ledger.json").read_text(encoding="utf-8"))["points"]
+        jobs = [str(job) for point in points for job in point["jobs"]]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    return [job for job in dict.fromkeys(jobs) if _JOB_ID.fullmatch(job)]
 
 
 def _no_such_run(asked: str, runs_root: Path, runs: list[RunDir]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ class RankTask:
 
     def __call__(self) -> dict[str, float]:
         """Returns the rank's final metrics, which submitit hands back to the submitter."""
+        _keep_files_private()
         with recording_failure(RunDir(Path(self.run_dir))):
             from hpcmm.train.rank import run_rank  # noqa: PLC0415 -- imports torch, on the node only
 
@@ -32,7 +34,13 @@ class UserTask:
 
     def __call__(self) -> Any:
         """Returns what the function returned, which submitit hands back to the submitter."""
+        _keep_files_private()
         with recording_failure(RunDir(Path(self.run_dir))):
             from hpcmm.train.user_task import run_user_task  # noqa: PLC0415 -- runs the user's code, on the node only
 
             return run_user_task(self.run_dir)
+
+
+def _keep_files_private() -> None:
+    """Let nobody else write what the rank writes: nsys starts its target with a umask of 0."""
+    os.umask(os.umask(0o022) | 0o022)

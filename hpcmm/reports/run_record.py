@@ -50,6 +50,12 @@ class RunRecord:
         job_ids = [start.job_id for start in self.starts.values() if start.job_id]
         return max(set(job_ids), key=lambda job: (job_ids.count(job), job)) if job_ids else None
 
+    @property
+    def tunable(self) -> dict[str, Any]:
+        """The configuration where it decides how the ranks train; empty for a script or function of the user's."""
+        task = _section(self.config, "task").get("name", "anomaly")
+        return self.config if task == "anomaly" else {}
+
     def rank_of(self, pid: int, node: str | None) -> int | None:
         """The rank that ran as ``pid``, when only one can be meant."""
         matches = [

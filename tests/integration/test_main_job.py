@@ -139,6 +139,13 @@ def test_the_checkpoint_loads_again(clean_run):
     assert int(done.stdout.split()[-1]) >= 5_000_000
 
 
+def test_nobody_else_can_write_a_checkpoint(clean_run):
+    run, _ = clean_run
+    written = [run / "checkpoints", *(run / "checkpoints").rglob("*")]
+    assert len(written) > 8
+    assert not [path for path in written if path.stat().st_mode & 0o022]
+
+
 def test_the_script_runs_again_when_submitted_by_hand(clean_run, slurm_cluster):
     run, _ = clean_run
     submitted = slurm_cluster.run("sbatch", "--wait", str(run / "submission.sh"), timeout_s=RUN_TIMEOUT_S)
