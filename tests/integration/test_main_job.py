@@ -17,14 +17,15 @@ import yaml
 pytestmark = [pytest.mark.slurm, pytest.mark.nsys, pytest.mark.timeout(600)]
 
 SHORT = ["experiment=anomaly_demo", "wait=true", "train.steps=10", "train.evaluate=false"]
+INJECT = Path(__file__).resolve().parents[1] / "ground_truth" / "inject"
 ONE_A_NODE = ["cluster.ranks_per_node=1", "cluster.gpus_per_node=0"]
 RUN_TIMEOUT_S = 400
 
 
-def run_module(cluster, module, *arguments, cwd, timeout_s=RUN_TIMEOUT_S):
+def run_module(cluster, module, *arguments, cwd, timeout_s=RUN_TIMEOUT_S, **environment):
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        env=cluster.env,
+        env=cluster.env | environment,
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -34,9 +35,9 @@ def run_module(cluster, module, *arguments, cwd, timeout_s=RUN_TIMEOUT_S):
     )
 
 
-def train_and_analyze(cluster, folder, *overrides):
+def train_and_analyze(cluster, folder, *overrides, **environment):
     """Run the short demo in ``folder``; returns its run directory, after analysis, and what the analysis printed."""
-    launched = run_module(cluster, "hpcmm.launch", *SHORT, *overrides, cwd=folder)
+    launched = run_module(cluster, "hpcmm.launch", *SHORT, *overrides, cwd=folder, **environment)
     assert launched.returncode == 0, launched.stdout + launched.stderr
     run = (folder / "runs" / "latest").resolve()
     analyzed = run_module(cluster, "hpcmm.analyze", str(run), cwd=folder)
@@ -167,7 +168,11 @@ def test_a_throttled_link_makes_communication_the_first_row(slurm_cluster, nsys,
 
 
 def test_a_rank_with_slow_data_loading_is_named(slurm_cluster, nsys, tmp_path):
-    run, printed = train_and_analyze(slurm_cluster, tmp_path, *ONE_A_NODE, "data.slow_rank=2", "data.slow_s=1.0")
+    # Put in from outside of the training code, as in the recordings of tests/ground_truth.
+    slow = json.dumps([{"at": "data", "do": "sleep", "seconds": 1.0, "ranks": [2]}])
+    run, printed = train_and_analyze(
+        slurm_cluster, tmp_path, *ONE_A_NODE, PYTHONPATH=str(INJECT), HPCMM_GROUND_TRUTH=slow
+    )
     first = table(run, "bottlenecks").iloc[0]
     assert first["rank"] == 2
     assert first["node"] == "node3"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,8 +111,14 @@ def launch_with_sbatch(folder, text, *overrides, group=None):
         (binaries / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
     return run_python(
-        "-m", "hpcmm.launch", "cluster=slurm", *overrides, cwd=folder, env=environment, process_group=group
-    )
+        "-m", "hpcmm.launch", "cluster=slurm", *overrides, cwd=folder, env=environment, process_group=group,
+        preexec_fn=heed_interrupts,
+    )  # fmt: skip
+
+
+def heed_interrupts():
+    """As in a terminal: whoever starts the tests in the background has them ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_an_accepted_job_s_id_is_told_whatever_stands_at_latest(tmp_path):
