@@ -54,6 +54,7 @@ def test_four_good_nodes_are_good_and_nothing_is_left_behind(slurm_cluster, nsys
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_throttled_node_is_named_and_a_run_with_a_spare_node_leaves_it_out(slurm_cluster, tmp_path):
     slurm_cluster.fault("throttle", "node2", "100mbit")
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-pytestmark = [pytest.mark.slurm, pytest.mark.nsys, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.nsys, pytest.mark.timeout(400)]
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RANKS = 4

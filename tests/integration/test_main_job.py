@@ -147,6 +147,7 @@ def test_nobody_else_can_write_a_checkpoint(clean_run):
     assert not [path for path in written if path.stat().st_mode & 0o022]
 
 
+@pytest.mark.long
 def test_the_script_runs_again_when_submitted_by_hand(clean_run, slurm_cluster):
     run, _ = clean_run
     submitted = slurm_cluster.run("sbatch", "--wait", str(run / "submission.sh"), timeout_s=RUN_TIMEOUT_S)

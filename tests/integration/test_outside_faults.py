@@ -10,7 +10,7 @@ import time
 import pytest
 from test_requeue import SLOWLY, Job
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(300)]
 
 
 def end_daemon(cluster, name):
@@ -41,7 +41,6 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.long
 def test_a_full_run_directory_is_said_and_the_last_checkpoint_stays_whole(slurm_cluster, small_disk):
     job = Job(slurm_cluster, small_disk, "profile=off", "cluster.nodes=1", "train.checkpoint_every=2")
     job.wait_until(lambda: job.state() in ("COMPLETED", "FAILED"), within_s=90)

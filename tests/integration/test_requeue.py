@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(400)]
 
 STEPS = 24
 TRAINING = [
@@ -121,7 +121,6 @@ def test_a_preempted_run_goes_on_without_a_lost_or_repeated_step(uninterrupted, 
         assert job.losses(rank) == uninterrupted[0].losses(rank)
 
 
-@pytest.mark.long
 def test_a_run_goes_on_after_its_time_limit_and_can_be_ended_in_peace(slurm_cluster, tmp_path):
     limit = ("cluster.time_limit_min=1", "cluster.stop_warning_s=25", "train.steps=10000")
     job = Job(slurm_cluster, tmp_path, "profile=off", "cluster.nodes=1", *limit)
@@ -135,7 +134,6 @@ def test_a_run_goes_on_after_its_time_limit_and_can_be_ended_in_peace(slurm_clus
     assert (job.run / "checkpoints" / "latest").read_text() == f"step_{steps_done:06d}"
 
 
-@pytest.mark.long
 def test_a_run_goes_on_without_the_node_that_failed(slurm_cluster, tmp_path):
     overrides = ("profile=off", "cluster.nodes=3", "requeue=on_node_failure", "train.checkpoint_every=4", *SLOWLY)
     job = Job(slurm_cluster, tmp_path, *overrides)
