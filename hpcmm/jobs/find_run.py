@@ -14,7 +14,7 @@ import yaml
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.queue import Job
-from hpcmm.run_dir import RunDir
+from hpcmm.run_dir import RunDir, SweepDir
 
 _JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
 _SUBMITTED = re.compile(r"([0-9]{1,12}(?:_[0-9]{1,9})?)_submitted\.pkl")
@@ -155,7 +155,7 @@ def _job_record(run: RunDir) -> dict[str, Any]:
 def _sweep_jobs(run: RunDir) -> list[str]:
     """The arrays of a sweep, whose folder holds a ledger of its points; nothing for a single run."""
     try:
-        points = json.loads((run.root / "ledger.json").read_text(encoding="utf-8"))["points"]
+        points = json.loads(SweepDir(run.root).ledger.read_text(encoding="utf-8"))["points"]
         jobs = [str(job) for point in points for job in point["jobs"]]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return []

@@ -148,11 +148,6 @@ def own_jobs(user: str | None, since: str | None, environ: Mapping[str, str] = o
     return Answer(active + [job for job in over if job.raw_id not in listed and not job.active], notes)
 
 
-def jobs_named(name: str, user: str, environ: Mapping[str, str] = os.environ) -> list[Job]:
-    """The user's jobs in the queue that carry this name."""
-    return [job for job in _squeue([f"--user={user}", "--states=all"], environ) if job.name == name]
-
-
 def account_of(ids: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[Job]:
     """sacct's rows of these jobs, not of their steps. Raises HpcmmError where sacct does not answer."""
     return _sacct([f"--jobs={','.join(ids)}"], environ) if ids else []

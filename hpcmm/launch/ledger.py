@@ -87,7 +87,7 @@ def _is_whole(point: LedgerPoint) -> bool:
 
 def read_ledger(path: Path) -> Ledger:
     """Read a ledger, or that of a sweep's folder. Raises HpcmmError where it is none."""
-    file = path / "ledger.json" if path.is_dir() else path
+    file = SweepDir(path).ledger if path.is_dir() else path
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         points = [LedgerPoint(**point) for point in record["points"]]
