@@ -77,6 +77,15 @@ class Layout(StrEnum):
     visa = "visa"
 
 
+class Standins(StrEnum):
+    """Which photographs stand-in images are cut from; the two share no photograph and no category."""
+
+    surfaces = "surfaces"
+    """Brick, coins, grass, gravel, tissue."""
+    scenes = "scenes"
+    """Things and surfaces of other kinds, to train on and then score on ``surfaces``."""
+
+
 class OnError(StrEnum):
     """What becomes of an image that cannot be used."""
 
@@ -201,19 +210,23 @@ class DataConfig:
     """``mvtec`` or ``visa``."""
     root: str | None = None
     """Folder with one sub-folder a category. None: the stand-ins, in ``cluster.cache_dir``."""
+    standins: Standins = Standins.surfaces
+    """Which stand-ins, where ``root`` is None."""
     test_root: str | None = None
     """Another data set to score on, such as MVTec-AD after training on VisA. None: the test images of ``root``."""
+    test_standins: Standins | None = None
+    """Other stand-ins to score on, where both ``root`` and ``test_root`` are None."""
     test_layout: Layout | None = None
     """Layout of ``test_root``; None: ``layout``."""
     test_categories: list[str] = field(default_factory=list)
-    """Categories of ``test_root`` to use; empty for all."""
+    """Categories of ``test_root`` or ``test_standins`` to use; empty for all."""
     shots: int | None = None
     """Normal images a category to train on, drawn by the seed; None for all."""
     on_error: OnError = OnError.refuse
     """An unreadable image, or a mask of another size than its image: ``refuse`` ends the run, ``skip`` warns, takes the
     next image in training, and leaves it out of the scores."""
     generate: bool = False
-    """Make the stand-in data set under ``root`` when it is not there."""
+    """Make the stand-ins where they are needed and not there. A folder that ``root`` names is never written to."""
     categories: list[str] = field(default_factory=list)
     """Categories to use; empty for all that lie under ``root``."""
     image_size: int = 128

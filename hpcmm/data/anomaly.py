@@ -181,6 +181,7 @@ def build_datasets(root: Path, data: DataConfig, seed: int) -> tuple[TrainImages
         for sample in draw_shots(reader.train(root, category), data.shots, [seed, zlib.crc32(category.encode())])
     ]
     train_images = TrainImages(train, read_captions(root, categories), data, seed)
+    assert data.test_root is not None or data.test_standins is None, "see hpcmm.train.data_root.data_config"
     test_root, test_reader, test_categories = root, reader, categories
     if data.test_root is not None:
         test_root = Path(data.test_root).expanduser()

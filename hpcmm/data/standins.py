@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpcmm.config import DataConfig, Layout
+from hpcmm.config import DataConfig, Layout, Standins
 from hpcmm.data.captions import write_captions
 from hpcmm.data.defects import DEFECTS
 from hpcmm.data.layout_writers import MvtecWriter, VisaWriter
-from hpcmm.data.textures import TEXTURES, Region, read_photograph
+from hpcmm.data.textures import COLLECTIONS, Region, read_photograph
 from hpcmm.errors import HpcmmError
 
 STAMP = "standins.json"
-_FORMAT = 2
+_FORMAT = 3
 """Raise it whenever other images come out of the same parameters."""
 _SIDE = 128
 """Side of the written images in pixels; the reader resizes them to ``data.image_size``."""
@@ -77,6 +77,7 @@ def generate(root: Path, config: DataConfig, seed: int) -> None:
 def _parameters(config: DataConfig, seed: int) -> dict[str, object]:
     return {
         "format": _FORMAT,
+        "collection": config.standins.value,
         "layout": config.layout.value,
         "seed": seed,
         "train_images_per_category": config.train_images_per_category,
@@ -106,7 +107,8 @@ def _read_hash(stamp: Path) -> str:
 def _write(root: Path, config: DataConfig, seed: int) -> None:
     windows: dict[str, dict[str, int]] = {}
     writer = MvtecWriter(root) if config.layout is Layout.mvtec else VisaWriter(root)
-    for texture in TEXTURES:
+    textures = COLLECTIONS[config.standins]
+    for texture in textures:
         photograph = read_photograph(texture)
         for split, region, count in (
             ("train", texture.train, config.train_images_per_category),
@@ -120,12 +122,12 @@ def _write(root: Path, config: DataConfig, seed: int) -> None:
                 path = writer.add(texture.category, split, defect, np.round(values * 255).astype(np.uint8), mask)
                 windows[path.relative_to(root).as_posix()] = asdict(window)
     writer.finish()
-    write_captions(root, {texture.category: texture.phrases for texture in TEXTURES})
+    write_captions(root, {texture.category: texture.phrases for texture in textures})
     stamp = {
         "note": "Stand-ins cut from scikit-image's photographs, with drawn defects. Neither MVTec-AD nor VisA.",
         "hash": parameters_hash(config, seed),
         "parameters": _parameters(config, seed),
-        "photographs": {texture.category: texture.file for texture in TEXTURES},
+        "photographs": {texture.category: texture.file for texture in textures},
         "windows": windows,
     }
     (root / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
@@ -173,10 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train-images-per-category", type=int, default=defaults.train_images_per_category)
     parser.add_argument("--test-images-per-category", type=int, default=defaults.test_images_per_category)
     parser.add_argument("--layout", choices=[layout.value for layout in Layout], default=defaults.layout.value)
+    parser.add_argument("--collection", choices=[each.value for each in Standins], default=defaults.standins.value)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     config = DataConfig(
         layout=Layout(options.layout),
+        standins=Standins(options.collection),
         train_images_per_category=options.train_images_per_category,
         test_images_per_category=options.test_images_per_category,
     )
@@ -185,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HpcmmError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{options.root}: {', '.join(texture.category for texture in TEXTURES)}")
+    print(f"{options.root}: {', '.join(texture.category for texture in COLLECTIONS[config.standins])}")
     return 0
 
 

@@ -1,15 +1,22 @@
-"""Real photographs that scikit-image's wheel bundles, each cut into one region to train on and one to be held out."""
+"""Real photographs that scikit-image's wheel bundles, each cut into one region to train on and one to be held out.
+
+There are two collections, which share no photograph and no category: to train on the one and score on the other says
+something about images of a kind that the model never saw.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hpcmm.config import Standins
 from hpcmm.errors import HpcmmError
 
 
@@ -87,6 +94,77 @@ TEXTURES = (
         test=Region(0, 0, 204, 512),
         window=128,
     ),
+)
+
+SCENES = (
+    Texture(
+        category="cat",
+        file="chelsea.png",
+        phrases=("a tabby cat", "a cat's face", "a close-up of a cat"),
+        train=Region(60, 0, 252, 300),
+        test=Region(260, 0, 420, 300),
+        window=112,
+    ),
+    Texture(
+        category="craters",
+        file="moon.png",
+        phrases=("the surface of the moon", "a landscape of craters", "grey lunar ground"),
+        train=Region(0, 0, 300, 512),
+        test=Region(308, 0, 512, 512),
+        window=128,
+    ),
+    Texture(
+        category="fundus",
+        file="retina.jpg",
+        phrases=("the back of an eye", "a retina with its vessels", "a fundus photograph"),
+        train=Region(240, 240, 800, 1160),
+        test=Region(808, 240, 1160, 1160),
+        window=224,
+    ),
+    Texture(
+        category="galaxies",
+        file="hubble_deep_field.jpg",
+        phrases=("a field of galaxies", "galaxies on a black sky", "a deep view into the sky"),
+        train=Region(0, 0, 620, 872),
+        test=Region(628, 0, 1000, 872),
+        window=192,
+    ),
+    Texture(
+        category="garage",
+        file="motorcycle_left.png",
+        phrases=("a garage", "a motorcycle in a garage", "the inside of a garage"),
+        train=Region(0, 0, 440, 500),
+        test=Region(448, 0, 741, 500),
+        window=144,
+    ),
+    Texture(
+        category="handwriting",
+        file="text.png",
+        phrases=("handwriting on paper", "handwritten formulas", "a handwritten page"),
+        train=Region(0, 0, 280, 172),
+        test=Region(288, 0, 448, 172),
+        window=112,
+    ),
+    Texture(
+        category="print",
+        file="page.png",
+        phrases=("printed text", "a printed page", "a paragraph of print"),
+        train=Region(0, 28, 244, 146),
+        test=Region(252, 28, 384, 146),
+        window=96,
+    ),
+    Texture(
+        category="tableware",
+        file="coffee.png",
+        phrases=("a cup on a table", "a coffee cup with its saucer", "tableware on wood"),
+        train=Region(0, 0, 340, 400),
+        test=Region(348, 0, 600, 400),
+        window=144,
+    ),
+)
+
+COLLECTIONS: Mapping[Standins, tuple[Texture, ...]] = MappingProxyType(
+    {Standins.surfaces: TEXTURES, Standins.scenes: SCENES}
 )
 
 

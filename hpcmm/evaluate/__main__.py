@@ -119,10 +119,10 @@ def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages]:
     from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415
     from hpcmm.evaluate.score import score_images  # noqa: PLC0415
     from hpcmm.page.terminal import progress_bar  # noqa: PLC0415
-    from hpcmm.train.data_root import data_root  # noqa: PLC0415
+    from hpcmm.train.data_root import data_config, data_root  # noqa: PLC0415
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, test = build_datasets(data_root(config), config.data, config.train.seed)
+    _, test = build_datasets(data_root(config), data_config(config), config.train.seed)
     model = load_model(run, config).to(device)
     with progress_bar() as bar:
         scored = score_images(

@@ -15,7 +15,7 @@ from hpcmm.profiled_ranks import profiled_ranks
 from hpcmm.profiled_steps import step_window
 
 ZERO_STAGES = range(4)
-DECODERS = ("fcn",)
+DECODERS = ("fcn", "mlp", "mlp_bn", "resnet")
 _MOST_RANKS = 1_000_000
 _MOST = 2**31 - 1
 """What Slurm's and the libraries' whole numbers hold."""
@@ -189,6 +189,11 @@ def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.root is None and not data.generate:
         yield "data.root is not given: name the folder of the data set, or make stand-ins with data.generate=true."
+    if data.test_standins is not None and (data.root is None) != (data.test_root is None):
+        yield (
+            "One of data.root and data.test_root is given and the other would be stand-ins: "
+            "give both, to train and score on real data sets, or neither."
+        )
     if data.slow_rank is not None and not 0 <= data.slow_rank < config.world_size:
         yield f"data.slow_rank is {data.slow_rank}, but the ranks are 0 to {config.world_size - 1}."
     if not 0 <= data.anomaly_probability <= 1:

@@ -21,7 +21,7 @@ from hpcmm.models.anomaly import AnomalyModel
 from hpcmm.models.losses import AnomalyLoss
 from hpcmm.models.scores import image_auroc, pixel_auroc
 from hpcmm.train.batch_statistics import merge_batch_statistics
-from hpcmm.train.data_root import data_root
+from hpcmm.train.data_root import data_config, data_root
 from hpcmm.train.sampling import EndlessSampler
 
 log = logging.getLogger("hpcmm.train")
@@ -35,7 +35,7 @@ class AnomalyTask:
         self._device = device
         self.model = build_model(config.model, config.train.seed).to(device)
         self._loss = AnomalyLoss(config.train)
-        self._train, self._test = build_datasets(data_root(config), config.data, config.train.seed)
+        self._train, self._test = build_datasets(data_root(config), data_config(config), config.train.seed)
 
     def batches(self, rank: int, world_size: int, first: int = 0) -> Iterator[Batch]:
         """This rank's micro-batches, from round ``first`` on, without end."""
