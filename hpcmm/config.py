@@ -250,9 +250,16 @@ class ModelConfig:
 
     image_encoder: str = "efficientnet_lite0"
     image_weights: str | None = None
-    """File with the image encoder's state dict. None: the weights that the installed package ships."""
+    """The image encoder's weights: a file with a state dict (EfficientNet-Lite0, ImageBind) or a ``transformers``
+    folder (CLIP, ViT). None: those that the installed package ships, for EfficientNet-Lite0 alone."""
+    image_taps: list[int] = field(default_factory=list)
+    """Blocks of a vision transformer, from 0 on, whose patch features the decoder gets; empty: four, evenly spread."""
+    text_tower: str = "sentence"
+    """``sentence``, or ``clip`` or ``imagebind``: the text tower that shares a space with the image encoder."""
     text_encoder: str | None = None
-    """Folder of a ``transformers`` text encoder. None: the MiniLM that the installed package ships."""
+    """Folder of a ``transformers`` text encoder. None: for ``sentence`` the MiniLM that the installed package ships,
+    for ``clip`` the folder of ``image_weights``, for ``imagebind``, of which it gives the tokenizer, the folder that
+    ``image_weights`` lies in."""
     freeze_image_encoder: bool = True
     """The text encoder is always frozen."""
     decoder: str = "fcn"

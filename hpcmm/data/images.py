@@ -10,12 +10,9 @@ from PIL import Image, UnidentifiedImageError
 
 from hpcmm.data.samples import Sample
 from hpcmm.errors import HpcmmError
+from hpcmm.pixels import CHANNEL_MEAN, CHANNEL_STD
 
 Floats = NDArray[np.float32]
-
-CHANNEL_MEAN = 127 / 255
-CHANNEL_STD = 128 / 255
-"""What EfficientNet-Lite was trained with: (pixel - 127) / 128 of pixels from 0 to 255, the same for each channel."""
 
 
 def read_image(path: Path, side: int) -> Floats:
@@ -64,7 +61,7 @@ def _single_channel(image: Image.Image) -> Image.Image:
 
 
 def normalise(image: Floats) -> Floats:
-    """(side, side, 3) in 0 to 1 as the encoder's (3, side, side)."""
+    """(side, side, 3) in 0 to 1 as the models' (3, side, side); see :mod:`hpcmm.pixels`."""
     return np.ascontiguousarray(((image - CHANNEL_MEAN) / CHANNEL_STD).transpose(2, 0, 1), dtype=np.float32)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from hpcmm.data.images import CHANNEL_MEAN, CHANNEL_STD
 from hpcmm.evaluate.score import Scored
+from hpcmm.pixels import CHANNEL_MEAN, CHANNEL_STD
 
 _CELL, _GAP, _HEADER, _LABEL = 128, 4, 18, 96
 _HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)

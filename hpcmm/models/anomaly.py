@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,19 @@ from torch.nn import functional
 from hpcmm.config import ModelConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.models.decoders import build_decoder
-from hpcmm.models.image_encoder import build_image_encoder
+from hpcmm.models.image_encoders import build_image_encoder
 from hpcmm.models.state_texts import StateTexts
-from hpcmm.models.text_encoder import TextEncoder, packaged_text_encoder
+from hpcmm.models.text_encoders import build_text_encoder
 
 _TOP_SHARE = 0.02
 """Share of an image's pixels that its score is the mean of: about the area of a small defect."""
+
+
+class Encoded(NamedTuple):
+    """Images as the image encoder saw them earlier: its maps, and the images' height and width."""
+
+    maps: list[Tensor]
+    size: tuple[int, int]
 
 
 class AnomalyModel(nn.Module):
@@ -32,22 +39,26 @@ class AnomalyModel(nn.Module):
         super().__init__()
         if config.temperature <= 0:
             raise HpcmmError(f"model.temperature must be above 0, not {config.temperature}.")
-        self.image_encoder = build_image_encoder(
-            config.image_encoder, config.image_weights, frozen=config.freeze_image_encoder
-        )
-        folder = Path(config.text_encoder) if config.text_encoder else packaged_text_encoder()
-        self._state_texts = StateTexts(TextEncoder(folder))
+        self.image_encoder = build_image_encoder(config)
+        self._state_texts = StateTexts(build_text_encoder(config))
         self.text_adapter = _text_adapter(self._state_texts.width, config.text_adapter_width, config.decoder_width)
         self.decoder = build_decoder(config.decoder, self.image_encoder.channels, config.decoder_width)
         self._temperature = config.temperature
 
-    def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Images (B, 3, H, W), normalised, and their B captions to logits (B, 2, H, W), float32."""
-        patches = functional.normalize(self.decoder(self.image_encoder(images)).float(), dim=1)
+    def forward(self, images: Tensor | Encoded, captions: Sequence[str]) -> Tensor:
+        """Images (B, 3, H, W), normalised or encoded, and their B captions to logits (B, 2, H, W), float32."""
+        maps, size = images if isinstance(images, Encoded) else self.encode(images)
+        weight = next(self.decoder.parameters())
+        patches = functional.normalize(self.decoder([each.to(weight.dtype) for each in maps]).float(), dim=1)
         states = functional.normalize(self._adapt(captions, patches.device).float(), dim=2)
         similarity = torch.einsum("bdhw,bsd->bshw", patches, states)
-        enlarged = functional.interpolate(similarity, size=images.shape[-2:], mode="bilinear", align_corners=False)
+        enlarged = functional.interpolate(similarity, size=size, mode="bilinear", align_corners=False)
         return enlarged / self._temperature
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Images (B, 3, H, W), normalised, to what a forward pass needs of them."""
+        height, width = images.shape[-2:]
+        return Encoded(self.image_encoder(images), (height, width))
 
     def _adapt(self, captions: Sequence[str], device: torch.device) -> Tensor:
         """The captions' state embeddings in the space of the patches, (B, 2, D); each distinct caption once."""

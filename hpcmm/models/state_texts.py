@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hpcmm.models.text_encoder import TextEncoder
+from hpcmm.models.text_encoders import TextEncoder
 
 NORMAL_TEMPLATES = (
     "a photo of {}, normal and intact",

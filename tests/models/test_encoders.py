@@ -13,24 +13,30 @@ from efficientnet_lite_pytorch import EfficientNet
 from safetensors.torch import save_file
 from torch import nn
 
+from hpcmm.config import ModelConfig
 from hpcmm.data.images import normalise, read_image
 from hpcmm.errors import HpcmmError
-from hpcmm.models.image_encoder import EfficientNetLite0, build_image_encoder, packaged_weights
+from hpcmm.models.image_encoders import EfficientNetLite0, ImageEncoder, build_image_encoder, packaged_weights
 from hpcmm.models.state_texts import StateTexts
-from hpcmm.models.text_encoder import TextEncoder, packaged_text_encoder
+from hpcmm.models.text_encoders import SentenceEncoder, build_text_encoder, packaged_text_encoder
 from hpcmm.models.weights import read_state_dict
 
-NAME = "efficientnet_lite0"
+
+def build(weights: str | Path | None = None, *, frozen: bool = True) -> ImageEncoder:
+    """EfficientNet-Lite0."""
+    return build_image_encoder(
+        ModelConfig(image_weights=None if weights is None else str(weights), freeze_image_encoder=frozen)
+    )
 
 
 @pytest.fixture(scope="module")
 def encoder() -> EfficientNetLite0:
-    return build_image_encoder(NAME, None, frozen=True)
+    return build()
 
 
 @pytest.fixture(scope="module")
-def text_encoder() -> TextEncoder:
-    return TextEncoder(packaged_text_encoder())
+def text_encoder() -> SentenceEncoder:
+    return SentenceEncoder(packaged_text_encoder())
 
 
 @pytest.mark.parametrize("side", [64, 96, 100])
@@ -62,7 +68,7 @@ def test_a_frozen_encoder_stays_as_it_is(encoder: EfficientNetLite0, images: tor
 
 
 def test_an_encoder_that_is_not_frozen_trains_its_weights_but_not_its_statistics(images: torch.Tensor):
-    encoder = build_image_encoder(NAME, None, frozen=False).train()
+    encoder = build(frozen=False).train()
     before = {name: value.clone() for name, value in encoder.named_buffers()}
     sum(features.square().mean() for features in encoder(images)).backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
@@ -81,7 +87,7 @@ def test_the_packaged_weights_from_a_path_give_the_same_maps(
         save_file({name: value.contiguous() for name, value in state.items()}, path)
     else:
         torch.save(state, path)
-    for ours, theirs in zip(encoder(images), build_image_encoder(NAME, str(path), frozen=True)(images), strict=True):
+    for ours, theirs in zip(encoder(images), build(path)(images), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -89,7 +95,7 @@ def test_other_weights_from_a_path_give_other_maps(encoder: EfficientNetLite0, i
     state = read_state_dict(packaged_weights())
     state["_conv_stem.weight"] = state["_conv_stem.weight"] * 0.5
     torch.save(state, tmp_path / "own.pth")
-    own = build_image_encoder(NAME, str(tmp_path / "own.pth"), frozen=True)
+    own = build(tmp_path / "own.pth")
     assert not torch.equal(own(images)[0], encoder(images)[0])
 
 
@@ -118,16 +124,18 @@ def test_weights_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pyte
     Path("text.safetensors").write_text("no tensors here")
     for name in (*contents, "cut.pth", "empty.pth", "text.safetensors", "nowhere.pth"):
         with pytest.raises(HpcmmError, match=name):
-            build_image_encoder(NAME, name, frozen=True)
+            build(name)
     assert not Path("pwned").exists()
 
 
-def test_an_unknown_image_encoder_is_answered_with_the_valid_ones():
-    with pytest.raises(HpcmmError, match="image_encoder=vgg is not known; valid: efficientnet_lite0"):
-        build_image_encoder("vgg", None, frozen=True)
+def test_unknown_encoders_are_answered_with_the_valid_ones():
+    with pytest.raises(HpcmmError, match=r"image_encoder=vgg is not known; valid: clip, .*efficientnet_lite0"):
+        build_image_encoder(ModelConfig(image_encoder="vgg"))
+    with pytest.raises(HpcmmError, match=r"text_tower=vgg is not known; valid: clip, .*sentence"):
+        build_text_encoder(ModelConfig(text_tower="vgg"))
 
 
-def test_sentences_become_unit_vectors_that_know_their_meaning(text_encoder: TextEncoder):
+def test_sentences_become_unit_vectors_that_know_their_meaning(text_encoder: SentenceEncoder):
     vectors = text_encoder.encode(
         ["a cat sleeps on the sofa", "a kitten naps on the couch", "the bank raised its rates"]
     )
@@ -137,13 +145,15 @@ def test_sentences_become_unit_vectors_that_know_their_meaning(text_encoder: Tex
     assert vectors[0] @ vectors[2] < 0.2
 
 
-def test_padding_does_not_change_an_embedding(text_encoder: TextEncoder):
+def test_padding_does_not_change_an_embedding(text_encoder: SentenceEncoder):
     sentence = "a photo of a brick wall"
     together = text_encoder.encode([sentence, "a much longer sentence that makes the first one need a lot of padding"])
     torch.testing.assert_close(together[0], text_encoder.encode([sentence])[0], atol=1e-5, rtol=0)
 
 
-def test_state_texts_are_unit_vectors_made_once_a_caption(text_encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch):
+def test_state_texts_are_unit_vectors_made_once_a_caption(
+    text_encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+):
     calls: list[list[str]] = []
     original = text_encoder.encode
     monkeypatch.setattr(text_encoder, "encode", lambda texts: calls.append(list(texts)) or original(texts))
@@ -159,22 +169,22 @@ def test_state_texts_are_unit_vectors_made_once_a_caption(text_encoder: TextEnco
     assert (first[:, 0] * first[:, 1]).sum(dim=1).max() < 0.95  # the states differ
 
 
-def test_a_copied_text_encoder_folder_gives_the_same_embedding(text_encoder: TextEncoder, tmp_path: Path):
+def test_a_copied_text_encoder_folder_gives_the_same_embedding(text_encoder: SentenceEncoder, tmp_path: Path):
     shutil.copytree(packaged_text_encoder(), tmp_path / "own model")
-    own = TextEncoder(tmp_path / "own model")
+    own = SentenceEncoder(tmp_path / "own model")
     assert torch.equal(own.encode(["a lawn"]), text_encoder.encode(["a lawn"]))
 
 
 def test_a_folder_that_is_no_text_encoder_is_named(tmp_path: Path):
     with pytest.raises(HpcmmError, match=r"has no config\.json"):
-        TextEncoder(tmp_path)
+        SentenceEncoder(tmp_path)
     config = tmp_path / "config.json"
     config.write_text("{}")
     with pytest.raises(HpcmmError, match="gives no hidden_size"):
-        TextEncoder(tmp_path)
+        SentenceEncoder(tmp_path)
     config.write_text(json.dumps({"hidden_size": 8, "model_type": "bert"}))
     with pytest.raises(HpcmmError, match="cannot be loaded"):
-        TextEncoder(tmp_path).encode(["a lawn"])
+        SentenceEncoder(tmp_path).encode(["a lawn"])
 
 
 def test_the_normalisation_suits_the_packaged_weights():

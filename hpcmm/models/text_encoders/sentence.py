@@ -1,4 +1,4 @@
-"""The text encoder: sentences to unit vectors, by a local ``transformers`` model."""
+"""A sentence encoder: sentences to unit vectors, by a local ``transformers`` model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from torch.nn import functional
 from hpcmm.errors import HpcmmError
 
 
-class TextEncoder:
+class SentenceEncoder:
     """Embeds sentences: the mean of the last hidden states over the tokens, made a unit vector.
 
-    It is always frozen, and it is no ``nn.Module``, so that its weights are neither broadcast, nor converted, nor
-    written to every checkpoint of the model that uses it. The weights are read when the first sentence comes.
+    The weights are read when the first sentence comes.
     Source of the pooling: N. Reimers and I. Gurevych, "Sentence-BERT", EMNLP 2019.
     """
 
