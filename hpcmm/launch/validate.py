@@ -16,6 +16,10 @@ from hpcmm.profiled_steps import step_window
 
 ZERO_STAGES = range(4)
 DECODERS = ("fcn", "mlp", "mlp_bn", "resnet")
+IMAGE_ENCODERS = ("clip", "clip_tiny", "efficientnet_lite0", "imagebind", "imagebind_tiny", "vit", "vit_tiny")
+TEXT_TOWERS = ("clip", "clip_tiny", "imagebind", "imagebind_tiny", "sentence")
+"""As registered in hpcmm.models, which a login node cannot import."""
+_WITHOUT_WEIGHTS = ("efficientnet_lite0", "clip_tiny", "imagebind_tiny", "vit_tiny")
 _MOST_RANKS = 1_000_000
 _MOST = 2**31 - 1
 """What Slurm's and the libraries' whole numbers hold."""
@@ -166,6 +170,20 @@ def _optimisation(config: RunConfig) -> Iterator[str]:
         yield f"train.focal_alpha is {train.focal_alpha}, but must lie between 0 and 1."
     if config.model.decoder not in DECODERS:
         yield f"model.decoder is {config.model.decoder!r}, but hpcmm has {', '.join(DECODERS)}."
+    yield from _encoders(config)
+
+
+def _encoders(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.image_encoder not in IMAGE_ENCODERS:
+        yield f"model.image_encoder is {model.image_encoder!r}, but hpcmm has {', '.join(IMAGE_ENCODERS)}."
+    elif model.image_weights is None and model.image_encoder not in _WITHOUT_WEIGHTS:
+        yield (
+            f"model.image_weights is not given, but {model.image_encoder} needs the folder or file of its weights: name "
+            f"it, or take a small random one of the same kind with model={model.image_encoder}_tiny."
+        )
+    if model.text_tower not in TEXT_TOWERS:
+        yield f"model.text_tower is {model.text_tower!r}, but hpcmm has {', '.join(TEXT_TOWERS)}."
 
 
 def _handover(config: RunConfig) -> Iterator[str]:

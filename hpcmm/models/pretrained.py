@@ -35,8 +35,8 @@ def check_folder(folder: Path, what: str, key: str) -> None:
 def load_pretrained(model_class: Any, folder: Path, what: str, key: str, **options: Any) -> Any:
     """``model_class.from_pretrained`` of a local folder: float32, in evaluation mode, every weight found.
 
-    ``options`` go to it. Raises HpcmmError where the folder does not hold such a model. Tensors of the file that the class does not use, such
-    as another tower's, are left out; tensors that lack, or are of another shape, are an error.
+    ``options`` go to it. Raises HpcmmError where the folder does not hold such a model. Tensors of the file that the
+    class does not use, such as another tower's, are left out; tensors that lack, or are of another shape, are an error.
     """
     check_folder(folder, what, key)
     with quiet():

@@ -16,8 +16,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from hpcmm.config import ModelConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.launch import validate
+from hpcmm.launch.compose import compose_run
 from hpcmm.models import build_model
-from hpcmm.models.image_encoders import IMAGE_ENCODERS, ImageEncoder, build_image_encoder
+from hpcmm.models.image_encoders import IMAGE_ENCODERS, build_image_encoder
 from hpcmm.models.image_encoders.tokens import choose_taps
 from hpcmm.models.imagebind import load_text_tower, load_vision_tower
 from hpcmm.models.text_encoders import TEXT_ENCODERS, build_text_encoder
@@ -335,4 +337,12 @@ def test_tiny_text_towers_tell_sentences_apart(name: str):
 def test_every_encoder_has_its_yaml():
     groups = Path(__file__).parents[2] / "conf" / "model"
     assert {path.stem for path in groups.glob("*.yaml")} >= set(IMAGE_ENCODERS)
-    assert issubclass(type(build_image_encoder(ModelConfig(image_encoder="vit_tiny"))), ImageEncoder)
+    for path in groups.glob("*.yaml"):
+        config = compose_run([f"model={path.stem}", "model.image_weights=/somewhere"]).model
+        assert config.image_encoder in IMAGE_ENCODERS
+        assert config.text_tower in TEXT_ENCODERS
+
+
+def test_the_login_node_knows_the_same_names():
+    assert set(validate.IMAGE_ENCODERS) == set(IMAGE_ENCODERS)
+    assert set(validate.TEXT_TOWERS) == set(TEXT_ENCODERS)
