@@ -153,6 +153,11 @@ class SweepDir:
         """Every point with its overrides, run directory and jobs, as JSON."""
         return self.root / "ledger.json"
 
+    @property
+    def lock(self) -> Path:
+        """Held by a launcher that submits points once more."""
+        return self.root / ".resubmit.lock"
+
     def point(self, index: int) -> RunDir:
         """The run directory of array task ``index``; the job's script builds the same name."""
         return RunDir(self.root / f"{index:04d}")

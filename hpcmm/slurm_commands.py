@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from hpcmm.errors import HpcmmError
 
 _TIMEOUT_S = 30
+_DEFAULTS_OF_COMMANDS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SCONTROL_")
+_OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_")
+_OF_THE_CLUSTER = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
+"""How Slurm's commands find and enter the cluster."""
 
 
 def ask(
     *command: str, absent: str | None = None, timeout_s: float = _TIMEOUT_S, environ: Mapping[str, str] = os.environ
 ) -> str:
     """The command's output; nothing where it complains of what ``absent`` says. Raises HpcmmError when it fails."""
-    # squeue and sacct take defaults for their formats from the user's environment, and these must not apply.
-    clean = {name: value for name, value in environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
+    # The commands take defaults, such as for their formats, from the user's environment, and these must not apply.
+    clean = {name: value for name, value in environ.items() if not name.startswith(_DEFAULTS_OF_COMMANDS)}
     try:
         done = subprocess.run(
             command,
@@ -41,3 +45,20 @@ def ask(
         return ""
     complaint = " ".join(done.stderr.split())
     raise HpcmmError(f"{command[0]} failed ({complaint}); the job itself is not affected.")
+
+
+def job_variables(environ: Mapping[str, str], keep: Collection[str] = ()) -> list[str]:
+    """Variables by which the shell would change a new job: options of sbatch and srun, and what an outer job left.
+
+    ``SBATCH_PARTITION`` overrides a script's own ``#SBATCH`` line, and ``SLURM_CPUS_PER_TASK`` of the job that one
+    launches from reaches the new job's srun. Those in ``keep`` were set on purpose.
+    """
+    return sorted(
+        name for name in environ if name.startswith(_OF_JOBS) and name not in _OF_THE_CLUSTER and name not in keep
+    )
+
+
+def outside_of_jobs(environ: Mapping[str, str], keep: Collection[str] = ()) -> dict[str, str]:
+    """``environ`` as it would be in a plain shell of a login node, without :func:`job_variables`."""
+    dropped = set(job_variables(environ, keep))
+    return {name: value for name, value in environ.items() if name not in dropped}

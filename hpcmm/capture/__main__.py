@@ -34,14 +34,11 @@ def start_rank(run: RunDir, command: list[str]) -> int:
         from hpcmm.capture.profiled import run_profiled  # noqa: PLC0415 -- only where a profiler runs
 
         try:
-            status = run_profiled(config, run, rank, command)
+            return run_profiled(config, run, rank, command)
         except ProfilerUnusableError as unusable:
             if config.profile.required:
                 raise HpcmmError(f"{unusable}. Set profile.required=false to train without.") from unusable
             print(f"hpcmm: {unusable}; rank {rank} trains without.", file=sys.stderr)
-        else:
-            record_exit(status, run, rank)
-            return status
     os.environ[startup.COMMAND_BEGAN] = f"{time.time():.3f}"
     return run_watched(command, run, rank)
 

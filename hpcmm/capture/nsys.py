@@ -3,53 +3,61 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hpcmm.bootstrap.startup import COMMAND_BEGAN
+from hpcmm.capture.apart import Apart, End, run_apart
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.importer import import_qdstrm
 
-_STEP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _ATTEMPTS = 4
 _START_POLL_S = 0.02
-_PR_SET_CHILD_SUBREAPER = 36
-"""From Linux' sys/prctl.h."""
 
 
-def run_under_nsys(profile: Sequence[str], command: Sequence[str], report: Path, aside: Path | None = None) -> int:
+def run_under_nsys(
+    profile: Sequence[str],
+    command: Sequence[str],
+    report: Path,
+    aside: Path | None = None,
+    *,
+    ended: Callable[[End], None] = lambda _: None,
+    must_end: Callable[[], bool] = lambda: False,
+) -> int:
     """Run ``command`` under ``nsys profile FLAGS...`` and leave its report at ``report``. Returns its exit status.
 
     nsys writes on the node's own disk; only the finished report is copied to the shared one. Where it cannot be
     finished here, what there is is copied beside ``report`` and the reason is printed. A report that stands there from
-    an earlier attempt is moved to the folder ``aside``.
+    an earlier attempt is moved to the folder ``aside``. A signal to this process reaches the command and not nsys, so
+    that the report survives it; ``ended`` and ``must_end`` as in :func:`~hpcmm.capture.apart.run_apart`.
     """
-    _keep_descendants()
     folder = Path(tempfile.mkdtemp(prefix="hpcmm-nsys-"))
-    with _outlive_the_command():
-        output = folder / report.stem
-        status = start_under_nsys([*profile, f"--output={output}"], command, folder / "started")
-        if _finish(output, report, aside):
+    started, output = folder / "started", folder / report.stem
+
+    def record(apart: Apart) -> None:
+        apart.say_ended(start_under_nsys([*profile, f"--output={output}"], command, started))
+        if _finish(output, report, aside, keep_raw=apart.in_a_hurry):
             shutil.rmtree(folder, ignore_errors=True)
-    return status
+
+    return run_apart(record, rank_pid=lambda: _pid_in(started), ended=ended, must_end=must_end)
 
 
 def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Path) -> int:
     """Run nsys until the command is over; again where nsys fails before it has made the file ``started``.
 
+    ``started`` then holds the command's process id.
+
     The ranks of a node start their nsys one after the other. Several at once meet in nsys 2022.4's shared session table
     and fail, one in twenty, with "Local Endpoint is not available", "sem_open" or "End of file".
     """
-    noting_the_start = ["/bin/sh", "-c", ': >"$0" && exec "$@"', str(started)]
+    noting_the_start = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(started)]
     for attempts_left in reversed(range(_ATTEMPTS)):
         with _one_start_at_a_time():
             environment = os.environ | {COMMAND_BEGAN: f"{time.time():.3f}"}
@@ -71,10 +79,22 @@ def _one_start_at_a_time() -> Iterator[None]:
         yield
 
 
-def _finish(output: Path, report: Path, aside: Path | None) -> bool:
-    """Import what nsys left and copy it. Returns whether nothing is left behind that anyone would miss."""
+def _pid_in(started: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(started.read_text(encoding="ascii"))
+    return None
+
+
+def _finish(output: Path, report: Path, aside: Path | None, *, keep_raw: bool) -> bool:
+    """Import what nsys left and copy it. Returns whether nothing is left behind that anyone would miss.
+
+    ``keep_raw``: copy the raw capture, which the analysis reads too, before the import takes its time.
+    """
     finished, unfinished = output.with_suffix(".nsys-rep"), output.with_suffix(".qdstrm")
+    raw = report.with_suffix(unfinished.suffix)
+    is_kept = False
     if not finished.exists() and unfinished.exists():
+        is_kept = keep_raw and _copied(unfinished, raw, aside)
         try:
             import_qdstrm(unfinished, finished)
         except HpcmmError as error:
@@ -83,7 +103,17 @@ def _finish(output: Path, report: Path, aside: Path | None) -> bool:
     if not made.exists():
         print(f"hpcmm: nsys left no report for {report.stem}; its messages stand above.", file=sys.stderr)
         return True
-    target = report.with_suffix(made.suffix)
+    if made == unfinished and is_kept:
+        return True
+    if not _copied(made, report.with_suffix(made.suffix), aside):
+        return False
+    if is_kept:
+        raw.unlink(missing_ok=True)
+    return True
+
+
+def _copied(made: Path, target: Path, aside: Path | None) -> bool:
+    """Copy a report to the run directory, where an earlier attempt's makes room. Says so where that cannot be."""
     try:
         if aside is not None and target.exists():
             aside.mkdir(exist_ok=True)
@@ -108,26 +138,3 @@ def _copy_whole(source: Path, target: Path) -> None:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(target)
-
-
-def _keep_descendants() -> None:
-    """Stay the ancestor of all that is started from here, so that a scheduler that ends this process' tree ends it all.
-
-    nsys starts the command through an agent that detaches itself; on a cluster without cgroups both would live on.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        print(
-            f"hpcmm: prctl failed ({os.strerror(ctypes.get_errno())}); a cancelled rank may live on.", file=sys.stderr
-        )
-
-
-@contextlib.contextmanager
-def _outlive_the_command() -> Iterator[None]:
-    """Let signals meant for the rank pass by this process, which has a report to finish once the rank is gone."""
-    before = {number: signal.signal(number, lambda *_: None) for number in _STEP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,23 @@ import yaml
 from hpcmm.bootstrap.cache import cache_dir
 from hpcmm.capture.nsys import run_under_nsys
 from hpcmm.capture.probe import NsysFacts, nsys_facts
+from hpcmm.capture.watch import record_exit
 from hpcmm.config import ProfileConfig, RunConfig
 from hpcmm.errors import ProfilerUnusableError
+from hpcmm.failures import records
 from hpcmm.profiled_steps import step_window
 from hpcmm.resources import resource
 from hpcmm.run_dir import RunDir
 from hpcmm.train.attempt import current_attempt
 from hpcmm.train.window import DOMAIN, RANGE
 
+_MOST_PATIENCE_S = 10.0
 _GPU_DEVICE = Path("/dev/nvidiactl")
 
 
 def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[str]) -> int:
-    """Run ``command`` under nsys and leave the rank's report in the run directory. Returns its exit status.
+    """Run ``command`` under nsys and leave the rank's report in the run directory. Returns its exit status,
+    which is recorded where it is a bad one.
 
     Raises ProfilerUnusableError, before anything runs, where this node's nsys is missing or records nothing.
     """
@@ -41,8 +46,39 @@ def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[st
     flags, dropped = known_flags(profile_flags(config.profile, config.train.steps, gpu=_GPU_DEVICE.exists()), facts)
     if dropped:
         print(f"hpcmm: {facts.version} has no {', '.join(dropped)}; recorded without.", file=sys.stderr)
-    aside = run.reports_before(current_attempt(run))
-    return run_under_nsys([nsys, "profile", *flags], command, run.rank_report(rank), aside)
+    return run_under_nsys(
+        [nsys, "profile", *flags],
+        command,
+        run.rank_report(rank),
+        run.reports_before(current_attempt(run)),
+        ended=lambda end: record_exit(end.status, run, rank, end.unix_ns),
+        must_end=OthersFailed(run, rank, config.cluster.kill_wait_s),
+    )
+
+
+class OthersFailed:
+    """Whether another rank has ended badly, and this one has had time to notice that by itself.
+
+    srun would kill this rank, and its report with it, ``kill_wait_s`` after the first rank's end.
+    """
+
+    def __init__(self, run: RunDir, rank: int, kill_wait_s: float) -> None:
+        self._folder = records.attempt_folder(run)
+        self._own = f"rank_{rank:04d}."
+        self._patience_s = min(_MOST_PATIENCE_S, kill_wait_s / 4)
+        self._since_s: float | None = None
+
+    def __call__(self) -> bool:
+        if self._since_s is None and self._is_noted():
+            self._since_s = time.monotonic()
+        return self._since_s is not None and time.monotonic() - self._since_s >= self._patience_s
+
+    def _is_noted(self) -> bool:
+        try:
+            names = [entry.name for entry in self._folder.iterdir()]
+        except OSError:
+            return False  # no rank has left a word there
+        return any(name.endswith(".json") and name[:1] == "r" and not name.startswith(self._own) for name in names)
 
 
 def profile_flags(profile: ProfileConfig, steps: int, *, gpu: bool) -> dict[str, str]:

@@ -46,12 +46,15 @@ def run_watched(command: Sequence[str], run: RunDir, rank: int) -> int:
     return status
 
 
-def record_exit(status: int, run: RunDir, rank: int) -> None:
-    """Leave a record of a rank that ended with another status than 0; one above 128 is a shell's word of a signal."""
+def record_exit(status: int, run: RunDir, rank: int, unix_ns: int | None = None) -> None:
+    """Leave a record of a rank that ended with another status than 0, at ``unix_ns`` (None: now).
+
+    A status above 128 is a shell's word of a signal.
+    """
     if status == 0:
         return
     number = -status if status < 0 else status - 128 if 128 < status <= 128 + signal.SIGRTMAX else None
-    record = records.RankExit(rank, node_of(os.environ), time.time_ns(), None if number else status, number)
+    record = records.RankExit(rank, node_of(os.environ), unix_ns or time.time_ns(), None if number else status, number)
     path = records.exit_file(records.attempt_folder(run), rank)
     try:
         records.write(record, path)

@@ -20,6 +20,7 @@ from hpcmm.doctor.step import allocation_options, check_nodes
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.compose import compose_run
 from hpcmm.launch.validate_cluster import cluster_problems
+from hpcmm.slurm_commands import outside_of_jobs
 from hpcmm.working_directory import check_working_directory
 
 _TIME_LIMIT_MIN = 8
@@ -75,7 +76,8 @@ def _check(config: RunConfig, options: argparse.Namespace) -> int:
         srun = ["srun", *allocation_options(config.cluster, _TIME_LIMIT_MIN), f"--immediate={options.wait}"]
         srun += [f"--nodelist={options.nodelist}"] if options.nodelist else []
         srun += [f"--exclude={config.cluster.exclude}"] if config.cluster.exclude else []
-        result = check_nodes(None, options.nodes, folders, srun, nsys=nsys)
+        environ = outside_of_jobs(os.environ, config.cluster.submit_environment)
+        result = check_nodes(None, options.nodes, folders, srun, nsys=nsys, environ=environ)
         nodes = result.nodes
         found |= result.found
         if not nodes:

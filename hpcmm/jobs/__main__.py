@@ -14,7 +14,7 @@ from pathlib import Path
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs import logs, queue
 from hpcmm.jobs.cancel import cancel
-from hpcmm.jobs.find_run import Target, find_targets, runs_in, slurm_environment
+from hpcmm.jobs.find_run import Target, default_environment, find_targets
 from hpcmm.jobs.polling import Poller
 from hpcmm.jobs.show import as_values, job_lines, state_lines
 from hpcmm.jobs.state import states_of
@@ -29,7 +29,8 @@ JOB is a job's number (12, or 12_7 for a task of an array), a run directory, the
 start of that name; of several runs the newest is taken.
 
 Slurm is asked through squeue and, for jobs that are over, sacct; where sacct gives no answer, squeue and the run
-directory are used, and a line says so. Where SLURM_CONF is not set, that of the run's configuration is used.
+directory are used, and a line says so. Where SLURM_CONF is not set, that of the run's
+configuration is used, of the newest run in --runs-root, or of the local cluster (slurm/local/up).
 
 exit status: 0 done, 1 not (why: no job failed), 130 after Ctrl-C, which stops the following and not the job.
 """
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         check_working_directory()
+        os.environ.update(default_environment(options.runs_root))
         command: Callable[[argparse.Namespace], int] = options.command
         status = command(options)
         sys.stdout.flush()
@@ -82,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("-f", "--follow", action="store_true", help="go on with what is added, until the job is over")
     cancelled = add("cancel", _cancel, "cancel a run")
     cancelled.add_argument("job", metavar="JOB")
+    patience = "seconds that a profiled run may take to save a checkpoint and its reports (default: 60; 0: at once)"
+    cancelled.add_argument("--wait", type=float, default=60.0, metavar="S", help=patience)
     explained = add("why", _why, "why a job failed: which rank first, where, and what to do")
     explained.add_argument("job", metavar="JOB")
     for command in (listed, status, cancelled, explained):
@@ -90,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace) -> int:
-    newest = next(iter(runs_in(options.runs_root)), None)
-    environ = dict(os.environ) if "SLURM_CONF" in os.environ else slurm_environment(newest)
-    answer = queue.own_jobs(None if options.all_users else getpass.getuser(), options.since, environ)
+    answer = queue.own_jobs(None if options.all_users else getpass.getuser(), options.since)
     _complain(answer.notes)
     if options.json:
         _print_json({"jobs": [as_values(job, None) for job in answer.jobs], "notes": answer.notes})
@@ -147,11 +149,14 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    ids = cancel(options.job, find_targets(options.job, options.runs_root))
+    done = cancel(options.job, find_targets(options.job, options.runs_root), options.wait)
+    listed = ", ".join(done.ids)
     if options.json:
-        _print_json({"cancelled": ids})
+        _print_json({"cancelled": done.ids, "in_peace": done.in_peace})
+    elif done.in_peace:
+        print(f"Job {listed} has stopped, with a checkpoint and its reports.")
     else:
-        print(f"Cancelled job {', '.join(ids)}.")
+        print(f"Cancelled job {listed}.")
     return 0
 
 

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hpcmm.errors import HpcmmError
-from hpcmm.jobs.find_run import Target, slurm_environment
+from hpcmm.jobs.find_run import Target, settings, slurm_environment
 from hpcmm.jobs.state import State, is_local, states_of
 from hpcmm.slurm_commands import ask
 
+_POLL_S = 2.0
 
-def cancel(asked: str, targets: Sequence[Target]) -> list[str]:
-    """Cancel the active jobs of the one run that has any. Returns their numbers.
 
-    Raises HpcmmError when nothing of it is active, when several runs are meant, and when Slurm refuses.
+@dataclass(frozen=True)
+class Cancelled:
+    """What became of the jobs."""
+
+    ids: list[str]
+    in_peace: bool
+    """They ended by themselves when asked to: with a checkpoint, and with their reports."""
+
+
+def cancel(asked: str, targets: Sequence[Target], patience_s: float = 60.0) -> Cancelled:
+    """Cancel the active jobs of the one run that has any.
+
+    A profiled run of hpcmm's own task is asked to stop first and has ``patience_s`` for that. Other ranks under a
+    profiler get Slurm's KillWait to finish their reports. Raises HpcmmError when nothing of it is active, when several
+    runs are meant, and when Slurm refuses.
     """
     states = states_of(targets)
     active = [state for state in states if state.active]
@@ -31,9 +46,40 @@ def cancel(asked: str, targets: Sequence[Target]) -> list[str]:
             _interrupt(int(each))
     elif any(job.source == "run directory" for job in state.active):
         raise HpcmmError(f"Nothing to cancel: Slurm does not know job {', '.join(ids)}, though the run directory does.")
+    elif patience_s > 0 and _stops_when_asked(state):
+        return Cancelled(ids, _stop(state, ids, patience_s))
     else:
         ask("scancel", *ids, environ=slurm_environment(state.run))
-    return ids
+    return Cancelled(ids, in_peace=False)
+
+
+def _stops_when_asked(state: State) -> bool:
+    """Whether the ranks look for a wish to stop, and have reports that are worth the wait."""
+    given = settings(state.run) if state.run is not None else {}
+    task, profile = given.get("task"), given.get("profile")
+    return (
+        isinstance(task, dict)
+        and task.get("name") == "anomaly"
+        and isinstance(profile, dict)
+        and bool(profile.get("tool"))
+        and any(not job.pending for job in state.active)
+    )
+
+
+def _stop(state: State, ids: Sequence[str], patience_s: float) -> bool:
+    """Ask the running jobs to stop, cancel what is left in the end. Returns whether nothing was left."""
+    environ = slurm_environment(state.run)
+    waiting = [_cancellable(job.job_id, job.raw_id) for job in state.active if job.pending]
+    if waiting:
+        ask("scancel", "--state=PENDING", *waiting, environ=environ)
+    ask("scancel", "--batch", "--signal=USR2", *ids, environ=environ)
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        time.sleep(_POLL_S)
+        if not states_of([state.target])[0].active:
+            return True
+    ask("scancel", *ids, environ=environ)
+    return False
 
 
 def _interrupt(pid: int) -> None:

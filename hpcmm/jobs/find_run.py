@@ -14,8 +14,11 @@ import yaml
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.queue import Job
+from hpcmm.resources import resource
 from hpcmm.run_dir import RunDir, SweepDir
 
+_MOST_RUNS = 20
+_SLURM_S_OWN_PLACES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
 _JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
 _SUBMITTED = re.compile(r"([0-9]{1,12}(?:_[0-9]{1,9})?)_submitted\.pkl")
 
@@ -116,6 +119,36 @@ def slurm_environment(run: RunDir | None, environ: dict[str, str] | None = None)
     cluster = settings(run).get("cluster") if trusted else None
     given = cluster.get("submit_environment") if isinstance(cluster, dict) else None
     return environ | {str(key): str(value) for key, value in given.items()} if isinstance(given, dict) else environ
+
+
+def default_environment(runs_root: Path, environ: dict[str, str] | None = None) -> dict[str, str]:
+    """This process' environment with a Slurm cluster in it, for jobs whose run is not known.
+
+    What the shell says of it counts first (SLURM_CONF), then the newest run that does, then Slurm's own place, and at
+    last the local cluster, where ``cluster=local_slurm`` has it.
+    """
+    environ = dict(os.environ) if environ is None else environ
+    if "SLURM_CONF" in environ:
+        return environ
+    for run in runs_in(runs_root)[:_MOST_RUNS]:
+        found = slurm_environment(run, environ)
+        if "SLURM_CONF" in found:
+            return found
+    if any(Path(place).exists() for place in _SLURM_S_OWN_PLACES):
+        return environ
+    local = _local_slurm_conf()
+    return environ | {"SLURM_CONF": str(local)} if local is not None else environ
+
+
+def _local_slurm_conf() -> Path | None:
+    from omegaconf import OmegaConf  # noqa: PLC0415 -- only where nothing else tells of a cluster
+
+    preset = OmegaConf.load(resource("conf/cluster/local_slurm.yaml"))
+    conf = Path(str(OmegaConf.select(preset, "submit_environment.SLURM_CONF")))
+    try:
+        return conf if conf.stat().st_uid in {0, os.geteuid()} else None
+    except OSError:
+        return None
 
 
 def _expanded(asked: str) -> Path:

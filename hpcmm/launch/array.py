@@ -57,7 +57,8 @@ def queue_sweep(planned: Plan, points: Sequence[Point]) -> tuple[Ledger, str]:
         ]
         ledger = Ledger(sweep, listed)
         ledger.write()
-    job_id = _submit_array(config, ledger, ledger.points)
+    with ledger.locked():
+        job_id = _submit_array(config, ledger, ledger.points)
     point_latest_to(planned.run)
     return ledger, job_id
 
@@ -67,12 +68,13 @@ def resubmit(path: Path) -> tuple[Ledger, list[LedgerPoint], str | None]:
 
     Returns the ledger, the points and their job id; no points and None where none has failed. Raises HpcmmError.
     """
-    ledger = read_ledger(path)
-    config = run_config.load(ledger.run(ledger.points[0]).config)
-    os.environ.update(config.cluster.submit_environment)
-    states = ledger.states()
-    failed = [point for point in ledger.points if states[point.index] == FAILED]
-    return ledger, failed, _submit_array(config, ledger, failed) if failed else None
+    with read_ledger(path).locked():
+        ledger = read_ledger(path)  # as it is now that nobody else writes it
+        config = run_config.load(ledger.run(ledger.points[0]).config)
+        os.environ.update(config.cluster.submit_environment)
+        states = ledger.states()
+        failed = [point for point in ledger.points if states[point.index] == FAILED]
+        return ledger, failed, _submit_array(config, ledger, failed) if failed else None
 
 
 def summary(ledger: Ledger) -> str:

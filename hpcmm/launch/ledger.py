@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -54,6 +56,23 @@ class Ledger:
         record = {"points": [asdict(point) for point in self.points]}
         fresh.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         fresh.replace(self.sweep.ledger)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other launchers from this sweep. Raises HpcmmError where one is at work on it.
+
+        ``flock`` holds between the login nodes of a shared file system too, where that supports it.
+        """
+        with self.sweep.lock.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise HpcmmError(
+                    f"Points of {self.sweep.root} are being submitted by another launch: wait for it, then try again."
+                ) from error
+            except OSError:  # a file system without locks; better once more than never
+                pass
+            yield
 
     def states(self) -> dict[int, str]:
         """``COMPLETED``, ``FAILED`` or ``ACTIVE`` of each point, by index.

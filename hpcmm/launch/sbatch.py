@@ -7,23 +7,35 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpcmm.config import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.accounting import queue_state
 from hpcmm.launch.refusal import CANNOT_START, cannot_start, printable, refusal
+from hpcmm.slurm_commands import job_variables, outside_of_jobs
 
 _TIMEOUT_S = 120
 
 
 def sbatch(config: RunConfig, script: Path, *options: str) -> str:
-    """Submit ``script``. Returns the job's id. Raises HpcmmError, with a cure, when Slurm refuses it."""
+    """Submit ``script``. Returns the job's id. Raises HpcmmError, with a cure, when Slurm refuses it.
+
+    The job is what the script says: variables of the user's shell that would change it do not reach sbatch.
+    """
     check_slurm_is_here()
+    keep = config.cluster.submit_environment
+    _say_what_is_ignored(job_variables(os.environ, keep))
     try:
         # In a process group of its own, which Ctrl-C does not reach.
         done = subprocess.run(
-            ["sbatch", *options, str(script)], capture_output=True, check=False, timeout=_TIMEOUT_S, process_group=0
+            ["sbatch", *options, str(script)],
+            capture_output=True,
+            check=False,
+            timeout=_TIMEOUT_S,
+            process_group=0,
+            env=outside_of_jobs(os.environ, keep),
         )
     except subprocess.TimeoutExpired as error:
         raise HpcmmError(
@@ -41,6 +53,17 @@ def sbatch(config: RunConfig, script: Path, *options: str) -> str:
         said = printable(answer.strip().splitlines()[0]) if answer.strip() else "nothing was said"
         raise HpcmmError(f"sbatch gave no job id, so the job may or may not run, see squeue ({said}).")
     return accepted[1]
+
+
+def _say_what_is_ignored(variables: Sequence[str]) -> None:
+    """Of those that a user sets; what an outer job left is nobody's wish."""
+    options = [name for name in variables if name.startswith(("SBATCH_", "SRUN_"))]
+    if options:
+        print(
+            f"hpcmm: {', '.join(options)} of your environment {'is' if len(options) == 1 else 'are'} not used, for the "
+            "configuration alone decides: set keys of cluster, or name the variable in cluster.submit_environment.",
+            file=sys.stderr,
+        )
 
 
 def check_slurm_is_here() -> None:

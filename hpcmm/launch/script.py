@@ -84,6 +84,7 @@ def _render(template: str, config: RunConfig, job: Job, directives: dict[str, st
     return environment.get_template(template).render(
         cluster=config.cluster,
         launch=config.launch,
+        profile=config.profile,
         requeue=config.requeue,
         directives=directives,
         environment=config.cluster.environment,

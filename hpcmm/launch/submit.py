@@ -21,6 +21,7 @@ from hpcmm.launch.script import rank_command
 from hpcmm.launch.task import RankTask, UserTask
 from hpcmm.launch.uninterrupted import uninterrupted
 from hpcmm.run_dir import RunDir
+from hpcmm.slurm_commands import job_variables
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def note_submission(run: RunDir, **jobs: str | None) -> None:
 def _submit_locally(
     config: RunConfig, run: RunDir, task: RankTask | UserTask, python_path: tuple[str, ...]
 ) -> Submission:
+    for name in job_variables(os.environ):  # of a job that this is launched from, whose rank 0 is none of ours
+        del os.environ[name]
     os.environ.update(config.cluster.environment)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(find_free_port("127.0.0.1")))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*python_path, os.environ.get("PYTHONPATH")]))

@@ -37,9 +37,6 @@ LIGHT = [
 ]
 ALONE = "cluster.nodes=1"
 COLLECTIVE_TIMEOUT_S = 15
-ELSEWHERE = "cluster.exclude='node[3-4]'"
-"""Keeps a job off the nodes that are broken."""
-
 SITECUSTOMIZE = """
 import os, signal, sys
 
@@ -77,10 +74,12 @@ class Faulty:
 
 
 class Jobs:
-    """Starts, breaks and asks about jobs."""
+    """Starts, breaks and asks about jobs, all of which run under ``profile``."""
 
-    def __init__(self, cluster, folder):
+    def __init__(self, cluster, folder, profile):
         self.cluster = cluster
+        self.profile = profile
+        self.nodes = cluster.nodes
         self.folder = folder
         self.all: dict[str, Faulty] = {}
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
@@ -99,7 +98,9 @@ class Jobs:
         )
 
     def start(self, name, *overrides, fault=""):
-        launched = self.module("hpcmm.launch", *LIGHT, f"name={name}", *overrides, FAULT=fault)
+        launched = self.module(
+            "hpcmm.launch", *LIGHT, f"profile={self.profile}", f"name={name}", *overrides, FAULT=fault
+        )
         assert launched.returncode == 0, launched.stderr
         said = dict(line.split(":", 1) for line in launched.stdout.splitlines())
         self.all[name] = Faulty(name, said["job id"].strip(), Path(said["run directory"].strip()), time.monotonic())
@@ -136,6 +137,10 @@ class Jobs:
                     continue
                 job.over_at = time.monotonic()
 
+    def reports(self, name):
+        """Ranks that left a report that the analysis can read."""
+        return {path.stem for path in (self.all[name].run / "nsys").glob("rank_*.*") if path.stat().st_size > 50_000}
+
     def why(self, name):
         done = self.module("hpcmm.jobs", "why", str(self.all[name].run), "--json")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -151,27 +156,31 @@ def wait_until(condition, within_s):
     pytest.fail(f"not within {within_s} s")
 
 
-@pytest.fixture(scope="module")
-def jobs(slurm_cluster, tmp_path_factory):
-    jobs = Jobs(slurm_cluster, tmp_path_factory.mktemp("faulty jobs"))
+@pytest.fixture(scope="module", params=["off", pytest.param("nsys", marks=[pytest.mark.nsys, pytest.mark.long])])
+def jobs(request, slurm_cluster, tmp_path_factory):
+    if request.param == "nsys":
+        request.getfixturevalue("nsys")
+    jobs = Jobs(slurm_cluster, tmp_path_factory.mktemp("faulty jobs"), request.param)
+    first, second, third, fourth = jobs.nodes
+    elsewhere = f"cluster.exclude='{third},{fourth}'"  # keeps a job off the nodes that are broken
     timeout = f"parallel.collective_timeout_s={COLLECTIVE_TIMEOUT_S}"
-    jobs.start("link_cut", "cluster.nodes=3", "cluster.sbatch.nodelist='node[1-3]'", timeout)
-    jobs.start("node_failure", "cluster.sbatch.nodelist='node[1,4]'")
-    jobs.start("time_limit", ELSEWHERE, ALONE, "cluster.time_limit_min=1")
+    jobs.start("link_cut", "cluster.nodes=3", f"cluster.sbatch.nodelist='{first},{second},{third}'", timeout)
+    jobs.start("node_failure", f"cluster.sbatch.nodelist='{first},{fourth}'")
+    jobs.start("time_limit", elsewhere, ALONE, "cluster.time_limit_min=1")
     try:
         jobs.await_rank("node_failure", 1, "step")
-        slurm_cluster.fault("stop", "node4")
+        slurm_cluster.fault("stop", fourth)
         jobs.broken("node_failure")
         jobs.await_rank("link_cut", 2, "step")
-        slurm_cluster.fault("cut", "node3")
+        slurm_cluster.fault("cut", third)
         jobs.broken("link_cut")
-        jobs.start("hang", ELSEWHERE, timeout, "data.slow_rank=1", "data.slow_s=600")
-        jobs.start("sigkill", ELSEWHERE)
-        jobs.start("raise", ELSEWHERE, fault="raise")
-        jobs.start("import", ELSEWHERE, fault="import")
-        jobs.start("memory", ELSEWHERE, ALONE, fault="memory")
-        jobs.start("cancel", ELSEWHERE, ALONE)
-        jobs.start("data", ELSEWHERE, ALONE, "data.generate=false", "data.root=/none/such")
+        jobs.start("hang", elsewhere, timeout, "data.slow_rank=1", "data.slow_s=600")
+        jobs.start("sigkill", elsewhere)
+        jobs.start("raise", elsewhere, fault="raise")
+        jobs.start("import", elsewhere, fault="import")
+        jobs.start("memory", elsewhere, ALONE, fault="memory")
+        jobs.start("cancel", elsewhere, ALONE)
+        jobs.start("data", elsewhere, ALONE, "data.generate=false", "data.root=/none/such")
         jobs.await_rank("sigkill", 1, "step")
         jobs.signal_rank("sigkill", 1, signal.SIGKILL)
         # Not before the first step: within a lazy import, transformers makes an ImportError of any exception.
@@ -184,25 +193,25 @@ def jobs(slurm_cluster, tmp_path_factory):
         assert jobs.module("hpcmm.jobs", "cancel", "cancel").returncode == 0
         failures = jobs.all["link_cut"].run / "failures"
         wait_until(lambda: len(list(failures.glob("*/rank_*.error.json"))) >= 2, 60)
-        slurm_cluster.fault("restore", "node3")
+        slurm_cluster.fault("restore", third)
 
         def all_over():
             jobs.note_those_over()
             return all(job.over_at for job in jobs.all.values())
 
-        wait_until(all_over, 150)
+        wait_until(all_over, 180)
         jobs.node_failure = jobs.why("node_failure")  # while the node is down
         yield jobs
     finally:
         slurm_cluster.run("scancel", *(job.job_id for job in jobs.all.values()))
-        for node in ("node3", "node4"):
+        for node in (third, fourth):
             slurm_cluster.fault("restore", node)
 
 
 def test_a_rank_that_raises_is_named_with_its_traceback(jobs):
     told = jobs.why("raise")
     assert told["class"] == "exception"
-    assert (told["first"]["rank"], told["first"]["node"]) == (1, "node2")
+    assert (told["first"]["rank"], told["first"]["node"]) == (1, jobs.nodes[1])
     assert told["first"]["what"] == "ArithmeticError: the loss is not a number"
     assert "sitecustomize.py" in "".join(told["first"]["traceback"])
     assert told["state"] == "FAILED"
@@ -215,7 +224,7 @@ def test_a_rank_that_raises_is_named_with_its_traceback(jobs):
 def test_a_rank_that_is_killed_is_named_though_the_others_only_lose_it(jobs):
     told = jobs.why("sigkill")
     assert told["class"] == "killed"
-    assert (told["first"]["rank"], told["first"]["node"]) == (1, "node2")
+    assert (told["first"]["rank"], told["first"]["node"]) == (1, jobs.nodes[1])
     assert told["first"]["what"] == "SIGKILL"
     assert told["first"]["last_step"] >= 0
 
@@ -223,7 +232,7 @@ def test_a_rank_that_is_killed_is_named_though_the_others_only_lose_it(jobs):
 def test_the_rank_that_others_wait_for_in_vain_is_named_with_its_place(jobs):
     told = jobs.why("hang")
     assert told["class"] == "collective timeout"
-    assert (told["first"]["rank"], told["first"]["node"]) == (1, "node2")
+    assert (told["first"]["rank"], told["first"]["node"]) == (1, jobs.nodes[1])
     assert "train/anomaly.py" in told["first"]["what"]
     assert told["first"]["last_step"] is None
 
@@ -246,18 +255,18 @@ def test_the_kind_of_an_exception_is_told(jobs, name, kind, said):
 def test_a_dead_node_is_named_with_the_line_that_leaves_it_out(jobs):
     told = jobs.node_failure
     assert told["class"] == "node failure"
-    assert told["first"]["node"] == "node4"
+    assert told["first"]["node"] == jobs.nodes[3]
     assert told["first"]["rank"] == 1
-    assert told["exclude"] == ["node4"]
-    assert any("--exclude=node4" in line for line in told["advice"])
+    assert told["exclude"] == [jobs.nodes[3]]
+    assert any(f"--exclude={jobs.nodes[3]}" in line for line in told["advice"])
 
 
 def test_a_cut_link_is_named(jobs):
     told = jobs.why("link_cut")
     assert told["class"] == "node failure"
-    assert told["first"]["node"] == "node3"
+    assert told["first"]["node"] == jobs.nodes[2]
     assert told["first"]["rank"] == 2
-    assert told["exclude"] == ["node3"]
+    assert told["exclude"] == [jobs.nodes[2]]
 
 
 def test_a_cancelled_job_and_one_out_of_time_are_nobody_s_failure(jobs):
@@ -269,9 +278,23 @@ def test_a_cancelled_job_and_one_out_of_time_are_nobody_s_failure(jobs):
 
 
 def test_every_job_ended_within_its_bound(jobs):
+    usual = 45 if jobs.profile == "off" else 75  # the other ranks finish their reports
     bounds = {"hang": 120, "node_failure": 150, "link_cut": 120, "time_limit": 150, "import": 90, "data": 90}
     took = {name: job.seconds_to_end for name, job in jobs.all.items()}
-    assert all(took[name] < bounds.get(name, 45) for name in took), took
+    assert all(took[name] < bounds.get(name, usual) for name in took), took
+
+
+def test_the_reports_of_ranks_that_did_not_fail_outlive_the_job(jobs):
+    if jobs.profile == "off":
+        assert not any(jobs.reports(name) for name in jobs.all)
+        return
+    both = {"rank_0000", "rank_0001"}
+    for name in ("raise", "sigkill", "hang", "import"):
+        assert jobs.reports(name) == both, name
+    for name in ("cancel", "time_limit", "memory"):
+        assert jobs.reports(name) == {"rank_0000"}, name
+    assert "rank_0000" in jobs.reports("node_failure")
+    assert both <= jobs.reports("link_cut")
 
 
 def test_why_reads_well_in_a_terminal_and_without_accounting(jobs):
@@ -282,7 +305,7 @@ def test_why_reads_well_in_a_terminal_and_without_accounting(jobs):
     (bare / "sacct").chmod(0o755)
     done = jobs.module("hpcmm.jobs", "why", job.job_id, PATH=f"{bare}:{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^first:    rank 1 on node2 at 20", done.stdout, re.MULTILINE)
+    assert re.search(rf"^first:    rank 1 on {jobs.nodes[1]} at 20", done.stdout, re.MULTILINE)
     assert re.search(r"^what:     SIGKILL$", done.stdout, re.MULTILINE)
     assert "sacct gives no answer" in done.stdout
     listed = jobs.module("hpcmm.jobs", "list", "--since", "now-1hour", PATH=f"{bare}:{os.environ['PATH']}")
@@ -295,7 +318,7 @@ def test_logs_carry_their_rank_in_front(jobs):
     done = jobs.module("hpcmm.jobs", "logs", "raise", "-n", "1000")
     assert done.returncode == 0
     assert any(line.startswith("[1] ") and "ArithmeticError" in line for line in done.stdout.splitlines())
-    assert any(line.startswith("[batch] srun: error: node2: task 1") for line in done.stdout.splitlines())
+    assert any(line.startswith(f"[batch] srun: error: {jobs.nodes[1]}: task 1") for line in done.stdout.splitlines())
     followed = jobs.module("hpcmm.jobs", "logs", "raise", "--follow", "--ranks=1")
     assert followed.returncode == 0
     assert all(line.startswith("[1] ") for line in followed.stdout.splitlines())

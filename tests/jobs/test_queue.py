@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
-from hpcmm.jobs.find_run import find_targets, job_ids_of, slurm_environment
+from hpcmm.jobs.find_run import default_environment, find_targets, job_ids_of, slurm_environment
 from hpcmm.jobs.polling import LONGEST_S, Poller
 from hpcmm.jobs.queue import Job, count_tasks, find_jobs
 from hpcmm.jobs.state import State, states_of
@@ -155,7 +156,7 @@ def test_cancelling_asks_first_and_cancels_only_what_is_active(slurm, tmp_path):
     make_run(tmp_path, "a-1", "7")
     make_run(tmp_path, "a-2", "8")
     slurm.answers("squeue", squeue_row(state="COMPLETED"), squeue_row("8", "8", "PENDING"))
-    assert cancel("a", find_targets("a", tmp_path)) == ["8"]
+    assert cancel("a", find_targets("a", tmp_path)).ids == ["8"]
     assert slurm.called("scancel") == ["scancel 8"]
     slurm.answers("squeue", squeue_row(), squeue_row("8", "8"))
     with pytest.raises(HpcmmError, match="start of 2 active runs: name one of a-"):
@@ -164,6 +165,34 @@ def test_cancelling_asks_first_and_cancels_only_what_is_active(slurm, tmp_path):
     with pytest.raises(HpcmmError, match=r"Nothing to cancel: job \d of a is over"):
         cancel("a", find_targets("a", tmp_path))
     assert len(slurm.called("scancel")) == 1
+
+
+def test_a_profiled_run_is_asked_to_stop_before_it_is_cancelled(slurm, tmp_path):
+    run = make_run(tmp_path)
+    given = json.loads(run.config.read_text(encoding="utf-8"))
+    asked = ["scancel --batch --signal=USR2 7", "scancel 7"]
+    for name, tool, calls in (("script", "nsys", 1), ("anomaly", None, 1), ("anomaly", "nsys", 2)):
+        run.config.write_text(json.dumps(given | {"task": {"name": name}, "profile": {"tool": tool}}), encoding="utf-8")
+        slurm.answers("squeue", squeue_row())
+        done = cancel("run", find_targets("run", tmp_path), patience_s=0.1)
+        assert not done.in_peace
+        assert slurm.called("scancel")[-calls:] == asked[-calls:]
+    assert len(slurm.called("scancel")) == 4
+
+
+def test_without_slurm_conf_the_newest_run_tells_where_the_cluster_is(tmp_path):
+    make_run(tmp_path, environment={"SLURM_CONF": "/site/slurm.conf"})
+    assert default_environment(tmp_path, {"SLURM_CONF": "/mine"})["SLURM_CONF"] == "/mine"
+    assert default_environment(tmp_path, {})["SLURM_CONF"] == "/site/slurm.conf"
+
+
+def test_without_any_run_it_is_the_local_cluster_where_that_is_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPCMM_CLUSTER_DIR", str(tmp_path))
+    assert "SLURM_CONF" not in default_environment(tmp_path, {})
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "slurm.conf").touch()
+    if not Path("/etc/slurm/slurm.conf").exists():
+        assert default_environment(tmp_path, {})["SLURM_CONF"] == str(tmp_path / "etc" / "slurm.conf")
 
 
 def test_polling_waits_ever_longer_and_starts_anew_after_a_change():

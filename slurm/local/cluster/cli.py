@@ -23,7 +23,9 @@ def up() -> int:
         "Does nothing when it is already usable."
     )
     parser.add_argument(
-        "--prefix", type=_prefix, help="host names' first part (default: that of the last start, or node)"
+        "--prefix",
+        type=_prefix,
+        help="host names' first part (default: that of the last start, or node; nodeb and so on where that is taken)",
     )
     return _guarded("up", lambda root: _up(root, parser.parse_args().prefix), parser)
 

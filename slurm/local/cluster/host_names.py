@@ -41,7 +41,7 @@ def write(layout: Layout) -> None:
     Raises ClusterError when one of the names already means another machine.
     """
     remove(layout.root)
-    taken = _names_that_resolve([host.name for host in layout.hosts])
+    taken = taken_names(layout)
     if taken:
         raise ClusterError(
             f"The host name {taken[0]} already resolves on this machine; stop the cluster that uses it, or choose "
@@ -49,6 +49,11 @@ def write(layout: Layout) -> None:
         )
     text = _read()
     _write(text + block(layout, text))
+
+
+def taken_names(layout: Layout) -> list[str]:
+    """The names of a layout that is not up which mean another machine."""
+    return _names_that_resolve([host.name for host in layout.hosts])
 
 
 def remove(root: Path) -> None:

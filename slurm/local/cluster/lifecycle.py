@@ -13,6 +13,7 @@ from .daemons import Daemon
 from .errors import ClusterError
 from .layout import Host, Layout
 from .processes import kill_processes_of, run, wait_until
+from .state_directory import DEFAULT_PREFIX
 
 READY_TIMEOUT_S = 90
 CANCEL_PATIENCE_S = 3
@@ -98,12 +99,27 @@ def restore(layout: Layout, node: Host) -> None:
 def _layout_to_start(root: Path, prefix: str | None) -> Layout:
     recorded = state_directory.recorded(root)
     if recorded is None:
-        return Layout(root, prefix or state_directory.DEFAULT_PREFIX, network.free_subnet())
-    if prefix in {None, recorded.prefix}:
+        subnet = network.free_subnet()
+        return Layout(root, prefix, subnet) if prefix else _with_free_names(Layout(root, DEFAULT_PREFIX, subnet))
+    if prefix is None:
+        is_there = host_names.are_written(recorded) or any(host.is_there() for host in recorded.hosts)
+        return recorded if is_there else _with_free_names(recorded)
+    if prefix == recorded.prefix:
         return recorded
     if any(host.is_there() for host in recorded.hosts):
         raise ClusterError(f"The cluster in {root} is up with host names {recorded.prefix}1 and so on; stop it first.")
     return Layout(root, str(prefix), recorded.subnet)
+
+
+def _with_free_names(layout: Layout) -> Layout:
+    """The layout, by other names where another cluster on this machine has these: ``nodeb1`` in place of ``node1``.
+
+    With the names as they are where all are taken, which starting it then complains of.
+    """
+    prefixes = [layout.prefix, *(f"{DEFAULT_PREFIX}{letter}" for letter in "bcdefgh")]
+    candidates = [Layout(layout.root, prefix, layout.subnet) for prefix in prefixes]
+    free = (each for each in candidates if not host_names.taken_names(each))
+    return next(free, layout)
 
 
 def _start_controller(layout: Layout) -> None:

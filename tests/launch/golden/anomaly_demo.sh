@@ -55,7 +55,8 @@ export MASTER_ADDR MASTER_PORT
 
 # srun takes no --cpus-per-task from the job since Slurm 22.05, so it is said again.
 export HPCMM_SRUN_BEGAN_S=$EPOCHREALTIME
-srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task=1 \
+# When a rank fails, the others end their captures before srun kills them.
+srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task=1 \
     --output=/shared/runs/demo-1/logs/rank_%4t.log --open-mode=append --unbuffered \
     "$python" -P -m hpcmm.capture "$run_dir" -- \
     "$python" -P -u -m submitit.core._submit "$run_dir/submitit" &
