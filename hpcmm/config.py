@@ -86,6 +86,17 @@ class Standins(StrEnum):
     """Things and surfaces of other kinds, to train on and then score on ``surfaces``."""
 
 
+class AnomalyKind(StrEnum):
+    """How an anomaly is simulated on a normal training image."""
+
+    perlin = "perlin"
+    """Areas and cracks of Perlin noise, filled with something else."""
+    rectangle = "rectangle"
+    """Rectangles and strips, filled with something else."""
+    cut_paste = "cut_paste"
+    """Pieces of another image, set in by Poisson blending."""
+
+
 class OnError(StrEnum):
     """What becomes of an image that cannot be used."""
 
@@ -236,6 +247,8 @@ class DataConfig:
     """Half of them with a defect. Both counts are for the generator only."""
     anomaly_probability: float = 0.5
     """Share of the training images that get a simulated defect."""
+    anomaly_kinds: list[AnomalyKind] = field(default_factory=lambda: list(AnomalyKind))
+    """Kinds of simulated defects, each as likely: ``perlin``, ``rectangle``, ``cut_paste``."""
     num_workers: int = 0
     """Loader processes a rank; 0 decodes in the rank's own process."""
     slow_rank: int | None = None

@@ -67,6 +67,7 @@ class TrainImages(Dataset[Item]):
         self._captions = captions
         self._side = config.image_size
         self._anomaly_probability = config.anomaly_probability
+        self._anomaly_kinds = tuple(config.anomaly_kinds)
         self._on_error = config.on_error
         self._seed = seed
         self._unusable: set[Path] = set()
@@ -86,7 +87,9 @@ class TrainImages(Dataset[Item]):
         image = _augment(pixels, rng)
         mask = np.zeros(image.shape[:2], np.float32)
         if rng.random() < self._anomaly_probability:
-            image, mask = simulate_anomaly(image, self._read_donor(sample.category, image, rng), rng)
+            image, mask = simulate_anomaly(
+                image, self._read_donor(sample.category, image, rng), rng, self._anomaly_kinds
+            )
         phrases = self._captions[sample.category]
         return _item(image, mask, phrases[int(rng.integers(len(phrases)))], sample.category, index)
 
@@ -173,6 +176,8 @@ def build_datasets(root: Path, data: DataConfig, seed: int) -> tuple[TrainImages
         raise HpcmmError(f"data.image_size must be at least 32 pixels, not {data.image_size}.")
     if not 0 <= data.anomaly_probability <= 1:
         raise HpcmmError(f"data.anomaly_probability must lie in 0 to 1, not {data.anomaly_probability}.")
+    if not data.anomaly_kinds:
+        raise HpcmmError("data.anomaly_kinds is empty: name kinds, or set data.anomaly_probability=0.")
     reader = READERS[data.layout]
     categories = reader.categories(root, data.categories)
     train = [

@@ -1,16 +1,22 @@
 """Simulated anomalies on normal training images: a random shape, filled with something that does not belong there.
 
-Shapes are Perlin noise above a level, the band where it changes its sign, rotated rectangles and thin strips, with hard
-or soft edges; fills are another training image, the image's own structure enlarged, one colour, or a coarse copy. The
-ideas are those of CutPaste (C.-L. Li et al., CVPR 2021) and DRAEM (V. Zavrtanik et al., ICCV 2021). The held-out
-defects of the stand-ins are drawn by :mod:`hpcmm.data.defects`, which shares nothing with this module.
+Three kinds, of which ``data.anomaly_kinds`` chooses. ``perlin``: noise above a level, and the band where it changes its
+sign. ``rectangle``: rotated rectangles and thin strips. Both have hard or soft edges, and are filled with another
+training image, the image's own structure enlarged, one colour, or a coarse copy; the idea is DRAEM's (V. Zavrtanik et
+al., ICCV 2021). ``cut_paste``: pieces of another image, blended in (:mod:`hpcmm.data.cut_paste`). The held-out defects
+of the stand-ins are drawn by :mod:`hpcmm.data.defects`, which shares nothing with this module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
+
+from hpcmm.config import AnomalyKind
+from hpcmm.data.cut_paste import cut_paste
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -20,24 +26,36 @@ _LEAST_CHANGE = 0.1
 _TRIES = 6
 
 
-def simulate_anomaly(image: Floats, donor: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Put one anomaly on ``image``; ``donor`` is another normal image. Both (side, side, 3), values from 0 to 1.
+def simulate_anomaly(
+    image: Floats, donor: Floats, rng: np.random.Generator, kinds: Sequence[AnomalyKind] = tuple(AnomalyKind)
+) -> tuple[Floats, Floats]:
+    """Put an anomaly of one of the ``kinds`` on ``image``; ``donor`` is another normal image. Both (side, side, 3), 0
+    to 1.
 
     Gives the changed image and its mask (side, side) of zeros and ones. The mask is empty, and the image unchanged, in
     the rare case that no try makes a visible change.
     """
     for _ in range(_TRIES):
-        thin = rng.random() < 0.4
-        shape = _draw_thin(image.shape[0], rng) if thin else _draw_wide(image.shape[0], rng)
-        if not shape.any():
-            continue
-        fill = _tone(image, shape, rng) if thin else _draw_fill(image, donor, shape, rng)
-        softness = int(rng.choice((0, 1) if thin else (0, 1, 2, 4)))
-        opacity = rng.uniform(0.6, 1.0) * _soften(shape, softness)
-        changed = np.clip(image + opacity[..., None] * (fill - image), 0, 1).astype(np.float32)
-        if np.abs(changed - image)[shape].mean() >= _LEAST_CHANGE:
+        kind = kinds[int(rng.integers(len(kinds)))]
+        if kind is AnomalyKind.cut_paste:
+            changed, shape = cut_paste(image, donor, rng)
+        else:
+            changed, shape = _filled_shape(image, donor, kind, rng)
+        if shape.any() and np.abs(changed - image)[shape].mean() >= _LEAST_CHANGE:
             return changed, shape.astype(np.float32)
     return image, np.zeros(image.shape[:2], np.float32)
+
+
+def _filled_shape(image: Floats, donor: Floats, kind: AnomalyKind, rng: np.random.Generator) -> tuple[Floats, Mask]:
+    """The image with a shape of the kind filled, and the shape, which may be empty."""
+    thin = rng.random() < 0.4
+    shape = _SHAPES[kind, thin](image.shape[0], rng)
+    if not shape.any():
+        return image, shape
+    fill = _tone(image, shape, rng) if thin else _draw_fill(image, donor, shape, rng)
+    softness = int(rng.choice((0, 1) if thin else (0, 1, 2, 4)))
+    opacity = rng.uniform(0.6, 1.0) * _soften(shape, softness)
+    return np.clip(image + opacity[..., None] * (fill - image), 0, 1).astype(np.float32), shape
 
 
 def perlin_noise(side: int, cells: int, rng: np.random.Generator) -> Floats:
@@ -68,18 +86,6 @@ def _soften(shape: Mask, radius: int) -> Floats:
     return np.asarray(opacity / max(1.0, float(opacity.max())), np.float32)
 
 
-def _draw_thin(side: int, rng: np.random.Generator) -> Mask:
-    if rng.random() < 0.5:
-        return _perlin_crack(side, rng)
-    return _rectangle(side, np.array([rng.uniform(0.2, 0.7), rng.uniform(0.015, 0.05)]), rng)
-
-
-def _draw_wide(side: int, rng: np.random.Generator) -> Mask:
-    if rng.random() < 0.7:
-        return _perlin_area(side, rng)
-    return _rectangle(side, rng.uniform(0.06, 0.3, size=2), rng)
-
-
 def _perlin_crack(side: int, rng: np.random.Generator) -> Mask:
     """The thin, winding band where the noise changes its sign, within a random box."""
     noise = perlin_noise(side, int(rng.integers(2, 5)), rng)
@@ -106,6 +112,23 @@ def _rectangle(side: int, extent: NDArray[np.float64], rng: np.random.Generator)
     along = np.abs(x * np.cos(angle) + y * np.sin(angle))
     across = np.abs(y * np.cos(angle) - x * np.sin(angle))
     return np.asarray((along <= extent[0] * side / 2) & (across <= extent[1] * side / 2))
+
+
+def _strip(side: int, rng: np.random.Generator) -> Mask:
+    return _rectangle(side, np.array([rng.uniform(0.2, 0.7), rng.uniform(0.015, 0.05)]), rng)
+
+
+def _wide_rectangle(side: int, rng: np.random.Generator) -> Mask:
+    return _rectangle(side, rng.uniform(0.06, 0.3, size=2), rng)
+
+
+_SHAPES = {
+    (AnomalyKind.perlin, True): _perlin_crack,
+    (AnomalyKind.perlin, False): _perlin_area,
+    (AnomalyKind.rectangle, True): _strip,
+    (AnomalyKind.rectangle, False): _wide_rectangle,
+}
+"""By kind, and whether it is thin."""
 
 
 def _draw_fill(image: Floats, donor: Floats, shape: Mask, rng: np.random.Generator) -> Floats:

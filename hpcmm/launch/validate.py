@@ -179,8 +179,8 @@ def _encoders(config: RunConfig) -> Iterator[str]:
         yield f"model.image_encoder is {model.image_encoder!r}, but hpcmm has {', '.join(IMAGE_ENCODERS)}."
     elif model.image_weights is None and model.image_encoder not in _WITHOUT_WEIGHTS:
         yield (
-            f"model.image_weights is not given, but {model.image_encoder} needs the folder or file of its weights: name "
-            f"it, or take a small random one of the same kind with model={model.image_encoder}_tiny."
+            f"model.image_weights is not given, but {model.image_encoder} needs the folder or file of its weights: "
+            f"name it, or take a small random one of the same kind with model={model.image_encoder}_tiny."
         )
     if model.text_tower not in TEXT_TOWERS:
         yield f"model.text_tower is {model.text_tower!r}, but hpcmm has {', '.join(TEXT_TOWERS)}."
@@ -216,6 +216,8 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.slow_rank is {data.slow_rank}, but the ranks are 0 to {config.world_size - 1}."
     if not 0 <= data.anomaly_probability <= 1:
         yield f"data.anomaly_probability is {data.anomaly_probability}, but a probability lies between 0 and 1."
+    if not data.anomaly_kinds:
+        yield "data.anomaly_kinds is empty: name kinds, or set data.anomaly_probability=0."
 
 
 def _profile(config: RunConfig) -> Iterator[str]:

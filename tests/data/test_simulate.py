@@ -10,11 +10,18 @@ import pytest
 
 import hpcmm.data.defects
 import hpcmm.data.simulate
+from hpcmm.config import AnomalyKind
 from hpcmm.data.simulate import perlin_noise, simulate_anomaly
 
 
 def texture(seed: int, side: int = 96) -> np.ndarray:
     return np.random.default_rng(seed).uniform(0.2, 0.8, size=(side, side, 3)).astype(np.float32)
+
+
+def smooth(seed: int, side: int = 96) -> np.ndarray:
+    """A texture of coarser grain."""
+    coarse = np.random.default_rng(seed).uniform(0.1, 0.9, size=(side // 8, side // 8, 3)).astype(np.float32)
+    return np.repeat(np.repeat(coarse, 8, axis=0), 8, axis=1)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -73,10 +80,50 @@ def test_flat_images_that_nothing_can_change_come_back_with_an_empty_mask():
 
 
 def test_defects_held_out_and_anomalies_trained_on_share_no_code():
-    modules = {"hpcmm.data.defects": hpcmm.data.simulate, "hpcmm.data.simulate": hpcmm.data.defects}
-    for other, module in modules.items():
+    allowed = {hpcmm.data.defects: set(), hpcmm.data.simulate: {"hpcmm.config", "hpcmm.data.cut_paste"}}
+    for module, ours in allowed.items():
         tree = ast.parse(Path(module.__file__).read_text())
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-        assert other not in imported
-        assert not {name for name in imported if name and name.startswith("hpcmm")}
+        assert {name for name in imported if name and name.startswith("hpcmm")} == ours
+
+
+@pytest.mark.parametrize("kind", AnomalyKind)
+def test_each_kind_alone_gives_anomalies(kind: AnomalyKind):
+    results = [simulate_anomaly(texture(1), smooth(2), np.random.default_rng(seed), [kind]) for seed in range(30)]
+    assert np.mean([mask.any() for _, mask in results]) > 0.9
+
+
+def test_the_kinds_differ():
+    """Rectangles reach from one straight edge to the other; Perlin areas do not; pasted pieces keep the rim's
+    colours."""
+
+    def filled(kind: AnomalyKind) -> float:
+        shares = []
+        for seed in range(40):
+            _, mask = simulate_anomaly(texture(1), smooth(2), np.random.default_rng(seed), [kind])
+            rows, columns = np.nonzero(mask)
+            if len(rows) > 20:
+                shares.append(len(rows) / np.prod([np.ptp(rows) + 1, np.ptp(columns) + 1]))
+        return float(np.median(shares))
+
+    assert filled(AnomalyKind.rectangle) > filled(AnomalyKind.perlin) + 0.05
+
+
+def test_perlin_noise_has_the_statistics_of_gradient_noise():
+    """Mean 0; zero on the lattice; correlated within a cell and not beyond the next; as strong along either axis."""
+    cells, pixels = 8, 16
+    fields = np.stack([perlin_noise(cells * pixels, cells, np.random.default_rng(seed)) for seed in range(200)])
+    assert abs(fields.mean()) < 0.01
+    assert fields.std() == pytest.approx(0.25, abs=0.06)
+    assert np.abs(fields[:, ::pixels, ::pixels]).max() < 0.1  # half a pixel off the lattice
+
+    def correlation(down: int, right: int) -> float:
+        height, width = fields.shape[1] - down, fields.shape[2] - right
+        pairs = fields[:, :height, :width] * fields[:, down:, right:]
+        return float(pairs.mean() / fields.var())
+
+    assert correlation(2, 0) == pytest.approx(correlation(0, 2), abs=0.02)
+    assert correlation(2, 0) > 0.8
+    assert abs(correlation(0, 2 * pixels)) < 0.05  # two cells away share no gradient
+    assert abs(correlation(2 * pixels, 0)) < 0.05
