@@ -104,6 +104,19 @@ class OnError(StrEnum):
     skip = "skip"
 
 
+class LlmKind(StrEnum):
+    """Where the language model comes from."""
+
+    none = "none"
+    """No language model: maps and scores, no words."""
+    smollm2 = "smollm2"
+    """SmolLM2-135M-Instruct, whose weights an installed package holds; converted once into the cache folder."""
+    folder = "folder"
+    """A ``transformers`` folder of a LLaMA-architecture model, which the site has."""
+    tiny = "tiny"
+    """A random network of no use but for tests."""
+
+
 class Requeue(StrEnum):
     """When an unfinished run goes back into the queue by itself, to go on from its last checkpoint."""
 
@@ -258,8 +271,34 @@ class DataConfig:
 
 
 @dataclass
+class LlmConfig:
+    """The language model that says whether and where there is an anomaly."""
+
+    kind: LlmKind = LlmKind.none
+    path: str | None = None
+    """Folder with ``config.json``, tokenizer and ``.safetensors``; for ``kind=folder``."""
+    frozen: bool = True
+    """Whether the model's own weights stay as they are; the prompts, and LoRA, train all the same."""
+    lora_rank: int = 8
+    """Rank of the low-rank updates (LoRA) of ``lora_targets``; 0 for none."""
+    lora_alpha: float = 16.0
+    """The updates are multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """The linear maps of each layer that get an update."""
+    human_turn: str = "### Human: "
+    """What stands between the first token and a question's image, in the words that the model was tuned on."""
+    assistant_turn: str = "\n### Assistant: "
+    """What stands between a question and its answer."""
+    max_question_tokens: int = 96
+    """A longer question is cut."""
+    max_answer_tokens: int = 32
+    """Most tokens of an answer."""
+
+
+@dataclass
 class ModelConfig:
-    """Encoders and decoder of the anomaly detector."""
+    """Encoders, decoder and language model of the anomaly detector."""
 
     image_encoder: str = "efficientnet_lite0"
     image_weights: str | None = None
@@ -282,6 +321,9 @@ class ModelConfig:
     """Hidden width of the network that adapts text embeddings to the patch features."""
     temperature: float = 0.07
     """Divides the cosine similarity of patch and text."""
+    freeze_decoder: bool = False
+    """Keep decoder and text adapter as they are, and train the words alone."""
+    llm: LlmConfig = field(default_factory=LlmConfig)
 
 
 @dataclass
@@ -305,6 +347,10 @@ class TrainConfig:
     """Weight of abnormal pixels in the focal loss; normal ones have 1 - focal_alpha."""
     focal_weight: float = 5.0
     dice_weight: float = 1.0
+    text_weight: float = 1.0
+    """Weight of the cross-entropy of the answers' tokens; of no effect without a language model."""
+    init_from: str | None = None
+    """Run whose trained weights training starts from: a run directory, or its name within ``runs_root``."""
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 0

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcmm.config import ModelConfig
+from hpcmm.config import LlmKind, ModelConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.models.decoders import build_decoder
 from hpcmm.models.image_encoders import build_image_encoder
+from hpcmm.models.language import LanguageHead, TextLoss
 from hpcmm.models.state_texts import StateTexts
 from hpcmm.models.text_encoders import build_text_encoder
+from hpcmm.words.conversations import Dialogue
 
 _TOP_SHARE = 0.02
 """Share of an image's pixels that its score is the mean of: about the area of a small defect."""
@@ -44,15 +46,37 @@ class AnomalyModel(nn.Module):
         self.text_adapter = _text_adapter(self._state_texts.width, config.text_adapter_width, config.decoder_width)
         self.decoder = build_decoder(config.decoder, self.image_encoder.channels, config.decoder_width)
         self._temperature = config.temperature
+        if config.freeze_decoder:
+            self.decoder.requires_grad_(False)
+            self.text_adapter.requires_grad_(False)
+        self.language: LanguageHead | None = None
+        if config.llm.kind is not LlmKind.none:
+            self.language = LanguageHead(config.llm, self.image_encoder.channels[-1])
 
-    def forward(self, images: Tensor | Encoded, captions: Sequence[str]) -> Tensor:
-        """Images (B, 3, H, W), normalised or encoded, and their B captions to logits (B, 2, H, W), float32."""
-        maps, size = images if isinstance(images, Encoded) else self.encode(images)
+    def forward(
+        self, images: Tensor | Encoded, captions: Sequence[str], dialogues: Sequence[Dialogue] | None = None
+    ) -> Tensor | tuple[Tensor, TextLoss]:
+        """Images (B, 3, H, W), normalised or encoded, and their B captions to logits (B, 2, H, W), float32.
+
+        With B ``dialogues``, which take a language model, also to the loss of their answers.
+        """
+        encoded = images if isinstance(images, Encoded) else self.encode(images)
+        logits = self._logits(encoded, captions)
+        if dialogues is None:
+            return logits
+        assert self.language is not None
+        return logits, self.language(_pooled(encoded), self.anomaly_map(logits), captions, dialogues)
+
+    def image_features(self, images: Tensor | Encoded) -> Tensor:
+        """Images (B, 3, H, W) to their coarsest features' mean (B, channels), which the image token is made of."""
+        return _pooled(images if isinstance(images, Encoded) else self.encode(images))
+
+    def _logits(self, encoded: Encoded, captions: Sequence[str]) -> Tensor:
         weight = next(self.decoder.parameters())
-        patches = functional.normalize(self.decoder([each.to(weight.dtype) for each in maps]).float(), dim=1)
+        patches = functional.normalize(self.decoder([each.to(weight.dtype) for each in encoded.maps]).float(), dim=1)
         states = functional.normalize(self._adapt(captions, patches.device).float(), dim=2)
         similarity = torch.einsum("bdhw,bsd->bshw", patches, states)
-        enlarged = functional.interpolate(similarity, size=size, mode="bilinear", align_corners=False)
+        enlarged = functional.interpolate(similarity, size=encoded.size, mode="bilinear", align_corners=False)
         return enlarged / self._temperature
 
     def encode(self, images: Tensor) -> Encoded:
@@ -88,6 +112,10 @@ def build_model(config: ModelConfig, seed: int = 0) -> AnomalyModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return AnomalyModel(config)
+
+
+def _pooled(encoded: Encoded) -> Tensor:
+    return encoded.maps[-1].mean(dim=(2, 3))
 
 
 def _text_adapter(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

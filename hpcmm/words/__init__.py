@@ -1,0 +1,1 @@
+"""What is said about an image: places in a grid, questions and answers, and how right answers are."""
