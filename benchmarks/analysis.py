@@ -32,7 +32,8 @@ RIVAL_LIMIT_S = 120
 SAMPLE_S = 0.02
 
 OSRT_ALONE = (
-    "import sys; from hpcmm.analyze import analyze; analyze(sys.argv[1]).osrt().to_csv(sys.argv[2], index=False)"
+    "import sys; from hpcmm.analyze import analyze; "
+    "analyze(sys.argv[1], tables=['osrt']).osrt().to_csv(sys.argv[2], index=False)"
 )
 SQL_GROUPS = (
     "SELECT value, COUNT(*), SUM(end - start), AVG(end - start), MIN(end - start), MAX(end - start) FROM OSRT_API "

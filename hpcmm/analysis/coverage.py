@@ -63,9 +63,14 @@ class ReportFacts:
         return self.identity.job_id
 
 
-def observe(report: Report) -> ReportFacts:
+def observe_calls(report: Report) -> ReportFacts:
+    """As :func:`observe`, but of traces that tell of nothing but OS calls."""
+    return observe(report, calls_alone=True)
+
+
+def observe(report: Report, *, calls_alone: bool = False) -> ReportFacts:
     """Traces and facts of a report."""
-    traces = tuple(extract_traces(report))
+    traces = tuple(extract_traces(report, calls_alone=calls_alone))
     return ReportFacts(
         path=report.path,
         traces=traces,
@@ -76,7 +81,7 @@ def observe(report: Report) -> ReportFacts:
         span_s=(report.last_ns - report.first_ns) / 1e9,
         epoch_ns=report.epoch_ns,
         first_ns=report.first_ns,
-        gpu_missing="cuda" in report.requested and report.cuda is None,
+        gpu_missing="cuda" in report.requested and report.cuda is None and not calls_alone,
         no_ranges="" if any(len(trace.steps) for trace in traces) else _why_no_ranges(report),
         damage="; ".join(report.damage),
     )

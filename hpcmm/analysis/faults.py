@@ -20,7 +20,7 @@ from hpcmm.analysis.osrt import NS_PER_S
 
 FAULT_SHARE = 0.03
 """A rank is named from this share of a step on."""
-MAX_CHANCE = 0.005
+MAX_CHANCE = 0.003
 """Probability by chance above which a sustained delay is nobody's."""
 TRANSFER_SHARE = 0.1
 """... and from this share of the exposed transfer on, whose ends are not as sharp as work's."""
@@ -34,6 +34,8 @@ EVENT_TIMES = 3.0
 """An event is so many times as long as the worst step of any other rank (with six or more, but one) ..."""
 EVENT_SHARE = 0.3
 """... and lasts at least this share of a step."""
+LIKE_TIMES = 1.5
+"""Delays so many times as long as any other rank's of their kind are of one sort with a rank's events."""
 STALL_STEPS = 0.1
 """Events in at most this share of the steps are a stall, and not how the rank does its work."""
 
@@ -141,27 +143,41 @@ def _unmistakable(own: Floats, peers: Floats, dominance: float) -> bool:
 
 def _events(evidence: Evidence, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
     """Single delays that are far beyond whatever else happens, where only one or two ranks have any."""
-    kinds = _columns(evidence)
     whole = losses.sum(axis=2)
-    heavy = {kind: np.zeros(whole.shape, dtype=bool) for kind in kinds}
-    for index in range(whole.shape[1]):
-        worst = np.sort(np.delete(whole.max(axis=0), index))
-        # Another rank may have its own; with a few ranks that would leave too little to compare with.
-        usual = float(worst[-2 if len(worst) >= 5 else -1]) if len(worst) else np.inf
-        usual = max(usual, float(np.quantile(whole[:, index], 0.7)))
-        limit = max(EVENT_TIMES * usual, EVENT_SHARE * evidence.steps.median_s)
-        for kind, columns in kinds.items():
-            heavy[kind][:, index] = losses[:, index, columns].sum(axis=1) > limit
-    hit = np.flatnonzero(np.any(list(heavy.values()), axis=(0, 1)))
-    for kind, columns in kinds.items():
-        for index in hit.tolist():
-            there = heavy[kind][:, index]
+    floor = EVENT_SHARE * evidence.steps.median_s
+    limits = np.array([max(EVENT_TIMES * _usual_worst(whole, index), floor) for index in range(whole.shape[1])])
+    for kind, columns in _columns(evidence).items():
+        delays = losses[:, :, columns].sum(axis=2)
+        for index in range(whole.shape[1]):
+            part = columns[int(losses[:, index, columns].max(axis=0).argmax())]
+            there = _with_like(losses[:, :, part], index, delays[:, index] > limits[index])
             mask = _mask(losses.shape, (index,), columns) & there[:, None, None]
             charges = (losses * mask).sum(axis=1)
             if charges.sum() / len(charges) >= least_s:
                 stall = kind != "checkpoint" and there.sum() <= max(1.0, STALL_STEPS * len(there))
                 count = int(there.sum())
                 yield _Fault("stall" if stall else kind, (index,), charges, 0.0, count, 1.0), mask
+
+
+def _usual_worst(whole: Floats, index: int) -> float:
+    """The worst step of any other trace, and what is usual for this one itself."""
+    worst = np.sort(np.delete(whole.max(axis=0), index))
+    # Another rank may have its own events; with a few ranks that would leave too little to compare with.
+    usual = float(worst[-2 if len(worst) >= 5 else -1]) if len(worst) else np.inf
+    return max(usual, float(np.quantile(whole[:, index], 0.7)))
+
+
+def _with_like(delays: Floats, index: int, events: Mask) -> Mask:
+    """``events`` of a trace with its lesser delays in the same part, as long as no other trace has the like there.
+
+    Without any, the largest delays of all are events where they are so many that chance would not give them to one.
+    """
+    own, others = delays[:, index], np.delete(delays, index, axis=1)
+    apart = own > LIKE_TIMES * float(others.max(initial=0.0))
+    if events.any():
+        return np.asarray(events | (apart & (own > EVENT_SHARE * float(np.median(own[events])))))
+    by_chance = float(delays.shape[1]) ** (1 - int(apart.sum()))
+    return apart if apart.any() and by_chance <= MAX_CHANCE else events
 
 
 def _mask(shape: tuple[int, ...], members: Sequence[int], columns: Sequence[int]) -> Mask:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import pandas as pd
 
 from hpcmm.analysis import bottlenecks, collectives, gpu_tables, nccl, tables
 from hpcmm.analysis.comm_wait import comm_wait, wait_matrix
-from hpcmm.analysis.coverage import Ledger, assess, facts_of, observe
+from hpcmm.analysis.coverage import Ledger, assess, facts_of, observe, observe_calls
 from hpcmm.analysis.efficiency import Reference, efficiency, samples_per_step
 from hpcmm.analysis.environment import environment_table
+from hpcmm.analysis.findings import Evidence
 from hpcmm.analysis.phase_times import phases_summary, phases_table
 from hpcmm.analysis.schema import Tables
 from hpcmm.analysis.startup import startup_table
@@ -25,6 +27,7 @@ from hpcmm.reports.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, 
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import ReportSource
 from hpcmm.reports.load import Progress, read_all
+from hpcmm.reports.printable import printable
 from hpcmm.reports.run_record import RunRecord
 
 
@@ -45,10 +48,19 @@ class Study:
     complete: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Some tables of a run, without what the page is made of."""
+
+    name: str
+    tables: Mapping[str, pd.DataFrame]
+    complete: bool
+
+
 def study(
     sources: Sequence[ReportSource],
     record: RunRecord,
-    cache: Path,
+    cache_dir: Path,
     progress: Progress,
     *,
     keep_cache: bool = False,
@@ -58,7 +70,70 @@ def study(
 
     Raises HpcmmError when no report can be read.
     """
-    ledger = _read(sources, record, Converter.locate(cache), progress, keep_cache=keep_cache)
+    ledger = _read(sources, record, Converter.locate(cache_dir), progress, keep_cache=keep_cache)
+    return _derive(ledger, record, progress, reference)
+
+
+OF_CALLS_ALONE = frozenset({"osrt", "environment", "startup"})
+"""Tables that need no other rank, no clock and no collective: for these alone, little of a report is read."""
+TABLES = (
+    "bottlenecks",
+    "clock",
+    "collectives",
+    "comm_wait",
+    "coverage",
+    "delays",
+    "efficiency",
+    "environment",
+    "gpu",
+    "osrt",
+    "phases",
+    "phases_summary",
+    "projection",
+    "startup",
+    "steps",
+    "waitpid",
+    "waitpid_windows",
+)
+
+
+def some_tables(
+    chosen: Collection[str],
+    sources: Sequence[ReportSource],
+    record: RunRecord,
+    cache_dir: Path,
+    progress: Progress,
+    *,
+    keep_cache: bool = False,
+    reference: Reference | None = None,
+) -> Selection:
+    """The tables ``chosen`` alone; no more is done than they need.
+
+    Raises HpcmmError for a table that does not exist, and when no report can be read.
+    """
+    for name in chosen:
+        if name not in TABLES:
+            raise HpcmmError(f"there is no table {printable(name)}: choose among {', '.join(TABLES)}.")
+    alone = OF_CALLS_ALONE.issuperset(chosen)
+    ledger = _read(sources, record, Converter.locate(cache_dir), progress, keep_cache=keep_cache, calls_alone=alone)
+    made = _of_calls(ledger, record) if alone else _derive(ledger, record, progress, reference).tables
+    selected = Tables({name: lambda name=name: made[name] for name in TABLES if name in chosen})  # type: ignore[misc]
+    return Selection(record.name, selected, ledger.complete)
+
+
+def _of_calls(ledger: Ledger, record: RunRecord) -> Tables:
+    traces = [trace for _, trace in ledger.used]
+    return Tables(
+        {
+            "osrt": lambda: tables.osrt_table(traces),
+            "environment": lambda: environment_table(ledger.used),
+            "startup": lambda: startup_table(record.startup),
+        }
+    )
+
+
+def _derive(ledger: Ledger, record: RunRecord, progress: Progress, reference: Reference | None) -> Study:
+    """All tables, from the traces of all ranks."""
     progress("aligning clocks", 0, 1)
     traces, clock = _on_one_clock(ledger)
     progress("matching collectives", 0, 1)
@@ -66,11 +141,16 @@ def study(
     rows = collectives.estimate_waits(matched, clock.error_ns)
     rows = collectives.expose(rows.assign(bus_bytes_per_s=collectives.bus_bandwidth(rows)), traces)
     steps = step_times(traces)
-    progress("finding bottlenecks", 0, 1)
-    evidence = bottlenecks.gather(traces, rows, steps, ledger.expected_ranks)
-    findings = bottlenecks.find(evidence) if any(len(trace.steps) for trace in traces) else []
-    suggestions = [suggest(finding, record.tunable) for finding in findings]
-    ranked = bottlenecks.table(findings, steps.mean_s, suggestions)
+
+    @cache
+    def evidence() -> Evidence:
+        progress("finding bottlenecks", 0, 1)
+        return bottlenecks.gather(traces, rows, steps, ledger.expected_ranks)
+
+    def ranked() -> pd.DataFrame:
+        findings = bottlenecks.find(evidence()) if any(len(trace.steps) for trace in traces) else []
+        return bottlenecks.table(findings, steps.mean_s, [suggest(finding, record.tunable) for finding in findings])
+
     steady = rows["step"].isin(steps.numbers)
     made = Tables(
         {
@@ -83,14 +163,14 @@ def study(
             "phases_summary": lambda: phases_summary(made["phases"], steps),
             "efficiency": lambda: efficiency(made["phases"], steps, reference, samples_per_step(record.config)),
             "collectives": lambda: tables.collectives_table(rows),
-            "comm_wait": lambda: comm_wait(traces, rows, steps, evidence.parts),
+            "comm_wait": lambda: comm_wait(traces, rows, steps, evidence().parts),
             "gpu": lambda: gpu_tables.gpu_table(traces, rows, steps.warmup_number),
             "projection": lambda: gpu_tables.projection_table(traces),
-            "delays": lambda: tables.delays_table(evidence),
+            "delays": lambda: tables.delays_table(evidence()),
             "startup": lambda: startup_table(record.startup),
             "clock": lambda: clock.table,
             "environment": lambda: environment_table(ledger.used),
-            "bottlenecks": lambda: ranked,
+            "bottlenecks": ranked,
         }
     )
     return Study(
@@ -106,9 +186,17 @@ def study(
 
 
 def _read(
-    sources: Sequence[ReportSource], record: RunRecord, converter: Converter, progress: Progress, *, keep_cache: bool
+    sources: Sequence[ReportSource],
+    record: RunRecord,
+    converter: Converter,
+    progress: Progress,
+    *,
+    keep_cache: bool,
+    calls_alone: bool = False,
 ) -> Ledger:
-    facts = [facts_of(one) for one in read_all(sources, converter, observe, progress, keep_cache=keep_cache)]
+    reduce = observe_calls if calls_alone else observe
+    readings = read_all(sources, converter, reduce, progress, keep_cache=keep_cache, calls_alone=calls_alone)
+    facts = [facts_of(one) for one in readings]
     ledger = assess(facts, record)
     if not any(fact.events for fact in facts):
         reasons = [fact.damage for fact in facts if fact.damage] or list(ledger.table["reason"]) or ["there are none."]

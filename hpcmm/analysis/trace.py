@@ -82,8 +82,10 @@ class RankTrace:
         )
 
 
-def extract_traces(report: Report) -> list[RankTrace]:
+def extract_traces(report: Report, *, calls_alone: bool = False) -> list[RankTrace]:
     """One trace for each process of ``report`` that ran steps; without any, one for its busiest process.
+
+    With ``calls_alone`` a trace holds steps and the summary of its OS calls, and what costs time is left out.
 
     The rank is what the process told in a mark, else the report's own where one process ran steps, else -1: the
     environment of a report of several ranks is their launcher's. Processes that run no steps go with the first that
@@ -94,14 +96,15 @@ def extract_traces(report: Report) -> list[RankTrace]:
     workers = [int(pid) for pid in stepping["pid"].drop_duplicates()]
     roles = waitpid.process_roles(report.osrt, report.processes, frozenset(workers))
     if not workers and report.cuda is not None:
-        return _extract_devices(report, report.cuda, roles)
+        return _extract_devices(report, report.cuda, roles, calls_alone=calls_alone)
     if not workers:
         workers = [pid for pid, role in roles.items() if role == waitpid.WORKER][:1]
     rank = report.identity.rank if len(workers) == 1 and report.identity.rank is not None else -1
-    return [_extract(report, pid, report.ranks.get(pid, rank), roles, workers) for pid in workers]
+    extract = _extract_calls if calls_alone else _extract
+    return [extract(report, pid, report.ranks.get(pid, rank), roles, workers) for pid in workers]
 
 
-def _extract_devices(report: Report, cuda: CudaEvents, roles: dict[int, str]) -> list[RankTrace]:
+def _extract_devices(report: Report, cuda: CudaEvents, roles: dict[int, str], *, calls_alone: bool) -> list[RankTrace]:
     """One trace for each GPU of each process, which stand for ranks that nothing annotated."""
     used = cuda.activities[["pid", "device"]].drop_duplicates().sort_values(["pid", "device"])
     known = report.identity.rank if len(used) == 1 and report.identity.rank is not None else -1
@@ -110,7 +113,8 @@ def _extract_devices(report: Report, cuda: CudaEvents, roles: dict[int, str]) ->
     pids = [int(pid) for pid in used["pid"].drop_duplicates()]
     for pid, device in used.itertuples(index=False):
         rank = report.ranks.get(int(pid), known) if alone[pid] == 1 else -1
-        own = _extract(report, int(pid), rank, roles, pids, int(device))
+        extract = _extract_calls if calls_alone else _extract
+        own = extract(report, int(pid), rank, roles, pids, int(device))
         if traces and traces[-1].pid == own.pid:
             # OS calls and ranges are the process's own: its first GPU has them.
             none = own.osrt.iloc[:0], own.waits.iloc[:0], own.calls.iloc[:0]
@@ -157,6 +161,34 @@ def _extract(
         projection=gpu.projection,
         batches=phases.batch_sizes(ranges, steps),
         silences=osrt.silences(report.osrt, pid),
+    )
+
+
+def _extract_calls(
+    report: Report, pid: int, rank: int, roles: dict[int, str], workers: list[int], device: int | None = None
+) -> RankTrace:
+    """Steps and the summary of OS calls; all else is empty."""
+    mine = report.nvtx[(report.nvtx["pid"] == pid) & (report.nvtx["domain"] == names.DOMAIN)]
+    steps_only = mine[(mine["name"] == names.STEP) & (mine["kind"] != 60)]
+    tid = _step_thread(steps_only, pid)
+    steps = phases.find_steps(steps_only[steps_only["tid"] == tid])
+    nothing = steps_only.iloc[:0]
+    segments = phases.flatten(nothing, steps.iloc[:0])
+    none = osrt.calls_by_phase(report.osrt.iloc[:0], pid, tid, segments)
+    step_set = IntervalSet(steps["start_ns"].to_numpy(np.int64), steps["end_ns"].to_numpy(np.int64))
+    return RankTrace(
+        rank=rank,
+        node=report.identity.node or "",
+        pid=pid,
+        report=report.path.name,
+        steps=steps,
+        segments=segments,
+        collectives=_collectives(nothing, segments).drop(columns="tid"),
+        blocked=None,
+        waits=pd.DataFrame(columns=waitpid.WAIT_COLUMNS),
+        osrt=osrt.summarise(_calls_of(report.osrt, pid, workers), roles, (pid, tid), step_set),
+        calls=none,
+        device=device,
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from hpcmm.analysis.efficiency import Reference
-from hpcmm.analysis.study import Study, study
+from hpcmm.analysis.study import Selection, Study, some_tables, study
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import Found, find_reports
 from hpcmm.reports.load import Progress
@@ -30,16 +31,23 @@ class Analysis:
     negative rank is a process whose report does not tell its rank. ``docs/tables.md`` explains every column.
     """
 
-    study: Study
+    made: Study | Selection
     record: RunRecord
     """What the run directory says of itself; empty without one."""
     out: Path
     """Where :meth:`write` writes: the folder given, else the run's ``analysis``, else ``./analysis``."""
 
     @property
+    def study(self) -> Study:
+        """All that the page is made of. Raises HpcmmError where only some tables were asked for."""
+        if isinstance(self.made, Study):
+            return self.made
+        raise HpcmmError(f"only {', '.join(self.tables)} was asked for: analyse without tables= for all that there is.")
+
+    @property
     def name(self) -> str:
         """The run's name; empty where reports came without a run directory."""
-        return self.study.name
+        return self.made.name
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -49,7 +57,7 @@ class Analysis:
     @property
     def complete(self) -> bool:
         """Whether every report was read and every rank that should have one has."""
-        return self.study.complete
+        return self.made.complete
 
     @property
     def exit_status(self) -> int:
@@ -58,22 +66,33 @@ class Analysis:
 
     @property
     def tables(self) -> Mapping[str, pd.DataFrame]:
-        """All tables by name, those of the methods below."""
-        return self.study.tables
+        """All tables by name, those of the methods below; or those that were asked for."""
+        return self.made.tables
 
     def write(self, folder: str | Path | None = None) -> Path:
         """Write all tables (CSV, Parquet), summary.md, report.html and trace.json.gz; returns the folder.
 
+        Of an analysis of some tables only these are written.
+
+
         Raises HpcmmError with nothing changed there when the folder cannot be written.
         """
-        from hpcmm.page.write import write_outputs  # noqa: PLC0415 -- a notebook needs no page, 0.2 s of imports
-
         target = self.out if folder is None else Path(folder)
-        write_outputs(self.study, target)
+        # A notebook needs no page, 0.2 s of imports, and some tables do not, either.
+        if isinstance(self.made, Study):
+            from hpcmm.page.write import write_outputs  # noqa: PLC0415
+
+            write_outputs(self.made, target)
+        else:
+            from hpcmm.page.files import table_files, write_all  # noqa: PLC0415
+
+            write_all(target, table_files(self.tables))
         return target
 
     def _table(self, name: str) -> pd.DataFrame:
-        return self.study.tables[name].copy(deep=False)
+        if name not in self.tables:
+            raise HpcmmError(f"table {name} was not asked for, only {', '.join(self.tables)}.")
+        return self.tables[name].copy(deep=False)
 
     def bottlenecks(self) -> pd.DataFrame:
         """What a step loses, ranked: cause, lost_s_per_step, step_share, rank, node, phase, evidence, suggestion."""
@@ -157,16 +176,18 @@ def analyze(
     paths: Paths,
     out: str | Path | None = None,
     *,
+    tables: Collection[str] | None = None,
     reference: Reference | None = None,
     keep_cache: bool = False,
     progress: Progress | None = None,
 ) -> Analysis:
     """Analyse the reports under ``paths``: a run directory, a folder of reports, report files, or several of these.
 
-    Nothing is written unless ``out`` names a folder (or :meth:`Analysis.write` is called). ``reference`` is what
+    Nothing is written unless ``out`` names a folder (or :meth:`Analysis.write` is called). With ``tables``, names of
+    tables, no more is done than these need, which for ``osrt`` alone is far less. ``reference`` is what
     :func:`hpcmm.analyze.runs.read_reference` gives. With ``keep_cache`` the SQLite exports stay in ``out/cache``.
 
-    Raises HpcmmError when nothing there is usable.
+    Raises HpcmmError when nothing there is usable, and for a table that does not exist.
     """
     found = find_reports(as_paths(paths))
     if not found.sources and found.run_dir is None:
@@ -174,7 +195,8 @@ def analyze(
         raise HpcmmError(f"no nsys reports in {told}: give a run directory or report files.")
     record = read_run_record(found.run_dir)
     with tempfile.TemporaryDirectory(prefix="hpcmm-") as scratch:
-        result = study(
+        make = study if tables is None else partial(some_tables, tables)
+        result: Study | Selection = make(
             found.sources,
             record,
             # Exports hold the environment of the processes, and the temporary folder is closed to other users.

@@ -10,8 +10,7 @@ from pathlib import Path
 from hpcmm.analyze.analysis import ALL_READ, NOTHING_USABLE, analyze, default_folder
 from hpcmm.analyze.runs import compare, read_reference
 from hpcmm.errors import HpcmmError
-from hpcmm.page.comparison import print_comparison, write_comparison
-from hpcmm.page.terminal import print_study, progress_bar
+from hpcmm.page.progress import progress_bar
 from hpcmm.reports.find import find_reports
 from hpcmm.reports.printable import printable
 
@@ -69,11 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _analyze(arguments: Sequence[str]) -> int:
     parser = _parser("python -m hpcmm.analyze", DESCRIPTION, EPILOG)
     parser.usage = (
-        "python -m hpcmm.analyze [--out DIR] [--reference RUN] [--keep-cache] PATH [PATH ...]\n"
+        "python -m hpcmm.analyze [--out DIR] [--tables NAME,...] [--reference RUN] [--keep-cache] PATH [PATH ...]\n"
         "       python -m hpcmm.analyze compare RUN_A RUN_B [--out DIR]"
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="run directory or nsys reports")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for tables and page")
+    parser.add_argument(
+        "--tables",
+        type=lambda names: [name.strip() for name in names.split(",")],
+        metavar="NAME,...",
+        help="write these tables alone, and do no more than they need: osrt alone is fastest",
+    )
     parser.add_argument(
         "--reference",
         type=Path,
@@ -90,8 +95,21 @@ def _analyze(arguments: Sequence[str]) -> int:
     folder = options.out or default_folder(find_reports(options.paths))
     with progress_bar() as progress:
         reference = read_reference(options.reference, progress=progress) if options.reference is not None else None
-        analysis = analyze(options.paths, folder, reference=reference, keep_cache=options.keep_cache, progress=progress)
-    print_study(analysis.study, analysis.out)
+        analysis = analyze(
+            options.paths,
+            folder,
+            tables=options.tables,
+            reference=reference,
+            keep_cache=options.keep_cache,
+            progress=progress,
+        )
+    if options.tables is None:
+        from hpcmm.page.terminal import print_study  # noqa: PLC0415 -- a table alone needs no page
+
+        print_study(analysis.study, analysis.out)
+    else:
+        for name, table in analysis.tables.items():
+            print(f"{printable(str(folder / name))}.csv: {len(table)} rows")
     return analysis.exit_status
 
 
@@ -103,6 +121,8 @@ def _compare(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     with progress_bar() as progress:
         comparison = compare(options.run_a, options.run_b, progress=progress)
+    from hpcmm.page.comparison import print_comparison, write_comparison  # noqa: PLC0415 -- as above
+
     folder = options.out or _folder_of(options.run_b)
     write_comparison(comparison, folder)
     print_comparison(comparison, folder)

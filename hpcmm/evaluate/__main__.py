@@ -118,7 +118,7 @@ def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages]:
     from hpcmm.data.anomaly import build_datasets  # noqa: PLC0415
     from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415
     from hpcmm.evaluate.score import score_images  # noqa: PLC0415
-    from hpcmm.page.terminal import progress_bar  # noqa: PLC0415
+    from hpcmm.page.progress import progress_bar  # noqa: PLC0415
     from hpcmm.train.data_root import data_config, data_root  # noqa: PLC0415
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

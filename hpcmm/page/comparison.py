@@ -15,8 +15,8 @@ from rich.text import Text
 
 from hpcmm.analysis.compare import BETTER, MIN_CHANGE, NO_DIFFERENCE, SECONDS, TOO_FEW, WORSE, Comparison
 from hpcmm.analysis.noise import LEVEL
+from hpcmm.page.files import table_files, write_all
 from hpcmm.page.verdict import number, percent, plain
-from hpcmm.page.write import table_files, write_all
 
 _STYLES = {BETTER: "bold green", WORSE: "bold red", NO_DIFFERENCE: "dim", TOO_FEW: "yellow"}
 HEADER = ("what", "A", "B", "change", "interval", "verdict")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -34,49 +30,11 @@ from hpcmm.page.verdict import (
     startup_line,
     steps_line,
 )
-from hpcmm.reports import load
 
 TABLE_WIDTH = 100
 """A narrower terminal gets a few lines for each bottleneck instead of a table."""
-QUIET_S = 15.0
-"""Where standard error is no terminal, long work says this often how far it is."""
 MAX_GAPS = 20
 _STYLES = {"high": "bold red", "medium": "yellow", "low": "dim"}
-
-
-@contextmanager
-def progress_bar() -> Iterator[load.Progress]:
-    """A progress callback for standard error: a bar on a terminal, now and then a line elsewhere."""
-    if not sys.stderr.isatty():
-        yield _progress_lines()
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[count]}", markup=False),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, count="")
-
-        def show(what: str, done: int, of: int) -> None:
-            total, count = (of, f"{done}/{of}") if of > 1 else (None, "")
-            bar.update(task, description=plain(what), completed=done, total=total, count=count)
-
-        yield show
-
-
-def _progress_lines() -> load.Progress:
-    last = time.monotonic()
-
-    def show(what: str, done: int, of: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= QUIET_S:
-            last = time.monotonic()
-            print(f"hpcmm.analyze: {plain(what)}" + (f" ({done}/{of})" if of > 1 else ""), file=sys.stderr, flush=True)
-
-    return show
 
 
 def print_study(study: Study, out: Path, console: Console | None = None) -> None:

@@ -66,8 +66,11 @@ class Report:
     """What its GPUs did; None where no GPU activity was traced."""
 
 
-def read_report(path: Path, source: Path) -> Report:
+def read_report(path: Path, source: Path, *, calls_alone: bool = False) -> Report:
     """Events of the SQLite export at ``path``; ``source`` is the user's own file.
+
+    With ``calls_alone`` only what OS calls need to be understood is read beside them: the ranges of steps, and what its
+    GPUs did only where there are none.
 
     Raises HpcmmError when nothing can be read.
     """
@@ -75,8 +78,8 @@ def read_report(path: Path, source: Path) -> Report:
         damage = ["the file is shorter than its header says"] if database.cut_off else []
         domains = _domains(database)
         osrt = _read_osrt(database, damage)
-        nvtx = _read_nvtx(database, domains, damage)
-        cuda = read_cuda(database, domains, damage)
+        nvtx = _read_nvtx(database, domains, damage, steps_alone=calls_alone)
+        cuda = None if calls_alone and len(nvtx) else read_cuda(database, domains, damage)
         span = _spans(database, osrt)
         first, last = _overall(span)
         nvtx["end_ns"] = nvtx["end_ns"].where(nvtx["closed"], max(last, first)).astype(np.int64)
@@ -253,13 +256,19 @@ def _string_join(database: ReportDatabase) -> str:
 NVTX_COLUMNS = ["start_ns", "end_ns", "closed", "pid", "tid", "end_tid", "kind", "domain", "name", "payload"]
 
 
-def _read_nvtx(database: ReportDatabase, domains: dict[tuple[int, int], str], damage: list[str]) -> pd.DataFrame:
-    """Ranges of the annotation's own domains, sorted by start."""
-    wanted = {key: name for key, name in domains.items() if name in {names.DOMAIN, names.COMM_DOMAIN}}
+def _read_nvtx(
+    database: ReportDatabase, domains: dict[tuple[int, int], str], damage: list[str], *, steps_alone: bool
+) -> pd.DataFrame:
+    """Ranges of the annotation's own domains, sorted by start; with ``steps_alone`` those of steps."""
+    chosen = {names.DOMAIN} if steps_alone else {names.DOMAIN, names.COMM_DOMAIN}
+    wanted = {key: name for key, name in domains.items() if name in chosen}
     rows: list[tuple[object, ...]] = []
     if wanted and database.has("NVTX_EVENTS", "start", "end"):
         try:
-            rows = database.rows(_nvtx_query(database, sorted({domain for _, domain in wanted})))
+            query = _nvtx_query(database, sorted({domain for _, domain in wanted}))
+            if steps_alone:
+                query += f" AND {_text_expression(database)} = '{names.STEP}'"
+            rows = database.rows(query)
         except HpcmmError as error:
             damage.append(str(error))
     frame = pd.DataFrame(

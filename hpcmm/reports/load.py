@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from hpcmm.errors import HpcmmError
@@ -42,12 +43,16 @@ def read_all(
     progress: Progress,
     *,
     keep_cache: bool,
+    calls_alone: bool = False,
 ) -> Iterator[Reading[Reduced]]:
     """Readings in the order of ``sources``. Only what ``reduce``, a module's function, makes of a report is kept.
 
+    ``calls_alone`` as in :func:`hpcmm.reports.events.read_report`.
+
     Exports hold the processes' whole environments; they are deleted once read unless ``keep_cache``.
     """
-    work = partial(_read, converter=converter, reduce=reduce, keep_cache=keep_cache)
+    read = partial(read_report, calls_alone=calls_alone)
+    work = partial(_read, converter=converter, read=read, reduce=reduce, keep_cache=keep_cache)
     largest = max((source.size_bytes for source in sources), default=0)
     workers = worker_count(len(sources), largest)
     results = map(work, sources) if _small(sources) else map_in_workers(work, sources, workers)
@@ -73,11 +78,16 @@ def _small(sources: Sequence[ReportSource]) -> bool:
 
 
 def _read(
-    source: ReportSource, *, converter: Converter, reduce: Callable[[Report], Reduced], keep_cache: bool
+    source: ReportSource,
+    *,
+    converter: Converter,
+    read: Callable[[Path, Path], Report],
+    reduce: Callable[[Report], Reduced],
+    keep_cache: bool,
 ) -> Reading[Reduced]:
     """One capture from its file to what is kept of it."""
     try:
-        return Reading(source, reduce(read_report(converter.to_sqlite(source), source.path)))
+        return Reading(source, reduce(read(converter.to_sqlite(source), source.path)))
     except HpcmmError as error:
         reason = str(error)
     except OSError as error:

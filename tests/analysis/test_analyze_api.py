@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from hpcmm.analysis.study import TABLES
 from hpcmm.analyze import Analysis, analyze, compare
 from hpcmm.analyze.command import main
 from hpcmm.analyze.runs import read_reference, read_run
@@ -52,6 +53,45 @@ def test_a_table_is_made_once_and_the_callers_changes_stay_the_callers(clean: An
     mine.loc[0, "duration_s"] = -1.0
     assert "extra" not in clean.phases()
     assert clean.phases().loc[0, "duration_s"] > 0
+
+
+@pytest.mark.parametrize("run", ["slow_data", "slow_link", "h100_2gpu_nccl.sqlite"])
+def test_some_tables_are_those_of_the_whole_analysis(run: str) -> None:
+    whole = analyze(SAMPLES / run)
+    for chosen in (["osrt"], ["osrt", "environment", "startup"], ["phases", "osrt"]):
+        some = analyze(SAMPLES / run, tables=chosen)
+        assert set(some.tables) == set(chosen)
+        for name in chosen:
+            pd.testing.assert_frame_equal(some.tables[name], whole.tables[name])
+
+
+def test_tables_that_were_not_asked_for_are_not_there_and_it_is_said(tmp_path: Path) -> None:
+    some = analyze(SAMPLES / "slow_data", tables=["osrt"])
+    with pytest.raises(HpcmmError, match="table phases was not asked for, only osrt"):
+        some.phases()
+    with pytest.raises(HpcmmError, match="only osrt was asked for"):
+        some.wait_matrix()
+    with pytest.raises(HpcmmError, match="there is no table ostr: choose among bottlenecks"):
+        analyze(SAMPLES / "slow_data", tables=["ostr"])
+    some.write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["osrt.csv", "osrt.parquet"]
+
+
+def test_all_tables_can_be_asked_for_by_name(clean: Analysis) -> None:
+    assert set(TABLES) == set(clean.tables)
+
+
+def test_the_command_writes_the_tables_that_it_is_told(tmp_path: Path, capsys) -> None:
+    assert main([str(SAMPLES / "clean"), "--tables", "osrt,steps", "--out", str(tmp_path)]) == 0
+    assert f"{tmp_path / 'osrt'}.csv: " in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "osrt.csv",
+        "osrt.parquet",
+        "steps.csv",
+        "steps.parquet",
+    ]
+    assert main([str(SAMPLES / "clean"), "--tables", "osrt,no", "--out", str(tmp_path)]) == 1
+    assert "there is no table no" in capsys.readouterr().err
 
 
 def test_the_wait_matrix_is_named_by_rank(clean: Analysis) -> None:

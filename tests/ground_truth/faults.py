@@ -17,8 +17,12 @@ class Fault:
     """Further overrides of the launch command."""
     throttle: tuple[str, str] | None = None
     """Node and rate of its link."""
-    stop: tuple[int, float, int] | None = None
-    """Rank, seconds of SIGSTOP, and the step after which it comes."""
+    stops: Sequence[tuple[int, float, int]] = ()
+    """Rank, seconds of SIGSTOP, and the step after which it comes, each."""
+    cut: tuple[str, float, int] | None = None
+    """Node, seconds without a link, and the step after which that comes."""
+    crowd: tuple[int, int] | None = None
+    """Rank that is bound to one core, and how many busy processes share it."""
     cause: str = ""
     rank: int | None = None
     node: str = ""
@@ -57,7 +61,7 @@ FAULTS: dict[str, Fault] = {
         node="node1",
         phase="checkpoint",
     ),
-    "stopped": Fault(stop=(6, 2.0, 5), cause="stall", rank=6, node="node4"),
+    "stopped": Fault(stops=[(6, 2.0, 5)], cause="stall", rank=6, node="node4"),
     "long_batches": Fault(
         injected=[{"at": "batch", "do": "enlarge", "factor": 3, "ranks": [7]}],
         cause="longer batches",

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
@@ -42,8 +42,12 @@ def run_with_fault(fault: Fault, folder: Path, env: dict[str, str], *overrides: 
     with ExitStack() as during:
         if fault.throttle:
             during.enter_context(throttled(*fault.throttle, env))
-        if fault.stop:
-            during.enter_context(stopping(*fault.stop, folder))
+        for stop in fault.stops:
+            during.enter_context(stopping(*stop, folder))
+        if fault.cut:
+            during.enter_context(cut_off(*fault.cut, folder, env))
+        if fault.crowd:
+            during.enter_context(crowded(*fault.crowd, folder))
         try:
             subprocess.run(
                 [sys.executable, "-m", "hpcmm.launch", *OVERRIDES, f"name={name}", *fault.overrides, *overrides],
@@ -77,26 +81,73 @@ def stopping(rank: int, seconds: float, after_step: int, folder: Path) -> Iterat
     """Stop a rank's process for a while, once, after it has done a step."""
 
     def stop() -> None:
-        metrics = folder / "runs" / "latest" / "metrics" / f"rank_{rank:04d}.jsonl"
-        until = time.monotonic() + RUN_TIMEOUT_S
-        while time.monotonic() < until:
-            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-            records = [json.loads(line) for line in lines if line.endswith("}")]
-            if any(record["event"] == "step" and record["step"] >= after_step for record in records):
-                pid = next(record["pid"] for record in records if record["event"] == "start")
-                process = psutil.Process(pid)
-                process.send_signal(signal.SIGSTOP)
-                time.sleep(seconds)
-                process.send_signal(signal.SIGCONT)
-                return
-            time.sleep(0.01)
+        process = psutil.Process(pid_after(rank, after_step, folder))
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGCONT)
 
-    thread = Thread(target=stop)
+    with beside(stop):
+        yield
+
+
+@contextmanager
+def cut_off(node: str, seconds: float, after_step: int, folder: Path, env: dict[str, str]) -> Iterator[None]:
+    """Unplug a node's link for a while, once, after rank 0 has done a step."""
+    command = str(ROOT / "slurm" / "local" / "fault")
+
+    def cut() -> None:
+        pid_after(0, after_step, folder)
+        subprocess.run([command, "cut", node], env=env, stdout=sys.stderr, check=True)
+        time.sleep(seconds)
+        subprocess.run([command, "restore", node], env=env, stdout=sys.stderr, check=True)
+
+    with beside(cut):
+        yield
+
+
+@contextmanager
+def crowded(rank: int, hogs: int, folder: Path) -> Iterator[None]:
+    """Bind a rank to one core, and busy processes to the same one."""
+    busy: list[subprocess.Popen[bytes]] = []
+
+    def crowd() -> None:
+        process = psutil.Process(pid_after(rank, 0, folder))
+        for thread in process.threads():
+            psutil.Process(thread.id).cpu_affinity([0])
+        hog = ["taskset", "-c", "0", sys.executable, "-c", "while True: pass"]
+        busy.extend(subprocess.Popen(hog) for _ in range(hogs))
+
+    try:
+        with beside(crowd):
+            yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def beside(act: Callable[[], None]) -> Iterator[None]:
+    """``act`` in a thread of its own meanwhile."""
+    thread = Thread(target=act)
     thread.start()
     try:
         yield
     finally:
         thread.join()
+
+
+def pid_after(rank: int, step: int, folder: Path) -> int:
+    """Process of a rank, as soon as the rank has done a step. Raises TimeoutError."""
+    metrics = folder / "runs" / "latest" / "metrics" / f"rank_{rank:04d}.jsonl"
+    until = time.monotonic() + RUN_TIMEOUT_S
+    while time.monotonic() < until:
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        if any(record["event"] == "step" and record["step"] >= step for record in records):
+            return int(next(record["pid"] for record in records if record["event"] == "start"))
+        time.sleep(0.01)
+    raise TimeoutError(f"rank {rank} has not done step {step}")
 
 
 def keep(run: Path, target: Path) -> None:

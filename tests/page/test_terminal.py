@@ -9,8 +9,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from hpcmm.analyze import Analysis
+from hpcmm.page import progress as progress_of_work
 from hpcmm.page import terminal
-from hpcmm.page.terminal import print_study, progress_bar
+from hpcmm.page.progress import progress_bar
+from hpcmm.page.terminal import print_study
 
 BOX_DRAWING = {chr(code) for code in range(0x2500, 0x25A0)}
 
@@ -67,11 +69,11 @@ def test_nothing_essential_is_cut_in_a_pipe(clean: Analysis, capsys) -> None:
 
 
 def test_long_work_says_how_far_it_is_in_a_log(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(terminal, "QUIET_S", 0.0)
+    monkeypatch.setattr(progress_of_work, "QUIET_S", 0.0)
     with progress_bar() as progress:
         progress("reading \x1b[31mrank", 3, 64)
-    assert capsys.readouterr().err == "hpcmm.analyze: reading \N{REPLACEMENT CHARACTER}[31mrank (3/64)\n"
-    monkeypatch.setattr(terminal, "QUIET_S", 60.0)
+    assert capsys.readouterr().err == "hpcmm.analyze: reading \\x1b[31mrank (3/64)\n"
+    monkeypatch.setattr(progress_of_work, "QUIET_S", 60.0)
     with progress_bar() as progress:
         progress("reading", 3, 64)
     assert capsys.readouterr().err == ""

@@ -2,10 +2,10 @@
 
 ``HPCMM_GROUND_TRUTH`` holds a JSON list of faults, each ``{"at": WHERE, "do": WHAT, "ranks": [..], ...}``:
 
-- ``at``: ``data``, ``forward``, ``backward``, ``optimizer``, ``checkpoint``, ``save`` (``torch.save``, within a
-  checkpoint), ``between`` (after a step) or ``batch``;
-- ``do``: ``burn`` (CPU time), ``sleep``, ``wait`` (for a child process), ``enlarge`` (the batch by ``factor``, or one
-  of several drawn anew each step);
+- ``at``: ``data``, ``fetch`` (in the process that loads), ``forward``, ``backward``, ``optimizer``, ``checkpoint``,
+  ``save`` (``torch.save``, within a checkpoint), ``between`` (after a step) or ``batch``;
+- ``do``: ``burn`` (CPU time), ``sleep``, ``wait`` (for a child process), ``lock`` (wait for another thread), ``write``
+  (to the disk, for good), ``enlarge`` (the batch by ``factor``, or one of several drawn anew each step);
 - ``ranks``: the ranks; absent for all. ``node``: all ranks of that node. ``chance``: of each rank in each step;
 - ``every``: only in each n-th step; ``first``, ``last``: only in these steps.
 """
@@ -17,6 +17,8 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 FAULTS = json.loads(os.environ.get("HPCMM_GROUND_TRUTH", "[]"))
@@ -51,6 +53,10 @@ class Injector:
                 time.sleep(seconds)
             elif fault["do"] == "wait":
                 subprocess.run(["sleep", str(seconds)], check=True)
+            elif fault["do"] == "lock":
+                threading.Event().wait(seconds)
+            elif fault["do"] == "write":
+                write_for(seconds)
 
     def before(self, owner, method, at):
         original = getattr(owner, method)
@@ -66,6 +72,16 @@ class Injector:
             factor = self.dice.choice(fault["factor"]) if isinstance(fault["factor"], list) else fault["factor"]
             batch = {key: _repeated(value, factor) for key, value in batch.items()}
         return batch
+
+
+def write_for(seconds):
+    until = time.monotonic() + seconds
+    with tempfile.TemporaryFile() as file:
+        while time.monotonic() < until:
+            file.seek(0)
+            file.write(bytes(4_000_000))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _repeated(value, factor):
@@ -100,6 +116,10 @@ def into_loader(injector, module):
     iterator.__next__ = next_with_fault
 
 
+def into_fetcher(injector, module):
+    injector.before(module._MapDatasetFetcher, "fetch", "fetch")
+
+
 def into_metrics(injector, module):
     injector.before(module.MetricsWriter, "step", "between")
 
@@ -117,6 +137,7 @@ def into_torch_save(injector, module):
 HOOKS = {
     "deepspeed.runtime.engine": into_engine,
     "torch.utils.data.dataloader": into_loader,
+    "torch.utils.data._utils.fetch": into_fetcher,
     "hpcmm.bootstrap.metrics": into_metrics,
     "torch": into_torch_save,
 }

@@ -1,0 +1,82 @@
+"""Write tables and texts so that a file under its final name is always whole, and all of them of one analysis."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from hpcmm.errors import HpcmmError
+from hpcmm.reports.printable import printable
+
+Content = str | Callable[[IO[bytes]], None]
+"""A file's text, or what writes its bytes."""
+
+
+def write_all(folder: Path, contents: Mapping[str, Content]) -> None:
+    """Make ``folder`` and write all files into it, or none. Raises HpcmmError where that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_together(folder, contents)
+    except OSError as error:
+        raise HpcmmError(
+            f"{folder} cannot be written ({error.strerror}): free some space there, or name another folder with --out."
+        ) from error
+
+
+def table_files(tables: Mapping[str, pd.DataFrame]) -> dict[str, Content]:
+    """A CSV and a Parquet file of each table, alike in their values; text is made printable."""
+    files: dict[str, Content] = {}
+    for name in tables:
+        files[f"{name}.csv"] = lambda file, name=name: pa.csv.write_csv(  # type: ignore[misc]
+            to_arrow(tables[name]), file, pa.csv.WriteOptions(quoting_header="none")
+        )
+        files[f"{name}.parquet"] = lambda file, name=name: pa.parquet.write_table(  # type: ignore[misc]
+            to_arrow(tables[name]), file
+        )
+    return files
+
+
+def to_arrow(table: pd.DataFrame) -> pa.Table:
+    """The table without index; control characters in its text are written as their escapes."""
+    return pa.Table.from_pandas(
+        table.assign(**{str(name): _printable(table[name]) for name in table if table[name].dtype == "str"}),
+        preserve_index=False,
+    )
+
+
+def _printable(texts: pd.Series[str]) -> pd.Series[str]:
+    codes, values = pd.factorize(texts)
+    clean = pd.array([printable(str(value)) for value in values] or [""], dtype="str")
+    return pd.Series(clean.take(codes, allow_fill=True), index=texts.index, dtype="str")
+
+
+def write_together(folder: Path, contents: Mapping[str, Content]) -> None:
+    """Write every file beside its final name, then rename all. Raises OSError with nothing new left behind."""
+    for name in contents:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{name} there is a folder")
+    partials: dict[Path, Path] = {}
+    try:
+        for name, content in contents.items():
+            handle, partial = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            partials[Path(partial)] = folder / name
+            with os.fdopen(handle, "wb") as file:
+                if isinstance(content, str):
+                    file.write(content.encode("utf-8", errors="replace"))
+                else:
+                    content(file)
+            Path(partial).chmod(0o644)
+        for partial_path, path in partials.items():
+            partial_path.replace(path)
+    finally:
+        for partial_path in partials:
+            partial_path.unlink(missing_ok=True)

@@ -1,0 +1,55 @@
+"""How far long work is: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hpcmm.reports import load
+from hpcmm.reports.printable import printable
+
+QUIET_S = 15.0
+"""Where standard error is no terminal, long work says this often how far it is."""
+
+
+@contextmanager
+def progress_bar() -> Iterator[load.Progress]:
+    """A progress callback for standard error: a bar on a terminal, now and then a line elsewhere."""
+    if not sys.stderr.isatty():
+        yield _progress_lines()
+        return
+    # 0.1 s of imports that a pipe can do without.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[count]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, count="")
+
+        def show(what: str, done: int, of: int) -> None:
+            total, count = (of, f"{done}/{of}") if of > 1 else (None, "")
+            bar.update(task, description=printable(what), completed=done, total=total, count=count)
+
+        yield show
+
+
+def _progress_lines() -> load.Progress:
+    last = time.monotonic()
+
+    def show(what: str, done: int, of: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET_S:
+            last = time.monotonic()
+            print(
+                f"hpcmm.analyze: {printable(what)}" + (f" ({done}/{of})" if of > 1 else ""), file=sys.stderr, flush=True
+            )
+
+    return show
