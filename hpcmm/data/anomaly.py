@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from hpcmm.config import DataConfig, OnError
 from hpcmm.data.captions import read_captions
+from hpcmm.data.flaws import Flaws
 from hpcmm.data.images import normalise, read_image, read_pair
 from hpcmm.data.layouts import READERS
 from hpcmm.data.samples import Sample
@@ -24,8 +24,6 @@ from hpcmm.data.simulate import simulate_anomaly
 from hpcmm.errors import HpcmmError
 
 Floats = NDArray[np.float32]
-
-log = logging.getLogger("hpcmm.data")
 
 
 class Item(TypedDict):
@@ -68,9 +66,8 @@ class TrainImages(Dataset[Item]):
         self._side = config.image_size
         self._anomaly_probability = config.anomaly_probability
         self._anomaly_kinds = tuple(config.anomaly_kinds)
-        self._on_error = config.on_error
         self._seed = seed
-        self._unusable: set[Path] = set()
+        self._flaws = Flaws(config.on_error, "replaced by the next")
         self._donors = {
             category: [sample for sample in self._samples if sample.category != category] or self._samples
             for category in {sample.category for sample in self._samples}
@@ -104,16 +101,8 @@ class TrainImages(Dataset[Item]):
             try:
                 return sample, read_image(sample.image, self._side)
             except HpcmmError as error:
-                if self._on_error is OnError.refuse:
-                    raise
-                self._warn(sample.image, error)
+                self._flaws.note(sample.image, error)
         raise HpcmmError(f"None of the {len(self._samples)} training images can be read; see the warnings before.")
-
-    def _warn(self, path: Path, error: HpcmmError) -> None:
-        """Say it once for each image, and how many there are by now."""
-        if path not in self._unusable:
-            self._unusable.add(path)
-            log.warning("%s It is skipped, as data.on_error says; %d so far.", error, len(self._unusable))
 
     def _read_donor(self, category: str, image: Floats, rng: np.random.Generator) -> Floats:
         """An image of another category where there is one: a piece of the same texture could not be told apart."""
@@ -122,9 +111,7 @@ class TrainImages(Dataset[Item]):
         try:
             return read_image(donor, self._side)
         except HpcmmError as error:
-            if self._on_error is OnError.refuse:
-                raise
-            self._warn(donor, error)
+            self._flaws.note(donor, error)
             return image
 
 
@@ -140,7 +127,7 @@ class TestImages(Dataset[Item]):
     def __init__(self, samples: Sequence[Sample], captions: dict[str, tuple[str, ...]], config: DataConfig) -> None:
         self._captions = captions
         self._side = config.image_size
-        self._samples = list(samples) if config.on_error is OnError.refuse else self._usable(samples)
+        self._samples = list(samples) if config.on_error is OnError.refuse else self._usable(samples, config.on_error)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -153,17 +140,15 @@ class TestImages(Dataset[Item]):
         item["label"] = sample.label  # a thin defect's mask may vanish when it is made smaller
         return item
 
-    def _usable(self, samples: Sequence[Sample]) -> list[Sample]:
-        usable = []
+    def _usable(self, samples: Sequence[Sample], on_error: OnError) -> list[Sample]:
+        flaws, usable = Flaws(on_error, "left out of the scores"), []
         for sample in samples:
             try:
                 read_pair(sample, self._side)
-            except HpcmmError as error:
-                log.warning("%s It is left out of the scores, as data.on_error says.", error)
-            else:
                 usable.append(sample)
-        if len(usable) < len(samples):
-            log.warning("%d of %d test images are left out.", len(samples) - len(usable), len(samples))
+            except HpcmmError as error:
+                flaws.note(sample.image, error)
+        flaws.sum_up(len(samples), "test images")
         return usable
 
 
@@ -178,13 +163,19 @@ def build_datasets(root: Path, data: DataConfig, seed: int) -> tuple[TrainImages
         raise HpcmmError(f"data.anomaly_probability must lie in 0 to 1, not {data.anomaly_probability}.")
     if not data.anomaly_kinds:
         raise HpcmmError("data.anomaly_kinds is empty: name kinds, or set data.anomaly_probability=0.")
-    reader = READERS[data.layout]
+    reader, flaws = READERS[data.layout], Flaws(data.on_error, "left out")
     categories = reader.categories(root, data.categories)
     train = [
         sample
         for category in categories
-        for sample in draw_shots(reader.train(root, category), data.shots, [seed, zlib.crc32(category.encode())])
+        for sample in draw_shots(
+            reader.train(root, category, flaws), category, data.shots, [seed, zlib.crc32(category.encode())]
+        )
     ]
+    if not train:
+        raise HpcmmError(
+            f"No training image of {', '.join(categories)} in {root} can be used; see the warnings before."
+        )
     train_images = TrainImages(train, read_captions(root, categories), data, seed)
     assert data.test_root is not None or data.test_standins is None, "see hpcmm.train.data_root.data_config"
     test_root, test_reader, test_categories = root, reader, categories
@@ -192,11 +183,12 @@ def build_datasets(root: Path, data: DataConfig, seed: int) -> tuple[TrainImages
         test_root = Path(data.test_root).expanduser()
         test_reader = READERS[data.test_layout or data.layout]
         test_categories = test_reader.categories(test_root, data.test_categories)
-    test = [sample for category in test_categories for sample in test_reader.test(test_root, category)]
+    test = [sample for category in test_categories for sample in test_reader.test(test_root, category, flaws)]
+    flaws.sum_up(len(train) + len(test) + len(flaws), "images")
     return train_images, TestImages(test, read_captions(test_root, test_categories), data)
 
 
-def draw_shots(samples: list[Sample], shots: int | None, seed: Sequence[int]) -> list[Sample]:
+def draw_shots(samples: list[Sample], category: str, shots: int | None, seed: Sequence[int]) -> list[Sample]:
     """``shots`` of the samples in their order, the same ones for the same seed; all for None.
 
     Raises HpcmmError when there are fewer.
@@ -205,7 +197,7 @@ def draw_shots(samples: list[Sample], shots: int | None, seed: Sequence[int]) ->
         return samples
     if not 1 <= shots <= len(samples):
         raise HpcmmError(
-            f"data.shots is {shots}, but category {samples[0].category} has 1 to {len(samples)} normal images to draw."
+            f"data.shots is {shots}, but category {category} has 1 to {len(samples)} normal images to draw."
         )
     chosen = np.random.default_rng(list(seed)).choice(len(samples), shots, replace=False)
     return [samples[index] for index in sorted(chosen)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hpcmm.data.samples import Sample
 from hpcmm.errors import HpcmmError
@@ -14,14 +16,19 @@ from hpcmm.pixels import CHANNEL_MEAN, CHANNEL_STD
 
 Floats = NDArray[np.float32]
 
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+"""What Pillow raises for damaged files, depending on where the damage lies."""
+
 
 def read_image(path: Path, side: int) -> Floats:
-    """The image as (side, side, 3) with values from 0 to 1; grey images get three equal channels.
+    """The image as (side, side, 3) with values from 0 to 1.
 
-    Raises HpcmmError when the file is missing or not an image.
+    Grey images get three equal channels, 16-bit ones lose their lower eight bits, transparency is dropped. Raises
+    HpcmmError when the file is missing, not an image, or of a kind whose range of values is not known.
     """
     with _open(path) as image:
-        pixels = np.asarray(_resize(image.convert("RGB"), side, Image.Resampling.BILINEAR), np.float32)
+        colours = _eight_bits(image, path).convert("RGB")
+        pixels = np.asarray(_resize(colours, side, Image.Resampling.BILINEAR), np.float32)
     return pixels / np.float32(255)
 
 
@@ -31,8 +38,8 @@ def read_mask(path: Path, side: int) -> Floats:
     Any value above 0 is a defect: MVTec-AD writes 255, VisA numbers its kinds of defect from 1 on.
     """
     with _open(path) as image:
-        mask = np.asarray(_resize(_single_channel(image), side, Image.Resampling.NEAREST))
-    return (mask > 0).astype(np.float32)
+        marked = Image.fromarray(_marked(image).astype(np.uint8))
+    return np.asarray(_resize(marked, side, Image.Resampling.NEAREST), np.float32)
 
 
 def read_pair(sample: Sample, side: int) -> tuple[Floats, Floats]:
@@ -55,9 +62,20 @@ def _size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def _single_channel(image: Image.Image) -> Image.Image:
-    """A palette's indices are its values: VisA's masks could lose them as colours."""
-    return image if image.mode in {"L", "P", "1"} else image.convert("L")
+def _marked(mask: Image.Image) -> NDArray[np.bool_]:
+    """Where a mask (h, w) is above 0 in any colour; its transparency says nothing."""
+    opaque = {"RGBA": "RGB", "LA": "L", "PA": "P"}.get(mask.mode)
+    values = np.asarray(mask.convert(opaque) if opaque else mask)  # of a palette, the indices: VisA numbers with them
+    return np.asarray(values > 0 if values.ndim == 2 else (values > 0).any(axis=2))
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Pillow would cut 16-bit values off at 255, which leaves a white image."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in {"I", "F"}:
+        raise HpcmmError(f"The image {path} has 32-bit values, whose range is not known: save it with 8 or 16 bits.")
+    return image
 
 
 def normalise(image: Floats) -> Floats:
@@ -69,7 +87,7 @@ def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (*_UNREADABLE, Image.DecompressionBombError) as error:
         raise HpcmmError(f"The image {path} cannot be read: {error}; replace it or take it out of the set.") from error
     return image
 

@@ -9,16 +9,20 @@ from types import MappingProxyType
 
 from hpcmm.config import Layout
 from hpcmm.data import mvtec, visa
+from hpcmm.data.flaws import Flaws
 from hpcmm.data.samples import Sample
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutReader:
-    """How to list what lies under a root in one layout; each raises HpcmmError where the layout is broken."""
+    """How to list what lies under a root in one layout; each raises HpcmmError where the layout is broken.
+
+    A listed image whose file or mask is missing is noted with the caller's :class:`Flaws`, and left out.
+    """
 
     categories: Callable[[Path, Sequence[str]], list[str]]
-    train: Callable[[Path, str], list[Sample]]
-    test: Callable[[Path, str], list[Sample]]
+    train: Callable[[Path, str, Flaws], list[Sample]]
+    test: Callable[[Path, str, Flaws], list[Sample]]
 
 
 READERS: Mapping[Layout, LayoutReader] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""Reads the folder layout of MVTec-AD, exactly.
+"""Reads the folder layout of MVTec-AD, exactly; ``.PNG`` for ``.png`` is the one liberty, and links are followed.
 
 Layout: ``<category>/train/good/*.png``, ``<category>/test/good/*.png``, ``<category>/test/<defect>/*.png`` and, for
 each image with a defect, ``<category>/ground_truth/<defect>/<stem>_mask.png``.
@@ -11,8 +11,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcmm.data.flaws import REFUSED, Flaws
 from hpcmm.data.samples import GOOD, Sample
 from hpcmm.errors import HpcmmError
+
+CATEGORIES = frozenset(
+    {
+        "bottle",
+        "cable",
+        "capsule",
+        "carpet",
+        "grid",
+        "hazelnut",
+        "leather",
+        "metal_nut",
+        "pill",
+        "screw",
+        "tile",
+        "toothbrush",
+        "transistor",
+        "wood",
+        "zipper",
+    }
+)
+"""The fifteen of the published data set."""
 
 
 def list_categories(root: Path, wanted: Sequence[str] = ()) -> list[str]:
@@ -33,30 +55,35 @@ def list_categories(root: Path, wanted: Sequence[str] = ()) -> list[str]:
     return sorted(set(wanted)) or present
 
 
-def train_samples(root: Path, category: str) -> list[Sample]:
+def train_samples(root: Path, category: str, _flaws: Flaws = REFUSED) -> list[Sample]:
     """The normal images to train on, sorted by name. Raises HpcmmError when there are none."""
     folder = root / category / "train" / GOOD
     return [Sample(image, category, GOOD, None) for image in _list_images(folder)]
 
 
-def test_samples(root: Path, category: str) -> list[Sample]:
-    """The images to score, sorted by defect and name.
+def test_samples(root: Path, category: str, flaws: Flaws = REFUSED) -> list[Sample]:
+    """The images to score, sorted by defect and name; one without its mask is a flaw.
 
-    Raises HpcmmError when the test folder or an image's mask is missing.
+    Raises HpcmmError when the test folder is missing or empty.
     """
     folder = root / category / "test"
     defects = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not defects:
         raise HpcmmError(f"{folder} must hold one folder a defect and the folder {GOOD}, as in MVTec-AD; it has none.")
-    return [
-        Sample(image, category, defect.name, _find_mask(root / category, defect.name, image))
-        for defect in defects
-        for image in _list_images(defect)
-    ]
+    samples = []
+    for defect in defects:
+        for image in _list_images(defect):
+            try:
+                samples.append(Sample(image, category, defect.name, _find_mask(root / category, defect.name, image)))
+            except HpcmmError as error:
+                flaws.note(image, error)
+    return samples
 
 
 def _list_images(folder: Path) -> list[Path]:
-    images = sorted(folder.glob("*.png")) if folder.is_dir() else []
+    """Hidden files, such as the ``._000.png`` of some archives, are none."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    images = [path for path in files if path.suffix.lower() == ".png" and path.name[0] != "." and path.is_file()]
     if not images:
         raise HpcmmError(f"{folder} must hold images named 000.png, 001.png, ..., as in MVTec-AD; it has none.")
     return images
@@ -66,6 +93,7 @@ def _find_mask(category: Path, defect: str, image: Path) -> Path | None:
     if defect == GOOD:
         return None
     mask = category / "ground_truth" / defect / f"{image.stem}_mask.png"
-    if not mask.is_file():
-        raise HpcmmError(f"The image {image} needs the mask {mask}, as in MVTec-AD; it is missing.")
-    return mask
+    for path in (mask, mask.with_suffix(".PNG")):
+        if path.is_file():
+            return path
+    raise HpcmmError(f"The image {image} needs the mask {mask}, as in MVTec-AD; it is missing.")

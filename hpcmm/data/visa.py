@@ -4,7 +4,7 @@ Layout: ``split_csv/1cls.csv`` with the columns object, split (train or test), l
 mask; the paths in it are relative to the root: ``<object>/Data/Images/Normal/0000.JPG``,
 ``<object>/Data/Images/Anomaly/000.JPG`` and ``<object>/Data/Masks/Anomaly/000.png``.
 Source: Y. Zou et al., "SPot-the-Difference Self-Supervised Pre-training for Anomaly Detection and Segmentation",
-ECCV 2022, and its published archive.
+ECCV 2022, and its published archive. Links within the folder are followed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,27 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from hpcmm.data.flaws import REFUSED, Flaws
 from hpcmm.data.samples import GOOD, Sample
 from hpcmm.errors import HpcmmError
 
+CATEGORIES = frozenset(
+    {
+        "candle",
+        "capsules",
+        "cashew",
+        "chewinggum",
+        "fryum",
+        "macaroni1",
+        "macaroni2",
+        "pcb1",
+        "pcb2",
+        "pcb3",
+        "pcb4",
+        "pipe_fryum",
+    }
+)
+"""The twelve of the published data set."""
 SPLIT = Path("split_csv") / "1cls.csv"
 COLUMNS = ("object", "split", "label", "image", "mask")
 DEFECT = "anomaly"
@@ -35,21 +53,33 @@ def list_categories(root: Path, wanted: Sequence[str] = ()) -> list[str]:
     return sorted(set(wanted)) or present
 
 
-def train_samples(root: Path, category: str) -> list[Sample]:
-    """The normal images to train on, in the split's order. Raises HpcmmError when there are none."""
-    return _samples(root, category, "train")
+def train_samples(root: Path, category: str, flaws: Flaws = REFUSED) -> list[Sample]:
+    """The normal images to train on, in the split's order; a missing one is a flaw.
+
+    Raises HpcmmError when the split lists none.
+    """
+    return _samples(root, category, "train", flaws)
 
 
-def test_samples(root: Path, category: str) -> list[Sample]:
-    """The images to score, in the split's order. Raises HpcmmError when there are none."""
-    return _samples(root, category, "test")
+def test_samples(root: Path, category: str, flaws: Flaws = REFUSED) -> list[Sample]:
+    """The images to score, in the split's order; one that is missing, or whose mask is, is a flaw.
+
+    Raises HpcmmError when the split lists none.
+    """
+    return _samples(root, category, "test", flaws)
 
 
-def _samples(root: Path, category: str, split: str) -> list[Sample]:
+def _samples(root: Path, category: str, split: str, flaws: Flaws) -> list[Sample]:
     rows = [row for row in _split(root) if row["object"] == category and row["split"] == split]
     if not rows:
         raise HpcmmError(f"{root / SPLIT} lists no {split} image of {category}.")
-    return [_sample(root, row) for row in rows]
+    samples = []
+    for row in rows:
+        try:
+            samples.append(_sample(root, row))
+        except HpcmmError as error:
+            flaws.note(root / row["image"], error)
+    return samples
 
 
 def _sample(root: Path, row: dict[str, str]) -> Sample:
@@ -73,7 +103,7 @@ def _split(root: Path) -> Sequence[dict[str, str]]:
 @lru_cache(maxsize=8)
 def _read_split(path: Path, _mtime_ns: int) -> Sequence[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet's byte order mark
             rows = list(csv.DictReader(file))
     except (csv.Error, UnicodeDecodeError) as error:
         raise HpcmmError(f"{path} is not a CSV file: {error}.") from error
@@ -97,6 +127,8 @@ def _check(row: dict[str, str], path: Path, number: int) -> None:
         )
     if row["split"] == "train" and row["label"] == DEFECT:
         raise HpcmmError(f"{path}, line {number}, trains on an anomaly; the training images must be normal.")
+    if not row["image"] or (row["label"] == DEFECT and not row["mask"]):
+        raise HpcmmError(f"{path}, line {number}, names no {'mask' if row['image'] else 'image'}.")
     for name in ("image", "mask"):
         part = Path(row[name])
         if part.is_absolute() or ".." in part.parts:

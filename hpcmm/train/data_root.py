@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpcmm.bootstrap.cache import data_dir
 from hpcmm.config import DataConfig, RunConfig
+from hpcmm.data.flaws import Flaws
 from hpcmm.data.layouts import READERS
 from hpcmm.data.standins import default_root, generate
 
@@ -62,14 +63,15 @@ def _folder(config: RunConfig, data: DataConfig) -> Path:
 
 
 def _contents(root: Path, data: DataConfig) -> Iterator[str]:
+    flaws = Flaws(data.on_error, "left out")
     reader = READERS[data.layout]
     categories = reader.categories(root, data.categories)
-    train = sum(len(reader.train(root, category)) for category in categories)
+    train = sum(len(reader.train(root, category, flaws)) for category in categories)
     yield f"To train on: {train} normal images of {len(categories)} categories in {root}."
     if data.test_root is not None:
         root, reader = Path(data.test_root).expanduser(), READERS[data.test_layout or data.layout]
         categories = reader.categories(root, data.test_categories)
-    labels = Counter(sample.label for category in categories for sample in reader.test(root, category))
+    labels = Counter(sample.label for category in categories for sample in reader.test(root, category, flaws))
     yield (
         f"To be scored on: {labels[0]} normal and {labels[1]} damaged images of {len(categories)} categories in {root}."
     )
