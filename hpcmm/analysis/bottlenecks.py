@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import batches, delay, links, propagation, silence
-from hpcmm.analysis.delay import BETWEEN_STEPS, UNEXPLAINED, Floats
+from hpcmm.analysis import batches, delay, gpu_findings, links, propagation, silence
+from hpcmm.analysis.delay import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
 from hpcmm.analysis.faults import FAULT_SHARE, Mask, find_faults
 from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, Evidence, Finding, kind_of_part, phase_of_part
 from hpcmm.analysis.osrt import NS_PER_S
@@ -41,11 +41,13 @@ COLUMNS = [
 ]
 
 
-def gather(traces: Sequence[RankTrace], rows: pd.DataFrame, steps: StepTimes, expected_ranks: int) -> Evidence:
-    """Charge all waiting, in seconds a step."""
+def gather(
+    traces: Sequence[RankTrace], rows: pd.DataFrame, steps: StepTimes, expected_ranks: int, gpu: pd.DataFrame
+) -> Evidence:
+    """Charge all waiting, in seconds a step. ``gpu`` is the table of that name."""
     parts = delay.work_parts(traces)
     losses = propagation.losses_by_step(traces, rows, parts, steps.numbers) / NS_PER_S
-    return Evidence(traces, rows, steps, parts, losses, expected_ranks)
+    return Evidence(traces, rows, steps, parts, losses, expected_ranks, gpu)
 
 
 def find(evidence: Evidence) -> list[Finding]:
@@ -60,9 +62,23 @@ def find(evidence: Evidence) -> list[Finding]:
     transfer = _transfer(evidence, sum(finding.lost_s for finding in stopped))
     faults, blamed = find_faults(evidence, sum(finding.lost_s for finding in transfer))
     faults = [batches.explain(evidence, fault) for fault in faults]
-    findings = [*faults, *stopped, *transfer, *_imbalance(evidence, blamed), *_own_work(evidence)]
-    worth = [finding for finding in findings if finding.lost_s >= MIN_SHARE * evidence.steps.mean_s]
-    return sorted(worth, key=lambda finding: -finding.lost_s * (BLAMED_WEIGHT if finding.blames else 1.0))
+    own_work = _own_work(evidence)
+    on_gpus = gpu_findings.in_steps(evidence.gpu, sum(finding.lost_s for finding in own_work))
+    findings = [*faults, *stopped, *transfer, *_imbalance(evidence, blamed), *own_work, *on_gpus]
+    return _worth(findings, evidence.steps.mean_s)
+
+
+def find_without_steps(gpu: pd.DataFrame, collectives: pd.DataFrame) -> list[Finding]:
+    """Findings of a capture without steps, from tables ``gpu`` and ``collectives``: all of it counts as one step.
+
+    Nothing tells chance from fault there, so that a row with a culprit goes by its loss as any other.
+    """
+    return _worth(gpu_findings.of_capture(gpu, collectives), gpu_findings.span_s(gpu), 1.0)
+
+
+def _worth(findings: Sequence[Finding], step_s: float, weight: float = BLAMED_WEIGHT) -> list[Finding]:
+    worth = [finding for finding in findings if finding.lost_s >= MIN_SHARE * step_s]
+    return sorted(worth, key=lambda finding: -finding.lost_s * (weight if finding.blames else 1.0))
 
 
 _MATCHED = 0.9
@@ -170,29 +186,32 @@ def _withheld_s(evidence: Evidence) -> float:
 def _own_work(evidence: Evidence) -> list[Finding]:
     """Time that all ranks spend on something other than training: loading, checkpoints, child processes, gaps."""
     found = []
-    for part, name in enumerate(evidence.parts.names):
+    # The host may load or save while its GPU computes.
+    costly = evidence.parts.starving(evidence.traces)
+    for part, name in enumerate(costly.names):
         phase, kind = phase_of_part(name), kind_of_part(name)
         if kind == "compute":
             continue
-        seconds = _work_per_step(evidence, part)
+        seconds = _work_per_step(evidence, costly, part)
         # A blamed rank's own excess is in its row already, and the lower median over ranks does not see it.
         lost = float(np.sort(seconds)[(len(seconds) - 1) // 2])
         told = f"every rank spends {lost:.3g} s a step in it"
+        told += " while its GPU has nothing to do" if len(evidence.gpu) else ""
         rows = f"phases: phase={phase}"
         found.append(Finding(kind, f"{CAUSES[kind]} on all ranks", lost, None, "", phase, told, MEDIUM, rows))
     return found
 
 
-def _work_per_step(evidence: Evidence, part: int) -> Floats:
-    """Mean seconds a (non-warm-up) step in a part, by trace."""
+def _work_per_step(evidence: Evidence, parts: WorkParts, part: int) -> Floats:
+    """Mean seconds a (non-warm-up) step in a part of ``parts``, by trace."""
     totals = []
     for trace, rank in enumerate(evidence.traces):
         steps = rank.steps[rank.steps["step"].isin(evidence.steps.numbers)]
-        if evidence.parts.names[part] == BETWEEN_STEPS and len(steps):
+        if parts.names[part] == BETWEEN_STEPS and len(steps):
             window = np.array([[steps["start_ns"].iloc[0], steps["end_ns"].iloc[-1]]], dtype=np.float64)
         else:
             window = steps[["start_ns", "end_ns"]].to_numpy(np.float64)
-        covered = evidence.parts.between(trace, window[:, 0], window[:, 1])[:, part].sum() if len(window) else 0.0
+        covered = parts.between(trace, window[:, 0], window[:, 1])[:, part].sum() if len(window) else 0.0
         totals.append(covered / NS_PER_S / len(evidence.steps.numbers))
     return np.array(totals)
 

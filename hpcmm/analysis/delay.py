@@ -165,6 +165,14 @@ class WorkParts:
     sets: tuple[tuple[IntervalSet, ...], ...]
     """Indexed [trace][part]."""
 
+    def starving(self, traces: Sequence[RankTrace]) -> WorkParts:
+        """The same where a rank's GPUs had nothing to do meanwhile; all of it where no GPU activity was traced."""
+        sets = [
+            own if trace.starved is None else tuple(part.intersect(trace.starved) for part in own)
+            for trace, own in zip(traces, self.sets, strict=True)
+        ]
+        return WorkParts(self.names, tuple(sets))
+
     def between(self, trace: int, start_ns: Floats, end_ns: Floats) -> Floats:
         """Time in each part within windows, shape (windows, parts)."""
         start, end = start_ns.astype(np.int64), end_ns.astype(np.int64)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from hpcmm.analysis import gpu_findings
 from hpcmm.analysis.delay import Floats
 from hpcmm.analysis.exchangeable import chance_of_sum
 from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, Evidence, Finding, kind_of_part, phase_of_part
@@ -213,6 +214,8 @@ def _finding(evidence: Evidence, fault: _Fault) -> Finding:
     function, function_s = _excess_function(evidence, fault.members[0], phase)
     if function and function_s > 0.3 * fault.lost_s:
         told += f"; {function_s:.3g} s a step more than its peers in {function}"
+    on_gpu = gpu_findings.excess(evidence.gpu, first.rank) if alone else ""
+    told += f"; {on_gpu}" if on_gpu else ""
     kinds: dict[str, float] = {}
     for name, cost in zip(names, by_part / len(fault.charges), strict=True):
         kinds[phase_of_part(name)] = kinds.get(phase_of_part(name), 0.0) + float(cost)

@@ -26,6 +26,11 @@ CAUSES = {
     "other": "work outside the phases",
     "transfer": "communication transfer",
     "imbalance": "imbalance without a culprit",
+    "gpu_host": "GPU idle: the host launches late",
+    "gpu_sync": "GPU idle: the host waits for it first",
+    "gpu_order": "GPU idle between kernels",
+    "gpu_copy": "copies without computation",
+    "gpu_wait": "imbalance between GPUs",
 }
 
 _KINDS_OF_PHASES = {"data": "data", "checkpoint": "checkpoint", "other": "other", BETWEEN_STEPS: "between"}
@@ -76,6 +81,8 @@ class Evidence:
     """Seconds by (step, trace, part), a mean over ranks; the last part is what nothing explains."""
     expected_ranks: int
     """Ranks of the job, read or not."""
+    gpu: pd.DataFrame
+    """The table ``gpu``; empty where no GPU activity was traced."""
 
     def nodes(self) -> dict[str, list[int]]:
         """Traces of each node."""

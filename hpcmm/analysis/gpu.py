@@ -36,7 +36,7 @@ CAUSES = (HOST, LATENCY, BACK_TO_BACK, DEPENDENCY, UNTRACED)
 
 GPU_COLUMNS = [
     "device", "step", "start_ns", "end_ns", "span_ns", "compute_ns", "comm_ns", "memory_ns", "overlap_ns",
-    *(f"idle_{index}_ns" for index in range(len(CAUSES))),
+    *(f"idle_{index}_ns" for index in range(len(CAUSES))), "idle_sync_ns",
 ]  # fmt: skip
 
 
@@ -49,10 +49,17 @@ class DeviceTime:
     memory: IntervalSet
     overlap: IntervalSet
     idle: dict[str, IntervalSet]
+    idle_sync: IntervalSet
+    """What of idle[HOST] began while the host waited for the device."""
 
 
-def device_time(activities: pd.DataFrame, low_ns: int, high_ns: int) -> DeviceTime:
-    """Sort the time of one device, whose ``activities`` are sorted by start, into sets; idle within [low, high)."""
+def device_time(
+    activities: pd.DataFrame, low_ns: int, high_ns: int, synchronisations: IntervalSet | None = None
+) -> DeviceTime:
+    """Sort the time of one device, whose ``activities`` are sorted by start, into sets; idle within [low, high).
+
+    ``synchronisations``: when the host waited for the device.
+    """
     start, end = activities["start_ns"].to_numpy(np.int64), activities["end_ns"].to_numpy(np.int64)
     kind = activities["kind"].to_numpy(str)
     nccl = is_nccl(activities)
@@ -62,7 +69,10 @@ def device_time(activities: pd.DataFrame, low_ns: int, high_ns: int) -> DeviceTi
     busy = IntervalSet.union_of(start, end)
     whole = IntervalSet.union_of([low_ns], [high_ns])
     idle = _by_cause(whole.subtract(busy), activities)
-    return DeviceTime(compute, comm, memory, compute.intersect(comm), idle)
+    waited = synchronisations or IntervalSet.empty()
+    begun = waited.covered_within(idle[HOST].start_ns - 1, idle[HOST].start_ns + 1) > 0
+    after = IntervalSet(idle[HOST].start_ns[begun], idle[HOST].end_ns[begun])
+    return DeviceTime(compute, comm, memory, compute.intersect(comm), idle, after)
 
 
 def _union(start: Times, end: Times, chosen: npt.NDArray[np.bool_]) -> IntervalSet:
@@ -87,25 +97,29 @@ def _by_cause(gaps: IntervalSet, activities: pd.DataFrame) -> dict[str, Interval
     return {name: IntervalSet(gaps.start_ns[cause == name], gaps.end_ns[cause == name]) for name in CAUSES}
 
 
-def gpu_rows(activities: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+def gpu_rows(
+    activities: pd.DataFrame, steps: pd.DataFrame, synchronisations: IntervalSet | None = None
+) -> pd.DataFrame:
     """One row a device and step of a process (GPU_COLUMNS), and one a device for what lies outside its steps.
 
     ``activities`` are those of the process, ``steps`` its steps on the host. Without steps there is one row a device,
     from its first activity to its last. The columns idle_0_ns ... are in the order of :data:`CAUSES`.
     """
     frames = [
-        _device_rows(int(str(device)), own.reset_index(drop=True), steps)
+        _device_rows(int(str(device)), own.reset_index(drop=True), steps, synchronisations)
         for device, own in activities.groupby("device", sort=True)
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=GPU_COLUMNS)
 
 
-def _device_rows(device: int, activities: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+def _device_rows(
+    device: int, activities: pd.DataFrame, steps: pd.DataFrame, synchronisations: IntervalSet | None
+) -> pd.DataFrame:
     start, end = step_windows(activities, steps)
     low = min(int(activities["start_ns"].min()), int(start.min(initial=np.iinfo(np.int64).max)))
     high = max(int(activities["end_ns"].max()), int(end.max(initial=0)))
-    time = device_time(activities, low, high)
-    sets = (time.compute, time.comm, time.memory, time.overlap, *time.idle.values())
+    time = device_time(activities, low, high, synchronisations)
+    sets = (time.compute, time.comm, time.memory, time.overlap, *time.idle.values(), time.idle_sync)
     within = np.stack([each.covered_within(start, end) for each in (IntervalSet.union_of([low], [high]), *sets)])
     whole = np.array([high - low, *(each.total_ns for each in sets)])
     # Windows are disjoint, so what is left lies outside every step.

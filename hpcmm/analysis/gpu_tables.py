@@ -16,8 +16,8 @@ from hpcmm.analysis.trace import RankTrace
 
 GPU_COLUMNS = [
     "rank", "node", "pid", "device", "step", "warmup", "start_s", "span_s", "compute_s", "comm_s", "memory_s",
-    "overlap_s", "overlap_share", "exposed_comm_s", "comm_wait_s", "idle_s", "idle_host_s", "idle_other_s",
-    "idle_other_cause",
+    "overlap_s", "overlap_share", "exposed_comm_s", "comm_wait_s", "idle_s", "idle_host_s", "idle_sync_s",
+    "idle_other_s", "idle_other_cause",
 ]  # fmt: skip
 PROJECTION_COLUMNS = [
     "rank", "node", "pid", "domain", "range", "calls", "host_s", "gpu_envelope_s", "gpu_union_s", "gpu_self_s",
@@ -69,6 +69,7 @@ def _in_seconds(trace: RankTrace, gpu: pd.DataFrame, waited_ns: npt.NDArray[np.f
         "comm_wait_s": waited_ns,
         "idle_s": idle.sum(axis=1),
         "idle_host_s": idle[:, 0],
+        "idle_sync_s": gpu["idle_sync_ns"],
         "idle_other_s": other.sum(axis=1),
     }
     share = np.divide(overlap, comm, out=np.full(len(gpu), np.nan), where=comm > 0)

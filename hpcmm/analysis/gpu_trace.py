@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import nccl, phases
-from hpcmm.analysis.gpu import device_time, gpu_rows
+from hpcmm.analysis.gpu import HOST, device_time, gpu_rows
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.projection import aggregate
 from hpcmm.reports.cuda import CudaEvents
@@ -36,6 +36,8 @@ class GpuSide(NamedTuple):
     blocked: IntervalSet | None
     rows: pd.DataFrame | None = None
     projection: pd.DataFrame | None = None
+    starved: IntervalSet | None = None
+    """When all its devices were idle because the host had not launched more."""
 
 
 def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
@@ -56,9 +58,24 @@ def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
     return GpuSide(
         collectives=collectives.sort_values("start_ns", kind="stable", ignore_index=True),
         blocked=_blocked(host.blocked, collectives, activities),
-        rows=gpu_rows(activities, host.steps),
+        rows=gpu_rows(activities, host.steps, _synchronisations(cuda, host.pid)),
         projection=aggregate(cuda, host.pid),
+        starved=_starved(activities, host.steps),
     )
+
+
+def _starved(activities: pd.DataFrame, steps: pd.DataFrame) -> IntervalSet:
+    low = min(int(activities["start_ns"].min()), int(steps["start_ns"].min()) if len(steps) else 1 << 62)
+    high = max(int(activities["end_ns"].max()), int(steps["end_ns"].max()) if len(steps) else 0)
+    whole = IntervalSet.union_of([low], [high])
+    for _, own in activities.groupby("device"):
+        whole = whole.intersect(device_time(own.reset_index(drop=True), low, high).idle[HOST])
+    return whole
+
+
+def _synchronisations(cuda: CudaEvents, pid: int) -> IntervalSet:
+    own = cuda.synchronisations[cuda.synchronisations["pid"] == pid]
+    return IntervalSet.union_of(own["start_ns"], own["end_ns"])
 
 
 def _placed(collectives: pd.DataFrame, kernels: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:

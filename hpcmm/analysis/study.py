@@ -16,6 +16,7 @@ from hpcmm.analysis.coverage import Ledger, assess, facts_of, observe, observe_c
 from hpcmm.analysis.efficiency import Reference, efficiency, samples_per_step
 from hpcmm.analysis.environment import environment_table
 from hpcmm.analysis.findings import Evidence
+from hpcmm.analysis.gpu_findings import span_s
 from hpcmm.analysis.phase_times import phases_summary, phases_table
 from hpcmm.analysis.schema import Tables
 from hpcmm.analysis.startup import startup_table
@@ -145,11 +146,15 @@ def _derive(ledger: Ledger, record: RunRecord, progress: Progress, reference: Re
     @cache
     def evidence() -> Evidence:
         progress("finding bottlenecks", 0, 1)
-        return bottlenecks.gather(traces, rows, steps, ledger.expected_ranks)
+        return bottlenecks.gather(traces, rows, steps, ledger.expected_ranks, made["gpu"])
 
     def ranked() -> pd.DataFrame:
-        findings = bottlenecks.find(evidence()) if any(len(trace.steps) for trace in traces) else []
-        return bottlenecks.table(findings, steps.mean_s, [suggest(finding, record.tunable) for finding in findings])
+        if len(steps.numbers):
+            findings, whole_s = bottlenecks.find(evidence()), steps.mean_s
+        else:
+            findings = bottlenecks.find_without_steps(made["gpu"], made["collectives"])
+            whole_s = span_s(made["gpu"])
+        return bottlenecks.table(findings, whole_s, [suggest(finding, record.tunable) for finding in findings])
 
     steady = rows["step"].isin(steps.numbers)
     made = Tables(

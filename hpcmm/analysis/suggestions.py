@@ -17,6 +17,8 @@ def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
     """One override or command for ``finding``; ``config`` is the run's own configuration, empty where there is none."""
     if finding.kind in {"stall", "subprocess"} or (finding.kind == "transfer" and finding.node):
         return _shell(finding)
+    if finding.kind in _GPU_ADVICE and not (config and finding.kind == "gpu_host"):  # a key of ours helps there
+        return _GPU_ADVICE[finding.kind]
     return _override(finding, config) if config else _advice(finding)
 
 
@@ -30,13 +32,22 @@ def _shell(finding: Finding) -> str:
             return "grep 'within step' analysis/waitpid.csv"
 
 
+_GPU_ADVICE = {
+    "gpu_host": "fewer, larger launches: torch.compile(model, mode='reduce-overhead'), or a larger micro-batch",
+    "gpu_sync": "no .item(), .cpu(), print or torch.cuda.synchronize() in the step; copies with non_blocking=True",
+    "gpu_order": "fewer, larger kernels: torch.compile(model); let streams wait for one another only where they must",
+    "gpu_copy": "pinned memory and copies beside the computation: DataLoader(pin_memory=True), non_blocking=True",
+    "gpu_wait": "give each GPU as much to do as the others: batches by their cost, equal shares of experts or layers",
+}
+
+
 def _override(finding: Finding, config: Mapping[str, Any]) -> str:  # noqa: PLR0911 -- one answer a kind
     match finding.kind:
         case "data":
             return f"data.num_workers={max(2, 2 * _number(config, 'data', 'num_workers', 0))}"
         case "compute" if finding.node:
             return f"cluster.exclude={_excluded(config, finding.node)}"
-        case "batch" | "uneven":
+        case "batch" | "uneven" | "gpu_host":
             return f"train.micro_batch_size={2 * max(1, _number(config, 'train', 'micro_batch_size', 1))}"
         case "checkpoint":
             return f"train.checkpoint_every={max(4 * _number(config, 'train', 'checkpoint_every', 0), 100)}"

@@ -58,6 +58,8 @@ class RankTrace:
     """As :func:`hpcmm.analysis.projection.aggregate` gives it."""
     batches: pd.DataFrame | None = None
     """step, phase and size of each batch that a phase was told of; None where none was."""
+    starved: IntervalSet | None = None
+    """When its GPUs were idle because the host had not launched more; None where no GPU activity was traced."""
     silences: IntervalSet | None = None
     """When no thread of the process entered or left an OS call, though some do all the time."""
 
@@ -78,6 +80,7 @@ class RankTrace:
             waits=moved(self.waits),
             gpu=None if self.gpu is None else moved(self.gpu),
             blocked=blocked,
+            starved=self.starved and IntervalSet(clock(self.starved.start_ns), clock(self.starved.end_ns)),
             silences=self.silences and IntervalSet(clock(self.silences.start_ns), clock(self.silences.end_ns)),
         )
 
@@ -159,6 +162,7 @@ def _extract(
         device=device,
         gpu=gpu.rows,
         projection=gpu.projection,
+        starved=gpu.starved,
         batches=phases.batch_sizes(ranges, steps),
         silences=osrt.silences(report.osrt, pid),
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.study import Study
 from hpcmm.analysis.trace import RankTrace
 
@@ -179,30 +180,17 @@ def gpu_line(study: Study) -> str:
 
 
 def gpu_headline(study: Study) -> str:
-    """The largest loss of a capture without steps, or nothing where no GPU was traced."""
-    rows = _gpu_rows(study)
-    span = float(rows["span_s"].sum())
-    if rows.empty or span <= 0:
-        return ""
-    other = rows.groupby("idle_other_cause")["idle_other_s"].sum()
-    waited = rows["comm_wait_s"].clip(upper=rows["exposed_comm_s"])
-    causes = {
-        "idle time because the host launches its work too late": rows["idle_host_s"],
-        f"idle time ({other.idxmax()})": rows["idle_other_s"],
-        "waiting in collectives for the GPU that comes last": waited,
-        "communication without computing": rows["exposed_comm_s"] - waited,
-    }
-    cause = max(causes, key=lambda name: float(causes[name].sum()))
-    lost = causes[cause]
-    at = int((lost / rows["span_s"]).to_numpy(float).argmax())
-    worst = rows.iloc[at]
+    """The first bottleneck of a capture without steps, or nothing where no GPU was traced."""
+    rows, table = _gpu_rows(study), study.tables["bottlenecks"]
     devices = len(rows.drop_duplicates(["rank", "device"]))
-    where = "on one GPU" if devices == 1 else f"on {devices} GPUs"
-    told = f"of {seconds(span / devices)} {where} the largest loss is {cause}, {percent(float(lost.sum()) / span)}"
-    share = float(lost.iloc[at] / worst["span_s"])
-    if devices > 1 and share > 1.05 * float(lost.sum()) / span:
-        told += f", most of all {_gpu_name(worst)} ({percent(share)})"
-    return f"No steps are annotated; {told}."
+    if not devices:
+        return ""
+    where = "one GPU" if devices == 1 else f"{devices} GPUs"
+    told = f"No steps are annotated; of {seconds(float(rows['span_s'].sum()) / devices)} on {where}"
+    if table.empty:
+        return f"{told} nothing loses 2%."
+    row = table.iloc[0]
+    return f"{told} {percent(float(row['step_share']))} are lost to this: {plain(row['cause'])}."
 
 
 def late_line(study: Study) -> str:
@@ -212,8 +200,9 @@ def late_line(study: Study) -> str:
     if ordered.empty:
         return ""
     late = ordered.drop_duplicates(["group", "op", "sequence"])["late_rank"].value_counts()
-    devices = study.tables["gpu"].drop_duplicates("rank").set_index("rank")
-    who = _gpu_name(devices.loc[late.index[0]]) if late.index[0] in devices.index else f"rank {late.index[0]}"
+    devices = study.tables["gpu"].drop_duplicates("rank")
+    of_last = devices[devices["rank"] == late.index[0]]
+    who = plain(device_name(of_last.iloc[0])) if len(of_last) else f"rank {late.index[0]}"
     waited = float(ordered["wait_s"].sum())
     return (
         f"{who} arrives last at {late.iloc[0]} of {late.sum()} collectives that GPUs had to wait in, {seconds(waited)} "
@@ -226,10 +215,3 @@ def _gpu_rows(study: Study) -> pd.DataFrame:
     table = study.tables["gpu"]
     steady = table[table["step"].notna() & ~table["warmup"].astype(bool)]
     return steady if len(steady) else table
-
-
-def _gpu_name(row: pd.Series) -> str:
-    rank = row.get("rank", row.name)
-    owner = f"rank {rank}" if int(str(rank)) >= 0 else f"process {row['pid']}"
-    on = f" on {plain(row['node'])}" if row["node"] else ""
-    return f"GPU {row['device']} of {owner}{on}"

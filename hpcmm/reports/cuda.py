@@ -61,6 +61,8 @@ class CudaEvents:
     ranges: pd.DataFrame
     nccl_calls: pd.DataFrame
     """As :func:`hpcmm.reports.nccl_calls.read_nccl_calls` gives them; mostly none."""
+    synchronisations: pd.DataFrame
+    """Calls in which the host waits for the device: start_ns, end_ns, pid."""
 
 
 def read_cuda(database: ReportDatabase, domains: Mapping[tuple[int, int], str], damage: list[str]) -> CudaEvents | None:
@@ -78,7 +80,10 @@ def read_cuda(database: ReportDatabase, domains: Mapping[tuple[int, int], str], 
         activities[column] = activities[column].astype("category")
     activities = activities.sort_values("start_ns", kind="stable", ignore_index=True)
     return CudaEvents(
-        activities.drop(columns="correlation"), _read_ranges(database, domains, damage), read_nccl_calls(database)
+        activities.drop(columns="correlation"),
+        _read_ranges(database, domains, damage),
+        read_nccl_calls(database),
+        _read_synchronisations(database),
     )
 
 
@@ -158,6 +163,24 @@ def _with_launches(database: ReportDatabase, activities: pd.DataFrame, damage: l
     columns = (start[order][at], end[order][at], thread[order][at] & ID_MASK)
     launches = {name: np.where(found, values, UNKNOWN) for name, values in zip(LAUNCH_COLUMNS, columns, strict=True)}
     return activities.assign(pid=pid, **launches)
+
+
+def _read_synchronisations(database: ReportDatabase) -> pd.DataFrame:
+    """Calls of the runtime or the driver that return only once the device has done what it was given."""
+    rows: list[tuple[object, ...]] = []
+    if database.has(RUNTIME, "start", "end", "globalTid", "nameId") and database.has("StringIds", "id", "value"):
+        query = f"""
+            SELECT start, "end", globalTid >> {PID_SHIFT} & {ID_MASK} FROM {RUNTIME} JOIN {database.strings()}
+            ON StringIds.id = nameId WHERE (value LIKE 'cu%Synchronize%'
+            OR ((value LIKE 'cudaMemcpy%' OR value LIKE 'cuMemcpy%') AND value NOT LIKE '%Async%'))
+            AND typeof(start) = 'integer' AND typeof("end") = 'integer' AND start BETWEEN 0 AND "end"
+            AND "end" <= {MAX_NS} AND typeof(globalTid) = 'integer'
+        """  # noqa: S608
+        try:
+            rows = database.rows(query)
+        except HpcmmError:
+            rows = []
+    return pd.DataFrame(rows, columns=["start_ns", "end_ns", "pid"]).astype(np.int64)
 
 
 def _read_ranges(database: ReportDatabase, domains: Mapping[tuple[int, int], str], damage: list[str]) -> pd.DataFrame:

@@ -48,8 +48,11 @@ CREATE TABLE CUPTI_ACTIVITY_KIND_MEMCPY (start INTEGER NOT NULL, end INTEGER NOT
 CREATE TABLE NVTX_PAYLOAD_SCHEMA_ENTRIES (domainId INTEGER, schemaId INTEGER, idx INTEGER, type INTEGER, name TEXT,
     offset INTEGER);
 """
-GEMM, ADAM, NCCL, LAUNCH, COPY = range(5)
-STRINGS = ("gemm", "adam", "ncclDevKernel_AllReduce_Sum_f32_RING_LL", "cudaLaunchKernel", "cudaMemcpyAsync")
+GEMM, ADAM, NCCL, LAUNCH, COPY, SYNCHRONISE = range(6)
+STRINGS = (
+    "gemm", "adam", "ncclDevKernel_AllReduce_Sum_f32_RING_LL", "cudaLaunchKernel", "cudaMemcpyAsync",
+    "cudaDeviceSynchronize_v3020",
+)  # fmt: skip
 HPCMM, COMM, NCCL_DOMAIN = 1, 2, 3
 
 
@@ -66,6 +69,8 @@ class GpuRun:
     missed: int = 0
     """All-reduces that the capture of the last rank missed at its begin."""
     ranks_per_report: int = 1
+    host_waits: bool = False
+    """Whether the host waits for the copy, from 0.3 to 0.9, before it launches the forward kernel."""
 
     def write(self, folder: Path) -> Path:
         """The exports of four ranks in ``folder``."""
@@ -134,6 +139,9 @@ class _Rank:
             self.range(at(2.99, 3.02), "ncclAllReduce", NCCL_DOMAIN, nccl=True)
             self.launch(at(3), at(6 + late, 10), NCCL, stream=20)
         self.launch(at(10.5), at(11, 12.5), ADAM)
+        if self.run.host_waits:
+            call = (*at(0.3, 0.9), 0, self.thread, 0, SYNCHRONISE, 0, None)
+            insert(self.connection, "CUPTI_ACTIVITY_KIND_RUNTIME", call)
 
     def range(self, span, name, domain, kind=59, payload=None, nccl=False) -> None:
         text = blob = None

@@ -1,0 +1,89 @@
+"""What GPUs lose, as rows of ``bottlenecks``: made-up runs of known times, and two H100s."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_gpu import GpuRun
+
+from hpcmm.analysis.gpu_findings import excess, in_steps, of_capture
+from hpcmm.analyze import Analysis, analyze
+from hpcmm.page.verdict import headline
+
+
+def by_cause(analysis: Analysis) -> pd.DataFrame:
+    return analysis.bottlenecks().set_index("cause")
+
+
+def test_idle_gpus_are_a_row_and_the_headline_says_the_same(gpu_run: Analysis) -> None:
+    row = gpu_run.bottlenecks().iloc[0]
+    assert row["cause"] == "GPU idle: the host launches late"
+    assert row["lost_s_per_step"] == pytest.approx(2.4e-3)
+    assert "idle until the host has launched more: 0.0024 s a step" in row["evidence"]
+    assert headline(gpu_run.study) == "GPU idle: the host launches late costs 2.4 ms of each 12 ms step (20%)."
+    assert by_cause(gpu_run).loc["communication transfer", "lost_s_per_step"] == pytest.approx(1e-3)
+
+
+def test_a_host_that_waits_for_its_gpu_is_told_from_one_that_is_late(tmp_path: Path) -> None:
+    run = analyze(GpuRun(host_waits=True).write(tmp_path / "run"))
+    rows = by_cause(run)
+    assert rows.loc["GPU idle: the host waits for it first", "lost_s_per_step"] == pytest.approx(1.4e-3)
+    assert rows.loc["GPU idle: the host launches late", "lost_s_per_step"] == pytest.approx(1.0e-3)
+    assert ".item()" in rows.loc["GPU idle: the host waits for it first", "suggestion"]
+    gpu = run.gpu()
+    assert gpu.loc[gpu["step"] == 5, "idle_sync_s"].to_numpy() == pytest.approx(1.4e-3)
+
+
+def test_without_steps_the_whole_capture_counts_as_one(tmp_path: Path) -> None:
+    run = analyze(GpuRun(steps=20, annotated=False, late_ms=2.0, ranks_per_report=2).write(tmp_path / "run"))
+    rows = by_cause(run)
+    gpu = run.gpu()
+    host = (gpu["idle_host_s"] - gpu["idle_sync_s"]).mean()
+    assert rows.loc["GPU idle: the host launches late", "lost_s_per_step"] == pytest.approx(host)
+    assert rows["step_share"].max() == pytest.approx(host / gpu["span_s"].mean())
+    waited = gpu["comm_wait_s"].clip(upper=gpu["exposed_comm_s"]).mean()  # computation hides the rest
+    assert rows.loc["imbalance between GPUs", "lost_s_per_step"] == pytest.approx(waited)
+
+
+def test_two_h100s(h100: Analysis) -> None:
+    table = h100.bottlenecks()
+    gpu = h100.gpu()
+    assert list(table["cause"]) == [
+        "GPU idle: the host launches late",
+        "imbalance between GPUs",
+        "communication transfer",
+    ]
+    assert table["lost_s_per_step"].iloc[0] == pytest.approx((gpu["idle_host_s"] - gpu["idle_sync_s"]).mean())
+    assert table["rank"].iloc[1] == gpu.loc[gpu["pid"] == 145, "rank"].iloc[0]
+    assert "wait in collectives for GPU 1 of process 145 on modal" in table["evidence"].iloc[1]
+    first = table.iloc[0]
+    assert f"{first['step_share']:.1%}"[:-2] in headline(h100.study)
+    assert first["cause"] in headline(h100.study)
+
+
+def test_each_row_points_to_a_device_of_the_table(h100: Analysis) -> None:
+    gpu = h100.gpu()
+    for pointer in h100.bottlenecks()["evidence_rows"]:
+        filters = dict(word.split("=") for word in pointer.removeprefix("gpu: ").split())
+        assert len(gpu[(gpu["rank"] == int(filters["rank"])) & (gpu["device"] == int(filters["device"]))]) == 1
+
+
+def test_what_other_rows_explain_of_the_idle_time_is_not_counted_twice(gpu_run: Analysis) -> None:
+    rows = {finding.kind: finding.lost_s for finding in in_steps(gpu_run.gpu(), accounted_s=2e-3)}
+    assert rows["gpu_host"] == pytest.approx(0.4e-3)
+
+
+def test_a_late_ranks_gpu_tells_whether_it_computes_or_idles_longer(gpu_run: Analysis) -> None:
+    gpu = gpu_run.gpu()
+    assert excess(gpu, 1) == ""
+    slow = gpu["rank"] == 1
+    longer = gpu.assign(compute_s=gpu["compute_s"] + 0.003 * slow)
+    assert excess(longer, 1) == "its GPU computes 0.003 s a step longer than its peers'"
+    idler = gpu.assign(idle_host_s=gpu["idle_host_s"] + 0.002 * slow)
+    assert excess(idler, 1) == "its GPU is idle 0.002 s a step longer than its peers'"
+
+
+def test_no_gpu_no_rows() -> None:
+    nothing = pd.DataFrame(columns=["step", "warmup"])
+    assert in_steps(nothing, 0.0) == of_capture(nothing, nothing) == []
+    assert excess(nothing, 0) == ""
