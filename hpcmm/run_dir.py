@@ -44,7 +44,7 @@ class RunDir:
 
     @property
     def exit_status(self) -> Path:
-        """A line for each time that the batch script ran to its end: the job's id and exit status."""
+        """A line for each time that the batch script ended: the job's id, and its exit status or ``stopped``."""
         return self.root / "exit_status"
 
     @property

@@ -88,10 +88,13 @@ class Ledger:
         }
 
     def _ended(self, point: LedgerPoint) -> str:
-        """A task that was killed with its batch script left no line."""
+        """By the last line of its job; a task that was killed with its batch script left none."""
+        if not point.jobs:
+            return FAILED
         status = self.run(point).exit_status
         lines = status.read_text(encoding="ascii", errors="replace").split("\n") if status.is_file() else []
-        return COMPLETED if point.jobs and f"{point.job_id} 0" in lines else FAILED
+        own = [line for line in lines if line.partition(" ")[0] == point.job_id]
+        return COMPLETED if own[-1:] == [f"{point.job_id} 0"] else FAILED
 
 
 def _is_whole(point: LedgerPoint) -> bool:

@@ -190,7 +190,7 @@ def jobs(request, slurm_cluster, tmp_path_factory):
         jobs.signal_rank("memory", 0, signal.SIGHUP)
         jobs.await_rank("cancel", 0, "imports")
         jobs.broken("cancel")
-        assert jobs.module("hpcmm.jobs", "cancel", "cancel").returncode == 0
+        assert jobs.module("hpcmm.jobs", "cancel", "cancel", "--wait=0").returncode == 0
         failures = jobs.all["link_cut"].run / "failures"
         wait_until(lambda: len(list(failures.glob("*/rank_*.error.json"))) >= 2, 60)
         slurm_cluster.fault("restore", third)
@@ -278,10 +278,10 @@ def test_a_cancelled_job_and_one_out_of_time_are_nobody_s_failure(jobs):
 
 
 def test_every_job_ended_within_its_bound(jobs):
-    usual = 45 if jobs.profile == "off" else 75  # the other ranks finish their reports
+    usual = 45 if jobs.profile == "off" else 120  # the other ranks finish their reports
     bounds = {"hang": 120, "node_failure": 150, "link_cut": 120, "time_limit": 150, "import": 90, "data": 90}
     took = {name: job.seconds_to_end for name, job in jobs.all.items()}
-    assert all(took[name] < bounds.get(name, usual) for name in took), took
+    assert {name: took[name] for name in took if took[name] >= bounds.get(name, usual)} == {}
 
 
 def test_the_reports_of_ranks_that_did_not_fail_outlive_the_job(jobs):

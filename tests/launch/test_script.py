@@ -68,6 +68,16 @@ def test_the_setup_lines_run_before_all_else(tmp_path):
     assert shown.stdout.split() == ["1", "2", "/shared/runs/demo-1/code/hpcmm:/already"]
 
 
+@pytest.mark.parametrize(
+    ("ending", "noted"), [("exit 3", "3"), ("true; kill -TERM $$; sleep 1", "143"), ("outcome=stopped", "stopped")]
+)
+def test_the_script_notes_how_it_ended_also_when_it_is_cancelled(tmp_path, ending, noted):
+    text = rendered(root=str(tmp_path))
+    head = text[text.index("run_dir=") : text.index("\n# USR1")]
+    subprocess.run(["bash", "-c", head + ending], env={"SLURM_JOB_ID": "7", "PATH": "/bin:/usr/bin"}, check=False)
+    assert (tmp_path / "exit_status").read_text() == f"7 {noted}\n"
+
+
 def test_every_site_option_reaches_the_script():
     text = rendered(
         "cluster.partition=gpu", "cluster.account=proj", "cluster.qos=high", "cluster.constraint=a30",

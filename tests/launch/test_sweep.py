@@ -6,7 +6,7 @@ import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.launch import ledger as ledger_module
-from hpcmm.launch.array import plan_sweep
+from hpcmm.launch.array import plan_sweep, resubmit
 from hpcmm.launch.ledger import Ledger, LedgerPoint, read_ledger
 from hpcmm.launch.sweep import compose_points
 from hpcmm.run_dir import SweepDir
@@ -77,15 +77,28 @@ def ledger_of(folder, jobs):
 
 
 def test_the_state_of_a_point_is_that_of_its_latest_job(tmp_path, monkeypatch):
-    ledger = ledger_of(tmp_path, [["7"], ["7"], ["7", "9"], ["7", "9"], ["7"], []])
+    ledger = ledger_of(tmp_path, [["7"], ["7"], ["7", "9"], ["7", "9"], ["7"], [], ["7"], ["7"]])
     asked = []
     monkeypatch.setattr(
         ledger_module, "array_states", lambda jobs: asked.append(sorted(jobs)) or {"7_4": "RUNNING", "7_0": "COMPLETED"}
     )
-    for index, text in {0: "7_0 0\n", 1: "7_1 1\n", 2: "7_2 1\n9_2 0\n", 3: "7_3 0\n"}.items():
+    requeued = {6: "7_6 stopped\n7_6 0\n", 7: "7_7 0\n7_7 143\n"}
+    for index, text in ({0: "7_0 0\n", 1: "7_1 1\n", 2: "7_2 1\n9_2 0\n", 3: "7_3 0\n"} | requeued).items():
         (tmp_path / f"{index:04d}" / "exit_status").write_text(text)
-    assert ledger.states() == {0: "COMPLETED", 1: "FAILED", 2: "COMPLETED", 3: "FAILED", 4: "ACTIVE", 5: "FAILED"}
+    done, failed, active = "COMPLETED", "FAILED", "ACTIVE"
+    assert [*ledger.states().values()] == [done, failed, done, failed, active, failed, done, failed]
     assert asked == [["7", "9"]]
+
+
+def test_only_one_launcher_at_a_time_submits_points(tmp_path):
+    ledger = ledger_of(tmp_path, [["7"]])
+    with ledger.locked():
+        with pytest.raises(HpcmmError, match="being submitted by another launch"), read_ledger(tmp_path).locked():
+            pass
+        with pytest.raises(HpcmmError, match="being submitted by another launch"):
+            resubmit(tmp_path)
+    with ledger.locked():
+        pass
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"points": []}', '{"points": [{"index": 0}]}', '{"points": [{}]}'])

@@ -21,11 +21,14 @@ run_dir=/shared/runs/demo-1
 job_id=$SLURM_JOB_ID
 python=/env/bin/python
 port_holder=
+outcome= # in place of the exit status, where that does not tell it
 at_exit() {
-    echo "$job_id $?" >> "$run_dir/exit_status"
+    local status=$?
+    echo "$job_id ${outcome:-$status}" >> "$run_dir/exit_status"
     [ -z "$port_holder" ] || kill "$port_holder" 2> /dev/null || true
 }
 trap at_exit EXIT
+trap 'exit 143' TERM # else the status of the last command would be taken for the job's
 
 # USR1, Slurm's warning of an end: the ranks see the file, save a checkpoint and stop; the job goes back into the queue.
 # USR2, sent by `scancel --batch --signal=USR2 JOB`: the same, but the job is over then.
@@ -67,6 +70,7 @@ while :; do
     [ "$warned" = yes ] || break # a signal with a trap ends the wait only
 done
 
+[ ! -e "$run_dir/stopped" ] || outcome=stopped
 if [ "$goes_on" = yes ] && [ -e "$run_dir/stopped" ]; then
     echo "hpcmm: stopped with a checkpoint; job $SLURM_JOB_ID goes back into the queue and then on from there."
     scontrol update JobId="$SLURM_JOB_ID" Requeue=1
