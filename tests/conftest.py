@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,15 +87,32 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
             assert stopped.returncode == 0, stopped.stderr
 
 
+@pytest.fixture(scope="module")
+def spare_clusters(slurm_cluster: SlurmCluster) -> Iterator[Callable[[], SlurmCluster]]:
+    """Makes state directories of further clusters, which may be started and stopped beside the first."""
+    made: list[SlurmCluster] = []
+
+    def make() -> SlurmCluster:
+        made.append(SlurmCluster(Path(tempfile.mkdtemp(prefix="hpcmm-", dir="/tmp"))))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        _remove(cluster)
+
+
 @pytest.fixture
 def spare_cluster(slurm_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
-    """The state directory of a second cluster, which may be started and stopped beside the first."""
-    directory = Path(tempfile.mkdtemp(prefix="hpcmm-", dir="/tmp"))
-    cluster = SlurmCluster(directory)
+    """The state directory of a second cluster, for one test."""
+    cluster = SlurmCluster(Path(tempfile.mkdtemp(prefix="hpcmm-", dir="/tmp")))
     yield cluster
-    if directory.exists():
-        stopped = cluster.command("down", "--purge") if any(directory.iterdir()) else None
-        shutil.rmtree(directory, ignore_errors=True)
+    _remove(cluster)
+
+
+def _remove(cluster: SlurmCluster) -> None:
+    if cluster.directory.exists():
+        stopped = cluster.command("down", "--purge") if any(cluster.directory.iterdir()) else None
+        shutil.rmtree(cluster.directory, ignore_errors=True)
         assert stopped is None or stopped.returncode == 0, stopped.stderr
 
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wait", type=int, default=120, metavar="S", help="seconds to wait for nodes (default: 120)")
     parser.add_argument("--no-nsys", action="store_true", help="do not record a range with nsys (saves 10 s a node)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         check_working_directory()
         config = compose_run(options.overrides)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpcmm.config import RunConfig
+from hpcmm.config import ClusterConfig, RunConfig
 
 CANNOT_START = {
     "PartitionConfig": "breaks a limit of its partition",
@@ -15,6 +15,14 @@ CANNOT_START = {
     "QOSNotAllowed": "qos",
     "InvalidAccount": "account",
     "InvalidQOS": "qos",
+    **dict.fromkeys(
+        (
+            f"{whose}{limit}"
+            for whose in ("QOS", "Assoc")
+            for limit in ("MaxWallDurationPerJobLimit", "MaxNodePerJobLimit", "MaxCpuPerJobLimit", "MaxGRESPerJob")
+        ),
+        "accounting/qos policy",
+    ),
 }
 """Reasons to wait that waiting does not mend, with the words in which sbatch refuses the same elsewhere."""
 
@@ -30,7 +38,7 @@ def refusal(config: RunConfig, complaint: str) -> str:
         printable(line).strip().removeprefix("sbatch: ").removeprefix("error: ").strip()
         for line in complaint.splitlines()
     ]
-    said = " ".join(line for line in lines if line) or "sbatch said nothing"
+    said = "; ".join(line for line in lines if line) or "sbatch said nothing"
     return f"Slurm refused the job ({said}). {_cure(config, said)}"
 
 
@@ -43,7 +51,7 @@ def _cure(config: RunConfig, complaint: str) -> str:
     cluster = config.cluster
     nodes = (
         f"Asked for are {cluster.nodes} nodes with {cluster.ranks_per_node} ranks of {cluster.cpus_per_rank} CPUs and "
-        f"{cluster.gpus_per_node} GPUs each: `sinfo -o '%P %D %c %m %G'` shows what there is."
+        f"{cluster.gpus_per_node} {_gpus(cluster)} each: `sinfo -o '%P %D %c %m %G'` shows what there is."
     )
     # In this order: the first that is found in sbatch's words is meant.
     cures = {
@@ -67,7 +75,10 @@ def _cure(config: RunConfig, complaint: str) -> str:
         "no partition specified": "The cluster has no default partition: name one with cluster.partition.",
         "partition": f"cluster.partition is {cluster.partition}, which refuses you: see `scontrol show partition`.",
         "account": f"cluster.account is {cluster.account}: `sacctmgr show associations user=$USER` lists yours.",
-        "qos": f"cluster.qos is {cluster.qos}: `sacctmgr show qos` lists them.",
+        "qos": (
+            f"cluster.qos is {cluster.qos} and cluster.account {cluster.account}: `sacctmgr show associations "
+            "user=$USER format=account,partition,qos` lists which go together."
+        ),
         "memory specification": f"cluster.memory_gb is {cluster.memory_gb}: `sinfo -o '%n %m'` shows what nodes have.",
         "time limit": f"cluster.time_limit_min is {cluster.time_limit_min}: `sinfo -o '%P %l'` shows the limits.",
         "invalid feature": f"cluster.constraint is {cluster.constraint}: `sinfo -o '%n %f'` lists what nodes have.",
@@ -76,6 +87,8 @@ def _cure(config: RunConfig, complaint: str) -> str:
         "job array": (
             "The sweep has more points than MaxArraySize in `scontrol show config` allows: split it into smaller ones."
         ),
+        "reservation": "cluster.sbatch.reservation names none that is open to you: `scontrol show reservation`.",
+        "license": "cluster.sbatch.licenses names none that there is: `scontrol show licenses`.",
         "node count": nodes,
         "node configuration is not available": nodes,
         "more processors requested": nodes,
@@ -88,3 +101,7 @@ def _cure(config: RunConfig, complaint: str) -> str:
     }
     lowered = complaint.lower()
     return next((cure for said, cure in cures.items() if said in lowered), "Change the cluster settings and try again.")
+
+
+def _gpus(cluster: ClusterConfig) -> str:
+    return f"GPUs of type {cluster.gpu_type}" if cluster.gpu_type else "GPUs"

@@ -14,6 +14,9 @@ URGENT_QOS = "urgent"
 GRACE_S = 60
 """Seconds that a preempted job may take to end."""
 
+EXTRA = "extra.conf"
+"""File in ``etc/`` with lines of one's own for slurm.conf, such as the rules of a site that are to be tried."""
+
 CPUS_PER_NODE = 8
 CONTROLLER_PORT = 26817
 NODE_PORT = 26818
@@ -23,7 +26,9 @@ ACCOUNTING_PORT = 26819
 def write(layout: Layout) -> None:
     """Write all four files; slurmdbd insists that its own is closed to others."""
     memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    layout.slurm_conf.write_text(slurm_conf(layout, memory_mb))
+    extra = layout.etc / EXTRA
+    lines = extra.read_text() if extra.is_file() else ""
+    layout.slurm_conf.write_text(slurm_conf(layout, memory_mb) + lines)
     (layout.etc / "gres.conf").write_text(gres_conf(layout))
     (layout.etc / "cgroup.conf").write_text("IgnoreSystemd=yes\n")
     accounting = layout.etc / "slurmdbd.conf"
