@@ -185,7 +185,10 @@ def build_datasets(root: Path, data: DataConfig, seed: int) -> tuple[TrainImages
         test_categories = test_reader.categories(test_root, data.test_categories)
     test = [sample for category in test_categories for sample in test_reader.test(test_root, category, flaws)]
     flaws.sum_up(len(train) + len(test) + len(flaws), "images")
-    return train_images, TestImages(test, read_captions(test_root, test_categories), data)
+    test_images = TestImages(test, read_captions(test_root, test_categories), data)
+    if not len(test_images):
+        raise HpcmmError(f"No image to score in {test_root} can be used; see the warnings before.")
+    return train_images, test_images
 
 
 def draw_shots(samples: list[Sample], category: str, shots: int | None, seed: Sequence[int]) -> list[Sample]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -22,7 +22,7 @@ from hpcmm.models.losses import AnomalyLoss
 from hpcmm.models.scores import image_auroc, pixel_auroc
 from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.train.data_root import data_config, data_root
-from hpcmm.train.sampling import EndlessSampler
+from hpcmm.train.sampling import EndlessSampler, even_share
 
 log = logging.getLogger("hpcmm.train")
 
@@ -64,18 +64,19 @@ class AnomalyTask:
     @torch.no_grad()
     def evaluate(self, engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int) -> dict[str, float]:
         """Image and pixel AUROC on the held-out images, which the ranks share out. Only rank 0 gets the result."""
-        own = Subset(self._test, range(rank, len(self._test), world_size))
+        share = range(rank, len(self._test), world_size)
+        own = Subset(self._test, even_share(len(self._test), rank, world_size))
         loader: DataLoader[Any] = DataLoader(own, batch_size=self._config.train.micro_batch_size, collate_fn=collate)
         merge_batch_statistics(engine.module)
         engine.eval()
-        results = [self._score(engine, batch) for batch in loader]
+        scored = _joined([self._score(engine, batch) for batch in loader])
         engine.train()
-        gathered: list[list[dict[str, np.ndarray]]] | None = [[] for _ in range(world_size)] if rank == 0 else None
-        dist.gather_object(results, gathered, dst=0)
+        own_scores = {name: values[: len(share)] for name, values in scored.items()}
+        gathered: list[dict[str, np.ndarray]] | None = [{}] * world_size if rank == 0 else None
+        dist.gather_object(own_scores, gathered, dst=0)
         if gathered is None:
             return {}
-        merged = [result for of_rank in gathered for result in of_rank]
-        columns = {name: np.concatenate([result[name] for result in merged]) for name in merged[0]}
+        columns = _joined(gathered)
         areas = {
             "image_auroc": image_auroc(columns["score"], columns["label"]),
             "pixel_auroc": pixel_auroc(columns["map"], columns["mask"]),
@@ -93,3 +94,8 @@ class AnomalyTask:
             "mask": batch["mask"][:, 0].numpy().astype(bool),
             "map": AnomalyModel.anomaly_map(logits).cpu().numpy(),
         }
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The parts' columns, one after the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
