@@ -42,12 +42,18 @@ COLUMNS = [
 
 
 def gather(
-    traces: Sequence[RankTrace], rows: pd.DataFrame, steps: StepTimes, expected_ranks: int, gpu: pd.DataFrame
+    traces: Sequence[RankTrace],
+    rows: pd.DataFrame,
+    steps: StepTimes,
+    expected_ranks: int,
+    gpu: pd.DataFrame | None = None,
 ) -> Evidence:
     """Charge all waiting, in seconds a step. ``gpu`` is the table of that name."""
     parts = delay.work_parts(traces)
-    losses = propagation.losses_by_step(traces, rows, parts, steps.numbers) / NS_PER_S
-    return Evidence(traces, rows, steps, parts, losses, expected_ranks, gpu)
+    groups = propagation.charged_groups(rows, parts)
+    losses = propagation.losses_by_step(groups, len(traces), parts, steps.numbers) / NS_PER_S
+    on_gpus = pd.DataFrame() if gpu is None else gpu
+    return Evidence(traces, rows, steps, parts, groups, losses, expected_ranks, on_gpus)
 
 
 def find(evidence: Evidence) -> list[Finding]:

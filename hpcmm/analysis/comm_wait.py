@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import delay
-from hpcmm.analysis.delay import UNEXPLAINED, Floats, Singles, WorkParts
+from hpcmm.analysis.delay import UNEXPLAINED, Floats, Singles
+from hpcmm.analysis.findings import Evidence
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.osrt import NS_PER_S
-from hpcmm.analysis.steps import StepTimes
-from hpcmm.analysis.trace import RankTrace
 
 COLUMNS = [
     "rank",
@@ -30,8 +29,9 @@ COLUMNS = [
 ]
 
 
-def comm_wait(traces: Sequence[RankTrace], rows: pd.DataFrame, steps: StepTimes, parts: WorkParts) -> pd.DataFrame:
+def comm_wait(evidence: Evidence) -> pd.DataFrame:
     """One row a rank and phase with communication (COLUMNS), over the steps that are not warm-up."""
+    traces, rows, steps, parts = evidence.traces, evidence.rows, evidence.steps, evidence.parts
     used = ["trace", "phase", "start_ns", "end_ns", "exposed_wait_ns", "exposed_transfer_ns"]
     inside = rows[used][rows["step"].isin(steps.numbers)]
     if inside.empty or not len(steps.numbers):
@@ -39,8 +39,7 @@ def comm_wait(traces: Sequence[RankTrace], rows: pd.DataFrame, steps: StepTimes,
     per_step = NS_PER_S * len(steps.numbers)
     ranks = np.array([trace.rank for trace in traces])
     exposed = [delay.exposed_communication(trace) for trace in traces]
-    groups = delay.group_arrivals(rows)
-    causes = [delay.fractions(delay.excess_work(group, parts)) for group in groups]
+    causes = [group.fractions for group in evidence.groups]
     found = []
     for phase, of_phase in inside.groupby("phase", sort=True):
         chosen = rows["step"].isin(steps.numbers) & (rows["phase"] == phase)

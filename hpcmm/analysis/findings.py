@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.delay import BETWEEN_STEPS, SUBPROCESS, Floats, WorkParts
+from hpcmm.analysis.propagation import ChargedGroup
 from hpcmm.analysis.steps import StepTimes
 from hpcmm.analysis.trace import RankTrace
 
@@ -77,6 +78,7 @@ class Evidence:
     """Matched collectives with exposed waits."""
     steps: StepTimes
     parts: WorkParts
+    groups: Sequence[ChargedGroup]
     losses: Floats
     """Seconds by (step, trace, part), a mean over ranks; the last part is what nothing explains."""
     expected_ranks: int

@@ -26,7 +26,6 @@ from hpcmm.analysis.delay import (
     group_arrivals,
     window_starts,
 )
-from hpcmm.analysis.trace import RankTrace
 
 Cause = tuple[int, int]
 """Trace, and part of its work (the last for what no part explains)."""
@@ -36,16 +35,15 @@ MAX_DEPTH = 16
 
 
 def losses_by_step(
-    traces: Sequence[RankTrace], rows: pd.DataFrame, parts: WorkParts, steps: npt.NDArray[np.int64]
+    groups: Sequence[ChargedGroup], traces: int, parts: WorkParts, steps: npt.NDArray[np.int64]
 ) -> Floats:
     """Loss that each rank's parts cause in each step: shape (steps, traces, parts + 1), ns, mean over all ranks.
 
     A delay counts in the step in which the late rank arrived. Collectives outside ``steps`` are left out.
     """
-    total = np.zeros((len(steps), len(traces), len(parts.names) + 1))
+    total = np.zeros((len(steps), traces, len(parts.names) + 1))
     if not len(steps):
         return total
-    groups = [_Group(arrivals, excess_work(arrivals, parts)) for arrivals in group_arrivals(rows)]
     if len(groups) > 1:
         chain = _Chain(groups)
     for index, group in enumerate(groups):
@@ -61,10 +59,15 @@ def losses_by_step(
         for instance, column in np.argwhere((passed > 0) & known & (cost > 0)):
             for (trace, part), share in chain.waiting_cause(index, int(instance), int(column)).items():
                 total[place[instance, column], trace, part] += cost[instance, column] * passed[instance, column] * share
-    return total / max(len(traces), 1)
+    return total / max(traces, 1)
 
 
-class _Group:
+def charged_groups(rows: pd.DataFrame, parts: WorkParts) -> list[ChargedGroup]:
+    """All groups of the matched collectives ``rows``, in the order of :func:`hpcmm.analysis.delay.group_arrivals`."""
+    return [ChargedGroup(arrivals, excess_work(arrivals, parts)) for arrivals in group_arrivals(rows)]
+
+
+class ChargedGroup:
     """One group's arrivals, and which part of its own work made each of them late."""
 
     def __init__(self, arrivals: GroupArrivals, excess: Singles) -> None:
@@ -103,7 +106,7 @@ class _Group:
 class _Chain:
     """Causes of waiting across groups, each found once."""
 
-    def __init__(self, groups: Sequence[_Group]) -> None:
+    def __init__(self, groups: Sequence[ChargedGroup]) -> None:
         self._groups = groups
         self._of_trace: dict[int, list[int]] = defaultdict(list)
         for index, group in enumerate(groups):

@@ -168,7 +168,7 @@ def _derive(ledger: Ledger, record: RunRecord, progress: Progress, reference: Re
             "phases_summary": lambda: phases_summary(made["phases"], steps),
             "efficiency": lambda: efficiency(made["phases"], steps, reference, samples_per_step(record.config)),
             "collectives": lambda: tables.collectives_table(rows),
-            "comm_wait": lambda: comm_wait(traces, rows, steps, evidence().parts),
+            "comm_wait": lambda: comm_wait(evidence()),
             "gpu": lambda: gpu_tables.gpu_table(traces, rows, steps.warmup_number),
             "projection": lambda: gpu_tables.projection_table(traces),
             "delays": lambda: tables.delays_table(evidence()),

@@ -17,7 +17,7 @@ def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
     """One override or command for ``finding``; ``config`` is the run's own configuration, empty where there is none."""
     if finding.kind in {"stall", "subprocess"} or (finding.kind == "transfer" and finding.node):
         return _shell(finding)
-    if finding.kind in _GPU_ADVICE and not (config and finding.kind == "gpu_host"):  # a key of ours helps there
+    if finding.kind in _GPU_ADVICE and not (config and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
     return _override(finding, config) if config else _advice(finding)
 
@@ -41,13 +41,17 @@ _GPU_ADVICE = {
 }
 
 
+_HELPED_BY_LARGER_BATCHES = {"gpu_host", "gpu_sync", "gpu_order"}
+"""More work a launch, for a run whose batch is a key of ours."""
+
+
 def _override(finding: Finding, config: Mapping[str, Any]) -> str:  # noqa: PLR0911 -- one answer a kind
     match finding.kind:
         case "data":
             return f"data.num_workers={max(2, 2 * _number(config, 'data', 'num_workers', 0))}"
         case "compute" if finding.node:
             return f"cluster.exclude={_excluded(config, finding.node)}"
-        case "batch" | "uneven" | "gpu_host":
+        case "batch" | "uneven" | "gpu_host" | "gpu_sync" | "gpu_order":
             return f"train.micro_batch_size={2 * max(1, _number(config, 'train', 'micro_batch_size', 1))}"
         case "checkpoint":
             return f"train.checkpoint_every={max(4 * _number(config, 'train', 'checkpoint_every', 0), 100)}"

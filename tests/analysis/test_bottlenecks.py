@@ -273,6 +273,9 @@ def test_overrides_compose_against_the_configuration(kind: str, node: str, tmp_p
     if kind in {"stall", "subprocess"} or (kind == "transfer" and node):
         assert words[0] in {"srun", "grep"}
         return
+    if kind in {"gpu_copy", "gpu_wait"}:  # nothing that a key could change: advice in words
+        assert "=" not in words[0]
+        return
     assert len(words) == 1
     key, value = words[0].split("=", 1)
     composed = compose_run(["experiment=anomaly_demo", *words])
