@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hpcmm import config as run_config
 from hpcmm.config import Layout, RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.evaluate.runs import find_runs
 from hpcmm.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -26,12 +28,19 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Load the newest checkpoint of each run, score the held-out images, and write to DIR:
-  scores.csv     every run by category: image and pixel AUROC, PRO, F1, accuracy
-  summary.csv    every model's mean over its seeds, with a 95% confidence interval
-  maps.png       an image a category with its true defect and each model's heat map
-A run's model is called by its decoder; a second run of one decoder and seed also by its name.
+  scores.csv       every run by category: image and pixel AUROC, PRO, F1, accuracy
+  summary.csv      every model's mean over its seeds, with a 95% confidence interval
+  comparison.md    the models side by side, with what may be concluded
+  comparison.tex   the same tables for LaTeX (booktabs)
+  comparison.png   the same as a chart
+  maps.png         an image a category with its true defect and each model's heat map
+A RUN is a run directory, or a sweep's folder or ledger for all of its points. A run's model is called by its decoder
+and by what else a sweep set; a second run of one model and seed also by its name.
 F1 is the largest over all thresholds, accuracy is the one at that threshold.
 """
+
+
+_ABOUT = ["run", "model", "seed", "trained_on", "scored_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,31 +70,42 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Raises HpcmmError when a run cannot be scored.
     """
-    from hpcmm.evaluate import picture  # noqa: PLC0415 - torch takes seconds, --help does not need it
+    from hpcmm.evaluate import chart, picture, side_by_side  # noqa: PLC0415 - torch takes seconds, --help needs none
     from hpcmm.evaluate.score import by_category  # noqa: PLC0415
     from hpcmm.evaluate.table import over_seeds  # noqa: PLC0415
 
+    candidates, unfinished = find_runs(options.runs)
+    if unfinished:
+        names = ", ".join(run.root.name for run in unfinished)
+        print(f"Left out, for they have no finished checkpoint: {names}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     frames: list[pd.DataFrame] = []
     shown: list[tuple[str, Scored]] = []
     images: dict[int, NDArray[np.float32]] = {}
-    for path in options.runs:
-        run = RunDir(path.resolve())
+    for candidate in candidates:
+        run = candidate.run
         config = _with_test_set(run_config.load(run.config), options)
-        scored, test = _score(run, config)
-        model = config.model.decoder
+        scored, test, (trained_on, scored_on) = _score(run, config)
+        model = ", ".join([config.model.decoder, *candidate.settings])
         if any((frame["model"].iloc[0], frame["seed"].iloc[0]) == (model, config.train.seed) for frame in frames):
             model = f"{model} ({run.root.name})"  # the same seed twice is no further sample of one model
-        frames.append(by_category(scored).assign(run=run.root.name, model=model, seed=config.train.seed))
+        frames.append(
+            by_category(scored).assign(
+                run=run.root.name, model=model, seed=config.train.seed, trained_on=trained_on, scored_on=scored_on
+            )
+        )
         if not shown:
             images = {index: test[index]["image"].numpy() for index in picture.chosen(scored)}
         if model not in dict(shown) and (not shown or np.array_equal(shown[0][1].mask, scored.mask)):
             shown.append((model, scored))
     table = pd.concat(frames, ignore_index=True)
-    table = table[["run", "model", "seed", *(name for name in frames[0] if name not in {"run", "model", "seed"})]]
+    table = table[[*_ABOUT, *(name for name in frames[0] if name not in _ABOUT)]]
     summary = over_seeds(table)
     table.to_csv(options.out / "scores.csv", index=False)
     summary.to_csv(options.out / "summary.csv", index=False)
+    (options.out / "comparison.md").write_text(side_by_side.markdown(table, summary), encoding="utf-8")
+    (options.out / "comparison.tex").write_text(side_by_side.latex(table, summary), encoding="utf-8")
+    chart.draw(options.out / "comparison.png", summary)
     picture.draw(options.out / "maps.png", images, shown)
     return table, summary
 
@@ -96,7 +116,7 @@ def _parse(arguments: Sequence[str] | None) -> Options:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, sweeps")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="default: ./evaluation")
     parser.add_argument("--test-root", metavar="FOLDER", help="score this data set instead of the run's own")
     parser.add_argument("--test-layout", choices=[layout.value for layout in Layout], help="its layout")
@@ -112,17 +132,20 @@ def _with_test_set(config: RunConfig, options: Options) -> RunConfig:
     return replace(config, data=replace(data, test_layout=options.test_layout or data.test_layout))
 
 
-def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages]:
+def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages, tuple[str, str]]:
+    """The run's scores, the images that they are of, and what it was trained on and scored on."""
     import torch  # noqa: PLC0415
 
     from hpcmm.data.anomaly import build_datasets  # noqa: PLC0415
     from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415
+    from hpcmm.evaluate.origin import origins  # noqa: PLC0415
     from hpcmm.evaluate.score import score_images  # noqa: PLC0415
     from hpcmm.page.progress import progress_bar  # noqa: PLC0415
     from hpcmm.train.data_root import data_config, data_root  # noqa: PLC0415
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, test = build_datasets(data_root(config), data_config(config), config.train.seed)
+    root, data = data_root(config), data_config(config)
+    _, test = build_datasets(root, data, config.train.seed)
     model = load_model(run, config).to(device)
     with progress_bar() as bar:
         scored = score_images(
@@ -132,45 +155,29 @@ def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages]:
             device,
             lambda done, of: bar(f"scoring {run.root.name}", done, of),
         )
-    return scored, test
+    return scored, test, origins(root, data)
 
 
 def _print(table: pd.DataFrame, summary: pd.DataFrame, out: Path) -> None:
-    from hpcmm.evaluate.score import MEAN, METRICS  # noqa: PLC0415
-    from hpcmm.evaluate.table import separated  # noqa: PLC0415
+    from hpcmm.evaluate import side_by_side  # noqa: PLC0415
 
-    models = list(dict.fromkeys(summary["model"]))
-    view = Table("category", *(f"{model} {metric}" for metric in METRICS[:1] for model in models))
-    for category in dict.fromkeys(summary["category"]):
-        view.add_row(str(category), *(_cell(summary, model, str(category), METRICS[0]) for model in models))
     console = Console()
-    console.print(view)
-    rows = Table("mean over categories", *METRICS)
-    for model in models:
-        rows.add_row(model, *(_cell(summary, model, MEAN, metric) for metric in METRICS))
-    console.print(rows)
-    pairs = separated(summary, METRICS[0])
-    if pairs:
-        console.print("; ".join(f"{better} is better than {worse}" for better, worse in pairs) + " in image AUROC.")
-    elif len(models) > 1:
-        console.print("The intervals of image AUROC separate no two models: these runs rank none above another.")
-    if _has_standins(table):
-        console.print("Scores on stand-ins say that training works, and nothing about MVTec-AD or VisA.")
-    console.print(f"Tables and picture: {out}", soft_wrap=True)
+    first = side_by_side.metrics_of(summary)[0]
+    console.print(_view(side_by_side.wide(summary, first), side_by_side.title(first)))
+    console.print(_view(side_by_side.means(summary), "all metrics"))
+    beside = side_by_side.published(table, summary)
+    if beside is not None:
+        console.print(_view(beside, "beside the published accuracies"))
+    for remark in side_by_side.remarks(table, summary):
+        console.print(escape(remark), soft_wrap=True)
+    console.print(f"Tables and pictures: {escape(str(out))}", soft_wrap=True)
 
 
-def _cell(summary: pd.DataFrame, model: str, category: str, metric: str) -> str:
-    own = (summary["model"] == model) & (summary["category"] == category) & (summary["metric"] == metric)
-    if not own.any():
-        return "-"
-    mean, low, high = (float(summary.loc[own, name].iloc[0]) for name in ("mean", "low", "high"))
-    return f"{mean:.3f}" if np.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _has_standins(table: pd.DataFrame) -> bool:
-    from hpcmm.data.textures import TEXTURES  # noqa: PLC0415
-
-    return bool(set(table["category"]) & {texture.category for texture in TEXTURES})
+def _view(frame: pd.DataFrame, caption: str) -> Table:
+    view = Table(*map(escape, frame.columns), title=caption)
+    for row in frame.astype(str).to_numpy():
+        view.add_row(*map(escape, row))
+    return view
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from torch.utils.data import Sampler
 def even_share(length: int, rank: int, world_size: int) -> list[int]:
     """The indices below ``length`` that ``rank`` scores: every ``world_size``-th, and as many for each rank.
 
-    A rank whose share is one short gets the last index once more at the end, to be dropped by the caller: ranks must run
-    through the model equally often, since under ZeRO stage 3 each run is a collective of all.
+    A rank whose share is one short gets the last index once more at the end, to be dropped by the caller: ranks must
+    run through the model equally often, since under ZeRO stage 3 each run is a collective of all.
     """
     share = list(range(rank, length, world_size))
     return share + [length - 1] * (-(-length // world_size) - len(share))

@@ -1,0 +1,57 @@
+"""Which runs to score: run directories as they are, and the points of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.ledger import LedgerPoint, read_ledger
+from hpcmm.run_dir import RunDir, SweepDir
+
+_NAMED_OTHERWISE = ("model/decoder=", "model.decoder=", "train.seed=")
+"""Overrides that a model's name and its seed tell already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A run to score. ``settings`` are a sweep's overrides that set it apart, beside decoder and seed."""
+
+    run: RunDir
+    settings: tuple[str, ...] = ()
+
+
+def find_runs(paths: Sequence[Path]) -> tuple[list[Candidate], list[RunDir]]:
+    """Run directories, sweep folders and ledgers to the runs with a checkpoint, and the points without one.
+
+    Raises HpcmmError where a path is none of these, or no run is left.
+    """
+    found: list[Candidate] = []
+    unfinished: list[RunDir] = []
+    for path in paths:
+        if not _is_sweep(path):
+            found.append(Candidate(RunDir(path.resolve())))
+            continue
+        for candidate in _points(path):
+            if (candidate.run.checkpoints / "latest").is_file():
+                found.append(candidate)
+            else:
+                unfinished.append(candidate.run)
+    if not found:
+        raise HpcmmError(f"No point of {', '.join(map(str, paths))} has a finished checkpoint: has it trained?")
+    return found, unfinished
+
+
+def _is_sweep(path: Path) -> bool:
+    return path.is_file() or SweepDir(path).ledger.is_file()
+
+
+def _points(path: Path) -> Iterator[Candidate]:
+    ledger = read_ledger(path.resolve())
+    for point in ledger.points:
+        yield Candidate(ledger.run(point), _settings(point))
+
+
+def _settings(point: LedgerPoint) -> tuple[str, ...]:
+    return tuple(override for override in point.overrides if not override.startswith(_NAMED_OTHERWISE))
