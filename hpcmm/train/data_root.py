@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hpcmm.config import DataConfig, RunConfig
 from hpcmm.data.flaws import Flaws
 from hpcmm.data.layouts import READERS
 from hpcmm.data.standins import default_root, generate
+from hpcmm.errors import HpcmmError
 
 
 def data_root(config: RunConfig) -> Path:
@@ -29,18 +31,16 @@ def data_config(config: RunConfig) -> DataConfig:
 
 
 def ensure_data(config: RunConfig) -> None:
-    """Make the stand-ins that the run needs and that are not there, and say what the run trains on and is scored on.
-
-    Raises HpcmmError where a folder is not in the layout that ``data`` says.
-    """
+    """Make the stand-ins that the run needs and that are not there, and say what it trains on and is scored on."""
     if config.data.generate:
         for standins in _standins(config.data):
             root = _folder(config, standins)
             if not root.exists():
                 print(f"Making the stand-in images in {root}.", flush=True)
             generate(root, standins, config.train.seed)
-    for line in _contents(data_root(config), data_config(config)):
-        print(line, flush=True)
+    with suppress(HpcmmError):  # of a broken folder each rank says so, and leaves a record of its failure
+        for line in _contents(data_root(config), data_config(config)):
+            print(line, flush=True)
 
 
 def _standins(data: DataConfig) -> Iterator[DataConfig]:
