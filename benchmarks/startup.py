@@ -21,7 +21,9 @@ from pathlib import Path
 
 from hpcmm import config as run_config
 from hpcmm.analysis.startup import startup_table
-from hpcmm.launch import plan, queue
+from hpcmm.launch.compose import compose_run
+from hpcmm.launch.run import Plan, plan, queue
+from hpcmm.launch.validate import validate
 from hpcmm.run_dir import RunDir
 
 CONFIGURATION = ("experiment=anomaly_demo", "profile=off", "train.steps=2", "train.evaluate=false")
@@ -36,20 +38,24 @@ srun --cpus-per-task={cpus} {python} -m torch.distributed.run --nnodes={nodes} -
 """
 
 
-def begin(overrides: list[str], root: Path) -> tuple[run_config.RunConfig, RunDir]:
-    return plan([*CONFIGURATION, *overrides, f"runs_root={root}"])
+def begin(overrides: list[str], root: Path) -> Plan:
+    given = [*CONFIGURATION, *overrides, f"runs_root={root}"]
+    config = compose_run(given)
+    validate(config)
+    return plan(config, given)
 
 
 def with_hpcmm(overrides: list[str], root: Path) -> float:
     """Seconds from the script's start to the first step of all ranks."""
-    config, run = begin(overrides, root)
-    wait_for(queue(config, run).job_id)
-    began_s = json.loads(run.attempts.read_text(encoding="utf-8"))["script_began_s"]
-    return first_step_ended_s(run) - began_s
+    planned = begin(overrides, root)
+    wait_for(queue(planned).job_id)
+    began_s = json.loads(planned.run.attempts.read_text(encoding="utf-8"))["script_began_s"]
+    return first_step_ended_s(planned.run) - began_s
 
 
 def with_torchrun(overrides: list[str], root: Path) -> float:
-    config, run = begin(overrides, root)
+    planned = begin(overrides, root)
+    config, run = planned.config, planned.run
     run.create()
     run_config.dump(config, run.config)
     os.environ.update(config.cluster.submit_environment)
@@ -99,6 +105,7 @@ def rank_under_torchrun(run_dir: str) -> None:
         rank=int(variable["RANK"]),
         local_rank=int(variable["LOCAL_RANK"]),
         world_size=int(variable["WORLD_SIZE"]),
+        local_world_size=int(variable["LOCAL_WORLD_SIZE"]),
         job_id=variable["SLURM_JOB_ID"],
         node=variable["SLURMD_NODENAME"],
         master_addr=variable["MASTER_ADDR"],
