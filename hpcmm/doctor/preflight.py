@@ -1,13 +1,17 @@
-"""``python -m hpcmm.doctor.preflight RUN_DIR``: in the batch script, before the ranks, the check of the job's nodes.
+"""``python -m hpcmm.doctor.preflight``: in the batch script, before the ranks, the check of the job's nodes.
 
-Prints the nodes to train on, as srun's --nodelist wants them: as many as the run needs, without bad ones, for which the
-job holds spare nodes. Its words go to the batch log, its facts to ``RUN/preflight.json``.
+    REQUEST=$(... ask RUN_DIR NODES)                  writes down what the nodes are asked
+    srun ... python -m hpcmm.doctor.node REQUEST      is the check, one process a node
+    GOOD=$(... choose RUN_DIR NODES REQUEST)          prints the nodes to train on, as srun's --nodelist wants them
+
+The script itself runs srun between the two, since within a container there is no srun. NODES are names with commas
+between. As many are chosen as the run needs, without bad ones, for which the job holds spare nodes. Words go to the
+batch log, facts to ``RUN/preflight.json``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +21,9 @@ from hpcmm.bootstrap.cache import cache_dir
 from hpcmm.config import RunConfig
 from hpcmm.doctor.judge import bad_nodes, judge
 from hpcmm.doctor.report import report_lines, report_values
-from hpcmm.doctor.step import check_nodes
+from hpcmm.doctor.step import clean_up, read_answers, write_request
 from hpcmm.errors import HpcmmError
-from hpcmm.failures.reachable import job_nodes
 from hpcmm.run_dir import RunDir
-
-_STEP_MIN = 5
 
 
 def chosen_nodes(nodes: Sequence[str], bad: Sequence[str], needed: int) -> list[str]:
@@ -36,26 +37,33 @@ def chosen_nodes(nodes: Sequence[str], bad: Sequence[str], needed: int) -> list[
     return good[:needed]
 
 
-def preflight(config: RunConfig, run: RunDir) -> list[str]:
-    """Check the nodes of this Slurm job. Returns those to train on. Raises HpcmmError when too few are good."""
-    nodes = job_nodes(os.environ)
-    if not nodes:
-        raise HpcmmError("launch.preflight checks the nodes of a Slurm job, and this is none: set it to false.")
-    folders = [run.root, cache_dir(config.cluster)]
-    srun = ["srun", f"--time={_STEP_MIN}"]
-    result = check_nodes(nodes, len(nodes), folders, srun, nsys=config.profile.tool == "nsys")
+def ask(config: RunConfig, run: RunDir, nodes: Sequence[str]) -> Path:
+    """The request, as a file in the run directory. Raises HpcmmError where that cannot be written."""
+    return write_request(nodes, [run.root, cache_dir(config.cluster)], nsys=config.profile.tool == "nsys")
+
+
+def choose(config: RunConfig, run: RunDir, nodes: Sequence[str], request: Path) -> list[str]:
+    """The nodes to train on, by their answers. Raises HpcmmError when too few are good."""
+    try:
+        result = read_answers(request, nodes)
+    finally:
+        clean_up(request)
     findings = judge(nodes, result.found, config.cluster.gpus_per_node)
-    lines = report_lines(nodes, result.found, findings)
-    print("\n".join([*lines, *([result.complaint] if result.complaint else [])]), file=sys.stderr, flush=True)
+    print("\n".join(report_lines(nodes, result.found, findings)), file=sys.stderr, flush=True)
     facts = report_values(nodes, result.found, findings)
     run.preflight.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return chosen_nodes(nodes, bad_nodes(findings, nodes), config.cluster.nodes)
 
 
 def main(arguments: list[str]) -> int:
-    run = RunDir(Path(arguments[0]))
+    step, run_dir, listed, *request = arguments
+    run, nodes = RunDir(Path(run_dir)), listed.split(",")
     try:
-        print(",".join(preflight(run_config.load(run.config), run)))
+        config = run_config.load(run.config)
+        if step == "ask":
+            print(ask(config, run, nodes))
+        else:
+            print(",".join(choose(config, run, nodes, Path(request[0]))))
     except HpcmmError as error:
         print(f"hpcmm: {error}", file=sys.stderr)
         return 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,28 @@ def check_nodes(
     ``folders`` are tested for being shared; the first of them carries the nodes' words. Raises HpcmmError when that
     cannot be written, or srun is not there.
     """
-    with _exchange(folders[0]) as exchange:
-        request_id = secrets.token_hex(4)
-        request = exchange / "request.json"
+    request = write_request(nodes, folders, nsys=nsys)
+    try:
+        step = [*srun, f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpus-per-task=1", "--no-kill"]
+        step += [] if nodes is None else [f"--nodelist={','.join(nodes)}", "--overlap"]
+        complaint = _run([*step, sys.executable, "-m", "hpcmm.doctor.node", str(request)], environ, timeout_s)
+        return read_answers(request, nodes, complaint)
+    finally:
+        clean_up(request)
+
+
+def write_request(nodes: Sequence[str] | None, folders: Sequence[Path], *, nsys: bool) -> Path:
+    """What each node is asked, as a file in a folder that only this user can read, for it holds the nodes' secret.
+
+    Raises HpcmmError where ``folders[0]`` cannot be written.
+    """
+    try:
+        folders[0].mkdir(parents=True, exist_ok=True)
+        request = Path(tempfile.mkdtemp(prefix=".hpcmm-doctor-", dir=folders[0])) / "request.json"
         request.write_text(
             json.dumps(
                 {
-                    "id": request_id,
+                    "id": secrets.token_hex(4),
                     "secret": secrets.token_hex(16),
                     "nodes": None if nodes is None else list(nodes),
                     "folders": [str(folder) for folder in folders],
@@ -61,18 +76,28 @@ def check_nodes(
             ),
             encoding="utf-8",
         )
-        step = [*srun, f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpus-per-task=1", "--no-kill"]
-        step += [] if nodes is None else [f"--nodelist={','.join(nodes)}", "--overlap"]
-        try:
-            complaint = _run([*step, sys.executable, "-m", "hpcmm.doctor.node", str(request)], environ, timeout_s)
-        finally:
-            for folder in folders:
-                for token in folder.glob(token_file(folder, request_id, "*").name):
-                    token.unlink(missing_ok=True)
-        found = {path.stem: _read(path) for path in exchange.glob("*.json") if path != request}
-        seen = sorted({name for each in found.values() for name in each.get("names", {})})
-        known = seen if nodes is None else nodes
-        return StepResult(list(known), {node: found.get(node, {}) for node in known}, complaint)
+    except OSError as error:
+        raise HpcmmError(
+            f"{folders[0]} cannot be written ({error.strerror}): set runs_root to a shared folder."
+        ) from error
+    return request
+
+
+def read_answers(request: Path, nodes: Sequence[str] | None, complaint: str = "") -> StepResult:
+    """What the nodes wrote beside the request."""
+    found = {path.stem: _read(path) for path in request.parent.glob("*.json") if path != request}
+    seen = sorted({name for each in found.values() for name in each.get("names", {})})
+    known = seen if nodes is None else nodes
+    return StepResult(list(known), {node: found.get(node, {}) for node in known}, complaint)
+
+
+def clean_up(request: Path) -> None:
+    """Remove the request with its answers, and what the nodes left in the folders that they tested."""
+    asked = _read(request)
+    for folder in map(Path, asked.get("folders", [])):
+        for token in folder.glob(token_file(folder, asked["id"], "*").name):
+            token.unlink(missing_ok=True)
+    shutil.rmtree(request.parent, ignore_errors=True)
 
 
 def allocation_options(cluster: ClusterConfig, time_limit_min: int) -> list[str]:
@@ -87,18 +112,6 @@ def allocation_options(cluster: ClusterConfig, time_limit_min: int) -> list[str]
         "gpus-per-node": cluster.gpus_per_node or None,
     }
     return [f"--{key}={value}" for key, value in wanted.items() if value is not None]
-
-
-@contextmanager
-def _exchange(folder: Path) -> Iterator[Path]:
-    """A folder on the shared file system that only this user can read: it holds the nodes' secret."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix=".hpcmm-doctor-", dir=folder)
-    except OSError as error:
-        raise HpcmmError(f"{folder} cannot be written ({error.strerror}): set runs_root to a shared folder.") from error
-    with made as name:
-        yield Path(name)
 
 
 def _run(command: Sequence[str], environ: Mapping[str, str], timeout_s: float) -> str:

@@ -19,6 +19,7 @@ from hpcmm.run_dir import RunDir
 
 ANALYSIS_TEMPLATE = "analysis.sbatch.j2"
 _ANALYSIS_TIME_MIN = 60
+_PREFLIGHT_MIN = 5
 _STOP_WARNING_S = 120
 """Time for a step, a checkpoint and the import of a report."""
 
@@ -95,6 +96,9 @@ def _render(template: str, config: RunConfig, job: Job, directives: dict[str, st
         once=_prefix(container.on_first_node()),
         inside=_prefix(container.inside()),
         srun_arguments=[*config.cluster.srun, *container.srun_arguments()],
+        container_arguments=container.srun_arguments(),
+        words_before=_prefix,
+        preflight_min=_PREFLIGHT_MIN,
     )
 
 

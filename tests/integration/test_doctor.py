@@ -56,7 +56,8 @@ def test_four_good_nodes_are_good_and_nothing_is_left_behind(slurm_cluster, nsys
 
 @pytest.mark.long
 def test_a_throttled_node_is_named_and_a_run_with_a_spare_node_leaves_it_out(slurm_cluster, tmp_path):
-    slurm_cluster.fault("throttle", "node2", "100mbit")
+    first, second, *others = slurm_cluster.nodes
+    slurm_cluster.fault("throttle", second, "100mbit")
     try:
         status, told = diagnosis(slurm_cluster, tmp_path, "--no-nsys")
         launched = run_module(
@@ -77,16 +78,16 @@ def test_a_throttled_node_is_named_and_a_run_with_a_spare_node_leaves_it_out(slu
             "wait=true",
         )
     finally:
-        slurm_cluster.fault("restore", "node2")
+        slurm_cluster.fault("restore", second)
     assert status == 1
-    assert told["bad_nodes"] == ["node2"]
+    assert told["bad_nodes"] == [second]
     (finding,) = [each for each in told["findings"] if each["weight"] == "bad"]
     assert finding["check"] == "all-reduce"
     assert launched.returncode == 0, launched.stdout + launched.stderr
     run = (tmp_path / "runs" / "latest").resolve()
     starts = [json.loads((run / "metrics" / f"rank_{rank:04d}.jsonl").open().readline()) for rank in range(3)]
-    assert [start["node"] for start in starts] == ["node1", "node3", "node4"]
-    assert json.loads((run / "preflight.json").read_text())["bad_nodes"] == ["node2"]
+    assert [start["node"] for start in starts] == [first, *others]
+    assert json.loads((run / "preflight.json").read_text())["bad_nodes"] == [second]
 
 
 def test_the_status_of_a_thousand_tasks_comes_within_two_seconds(slurm_cluster, tmp_path):

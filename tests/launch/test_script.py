@@ -51,6 +51,19 @@ def test_a_sweep_s_script_is_as_recorded():
     assert text == (GOLDEN / "sweep.sh").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("engine", ["pyxis", "apptainer"])
+def test_the_nodes_are_checked_and_the_port_is_held_where_the_ranks_run(engine):
+    config = compose_run([f"cluster=h100_{engine}", "cluster.cache_dir=/shared/cache", "launch.preflight=true"])
+    text = render_script(config, job_of())
+    assert is_bash(text)
+    word = {"pyxis": "--container-image=", "apptainer": "apptainer exec "}[engine]
+    by_module = {line.split(" -m ")[1].split()[0]: line for line in text.splitlines() if " -m hpcmm." in line}
+    assert {"hpcmm.doctor.preflight", "hpcmm.doctor.node"} <= by_module.keys()
+    assert word in by_module["hpcmm.doctor.node"]
+    assert word in by_module["hpcmm.doctor.preflight"]
+    assert word in next(line for line in text.splitlines() if line.startswith("on_first_node="))
+
+
 def test_the_analysis_script_is_as_recorded():
     text = render_analysis_script(compose_run(["cluster=a30", "profile=nsys"]), job_of())
     assert is_bash(text)
