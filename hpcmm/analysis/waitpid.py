@@ -34,6 +34,10 @@ _LAUNCHERS = frozenset(
     {"bash", "dash", "deepspeed", "mpiexec", "mpirun", "orterun", "sh", "slurmstepd", "srun", "torchrun", "accelerate"}
 )
 
+_COMPILERS = frozenset(
+    {"as", "c++", "cc1", "cc1plus", "cicc", "clang", "collect2", "g++", "gcc", "ld", "ninja", "nvcc", "ptxas"}
+)
+
 
 def process_roles(osrt: pd.DataFrame, processes: dict[int, str], workers: frozenset[int]) -> dict[int, str]:
     """The role of each process that has OS calls. ``workers`` run steps; without any, the busiest that is no launcher.
@@ -121,16 +125,30 @@ def find_waits(
     in_steps = segments.loc[segments["step"] != OUTSIDE, "start_ns"]
     before_steps = frame["start_ns"] < (in_steps.min() if len(in_steps) else -1)
     on_step_thread = (frame["pid"] == step_thread[0]) & (waits["tid"].to_numpy() == step_thread[1])
+    builders = _builders(family)
     child_roles = {family.label(pid): role for pid, role in roles.items()}
+    facts = frame[["pid", "process_role", "child", "step"]].assign(before=before_steps, on_step_thread=on_step_thread)
     frame["verdict"] = [
-        _verdict(
+        OP_BUILD
+        if before and pid in builders
+        else _verdict(
             role, child_roles.get(child, ""), in_step=step != OUTSIDE, before_steps=before, on_step_thread=on_thread
         )
-        for role, child, step, before, on_thread in zip(
-            frame["process_role"], frame["child"], frame["step"], before_steps, on_step_thread, strict=True
-        )
+        for pid, role, child, step, before, on_thread in facts.itertuples(index=False)
     ]
     return frame[WAIT_COLUMNS]
+
+
+def _builders(family: Family) -> frozenset[int]:
+    """Processes of no other role that live while a compiler does: it, and the build tools that wait for it."""
+    names = {int(pid): family.labels.get(int(pid), "").rsplit("/", 1)[-1] for pid in family.lives.index}
+    built = family.lives.loc[[pid for pid, name in names.items() if name in _COMPILERS]]
+    return frozenset(
+        int(pid)
+        for pid, first, last in family.lives[["first", "last"]].itertuples()
+        if family.roles.get(int(pid), OTHER_PROCESS) == OTHER_PROCESS
+        and ((built["first"] >= first) & (built["last"] <= last)).any()
+    )
 
 
 def _verdict(role: str, child_role: str, *, in_step: bool, before_steps: bool, on_step_thread: bool) -> str:

@@ -55,6 +55,29 @@ def test_verdicts_in_context() -> None:
     assert list(waits["child"])[1] == "g++"
 
 
+def test_a_build_tool_that_waits_for_a_compiler_before_the_steps_builds_an_op() -> None:
+    names = {1: "torchrun", 7: "python", 25: "ninja", 30: "cc1plus", 40: "git", 50: "ld"}
+    rows = [
+        (0, 400, 1, 1, "wait4"),
+        (10, 11, 7, 7, "read"),
+        (20, 21, 25, 25, "open"),
+        (22, 91, 25, 25, "waitpid"),
+        (30, 85, 30, 30, "read"),
+        (40, 44, 40, 40, "waitpid"),
+        (95, 96, 50, 50, "read"),
+        (310, 320, 25, 25, "waitpid"),
+    ]
+    calls = frame(rows)
+    roles = process_roles(calls, names, frozenset({7}))
+    waits = find_waits(calls, Family(roles, names, lives(calls)), (7, 7), SEGMENTS)
+    assert list(zip(waits["start_ns"], waits["verdict"], strict=True)) == [
+        (0, "benign supervision"),
+        (22, "op build"),
+        (40, "other"),
+        (310, "other"),
+    ]
+
+
 def test_waits_close_together_are_one_window() -> None:
     second = 1_000_000_000
     waits = pd.DataFrame(
