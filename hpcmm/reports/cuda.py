@@ -8,7 +8,7 @@ activities that began before the capture, or that CUDA graphs make on their own,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,6 @@ NAME_COLUMNS = ("shortName", "demangledName", "mangledName")
 PUSH_POP, IMPORTED_PUSH_POP = 59, 70
 
 PID_SHIFT, ID_MASK = 24, 0xFFFFFF
-MAX_NS = 1 << 52
 MAX_CORRELATION = 0xFFFFFFFF
 UNKNOWN = -1
 """A number that the report does not tell: the launch of an activity, a process id."""
@@ -87,6 +86,18 @@ def read_cuda(database: ReportDatabase, domains: Mapping[tuple[int, int], str], 
     )
 
 
+def shifted(events: CudaEvents, base_ns: int) -> CudaEvents:
+    """``events`` with all times counted from ``base_ns``."""
+
+    def moved(frame: pd.DataFrame) -> pd.DataFrame:
+        times = {name: frame[name] for name in ("start_ns", "end_ns", *LAUNCH_COLUMNS[:2]) if name in frame}
+        return frame.assign(
+            **{name: column.where(column == UNKNOWN, column - base_ns) for name, column in times.items()}
+        )
+
+    return CudaEvents(*(moved(getattr(events, field.name)) for field in fields(events)))
+
+
 def _read_activities(database: ReportDatabase, table: str, damage: list[str]) -> pd.DataFrame:
     kind = TABLES[table]
     names = [column for column in NAME_COLUMNS if database.has(table, column)] if kind == KERNEL else []
@@ -109,7 +120,7 @@ def _read_activities(database: ReportDatabase, table: str, damage: list[str]) ->
 
 
 def _sane_columns(database: ReportDatabase, table: str, columns: list[str], damage: list[str]) -> dict[str, Integers]:
-    """Integer columns, start and end among them, of the rows that end after they start and lie within MAX_NS."""
+    """Integer columns, start and end among them, of the rows that end after they start and lie within the capture."""
     pieces: list[list[Integers]] = []
     try:
         pieces.extend(database.integers(table, columns))
@@ -117,7 +128,8 @@ def _sane_columns(database: ReportDatabase, table: str, columns: list[str], dama
         damage.append(str(error))
     whole = [np.concatenate(column) for column in zip(*pieces, strict=True)]
     values = dict(zip(columns, whole or [np.empty(0, dtype=np.int64)] * len(columns), strict=True))
-    sane = (values["start"] >= 0) & (values["end"] >= values["start"]) & (values["end"] <= MAX_NS)
+    sane = (values["start"] >= database.first_ns) & (values["end"] >= values["start"])
+    sane &= values["end"] <= database.last_ns
     return {name: column[sane] for name, column in values.items()}
 
 
@@ -173,8 +185,8 @@ def _read_synchronisations(database: ReportDatabase) -> pd.DataFrame:
             SELECT start, "end", globalTid >> {PID_SHIFT} & {ID_MASK} FROM {RUNTIME} JOIN {database.strings()}
             ON StringIds.id = nameId WHERE (value LIKE 'cu%Synchronize%'
             OR ((value LIKE 'cudaMemcpy%' OR value LIKE 'cuMemcpy%') AND value NOT LIKE '%Async%'))
-            AND typeof(start) = 'integer' AND typeof("end") = 'integer' AND start BETWEEN 0 AND "end"
-            AND "end" <= {MAX_NS} AND typeof(globalTid) = 'integer'
+            AND typeof(start) = 'integer' AND typeof("end") = 'integer' AND start BETWEEN {database.first_ns} AND "end"
+            AND "end" <= {database.last_ns} AND typeof(globalTid) = 'integer'
         """  # noqa: S608
         try:
             rows = database.rows(query)
@@ -228,7 +240,8 @@ def _ranges_query(database: ReportDatabase) -> str:
                substr(CAST({text} AS TEXT), 1, {MAX_NAME_LENGTH}), rowid
         FROM NVTX_EVENTS
         WHERE rowid > ? AND eventType IN ({PUSH_POP}, {IMPORTED_PUSH_POP})
-        AND typeof(start) = 'integer' AND typeof("end") = 'integer' AND start BETWEEN 0 AND "end" AND "end" <= {MAX_NS}
+        AND typeof(start) = 'integer' AND typeof("end") = 'integer'
+        AND start BETWEEN {database.first_ns} AND "end" AND "end" <= {database.last_ns}
         AND typeof(globalTid) = 'integer' AND {integer("endGlobalTid", UNKNOWN)} IN ({UNKNOWN}, 0, globalTid)
         ORDER BY rowid LIMIT {RANGES_PER_FETCH}
     """  # noqa: S608

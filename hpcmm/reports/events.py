@@ -14,9 +14,9 @@ import pandas as pd
 
 from hpcmm.annotate import names
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.cuda import CudaEvents, read_cuda
+from hpcmm.reports.cuda import CudaEvents, read_cuda, shifted
 from hpcmm.reports.identity import Identity, read_identity
-from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
+from hpcmm.reports.sqlite import MAX_NAME_LENGTH, MAX_NS, ReportDatabase
 
 MARK, PUSH_POP, START_END = 34, 59, 60
 DOMAIN_CREATE = 75
@@ -28,8 +28,8 @@ LOADER_NAME = "pt_data_worker"
 """What PyTorch calls the processes of its data loader."""
 IDS_PER_QUERY = 500
 """Parameters of one query; SQLite has a limit."""
-MAX_NS = 1 << 52
-"""Times beyond this are damage: 36 years in nanoseconds."""
+MAX_PAYLOAD = 1 << 52
+DAY_NS = 86_400 * 10**9
 
 Integers = npt.NDArray[np.int64]
 
@@ -46,7 +46,7 @@ class Report:
     nsys_version: str
     identity: Identity
     epoch_ns: int | None
-    """What to add to a time to get UTC; 0 where the export is shifted already, None where unknown."""
+    """What to add to a time to get UTC; None where unknown."""
     processes: dict[int, str]
     nvtx: pd.DataFrame
     osrt: pd.DataFrame
@@ -76,19 +76,27 @@ def read_report(path: Path, source: Path, *, calls_alone: bool = False) -> Repor
     """
     with ReportDatabase(path) as database:
         damage = ["the file is shorter than its header says"] if database.cut_off else []
+        epoch = _epoch_ns(database)
+        base = _base_ns(database, epoch)
+        database.first_ns, database.last_ns = base, base + MAX_NS
         domains = _domains(database)
         osrt = _read_osrt(database, damage)
         nvtx = _read_nvtx(database, domains, damage, steps_alone=calls_alone)
         cuda = None if calls_alone and len(nvtx) else read_cuda(database, domains, damage)
         span = _spans(database, osrt)
-        first, last = _overall(span)
+        first, last = (time - base for time in _overall(span, base))
+        if base:
+            nvtx, osrt = (
+                each.assign(start_ns=each["start_ns"] - base, end_ns=each["end_ns"] - base) for each in (nvtx, osrt)
+            )
+            cuda = cuda and shifted(cuda, base)
         nvtx["end_ns"] = nvtx["end_ns"].where(nvtx["closed"], max(last, first)).astype(np.int64)
         nvtx = nvtx[nvtx["end_ns"] >= nvtx["start_ns"]].reset_index(drop=True)
         return Report(
             path=source,
             nsys_version=_metadata(database, "EXPORT_PRODUCT_VERSION"),
             identity=read_identity(database),
-            epoch_ns=_epoch_ns(database),
+            epoch_ns=base if _normalised(database) else epoch,
             processes=_processes(database),
             nvtx=nvtx,
             osrt=osrt,
@@ -115,9 +123,6 @@ def _metadata(database: ReportDatabase, key: str) -> str:
 
 
 def _epoch_ns(database: ReportDatabase) -> int | None:
-    # A normalised export is shifted to UTC already, while utcEpochNs stays: adding it again would double the epoch.
-    if _metadata(database, "EXPORT_PARAM_TIME_NORMALIZE").lower() in {"true", "1"}:
-        return 0
     if not database.has("TARGET_INFO_SESSION_START_TIME", "utcEpochNs"):
         return None
     rows = database.rows(
@@ -125,6 +130,20 @@ def _epoch_ns(database: ReportDatabase) -> int | None:
     )
     epoch = rows[0][0] if rows else None
     return epoch if isinstance(epoch, int) and 0 < epoch < 1 << 62 else None
+
+
+def _normalised(database: ReportDatabase) -> bool:
+    return _metadata(database, "EXPORT_PARAM_TIME_NORMALIZE").lower() in {"true", "1"}
+
+
+def _base_ns(database: ReportDatabase, epoch_ns: int | None) -> int:
+    """What the times of the export count from: 0, or of a normalised one a day before its session in UTC.
+
+    A normalised export is shifted to UTC already, while utcEpochNs stays: adding it again would double the epoch.
+    """
+    if not _normalised(database) or epoch_ns is None:
+        return 0
+    return max(0, epoch_ns - DAY_NS)
 
 
 def _requested(database: ReportDatabase) -> frozenset[str]:
@@ -177,8 +196,8 @@ def _spans(database: ReportDatabase, osrt: pd.DataFrame) -> dict[str, tuple[int,
             continue
         query = f"""
             SELECT COUNT(*), MIN(start), MAX(MAX(start, COALESCE("end", start)))
-            FROM {table} WHERE typeof(start) = 'integer' AND start BETWEEN 0 AND {MAX_NS}
-            AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" BETWEEN start AND {MAX_NS}))
+            FROM {table} WHERE typeof(start) = 'integer' AND start BETWEEN {database.first_ns} AND {database.last_ns}
+            AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" BETWEEN start AND {database.last_ns}))
         """  # noqa: S608
         try:
             count, first, last = database.rows(query)[0]
@@ -189,9 +208,9 @@ def _spans(database: ReportDatabase, osrt: pd.DataFrame) -> dict[str, tuple[int,
     return found
 
 
-def _overall(spans: dict[str, tuple[int, int, int]]) -> tuple[int, int]:
+def _overall(spans: dict[str, tuple[int, int, int]], base_ns: int) -> tuple[int, int]:
     if not spans:
-        return 0, 0
+        return base_ns, base_ns
     return min(first for _, first, _ in spans.values()), max(last for _, _, last in spans.values())
 
 
@@ -292,11 +311,12 @@ def _nvtx_query(database: ReportDatabase, domain_ids: list[int]) -> str:
     return f"""
         SELECT start, COALESCE("end", 0), "end" IS NOT NULL, eventType, globalTid,
                COALESCE({column("endGlobalTid")}, globalTid), domainId, {_text_expression(database)},
-               CASE WHEN typeof({payload}) = 'integer' AND {payload} BETWEEN 0 AND {MAX_NS} THEN {payload} END
+               CASE WHEN typeof({payload}) = 'integer' AND {payload} BETWEEN 0 AND {MAX_PAYLOAD} THEN {payload} END
         FROM NVTX_EVENTS {_string_join(database)}
         WHERE eventType IN ({PUSH_POP}, {START_END}, 70, 71) AND domainId IN ({", ".join(map(str, domain_ids))})
-        AND typeof(start) = 'integer' AND start BETWEEN 0 AND {MAX_NS} AND typeof(globalTid) = 'integer'
-        AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" BETWEEN 0 AND {MAX_NS}))
+        AND typeof(start) = 'integer' AND start BETWEEN {database.first_ns} AND {database.last_ns}
+        AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" BETWEEN {database.first_ns} AND {database.last_ns}))
+        AND typeof(globalTid) = 'integer'
         AND typeof({column("endGlobalTid")}) IN ('integer', 'null')
     """  # noqa: S608
 
@@ -309,7 +329,7 @@ def _read_osrt(database: ReportDatabase, damage: list[str]) -> pd.DataFrame:
         classed = ["eventClass"] if database.has("OSRT_API", "eventClass") else []
         try:
             for start, end, thread, name_id, *event_class in database.integers("OSRT_API", [*columns, *classed]):
-                sane = (start >= 0) & (end >= start) & (end <= MAX_NS)
+                sane = (start >= database.first_ns) & (end >= start) & (end <= database.last_ns)
                 for kind in event_class:
                     sane &= kind == OSRT_CALL
                 pieces.append((start[sane], end[sane], thread[sane], name_id[sane]))

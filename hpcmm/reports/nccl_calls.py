@@ -20,7 +20,8 @@ COMMUNICATOR, SIZE = "NCCL communicator ID", "Message size [bytes]"
 HEADER = struct.Struct("<QQQQ")
 WORD = struct.Struct("<Q")
 PUSH_POP = 59
-PID_SHIFT, ID_MASK, MAX_NS = 24, 0xFFFFFF, 1 << 52
+PID_SHIFT, ID_MASK = 24, 0xFFFFFF
+MAX_BYTES = 1 << 52
 MAX_CALLS = 500_000
 MAX_PAYLOAD = 4096
 """Characters or bytes of a payload; NCCL's are below a hundred."""
@@ -42,7 +43,7 @@ def read_nccl_calls(database: ReportDatabase) -> pd.DataFrame:
             fields = _from_json(text) or _from_bytes(blob, domain, layout)
             if COMMUNICATOR in fields and isinstance(start, int) and isinstance(end, int) and isinstance(thread, int):
                 size = fields.get(SIZE, 0)
-                size = size if size < MAX_NS else 0
+                size = size if size < MAX_BYTES else 0
                 pid, tid = (thread >> PID_SHIFT) & ID_MASK, thread & ID_MASK
                 rows.append((start, end, pid, tid, f"communicator {fields[COMMUNICATOR]:x}", size))
     integers = dict.fromkeys(("start_ns", "end_ns", "pid", "tid", "bytes"), np.int64)
@@ -63,8 +64,8 @@ def _payloads(database: ReportDatabase) -> list[tuple[object, ...]]:
         SELECT NVTX_EVENTS.start, NVTX_EVENTS."end", globalTid, {domain}, {text}, {blob}
         FROM NVTX_EVENTS {join}
         WHERE eventType = {PUSH_POP} AND typeof(globalTid) = 'integer'
-        AND typeof(NVTX_EVENTS.start) = 'integer' AND NVTX_EVENTS.start >= 0
-        AND typeof(NVTX_EVENTS."end") = 'integer' AND NVTX_EVENTS."end" BETWEEN NVTX_EVENTS.start AND {MAX_NS}
+        AND typeof(NVTX_EVENTS.start) = 'integer' AND NVTX_EVENTS.start >= {database.first_ns}
+        AND typeof(NVTX_EVENTS."end") = 'integer' AND NVTX_EVENTS."end" BETWEEN NVTX_EVENTS.start AND {database.last_ns}
         AND ({text} IS NOT NULL OR {blob} IS NOT NULL)
         AND length(COALESCE({text}, '')) <= {MAX_PAYLOAD} AND length(COALESCE({blob}, '')) <= {MAX_PAYLOAD}
         LIMIT {MAX_CALLS}

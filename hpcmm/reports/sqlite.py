@@ -22,6 +22,8 @@ Integers = npt.NDArray[np.int64]
 ROWS_PER_FETCH = 100_000
 MAX_NAME_LENGTH = 256
 """Characters of a name that are read; longer names come from damaged or hostile reports."""
+MAX_NS = 1 << 52
+"""Longest capture that is believed: 52 days in nanoseconds. Times beyond it are damage."""
 
 
 class ReportDatabase:
@@ -32,6 +34,8 @@ class ReportDatabase:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.first_ns, self.last_ns = 0, MAX_NS
+        """Times outside of these are damage."""
         # immutable: no lock file and no journal beside a file that is not ours.
         uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&immutable=1"
         try:

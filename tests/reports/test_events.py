@@ -48,7 +48,11 @@ def test_a_normalised_export_is_not_shifted_again(export) -> None:
     export.rows("TARGET_INFO_SESSION_START_TIME", (1_700_000_000_000_000_000,)).domains()
     assert read_report(export.path, export.path).epoch_ns == 1_700_000_000_000_000_000
     export.rows("EXPORT_META_DATA", ("EXPORT_PARAM_TIME_NORMALIZE", "true"))
-    assert read_report(export.path, export.path).epoch_ns == 0
+    utc = 1_700_000_000_000_000_000
+    export.range(utc + 10, utc + 30, "step", payload=1)
+    normalised = read_report(export.path, export.path)
+    assert (normalised.nvtx["start_ns"] + normalised.epoch_ns).tolist() == [utc + 10]
+    assert normalised.last_ns + normalised.epoch_ns == utc + 30
 
 
 def test_the_h100_export_of_nsys_2026_is_read() -> None:
