@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.delay import SUBPROCESS, Floats
-from hpcmm.analysis.efficiency import EFFICIENCIES, STEP, samples_per_step
+from hpcmm.analysis.efficiency import EFFICIENCIES, RUN, STEP, samples_per_step
 from hpcmm.analysis.noise import half_widths
 from hpcmm.errors import HpcmmError
 
@@ -91,12 +91,26 @@ def compare(run_a: RunTables, run_b: RunTables) -> Comparison:
         np.column_stack([series.get(metric, np.zeros(len(_steady(run)))) for metric in metrics])
         for run, series in ((run_a, series_a), (run_b, series_b))
     )
-    table = _table(metrics, values_a, values_b)
+    table = _table(metrics, values_a, values_b, [_means(run, metrics) for run in (run_a, run_b)])
     return Comparison(run_a.name, run_b.name, table, tuple(_notes(run_a, run_b)))
 
 
-def _table(metrics: Sequence[Metric], values_a: Floats, values_b: Floats) -> pd.DataFrame:
-    mean_a, mean_b = values_a.mean(axis=0), values_b.mean(axis=0)
+def _means(run: RunTables, metrics: Sequence[Metric]) -> Floats:
+    """Of an efficiency the whole run's, as everywhere else, which is not the mean of its steps'; NaN for the rest."""
+    table = run.tables["efficiency"]
+    whole = table[table["scope"] == RUN].iloc[0]
+    return np.array([whole[_COLUMN_OF[metric.name]] if metric.unit == RATIO else np.nan for metric in metrics], float)
+
+
+_COLUMN_OF = {name.replace("_", " "): name for name in EFFICIENCIES}
+
+
+def _table(metrics: Sequence[Metric], values_a: Floats, values_b: Floats, whole: Sequence[Floats]) -> pd.DataFrame:
+    """``values`` by step; where ``whole`` has a number it stands for their mean."""
+    mean_a, mean_b = (
+        np.where(np.isnan(known), values.mean(axis=0), known)
+        for known, values in zip(whole, (values_a, values_b), strict=True)
+    )
     change, half = mean_b - mean_a, half_widths(values_a, values_b)
     step_s = mean_a[0]
     is_time = np.array([metric.unit == SECONDS for metric in metrics])

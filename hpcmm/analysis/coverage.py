@@ -216,6 +216,11 @@ def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
     unclosed = trace.steps.loc[~trace.steps["closed"], "step"]
     if len(unclosed):
         return FOUND, f"step {int(unclosed.iloc[-1])} has no end: the process or its capture stopped in mid-step"
+    if trace.unnumbered:
+        told = (
+            f"{trace.unnumbered} of its {trace.unnumbered + len(trace.steps)} steps carry no number, and are left out"
+        )
+        return FOUND, told
     if trace.rank >= 0:
         return FOUND, "CUDA was to be traced, but no GPU activity was recorded" if fact.gpu_missing else ""
     others = f" of its {len(fact.traces)} processes with steps" if len(fact.traces) > 1 else ""

@@ -38,6 +38,12 @@ def find_steps(ranges: pd.DataFrame) -> pd.DataFrame:
     return disjoint.loc[end > start, STEP_COLUMNS].reset_index(drop=True)
 
 
+def unnumbered_steps(ranges: pd.DataFrame) -> int:
+    """How many steps :func:`find_steps` leaves out for want of a number."""
+    numbers = ranges.loc[ranges["name"] == names.STEP, "payload"]
+    return int(numbers.isna().sum()) if numbers.notna().any() else 0
+
+
 def flatten(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     """Disjoint segments of the step thread: step, phase, start_ns, end_ns, sorted by start.
 

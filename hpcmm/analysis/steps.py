@@ -25,6 +25,8 @@ class StepTimes:
     """Mean over ranks of each of them, shape (steps,)."""
     warmup_number: int | None
     warmup_s: float
+    left_out: tuple[int, ...] = ()
+    """Ranks that have fewer than half of the steps that most ranks have; they are no part of the above."""
 
     @property
     def mean_s(self) -> float:
@@ -43,10 +45,18 @@ class StepTimes:
 
 
 def step_times(traces: Sequence[RankTrace]) -> StepTimes:
-    """Steps that all of ``traces`` with any closed steps have closed. The first of the run is warm-up."""
-    frames = [closed for trace in traces if len(closed := trace.steps[trace.steps["closed"]])]
-    if not frames:
+    """Steps that all of ``traces`` with any closed steps have closed. The first of the run is warm-up.
+
+    A rank whose steps are mostly others than those of most ranks, because their numbers are damaged or it stopped
+    early, would leave nothing of the run to look at: it is left out.
+    """
+    known = {trace.rank: closed for trace in traces if len(closed := trace.steps[trace.steps["closed"]])}
+    if not known:
         return StepTimes(np.empty(0, dtype=np.int64), np.empty(0), None, 0.0)
+    usual = pd.concat([frame["step"] for frame in known.values()]).value_counts()
+    usual = usual[usual > len(known) / 2].index
+    odd = [rank for rank, frame in known.items() if 2 * frame["step"].isin(usual).sum() < len(usual)]
+    frames = [frame for rank, frame in known.items() if rank not in odd]
     first = min(int(frame["step"].min()) for frame in frames)
     whole = pd.concat(
         [pd.DataFrame({"step": f["step"], "duration": (f["end_ns"] - f["start_ns"]) / NS_PER_S}) for f in frames]
@@ -60,4 +70,5 @@ def step_times(traces: Sequence[RankTrace]) -> StepTimes:
         duration_s=steady["mean"].to_numpy(np.float64),
         warmup_number=first if len(warm) else None,
         warmup_s=float(warm["mean"].iloc[0]) if len(warm) else 0.0,
+        left_out=tuple(odd),
     )

@@ -50,6 +50,8 @@ class RankTrace:
     """OS time of the step thread by step, phase and function."""
     spans: int = 0
     """Ranges of the annotation that the process wrote."""
+    unnumbered: int = 0
+    """Ranges of steps that are left out because they carry no number (or a negative one), while others do."""
     device: int | None = None
     """The GPU that stands for an unknown rank, in a report without steps."""
     gpu: pd.DataFrame | None = None
@@ -159,6 +161,7 @@ def _extract(
         osrt=osrt.summarise(calls, roles, (pid, tid), step_set),
         calls=osrt.calls_by_phase(report.osrt, pid, tid, segments),
         spans=len(mine),
+        unnumbered=phases.unnumbered_steps(ranges),
         device=device,
         gpu=gpu.rows,
         projection=gpu.projection,

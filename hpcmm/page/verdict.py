@@ -128,7 +128,12 @@ def steps_line(study: Study) -> str:
     if not len(steps.numbers):
         return "no steps"
     told = f"{len(steps.numbers)} steps of {seconds(steps.mean_s)} ± {seconds(steps.noise_s)}"
-    return told + (f", warm-up step {seconds(steps.warmup_s)} apart" if steps.warmup_number is not None else "")
+    told += f", warm-up step {seconds(steps.warmup_s)} apart" if steps.warmup_number is not None else ""
+    if steps.left_out:
+        several = len(steps.left_out) > 1
+        who = f"rank{'s' if several else ''} {rank_list(steps.left_out)}"
+        told += f" (without {who}, which lack{'' if several else 's'} most of them)"
+    return told
 
 
 def clock_line(study: Study) -> str:

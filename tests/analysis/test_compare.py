@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,8 @@ from hpcmm.analysis.efficiency import efficiency
 from hpcmm.analysis.noise import half_widths
 from hpcmm.analysis.phase_times import phases_table
 from hpcmm.analysis.steps import step_times
+from hpcmm.analyze import analyze
+from hpcmm.analyze import compare as compare_runs
 from hpcmm.errors import HpcmmError
 
 
@@ -135,3 +139,14 @@ def test_a_real_shift_is_seen() -> None:
     second[:, 4] += 2.0
     seen = np.abs(second.mean(axis=0) - first.mean(axis=0)) > half_widths(first, second)
     assert seen.tolist() == [index == 4 for index in range(10)]
+
+
+def test_efficiencies_are_those_that_the_analysis_prints() -> None:
+    run = analyze(Path(__file__).parents[2] / "profiles" / "samples" / "slow_data")
+    table = compare_runs(run, run).table
+    whole = run.efficiency().set_index("scope").loc["run"]
+    rows = table[table["kind"] == "efficiency"]
+    assert len(rows) == 7
+    for row in rows.to_dict("records"):
+        assert row["run_a"] == row["run_b"] == pytest.approx(whole[row["metric"].replace(" ", "_")])
+    assert set(table["verdict"]) == {"no difference seen"}

@@ -11,6 +11,7 @@ import pytest
 
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.analyze.command import main
+from hpcmm.page.verdict import steps_line
 
 DRIFT = 'start = start - start * 13 / 1000000, "end" = "end" - "end" * 13 / 1000000'
 
@@ -92,6 +93,27 @@ def test_a_shifted_clock_changes_no_verdict(samples: Path, tmp_path: Path, offse
     assert first["lost_s_per_step"] == pytest.approx(0.0506, rel=0.05)
     clock = analysis.tables["clock"].set_index("node")
     assert clock.loc["node2", "offset_s"] == pytest.approx(offset_ns / 1e9, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [("-int64Value", "29 of its 30 steps carry no number, and are left out"), ("int64Value + 1000", "")],
+)
+def test_a_rank_whose_steps_are_numbered_wrong_is_left_out_and_it_is_said(
+    samples: Path, tmp_path: Path, numbers: str, told: str
+) -> None:
+    shutil.copytree(samples / "slow_data", tmp_path / "run")
+    connection = sqlite3.connect(tmp_path / "run" / "rank_0001.sqlite")
+    connection.execute(
+        f"UPDATE NVTX_EVENTS SET int64Value = {numbers} WHERE textId = (SELECT id FROM StringIds WHERE value = 'step')"  # noqa: S608
+    )
+    connection.commit()
+    connection.close()
+    run = analyze(tmp_path / "run")
+    first = run.bottlenecks().iloc[0]
+    assert (first["cause"], first["rank"]) == ("data loading", 2)
+    assert run.coverage().set_index("rank").loc[1, "reason"] == told
+    assert "without rank 1, which lacks most of them" in steps_line(run.study)
 
 
 @pytest.mark.parametrize("name", COLUMNS)
