@@ -158,11 +158,12 @@ def test_the_script_runs_again_when_submitted_by_hand(clean_run, slurm_cluster):
 
 
 def test_a_throttled_link_makes_communication_the_first_row(slurm_cluster, nsys, tmp_path):
-    slurm_cluster.fault("throttle", "node3", "150mbit")
+    node = slurm_cluster.nodes[2]
+    slurm_cluster.fault("throttle", node, "150mbit")
     try:
         slow, _ = train_and_analyze(slurm_cluster, tmp_path, *ONE_A_NODE, "train.steps=6")
     finally:
-        slurm_cluster.fault("restore", "node3")
+        slurm_cluster.fault("restore", node)
     first = table(slow, "bottlenecks").iloc[0]
     assert "communication" in first["cause"]
     assert first["step_share"] > 0.3
@@ -176,7 +177,7 @@ def test_a_rank_with_slow_data_loading_is_named(slurm_cluster, nsys, tmp_path):
     )
     first = table(run, "bottlenecks").iloc[0]
     assert first["rank"] == 2
-    assert first["node"] == "node3"
+    assert first["node"] == slurm_cluster.nodes[2]
     assert first["phase"] == "data"
     assert "data" in first["cause"]
     # Below the 1 s that rank 2 sleeps, for meanwhile the three others share two cores among fewer.
@@ -233,16 +234,18 @@ def test_launching_returns_at_once_and_the_job_can_be_found(slurm_cluster, tmp_p
         slurm_cluster.run("scancel", job_id)
 
 
-def test_a_cancelled_job_ends_at_once_and_leaves_no_process(slurm_cluster, nsys, tmp_path):
+def test_a_cancelled_job_ends_soon_with_its_reports_and_leaves_no_process(slurm_cluster, nsys, tmp_path):
     overrides = [override for override in SHORT if override != "wait=true"]
-    launched = run_module(slurm_cluster, "hpcmm.launch", *overrides, "train.steps=100000", cwd=tmp_path)
+    overrides += ["train.steps=100000", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.gpus_per_node=0"]
+    launched = run_module(slurm_cluster, "hpcmm.launch", *overrides, cwd=tmp_path)
     assert launched.returncode == 0, launched.stderr
     job_id = launched.stdout.split("job id:")[1].split()[0]
     run = (tmp_path / "runs" / "latest").resolve()
     wait_until(lambda: '"step": 2' in (run / "metrics/rank_0000.jsonl").read_text(), within_s=200)
     slurm_cluster.run("scancel", job_id)
-    wait_until(lambda: slurm_cluster.run("squeue", "-h").strip() == "", within_s=25)  # KillWait is 30 s
+    wait_until(lambda: slurm_cluster.run("squeue", "-h").strip() == "", within_s=40)  # KillWait is 30 s
     wait_until(lambda: not processes_with(str(run)), within_s=30)
+    assert sorted(path.stem for path in (run / "nsys").glob("rank_*.*")) == ["rank_0000", "rank_0001"]
 
 
 def wait_until(condition, within_s):
