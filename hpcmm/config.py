@@ -264,6 +264,13 @@ class DataConfig:
     """Kinds of simulated defects, each as likely: ``perlin``, ``rectangle``, ``cut_paste``."""
     num_workers: int = 0
     """Loader processes a rank; 0 decodes in the rank's own process."""
+    prefetch_batches: int = 2
+    """Micro-batches that each loader process makes ahead."""
+    feature_cache: bool = False
+    """Compute the frozen image encoder's features before training, once for all runs, and keep them in
+    ``cluster.cache_dir``. What happens to an image is then drawn ``feature_variants`` times, and repeats after that."""
+    feature_variants: int = 4
+    """How many ways a training image is changed (augmentation, simulated anomaly) with ``feature_cache``."""
     slow_rank: int | None = None
     """Rank whose loading is made slow, to learn what a straggler looks like."""
     slow_s: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from hpcmm.data.images import normalise, read_image, read_pair
 from hpcmm.data.layouts import READERS
 from hpcmm.data.samples import Sample
 from hpcmm.data.simulate import simulate_anomaly
+from hpcmm.data.skipped import SkippedImages
 from hpcmm.errors import HpcmmError
 
 Floats = NDArray[np.float32]
@@ -29,7 +30,7 @@ Floats = NDArray[np.float32]
 class Item(TypedDict):
     """One image. ``caption`` says what it shows and never whether it has a defect; ``label`` is 1 with a defect."""
 
-    image: Tensor
+    image: NotRequired[Tensor]
     """(3, side, side), float32, normalised for the image encoder."""
     mask: Tensor
     """(1, side, side), float32, zeros and ones."""
@@ -38,17 +39,23 @@ class Item(TypedDict):
     category: str
     index: int
     """The item's place in its data set."""
+    features: NotRequired[list[Tensor]]
+    """The frozen image encoder's maps (channels, h, w), which then stand in for ``image``."""
 
 
 class Batch(TypedDict):
-    """Several items: ``image`` (B, 3, side, side), ``mask`` (B, 1, side, side), ``label`` and ``index`` (B,) int64."""
+    """Several items: ``image`` (B, 3, side, side), ``mask`` (B, 1, side, side), ``label`` and ``index`` (B,) int64.
 
-    image: Tensor
+    Of items with ``features`` it has these, each (B, channels, h, w), and no ``image``.
+    """
+
+    image: NotRequired[Tensor]
     mask: Tensor
     label: Tensor
     index: Tensor
     caption: list[str]
     category: list[str]
+    features: NotRequired[list[Tensor]]
 
 
 class TrainImages(Dataset[Item]):
@@ -67,9 +74,10 @@ class TrainImages(Dataset[Item]):
         self._anomaly_probability = config.anomaly_probability
         self._anomaly_kinds = tuple(config.anomaly_kinds)
         self._seed = seed
-        self._flaws = Flaws(config.on_error, "replaced by the next")
+        self.skipped = SkippedImages(len(self._samples), config.on_error)
         self._donors = {
-            category: [sample for sample in self._samples if sample.category != category] or self._samples
+            category: [index for index, sample in enumerate(self._samples) if sample.category != category]
+            or list(range(len(self._samples)))
             for category in {sample.category for sample in self._samples}
         }
 
@@ -90,6 +98,16 @@ class TrainImages(Dataset[Item]):
         phrases = self._captions[sample.category]
         return _item(image, mask, phrases[int(rng.integers(len(phrases)))], sample.category, index)
 
+    @property
+    def files(self) -> list[Path]:
+        """Every file that items are made of."""
+        return [sample.image for sample in self._samples]
+
+    @property
+    def contents(self) -> list[object]:
+        """What else items are made of: each image's category and label, and each category's captions."""
+        return [[(sample.category, sample.label) for sample in self._samples], self._captions]
+
     def __iter__(self) -> Iterator[Item]:
         """One epoch, the first; without it, going on past the end would make a ``for`` loop endless."""
         return (self[index] for index in range(len(self)))
@@ -97,22 +115,25 @@ class TrainImages(Dataset[Item]):
     def _read(self, index: int) -> tuple[Sample, Floats]:
         """The sample at ``index`` and its pixels; with ``data.on_error=skip`` the next one that can be read."""
         for step in range(len(self._samples)):
-            sample = self._samples[(index + step) % len(self._samples)]
-            try:
-                return sample, read_image(sample.image, self._side)
-            except HpcmmError as error:
-                self._flaws.note(sample.image, error)
+            place = (index + step) % len(self._samples)
+            pixels = self._try_to_read(place)
+            if pixels is not None:
+                return self._samples[place], pixels
         raise HpcmmError(f"None of the {len(self._samples)} training images can be read; see the warnings before.")
+
+    def _try_to_read(self, index: int) -> Floats | None:
+        """Raises HpcmmError with ``data.on_error=refuse``; None for an image that is to be skipped."""
+        try:
+            return read_image(self._samples[index].image, self._side)
+        except HpcmmError as error:
+            self.skipped.note(index, error)
+            return None
 
     def _read_donor(self, category: str, image: Floats, rng: np.random.Generator) -> Floats:
         """An image of another category where there is one: a piece of the same texture could not be told apart."""
         donors = self._donors[category]
-        donor = donors[int(rng.integers(len(donors)))].image
-        try:
-            return read_image(donor, self._side)
-        except HpcmmError as error:
-            self._flaws.note(donor, error)
-            return image
+        pixels = self._try_to_read(donors[int(rng.integers(len(donors)))])
+        return image if pixels is None else pixels
 
 
 class TestImages(Dataset[Item]):
@@ -139,6 +160,16 @@ class TestImages(Dataset[Item]):
         item = _item(image, mask, self._captions[sample.category][0], sample.category, index)
         item["label"] = sample.label  # a thin defect's mask may vanish when it is made smaller
         return item
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that items are made of."""
+        return [path for sample in self._samples for path in (sample.image, sample.mask) if path is not None]
+
+    @property
+    def contents(self) -> list[object]:
+        """What else items are made of: each image's category and label, and each category's captions."""
+        return [[(sample.category, sample.label) for sample in self._samples], self._captions]
 
     def _usable(self, samples: Sequence[Sample], on_error: OnError) -> list[Sample]:
         flaws, usable = Flaws(on_error, "left out of the scores"), []
@@ -208,14 +239,18 @@ def draw_shots(samples: list[Sample], category: str, shots: int | None, seed: Se
 
 def collate(items: Sequence[Item]) -> Batch:
     """Stack items into a batch, in their order."""
-    return Batch(
-        image=torch.stack([item["image"] for item in items]),
+    batch = Batch(
         mask=torch.stack([item["mask"] for item in items]),
         label=torch.tensor([item["label"] for item in items], dtype=torch.int64),
         index=torch.tensor([item["index"] for item in items], dtype=torch.int64),
         caption=[item["caption"] for item in items],
         category=[item["category"] for item in items],
     )
+    if "features" in items[0]:
+        batch["features"] = [torch.stack(level) for level in zip(*(item["features"] for item in items), strict=True)]
+    else:
+        batch["image"] = torch.stack([item["image"] for item in items])
+    return batch
 
 
 def _augment(image: Floats, rng: np.random.Generator) -> Floats:

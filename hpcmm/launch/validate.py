@@ -81,6 +81,8 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "parallel.reduce_bucket_size": config.parallel.reduce_bucket_size,
         "parallel.allgather_bucket_size": config.parallel.allgather_bucket_size,
         "data.image_size": config.data.image_size,
+        "data.prefetch_batches": config.data.prefetch_batches,
+        "data.feature_variants": config.data.feature_variants,
     }
     at_least_zero = {
         "cluster.gpus_per_node": config.cluster.gpus_per_node,
@@ -216,6 +218,8 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.slow_rank is {data.slow_rank}, but the ranks are 0 to {config.world_size - 1}."
     if not 0 <= data.anomaly_probability <= 1:
         yield f"data.anomaly_probability is {data.anomaly_probability}, but a probability lies between 0 and 1."
+    if data.feature_cache and not config.model.freeze_image_encoder:
+        yield "data.feature_cache keeps what a frozen encoder gives: set model.freeze_image_encoder=true."
     if not data.anomaly_kinds:
         yield "data.anomaly_kinds is empty: name kinds, or set data.anomaly_probability=0."
 

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from hpcmm.config import RunConfig
-from hpcmm.data.anomaly import Batch, build_datasets, collate
+from hpcmm.config import OnError, RunConfig
+from hpcmm.data.anomaly import Batch, Item, build_datasets, collate
 from hpcmm.models import build_model
-from hpcmm.models.anomaly import AnomalyModel
+from hpcmm.models.anomaly import AnomalyModel, Encoded
 from hpcmm.models.losses import AnomalyLoss
 from hpcmm.models.scores import image_auroc, pixel_auroc
 from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.train.data_root import data_config, data_root
+from hpcmm.train.features import Ranks, keep_features
 from hpcmm.train.sampling import EndlessSampler, even_share
 
 log = logging.getLogger("hpcmm.train")
@@ -35,17 +36,26 @@ class AnomalyTask:
         self._device = device
         self.model = build_model(config.model, config.train.seed).to(device)
         self._loss = AnomalyLoss(config.train)
-        self._train, self._test = build_datasets(data_root(config), data_config(config), config.train.seed)
+        train, test = build_datasets(data_root(config), data_config(config), config.train.seed)
+        self._skipped = train.skipped
+        self._train: Dataset[Item] = train
+        self._test: Dataset[Item] = test
+        self._lengths = len(train), len(test)
+        if config.data.feature_cache:
+            ranks = Ranks(dist.get_rank(), dist.get_world_size())
+            self._train, self._test = keep_features(config, self.model.image_encoder, train, test, ranks)
 
     def batches(self, rank: int, world_size: int, first: int = 0) -> Iterator[Batch]:
         """This rank's micro-batches, from round ``first`` on, without end."""
         data, train = self._config.data, self._config.train
-        sampler = EndlessSampler(len(self._train), train.micro_batch_size, rank, world_size, train.seed, first)
+        sampler = EndlessSampler(self._lengths[0], train.micro_batch_size, rank, world_size, train.seed, first)
         loader: DataLoader[Any] = DataLoader(
             self._train,
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=data.num_workers,
+            prefetch_factor=data.prefetch_batches if data.num_workers else None,
+            pin_memory=self._device.type == "cuda",
             # Its own, for a loader draws a number when it starts: a resumed run would be one number ahead.
             generator=torch.Generator().manual_seed(train.seed),
         )
@@ -57,16 +67,39 @@ class AnomalyTask:
 
     def loss(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch and its parts, scalars."""
-        logits = engine(batch["image"].to(self._device), batch["caption"])
+        logits = engine(self._images(batch), batch["caption"])
         total, parts = self._loss(logits, batch["mask"].to(self._device))
         return total, {name: value.detach() for name, value in parts.items()}
+
+    def report_skipped(self, rank: int, world_size: int) -> None:
+        """Tell how many training images could not be used, on any rank, in all. All ranks call this together."""
+        if self._config.data.on_error is not OnError.skip:
+            return
+        flags = self._skipped.flags.int().to(self._device)
+        if world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        if rank == 0:
+            log.info("%d of %d training images were skipped", int(flags.sum()), len(flags))
+
+    def _images(self, batch: Batch) -> Tensor | Encoded:
+        """What the model takes: images, or the features that were kept of them."""
+        if "features" not in batch:
+            return batch["image"].to(self._device, non_blocking=True)
+        height, width = batch["mask"].shape[-2:]
+        return Encoded([level.to(self._device, non_blocking=True) for level in batch["features"]], (height, width))
 
     @torch.no_grad()
     def evaluate(self, engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int) -> dict[str, float]:
         """Image and pixel AUROC on the held-out images, which the ranks share out. Only rank 0 gets the result."""
-        share = range(rank, len(self._test), world_size)
-        own = Subset(self._test, even_share(len(self._test), rank, world_size))
-        loader: DataLoader[Any] = DataLoader(own, batch_size=self._config.train.micro_batch_size, collate_fn=collate)
+        share = range(rank, self._lengths[1], world_size)
+        own = Subset(self._test, even_share(self._lengths[1], rank, world_size))
+        loader: DataLoader[Any] = DataLoader(
+            own,
+            batch_size=self._config.train.micro_batch_size,
+            collate_fn=collate,
+            num_workers=self._config.data.num_workers,
+            generator=torch.Generator().manual_seed(0),
+        )
         merge_batch_statistics(engine.module)
         engine.eval()
         scored = _joined([self._score(engine, batch) for batch in loader])
@@ -87,7 +120,7 @@ class AnomalyTask:
         return {name: area.value for name, area in areas.items()}
 
     def _score(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> dict[str, np.ndarray]:
-        logits = engine(batch["image"].to(self._device), batch["caption"])
+        logits = engine(self._images(batch), batch["caption"])
         return {
             "label": batch["label"].numpy(),
             "score": AnomalyModel.score(logits).cpu().numpy(),

@@ -49,6 +49,7 @@ def train(
             log.info("resumed from the checkpoint after step %d of %d", first, config.train.steps)
         metrics.resume(first)
         steps_done = _run_steps(Session(config, run, place, task, engine, checkpoints, metrics), first, scores)
+        task.report_skipped(place.rank, place.world_size)
         if steps_done < config.train.steps:
             log.info("stopped as asked after step %d of %d, with a checkpoint", steps_done, config.train.steps)
             if place.rank == 0:

@@ -34,16 +34,16 @@ class ClipEncoder(ImageEncoder):
         super().__init__()
         config = tower.config
         check_square((config.image_size // config.patch_size) ** 2, self.name)
-        self._taps = choose_taps(taps, config.num_hidden_layers)
+        self.taps = choose_taps(taps, config.num_hidden_layers)
         self._patch = self.side_multiple = int(config.patch_size)
-        self.channels = (int(config.hidden_size),) * len(self._taps)
-        self.strides = (self._patch,) * len(self._taps)
+        self.channels = (int(config.hidden_size),) * len(self.taps)
+        self.strides = (self._patch,) * len(self.taps)
         self.embedding_width = int(config.projection_dim)
         self.tower = tower
         vision = tower.vision_model
         self.set_frozen(
             frozen,
-            [*vision.encoder.layers[self._taps[-1] + 1 :], vision.post_layernorm, tower.visual_projection],
+            [*vision.encoder.layers[self.taps[-1] + 1 :], vision.post_layernorm, tower.visual_projection],
         )
 
     @classmethod
@@ -74,7 +74,7 @@ class ClipEncoder(ImageEncoder):
     def maps(self, pixels: Tensor) -> list[Tensor]:
         hidden = self._run(pixels).hidden_states
         size = [side // self._patch for side in pixels.shape[-2:]]
-        return [tokens_to_map(hidden[tap + 1], size) for tap in self._taps]  # hidden[0] comes before the first block
+        return [tokens_to_map(hidden[tap + 1], size) for tap in self.taps]  # hidden[0] comes before the first block
 
     def embedding(self, pixels: Tensor) -> Tensor:
         embedded: Tensor = self._run(pixels).image_embeds

@@ -29,13 +29,13 @@ class ImageBindEncoder(ImageEncoder):
         width, _, patch, _ = tower.patches.weight.shape
         if width % HEADS:
             raise HpcmmError(f"ImageBind's width must be a multiple of its {HEADS} heads, not {width}.")
-        self._taps = choose_taps(taps, len(tower.blocks))
+        self.taps = choose_taps(taps, len(tower.blocks))
         self._patch = self.side_multiple = patch
-        self.channels = (width,) * len(self._taps)
-        self.strides = (patch,) * len(self._taps)
+        self.channels = (width,) * len(self.taps)
+        self.strides = (patch,) * len(self.taps)
         self.embedding_width = tower.head.out_features
         self.tower = tower
-        self.set_frozen(frozen, [*tower.blocks[self._taps[-1] + 1 :], tower.head_norm, tower.head])
+        self.set_frozen(frozen, [*tower.blocks[self.taps[-1] + 1 :], tower.head_norm, tower.head])
 
     @classmethod
     def from_file(cls, path: Path, taps: Sequence[int], *, frozen: bool) -> ImageBindEncoder:
@@ -49,9 +49,9 @@ class ImageBindEncoder(ImageEncoder):
         return cls(tower, taps, frozen=frozen)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        states = self.tower(pixels, self._taps[-1] + 1)
+        states = self.tower(pixels, self.taps[-1] + 1)
         size = [side // self._patch for side in pixels.shape[-2:]]
-        return [tokens_to_map(states[tap], size) for tap in self._taps]
+        return [tokens_to_map(states[tap], size) for tap in self.taps]
 
     def embedding(self, pixels: Tensor) -> Tensor:
         return self.tower.embed(self.tower(pixels, len(self.tower.blocks))[-1])

@@ -33,12 +33,12 @@ class ViTEncoder(ImageEncoder):
         super().__init__()
         config = network.config
         check_square((config.image_size // config.patch_size) ** 2, self.name)
-        self._taps = choose_taps(taps, config.num_hidden_layers)
+        self.taps = choose_taps(taps, config.num_hidden_layers)
         self._patch = self.side_multiple = int(config.patch_size)
-        self.channels = (int(config.hidden_size),) * len(self._taps)
-        self.strides = (self._patch,) * len(self._taps)
+        self.channels = (int(config.hidden_size),) * len(self.taps)
+        self.strides = (self._patch,) * len(self.taps)
         self.network = network
-        self.set_frozen(frozen, [*network.layers[self._taps[-1] + 1 :], network.layernorm])
+        self.set_frozen(frozen, [*network.layers[self.taps[-1] + 1 :], network.layernorm])
 
     @classmethod
     def from_folder(cls, folder: Path, taps: Sequence[int], *, frozen: bool) -> ViTEncoder:
@@ -72,7 +72,7 @@ class ViTEncoder(ImageEncoder):
     def maps(self, pixels: Tensor) -> list[Tensor]:
         hidden = self.network(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
         size = [side // self._patch for side in pixels.shape[-2:]]
-        return [tokens_to_map(hidden[tap + 1], size) for tap in self._taps]  # hidden[0] comes before the first block
+        return [tokens_to_map(hidden[tap + 1], size) for tap in self.taps]  # hidden[0] comes before the first block
 
 
 class _WithoutPooler:
