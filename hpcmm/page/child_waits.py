@@ -85,7 +85,9 @@ def _step_span(study: Study) -> tuple[float, float]:
 
 def _band(rank: int, windows: pd.DataFrame, span: float) -> Bar:
     parts, told = [], []
-    for row in windows.sort_values("union_s", ascending=False).to_dict("records"):
+    # The longest first: others that lie within are drawn over it, and each is seen.
+    lengths = windows.assign(length=windows["end_s"] - windows["start_s"]).sort_values("length", ascending=False)
+    for row in lengths.to_dict("records"):
         start, end = float(row["start_s"]), float(row["end_s"])
         width = max(100 * (end - start) / span, MIN_WIDTH)
         verdict = plain(row["verdict"])
