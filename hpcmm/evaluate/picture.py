@@ -18,12 +18,15 @@ _HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 
 
 
 def chosen(scored: Scored) -> list[int]:
-    """The abnormal image with the largest defect of each category, by category."""
+    """An abnormal image of each category, by category: that whose defect is of middle size; a normal one for none."""
     size = scored.mask.sum(axis=(1, 2))
-    return [
-        int(max(np.flatnonzero(scored.category == category), key=lambda index: (scored.label[index], size[index])))
-        for category in sorted(set(scored.category))
-    ]
+    found = []
+    for category in sorted(set(scored.category)):
+        own = np.flatnonzero(scored.category == category)
+        abnormal = own[scored.label[own] == 1]
+        by_size = abnormal[np.argsort(size[abnormal], kind="stable")] if len(abnormal) else own
+        found.append(int(by_size[len(by_size) // 2]))
+    return found
 
 
 def draw(path: Path, images: Mapping[int, NDArray[np.float32]], results: Sequence[tuple[str, Scored]]) -> None:

@@ -173,7 +173,7 @@ def test_waits_for_children_say_what_they_are(slow_data: Analysis) -> None:
     windows = pd.DataFrame(
         [
             (0, "launcher", "benign supervision", 0.0, 20.0, 2, 19.5),
-            (1, "launcher", "benign supervision", 0.0, 20.0, 2, 19.5),
+            (1, "launcher", "benign supervision", 0.0, 20.0, 900, 0.1),  # looks now and then, and is drawn below
             (1, "worker", "within step", 9.0, 9.4, 3, 0.3),
         ],
         columns=["rank", "role", "verdict", "start_s", "end_s", "calls", "union_s"],
