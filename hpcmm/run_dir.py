@@ -117,6 +117,26 @@ class RunDir:
         """JSON lines: one for each start of the job's script."""
         return self.root / "attempts.jsonl"
 
+    @property
+    def serving(self) -> Path:
+        """What serving the run's model leaves: the log of requests, the threshold."""
+        return self.root / "serving"
+
+    @property
+    def requests_log(self) -> Path:
+        """JSON lines: one for each request to the served model."""
+        return self.serving / "requests.jsonl"
+
+    @property
+    def threshold(self) -> Path:
+        """The threshold that was chosen on held-out images, as JSON."""
+        return self.serving / "threshold.json"
+
+    @property
+    def address(self) -> Path:
+        """Where a job that serves a model listens, and its token, as JSON; there as long as it listens."""
+        return self.root / "address.json"
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:04d}.log"
 

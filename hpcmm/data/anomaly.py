@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -160,6 +161,17 @@ class TestImages(Dataset[Item]):
         item = _item(image, mask, self._captions[sample.category][0], sample.category, index)
         item["label"] = sample.label  # a thin defect's mask may vanish when it is made smaller
         return item
+
+    def described(self, index: int) -> tuple[Sample, str]:
+        """The files of item ``index``, and the phrase that says what it shows."""
+        sample = self._samples[index]
+        return sample, self._captions[sample.category][0]
+
+    def part(self, places: Sequence[int]) -> TestImages:
+        """The items at these places alone, in this order."""
+        chosen = copy.copy(self)
+        chosen._samples = [self._samples[place] for place in places]
+        return chosen
 
     @property
     def files(self) -> list[Path]:

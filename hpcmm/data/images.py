@@ -27,8 +27,12 @@ def read_image(path: Path, side: int) -> Floats:
     HpcmmError when the file is missing, not an image, or of a kind whose range of values is not known.
     """
     with _open(path) as image:
-        colours = _eight_bits(image, path).convert("RGB")
-        pixels = np.asarray(_resize(colours, side, Image.Resampling.BILINEAR), np.float32)
+        return pixels_of(_eight_bits(image, path), side)
+
+
+def pixels_of(image: Image.Image, side: int) -> Floats:
+    """A decoded image of 8 bits a channel as (side, side, 3) with values from 0 to 1, as the model sees it."""
+    pixels = np.asarray(_resize(image.convert("RGB"), side, Image.Resampling.BILINEAR), np.float32)
     return pixels / np.float32(255)
 
 

@@ -70,8 +70,8 @@ def frozen(config: RunConfig, code: CodePlan) -> RunConfig:
     return replace(config, task=replace(config.task, path=code.script))
 
 
-def queue(planned: Plan) -> Submission:
-    """Write the run directory and submit its script."""
+def queue(planned: Plan, *, is_latest: bool = True) -> Submission:
+    """Write the run directory and submit its script. ``latest`` points to it then, unless ``is_latest`` is false."""
     from hpcmm.launch.submit import submit  # noqa: PLC0415 -- submitit, which a dry run does not need
 
     planned = with_live_dependency(planned)
@@ -81,7 +81,8 @@ def queue(planned: Plan) -> Submission:
         run_config.dump(config, run.config)
         write_shared_files(planned)
     submission = submit(config, run, planned.code.python_path)
-    point_latest_to(run)
+    if is_latest:
+        point_latest_to(run)
     return submission
 
 

@@ -46,7 +46,7 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path) -> CodePl
         here = [str(working_directory)] if task.name is TaskName.function else []
         return CodePlan(None, (str(_PACKAGE.parent), *here), str(script) if script else None)
     own = str(_hpcmm_copy(run))
-    if task.name is TaskName.anomaly:
+    if task.name is TaskName.anomaly or (task.target or "").startswith("hpcmm."):
         return CodePlan(None, (own,), None)
     start = script.parent if script else working_directory
     project = project_root(start) or start

@@ -11,7 +11,7 @@ import pytest
 
 from hpcmm.config import load
 
-HEAVY = ("torch", "deepspeed", "transformers", "sklearn", "skimage")
+HEAVY = ("torch", "deepspeed", "transformers", "sklearn", "skimage", "gradio")
 
 
 def run_python(*arguments, **keywords):
@@ -19,8 +19,12 @@ def run_python(*arguments, **keywords):
 
 
 @pytest.mark.parametrize(
-    "module", ["hpcmm.launch.__main__", "hpcmm.launch.follow", "hpcmm.launch.submit", "hpcmm.analyze"]
-)
+    "module",
+    [
+        "hpcmm.launch.__main__", "hpcmm.launch.follow", "hpcmm.launch.submit", "hpcmm.analyze",
+        "hpcmm.serve.__main__", "hpcmm.serve.find", "hpcmm.serve.job",
+    ],
+)  # fmt: skip
 def test_login_node_commands_import_nothing_heavy(module):
     code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
     assert run_python("-c", code).stdout == "[]\n"

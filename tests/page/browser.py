@@ -83,18 +83,23 @@ class Browser:
 
     def open(self, path: Path, *, width: int = 1280, height: int = 1600, dark: bool = False) -> Page:
         """A page with its timeline drawn (or known to be absent)."""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = Page(self, session)
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            page.call(f"{domain}.enable")
-        page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        page.set_dark(dark)
-        page.call("Page.navigate", url=path.as_uri())
+        page = self.visit(path.as_uri(), width=width, height=height, dark=dark)
         page.wait("document.readyState === 'complete' && location.protocol === 'file:'")
         page.wait(
             "!JSON.parse(document.getElementById('timeline-data').textContent).lanes.length || window.hpcmmTimeline"
         )
+        return page
+
+    def visit(self, url: str, *, width: int = 1280, height: int = 1600, dark: bool = False) -> Page:
+        """A page that begins to load ``url``."""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        page = Page(self, session)
+        for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
+            page.call(f"{domain}.enable")
+        page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        page.set_dark(dark)
+        page.call("Page.navigate", url=url)
         return page
 
 
@@ -138,6 +143,34 @@ class Page:
         text = {"text": key} if len(key) == 1 else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    def press(self, selector: str) -> None:
+        """A click into the middle of an element, which is scrolled into the window."""
+        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        self.frame()
+        box = self.box(selector)
+        self.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+
+    def type(self, selector: str, text: str) -> None:
+        """Replace what stands in a field, by the keyboard."""
+        self.press(selector)
+        self.run(f"document.querySelector({json.dumps(selector)}).select()")
+        self.call("Input.insertText", text=text)
+
+    def choose_files(self, selector: str, paths: list[Path]) -> None:
+        """Give files to a file input, as its dialogue does."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
+
+    def requested(self) -> list[str]:
+        """Addresses that the page asked for, in order."""
+        self.run("0")
+        return [
+            str(event["params"]["request"]["url"])
+            for event in self._browser.events
+            if event.get("sessionId") == self._session and event["method"] == "Network.requestWillBeSent"
+        ]
 
     def box(self, selector: str) -> dict[str, float]:
         """Place of an element in the window: x, y, width, height."""

@@ -1,0 +1,109 @@
+"""The server as a Slurm job: a run of one rank whose task is :func:`serve_in_job`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpcmm.config import Executor, Requeue, TaskConfig, TaskName
+from hpcmm.errors import HpcmmError
+from hpcmm.run_dir import RunDir
+from hpcmm.serve.address import Address, read_address, write_address
+from hpcmm.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from hpcmm.launch.submit import Submission
+
+TARGET = f"{__name__}:serve_in_job"
+_ASK_S = 3.0
+_LOG_LINES = 12
+
+
+def submit(options: ServeOptions, cluster: str, overrides: Sequence[str], runs_root: Path) -> Submission:
+    """Queue the server; returns once Slurm has accepted it. Raises HpcmmError where it does not."""
+    from hpcmm.launch.compose import compose_run  # noqa: PLC0415 -- hydra and submitit, which a server does not need
+    from hpcmm.launch.run import plan, queue  # noqa: PLC0415
+    from hpcmm.launch.validate import validate  # noqa: PLC0415
+
+    words = [f"cluster={cluster}", "name=serve", *overrides]
+    config = compose_run(words)
+    if config.cluster.executor is Executor.local:
+        raise HpcmmError(f"--cluster {cluster} has no Slurm: leave it out, and the server runs here.")
+    place = replace(config.cluster, nodes=1, ranks_per_node=1, gpus_per_node=min(1, config.cluster.gpus_per_node))
+    task = TaskConfig(name=TaskName.function, target=TARGET, kwargs=options.values())
+    root = config.runs_root if any(word.startswith("runs_root=") for word in overrides) else str(runs_root)
+    config = replace(config, cluster=place, task=task, requeue=Requeue.never, runs_root=root)
+    validate(config)
+    planned = plan(config, words)
+    task = replace(task, kwargs={"job_dir": str(planned.run.root), **task.kwargs})
+    return queue(replace(planned, config=replace(config, task=task)), is_latest=False)
+
+
+def wait_for_address(submission: Submission) -> Address:
+    """Wait until the job answers, saying its state when that changes.
+
+    Raises HpcmmError, with the last lines of its log, where it ends before.
+    """
+    from hpcmm.launch.accounting import queue_state  # noqa: PLC0415
+
+    shown, asked_s = "", -_ASK_S
+    while True:
+        address = read_address(submission.run.address)
+        if address is not None:
+            return address
+        if time.monotonic() - asked_s >= _ASK_S:
+            state = queue_state(submission.job_id)
+            asked_s = time.monotonic()
+            if state.state != shown:
+                reason = f" ({state.reason})" if state.active and state.reason not in {"", "None"} else ""
+                print(f"job {submission.job_id}: {state.state}{reason}", file=sys.stderr, flush=True)
+                shown = state.state
+            if not state.active and read_address(submission.run.address) is None:
+                raise HpcmmError(_ended(submission, state.state))
+        time.sleep(0.3)
+
+
+def serve_in_job(job_dir: str, **values: Any) -> None:
+    """What the job runs. The address goes to a file of the job's run directory that only its owner reads."""
+    from hpcmm.serve.server import serve  # noqa: PLC0415 -- torch and gradio
+
+    run = RunDir(Path(job_dir))
+    run.address.unlink(missing_ok=True)
+
+    def ready(address: Address) -> None:
+        write_address(run.address, address)
+        print(f"hpcmm.serve: listening on 127.0.0.1:{address.port} of {address.node}.", flush=True)
+
+    try:
+        # Slurm's warning of the time limit makes the job's script leave this file.
+        serve(ServeOptions.of(values), ready, run.stop_request.exists, node=_node())
+    finally:
+        run.address.unlink(missing_ok=True)
+    print("hpcmm.serve: ended.", flush=True)
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _ended(submission: Submission, state: str) -> str:
+    tail: list[str] = []
+    for log in (submission.run.rank_log(0), submission.run.batch_log):
+        try:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        tail = [line for line in lines if line.startswith("hpcmm")][-1:] or lines[-_LOG_LINES:]
+        if tail:
+            break
+    told = " ".join("".join(each for each in line if each.isprintable()) for line in tail)
+    return (
+        f"Job {submission.job_id} ended as {state} before the server answered. {told} "
+        f"See python -m hpcmm.jobs why {submission.run.root}"
+    )

@@ -1,0 +1,240 @@
+"""The page: one image with a question, or many images as a table. Built of gradio, which knows nothing of the model."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from hpcmm.errors import HpcmmError
+from hpcmm.serve import rendering
+from hpcmm.serve.options import MOST_CAPTION_CHARACTERS, MOST_QUESTION_CHARACTERS
+from hpcmm.serve.rendering import Row
+from hpcmm.serve.service import Seen, Service
+from hpcmm.serve.uploads import SUFFIXES
+
+CSS = Path(__file__).with_name("page.css")
+QUESTION = "Is there an anomaly in the image, and where?"
+_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
+_MONO = ["ui-monospace", "monospace"]
+_STATE_LIFE_S = 1800
+
+from gradio.events import Dependency
+
+class _UploadedImage(gr.Image):  # type: ignore[misc]
+    """gradio's image, handed over as a path with the name it had: hpcmm itself decodes it, within its limits."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> tuple[str, str] | None:
+        return None if payload is None or payload.path is None else (payload.path, _name_of(payload))
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+class _UploadedFiles(gr.File):  # type: ignore[misc]
+    """The same for several files."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> list[tuple[str, str]]:
+        return [(each.path, _name_of(each)) for each in payload or []]
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+def theme() -> Any:
+    """gradio's plain theme with the viewer's own fonts: none is fetched."""
+    return gr.themes.Soft(font=_FONTS, font_mono=_MONO, primary_hue="cyan", neutral_hue="slate")
+
+def build_page(service: Service, cache: Path) -> Any:
+    """The gradio Blocks. ``cache`` is the folder that files to download are written to."""
+    page = gr.Blocks(title=f"{service.about.run} · hpcmm", analytics_enabled=False)
+    with page:
+        gr.HTML(_title(service), elem_classes="hpcmm-title")
+        with gr.Tab("One image"):
+            _one_image(service)
+        with gr.Tab("Many images"):
+            _many_images(service, cache)
+    page.queue(max_size=4 * service.options.max_waiting, default_concurrency_limit=None, api_open=False)
+    return page
+
+def _one_image(service: Service) -> None:
+    seen = gr.State(None, time_to_live=_STATE_LIFE_S)
+    with gr.Row():
+        with gr.Column(scale=5):
+            image = _UploadedImage(
+                label="Image", sources=["upload", "clipboard"], height=300, buttons=[], format="png", elem_id="image"
+            )
+            caption = _caption(service, "caption")
+            question = gr.Textbox(
+                QUESTION,
+                label="Question" if service.speaks else "Question (a rule answers: it reads the map, not the question)",
+                max_length=MOST_QUESTION_CHARACTERS,
+                lines=1,
+                elem_id="question",
+            )
+            ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            if service.examples:
+                examples = gr.Gallery(
+                    [(str(example.sample.image), example.title) for example in service.examples],
+                    label="Or take a held-out image of the run's data",
+                    columns=6,
+                    rows=1,
+                    height=150,
+                    allow_preview=False,
+                    object_fit="cover",
+                    buttons=[],
+                    interactive=False,
+                    elem_id="examples",
+                )
+        with gr.Column(scale=6):
+            shown = gr.HTML(rendering.sentence("Upload an image or take an example, then ask."), elem_id="result")
+            threshold = _threshold(service, "threshold")
+
+    async def answer(
+        upload: tuple[str, str] | None, caption: str, question: str, threshold: float, request: gr.Request
+    ) -> tuple[str, Seen | None]:
+        path, name = (Path(upload[0]), upload[1]) if upload else (None, "")
+        try:
+            found = await service.look(path, name, caption, question, user=_user(request))
+        except HpcmmError as error:
+            return rendering.sentence(str(error), "problem"), None
+        return await asyncio.to_thread(rendering.result, found, _within(threshold)), found
+
+    def again(threshold: float, found: Seen | None) -> Any:
+        return gr.skip() if found is None else rendering.result(found, _within(threshold))
+
+    def take(event: gr.SelectData) -> tuple[str, str]:
+        example = service.examples[int(event.index)]
+        return str(example.sample.image), example.caption
+
+    inputs, outputs = [image, caption, question, threshold], [shown, seen]
+    hidden = {"api_visibility": "private"}
+    gr.on([ask.click, question.submit], answer, inputs, outputs, **hidden)
+    threshold.change(
+        again,
+        [threshold, seen],
+        shown,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        concurrency_limit=4,
+        **hidden,
+    )
+    if service.examples:
+        examples.select(take, None, [image, caption], **hidden)
+
+def _many_images(service: Service, cache: Path) -> None:
+    rows = gr.State([], time_to_live=_STATE_LIFE_S)
+    with gr.Row():
+        with gr.Column(scale=5):
+            files = _UploadedFiles(
+                label=f"Images, up to {service.options.max_files}",
+                file_count="multiple",
+                file_types=list(SUFFIXES),
+                height=220,
+                elem_id="files",
+            )
+            caption = _caption(service, "caption-of-all")
+            score = gr.Button("Score all", variant="primary", elem_id="score-all")
+            threshold = _threshold(service, "threshold-of-all")
+            download = gr.DownloadButton("Download the table as CSV", interactive=False, elem_id="download")
+        with gr.Column(scale=6):
+            table = gr.HTML(rendering.sentence("Upload images of one kind, then score them."), elem_id="table")
+            gallery = gr.HTML("", elem_id="gallery")
+
+    async def score_all(
+        uploads: list[tuple[str, str]], caption: str, threshold: float, request: gr.Request
+    ) -> tuple[str, str, Any, list[Row]]:
+        if not uploads or len(uploads) > service.options.max_files:
+            many = f"At most {service.options.max_files} images are taken at once; these are {len(uploads or [])}."
+            said = many if uploads else "There are no images yet: upload some."
+            return rendering.sentence(said, "problem"), "", gr.DownloadButton(interactive=False), []
+        found = await _look_at_all(service, uploads, caption, _user(request))
+        return (*await asyncio.to_thread(drawn, threshold, found), found)
+
+    def drawn(threshold: float, found: list[Row]) -> tuple[Any, Any, Any]:
+        if not found:
+            return gr.skip(), gr.skip(), gr.skip()
+        threshold = _within(threshold)
+        folder = cache / secrets.token_hex(16)
+        folder.mkdir(mode=0o700)
+        path = folder / "scores.csv"
+        path.write_text(rendering.to_csv(found, threshold), encoding="utf-8")
+        return (
+            rendering.table(found, threshold),
+            rendering.gallery(found, threshold),
+            gr.DownloadButton(value=str(path), interactive=True),
+        )
+
+    shown = [table, gallery, download]
+    score.click(score_all, [files, caption, threshold], [*shown, rows], api_visibility="private")
+    threshold.change(
+        drawn,
+        [threshold, rows],
+        shown,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        concurrency_limit=4,
+        api_visibility="private",
+    )
+
+async def _look_at_all(service: Service, uploads: list[tuple[str, str]], caption: str, user: str) -> list[Row]:
+    """All files, a few at a time, so that one table does not fill the queue in front of the others' questions."""
+    at_once = asyncio.Semaphore(max(1, min(service.options.max_batch, service.options.max_waiting // 2)))
+
+    async def look(path: str, name: str) -> Row:
+        async with at_once:
+            try:
+                return Row(name, await service.look(Path(path), name, caption, None, user=user, kind="table"))
+            except HpcmmError as error:
+                return Row(name, None, str(error))
+
+    return list(await asyncio.gather(*(look(path, name) for path, name in uploads)))
+
+def _caption(service: Service, elem_id: str) -> Any:
+    return gr.Dropdown(
+        service.captions,
+        value=service.captions[0] if service.captions else None,
+        label="What it shows (choose, or write a phrase)",
+        allow_custom_value=True,
+        max_choices=1,
+        elem_id=elem_id,
+        info=f"at most {MOST_CAPTION_CHARACTERS} characters",
+    )
+
+def _threshold(service: Service, elem_id: str) -> Any:
+    chosen = service.threshold
+    return gr.Slider(
+        0, 1, value=round(chosen.value, 3), step=0.001, label="Threshold",
+        info=f"{chosen.value:.3f}: {chosen.origin}", elem_id=elem_id,
+    )  # fmt: skip
+
+def _title(service: Service) -> str:
+    about = service.about
+    speaks = "the run's language model answers" if service.speaks else "no language model: a rule on the map answers"
+    standins = " Trained on stand-in images: its scores say nothing about real parts." if about.is_standin else ""
+    told = f"{about.model} · checkpoint {about.checkpoint} · {speaks}.{standins}"
+    return f"<h1>{rendering.escaped(about.run)}</h1><p>{rendering.escaped(told)}</p>"
+
+def _name_of(payload: Any) -> str:
+    """The name that the file had, without folders; it is the sender's word."""
+    name = payload.orig_name if isinstance(payload.orig_name, str) and payload.orig_name else Path(payload.path).name
+    return name.replace("\\", "/").rpartition("/")[2][:200]
+
+def _user(request: gr.Request) -> str:
+    """A short name for a page that is open in a browser, to tell users apart in the log."""
+    return hashlib.sha256(str(request.session_hash).encode(errors="replace")).hexdigest()[:8]
+
+def _within(threshold: object) -> float:
+    return min(1.0, max(0.0, float(threshold))) if isinstance(threshold, (int, float)) else 0.5

@@ -1,0 +1,68 @@
+"""A run's trained model as the server asks it: images and captions to maps and scores, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hpcmm.config import RunConfig
+from hpcmm.data.images import normalise
+from hpcmm.evaluate.checkpoint import load_model
+from hpcmm.models import AnomalyModel
+from hpcmm.run_dir import RunDir
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image (side, side, 3) from 0 to 1, what it shows, and a question where words are wanted."""
+
+    image: Floats
+    caption: str
+    question: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the model finds in one image: map (side, side) and score from 0 to 1, its words where it has any."""
+
+    map: Floats
+    score: float
+    words: str | None = None
+
+
+class Predictor:
+    """The model of a run on the device that there is."""
+
+    def __init__(self, model: AnomalyModel, side: int) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self._device)
+        self.side = side
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the run has a language model, which answers questions."""
+        return False
+
+    @torch.inference_mode()
+    def __call__(self, requests: Sequence[Request]) -> list[Finding]:
+        """Findings in the order of the requests."""
+        images = torch.from_numpy(np.stack([normalise(request.image) for request in requests])).to(self._device)
+        logits = self.model(images, [request.caption for request in requests])
+        maps = self.model.anomaly_map(logits).float().cpu().numpy()
+        scores = self.model.score(logits).float().cpu().numpy()
+        return [Finding(maps[place], float(scores[place])) for place in range(len(requests))]
+
+
+def load_predictor(run: RunDir, config: RunConfig) -> Predictor:
+    """Raises HpcmmError where the run has no checkpoint that may be loaded."""
+    return Predictor(load_model(run, config), config.data.image_size)

@@ -1,0 +1,231 @@
+"""The server's life: load the run, listen on the loopback interface, end when it is told to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from hpcmm import config as run_config
+from hpcmm.bootstrap.free_port import hold_free_port
+from hpcmm.errors import HpcmmError
+from hpcmm.run_dir import RunDir
+from hpcmm.serve.address import Address, new_token, this_host
+from hpcmm.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from hpcmm.serve.service import Service
+
+LOOPBACK = "127.0.0.1"
+_SESSIONS = 500
+"""Open pages whose last image is kept in memory."""
+_CONNECTIONS = 400
+_KEPT_S = 900
+"""How long an upload stays in the server's private folder."""
+_SWEEP_S = 30.0
+_GRACE_S = 3
+
+
+def serve(
+    options: ServeOptions,
+    ready: Callable[[Address], None],
+    asked_to_end: Callable[[], bool] = lambda: False,
+    node: str | None = None,
+) -> None:
+    """Serve until SIGTERM, Ctrl-C or ``asked_to_end``. ``ready`` is told the address once it answers.
+
+    Call it in the main thread. Raises HpcmmError where the run cannot be served.
+    """
+    with ExitStack() as stack:
+        held = stack.enter_context(_listening(options.port))
+        cache = stack.enter_context(_private_folder())
+        _settle_gradio(cache)
+        service = load_service(options)
+        stack.callback(service.close)
+        address = Address(node or this_host(), int(held.getsockname()[1]), new_token())
+        _run(build_app(service, cache, address), held, cache, lambda: ready(address), asked_to_end)
+
+
+def load_service(options: ServeOptions) -> Service:
+    """Model, threshold, examples and log of a run. Raises HpcmmError with what is missing."""
+    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
+    from hpcmm.serve.held_out import examples_of, held_out_images  # noqa: PLC0415 -- all of these import torch
+    from hpcmm.serve.predictor import load_predictor  # noqa: PLC0415
+    from hpcmm.serve.request_log import RequestLog  # noqa: PLC0415
+    from hpcmm.serve.service import About, Service  # noqa: PLC0415
+    from hpcmm.serve.threshold import choose_threshold  # noqa: PLC0415
+
+    select_accelerator()
+    run = RunDir(Path(options.run))
+    config = run_config.load(run.config)
+    predictor = load_predictor(run, config)
+    log = RequestLog(run.requests_log)
+    held_out = held_out_images(config)
+    examples, captions = examples_of(held_out)
+    checkpoint = (run.checkpoints / "latest").read_text(encoding="utf-8").strip()
+    return Service(
+        predictor,
+        options,
+        about=About(run.root.name, f"decoder {config.model.decoder}", checkpoint, is_standin=config.data.generate),
+        threshold=choose_threshold(run, predictor, held_out, options.threshold),
+        log=log,
+        captions=captions,
+        examples=examples,
+    )
+
+
+def build_app(service: Service, cache: Path, address: Address) -> Any:
+    """The ASGI application: gradio's page, and the guard in front."""
+    import gradio  # noqa: PLC0415 -- takes seconds
+    from fastapi import FastAPI  # noqa: PLC0415
+
+    from hpcmm.serve.guard import Guard  # noqa: PLC0415
+    from hpcmm.serve.page import CSS, build_page, theme  # noqa: PLC0415
+
+    page = build_page(service, cache)
+    page.state_session_capacity = _SESSIONS
+    app = gradio.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        page,
+        path="/",
+        server_name=LOOPBACK,
+        server_port=address.port,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=service.options.max_upload_bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        theme=theme(),
+        css=CSS.read_text(encoding="utf-8"),
+    )
+    return Guard(
+        app,
+        token=address.token,
+        cookie=f"hpcmm_serve_{address.port}",
+        cache=cache,
+        max_body_bytes=service.options.max_body_bytes,
+    )
+
+
+def _run(app: Any, held: socket.socket, cache: Path, ready: Callable[[], None], ends: Callable[[], bool]) -> None:
+    """Answer requests in a thread of their own, and watch over it here until it is to end."""
+    import uvicorn  # noqa: PLC0415
+
+    # No log of accesses: addresses hold the token.
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        proxy_headers=False,
+        timeout_graceful_shutdown=_GRACE_S,
+        timeout_keep_alive=30,
+        limit_concurrency=_CONNECTIONS,
+        h11_max_incomplete_event_size=64 * 1024,
+        http="h11",
+    )
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [held]}, name="http", daemon=True)
+    with _told_to_end() as told:
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.02)
+        if not thread.is_alive():
+            raise HpcmmError("The server could not start: see the lines above.")
+        ready()
+        swept_s = time.monotonic()
+        keep = set(cache.rglob("*"))
+        while thread.is_alive() and not told.wait(0.3) and not ends():
+            if time.monotonic() - swept_s > _SWEEP_S:
+                _sweep(cache, keep)
+                swept_s = time.monotonic()
+        server.should_exit = True
+        thread.join(timeout=4 * _GRACE_S)
+
+
+@contextmanager
+def _told_to_end() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set, as long as this is entered."""
+    told = threading.Event()
+
+    def tell(_number: int, _frame: FrameType | None) -> None:
+        told.set()
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _listening(port: int) -> Iterator[socket.socket]:
+    """A socket of this machine's loopback interface; no other machine reaches it."""
+    try:
+        held = hold_free_port(LOOPBACK) if port == 0 else _bound(port)
+    except OSError as error:
+        raise HpcmmError(f"Port {port} cannot be had ({error.strerror}): choose another, or --port 0.") from error
+    with held:
+        yield held
+
+
+def _bound(port: int) -> socket.socket:
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((LOOPBACK, port))
+        held.listen()  # two may be bound to a port, but only one can listen
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder for uploads that nobody else can read, gone with the server."""
+    folder = Path(tempfile.mkdtemp(prefix="hpcmm-serve-")).resolve()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settle_gradio(cache: Path) -> None:
+    """Before gradio is imported: it fetches and reports nothing, and keeps its files in ``cache``."""
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False",
+        GRADIO_TEMP_DIR=str(cache),
+        GRADIO_EXAMPLES_CACHE=str(cache / "examples"),
+        GRADIO_SHARE="False",
+        GRADIO_MCP_SERVER="False",
+        GRADIO_RUN_HISTORY="False",
+        GRADIO_ALLOWED_PATHS="",
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+    )
+
+
+def _sweep(cache: Path, keep: set[Path]) -> None:
+    """Delete uploads that are older than a quarter of an hour; ``keep`` was there from the start."""
+    oldest_s = time.time() - _KEPT_S
+    for path in cache.rglob("*"):
+        try:
+            if path not in keep and path.is_file() and path.stat().st_mtime < oldest_s:
+                path.unlink()
+                path.parent.rmdir()  # succeeds for the last of a folder
+        except OSError:
+            continue

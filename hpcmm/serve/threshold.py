@@ -1,0 +1,94 @@
+"""The score from which an image is called anomalous: chosen on held-out images, and kept with the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hpcmm.data.anomaly import TestImages
+from hpcmm.errors import HpcmmError
+from hpcmm.evaluate.score import score_images
+from hpcmm.models.scores import best_decision
+from hpcmm.run_dir import RunDir
+from hpcmm.serve.predictor import Predictor
+
+MOST_IMAGES = 200
+"""Held-out images that are scored for it, spread evenly over all."""
+UNKNOWN = 0.5
+_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """A threshold and, for the page, where it is from."""
+
+    value: float
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """``threshold.json``: what was chosen, for which checkpoint."""
+
+    checkpoint: str
+    images: int
+    value: float
+    f1: float
+    accuracy: float
+
+    @property
+    def threshold(self) -> Threshold:
+        origin = f"largest F1 ({self.f1:.2f}, accuracy {self.accuracy:.2f}) over {self.images} held-out images"
+        return Threshold(self.value, origin)
+
+
+def choose_threshold(run: RunDir, predictor: Predictor, test: TestImages | None, given: float | None) -> Threshold:
+    """``given``, else what was kept for this checkpoint, else that of the largest F1 over held-out images.
+
+    Where there are no such images, or all are of one kind, it is 0.5, and the origin says so.
+    """
+    if given is not None:
+        return Threshold(given, "given when the server was started")
+    checkpoint = (run.checkpoints / "latest").read_text(encoding="utf-8").strip()
+    kept = _read(run.threshold)
+    if kept is not None and kept.checkpoint == checkpoint:
+        return kept.threshold
+    if test is None:
+        return Threshold(UNKNOWN, "not calibrated: the run's held-out images are not at hand")
+    try:
+        chosen = _chosen(checkpoint, predictor, test)
+    except HpcmmError as error:
+        return Threshold(UNKNOWN, f"not calibrated: {error}")
+    if math.isnan(chosen.value):
+        return Threshold(UNKNOWN, "not calibrated: the held-out images are all of one kind")
+    _write(run.threshold, chosen)
+    return chosen.threshold
+
+
+def _chosen(checkpoint: str, predictor: Predictor, test: TestImages) -> _Kept:
+    places = np.unique(np.linspace(0, len(test) - 1, min(len(test), MOST_IMAGES)).round().astype(int))
+    some = [int(place) for place in places]
+    scored = score_images(predictor.model, test.part(some), _BATCH, predictor.device)
+    decision = best_decision(scored.score, scored.label)
+    return _Kept(checkpoint, len(some), decision.threshold, decision.f1, decision.accuracy)
+
+
+def _read(path: Path) -> _Kept | None:
+    try:
+        kept = _Kept(**json.loads(path.read_text(encoding="utf-8")))
+        return kept if 0 <= kept.value <= 1 else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _write(path: Path, kept: _Kept) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.write_text(json.dumps(asdict(kept), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:  # it is chosen again at the next start
+        print(f"hpcmm.serve: {path} cannot be written ({error.strerror}).", file=sys.stderr)

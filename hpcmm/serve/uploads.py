@@ -1,0 +1,92 @@
+"""From a file that somebody uploaded to an image, or to one sentence on why it is none.
+
+Only the formats below are decoded, whatever the file is called. The size is read from the header and checked before
+a pixel is decoded, so that a small file cannot unfold into all of the memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from hpcmm.errors import HpcmmError
+from hpcmm.serve.options import ServeOptions
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+"""What the page's file dialogue offers."""
+_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+class UnusableImageError(HpcmmError):
+    """A file that is no image, or one that is too large; the sentence is meant for whoever uploaded it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A decoded image, RGB and upright, and what there is to say about it."""
+
+    image: Image.Image
+    file_bytes: int
+    note: str = ""
+
+
+def open_upload(path: Path, options: ServeOptions) -> Uploaded:
+    """Decode the file. Raises UnusableImageError when it is no image of :data:`FORMATS` or exceeds a limit."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UnusableImageError("The image is no longer here: upload it again.") from error
+    if size > options.max_upload_bytes:
+        raise UnusableImageError(
+            f"The file has {size / 1e6:.1f} MB, and at most {options.max_upload_mb:g} MB are taken: make it smaller."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a bomb is refused by its size below
+            with Image.open(path, formats=FORMATS) as image:
+                _check_size(image, options)
+                note = _note(image)
+                image.load()
+                return Uploaded(_as_rgb(image), size, note)
+    except UnusableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnusableImageError("The file is no PNG, JPEG, BMP, TIFF or WebP image.") from error
+    except Image.DecompressionBombError as error:
+        raise UnusableImageError(_too_many(options)) from error
+    except Exception as error:  # a decoder may raise whatever a hostile file leads it to
+        raise UnusableImageError("The image is damaged or cut off, and cannot be decoded.") from error
+
+
+def _check_size(image: Image.Image, options: ServeOptions) -> None:
+    width, height = image.size
+    if width * height > options.max_megapixels * 1e6:
+        raise UnusableImageError(f"The image has {width} x {height} pixels. {_too_many(options)}")
+    if min(width, height) < 2:
+        raise UnusableImageError(f"The image has {width} x {height} pixels, too few to show anything.")
+
+
+def _too_many(options: ServeOptions) -> str:
+    return f"At most {options.max_megapixels:g} million pixels are taken: make it smaller."
+
+
+def _note(image: Image.Image) -> str:
+    frames = getattr(image, "n_frames", 1)
+    return f"The file holds {frames} images; this is the first." if frames > 1 else ""
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Upright, without its alpha channel; 16 bits a pixel become 8, which PIL itself would cut off at 255."""
+    if image.mode in _SIXTEEN_BIT:
+        values = np.asarray(image).astype(np.int64).clip(0, 65_535)
+        scaled = values >> 8 if values.max(initial=0) > 255 else values
+        image = Image.fromarray(scaled.astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
+    upright = ImageOps.exif_transpose(image)
+    return (upright or image).convert("RGB")

@@ -1,0 +1,33 @@
+"""A small trained-looking run to serve, made without training, and the browser of the page's tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpcmm.serve.options import ServeOptions
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "page"))  # the browser
+
+
+@pytest.fixture
+def options() -> ServeOptions:
+    return ServeOptions(run="/nowhere", max_upload_mb=2, max_megapixels=4)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Callable[..., Path]:
+    """Writes an image of noise, as a file of any name and format."""
+
+    def write(name: str = "image.png", mode: str = "RGB", size: tuple[int, int] = (64, 48), **save: object) -> Path:
+        noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        path = tmp_path / name
+        Image.fromarray(noise).convert(mode).save(path, **save)
+        return path
+
+    return write

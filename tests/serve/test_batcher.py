@@ -1,0 +1,118 @@
+"""The batching of requests: their own answers, bounded batches and queue, and no harm from another's failure."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+
+import pytest
+
+from hpcmm.serve.batcher import Batcher, BusyError
+
+
+class Squares:
+    """A model that squares numbers, keeps the sizes of its batches, and can be held."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, numbers):
+        self.gate.wait(10)
+        self.sizes.append(len(numbers))
+        if any(number < 0 for number in numbers):
+            raise ValueError("below zero")
+        return [number * number for number in numbers]
+
+
+@pytest.fixture
+def model():
+    return Squares()
+
+
+def batcher_of(model, most=4, wait_s=0.05, waiting=16):
+    return Batcher(model, most=most, wait_s=wait_s, waiting=waiting)
+
+
+def held(model, batcher):
+    """A batcher whose thread is busy with one request, so that others gather behind it."""
+    model.gate.clear()
+    first = batcher.submit(1)
+    while first.running() is False:
+        time.sleep(0.001)
+    time.sleep(0.1)  # beyond the time that it waits for others
+    return first
+
+
+def test_each_gets_the_answer_to_its_own_request_in_batches_that_are_bounded(model):
+    batcher = batcher_of(model)
+    held(model, batcher)
+    futures = [batcher.submit(number) for number in range(10)]
+    model.gate.set()
+    assert [future.result(10) for future in futures] == [number * number for number in range(10)]
+    assert model.sizes == [1, 4, 4, 2]
+    batcher.close()
+
+
+def test_a_request_alone_waits_no_longer_than_it_may(model):
+    batcher = batcher_of(model, wait_s=0.2)
+    began = time.monotonic()
+    assert batcher.submit(3).result(10) == 9
+    assert 0.15 < time.monotonic() - began < 5
+    batcher.close()
+
+
+def test_a_full_batch_does_not_wait(model):
+    batcher = batcher_of(model, most=1, wait_s=5)
+    began = time.monotonic()
+    assert [batcher.submit(number).result(10) for number in range(3)] == [0, 1, 4]
+    assert time.monotonic() - began < 4
+    batcher.close()
+
+
+def test_one_that_fails_leaves_the_others_their_answers(model):
+    batcher = batcher_of(model)
+    held(model, batcher)
+    futures = [batcher.submit(number) for number in (2, -1, 3)]
+    model.gate.set()
+    assert (futures[0].result(10), futures[2].result(10)) == (4, 9)
+    with pytest.raises(ValueError, match="below zero"):
+        futures[1].result(10)
+    assert batcher.submit(5).result(10) == 25
+    batcher.close()
+
+
+def test_beyond_the_bound_one_is_told_that_the_model_is_busy(model):
+    batcher = batcher_of(model, waiting=3)
+    held(model, batcher)
+    waiting = [batcher.submit(number) for number in range(3)]
+    with pytest.raises(BusyError, match="busy: 3 requests wait already"):
+        batcher.submit(9)
+    model.gate.set()
+    assert [future.result(10) for future in waiting] == [0, 1, 4]
+    batcher.close()
+
+
+def test_who_has_gone_costs_the_model_nothing(model):
+    batcher = batcher_of(model)
+    held(model, batcher)
+    futures: list[Future[int]] = [batcher.submit(number) for number in range(3)]
+    assert futures[1].cancel()
+    model.gate.set()
+    assert (futures[0].result(10), futures[2].result(10)) == (0, 4)
+    assert model.sizes == [1, 2]
+    batcher.close()
+
+
+def test_at_the_end_those_that_wait_are_let_go(model):
+    batcher = batcher_of(model, most=1)
+    held(model, batcher)
+    waiting = [batcher.submit(number) for number in range(3)]
+    threading.Timer(0.3, model.gate.set).start()
+    batcher.close()
+    with pytest.raises(CancelledError):
+        waiting[-1].result(1)
+    with pytest.raises(BusyError, match="ending"):
+        batcher.submit(1)

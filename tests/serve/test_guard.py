@@ -1,0 +1,231 @@
+"""The guard, asked as a browser, a stranger and an attacker would ask; behind it an application that tells what it got."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from hpcmm.serve.guard import Guard
+
+TOKEN = "t0ken-of-this-server"
+COOKIE = "hpcmm_serve_9000"
+OURS = {"cookie": f"{COOKIE}={TOKEN}"}
+PAGE = (
+    b'<html><link rel="manifest" href="/manifest.json" /><meta property="og:url" content="https://gradio.app/" />'
+    b'<script src="./assets/index.js"></script></html>'
+)
+
+
+async def behind(scope, receive, send):
+    """Answers every request with what it was asked, and the page with one that names other hosts."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    answer = PAGE if scope["path"] == "/" else json.dumps({"path": scope["path"], "body": len(body)}).encode()
+    headers = [(b"content-type", b"text/html"), (b"access-control-allow-origin", b"*")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": answer})
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "image.png").write_bytes(b"image")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    return folder
+
+
+@pytest.fixture
+def ask(cache):
+    """One request; ``host`` is what the browser believes to talk to."""
+    guard = Guard(behind, token=TOKEN, cookie=COOKIE, cache=cache, max_body_bytes=1_000_000)
+
+    def request(method: str, path: str, headers=OURS, host="127.0.0.1:9000", **more) -> httpx.Response:
+        async def run() -> httpx.Response:
+            transport = httpx.ASGITransport(guard)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:9000") as client:
+                return await client.request(method, path, headers={"host": host, **headers}, **more)
+
+        return asyncio.run(run())
+
+    return request
+
+
+ROUTES = [
+    "/", "/config", "/theme.css", "/assets/index.js", "/gradio_api/upload", "/gradio_api/queue/join",
+    "/gradio_api/queue/data", "/gradio_api/info", "/gradio_api/heartbeat/abc", "/gradio_api/file=/etc/passwd",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    "cookie", ["", f"{COOKIE}=wrong", f"{COOKIE}={TOKEN[:-1]}", f"{COOKIE}=", f"other={TOKEN}", f"{COOKIE}=t\xf6ken"]
+)
+def test_nothing_is_shown_without_the_token(path, cookie, ask):
+    for method in ("GET", "POST", "HEAD", "OPTIONS", "DELETE"):
+        answer = ask(method, path, {"cookie": cookie.encode("latin-1")} if cookie else {})
+        assert answer.status_code == 403
+        assert TOKEN not in answer.text
+
+
+def test_the_first_visit_gets_a_cookie_that_scripts_and_other_sites_cannot_use(ask):
+    answer = ask("GET", f"/?token={TOKEN}", {})
+    assert answer.status_code == 200
+    assert set(answer.headers["set-cookie"].split("; ")) == {
+        f"{COOKIE}={TOKEN}",
+        "HttpOnly",
+        "SameSite=Strict",
+        "Path=/",
+    }
+    assert TOKEN not in answer.text
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert ask("GET", "/").status_code == 200
+
+
+@pytest.mark.parametrize("given", ["wrong", "", TOKEN + "x", "%00", "%ff%fe"])
+def test_a_wrong_token_is_refused_though_the_cookie_be_right(given, ask):
+    answer = ask("GET", f"/?token={given}")
+    assert (answer.status_code == 403) or given == ""  # an empty one is none, and the cookie counts
+    assert "set-cookie" not in answer.headers
+
+
+def test_the_token_counts_at_the_front_door_alone(ask):
+    assert ask("GET", f"/config?token={TOKEN}", {}).status_code == 403
+    assert ask("POST", f"/?token={TOKEN}", {}).status_code == 403
+
+
+def test_other_cookies_of_this_machine_do_no_harm(ask):
+    crowd = f'a=b; broken cookie="; {COOKIE}={TOKEN}; [x]=1'
+    assert ask("GET", "/config", {"cookie": crowd}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:9000", "127.0.0.1.evil.example", "", "127.0.0.1:9000@evil"]
+)
+def test_a_name_that_another_site_points_to_this_machine_is_refused(host, ask):
+    assert ask("GET", "/config", host=host).status_code == 421
+    assert ask("GET", f"/?token={TOKEN}", host=host).status_code == 421
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9000", "localhost:18", "LOCALHOST", "[::1]:9000"])
+def test_the_other_end_of_a_tunnel_may_have_another_port(host, ask):
+    assert ask("GET", "/config", host=host).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://127.0.0.1:9001", "null", "http://localhost:9000"])
+def test_a_page_of_another_site_or_port_cannot_send_anything(origin, ask):
+    assert ask("POST", "/gradio_api/queue/join", {**OURS, "origin": origin}, json={}).status_code == 403
+
+
+def test_the_own_page_can(ask):
+    answer = ask("POST", "/gradio_api/queue/join", {**OURS, "origin": "http://127.0.0.1:9000"}, json={"data": [1]})
+    assert answer.json() == {"path": "/gradio_api/queue/join", "body": len(b'{"data":[1]}')}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/docs", "/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/run/predict", "/gradio_api/call/answer", "/manifest.json",
+     "/gradio_api/component_server", "/gradio_api/process_recording", "/gradio_api/vibe-edit/", "/gradio_api/deep_link",
+     "/assets/..%2f..%2fetc/passwd", "/assets/../config.yaml", "/static/%2e%2e/x", "/monitoring", "/login"],
+)  # fmt: skip
+def test_routes_that_the_page_does_not_need_are_closed(path, ask):
+    assert ask("GET", path).status_code == 404
+    assert ask("POST", path, json={}).status_code == 404
+
+
+def test_files_of_the_cache_are_shown_as_nothing_but_files(cache, ask):
+    answer = ask("GET", f"/gradio_api/file={cache}/image.png")
+    assert answer.status_code == 200
+    assert "sandbox" in answer.headers["content-security-policy"]
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/passwd", "{cache}/../secret", "{cache}/%2e%2e/secret", "{cache}/link", "../secret", "image.png", "{cache}x/y",
+     "http://127.0.0.1:22/", "{cache}/%252e%252e/secret", "file:///etc/passwd", "{cache}/a%00b"],
+)  # fmt: skip
+def test_no_file_outside_of_the_cache_is_shown(name, cache, ask):
+    assert ask("GET", "/gradio_api/file=" + name.replace("{cache}", str(cache))).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "http://10.0.0.1/x.png", "https://evil.example/", None, 7, "{cache}/link"]
+)
+def test_a_question_cannot_name_a_file_that_was_not_uploaded(path, cache, ask):
+    named = path.replace("{cache}", str(cache)) if isinstance(path, str) else path
+    deep = {"data": [[{"image": {"path": named, "url": "http://127.0.0.1:9000/x"}}]]}
+    assert ask("POST", "/gradio_api/queue/join", json=deep).status_code == 400
+    fetched = {"data": [{"url": named, "meta": {"_type": "gradio.FileData"}}]}
+    assert ask("POST", "/gradio_api/queue/join", json=fetched).status_code == (400 if isinstance(path, str) else 200)
+
+
+def test_a_question_names_its_upload(cache, ask):
+    own = {"data": [{"path": f"{cache}/image.png", "url": "http://127.0.0.1:9000/gradio_api/file=x"}, "a brick wall"]}
+    assert ask("POST", "/gradio_api/queue/join", json=own).status_code == 200
+
+
+def test_what_is_too_large_is_refused_whether_it_says_so_or_not(ask):
+    async def parts():
+        for _ in range(11):
+            yield b"x" * 100_000
+
+    for path, limit in (("/gradio_api/upload", 1_000_000), ("/gradio_api/queue/join", 300_000)):
+        assert ask("POST", path, content=b"x" * (limit + 1)).status_code == 413
+    assert ask("POST", "/gradio_api/queue/join", content=parts()).status_code == 413
+    with pytest.raises(Exception, match="above 1.0 MB"):  # the application makes an answer of it
+        ask("POST", "/gradio_api/upload", content=parts())
+    assert ask("POST", "/gradio_api/upload", {**OURS, "content-length": "-1"}, content=b"").status_code == 413
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"\xff"])
+def test_what_is_no_json_is_said(body, ask):
+    assert ask("POST", "/gradio_api/queue/join", content=body).status_code == 400
+
+
+def test_when_the_cache_is_full_no_more_uploads_are_taken(cache, ask, monkeypatch):
+    monkeypatch.setattr("hpcmm.serve.guard.CACHE_LIMIT_BYTES", 4)
+    answer = ask("POST", "/gradio_api/upload", content=b"x")
+    assert answer.status_code == 507
+    assert "try again" in answer.text
+
+
+def test_the_page_names_no_other_host_and_may_ask_none(ask):
+    answer = ask("GET", "/")
+    assert answer.content == b'<html><script src="./assets/index.js"></script></html>'
+    policy = answer.headers["content-security-policy"]
+    assert "connect-src 'self'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "http" not in policy
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_websockets_are_closed(cache):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(behind, token=TOKEN, cookie=COOKIE, cache=cache, max_body_bytes=1)
+    asyncio.run(guard({"type": "websocket", "path": "/", "headers": []}, None, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tail=st.text(st.characters(codec="utf-8"), max_size=30), dots=st.integers(0, 4))
+def test_no_name_leads_out_of_the_cache(tail, dots, cache, ask):
+    guard = Guard(behind, token=TOKEN, cookie=COOKIE, cache=cache, max_body_bytes=1)
+    name = f"{cache}/{'../' * dots}{tail}"
+    if guard._is_ours(name):
+        assert Path(name).resolve().is_relative_to(cache)
