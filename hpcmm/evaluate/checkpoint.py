@@ -21,7 +21,8 @@ def load_model(run: RunDir, config: RunConfig) -> AnomalyModel:
     where there is no checkpoint, it does not fit the model, or another user could have written it.
     """
     tag = _latest(run.checkpoints)
-    _refuse_if_others_write(run.root, run.checkpoints, run.checkpoints / tag)
+    folders = (run.root, run.checkpoints, run.checkpoints / tag)
+    _refuse_if_others_write(*folders, *sorted((run.checkpoints / tag).iterdir()))
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: PLC0415 - takes seconds
 
     model = build_model(config.model, config.train.seed)
@@ -52,12 +53,12 @@ def _latest(checkpoints: Path) -> str:
     return tag
 
 
-def _refuse_if_others_write(*folders: Path) -> None:
+def _refuse_if_others_write(*paths: Path) -> None:
     """A checkpoint is a pickle: whoever can write it can run code as its reader."""
-    for folder in folders:
-        facts = folder.stat()
+    for path in paths:
+        facts = path.stat()
         if facts.st_uid not in {os.getuid(), 0} or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise HpcmmError(
-                f"{folder} can be written by another user, and reading a checkpoint runs code from it: "
+                f"{path} can be written by another user, and reading a checkpoint runs code from it: "
                 "take it over (chown, chmod go-w) if you trust it."
             )

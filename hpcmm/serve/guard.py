@@ -271,7 +271,7 @@ class _Outgoing:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": self._headers(message["headers"])}
+            message = {**message, "headers": self._headers(message["headers"]) + _closing(message["status"])}
             if self._is_page:
                 self._start = message
                 return
@@ -295,6 +295,11 @@ class _Outgoing:
         return [(key, value) for key, value in given if key.lower() not in dropped] + list(own.items())
 
 
+def _closing(status: int) -> list[tuple[bytes, bytes]]:
+    """After a refusal the connection ends: what is still being sent is not read to its end."""
+    return [(b"connection", b"close")] if status >= 400 else []
+
+
 async def _answer(send: Send, status: int, sentence: str) -> None:
     page = (
         '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>hpcmm</title>'
@@ -310,5 +315,6 @@ async def _answer_page(send: Send, status: int, page: str, headers: list[tuple[b
         (b"content-length", str(len(body)).encode()),
         (b"cache-control", b"no-store"),
     ]
-    await send({"type": "http.response.start", "status": status, "headers": [*about, *_HEADERS.items(), *headers]})
+    every = [*about, *_HEADERS.items(), *headers, *_closing(status)]
+    await send({"type": "http.response.start", "status": status, "headers": every})
     await send({"type": "http.response.body", "body": body})

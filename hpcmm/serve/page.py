@@ -24,24 +24,6 @@ _MONO = ["ui-monospace", "monospace"]
 _STATE_LIFE_S = 1800
 
 
-class _UploadedImage(gr.Image):  # type: ignore[misc]
-    """gradio's image, handed over as a path with the name it had: hpcmm itself decodes it, within its limits."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> tuple[str, str] | None:
-        return None if payload is None or payload.path is None else (payload.path, _name_of(payload))
-
-
-class _UploadedFiles(gr.File):  # type: ignore[misc]
-    """The same for several files."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> list[tuple[str, str]]:
-        return [(each.path, _name_of(each)) for each in payload or []]
-
-
 def theme() -> Any:
     """gradio's plain theme with the viewer's own fonts: none is fetched."""
     plain = gr.themes.Default(font=_FONTS, font_mono=_MONO, primary_hue="blue", neutral_hue="slate")
@@ -67,9 +49,10 @@ def _one_image(service: Service) -> None:
     seen = gr.State(None, time_to_live=_STATE_LIFE_S)
     with gr.Row():
         with gr.Column(scale=5):
-            image = _UploadedImage(
+            image = gr.Image(
                 label="Image", sources=["upload", "clipboard"], height=300, buttons=[], format="png", elem_id="image"
             )
+            image.preprocess = _as_uploaded
             caption = _caption(service, "caption")
             question = gr.Textbox(
                 QUESTION,
@@ -81,7 +64,7 @@ def _one_image(service: Service) -> None:
             )
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
             if service.examples:
-                gr.HTML('<p class="hpcmm-small">Or take a held-out image of the run’s data:</p>')
+                gr.HTML('<p class="hpcmm-small">Or take one of the held-out images:</p>')
                 examples = gr.Gallery(
                     [str(example.sample.image) for example in service.examples],
                     label="Held-out images",
@@ -136,13 +119,14 @@ def _many_images(service: Service, cache: Path) -> None:
     rows = gr.State([], time_to_live=_STATE_LIFE_S)
     with gr.Row():
         with gr.Column(scale=5):
-            files = _UploadedFiles(
+            files = gr.File(
                 label=f"Images, up to {service.options.max_files}",
                 file_count="multiple",
                 file_types=list(SUFFIXES),
                 height=220,
                 elem_id="files",
             )
+            files.preprocess = lambda payload: [_as_uploaded(each) for each in payload or []]
             caption = _caption(service, "caption-of-all")
             score = gr.Button("Score all", variant="primary", elem_id="score-all")
             threshold = _threshold(service, "threshold-of-all")
@@ -168,7 +152,7 @@ def _many_images(service: Service, cache: Path) -> None:
         folder = cache / secrets.token_hex(16)
         folder.mkdir(mode=0o700)
         path = folder / "scores.csv"
-        path.write_text(rendering.to_csv(found, threshold), encoding="utf-8")
+        path.write_text(rendering.to_csv(found, threshold), encoding="utf-8", errors="replace")
         return (
             rendering.table(found, threshold),
             rendering.gallery(found, threshold),
@@ -229,10 +213,16 @@ def _title(service: Service) -> str:
     return f"<h1>{rendering.escaped(about.run)}</h1><p>{rendering.escaped(told)}</p>"
 
 
-def _name_of(payload: Any) -> str:
-    """The name that the file had, without folders; it is the sender's word."""
+def _as_uploaded(payload: Any) -> tuple[str, str] | None:
+    """An upload's path and the name that it had, which is the sender's word, without folders.
+
+    In place of gradio's own ``preprocess``, which would decode the image: hpcmm does, within its limits. (A class of
+    its own would have gradio write a file beside this one.)
+    """
+    if payload is None or payload.path is None:
+        return None
     name = payload.orig_name if isinstance(payload.orig_name, str) and payload.orig_name else Path(payload.path).name
-    return name.replace("\\", "/").rpartition("/")[2][:200]
+    return payload.path, name.replace("\\", "/").rpartition("/")[2][:200]
 
 
 def _user(request: gr.Request) -> str:

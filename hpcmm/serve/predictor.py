@@ -13,6 +13,8 @@ from hpcmm.config import RunConfig
 from hpcmm.data.images import normalise
 from hpcmm.evaluate.checkpoint import load_model
 from hpcmm.models import AnomalyModel
+from hpcmm.models.anomaly import Encoded
+from hpcmm.models.answers import answer
 from hpcmm.run_dir import RunDir
 
 Floats = NDArray[np.float32]
@@ -51,16 +53,28 @@ class Predictor:
     @property
     def speaks(self) -> bool:
         """Whether the run has a language model, which answers questions."""
-        return False
+        return self.model.language is not None
 
     @torch.inference_mode()
     def __call__(self, requests: Sequence[Request]) -> list[Finding]:
         """Findings in the order of the requests."""
         images = torch.from_numpy(np.stack([normalise(request.image) for request in requests])).to(self._device)
-        logits = self.model(images, [request.caption for request in requests])
+        encoded = self.model.encode(images)
+        logits = self.model(encoded, [request.caption for request in requests])
         maps = self.model.anomaly_map(logits).float().cpu().numpy()
         scores = self.model.score(logits).float().cpu().numpy()
-        return [Finding(maps[place], float(scores[place])) for place in range(len(requests))]
+        words = self._words(requests, encoded, logits)
+        return [Finding(maps[place], float(scores[place]), words.get(place)) for place in range(len(requests))]
+
+    def _words(self, requests: Sequence[Request], encoded: Encoded, logits: torch.Tensor) -> dict[int, str]:
+        """The language model's answers to the questions that were asked, by the request's place."""
+        asked = [place for place, request in enumerate(requests) if request.question]
+        if not asked or not self.speaks:
+            return {}
+        some = Encoded([each[asked] for each in encoded.maps], encoded.size)
+        captions = [requests[place].caption for place in asked]
+        questions = [requests[place].question or "" for place in asked]
+        return dict(zip(asked, answer(self.model, some, logits[asked], captions, questions), strict=True))
 
 
 def load_predictor(run: RunDir, config: RunConfig) -> Predictor:

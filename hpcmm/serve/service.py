@@ -151,7 +151,7 @@ def as_image(picture: bytes) -> Image.Image:
 
 
 def _text(given: object, what: str, most: int) -> str:
-    text = given.strip() if isinstance(given, str) else ""
+    text = given.encode("utf-8", "replace").decode().strip() if isinstance(given, str) else ""
     if len(text) > most:
         raise HpcmmError(f"Of {what}, at most {most} characters are taken; these are {len(text)}.")
     return text

@@ -101,5 +101,10 @@ def test_a_checkpoint_that_others_can_write_is_not_read(tmp_path):
     (run.checkpoints / "latest").write_text("step_1")
     (run.checkpoints / "step_1").mkdir()
     (run.checkpoints / "step_1").chmod(0o777)
-    with pytest.raises(HpcmmError, match="can be written by another user"):
+    with pytest.raises(HpcmmError, match="step_1 can be written by another user"):
+        load_model(run, RunConfig())
+    (run.checkpoints / "step_1").chmod(0o755)
+    (run.checkpoints / "step_1" / "states.pt").touch()
+    (run.checkpoints / "step_1" / "states.pt").chmod(0o664)
+    with pytest.raises(HpcmmError, match=r"states\.pt can be written by another user"):
         load_model(run, RunConfig())

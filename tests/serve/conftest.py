@@ -1,18 +1,33 @@
-"""A small trained-looking run to serve, made without training, and the browser of the page's tests."""
+"""A small run to serve, its server, and images to upload."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import serving
 from PIL import Image
 
 from hpcmm.serve.options import ServeOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "page"))  # the browser
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a real checkpoint."""
+    return serving.train(tmp_path_factory.mktemp("serve") / "runs")
+
+
+@pytest.fixture(scope="session")
+def server(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
+    """A server of it that several tests share, with limits that are quick to reach."""
+    limits = ("--max-upload-mb", "1", "--max-megapixels", "4", "--max-files", "5")
+    with serving.served(trained_run, tmp_path_factory.mktemp("server"), *limits) as started:
+        yield started
 
 
 @pytest.fixture
