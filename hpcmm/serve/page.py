@@ -41,7 +41,7 @@ def build_page(service: Service, cache: Path) -> Any:
             _one_image(service)
         with gr.Tab("Many images"):
             _many_images(service, cache)
-    page.queue(max_size=4 * service.options.max_waiting, default_concurrency_limit=None, api_open=False)
+    page.queue(max_size=4 * service.options.max_waiting + 64, default_concurrency_limit=None, api_open=False)
     return page
 
 
