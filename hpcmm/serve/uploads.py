@@ -19,7 +19,7 @@ from hpcmm.serve.options import ServeOptions
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """What the page's file dialogue offers."""
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_RANGE_UNKNOWN = ("I", "F")
 
 
 class UnusableImageError(HpcmmError):
@@ -81,12 +81,10 @@ def _note(image: Image.Image) -> str:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Upright, without its alpha channel; 16 bits a pixel become 8, which PIL itself would cut off at 255."""
-    if image.mode in _SIXTEEN_BIT:
-        values = np.asarray(image).astype(np.int64).clip(0, 65_535)
-        scaled = values >> 8 if values.max(initial=0) > 255 else values
-        image = Image.fromarray(scaled.astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
+    """Upright, without its alpha channel; of 16 bits a pixel the upper eight, as in training."""
+    if image.mode in _RANGE_UNKNOWN:
+        raise UnusableImageError("The image has 32-bit values, whose range is not known: save it with 8 or 16 bits.")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     upright = ImageOps.exif_transpose(image)
     return (upright or image).convert("RGB")

@@ -25,7 +25,7 @@ def test_a_format_is_known_by_its_content_and_not_by_its_name(kind, picture, opt
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("a.png", "1"), ("a.png", "L"), ("a.png", "LA"), ("a.png", "P"), ("a.png", "RGBA"), ("a.jpg", "CMYK"),
-     ("a.tif", "CMYK"), ("a.tif", "LAB"), ("a.tif", "F"), ("a.tif", "I")],
+     ("a.tif", "CMYK"), ("a.tif", "LAB")],
 )  # fmt: skip
 def test_every_mode_of_pixels_becomes_rgb(name, mode, picture, options):
     assert open_upload(picture(name, mode), options).image.mode == "RGB"
@@ -37,6 +37,11 @@ def test_sixteen_bits_a_pixel_are_scaled_and_not_cut_off(tmp_path, options):
     pixels = np.asarray(open_upload(tmp_path / "deep.png", options).image)[..., 0]
     assert (int(pixels.min()), int(pixels.max())) == (0, 255)
     assert 120 < pixels.mean() < 135
+
+
+def test_values_of_unknown_range_are_refused(picture, options):
+    with pytest.raises(UnusableImageError, match="32-bit values"):
+        open_upload(picture("a.tif", "F"), options)
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.png", "a.tif"])
