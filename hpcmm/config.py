@@ -328,8 +328,6 @@ class ModelConfig:
     """Hidden width of the network that adapts text embeddings to the patch features."""
     temperature: float = 0.07
     """Divides the cosine similarity of patch and text."""
-    freeze_decoder: bool = False
-    """Keep decoder and text adapter as they are, and train the words alone."""
     llm: LlmConfig = field(default_factory=LlmConfig)
 
 

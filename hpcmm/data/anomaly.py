@@ -24,12 +24,16 @@ from hpcmm.data.samples import Sample
 from hpcmm.data.simulate import simulate_anomaly
 from hpcmm.data.skipped import SkippedImages
 from hpcmm.errors import HpcmmError
+from hpcmm.words.conversations import TEMPLATES, Dialogue, converse
 
 Floats = NDArray[np.float32]
 
 
 class Item(TypedDict):
-    """One image. ``caption`` says what it shows and never whether it has a defect; ``label`` is 1 with a defect."""
+    """One image. ``caption`` says what it shows and never whether it has a defect; ``label`` is 1 with a defect.
+
+    ``dialogue`` is a question on defects, with the answer that label and mask give.
+    """
 
     image: NotRequired[Tensor]
     """(3, side, side), float32, normalised for the image encoder."""
@@ -37,6 +41,7 @@ class Item(TypedDict):
     """(1, side, side), float32, zeros and ones."""
     label: int
     caption: str
+    dialogue: Dialogue
     category: str
     index: int
     """The item's place in its data set."""
@@ -55,6 +60,7 @@ class Batch(TypedDict):
     label: Tensor
     index: Tensor
     caption: list[str]
+    dialogue: list[Dialogue]
     category: list[str]
     features: NotRequired[list[Tensor]]
 
@@ -97,7 +103,9 @@ class TrainImages(Dataset[Item]):
                 image, self._read_donor(sample.category, image, rng), rng, self._anomaly_kinds
             )
         phrases = self._captions[sample.category]
-        return _item(image, mask, phrases[int(rng.integers(len(phrases)))], sample.category, index)
+        item = _item(image, mask, phrases[int(rng.integers(len(phrases)))], sample.category, index)
+        item["dialogue"] = converse(item["label"], mask, int(rng.integers(len(TEMPLATES))))
+        return item
 
     @property
     def files(self) -> list[Path]:
@@ -160,6 +168,7 @@ class TestImages(Dataset[Item]):
         image, mask = read_pair(sample, self._side)
         item = _item(image, mask, self._captions[sample.category][0], sample.category, index)
         item["label"] = sample.label  # a thin defect's mask may vanish when it is made smaller
+        item["dialogue"] = converse(sample.label, mask, index)
         return item
 
     def described(self, index: int) -> tuple[Sample, str]:
@@ -256,6 +265,7 @@ def collate(items: Sequence[Item]) -> Batch:
         label=torch.tensor([item["label"] for item in items], dtype=torch.int64),
         index=torch.tensor([item["index"] for item in items], dtype=torch.int64),
         caption=[item["caption"] for item in items],
+        dialogue=[item["dialogue"] for item in items],
         category=[item["category"] for item in items],
     )
     if "features" in items[0]:
@@ -285,6 +295,7 @@ def _item(image: Floats, mask: Floats, caption: str, category: str, index: int) 
         mask=torch.from_numpy(mask[None]),
         label=int(mask.any()),
         caption=caption,
+        dialogue=converse(int(mask.any()), mask, 0),
         category=category,
         index=index,
     )

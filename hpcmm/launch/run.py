@@ -17,6 +17,7 @@ from hpcmm.config import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.after import job_to_wait_for, still_to_wait_for
 from hpcmm.launch.compose import compose_run
+from hpcmm.launch.init_from import run_to_start_from
 from hpcmm.launch.script import Job, render_analysis_script, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code, take_snapshot
 from hpcmm.launch.validate import validate
@@ -50,7 +51,7 @@ def launch(overrides: Sequence[str]) -> Submission:
 def plan(config: RunConfig, overrides: Sequence[str], points: int | None = None) -> Plan:
     """Name the run directory and the code of a validated run, or of a sweep with ``points`` points.
 
-    Nothing is written. Raises HpcmmError for a script or a job to wait for that is not there.
+    Nothing is written. Raises HpcmmError for a script, a job to wait for or a run to start from that is not there.
     """
     name = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run = RunDir(Path(config.runs_root).expanduser().absolute() / name)
@@ -60,14 +61,16 @@ def plan(config: RunConfig, overrides: Sequence[str], points: int | None = None)
         raise HpcmmError(
             f"{run.root.parent} holds a colon, at which PYTHONPATH is split: set runs_root to another folder."
         )
+    run_to_start_from(config)
     after = None if config.after is None else job_to_wait_for(config.after, run.root.parent)
     job = Job(run, code.python_path, points=points, after=after, working_directory=working_directory)
     return Plan(config, run, code, job, tuple(overrides))
 
 
 def frozen(config: RunConfig, code: CodePlan) -> RunConfig:
-    """The configuration that the ranks read: with the script where its copy lies."""
-    return replace(config, task=replace(config.task, path=code.script))
+    """The configuration that the ranks read: with the script where its copy lies, and other runs by their folder."""
+    train = replace(config.train, init_from=run_to_start_from(config))
+    return replace(config, task=replace(config.task, path=code.script), train=train)
 
 
 def queue(planned: Plan, *, is_latest: bool = True) -> Submission:

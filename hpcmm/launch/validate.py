@@ -72,6 +72,8 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         "train.log_every": config.train.log_every,
         "train.keep_checkpoints": config.train.keep_checkpoints,
+        "model.llm.max_question_tokens": config.model.llm.max_question_tokens,
+        "model.llm.max_answer_tokens": config.model.llm.max_answer_tokens,
         "model.decoder_width": config.model.decoder_width,
         "model.text_adapter_width": config.model.text_adapter_width,
         "parallel.rendezvous_timeout_s": config.parallel.rendezvous_timeout_s,
@@ -93,6 +95,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "launch.spare_nodes": config.launch.spare_nodes,
         "data.slow_s": config.data.slow_s,
         "train.seed": config.train.seed,
+        "model.llm.lora_rank": config.model.llm.lora_rank,
     }
     optional = {
         "data.shots": config.data.shots,
@@ -115,12 +118,14 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         "train.learning_rate": train.learning_rate,
         "train.gradient_clip": train.gradient_clip,
         "model.temperature": config.model.temperature,
+        "model.llm.lora_alpha": config.model.llm.lora_alpha,
     }
     not_below_zero = {
         "train.weight_decay": train.weight_decay,
         "train.focal_gamma": train.focal_gamma,
         "train.focal_weight": train.focal_weight,
         "train.dice_weight": train.dice_weight,
+        "train.text_weight": train.text_weight,
         "data.slow_s": config.data.slow_s,
     }
     for key, value in above_zero.items():

@@ -46,9 +46,6 @@ class AnomalyModel(nn.Module):
         self.text_adapter = _text_adapter(self._state_texts.width, config.text_adapter_width, config.decoder_width)
         self.decoder = build_decoder(config.decoder, self.image_encoder.channels, config.decoder_width)
         self._temperature = config.temperature
-        if config.freeze_decoder:
-            self.decoder.requires_grad_(False)
-            self.text_adapter.requires_grad_(False)
         self.language: LanguageHead | None = None
         if config.llm.kind is not LlmKind.none:
             self.language = LanguageHead(config.llm, self.image_encoder.channels[-1])

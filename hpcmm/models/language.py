@@ -74,10 +74,12 @@ class LanguageHead(nn.Module):
         prefixes = self._prefixes(features, maps, captions, questions)
         embedded = pad_sequence(prefixes, batch_first=True, padding_side="left")
         attended = pad_sequence([_ones(prefix) for prefix in prefixes], batch_first=True, padding_side="left")
+        embedding = self.llm.get_input_embeddings().weight
         tokens = self.llm.generate(
             inputs_embeds=embedded,
             attention_mask=attended,
             do_sample=False,
+            synced_gpus=hasattr(embedding, "ds_id"),  # ZeRO-3: ranks gather weights together, so none stops before all
             max_new_tokens=self._config.max_answer_tokens,
             pad_token_id=self._tokenizer.eos_token_id,
             eos_token_id=self._tokenizer.eos_token_id,

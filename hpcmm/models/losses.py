@@ -1,4 +1,4 @@
-"""Losses on the anomaly map: focal loss and dice loss, from logits (B, 2, H, W) and masks (B, 1, H, W)."""
+"""Losses: focal and dice loss on the anomaly map, from logits (B, 2, H, W) and masks (B, 1, H, W); the words' loss."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def dice_loss(logits: Tensor, mask: Tensor) -> Tensor:
     return 1 - overlap / (p.square().sum() + g.square().sum() + _DICE_SMOOTHING)
 
 
-class AnomalyLoss(nn.Module):
-    """The weighted sum of focal and dice loss, and its parts without weights."""
+class LossLearner(nn.Module):
+    """The weighted sum of focal loss, dice loss and, with a language model, the words' loss; and its parts."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
@@ -44,10 +44,18 @@ class AnomalyLoss(nn.Module):
         self._alpha = config.focal_alpha
         self._focal_weight = config.focal_weight
         self._dice_weight = config.dice_weight
+        self._text_weight = config.text_weight
 
-    def forward(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, 2, H, W) and mask (B, 1, H, W) to the total and the parts ``focal`` and ``dice``, all scalars."""
+    def forward(self, logits: Tensor, mask: Tensor, text: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, 2, H, W) and mask (B, 1, H, W) to the total and the parts ``focal`` and ``dice``, all scalars.
+
+        ``text`` is the mean cross-entropy of the answers' tokens, a scalar, and the part of that name. The parts come
+        without their weights.
+        """
         mask = mask.to(logits.dtype)
         parts = {"focal": focal_loss(logits, mask, self._gamma, self._alpha), "dice": dice_loss(logits, mask)}
         total = self._focal_weight * parts["focal"] + self._dice_weight * parts["dice"]
+        if text is not None:
+            parts["text"] = text
+            total = total + self._text_weight * text
         return total, {name: part.detach() for name, part in parts.items()}

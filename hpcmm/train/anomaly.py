@@ -18,14 +18,23 @@ from hpcmm.config import OnError, RunConfig
 from hpcmm.data.anomaly import Batch, Item, build_datasets, collate
 from hpcmm.models import build_model
 from hpcmm.models.anomaly import AnomalyModel, Encoded
-from hpcmm.models.losses import AnomalyLoss
+from hpcmm.models.answers import answer
+from hpcmm.models.language import TextLoss
+from hpcmm.models.losses import LossLearner
 from hpcmm.models.scores import image_auroc, pixel_auroc
 from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.train.data_root import data_config, data_root
 from hpcmm.train.features import Ranks, keep_features
+from hpcmm.train.llm_folder import model_config
 from hpcmm.train.sampling import EndlessSampler, even_share
+from hpcmm.train.trained_weights import start_from
+from hpcmm.words.conversations import parse_answer
+from hpcmm.words.scores import statements, word_scores
 
 log = logging.getLogger("hpcmm.train")
+
+_SCORED_AT_ONCE = 4
+"""Micro-batches of training that make a batch of scoring."""
 
 
 class AnomalyTask:
@@ -34,8 +43,10 @@ class AnomalyTask:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._config = config
         self._device = device
-        self.model = build_model(config.model, config.train.seed).to(device)
-        self._loss = AnomalyLoss(config.train)
+        self.model = build_model(model_config(config), config.train.seed).to(device)
+        if config.train.init_from is not None:
+            start_from(self.model, config.train.init_from)
+        self._loss = LossLearner(config.train)
         train, test = build_datasets(data_root(config), data_config(config), config.train.seed)
         self._skipped = train.skipped
         self._train: Dataset[Item] = train
@@ -67,8 +78,12 @@ class AnomalyTask:
 
     def loss(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch and its parts, scalars."""
-        logits = engine(self._images(batch), batch["caption"])
-        total, parts = self._loss(logits, batch["mask"].to(self._device))
+        images, mask = self._images(batch), batch["mask"].to(self._device)
+        if self.model.language is None:
+            total, parts = self._loss(engine(images, batch["caption"]), mask)
+        else:
+            logits, text = engine(images, batch["caption"], batch["dialogue"])
+            total, parts = self._loss(logits, mask, _mean_over_ranks(text, self._device))
         return total, {name: value.detach() for name, value in parts.items()}
 
     def report_skipped(self, rank: int, world_size: int) -> None:
@@ -89,20 +104,27 @@ class AnomalyTask:
         return Encoded([level.to(self._device, non_blocking=True) for level in batch["features"]], (height, width))
 
     @torch.no_grad()
-    def evaluate(self, engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int) -> dict[str, float]:
-        """Image and pixel AUROC on the held-out images, which the ranks share out. Only rank 0 gets the result."""
+    def evaluate(
+        self, engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int, *, words: bool = False
+    ) -> dict[str, float]:
+        """Image and pixel AUROC on the held-out images, which the ranks share out.
+
+        With ``words``, which take far longer, also how right a language model's answers are. Only rank 0 gets the
+        result.
+        """
         share = range(rank, self._lengths[1], world_size)
         own = Subset(self._test, even_share(self._lengths[1], rank, world_size))
+        # Without gradients more images have room, and a language model answers many as fast as few.
         loader: DataLoader[Any] = DataLoader(
             own,
-            batch_size=self._config.train.micro_batch_size,
+            batch_size=_SCORED_AT_ONCE * self._config.train.micro_batch_size,
             collate_fn=collate,
             num_workers=self._config.data.num_workers,
             generator=torch.Generator().manual_seed(0),
         )
         merge_batch_statistics(engine.module)
         engine.eval()
-        scored = _joined([self._score(engine, batch) for batch in loader])
+        scored = _joined([self._score(engine, batch, words=words) for batch in loader])
         engine.train()
         own_scores = {name: values[: len(share)] for name, values in scored.items()}
         gathered: list[dict[str, np.ndarray]] | None = [{}] * world_size if rank == 0 else None
@@ -117,11 +139,19 @@ class AnomalyTask:
         for name, area in areas.items():
             if area.reason:
                 log.warning("no %s: %s", name, area.reason)
-        return {name: area.value for name, area in areas.items()}
+        scores = {name: area.value for name, area in areas.items()}
+        return scores | word_scores(columns["said"], columns["truth"]) if "said" in columns else scores
 
-    def _score(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> dict[str, np.ndarray]:
-        logits = engine(self._images(batch), batch["caption"])
-        return {
+    def _score(self, engine: deepspeed.DeepSpeedEngine, batch: Batch, *, words: bool) -> dict[str, np.ndarray]:
+        images = self._images(batch)
+        logits = engine(images, batch["caption"])
+        columns: dict[str, np.ndarray] = {}
+        if words and self.model.language is not None:
+            questions = [dialogue.question for dialogue in batch["dialogue"]]
+            answers = answer(self.model, images, logits, batch["caption"], questions)
+            columns["said"] = statements([parse_answer(text) for text in answers])
+            columns["truth"] = statements([parse_answer(dialogue.answer) for dialogue in batch["dialogue"]])
+        return columns | {
             "label": batch["label"].numpy(),
             "score": AnomalyModel.score(logits).cpu().numpy(),
             "mask": batch["mask"][:, 0].numpy().astype(bool),
@@ -132,3 +162,14 @@ class AnomalyTask:
 def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The parts' columns, one after the other."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _mean_over_ranks(text: TextLoss, device: torch.device) -> Tensor:
+    """This rank's share of the mean over all ranks' answer tokens, times the number of ranks.
+
+    Gradients are averaged over ranks, so that then each token counts the same, whichever rank has it and however long
+    the answers of that rank are.
+    """
+    tokens = torch.tensor(float(text.tokens), device=device)
+    dist.all_reduce(tokens)
+    return text.total * dist.get_world_size() / tokens

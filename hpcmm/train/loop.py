@@ -134,7 +134,7 @@ def _score(
     if not config.train.evaluate:
         return {}
     with annotate.phase("evaluate"):
-        scores = task.evaluate(engine, place.rank, place.world_size)
+        scores = task.evaluate(engine, place.rank, place.world_size, words=when == "after")
     if place.rank == 0:
         said = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         log.info("%s training, on held-out images: %s", when, said)

@@ -20,6 +20,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.run_dir import RunDir
 from hpcmm.train.attempt import begin_attempt
 from hpcmm.train.data_root import ensure_data
+from hpcmm.train.llm_folder import ensure_llm
 
 
 def prepare(config: RunConfig) -> None:
@@ -34,6 +35,7 @@ def prepare(config: RunConfig) -> None:
             build_ops(ops)
         if config.task.name is TaskName.anomaly:
             ensure_data(config)
+            ensure_llm(config)
 
 
 @contextmanager

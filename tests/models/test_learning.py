@@ -12,7 +12,7 @@ from hpcmm.config import DataConfig, ModelConfig, TrainConfig
 from hpcmm.data.anomaly import TestImages, build_datasets, collate
 from hpcmm.data.standins import generate
 from hpcmm.models import AnomalyModel, build_model
-from hpcmm.models.losses import AnomalyLoss
+from hpcmm.models.losses import LossLearner
 from hpcmm.models.scores import image_auroc
 
 STEPS = 30
@@ -37,7 +37,7 @@ def score(model: AnomalyModel, test: TestImages) -> float:
 def test_loss_falls_and_unseen_defects_are_found(tmp_path: Path):
     generate(tmp_path / "set", replace(DATA, categories=[]), seed=0)
     train, test = build_datasets(tmp_path / "set", DATA, seed=0)
-    model, loss = build_model(MODEL, seed=0), AnomalyLoss(TrainConfig())
+    model, loss = build_model(MODEL, seed=0), LossLearner(TrainConfig())
     before = score(model, test)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=1e-3)

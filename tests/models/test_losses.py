@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcmm.config import TrainConfig
-from hpcmm.models.losses import AnomalyLoss, dice_loss, focal_loss
+from hpcmm.models.losses import LossLearner, dice_loss, focal_loss
 
 
 @st.composite
@@ -65,14 +65,14 @@ def test_a_perfect_map_costs_nothing_and_a_wrong_one_much():
     mask = torch.zeros(2, 1, 8, 8)
     mask[0, :, 2:5, 2:5] = 1
     right = torch.cat([1 - mask, mask], dim=1) * 40
-    loss = AnomalyLoss(TrainConfig())
+    loss = LossLearner(TrainConfig())
     assert loss(right, mask)[0].item() < 1e-6
     assert loss(-right, mask)[0].item() > 1
 
 
 def test_a_batch_without_defects_has_finite_loss_and_gradients():
     logits = torch.randn(2, 2, 8, 8, requires_grad=True)
-    total, parts = AnomalyLoss(TrainConfig())(logits, torch.zeros(2, 1, 8, 8))
+    total, parts = LossLearner(TrainConfig())(logits, torch.zeros(2, 1, 8, 8))
     total.backward()
     assert torch.isfinite(total)
     assert torch.isfinite(logits.grad).all()
@@ -83,7 +83,7 @@ def test_a_batch_without_defects_has_finite_loss_and_gradients():
 def test_the_total_is_the_weighted_sum_of_its_parts(dtype: torch.dtype):
     logits = torch.randn(2, 2, 6, 6)
     mask = torch.rand(2, 1, 6, 6) > 0.5
-    total, parts = AnomalyLoss(TrainConfig(focal_weight=3.0, dice_weight=0.5, focal_gamma=1.0))(logits, mask.to(dtype))
+    total, parts = LossLearner(TrainConfig(focal_weight=3.0, dice_weight=0.5, focal_gamma=1.0))(logits, mask.to(dtype))
     torch.testing.assert_close(parts["focal"], focal_loss(logits, mask.float(), 1.0, 0.75))
     torch.testing.assert_close(parts["dice"], dice_loss(logits, mask.float()))
     torch.testing.assert_close(total, 3 * parts["focal"] + 0.5 * parts["dice"])
