@@ -43,8 +43,8 @@ class LanguageHead(nn.Module):
         llm = build_llm(config)
         self._tokenizer = llm.tokenizer
         self._config = config
-        names, base = self._embedded_words(llm.network)
-        self.prompts = PromptLearner(names, base)
+        names, intact, base = self._embedded_words(llm.network)
+        self.prompts = PromptLearner(names, intact, base)
         to_word = nn.LayerNorm(llm.width)
         nn.init.constant_(to_word.weight, float(base.square().mean().sqrt()))
         self.image_token = nn.Sequential(nn.LayerNorm(image_channels), nn.Linear(image_channels, llm.width), to_word)
@@ -130,11 +130,12 @@ class LanguageHead(nn.Module):
         return torch.tensor([self._tokenizer.bos_token_id, *numbers] if first else numbers, dtype=torch.int64)
 
     @torch.no_grad()
-    def _embedded_words(self, network: Any) -> tuple[Tensor, Tensor]:
-        """Embeddings of the cells' names, each the mean over its tokens, and of the base prompts' words."""
+    def _embedded_words(self, network: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of the cells' names and of a word for intact, means over tokens; of the base prompts' words."""
         embed = network.get_input_embeddings()
         names = torch.stack([embed(self._tokens(f" {name}")).mean(dim=0) for name in CELL_NAMES])
-        return names, embed(self._tokens(_BASE_WORDS)[:BASE_PROMPTS])
+        intact = embed(self._tokens(" normal")).mean(dim=0)
+        return names, intact, embed(self._tokens(_BASE_WORDS)[:BASE_PROMPTS])
 
 
 def _ones(sequence: Tensor) -> Tensor:

@@ -15,32 +15,52 @@ _MAP_SIDE = SIDE * 2 ** len(CHANNELS)
 BASE_PROMPTS = 9
 
 
+_GATE = (12.0, 8.0, -11.0)
+"""Where the gates begin: weight of a cell's peak, weight of its share of the map, bias. A cell counts as damaged from
+a peak of about 0.7 on, a cell that holds little of what the map marks from a higher one on."""
+
+
 class PromptLearner(nn.Module):
     """Anomaly maps (B, H, W), from 0 to 1, to prompts (B, 9 + 9, width): one a grid cell, and 9 that no image changes.
 
-    A cell's prompt is the embedding of its name plus what five convolutions see there, both about as long as a word's
-    embedding; the other 9 begin as embeddings of words. A language model that was never trained with images can copy
-    such a name into its answer, and so learns from few images.
+    A cell's prompt is, as its gate says, the embedding of the cell's name or of a word for what is intact, plus what
+    five convolutions see there. So a language model that was never trained with images reads words from the start, and
+    learns from few images to answer by them. The other 9 prompts begin as words too, and all of it is learnt further.
     Sources: Z. Gu et al., "AnomalyGPT", AAAI 2024 (convolutions over the map); B. Lester et al., "The Power of Scale
     for Parameter-Efficient Prompt Tuning", EMNLP 2021 (prompts that begin as words).
     """
 
-    def __init__(self, cell_names: Tensor, base: Tensor) -> None:
-        """``cell_names``: the embeddings of the cells' names (9, width); ``base``: of BASE_PROMPTS words."""
+    def __init__(self, cell_names: Tensor, intact: Tensor, base: Tensor) -> None:
+        """Embeddings: of the cells' names (9, width), of a word for intact (width,), of BASE_PROMPTS words."""
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs in zip((1, *CHANNELS), CHANNELS, strict=False):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         self.convolutions = nn.Sequential(*layers)
-        width = cell_names.shape[1]
-        self.to_words = nn.Conv2d(CHANNELS[-1], width, 1)
-        self.norm = nn.LayerNorm(width)
-        self.scale = nn.Parameter(base.square().mean().sqrt().reshape(1).clone())
+        self.to_words = nn.Conv2d(CHANNELS[-1], cell_names.shape[1], 1)
+        for layer in (*self.convolutions, self.to_words):
+            if isinstance(layer, nn.Conv2d):  # so that what they see grows with the map from the start
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        self.scale = nn.Parameter(0.1 * base.square().mean().sqrt().reshape(1))
+        self.gate = nn.Parameter(torch.tensor(_GATE))
         self.cell_names = nn.Parameter(cell_names.clone())
+        self.intact = nn.Parameter(intact.clone())
         self.base = nn.Parameter(base.clone())
 
     def forward(self, maps: Tensor) -> Tensor:
-        resized = functional.adaptive_avg_pool2d(maps.unsqueeze(1), _MAP_SIDE)
-        seen = self.to_words(self.convolutions(resized.to(self.base.dtype))).flatten(2).transpose(1, 2)
-        prompts = self.cell_names + self.scale * self.norm(seen)
+        resized = functional.adaptive_avg_pool2d(maps.unsqueeze(1), _MAP_SIDE).to(self.base.dtype)
+        seen = self.to_words(self.convolutions(resized)).flatten(2).transpose(1, 2)
+        gates = self._gates(resized).unsqueeze(2)
+        prompts = gates * self.cell_names + (1 - gates) * self.intact + self.scale * seen
         return torch.cat([prompts, self.base.expand(len(maps), -1, -1)], dim=1)
+
+    def _gates(self, resized: Tensor) -> Tensor:
+        """Of maps (B, 1, side, side) how far each cell counts as damaged (B, 9), from 0 to 1."""
+        peaks = functional.adaptive_max_pool2d(resized, SIDE).flatten(1)
+        marked = functional.adaptive_avg_pool2d(resized.square(), SIDE).flatten(
+            1
+        )  # squared, so that faint noise is little
+        shares = marked / marked.sum(dim=1, keepdim=True).clamp(min=1e-6)
+        weight_of_peak, weight_of_share, bias = self.gate
+        return torch.sigmoid(weight_of_peak * peaks + weight_of_share * shares + bias)
