@@ -41,6 +41,7 @@ class PromptLearner(nn.Module):
         for layer in (*self.convolutions, self.to_words):
             if isinstance(layer, nn.Conv2d):  # so that what they see grows with the map from the start
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
         self.scale = nn.Parameter(0.1 * base.square().mean().sqrt().reshape(1))
         self.gate = nn.Parameter(torch.tensor(_GATE))

@@ -44,6 +44,9 @@ class EfficientNetLite0(ImageEncoder):
         self.set_frozen(frozen)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
+        for statistics in self.buffers():  # DeepSpeed's bf16 converts parameters alone, and a CPU takes no mixture
+            if statistics.is_floating_point() and statistics.dtype != pixels.dtype:
+                statistics.data = statistics.to(pixels.dtype)
         finest, second, *coarser = self._features(pixels)
         return [torch.cat([functional.pixel_unshuffle(finest, 2), second], dim=1), *coarser]
 
