@@ -84,7 +84,16 @@ def find_without_steps(gpu: pd.DataFrame, collectives: pd.DataFrame) -> list[Fin
 
 def _worth(findings: Sequence[Finding], step_s: float, weight: float = BLAMED_WEIGHT) -> list[Finding]:
     worth = [finding for finding in findings if finding.lost_s >= MIN_SHARE * step_s]
-    return sorted(worth, key=lambda finding: -finding.lost_s * (weight if finding.blames else 1.0))
+    weights = {id(finding): finding.lost_s * (weight if finding.blames else 1.0) for finding in worth}
+    for everybodys in worth:
+        # One rank that takes longer over what costs all of them even more is not the first thing to know.
+        lesser = [one for one in worth if one.kind == everybodys.kind and one.blames and one.lost_s < everybodys.lost_s]
+        if lesser and not everybodys.blames:
+            weights[id(everybodys)] = max(weights[id(everybodys)], *(weights[id(one)] for one in lesser)) * _JUST_ABOVE
+    return sorted(worth, key=lambda finding: -weights[id(finding)])
+
+
+_JUST_ABOVE = 1.0 + 1e-9
 
 
 _MATCHED = 0.9
@@ -194,11 +203,12 @@ def _own_work(evidence: Evidence) -> list[Finding]:
     found = []
     # The host may load or save while its GPU computes.
     costly = evidence.parts.starving(evidence.traces)
+    per_step = _work_per_step(evidence, costly)
     for part, name in enumerate(costly.names):
         phase, kind = phase_of_part(name), kind_of_part(name)
         if kind == "compute":
             continue
-        seconds = _work_per_step(evidence, costly, part)
+        seconds = per_step[:, part]
         # A blamed rank's own excess is in its row already, and the lower median over ranks does not see it.
         lost = float(np.sort(seconds)[(len(seconds) - 1) // 2])
         told = f"every rank spends {lost:.3g} s a step in it"
@@ -208,18 +218,17 @@ def _own_work(evidence: Evidence) -> list[Finding]:
     return found
 
 
-def _work_per_step(evidence: Evidence, parts: WorkParts, part: int) -> Floats:
-    """Mean seconds a (non-warm-up) step in a part of ``parts``, by trace."""
-    totals = []
+def _work_per_step(evidence: Evidence, parts: WorkParts) -> Floats:
+    """Mean seconds a (non-warm-up) step in each of ``parts``, shape (traces, parts)."""
+    totals = np.zeros((len(evidence.traces), len(parts.names)))
+    between = parts.names.index(BETWEEN_STEPS)
     for trace, rank in enumerate(evidence.traces):
         steps = rank.steps[rank.steps["step"].isin(evidence.steps.numbers)]
-        if parts.names[part] == BETWEEN_STEPS and len(steps):
-            window = np.array([[steps["start_ns"].iloc[0], steps["end_ns"].iloc[-1]]], dtype=np.float64)
-        else:
-            window = steps[["start_ns", "end_ns"]].to_numpy(np.float64)
-        covered = parts.between(trace, window[:, 0], window[:, 1])[:, part].sum() if len(window) else 0.0
-        totals.append(covered / NS_PER_S / len(evidence.steps.numbers))
-    return np.array(totals)
+        start, end = steps["start_ns"].to_numpy(np.float64), steps["end_ns"].to_numpy(np.float64)
+        if len(steps):
+            totals[trace] = parts.between(trace, start, end).sum(axis=0)
+            totals[trace, between] = parts.between(trace, start[:1], end[-1:])[0, between]
+    return totals / NS_PER_S / len(evidence.steps.numbers)
 
 
 def table(findings: Sequence[Finding], step_s: float, suggestions: Sequence[str]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import bottlenecks, collectives, gpu_tables, nccl, tables
+from hpcmm.analysis import bottlenecks, collectives, gpu_tables, nccl, rare_phases, tables
 from hpcmm.analysis.comm_wait import comm_wait, wait_matrix
 from hpcmm.analysis.coverage import Ledger, assess, facts_of, observe, observe_calls
 from hpcmm.analysis.efficiency import Reference, efficiency, samples_per_step
@@ -137,6 +137,7 @@ def _derive(ledger: Ledger, record: RunRecord, progress: Progress, reference: Re
     """All tables, from the traces of all ranks."""
     progress("aligning clocks", 0, 1)
     traces, clock = _on_one_clock(ledger)
+    traces = rare_phases.fold(traces)
     progress("matching collectives", 0, 1)
     matched = nccl.confirm_order(collectives.match(traces), clock.error_ns)
     rows = collectives.estimate_waits(matched, clock.error_ns)

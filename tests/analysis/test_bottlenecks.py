@@ -299,3 +299,16 @@ def test_a_hostile_node_name_cannot_leave_its_shell_word() -> None:
 def test_suggestions_start_from_the_runs_own_settings() -> None:
     finding = Finding("transfer", "", 1.0, None, "", "", "", "high")
     assert suggest(finding, {"train": {"gradient_accumulation_steps": 4}}) == "train.gradient_accumulation_steps=8"
+
+
+def test_what_costs_everybody_most_goes_before_the_one_that_takes_longer_over_it() -> None:
+    def work(rank: int, _step: int, phase: str) -> float:
+        return {"data": 60.0 + 40.0 * (rank == 0)}.get(phase, 20.0)
+
+    first, second = (
+        (finding.cause, finding.rank)
+        for finding in verdicts(simulate_run(work, noise_ms=1.0))
+        if finding.kind == "data"
+    )
+    assert first == ("data loading on all ranks", None)
+    assert second == ("data loading", 0)
