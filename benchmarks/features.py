@@ -1,0 +1,133 @@
+"""What keeping a frozen encoder's features gains: steps on images beside steps on kept features, by turns, one process.
+
+    python benchmarks/features.py [--steps 10] [--turns 5] [--models NAME ...] [KEY=VALUE ...]
+
+A step is a micro-batch from the data set, forward, loss, backward and an AdamW update. Prints a Markdown table: the
+time to compute the features of all training and test images once, the medians of a step with and without them, its data
+part alone, and how many steps win back the time that computing took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import ViTConfig, ViTModel
+
+from hpcmm.config import RunConfig
+from hpcmm.data.anomaly import Batch, Item, build_datasets, collate
+from hpcmm.data.standins import generate
+from hpcmm.launch.compose import compose_run
+from hpcmm.models import AnomalyModel, build_model
+from hpcmm.models.anomaly import Encoded
+from hpcmm.models.losses import AnomalyLoss
+from hpcmm.train.features import Ranks, keep_features
+from hpcmm.train.sampling import EndlessSampler
+
+VIT_BASE = "vit_base"
+"""A ViT of the published base size with random weights: its cost does not depend on them."""
+MODELS = ("efficientnet_lite0", "vit_tiny", VIT_BASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Seconds of a step, and of getting its batch."""
+
+    whole_s: float
+    data_s: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names in conf/model")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| model | computed once | on images (data) | on kept features (data) | times as fast | won back after |")
+    print("|---|---|---|---|---|---|")
+    for model in options.models:
+        print(row(model, options), flush=True)
+
+
+def row(model_name: str, options: argparse.Namespace) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            "cluster=local",
+            "cluster.ranks_per_node=1",
+            *choose(model_name, folder),
+            "data.feature_cache=true",
+        ]
+        overrides += ["model.freeze_image_encoder=true", f"data.root={folder}/set", f"cluster.cache_dir={folder}/cache"]
+        config = compose_run([*overrides, *options.overrides])
+        root = Path(folder) / "set"
+        generate(root, config.data, config.train.seed)
+        model = build_model(config.model, config.train.seed)
+        train, test = build_datasets(root, config.data, config.train.seed)
+        began = time.perf_counter()
+        kept, _ = keep_features(config, model.image_encoder, train, test, Ranks(0, 1))
+        computing_s = time.perf_counter() - began
+        sets: Sequence[Dataset[Item]] = (train, kept)
+        times: dict[int, list[Step]] = {0: [], 1: []}
+        for which in (0, 1):
+            run(model, sets[which], len(train), config, 2)  # warm
+        for turn in range(options.turns):
+            for which in (turn % 2, 1 - turn % 2):
+                times[which].append(run(model, sets[which], len(train), config, options.steps))
+        images, features = (
+            Step(statistics.median(t.whole_s for t in times[which]), statistics.median(t.data_s for t in times[which]))
+            for which in (0, 1)
+        )
+    gain_s = images.whole_s - features.whole_s
+    back = f"{computing_s / gain_s:.0f} steps" if gain_s > 0 else "never"
+    return (
+        f"| {model_name} | {computing_s:.1f} s | {1000 * images.whole_s:.0f} ms ({1000 * images.data_s:.0f}) "
+        f"| {1000 * features.whole_s:.0f} ms ({1000 * features.data_s:.0f}) "
+        f"| {images.whole_s / features.whole_s:.2f} | {back} |"
+    )
+
+
+def choose(model_name: str, folder: str) -> list[str]:
+    """Overrides that choose the model."""
+    if model_name != VIT_BASE:
+        return [f"model={model_name}"]
+    ViTModel(ViTConfig(), add_pooling_layer=False).save_pretrained(f"{folder}/{VIT_BASE}")
+    return ["model=vit", f"model.image_weights={folder}/{VIT_BASE}"]
+
+
+def run(model: AnomalyModel, items: Dataset[Item], length: int, config: RunConfig, steps: int) -> Step:
+    """Means over ``steps`` steps."""
+    loss_of = AnomalyLoss(config.train)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+    sampler = EndlessSampler(length, config.train.micro_batch_size, 0, 1, 0)
+    batches = iter(DataLoader(items, batch_sampler=sampler, collate_fn=collate, num_workers=config.data.num_workers))
+    data_s = 0.0
+    began = time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        data_s += time.perf_counter() - asked
+        optimizer.zero_grad()
+        loss, _ = loss_of(model(inputs(batch), batch["caption"]), batch["mask"])
+        loss.backward()
+        optimizer.step()
+    return Step((time.perf_counter() - began) / steps, data_s / steps)
+
+
+def inputs(batch: Batch) -> torch.Tensor | Encoded:
+    if "features" not in batch:
+        return batch["image"]
+    height, width = batch["mask"].shape[-2:]
+    return Encoded(batch["features"], (height, width))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""hpcmm's training loop beside bare DeepSpeed calls: the same engine, the same data, the same model, by turns.
+
+    python benchmarks/loop.py [--ranks 2] [--steps 30] [--turns 5] [KEY=VALUE ...]
+
+Each rank builds the task and one engine, and then runs ``--steps`` steps of hpcmm's loop (annotation, agreement on a
+stop, metrics file, progress line) and as many of a bare loop (next batch, forward, backward, step), by turns. A turn's
+time is that of its steps after the first, in which either loader starts; checkpoints and evaluation are left out.
+Prints the medians, and hpcmm's speed as a share of the bare loop's: the median of the turns' shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpcmm import config as run_config
+from hpcmm.launch.compose import compose_run
+from hpcmm.launch.validate import validate
+from hpcmm.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from hpcmm.train.loop import Session
+
+CONFIGURATION = ("cluster=local", "task=anomaly", "train.evaluate=false", "train.schedule=constant")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prepare a run directory and start the ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            *CONFIGURATION,
+            f"cluster.ranks_per_node={options.ranks}",
+            f"train.steps={options.steps * (options.turns + 1) + 1}",
+            f"runs_root={folder}",
+            *options.overrides,
+        ]
+        config = compose_run(overrides)
+        validate(config)
+        run_dir = RunDir(Path(folder) / "run")
+        run_dir.create()
+        run_config.dump(config, run_dir.config)
+        subprocess.run([sys.executable, "-m", "hpcmm.train.prepare", str(run_dir.root)], check=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        program = [sys.executable, __file__, f"--steps={options.steps}", f"--turns={options.turns}"]
+        ranks = [
+            subprocess.Popen(
+                [*program, f"--rank-of={run_dir.root}"],
+                env={
+                    **os.environ,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(options.ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "OMP_NUM_THREADS": "1",
+                },
+            )
+            for rank in range(options.ranks)
+        ]
+        failed = [rank.wait() for rank in ranks]
+        if any(failed):
+            sys.exit(f"ranks ended with {failed}")
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    """One rank: both loops by turns; rank 0 prints."""
+    session = open_session(RunDir(Path(options.rank_of)))
+    with session.metrics:
+        session.metrics.start(session.place)
+        in_hpcmm(session, 0, options.steps)  # warm
+        bare(session, 0, options.steps)
+        turns = []
+        for turn in range(options.turns):
+            loops = (bare, in_hpcmm) if turn % 2 else (in_hpcmm, bare)
+            times = {loop: loop(session, options.steps * (turn + 1), options.steps) for loop in loops}
+            turns.append((times[bare], times[in_hpcmm]))
+    if session.place.rank == 0:
+        report(turns, options.steps - 1)
+    session.engine.destroy()
+    import torch.distributed as dist  # noqa: PLC0415
+
+    dist.destroy_process_group()
+
+
+def open_session(run_dir: RunDir) -> Session:
+    """Join the group, and build what a rank's steps need."""
+    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
+    from hpcmm.bootstrap.cache import extensions_dir  # noqa: PLC0415
+    from hpcmm.bootstrap.compiled_ops import load_ops  # noqa: PLC0415
+    from hpcmm.bootstrap.environment import RankEnvironment  # noqa: PLC0415
+    from hpcmm.bootstrap.metrics import MetricsWriter  # noqa: PLC0415
+
+    config = run_config.load(run_dir.config)
+    select_accelerator()
+    load_ops(extensions_dir(config.cluster))
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    import deepspeed  # noqa: PLC0415
+
+    from hpcmm.train.anomaly import AnomalyTask  # noqa: PLC0415
+    from hpcmm.train.checkpoint import Checkpoints  # noqa: PLC0415
+    from hpcmm.train.engine import build_engine  # noqa: PLC0415
+    from hpcmm.train.loop import Session  # noqa: PLC0415
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    rank = dist.get_rank()
+    place = RankEnvironment(
+        rank=rank,
+        local_rank=rank,
+        local_world_size=dist.get_world_size(),
+        world_size=dist.get_world_size(),
+        job_id="benchmark",
+        node=socket.gethostname(),
+        master_addr=os.environ["MASTER_ADDR"],
+        master_port=int(os.environ["MASTER_PORT"]),
+    )
+    task = AnomalyTask(config, torch.device("cpu"))
+    engine = build_engine(task.model, config)
+    metrics = MetricsWriter(run_dir.rank_metrics(rank))
+    return Session(config, run_dir, place, task, engine, Checkpoints(run_dir, place, 1), metrics)
+
+
+def in_hpcmm(session: Session, first: int, steps: int) -> float:
+    """Seconds of hpcmm's loop from the end of step ``first`` on; it saves nothing, as in the midst of a run."""
+    from hpcmm.train import loop  # noqa: PLC0415
+
+    session.config.train.steps = first + steps
+    loop._checkpoint_due = lambda _step, _config: False
+    clock = Clock(session.engine)
+    loop._run_steps(session, first, {})
+    return clock.stop()
+
+
+def bare(session: Session, first: int, steps: int) -> float:
+    """Seconds of a loop without hpcmm, over the same steps."""
+    task, engine = session.task, session.engine
+    batches = task.batches(session.place.rank, session.place.world_size, first)
+    clock = Clock(engine)
+    for _ in range(steps):
+        loss, _ = task.loss(engine, next(batches))
+        engine.backward(loss)
+        engine.step()
+    return clock.stop()
+
+
+class Clock:
+    """From the end of an engine's next step to the call of :meth:`stop`."""
+
+    def __init__(self, engine: object) -> None:
+        self._began: float | None = None
+        self._engine, self._step = engine, engine.step  # type: ignore[attr-defined]
+        engine.step = self._first_step  # type: ignore[attr-defined]
+
+    def _first_step(self) -> None:
+        self._step()
+        self._began = time.perf_counter()
+        del self._engine.step  # type: ignore[attr-defined]
+
+    def stop(self) -> float:
+        assert self._began is not None
+        return time.perf_counter() - self._began
+
+
+def report(turns: list[tuple[float, float]], steps: int) -> None:
+    bare, ours = (statistics.median(times) / steps * 1000 for times in zip(*turns, strict=True))
+    shares = sorted(theirs / mine for theirs, mine in turns)
+    print(f"bare DeepSpeed: {bare:.1f} ms a step (median of {len(turns)} turns of {steps} steps)")
+    print(f"hpcmm:          {ours:.1f} ms a step")
+    print(f"hpcmm is {statistics.median(shares):.3f} times as fast ({shares[0]:.3f} to {shares[-1]:.3f} by turn)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args()
+    run_rank(options) if options.rank_of else run(options)
+
+
+if __name__ == "__main__":
+    main()
