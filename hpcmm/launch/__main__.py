@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -41,9 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         check_working_directory()
-        if given[:1] == [RESUBMIT]:
-            return _resubmit(given[1:])
-        return _launch([word for word in given if word not in ("-m", "--multirun")])
+        resubmits = given[:1] == [RESUBMIT]
+        words = [word for word in given if word not in ("-m", "--multirun")]
+        status = _resubmit(given[1:]) if resubmits else _launch(words)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as head, has enough; the job is queued
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except HpcmmError as error:
         print(f"hpcmm: {error}", file=sys.stderr)
         return 1
