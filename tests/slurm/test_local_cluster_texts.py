@@ -55,3 +55,33 @@ def test_a_state_directory_that_slurm_could_not_use_is_refused(path: str, monkey
     monkeypatch.setenv(state_directory.VARIABLE, path)
     with pytest.raises(ClusterError, match="absolute path"):
         state_directory.chosen()
+
+
+@pytest.mark.parametrize(
+    ("taken", "given", "chosen"),
+    [
+        ({"node1"}, None, "nodeb"),
+        ({"node4", "nodeb2"}, None, "nodec"),
+        (set(), None, "node"),
+        ({"node1"}, "node", "node"),
+    ],
+)
+def test_a_cluster_takes_names_that_nobody_has_unless_they_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: set[str], given: str | None, chosen: str
+) -> None:
+    from cluster import host_names, lifecycle, network
+
+    monkeypatch.setattr(network, "free_subnet", lambda: IPv4Network("10.77.3.0/24"))
+    monkeypatch.setattr(host_names, "_names_that_resolve", lambda names: [name for name in names if name in taken])
+    assert lifecycle._layout_to_start(tmp_path, given).prefix == chosen
+
+
+def test_lines_of_one_s_own_come_last_in_slurm_conf(tmp_path: Path) -> None:
+    from cluster import slurm_config
+    from cluster.layout import Layout
+
+    layout = Layout(tmp_path, "node", IPv4Network("10.77.3.0/24"))
+    layout.etc.mkdir()
+    (layout.etc / slurm_config.EXTRA).write_text("KillWait=5\n")
+    slurm_config.write(layout)
+    assert layout.slurm_conf.read_text().endswith("State=UP\nKillWait=5\n")
