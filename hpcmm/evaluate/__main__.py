@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Load the newest checkpoint of each run, score the held-out images, and write to DIR:
-  scores.csv       every run by category: image and pixel AUROC, PRO, F1, accuracy
+  scores.csv       every run by category: image and pixel AUROC, PRO, F1, accuracy,
+                   and how right the words are, where there is a language model
   summary.csv      every model's mean over its seeds, with a 95% confidence interval
   comparison.md    the models side by side, with what may be concluded
   comparison.tex   the same tables for LaTeX (booktabs)

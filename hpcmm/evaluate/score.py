@@ -14,24 +14,34 @@ from torch.utils.data import DataLoader
 
 from hpcmm.data.anomaly import TestImages, collate
 from hpcmm.models.anomaly import AnomalyModel
+from hpcmm.models.answers import answer
 from hpcmm.models.scores import best_decision, image_auroc, pixel_auroc, region_overlap
+from hpcmm.words import scores
+from hpcmm.words.conversations import parse_answer
+from hpcmm.words.scores import Statements, statements, word_scores
 
 MEAN = "mean"
 """The row over all categories: each counts the same, whatever its number of images."""
 POOLED = "all images"
 """The row of all images together, which one threshold has to tell apart: what a run's own evaluation reports."""
-METRICS = ["image_auroc", "pixel_auroc", "pro", "f1", "accuracy"]
+METRICS = ["image_auroc", "pixel_auroc", "pro", "f1", "accuracy", *scores.METRICS]
+"""Those of the words take a language model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Of N images: score (N,), label (N,), map and mask (N, side, side), category (N,)."""
+    """Of N images: score (N,), label (N,), map and mask (N, side, side), category (N,).
+
+    With a language model also what its answers say and what would be right, as ``hpcmm.words.scores`` writes it.
+    """
 
     score: NDArray[np.float32]
     label: NDArray[np.int64]
     map: NDArray[np.float32]
     mask: NDArray[np.bool_]
     category: NDArray[Any]
+    said: Statements | None = None
+    truth: Statements | None = None
 
 
 @torch.no_grad()
@@ -47,7 +57,14 @@ def score_images(
     parts: list[tuple[NDArray[Any], ...]] = []
     done = 0
     for batch in loader:
-        logits = model(batch["image"].to(device), batch["caption"])
+        images = batch["image"].to(device)
+        logits = model(images, batch["caption"])
+        words: tuple[Statements, ...] = ()
+        if model.language is not None:
+            questions = [dialogue.question for dialogue in batch["dialogue"]]
+            answers = answer(model, images, logits, batch["caption"], questions)
+            right = [dialogue.answer for dialogue in batch["dialogue"]]
+            words = tuple(statements([parse_answer(text) for text in texts]) for texts in (answers, right))
         parts.append(
             (
                 model.score(logits).cpu().numpy(),
@@ -55,6 +72,7 @@ def score_images(
                 model.anomaly_map(logits).cpu().numpy(),
                 batch["mask"][:, 0].numpy() > 0.5,
                 np.array(batch["category"], dtype=object),
+                *words,
             )
         )
         done += len(batch["caption"])
@@ -65,12 +83,13 @@ def score_images(
 def by_category(scored: Scored) -> pd.DataFrame:
     """One row a category, one of all images together, and last the mean over categories.
 
-    Columns: category, images, abnormal and METRICS (0 to 1). A metric that a category cannot have (no defect, no normal
+    Columns: category, images, abnormal and METRICS (0 to 1); where there are words, also what answers without a look at
+    the image would get (``words_grid_constant``, ...). A metric that a category cannot have (no defect, no normal
     image) is nan, and left out of the mean.
     """
     categories = sorted(set(scored.category))
     rows = [_row(category, scored, scored.category == category) for category in categories]
-    mean = pd.DataFrame(rows)[METRICS].mean().to_dict()
+    mean = pd.DataFrame(rows).drop(columns=["category", "images", "abnormal"]).mean().to_dict()
     pooled = _row(POOLED, scored, np.ones(len(scored.category), dtype=bool))
     total = {"category": MEAN, "images": pooled["images"], "abnormal": pooled["abnormal"], **mean}
     return pd.DataFrame([*rows, pooled, total])
@@ -79,6 +98,9 @@ def by_category(scored: Scored) -> pd.DataFrame:
 def _row(name: str, scored: Scored, own: NDArray[np.bool_]) -> dict[str, object]:
     score, label, maps, mask = scored.score[own], scored.label[own], scored.map[own], scored.mask[own]
     decision = best_decision(score, label)
+    words = {}
+    if scored.said is not None and scored.truth is not None:
+        words = word_scores(scored.said[own], scored.truth[own])
     return {
         "category": name,
         "images": int(own.sum()),
@@ -88,4 +110,5 @@ def _row(name: str, scored: Scored, own: NDArray[np.bool_]) -> dict[str, object]
         "pro": region_overlap(maps, mask).value,
         "f1": decision.f1,
         "accuracy": decision.accuracy,
+        **words,
     }

@@ -18,7 +18,8 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """
     from scipy.stats import t as student  # noqa: PLC0415 - takes a second
 
-    long = table.melt(["model", "seed", "category"], METRICS, "metric", "value").dropna(subset="value")
+    metrics = [metric for metric in METRICS if metric in table]
+    long = table.melt(["model", "seed", "category"], metrics, "metric", "value").dropna(subset="value")
     rows = []
     for (model, category, metric), own in long.groupby(["model", "category", "metric"], sort=False):
         values = own["value"].to_numpy(np.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +18,9 @@ from hpcmm.evaluate.score import MEAN, METRICS, POOLED, Scored, by_category
 from hpcmm.evaluate.table import over_seeds, separated
 from hpcmm.models.scores import image_auroc
 from hpcmm.run_dir import RunDir
+from hpcmm.words.conversations import Said
+from hpcmm.words.scores import METRICS as WORDS
+from hpcmm.words.scores import statements
 
 
 @pytest.fixture
@@ -34,8 +39,9 @@ def test_each_category_is_scored_by_itself_and_counts_the_same_in_the_mean(score
     table = by_category(scored).set_index("category")
     assert list(table.index) == ["screw", "tile", POOLED, MEAN]
     assert table.loc["screw", "image_auroc"] == image_auroc(scored.score[:10], scored.label[:10]).value
-    assert table.loc["tile", METRICS].isna().all()
-    pd.testing.assert_series_equal(table.loc[MEAN, METRICS], table.loc["screw", METRICS], check_names=False)
+    maps = [metric for metric in METRICS if metric not in WORDS]
+    assert table.loc["tile", maps].isna().all()
+    pd.testing.assert_series_equal(table.loc[MEAN, maps], table.loc["screw", maps], check_names=False)
     assert table.loc[MEAN, "images"] == 20
     assert table.loc[POOLED, "image_auroc"] == image_auroc(scored.score, scored.label).value
 
@@ -108,3 +114,21 @@ def test_a_checkpoint_that_others_can_write_is_not_read(tmp_path):
     (run.checkpoints / "step_1" / "states.pt").chmod(0o664)
     with pytest.raises(HpcmmError, match=r"states\.pt can be written by another user"):
         load_model(run, RunConfig())
+
+
+def test_words_are_scored_by_category_where_there_are_any(scored: Scored):
+    truth = statements([Said(bool(label), frozenset({0} if label else ())) for label in scored.label])
+    said = truth.copy()
+    said[1] = statements([Said(True, frozenset({8}))])[0]  # the wrong place, in the first category
+    table = by_category(replace(scored, said=said, truth=truth)).set_index("category")
+    assert table.loc["screw", list(WORDS)].tolist() == [1.0, 0.8, 0.8]
+    assert table.loc["tile", "words_detection"] == 1
+    assert np.isnan(table.loc["tile", "words_grid"])
+    assert table.loc[MEAN, "words_grid"] == 0.8
+    assert table.loc[POOLED, "words_detection_constant"] == 0.75
+    assert not set(WORDS) & set(by_category(scored).columns)
+    both = pd.concat([by_category(replace(scored, said=said, truth=truth)).assign(model="words", seed=0),
+                      by_category(scored).assign(model="maps", seed=0)])  # fmt: skip
+    summary = over_seeds(both).set_index(["model", "metric"])
+    assert ("words", "words_grid") in summary.index
+    assert ("maps", "words_grid") not in summary.index
