@@ -35,6 +35,8 @@ EVENT_TIMES = 3.0
 """An event is so many times as long as the worst step of any other rank (with six or more, but one) ..."""
 EVENT_SHARE = 0.3
 """... and lasts at least this share of a step."""
+EVENT_S = 0.1
+"""... and this long: a busy machine's scheduler makes a process wait for some tens of milliseconds, and that is no fault."""
 LIKE_TIMES = 1.5
 """Delays so many times as long as any other rank's of their kind are of one sort with a rank's events."""
 STALL_STEPS = 0.1
@@ -145,7 +147,7 @@ def _unmistakable(own: Floats, peers: Floats, dominance: float) -> bool:
 def _events(evidence: Evidence, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
     """Single delays that are far beyond whatever else happens, where only one or two ranks have any."""
     whole = losses.sum(axis=2)
-    floor = EVENT_SHARE * evidence.steps.median_s
+    floor = max(EVENT_SHARE * evidence.steps.median_s, EVENT_S)
     limits = np.array([max(EVENT_TIMES * _usual_worst(whole, index), floor) for index in range(whole.shape[1])])
     for kind, columns in _columns(evidence).items():
         delays = losses[:, :, columns].sum(axis=2)

@@ -79,6 +79,8 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
             return "accumulate gradients over more micro-batches before they are exchanged"
         case "imbalance":
             return "sbatch --cpus-per-task=N --hint=nomultithread ... with more cores a rank"
+        case "other":
+            return "with annotate.phase(...) around each part of the step, the next capture tells which part it is"
         case _:
             return "log and evaluate less often"
 
