@@ -36,7 +36,7 @@ EVENT_TIMES = 3.0
 EVENT_SHARE = 0.3
 """... and lasts at least this share of a step."""
 EVENT_S = 0.1
-"""... and this long: a busy machine's scheduler makes a process wait for some tens of milliseconds, and that is no fault."""
+"""... and this long: on a busy machine a process waits some tens of milliseconds for its turn, and that is no fault."""
 LIKE_TIMES = 1.5
 """Delays so many times as long as any other rank's of their kind are of one sort with a rank's events."""
 STALL_STEPS = 0.1
