@@ -54,6 +54,7 @@ def with_hpcmm(overrides: list[str], root: Path) -> float:
 
 
 def with_torchrun(overrides: list[str], root: Path) -> float:
+    """The same of ranks that torchrun starts; ``root/torchrun`` then leads to its run directory."""
     planned = begin(overrides, root)
     config, run = planned.config, planned.run
     run.create()
@@ -76,6 +77,8 @@ def with_torchrun(overrides: list[str], root: Path) -> float:
     )
     done = subprocess.run(["sbatch", "--parsable", str(script)], check=True, capture_output=True, text=True)
     wait_for(done.stdout.strip())
+    (root / "torchrun").unlink(missing_ok=True)
+    (root / "torchrun").symlink_to(run.root.name)
     return first_step_ended_s(run) - float(began.read_text(encoding="ascii"))
 
 
@@ -168,8 +171,10 @@ def main() -> None:
         print(f"hpcmm:    {ours:.2f} s from the script's start to the end of the first step (median of {options.runs})")
         print(f"torchrun: {theirs:.2f} s")
         print(f"difference: {ours - theirs:+.2f} s (at most +1 s is the aim)")
-        last = (root / "latest").resolve()
-        print(startup_table(metrics_of(RunDir(last))).to_string(index=False))
+        print(f"pairs: {', '.join(f'{mine:.1f} and {other:.1f}' for mine, other in pairs)}")
+        for name, link in (("hpcmm", "latest"), ("torchrun", "torchrun")):
+            print(f"the last run of {name}:")
+            print(startup_table(metrics_of(RunDir((root / link).resolve()))).to_string(index=False))
 
 
 if __name__ == "__main__":

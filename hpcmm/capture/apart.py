@@ -30,7 +30,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _HEEDS_SIGTERM_S = 5.0
 """Seconds after which a rank that was told to end is killed, which leaves the report time before Slurm's SIGKILL."""
 
-_WATCH_S = 1.0
+_WATCH_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -94,26 +94,28 @@ def run_apart(
     """Do ``work`` in a process apart. Returns the status that it said the rank's command ended with, when it is done.
 
     ``rank_pid`` tells the rank's process once there is one. ``ended`` is called here as soon as the command is over,
-    while ``work`` goes on. ``must_end`` is asked every second: once it is true, the rank is told to end. 1 is returned
-    where the process apart was killed before it could say anything.
+    while ``work`` goes on. ``must_end`` is asked every two seconds: once it is true, the rank is told to end. 1 is
+    returned where the process apart was killed before it could say anything.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     orders_read, orders = os.pipe()
     words, words_write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(orders)
-        os.close(words)
-        os.setsid()
-        if os.fork() == 0:
-            _work_and_exit(work, Apart(words_write, rank_pid), orders_read)
-        os._exit(0)
-    os.close(orders_read)
-    os.close(words_write)
-    os.waitpid(child, 0)
-    with _passing_signals_to(orders):
-        return _follow(words, orders, ended, must_end)
+    with _passing_signals_to(orders):  # before there is anybody to miss one
+        child = os.fork()
+        if child == 0:
+            os.close(orders)
+            os.close(words)
+            os.setsid()
+            if os.fork() == 0:
+                _work_and_exit(work, Apart(words_write, rank_pid), orders_read)
+            os._exit(0)
+        os.close(orders_read)
+        os.close(words_write)
+        os.waitpid(child, 0)
+        status = _follow(words, orders, ended, must_end)
+    os.close(orders)
+    return status
 
 
 def _work_and_exit(work: Callable[[Apart], object], apart: Apart, orders: int) -> None:
@@ -155,7 +157,6 @@ def _follow(words: int, orders: int, ended: Callable[[End], None], must_end: Cal
                 end = End(**json.loads(said))
                 status, said, told = end.status, b"", True
                 ended(end)
-    os.close(orders)
     return status
 
 

@@ -52,33 +52,25 @@ def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[st
         run.rank_report(rank),
         run.reports_before(current_attempt(run)),
         ended=lambda end: record_exit(end.status, run, rank, end.unix_ns),
-        must_end=OthersFailed(run, rank, config.cluster.kill_wait_s),
+        must_end=SomeRankFailed(run, config.cluster.kill_wait_s),
     )
 
 
-class OthersFailed:
-    """Whether another rank has ended badly, and this one has had time to notice that by itself.
+class SomeRankFailed:
+    """Whether a rank of the job has ended badly, and this one has had time to notice that by itself.
 
     srun would kill this rank, and its report with it, ``kill_wait_s`` after the first rank's end.
     """
 
-    def __init__(self, run: RunDir, rank: int, kill_wait_s: float) -> None:
-        self._folder = records.attempt_folder(run)
-        self._own = f"rank_{rank:04d}."
+    def __init__(self, run: RunDir, kill_wait_s: float) -> None:
+        self._sign = records.failed_file(records.attempt_folder(run))
         self._patience_s = min(_MOST_PATIENCE_S, kill_wait_s / 4)
         self._since_s: float | None = None
 
     def __call__(self) -> bool:
-        if self._since_s is None and self._is_noted():
+        if self._since_s is None and self._sign.exists():
             self._since_s = time.monotonic()
         return self._since_s is not None and time.monotonic() - self._since_s >= self._patience_s
-
-    def _is_noted(self) -> bool:
-        try:
-            names = [entry.name for entry in self._folder.iterdir()]
-        except OSError:
-            return False  # no rank has left a word there
-        return any(name.endswith(".json") and name[:1] == "r" and not name.startswith(self._own) for name in names)
 
 
 def profile_flags(profile: ProfileConfig, steps: int, *, gpu: bool) -> dict[str, str]:

@@ -69,9 +69,15 @@ def stacks_file(attempt: Path, rank: int) -> Path:
     return attempt / f"rank_{rank:04d}.stacks"
 
 
+def failed_file(attempt: Path) -> Path:
+    """An empty file: some rank has left a record. One look at it costs the same however many ranks there are."""
+    return attempt / "failed"
+
+
 def write(record: RankError | RankExit, path: Path) -> None:
     """Write so that ``path`` never exists half-written. Raises OSError where there is no room."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    failed_file(path.parent).touch()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
