@@ -33,11 +33,11 @@ def _shell(finding: Finding) -> str:
 
 
 _GPU_ADVICE = {
-    "gpu_host": "fewer, larger launches: torch.compile(model, mode='reduce-overhead'), or a larger micro-batch",
+    "gpu_host": "a larger micro-batch, or fewer launches: torch.compile(model, mode='reduce-overhead')",
     "gpu_sync": "no .item(), .cpu(), print or torch.cuda.synchronize() in the step; copies with non_blocking=True",
-    "gpu_order": "fewer, larger kernels: torch.compile(model); let streams wait for one another only where they must",
+    "gpu_order": "let streams wait for one another only where they must; fewer, larger kernels: torch.compile(model)",
     "gpu_copy": "pinned memory and copies beside the computation: DataLoader(pin_memory=True), non_blocking=True",
-    "gpu_wait": "give each GPU as much to do as the others: batches by their cost, equal shares of experts or layers",
+    "gpu_wait": "give each GPU as much to do as the others, by the cost of batches, experts or layers",
 }
 
 

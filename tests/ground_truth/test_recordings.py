@@ -53,15 +53,16 @@ def test_a_shifted_clock_changes_no_verdict(shifted) -> None:
 
 def check(fault: Fault, table: pd.DataFrame) -> None:
     first = table.iloc[0]
-    named = [
-        (None if pd.isna(rank) else int(rank), node)
-        for rank, node in zip(table["rank"], table["node"], strict=True)
-        if node
-    ]
+    named = {
+        (str(row["cause"]), None if pd.isna(row["rank"]) else int(row["rank"]), row["node"])
+        for row in table.to_dict("records")
+        if row["node"]
+    }
     assert first["cause"].startswith(fault.cause)
     if fault.phase:
         assert first["phase"] == fault.phase
-    assert named == ([(fault.rank, fault.node)] if fault.node else []), "and nobody else is named"
+    expected = {(str(first["cause"]), fault.rank, fault.node)} if fault.node else set()
+    assert named == expected | set(fault.also), "and nobody else is named"
     if fault.node:
         assert first["node"] == fault.node
         assert first["confidence"] in {"high", "medium"}
