@@ -29,6 +29,9 @@ from hpcmm.run_dir import RunDir
 if TYPE_CHECKING:
     from hpcmm.train.loop import Session
 
+Times = tuple[float, float]
+"""Seconds by the clock, and of this process on a processor."""
+
 CONFIGURATION = ("cluster=local", "task=anomaly", "train.evaluate=false", "train.schedule=constant")
 
 
@@ -133,8 +136,9 @@ def open_session(run_dir: RunDir) -> Session:
     return Session(config, run_dir, place, task, engine, Checkpoints(run_dir, place, 1), metrics)
 
 
-def in_hpcmm(session: Session, first: int, steps: int) -> float:
-    """Seconds of hpcmm's loop from the end of step ``first`` on; it saves nothing, as in the midst of a run."""
+def in_hpcmm(session: Session, first: int, steps: int) -> Times:
+    """Seconds of hpcmm's loop (clock, processor) from the end of step ``first`` on; it saves nothing, as in the midst
+    of a run."""
     from hpcmm.train import loop  # noqa: PLC0415
 
     session.config.train.steps = first + steps
@@ -144,7 +148,7 @@ def in_hpcmm(session: Session, first: int, steps: int) -> float:
     return clock.stop()
 
 
-def bare(session: Session, first: int, steps: int) -> float:
+def bare(session: Session, first: int, steps: int) -> Times:
     """Seconds of a loop without hpcmm, over the same steps."""
     task, engine = session.task, session.engine
     batches = task.batches(session.place.rank, session.place.world_size, first)
@@ -160,26 +164,32 @@ class Clock:
     """From the end of an engine's next step to the call of :meth:`stop`."""
 
     def __init__(self, engine: object) -> None:
-        self._began: float | None = None
+        self._began: Times | None = None
         self._engine, self._step = engine, engine.step  # type: ignore[attr-defined]
         engine.step = self._first_step  # type: ignore[attr-defined]
 
     def _first_step(self) -> None:
         self._step()
-        self._began = time.perf_counter()
+        self._began = (time.perf_counter(), time.process_time())
         del self._engine.step  # type: ignore[attr-defined]
 
-    def stop(self) -> float:
+    def stop(self) -> Times:
         assert self._began is not None
-        return time.perf_counter() - self._began
+        now = (time.perf_counter(), time.process_time())
+        return now[0] - self._began[0], now[1] - self._began[1]
 
 
-def report(turns: list[tuple[float, float]], steps: int) -> None:
-    bare, ours = (statistics.median(times) / steps * 1000 for times in zip(*turns, strict=True))
-    shares = sorted(theirs / mine for theirs, mine in turns)
-    print(f"bare DeepSpeed: {bare:.1f} ms a step (median of {len(turns)} turns of {steps} steps)")
-    print(f"hpcmm:          {ours:.1f} ms a step")
-    print(f"hpcmm is {statistics.median(shares):.3f} times as fast ({shares[0]:.3f} to {shares[-1]:.3f} by turn)")
+def report(turns: list[tuple[Times, Times]], steps: int) -> None:
+    """``turns``: the bare loop's and hpcmm's times of each."""
+    for which, clock in enumerate(("clock", "processor")):
+        pairs = [(theirs[which], ours[which]) for theirs, ours in turns]
+        medians = [statistics.median(times) / steps * 1000 for times in zip(*pairs, strict=True)]
+        shares = sorted(theirs / ours for theirs, ours in pairs)
+        print(
+            f"{clock}: bare DeepSpeed {medians[0]:.1f} ms a step, hpcmm {medians[1]:.1f} ms; hpcmm is "
+            f"{statistics.median(shares):.3f} times as fast ({shares[0]:.3f} to {shares[-1]:.3f} in {len(turns)} turns "
+            f"of {steps} steps)"
+        )
 
 
 def main() -> None:
