@@ -38,6 +38,8 @@ _OPEN_ROUTES = re.compile(
 """What the page itself asks for. gradio has more: a proxy, its own API, recordings, code written by a model."""
 _LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _JSON_LIMIT_BYTES = 300_000
+_DRAINED = 4
+"""Times the limit, of a request that is refused for its size."""
 _HEADERS = {
     b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
@@ -144,6 +146,7 @@ class Guard:
         limit = self._max_body_bytes if uploads else _JSON_LIMIT_BYTES
         declared = _header(scope, b"content-length")
         if declared and (not declared.isdecimal() or int(declared) > limit):
+            await _drain(receive, _DRAINED * limit)
             raise RefusalError(413, _too_large(limit))
         if uploads:
             if _folder_bytes(self._cache) > CACHE_LIMIT_BYTES:
@@ -206,6 +209,15 @@ def _named_files(value: Any) -> Iterator[Any]:
         yield from (name for each in value for name in _named_files(each))
 
 
+async def _drain(receive: Receive, most: int) -> None:
+    """Read what is sent, up to a bound: a browser that is cut off while it sends does not show the answer."""
+    while most > 0:
+        message = await receive()
+        most -= len(message.get("body", b""))
+        if not message.get("more_body"):
+            return
+
+
 async def _read(receive: Receive, limit: int) -> bytes:
     body = b""
     while True:
@@ -266,12 +278,13 @@ class _Outgoing:
         self._send = send
         self._is_file = scope["path"].startswith(FILES)
         self._is_page = scope["path"] == "/"
+        self._is_sized = scope["method"] == "GET" or bool(_header(scope, b"content-length"))
         self._start: Message = {}
         self._body = b""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": self._headers(message["headers"]) + _closing(message["status"])}
+            message = {**message, "headers": self._headers(message["headers"]) + self._closing(message["status"])}
             if self._is_page:
                 self._start = message
                 return
@@ -285,6 +298,10 @@ class _Outgoing:
             message = {"type": "http.response.body", "body": body}
         await self._send(message)
 
+    def _closing(self, status: int) -> list[tuple[bytes, bytes]]:
+        """After a refusal the connection ends where the request told no length: it may go on being sent for ever."""
+        return [] if self._is_sized or status < 400 else [(b"connection", b"close")]
+
     def _headers(self, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         own = dict(_HEADERS)
         if self._is_file:
@@ -293,11 +310,6 @@ class _Outgoing:
             own[b"cache-control"] = b"no-store"
         dropped = set(own) | {b"access-control-allow-origin", b"access-control-allow-credentials"}
         return [(key, value) for key, value in given if key.lower() not in dropped] + list(own.items())
-
-
-def _closing(status: int) -> list[tuple[bytes, bytes]]:
-    """After a refusal the connection ends: what is still being sent is not read to its end."""
-    return [(b"connection", b"close")] if status >= 400 else []
 
 
 async def _answer(send: Send, status: int, sentence: str) -> None:
@@ -315,6 +327,7 @@ async def _answer_page(send: Send, status: int, page: str, headers: list[tuple[b
         (b"content-length", str(len(body)).encode()),
         (b"cache-control", b"no-store"),
     ]
-    every = [*about, *_HEADERS.items(), *headers, *_closing(status)]
+    closing = [(b"connection", b"close")] if status >= 400 else []
+    every = [*about, *_HEADERS.items(), *headers, *closing]
     await send({"type": "http.response.start", "status": status, "headers": every})
     await send({"type": "http.response.body", "body": body})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -151,6 +152,8 @@ def _run(app: Any, held: socket.socket, cache: Path, ready: Callable[[], None], 
             if time.monotonic() - swept_s > _SWEEP_S:
                 _sweep(cache, keep)
                 swept_s = time.monotonic()
+        # Pages that are still open are cut off, each of which uvicorn would report with a traceback.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server.should_exit = True
         thread.join(timeout=4 * _GRACE_S)
 

@@ -148,10 +148,11 @@ def test_many_users_at_once_get_their_own_answers(server, trained_run, picture):
 
 def test_more_than_may_wait_are_told_that_it_is_busy(trained_run, tmp_path, picture):
     with serving.served(trained_run, tmp_path, "--max-batch", "1", "--max-waiting", "1", "--threshold", "0.5") as small:
+        path = picture("a.png")
 
         def use(_: int) -> str:
             with Client(small) as client:
-                return client.ask(picture("a.png"))
+                return client.ask(path)
 
         with ThreadPoolExecutor(16) as pool:
             pages = list(pool.map(use, range(48)))
