@@ -40,22 +40,16 @@ TEMPLATES = (
         "No, there is no anomaly.",
     ),
     Template(
-        "Does the image show a defect? If so, at which place?",
+        "Does the image show a defect, and at which place?",
         "Yes, it shows a defect at {}.",
         "Yes, it shows a defect.",
         "No, it shows no defect.",
     ),
     Template(
-        "Can you see any damage? Tell me where it is.",
-        "Yes, I see damage at {}.",
-        "Yes, I see damage.",
-        "No, I see no damage.",
-    ),
-    Template(
-        "Is anything abnormal here, and in which part?",
-        "Yes, it is abnormal at {}.",
-        "Yes, it is abnormal.",
-        "No, nothing is abnormal.",
+        "Is anything damaged, and in which part?",
+        "Yes, there is damage at {}.",
+        "Yes, there is damage.",
+        "No, there is no damage.",
     ),
 )
 

@@ -16,6 +16,8 @@ from hpcmm.data.anomaly import build_datasets, collate
 from hpcmm.data.images import normalise, read_image
 from hpcmm.data.mvtec import test_samples as held_out_samples
 from hpcmm.errors import HpcmmError
+from hpcmm.words.conversations import parse_answer
+from hpcmm.words.grid import defect_cells
 
 
 def test_items_have_the_promised_types(standins: Path, small: DataConfig):
@@ -107,3 +109,16 @@ def test_collate_stacks_in_order(standins: Path, small: DataConfig):
 def test_values_that_cannot_be_used_are_named(standins: Path, small: DataConfig, change: dict[str, object]):
     with pytest.raises(HpcmmError, match=f"data.{next(iter(change))}"):
         build_datasets(standins, replace(small, **change), seed=0)
+
+
+def test_dialogues_say_what_the_masks_say_and_not_what_is_shown(standins: Path, small: DataConfig):
+    for items in build_datasets(standins, small, seed=0):
+        asked = set()
+        for item in (items[index] for index in range(len(items))):
+            question, answer = item["dialogue"]
+            said = parse_answer(answer)
+            assert said.anomalous == bool(item["label"])
+            assert said.cells == set(defect_cells(item["mask"][0].numpy()))
+            assert item["category"] not in question + answer
+            asked.add(question)
+        assert len(asked) > 1

@@ -1,0 +1,40 @@
+"""``train.init_from`` names a run that is there, and the ranks read its folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpcmm.config import RunConfig, TrainConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.init_from import run_to_start_from
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    (tmp_path / "runs" / "decoder-1").mkdir(parents=True)
+    (tmp_path / "runs" / "decoder-1" / "config.yaml").write_text("name: decoder\n")
+    (tmp_path / "runs" / "latest").symlink_to("decoder-1")
+    return tmp_path / "runs"
+
+
+def starting_from(named: str | None, runs: Path) -> str | None:
+    return run_to_start_from(replace(RunConfig(name="words", runs_root=str(runs)), train=TrainConfig(init_from=named)))
+
+
+def test_a_run_is_found_by_name_by_link_and_by_folder(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = str((runs / "decoder-1").resolve())
+    assert starting_from(None, runs) is None
+    assert starting_from("decoder-1", runs) == folder
+    assert starting_from("latest", runs) == folder  # the link points to the new run itself a moment later
+    assert starting_from(folder, runs) == folder
+    monkeypatch.chdir(runs.parent)
+    assert starting_from("runs/decoder-1", Path("elsewhere")) == folder
+
+
+@pytest.mark.parametrize("named", ["decoder-2", "", "a\0b", "/"])
+def test_a_run_that_is_not_there_is_refused(runs: Path, named: str):
+    with pytest.raises(HpcmmError, match="neither"):
+        starting_from(named, runs)
