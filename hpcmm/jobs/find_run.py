@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpcmm.errors import HpcmmError
+from hpcmm.frozen_config import read_frozen_config
 from hpcmm.jobs.queue import Job
 from hpcmm.resources import resource
 from hpcmm.run_dir import RunDir, SweepDir
@@ -97,11 +96,7 @@ def run_of_command(job: Job) -> RunDir | None:
 
 def settings(run: RunDir) -> dict[str, Any]:
     """The run's frozen configuration as plain values, of whatever version of hpcmm; empty where there is none."""
-    try:
-        given = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return given if isinstance(given, dict) else {}
+    return read_frozen_config(run.config)
 
 
 def slurm_environment(run: RunDir | None, environ: dict[str, str] | None = None) -> dict[str, str]:

@@ -8,15 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpcmm.errors import HpcmmError
+from hpcmm.frozen_config import read_frozen_config
 from hpcmm.profiled_ranks import profiled_ranks
 from hpcmm.run_dir import RunDir
 
 MAX_WORLD_SIZE = 1 << 17
 """More ranks than this are a damaged record."""
-MAX_CONFIG_BYTES = 1 << 20
 MAX_LINE_CHARACTERS = 1 << 20
 """Of a line of metrics; what is longer is damage."""
 
@@ -69,7 +67,7 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
     if run_dir is None:
         return RunRecord()
     ranks = [found for found in map(_read_metrics, sorted(run_dir.metrics.glob("rank_*.jsonl"))) if found]
-    config = _read_config(run_dir.config)
+    config = read_frozen_config(run_dir.config)
     cluster = _section(config, "cluster")
     nodes, ranks_per_node = _positive(cluster.get("nodes")), _positive(cluster.get("ranks_per_node"))
     world_size = nodes * ranks_per_node
@@ -92,25 +90,6 @@ def _profiled(profile: dict[str, Any], world_size: int, ranks_per_node: int) -> 
         return profiled_ranks(str(profile.get("ranks", "all")), world_size, ranks_per_node)
     except HpcmmError:  # not a configuration that a launch would have accepted, so it tells nothing
         return frozenset()
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Of YAML without aliases, which hpcmm never writes: with them a small file can stand for one without end."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases")
-        return super().compose_node(parent, index)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
-            return {}
-        config = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)  # noqa: S506 - a SafeLoader
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _read_metrics(path: Path) -> tuple[RankStart, tuple[dict[str, Any], ...]] | None:
