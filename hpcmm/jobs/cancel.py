@@ -14,6 +14,7 @@ from hpcmm.jobs.state import State, is_local, states_of
 from hpcmm.slurm_commands import ask
 
 _POLL_S = 2.0
+_LOCAL_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def cancel(asked: str, targets: Sequence[Target], patience_s: float = 60.0) -> C
     ids = list(dict.fromkeys(_cancellable(job.job_id, job.raw_id) for job in state.active))
     if is_local(state.run):
         for each in ids:
-            _interrupt(int(each))
+            _end_locally(int(each), patience_s)
     elif any(job.source == "run directory" for job in state.active):
         raise HpcmmError(f"Nothing to cancel: Slurm does not know job {', '.join(ids)}, though the run directory does.")
     elif patience_s > 0 and _stops_when_asked(state):
@@ -82,9 +83,18 @@ def _stop(state: State, ids: Sequence[str], patience_s: float) -> bool:
     return False
 
 
-def _interrupt(pid: int) -> None:
-    """submitit's controller then ends its ranks."""
+def _end_locally(pid: int, patience_s: float) -> None:
+    """End a run of submitit's local executor by its controller.
+
+    That passes SIGTERM on to the ranks, which finish their reports then, and goes on waiting for them. At SIGINT it
+    kills them after a second.
+    """
+    until = time.monotonic() + patience_s
     try:
+        os.kill(pid, signal.SIGTERM)
+        while time.monotonic() < until:
+            time.sleep(_LOCAL_POLL_S)
+            os.kill(pid, 0)
         os.kill(pid, signal.SIGINT)
     except ProcessLookupError:
         return  # over by now

@@ -80,7 +80,11 @@ def first_failure(evidence: JobEvidence) -> Verdict:
         return Verdict(Kind.out_of_memory, "the kernel killed a process of the job for want of memory")
     if by_slurm is not None:
         return _ended_by_slurm(evidence, by_slurm)
-    return _between_ranks(evidence, later) if later else _without_ranks(evidence)
+    return _between_ranks(evidence, later) if later else _without_failed_ranks(evidence)
+
+
+def _was_told_to_end(rank: RankEvidence) -> bool:
+    return rank.error is None and rank.exit is not None and rank.exit.signal in _TOLD_TO_END
 
 
 def _between_ranks(evidence: JobEvidence, later: list[Event]) -> Verdict:
@@ -245,6 +249,12 @@ def _lost_peer(evidence: JobEvidence, later: list[Event]) -> Verdict:
     what = f"it left no word{f'; srun says: {said}' if said else ''}, and the others lost it"
     kind = Kind.killed if said == "Killed" else Kind.unknown
     return Verdict(kind, what, lost.rank, lost.node, later[0].unix_ns)
+
+
+def _without_failed_ranks(evidence: JobEvidence) -> Verdict:
+    if evidence.ranks and all(_was_told_to_end(rank) for rank in evidence.ranks.values()):
+        return Verdict(Kind.cancelled, "all ranks were told to end, and none of them had failed")
+    return _without_ranks(evidence)
 
 
 def _without_ranks(evidence: JobEvidence) -> Verdict:

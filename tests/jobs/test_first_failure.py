@@ -170,3 +170,8 @@ def test_the_explanation_is_printable_and_says_what_to_do():
     node = explanation_of(job(raised(0, 6, *LOST), silent(1), nodes={"n1": "down*"}))
     assert any("--exclude=n1" in line for line in lines_of(node))
     assert values_of(node)["exclude"] == ["n1"]
+
+
+def test_ranks_that_were_all_told_to_end_did_not_fail():
+    assert first_failure(job(signalled(0, 3, 15), signalled(1, 4, 15))).kind is Kind.cancelled
+    assert first_failure(job(signalled(0, 3, 15), silent(1))).kind is not Kind.cancelled
