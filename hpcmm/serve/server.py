@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -68,6 +69,7 @@ def load_service(options: ServeOptions) -> Service:
     select_accelerator()
     run = RunDir(Path(options.run))
     config = run_config.load(run.config)
+    print(f"hpcmm.serve: loading the model of {run.root.name}.", file=sys.stderr, flush=True)
     predictor = load_predictor(run, config)
     log = RequestLog(run.requests_log)
     held_out = held_out_images(config)

@@ -138,7 +138,7 @@ class Service:
         found = await asyncio.wrap_future(self._batcher.submit(request))
         if not np.isfinite(found.score):
             raise HpcmmError("The model gave no finite score for this image.")
-        return Seen(name, picture, found.map, found.score, found.words, uploaded.note), uploaded
+        return Seen(name, picture, found.map, found.score, found.words or None, uploaded.note), uploaded
 
     def _decoded(self, path: Path) -> tuple[Uploaded, NDArray[np.float32], bytes]:
         uploaded = open_upload(path, self.options)

@@ -73,6 +73,8 @@ def choose_threshold(run: RunDir, predictor: Predictor, test: TestImages | None,
 def _chosen(checkpoint: str, predictor: Predictor, test: TestImages) -> _Kept:
     places = np.unique(np.linspace(0, len(test) - 1, min(len(test), MOST_IMAGES)).round().astype(int))
     some = [int(place) for place in places]
+    told = f"hpcmm.serve: choosing the threshold on {len(some)} held-out images, once for this checkpoint."
+    print(told, file=sys.stderr, flush=True)
     scored = score_images(predictor.model, test.part(some), _BATCH, predictor.device)
     decision = best_decision(scored.score, scored.label)
     return _Kept(checkpoint, len(some), decision.threshold, decision.f1, decision.accuracy)
