@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import batches, delay, gpu_findings, links, propagation, silence
+from hpcmm.analysis import batches, delay, gpu_findings, interruptions, links, propagation, silence
 from hpcmm.analysis.delay import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
 from hpcmm.analysis.faults import FAULT_SHARE, Mask, find_faults
 from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, Evidence, Finding, kind_of_part, phase_of_part
@@ -64,13 +64,14 @@ def find(evidence: Evidence) -> list[Finding]:
     """
     if not len(evidence.steps.numbers):
         return []
-    stopped = _stopped(evidence)
-    transfer = _transfer(evidence, sum(finding.lost_s for finding in stopped))
+    stopped, stopped_s = _stopped(evidence)
+    broken = interruptions.interrupted(evidence, stopped_s)
+    transfer = _transfer(evidence, sum(finding.lost_s for finding in [*stopped, *broken]))
     faults, blamed = find_faults(evidence, sum(finding.lost_s for finding in transfer))
     faults = [batches.explain(evidence, fault) for fault in faults]
     own_work = _own_work(evidence)
     on_gpus = gpu_findings.in_steps(evidence.gpu, sum(finding.lost_s for finding in own_work))
-    findings = [*faults, *stopped, *transfer, *_imbalance(evidence, blamed), *own_work, *on_gpus]
+    findings = [*faults, *stopped, *broken, *transfer, *_imbalance(evidence, blamed), *own_work, *on_gpus]
     return _worth(findings, evidence.steps.mean_s)
 
 
@@ -102,11 +103,13 @@ _PHASE_SHARE = 0.1
 """A phase is named for communication that spreads over several when it holds this share of it."""
 
 
-def _stopped(evidence: Evidence) -> list[Finding]:
-    """Ranks whose process stood still in the middle of a collective."""
+def _stopped(evidence: Evidence) -> tuple[list[Finding], Floats]:
+    """Ranks whose process stood still in the middle of a collective, and what all such silences cost in each step."""
     found = []
+    total = np.zeros(len(evidence.steps.numbers))
     for index, lost in silence.standing_still(evidence.traces, evidence.steps, evidence.rows):
         trace, mean = evidence.traces[index], float(lost.mean())
+        total += lost
         hit = evidence.steps.numbers[lost > 0]
         told = f"no thread of rank {trace.rank} ran while all were in a collective, in {len(hit)} of {len(lost)} steps"
         share = mean / evidence.steps.mean_s
@@ -115,7 +118,7 @@ def _stopped(evidence: Evidence) -> list[Finding]:
         rows = f"collectives: step={worst} rank={trace.rank}"
         if share >= FAULT_SHARE:
             found.append(Finding("stall", CAUSES["stall"], mean, trace.rank, trace.node, "", told, sure, rows, worst))
-    return found
+    return found, total
 
 
 def _transfer_or_waiting(evidence: Evidence, inside: pd.DataFrame) -> tuple[str, str, str]:

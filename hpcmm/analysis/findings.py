@@ -26,6 +26,7 @@ CAUSES = {
     "between": "work between steps",
     "other": "work outside the phases",
     "transfer": "communication transfer",
+    "interruption": "communication interrupted",
     "imbalance": "imbalance without a culprit",
     "gpu_host": "GPU idle: the host launches late",
     "gpu_sync": "GPU idle: the host waits for it first",

@@ -15,7 +15,7 @@ from hpcmm.analysis.findings import Finding
 
 def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
     """One override or command for ``finding``; ``config`` is the run's own configuration, empty where there is none."""
-    if finding.kind in {"stall", "subprocess"} or (finding.kind == "transfer" and finding.node):
+    if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
         return _shell(finding)
     if finding.kind in _GPU_ADVICE and not (config and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
@@ -26,6 +26,8 @@ def _shell(finding: Finding) -> str:
     match finding.kind:
         case "stall":
             return f"srun -w {shlex.quote(finding.node)} dmesg -T | grep -iE 'throttl|oom|hung|link'"
+        case "interruption":
+            return "srun --ntasks-per-node=1 sh -c 'hostname; ip -s link; dmesg -T | grep -i link | tail'"
         case "transfer":
             return f"srun -w {shlex.quote(finding.node)} sh -c 'ip -s link; tc -s qdisc'"
         case _:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import everyone, simulate_program, simulate_run
+from simulated import MS, everyone, simulate_program, simulate_run
 
 from hpcmm.analysis import bottlenecks, collectives
 from hpcmm.analysis.exchangeable import chance_of_sum
@@ -270,7 +270,7 @@ def test_overrides_compose_against_the_configuration(kind: str, node: str, tmp_p
     config = {"train": {"micro_batch_size": 4}, "cluster": {"exclude": "node7"}}
     suggestion = suggest(Finding(kind, "", 1.0, 3, node, "data", "", "high"), config)
     words = shlex.split(suggestion)
-    if kind in {"stall", "subprocess"} or (kind == "transfer" and node):
+    if kind in {"stall", "subprocess", "interruption"} or (kind == "transfer" and node):
         assert words[0] in {"srun", "grep"}
         return
     if kind in {"gpu_copy", "gpu_wait"}:  # nothing that a key could change: advice in words
@@ -312,3 +312,33 @@ def test_what_costs_everybody_most_goes_before_the_one_that_takes_longer_over_it
     )
     assert first == ("data loading on all ranks", None)
     assert second == ("data loading", 0)
+
+
+@pytest.mark.parametrize(("hit", "expected"), [([], False), ([12], True), (range(0, 30, 2), False)])
+def test_communication_that_stood_still_for_a_while_is_told_from_slow_transfer(hit, expected: bool) -> None:
+    traces = simulate_run(lambda _rank, _step, phase: BALANCED[phase], noise_ms=1.0)
+    late = np.cumsum([2000 * MS if step in hit else 0 for step in range(30)])
+    before = np.concatenate(([0], late[:-1]))
+
+    def longer(frame: pd.DataFrame) -> pd.DataFrame:
+        last = frame["phase"] == "backward" if "phase" in frame else True
+        return frame.assign(
+            start_ns=frame["start_ns"] + before[frame["step"]],
+            end_ns=frame["end_ns"] + np.where(last, late[frame["step"]], before[frame["step"]]),
+        )
+
+    traces = [
+        replace(
+            trace, steps=longer(trace.steps), segments=longer(trace.segments), collectives=longer(trace.collectives)
+        )
+        for trace in traces
+    ]
+    traces = [
+        replace(t, blocked=IntervalSet.union_of(t.collectives["start_ns"], t.collectives["end_ns"])) for t in traces
+    ]
+    found = [finding for finding in verdicts(traces) if finding.kind == "interruption"]
+    assert bool(found) == expected
+    if expected:
+        assert found[0].worst_step == 12
+        assert found[0].lost_s == pytest.approx(2.0 / 29, rel=0.02)
+        assert not found[0].blames
