@@ -49,6 +49,7 @@ class LanguageHead(nn.Module):
         nn.init.constant_(to_word.weight, float(base.square().mean().sqrt()))
         self.image_token = nn.Sequential(nn.LayerNorm(image_channels), nn.Linear(image_channels, llm.width), to_word)
         self.llm = llm.network
+        self.register_state_dict_post_hook(_leave_out_tied)
 
     def forward(
         self, features: Tensor, maps: Tensor, captions: Sequence[str], dialogues: Sequence[Dialogue]
@@ -136,6 +137,13 @@ class LanguageHead(nn.Module):
         names = torch.stack([embed(self._tokens(f" {name}")).mean(dim=0) for name in CELL_NAMES])
         intact = embed(self._tokens(" normal")).mean(dim=0)
         return names, intact, embed(self._tokens(_BASE_WORDS)[:BASE_PROMPTS])
+
+
+def _leave_out_tied(head: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """The output map that is the embedding itself: under its second name it would pass for no frozen parameter."""
+    assert isinstance(head, LanguageHead)
+    if head.llm.lm_head.weight is head.llm.get_input_embeddings().weight:
+        state.pop(f"{prefix}llm.lm_head.weight", None)
 
 
 def _ones(sequence: Tensor) -> Tensor:

@@ -79,10 +79,10 @@ if rank == 0:
         for name, value in fresh.named_parameters() if name in trained
     )
     from hpcmm.train.trained_weights import read_trained
-    held = [name for name in read_trained(run) if name in dict(model.named_parameters())]
+    held = [name for name in read_trained(run) if name not in dict(model.named_buffers())]
     print("FACTS" + json.dumps({
         "text": (total / world).tolist(), "changed": changed, "trained": sorted(trained), "held": sorted(held),
-        "difference": difference,
+        "difference": difference, "tied": model.language.llm.config.tie_word_embeddings,
     }))
 dist.barrier()
 engine.destroy()
@@ -122,6 +122,7 @@ def test_lora_trains_alone_and_two_ranks_are_one(tmp_path: Path):
     assert set(lora) <= set(two["changed"])
     base = [name for name in two["changed"] if name.startswith("language.llm.") and "lora_" not in name]
     assert base == []
+    assert two["tied"]  # so that the frozen embedding has a second name
     assert two["held"] == two["trained"]
     assert two["difference"] < 1e-6
     one = run_ranks(tmp_path, 1)
