@@ -27,7 +27,7 @@ from hpcmm.data.standins import generate
 from hpcmm.launch.compose import compose_run
 from hpcmm.models import AnomalyModel, build_model
 from hpcmm.models.anomaly import Encoded
-from hpcmm.models.losses import AnomalyLoss
+from hpcmm.models.losses import LossLearner
 from hpcmm.train.features import Ranks, keep_features
 from hpcmm.train.sampling import EndlessSampler
 
@@ -105,7 +105,7 @@ def choose(model_name: str, folder: str) -> list[str]:
 
 def run(model: AnomalyModel, items: Dataset[Item], length: int, config: RunConfig, steps: int) -> Step:
     """Means over ``steps`` steps."""
-    loss_of = AnomalyLoss(config.train)
+    loss_of = LossLearner(config.train)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
     sampler = EndlessSampler(length, config.train.micro_batch_size, 0, 1, 0)
     batches = iter(DataLoader(items, batch_sampler=sampler, collate_fn=collate, num_workers=config.data.num_workers))
