@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from hpcmm.data.anomaly import Item
 from hpcmm.errors import HpcmmError
-from hpcmm.words.conversations import converse
+from hpcmm.words.conversations import Dialogue
 
 _HEADER = 8
 """Bytes that tell the length of a safetensors file's header."""
@@ -116,15 +116,15 @@ def _read(path: Path) -> Item:
         raise ValueError("wrong checksum")
     facts: dict[str, Any] = json.loads(metadata[_FACTS])
     mask = tensors.pop("mask").float()
-    label, index = int(facts["label"]), int(facts["index"])
+    question, answer = facts["dialogue"]
     return Item(
         features=[tensors[f"map_{level}"] for level in range(len(tensors))],
         mask=mask,
-        label=label,
+        label=int(facts["label"]),
         caption=str(facts["caption"]),
         category=str(facts["category"]),
-        dialogue=converse(label, mask[0].numpy(), index),
-        index=index,
+        dialogue=Dialogue(str(question), str(answer)),
+        index=int(facts["index"]),
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import hpcmm.data
 import hpcmm.models.image_encoders
+import hpcmm.words
 from hpcmm.bootstrap.cache import cache_dir
 from hpcmm.config import Precision, RunConfig
 from hpcmm.data.anomaly import Item, TestImages, TrainImages
@@ -39,6 +40,8 @@ _LOADING_ONLY = {
     "slow_s",
 }
 """Keys of ``data`` that change no item; the files' contents count, not where they lie."""
+_MODULES = (hpcmm.data, hpcmm.words, hpcmm.models.image_encoders)
+"""Whose code makes the items and the maps."""
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "scipy")
 
 
@@ -103,8 +106,9 @@ def _encoder_digest(encoder: ImageEncoder, config: RunConfig) -> str:
     taps = list(getattr(encoder, "taps", ()))
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     digest.update(json.dumps([settings, taps, versions, str(config.parallel.precision)]).encode())
-    for folder in (hpcmm.data, hpcmm.models.image_encoders):
-        for source in sorted(Path(inspect.getfile(folder)).parent.glob("*.py")):
+    folders = [Path(inspect.getfile(module)).parent for module in _MODULES]
+    for folder in folders:
+        for source in sorted(folder.glob("*.py")):
             digest.update(source.read_bytes())
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

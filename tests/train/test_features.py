@@ -91,7 +91,7 @@ def test_an_item_holds_what_the_encoder_gives_of_it(config: RunConfig):
         for level, expected in zip(ours["features"], maps, strict=True):
             torch.testing.assert_close(level, expected[0], atol=1e-5, rtol=1e-4)
         assert torch.equal(ours["mask"], theirs["mask"])
-        for name in ("label", "caption", "category", "index"):
+        for name in ("label", "caption", "category", "index", "dialogue"):
             assert ours[name] == theirs[name]
     batch = collate([kept_train[0], kept_train[5]])
     assert "image" not in batch
