@@ -85,9 +85,11 @@ def measure(users: Sequence[Use], seconds: float) -> Cell:
 @contextmanager
 def model_users(run: Path) -> Iterator[Callable[[str, int], list[Use]]]:
     """Users of the batcher, each with an image of its own."""
+    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
     from hpcmm.serve.batcher import Batcher  # noqa: PLC0415
     from hpcmm.serve.predictor import Request, load_predictor  # noqa: PLC0415
 
+    select_accelerator()
     directory = RunDir(run)
     predictor = load_predictor(directory, run_config.load(directory.config))
     rng = np.random.default_rng(0)
