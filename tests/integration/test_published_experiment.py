@@ -17,6 +17,7 @@ SMALL = [
     "profile=off",
     "cluster.nodes=2",
     "cluster.ranks_per_node=1",
+    "cluster.gpus_per_node=1",
     "data.image_size=64",
     "data.train_images_per_category=3",
     "data.test_images_per_category=5",
