@@ -148,7 +148,7 @@ def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages, tuple[st
     root, data = data_root(config), data_config(config)
     _, test = build_datasets(root, data, config.train.seed)
     model = load_model(run, config).to(device)
-    with progress_bar() as bar:
+    with progress_bar("hpcmm.evaluate") as bar:
         scored = score_images(
             model,
             test,

@@ -15,10 +15,10 @@ QUIET_S = 15.0
 
 
 @contextmanager
-def progress_bar() -> Iterator[load.Progress]:
-    """A progress callback for standard error: a bar on a terminal, now and then a line elsewhere."""
+def progress_bar(program: str = "hpcmm.analyze") -> Iterator[load.Progress]:
+    """A progress callback for standard error: a bar on a terminal, now and then a line of ``program`` elsewhere."""
     if not sys.stderr.isatty():
-        yield _progress_lines()
+        yield _progress_lines(program)
         return
     # 0.1 s of imports that a pipe can do without.
     from rich.console import Console  # noqa: PLC0415
@@ -41,15 +41,13 @@ def progress_bar() -> Iterator[load.Progress]:
         yield show
 
 
-def _progress_lines() -> load.Progress:
+def _progress_lines(program: str) -> load.Progress:
     last = time.monotonic()
 
     def show(what: str, done: int, of: int) -> None:
         nonlocal last
         if time.monotonic() - last >= QUIET_S:
             last = time.monotonic()
-            print(
-                f"hpcmm.analyze: {printable(what)}" + (f" ({done}/{of})" if of > 1 else ""), file=sys.stderr, flush=True
-            )
+            print(f"{program}: {printable(what)}" + (f" ({done}/{of})" if of > 1 else ""), file=sys.stderr, flush=True)
 
     return show
