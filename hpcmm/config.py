@@ -342,6 +342,8 @@ class TrainConfig:
     global_batch_size: int | None = None
     """Checked against micro_batch_size x gradient_accumulation_steps x world size; None computes it."""
     learning_rate: float = 1e-3
+    words_learning_rate: float | None = None
+    """That of prompts and language model; None: ``learning_rate``."""
     weight_decay: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     schedule: Schedule = Schedule.cosine

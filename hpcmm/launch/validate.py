@@ -116,6 +116,7 @@ def _numbers(config: RunConfig) -> Iterator[str]:
     train = config.train
     above_zero = {
         "train.learning_rate": train.learning_rate,
+        "train.words_learning_rate": train.words_learning_rate or train.learning_rate,
         "train.gradient_clip": train.gradient_clip,
         "model.temperature": config.model.temperature,
         "model.llm.lora_alpha": config.model.llm.lora_alpha,

@@ -49,7 +49,7 @@ class LanguageHead(nn.Module):
         nn.init.constant_(to_word.weight, float(base.square().mean().sqrt()))
         self.image_token = nn.Sequential(nn.LayerNorm(image_channels), nn.Linear(image_channels, llm.width), to_word)
         self.llm = llm.network
-        self.register_state_dict_post_hook(_leave_out_tied)
+        self.register_state_dict_post_hook(_leave_out_tied)  # type: ignore[no-untyped-call]
 
     def forward(
         self, features: Tensor, maps: Tensor, captions: Sequence[str], dialogues: Sequence[Dialogue]

@@ -22,7 +22,10 @@ def build_engine(model: nn.Module, config: RunConfig) -> deepspeed.DeepSpeedEngi
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     train = config.train
     optimizer = torch.optim.AdamW(
-        trained, lr=train.learning_rate, betas=(train.betas[0], train.betas[1]), weight_decay=train.weight_decay
+        _groups(model, train),
+        lr=train.learning_rate,
+        betas=(train.betas[0], train.betas[1]),
+        weight_decay=train.weight_decay,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(train))
     with _no_compiler():
@@ -35,6 +38,16 @@ def build_engine(model: nn.Module, config: RunConfig) -> deepspeed.DeepSpeedEngi
             dist_init_required=False,
         )
     return engine
+
+
+def _groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
+    """The trained parameters by learning rate: a decoder that is trained already bears less than prompts do."""
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    words = [value for name, value in named if name.startswith("language.")]
+    others = [value for name, value in named if not name.startswith("language.")]
+    if not words or train.words_learning_rate is None:
+        return [{"params": [*others, *words]}]
+    return [{"params": others}, {"params": words, "lr": train.words_learning_rate}]
 
 
 @contextmanager
