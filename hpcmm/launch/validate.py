@@ -116,7 +116,6 @@ def _numbers(config: RunConfig) -> Iterator[str]:
     train = config.train
     above_zero = {
         "train.learning_rate": train.learning_rate,
-        "train.words_learning_rate": train.words_learning_rate or train.learning_rate,
         "train.gradient_clip": train.gradient_clip,
         "model.temperature": config.model.temperature,
         "model.llm.lora_alpha": config.model.llm.lora_alpha,
@@ -129,6 +128,8 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         "train.text_weight": train.text_weight,
         "data.slow_s": config.data.slow_s,
     }
+    if train.words_learning_rate is not None:
+        above_zero["train.words_learning_rate"] = train.words_learning_rate
     for key, value in above_zero.items():
         if not (value > 0 and math.isfinite(value)):
             yield f"{key} is {value}, but must be a finite number above 0."
