@@ -19,7 +19,6 @@ from hpcmm.errors import HpcmmError, ProfilerUnusableError
 from hpcmm.failures.recorder import rank_of
 from hpcmm.profiled_ranks import profiled_ranks
 from hpcmm.run_dir import RunDir
-from hpcmm.train.prepare import prepare
 
 
 def start_rank(run: RunDir, command: list[str]) -> int:
@@ -29,6 +28,8 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     rank = RankEnvironment.read().rank
     if config.cluster.executor is Executor.local:
         _write_to(run.rank_log(rank))
+        from hpcmm.train.prepare import prepare  # noqa: PLC0415 -- its imports would delay every rank on Slurm
+
         prepare(config)  # on Slurm the batch script does it before the ranks start
     if _is_profiled(config, rank) and not is_finished(config, run):
         from hpcmm.capture.profiled import run_profiled  # noqa: PLC0415 -- only where a profiler runs

@@ -7,7 +7,6 @@ from dataclasses import replace
 from hpcmm.bootstrap.cache import cache_dir
 from hpcmm.config import LlmKind, ModelConfig, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.models.smollm2 import FOLDER, ensure_smollm2
 
 
 def model_config(config: RunConfig) -> ModelConfig:
@@ -18,6 +17,8 @@ def model_config(config: RunConfig) -> ModelConfig:
     llm = config.model.llm
     if llm.kind is not LlmKind.smollm2:
         return config.model
+    from hpcmm.models.smollm2 import FOLDER  # noqa: PLC0415 -- imports torch
+
     folder = cache_dir(config.cluster) / "llm" / FOLDER
     if not folder.is_dir():
         raise HpcmmError(f"{folder} is not there: every run makes it before its ranks start, unless it is removed.")
@@ -28,6 +29,8 @@ def ensure_llm(config: RunConfig) -> None:
     """Convert the packaged language model where the configuration asks for it and it is not there."""
     if config.model.llm.kind is not LlmKind.smollm2:
         return
+    from hpcmm.models.smollm2 import FOLDER, ensure_smollm2  # noqa: PLC0415 -- imports torch
+
     folder = cache_dir(config.cluster) / "llm" / FOLDER
     if not folder.is_dir():
         print(f"Converting the language model's packaged weights in {folder}.", flush=True)
