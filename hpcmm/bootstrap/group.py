@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from hpcmm.bootstrap.accelerator import select_accelerator
 from hpcmm.bootstrap.environment import RankEnvironment
 from hpcmm.bootstrap.metrics import MetricsWriter
+from hpcmm.bootstrap.threads import threads_per_rank
 from hpcmm.config import RunConfig
 from hpcmm.errors import HpcmmError
 
@@ -73,7 +74,7 @@ def _own_device(place: RankEnvironment) -> torch.device:
 
 
 def _set_threads(config: RunConfig) -> None:
-    torch.set_num_threads(config.parallel.threads_per_rank or config.cluster.cpus_per_rank)
+    torch.set_num_threads(threads_per_rank(config))
 
 
 def _rendezvous(place: RankEnvironment, config: RunConfig, backend: str) -> None:

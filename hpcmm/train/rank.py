@@ -11,6 +11,7 @@ from hpcmm.bootstrap.cache import extensions_dir
 from hpcmm.bootstrap.environment import RankEnvironment
 from hpcmm.bootstrap.metrics import MetricsWriter
 from hpcmm.bootstrap.startup import parts_before
+from hpcmm.bootstrap.threads import bound_threads
 from hpcmm.run_dir import RunDir
 from hpcmm.train.attempt import current_attempt
 
@@ -20,6 +21,7 @@ def run_rank(run_dir: str) -> dict[str, float]:
     began_s = time.time()
     run = RunDir(Path(run_dir))
     config = run_config.load(run.config)
+    bound_threads(config)
     place = RankEnvironment.read()
     _log_with_rank(place)
     with MetricsWriter(run.rank_metrics(place.rank), current_attempt(run)) as metrics:

@@ -18,6 +18,7 @@ from hpcmm.annotate.unasked import annotate_collectives_at_init
 from hpcmm.bootstrap.cache import extensions_dir
 from hpcmm.bootstrap.environment import RankEnvironment
 from hpcmm.bootstrap.metrics import MetricsWriter
+from hpcmm.bootstrap.threads import bound_threads
 from hpcmm.config import RunConfig, TaskConfig, TaskName
 from hpcmm.errors import HpcmmError
 from hpcmm.run_dir import RunDir
@@ -34,7 +35,7 @@ def run_user_task(run_dir: str) -> Any:
     place = RankEnvironment.read()
     place.export()
     _see_own_gpu()
-    os.environ.setdefault("OMP_NUM_THREADS", str(config.parallel.threads_per_rank or config.cluster.cpus_per_rank))
+    bound_threads(config)
     _offer_compiled_ops(config)
     annotate_collectives_at_init()
     with MetricsWriter(run.rank_metrics(place.rank), current_attempt(run)) as metrics:
