@@ -140,7 +140,7 @@ def test_an_accepted_job_s_id_is_told_whatever_stands_at_latest(tmp_path):
     ("answer", "expected"),
     [
         ("#!/bin/sh\nexit 1\n", "Slurm refused the job (sbatch said nothing)"),
-        ("#!/bin/sh\nprintf 'error: \\033[31mInvalid \\377 qos' >&2; exit 1\n", "`sacctmgr show qos`"),
+        ("#!/bin/sh\nprintf 'error: \\033[31mInvalid \\377 qos' >&2; exit 1\n", "`sacctmgr show associations"),
         ("#!/bin/sh\necho '123;c1'\n", "sbatch gave no job id"),
     ],
 )
