@@ -56,19 +56,21 @@ def clean_run(slurm_cluster, nsys, tmp_path_factory):
     return train_and_analyze(slurm_cluster, folder)
 
 
-def test_the_job_completed_on_four_nodes_with_eight_ranks(clean_run):
+def test_the_job_completed_on_four_nodes_with_eight_ranks(clean_run, slurm_cluster):
     run, _ = clean_run
     record = json.loads((run / "job.json").read_text(encoding="utf-8"))
     assert record["state"] == "COMPLETED"
     assert record["sacct"][0]["NNodes"] == "4"
     starts = [json.loads((run / "metrics" / f"rank_{rank:04d}.jsonl").open().readline()) for rank in range(8)]
     assert [start["rank"] for start in starts] == list(range(8))
-    assert [start["node"] for start in starts] == [f"node{1 + rank // 2}" for rank in range(8)]
+    nodes = slurm_cluster.nodes
+    assert [start["node"] for start in starts] == [nodes[rank // 2] for rank in range(8)]
     assert {start["world_size"] for start in starts} == {8}
 
 
-def test_the_run_directory_holds_everything(clean_run):
+def test_the_run_directory_holds_everything(clean_run, slurm_cluster):
     run, _ = clean_run
+    nodes = slurm_cluster.nodes
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert config["train"]["steps"] == 10
     assert (run / "config.yaml").stat().st_mode & 0o777 == 0o444
@@ -76,7 +78,7 @@ def test_the_run_directory_holds_everything(clean_run):
     assert "#SBATCH --nodes=4" in (run / "submission.sh").read_text(encoding="utf-8")
     for rank in range(8):
         assert (run / "nsys" / f"rank_{rank:04d}.nsys-rep").stat().st_size > 100_000
-        assert f"rank {rank} on node{1 + rank // 2}" in (run / "logs" / f"rank_{rank:04d}.log").read_text(
+        assert f"rank {rank} on {nodes[rank // 2]}" in (run / "logs" / f"rank_{rank:04d}.log").read_text(
             encoding="utf-8"
         )
     assert (run / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_000010"
