@@ -145,6 +145,9 @@ def _logs(options: argparse.Namespace) -> int:
     if options.follow:
         poller = Poller([target])
         _print_logs(logs.follow(run, ranks, found, lambda: poller.over))
+    if not any(log.path.is_file() for log in found):
+        why = "its job has not started" if target.job_ids else "it was never submitted"
+        raise HpcmmError(f"{run.root} holds no logs: {why}.")
     return 0
 
 

@@ -35,6 +35,8 @@ class Target:
 def find_targets(asked: str, runs_root: Path) -> list[Target]:
     """The runs or the job that ``asked`` names, newest first; several where it is the common start of runs' names.
 
+    Runs that were never submitted come last.
+
     Raises HpcmmError, with the nearest names, where there is none.
     """
     named = _expanded(asked)
@@ -50,7 +52,8 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
     found = [run for run in runs if run.root.name.startswith(f"{asked}-")]
     if not found:
         raise HpcmmError(_no_such_run(asked, runs_root, runs))
-    return [_target(asked, run.root) for run in found]
+    targets = [_target(asked, run.root) for run in found]
+    return sorted(targets, key=lambda target: not target.job_ids)
 
 
 def runs_in(runs_root: Path) -> list[RunDir]:
@@ -74,9 +77,9 @@ def job_ids_of(run: RunDir) -> tuple[str, ...]:
         pass  # not made by submitit, or not ours to read
     for job_id in _sweep_jobs(run):
         ids.setdefault(job_id, 0.0)
-    record = _job_record(run)
-    if record and _JOB_ID.fullmatch(job_id := str(record.get("job_id"))):
-        ids.setdefault(job_id, 0.0)
+    for record in (_json_object(run.submission), _json_object(run.job_record)):
+        if _JOB_ID.fullmatch(job_id := str(record.get("job_id"))):
+            ids.setdefault(job_id, 0.0)
     return tuple(sorted(ids, key=lambda each: (ids[each], each)))
 
 
@@ -172,9 +175,9 @@ def _made_at(folder: Path) -> int:
         return 0
 
 
-def _job_record(run: RunDir) -> dict[str, Any]:
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        given = json.loads(run.job_record.read_text(encoding="utf-8"))
+        given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return given if isinstance(given, dict) else {}

@@ -11,7 +11,16 @@ from hpcmm import config as run_config
 from hpcmm.config import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.ledger import COMPLETED, FAILED, Ledger, LedgerPoint, read_ledger
-from hpcmm.launch.run import Plan, frozen, plan, point_latest_to, with_live_dependency, write_shared_files, writing
+from hpcmm.launch.run import (
+    Plan,
+    frozen,
+    plan,
+    point_latest_to,
+    removed_if_refused,
+    with_live_dependency,
+    write_shared_files,
+    writing,
+)
 from hpcmm.launch.sbatch import check_slurm_is_here, sbatch, warn_where_it_cannot_start
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.launch.submit import note_submission, pickle_task, submit_analysis
@@ -57,7 +66,7 @@ def queue_sweep(planned: Plan, points: Sequence[Point]) -> tuple[Ledger, str]:
         ]
         ledger = Ledger(sweep, listed)
         ledger.write()
-    with ledger.locked():
+    with removed_if_refused(planned.run), ledger.locked():
         job_id = _submit_array(config, ledger, ledger.points)
     point_latest_to(planned.run)
     return ledger, job_id

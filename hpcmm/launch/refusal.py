@@ -32,6 +32,30 @@ def cannot_start(config: RunConfig, reason: str) -> str:
     return _cure(config, CANNOT_START[reason])
 
 
+_UNCERTAIN = (
+    "timed out",
+    "send/recv",
+    "zero bytes",
+    "unexpected message",
+    "communication",
+    "connection reset",
+    "broken pipe",
+    "endpoint",
+)
+"""Words of an answer that was lost on its way: the controller may have queued the job all the same."""
+
+
+def is_certain(returncode: int, complaint: str, answer: str) -> bool:
+    """Whether sbatch's failure leaves no doubt that nothing is queued: it said why, and had an answer for that."""
+    lowered = complaint.lower()
+    return (
+        returncode > 0
+        and bool(complaint.strip())
+        and "submitted batch job" not in answer.lower()
+        and not any(words in lowered for words in _UNCERTAIN)
+    )
+
+
 def refusal(config: RunConfig, complaint: str) -> str:
     """sbatch's own words, on one line and without control characters, and the cure."""
     lines = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ class Plan:
 def launch(overrides: Sequence[str]) -> Submission:
     """Compose, validate, write the run directory and submit; returns once the job is accepted.
 
-    Raises HpcmmError when anything is wrong. A run directory that Slurm refused stays, with its script, to be read.
+    Raises HpcmmError when anything is wrong. The run directory of a job that Slurm refused is removed again.
     """
     config = compose_run(overrides)
     validate(config)
@@ -83,7 +84,8 @@ def queue(planned: Plan, *, is_latest: bool = True) -> Submission:
         run.create()
         run_config.dump(config, run.config)
         write_shared_files(planned)
-    submission = submit(config, run, planned.code.python_path)
+    with removed_if_refused(run):
+        submission = submit(config, run, planned.code.python_path)
     if is_latest:
         point_latest_to(run)
     return submission
@@ -121,6 +123,21 @@ def writing(run: RunDir) -> Iterator[None]:
         raise HpcmmError(
             f"The run directory {run.root} cannot be written ({reason}): free some space there, or set runs_root."
         ) from error
+
+
+@contextmanager
+def removed_if_refused(run: RunDir) -> Iterator[None]:
+    """Remove the run directory, which this launch has made, where Slurm refuses its job for certain.
+
+    Else it would be the newest run of its name, which never ran. ``dry_run=true`` shows the script.
+    """
+    from hpcmm.launch.sbatch import RefusedError  # noqa: PLC0415 -- not needed by a dry run
+
+    try:
+        yield
+    except RefusedError:
+        shutil.rmtree(run.root, ignore_errors=True)
+        raise
 
 
 def point_latest_to(run: RunDir) -> None:

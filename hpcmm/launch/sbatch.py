@@ -13,14 +13,19 @@ from pathlib import Path
 from hpcmm.config import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.accounting import queue_state
-from hpcmm.launch.refusal import CANNOT_START, cannot_start, printable, refusal
+from hpcmm.launch.refusal import CANNOT_START, cannot_start, is_certain, printable, refusal
 from hpcmm.slurm_commands import job_variables, outside_of_jobs
 
 _TIMEOUT_S = 120
 
 
+class RefusedError(HpcmmError):
+    """Nothing was queued, for certain."""
+
+
 def sbatch(config: RunConfig, script: Path, *options: str) -> str:
-    """Submit ``script``. Returns the job's id. Raises HpcmmError, with a cure, when Slurm refuses it.
+    """Submit ``script``. Returns the job's id. Raises RefusedError, with a cure, when Slurm refuses it, and another
+    HpcmmError where the job may be queued all the same.
 
     The job is what the script says: variables of the user's shell that would change it do not reach sbatch.
     """
@@ -42,10 +47,11 @@ def sbatch(config: RunConfig, script: Path, *options: str) -> str:
             f"sbatch gave no answer within {_TIMEOUT_S} s: see in squeue whether the job is there."
         ) from error
     except OSError as error:
-        raise HpcmmError(f"sbatch cannot be run ({error.strerror}): see `which sbatch`.") from error
+        raise RefusedError(f"sbatch cannot be run ({error.strerror}): see `which sbatch`.") from error
     complaint, answer = done.stderr.decode(errors="replace"), done.stdout.decode(errors="replace")
     if done.returncode != 0:
-        raise HpcmmError(refusal(config, complaint))
+        kind = RefusedError if is_certain(done.returncode, complaint, answer) else HpcmmError
+        raise kind(refusal(config, complaint))
     if complaint.strip():
         print(printable(complaint.strip()), file=sys.stderr)
     accepted = re.search(r"Submitted batch job ([0-9]+)", answer)
@@ -67,15 +73,15 @@ def _say_what_is_ignored(variables: Sequence[str]) -> None:
 
 
 def check_slurm_is_here() -> None:
-    """Raises HpcmmError without Slurm's commands, or its configuration, for which they would wait a minute."""
+    """Raises RefusedError without Slurm's commands, or its configuration, for which they would wait a minute."""
     missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
     if missing:
-        raise HpcmmError(
+        raise RefusedError(
             f"{' and '.join(missing)} not found: launch on a Slurm login node, or run here with cluster=local."
         )
     configuration = os.environ.get("SLURM_CONF")
     if configuration and not Path(configuration).is_file():
-        raise HpcmmError(
+        raise RefusedError(
             f"SLURM_CONF is {configuration}, which is no file: is the cluster up (make cluster-up starts the local)?"
         )
 

@@ -131,6 +131,28 @@ def test_the_jobs_of_a_run_are_those_that_were_submitted_in_it_newest_last(tmp_p
     assert job_ids_of(run) == ("30", "4_7")
 
 
+def test_a_run_that_was_never_submitted_is_not_the_newest_of_its_name(tmp_path):
+    ghost = make_run(tmp_path, "run-2", job_id=None)
+    waits = make_run(tmp_path, "run-1", job_id=None)
+    waits.submission.write_text('{"job_id": "9"}', encoding="utf-8")
+    os.utime(waits.submission_script, (1, 1))
+    assert [(target.run.root.name, target.job_ids) for target in find_targets("run", tmp_path)] == [
+        ("run-1", ("9",)),
+        ("run-2", ()),
+    ]
+    for asked, why in ((ghost, "it was never submitted"), (waits, "its job has not started")):
+        done = ask_jobs(tmp_path, "logs", str(asked.root))
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert done.stderr == f"hpcmm.jobs: {asked.root} holds no logs: {why}.\n"
+
+
+def ask_jobs(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "hpcmm.jobs", *arguments], capture_output=True, text=True, cwd=folder, check=False
+    )
+
+
 def test_only_the_user_s_own_configuration_sets_the_environment_of_slurm_s_commands(tmp_path, monkeypatch):
     run = make_run(tmp_path, environment={"SLURM_CONF": "/site/slurm.conf"})
     assert slurm_environment(run, {})["SLURM_CONF"] == "/site/slurm.conf"

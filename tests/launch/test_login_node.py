@@ -152,6 +152,25 @@ def test_what_sbatch_answers_becomes_one_clean_sentence(tmp_path, answer, expect
     assert "\033" not in done.stderr
 
 
+@pytest.mark.parametrize("swept", [(), ("train.seed=1,2",)])
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1", False),
+        (
+            "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1",
+            True,
+        ),
+        ("echo Submitted batch job; exit 0", True),
+        ("kill -9 $$", True),
+    ],
+)
+def test_a_refused_launch_leaves_no_run_unless_its_job_may_be_queued(tmp_path, answer, kept, swept):
+    done = launch_with_sbatch(tmp_path, f"#!/bin/sh\n{answer}\n", "launch.snapshot=false", *swept)
+    assert done.returncode == 1
+    assert len(list((tmp_path / "runs").iterdir())) == kept
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
