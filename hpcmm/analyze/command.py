@@ -11,7 +11,7 @@ from hpcmm.analyze.analysis import ALL_READ, NOTHING_USABLE, analyze, default_fo
 from hpcmm.analyze.runs import compare, read_reference
 from hpcmm.errors import HpcmmError
 from hpcmm.page.progress import progress_bar
-from hpcmm.reports.find import find_reports
+from hpcmm.reports.find import Found, find_reports
 from hpcmm.reports.printable import printable
 
 INTERRUPTED = 130
@@ -72,7 +72,7 @@ def _analyze(arguments: Sequence[str]) -> int:
         "       python -m hpcmm.analyze compare RUN_A RUN_B [--out DIR]"
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="run directory or nsys reports")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for tables and page")
+    parser.add_argument("--out", type=_folder, metavar="DIR", help="folder for tables and page")
     parser.add_argument(
         "--tables",
         type=lambda names: [name.strip() for name in names.split(",")],
@@ -92,7 +92,8 @@ def _analyze(arguments: Sequence[str]) -> int:
         help="keep the SQLite exports in DIR/cache: faster next time, but they hold the ranks' whole environment",
     )
     options = parser.parse_args(arguments)
-    folder = options.out or default_folder(find_reports(options.paths))
+    found = find_reports(options.paths)
+    folder = default_folder(found) if options.out is None else _apart_from_inputs(options.out, found)
     with progress_bar() as progress:
         reference = read_reference(options.reference, progress=progress) if options.reference is not None else None
         analysis = analyze(
@@ -113,11 +114,30 @@ def _analyze(arguments: Sequence[str]) -> int:
     return analysis.exit_status
 
 
+def _apart_from_inputs(folder: Path, found: Found) -> Path:
+    """``folder``. Raises HpcmmError where it is none that can be written to, or holds reports, which are only read."""
+    if folder.exists() and not folder.is_dir():
+        raise HpcmmError(f"{folder} is not a folder: name another with --out.")
+    inputs = {path.parent.resolve() for source in found.sources for path in source.candidates}
+    if folder.resolve() in inputs:
+        raise HpcmmError(
+            f"{folder} holds the reports, and nothing is written beside them: name another folder with --out."
+        )
+    return folder
+
+
+def _folder(text: str) -> Path:
+    """An option's folder; an empty word, as of a variable that is not set, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name is no folder")
+    return Path(text)
+
+
 def _compare(arguments: Sequence[str]) -> int:
     parser = _parser("python -m hpcmm.analyze compare", COMPARE_DESCRIPTION, COMPARE_EPILOG)
     parser.add_argument("run_a", type=Path, metavar="RUN_A", help="the older run")
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help="the newer run")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.csv and compare.parquet")
+    parser.add_argument("--out", type=_folder, metavar="DIR", help="folder for compare.csv and compare.parquet")
     options = parser.parse_args(arguments)
     with progress_bar() as progress:
         comparison = compare(options.run_a, options.run_b, progress=progress)

@@ -26,6 +26,8 @@ def write_all(folder: Path, contents: Mapping[str, Content]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_together(folder, contents)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise HpcmmError(f"{folder} cannot be written (it is not a folder): name another with --out.") from error
     except OSError as error:
         raise HpcmmError(
             f"{folder} cannot be written ({error.strerror}): free some space there, or name another folder with --out."

@@ -150,7 +150,9 @@ def common_clock(epochs_ns: list[int | None], nodes: list[str], origin_ns: int, 
         fit = fits[name]
         for index in members:
             clock = clocks[index]
-            clocks[index] = ReportClock(clock.epoch_ns, origin_ns, corrections[index] + fit.offset_ns, fit.drift)
+            # The fit's line is over times that were corrected within the node, the clock's over those that were not.
+            offset_ns = fit.offset_ns + corrections[index] * (1 - fit.drift)
+            clocks[index] = ReportClock(clock.epoch_ns, origin_ns, offset_ns, fit.drift)
     rows = [
         (name, len(columns[name]), *fits[name].row(), bool(np.any(corrections[columns[name]])) or fits[name].applied)
         for name in names

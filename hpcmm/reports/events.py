@@ -76,6 +76,7 @@ def read_report(path: Path, source: Path, *, calls_alone: bool = False) -> Repor
     """
     with ReportDatabase(path) as database:
         damage = ["the file is shorter than its header says"] if database.cut_off else []
+        damage += _unread_log(source)
         epoch = _epoch_ns(database)
         base = _base_ns(database, epoch)
         database.first_ns, database.last_ns = base, base + MAX_NS
@@ -110,6 +111,17 @@ def read_report(path: Path, source: Path, *, calls_alone: bool = False) -> Repor
             cuda=cuda,
             ranks=_ranks(database, domains),
         )
+
+
+def _unread_log(source: Path) -> list[str]:
+    """A sentence where SQLite has not written all of an export into its file yet; nothing but the file is read."""
+    log = source.with_name(f"{source.name}-wal")
+    if source.suffix != ".sqlite" or not log.is_file() or not log.stat().st_size:
+        return []
+    return [
+        f"{log.name} beside it holds rows that are not in the file yet: close the program that writes it, or copy it "
+        "with sqlite3's .backup"
+    ]
 
 
 def _metadata(database: ReportDatabase, key: str) -> str:
@@ -288,6 +300,7 @@ def _read_nvtx(
             if steps_alone:
                 query += f" AND {_text_expression(database)} = '{names.STEP}'"
             rows = database.rows(query)
+            damage += _impossible(database, sorted({domain for _, domain in wanted}))
         except HpcmmError as error:
             damage.append(str(error))
     frame = pd.DataFrame(
@@ -312,13 +325,34 @@ def _nvtx_query(database: ReportDatabase, domain_ids: list[int]) -> str:
         SELECT start, COALESCE("end", 0), "end" IS NOT NULL, eventType, globalTid,
                COALESCE({column("endGlobalTid")}, globalTid), domainId, {_text_expression(database)},
                CASE WHEN typeof({payload}) = 'integer' AND {payload} BETWEEN 0 AND {MAX_PAYLOAD} THEN {payload} END
-        FROM NVTX_EVENTS {_string_join(database)}
-        WHERE eventType IN ({PUSH_POP}, {START_END}, 70, 71) AND domainId IN ({", ".join(map(str, domain_ids))})
-        AND typeof(start) = 'integer' AND start BETWEEN {database.first_ns} AND {database.last_ns}
-        AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" BETWEEN {database.first_ns} AND {database.last_ns}))
-        AND typeof(globalTid) = 'integer'
-        AND typeof({column("endGlobalTid")}) IN ('integer', 'null')
+        FROM NVTX_EVENTS {_string_join(database)} WHERE {_of_domains(domain_ids)} AND {_possible(database)}
     """  # noqa: S608
+
+
+def _of_domains(domain_ids: list[int]) -> str:
+    """SQL's condition on ranges of these domains."""
+    return f"eventType IN ({PUSH_POP}, {START_END}, 70, 71) AND domainId IN ({', '.join(map(str, domain_ids))})"
+
+
+def _possible(database: ReportDatabase) -> str:
+    """SQL's condition on a range whose values nsys may have written; one without an end was never closed."""
+    within = f"BETWEEN {database.first_ns} AND {database.last_ns}"
+    return f"""(
+        typeof(start) = 'integer' AND start {within}
+        AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" {within}))
+        AND typeof(globalTid) = 'integer'
+        AND typeof({database.column("NVTX_EVENTS", "endGlobalTid")}) IN ('integer', 'null')
+    )"""
+
+
+def _impossible(database: ReportDatabase, domain_ids: list[int]) -> list[str]:
+    """A sentence on the ranges that are left out for their values; none where all are possible."""
+    query = f"""
+        SELECT COUNT(*) FROM NVTX_EVENTS WHERE {_of_domains(domain_ids)}
+        AND NOT ({_possible(database)} AND ("end" IS NULL OR "end" >= start))
+    """  # noqa: S608
+    count = database.rows(query)[0][0]
+    return [f"{count} ranges have times or threads that cannot be, and are left out"] if count else []
 
 
 def _read_osrt(database: ReportDatabase, damage: list[str]) -> pd.DataFrame:

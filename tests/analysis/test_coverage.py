@@ -233,7 +233,10 @@ def test_unclosed_and_misnested_ranges_and_ends_before_starts_cost_no_other_rank
     edit(report(run_dir, 1), 'UPDATE NVTX_EVENTS SET "end" = NULL WHERE rowid % 5 = 0')
     edit(report(run_dir, 1), 'UPDATE NVTX_EVENTS SET "end" = "end" + 30000000 WHERE rowid % 5 = 1')
     edit(report(run_dir, 1), 'UPDATE NVTX_EVENTS SET "end" = start - 5 WHERE rowid % 5 = 2')
-    assert statuses(analyze([run_dir.root])) == dict.fromkeys(range(4), "found")
+    analysis = analyze([run_dir.root])
+    assert statuses(analysis) == dict.fromkeys(range(4), "found") | {1: "truncated"}
+    assert "ranges have times or threads that cannot be" in reason(analysis, 1)
+    assert analysis.exit_status == 2
 
 
 @pytest.mark.parametrize("content", [b"", bytes(range(256)) * 50, b"SQLite format 3\0" + bytes(4000)])

@@ -31,9 +31,30 @@ def test_other_domains_and_marks_are_counted_but_not_read(export) -> None:
 
 def test_an_open_range_ends_with_the_report_and_an_inverted_one_is_dropped(export) -> None:
     export.domains().range(10, None, "step").range(20, 5, "data").range(30, 70, "forward")
-    ranges = read_report(export.path, export.path).nvtx
+    report = read_report(export.path, export.path)
+    ranges = report.nvtx
+    assert report.damage == ("1 ranges have times or threads that cannot be, and are left out",)
     assert list(ranges["name"]) == ["step", "forward"]
     assert (ranges["end_ns"].iloc[0], bool(ranges["closed"].iloc[0])) == (70, False)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(1, 1 << 62), (-(1 << 62), 5), (1, 9e99), ("abc", 5), (b"x", 5), (None, 5), (7, 3)]
+)
+def test_ranges_that_cannot_be_are_counted(export, start, end) -> None:
+    export.domains().range(10, 90, "step").range(start, end, "data").range(20, None, "forward")
+    report = read_report(export.path, export.path)
+    assert list(report.nvtx["name"]) == ["step", "forward"]
+    assert report.damage == ("1 ranges have times or threads that cannot be, and are left out",)
+
+
+def test_rows_that_are_not_in_the_file_yet_are_told(export) -> None:
+    export.domains().range(10, 90, "step")
+    log = export.path.with_name(f"{export.path.name}-wal")
+    log.touch()
+    assert not read_report(export.path, export.path).damage
+    log.write_bytes(b"x" * 100)
+    assert f"{log.name} beside it holds rows" in read_report(export.path, export.path).damage[0]
 
 
 def test_calls_are_named_and_markers_of_the_tracing_left_out(export) -> None:
