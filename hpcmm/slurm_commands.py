@@ -15,10 +15,34 @@ _OF_THE_CLUSTER = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
 """How Slurm's commands find and enter the cluster."""
 
 
+class SilentError(HpcmmError):
+    """Slurm cannot be asked at all: no command, no daemon, no answer in time."""
+
+    def __init__(self, sentence: str, reason: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+        """A few words, for a sentence of one's own."""
+
+
+_SILENCE = {
+    "munge": "munge does not answer here",
+    "unable to contact": "Unable to contact slurm controller",
+    "configuration source": "no Slurm configuration is found",
+    "configuration file": "no Slurm configuration is found",
+    "timed out": "the Slurm controller timed out",
+    "connection refused": "the connection was refused",
+    "authentication error": "its authentication does not work here",
+}
+"""Words by which Slurm's commands, on several lines, complain of a cluster that is down, and what they come to."""
+
+
 def ask(
     *command: str, absent: str | None = None, timeout_s: float = _TIMEOUT_S, environ: Mapping[str, str] = os.environ
 ) -> str:
-    """The command's output; nothing where it complains of what ``absent`` says. Raises HpcmmError when it fails."""
+    """The command's output; nothing where it complains of what ``absent`` says.
+
+    Raises SilentError when Slurm cannot be asked, and another HpcmmError when the command fails otherwise.
+    """
     # The commands take defaults, such as for their formats, from the user's environment, and these must not apply.
     clean = {name: value for name, value in environ.items() if not name.startswith(_DEFAULTS_OF_COMMANDS)}
     try:
@@ -32,18 +56,22 @@ def ask(
             env=clean | {"SLURM_TIME_FORMAT": ""},
         )
     except FileNotFoundError as error:
-        raise HpcmmError(f"{command[0]} not found: run this on a Slurm login node.") from error
+        sentence = f"{command[0]} not found: run this on a Slurm login node."
+        raise SilentError(sentence, f"{command[0]} is not found here") from error
     except (OSError, ValueError) as error:  # no program, or an environment that no program can be given
-        raise HpcmmError(f"{command[0]} cannot be run ({error}): see `which {command[0]}`.") from error
+        reason = f"{command[0]} cannot be run"
+        raise SilentError(f"{reason} ({error}): see `which {command[0]}`.", reason) from error
     except subprocess.TimeoutExpired as error:
-        raise HpcmmError(
-            f"{command[0]} gave no answer within {timeout_s:g} s; the job itself is not affected."
-        ) from error
+        reason = f"{command[0]} gave no answer within {timeout_s:g} s"
+        raise SilentError(f"{reason}; the job itself is not affected.", reason) from error
     if done.returncode == 0:
         return done.stdout
     if absent is not None and absent in done.stderr:
         return ""
     complaint = " ".join(done.stderr.split())
+    silence = next((reason for words, reason in _SILENCE.items() if words in complaint.lower()), None)
+    if silence is not None:
+        raise SilentError(f"{command[0]} failed ({silence}); the job itself is not affected.", silence)
     raise HpcmmError(f"{command[0]} failed ({complaint}); the job itself is not affected.")
 
 

@@ -14,14 +14,16 @@ from pathlib import Path
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs import logs, queue
 from hpcmm.jobs.cancel import cancel
-from hpcmm.jobs.find_run import Target, default_environment, find_targets
+from hpcmm.jobs.find_run import Target, default_environment, find_targets, runs_in
 from hpcmm.jobs.polling import Poller
 from hpcmm.jobs.show import as_values, job_lines, state_lines
-from hpcmm.jobs.state import states_of
+from hpcmm.jobs.state import recorded_jobs, silence, states_of
 from hpcmm.profiled_ranks import profiled_ranks
+from hpcmm.slurm_commands import SilentError
 from hpcmm.working_directory import check_working_directory
 
 _MOST_RANKS = 1_000_000
+_MOST_RUNS = 20
 
 DESCRIPTION = "What runs, where, since when, what it says, and why it failed."
 EPILOG = """\
@@ -29,7 +31,8 @@ JOB is a job's number (12, or 12_7 for a task of an array), a run directory, the
 start of that name; of several runs the newest is taken.
 
 Slurm is asked through squeue and, for jobs that are over, sacct; where sacct gives no answer, squeue and the run
-directory are used, and a line says so. Where SLURM_CONF is not set, that of the run's
+directory are used, and a line says so. Where squeue gives none either, status, list and why tell of the jobs whose end
+a run directory notes. Where SLURM_CONF is not set, that of the run's
 configuration is used, of the newest run in --runs-root, or of the local cluster (slurm/local/up).
 
 exit status: 0 done, 1 not (why: no job failed), 130 after Ctrl-C, which stops the following and not the job.
@@ -94,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace) -> int:
-    answer = queue.own_jobs(None if options.all_users else getpass.getuser(), options.since)
+    try:
+        answer = queue.own_jobs(None if options.all_users else getpass.getuser(), options.since)
+        status = 0
+    except SilentError as error:
+        answer = queue.Answer(recorded_jobs(runs_in(options.runs_root)[:_MOST_RUNS]), [silence(error, os.environ)])
+        status = 1
     _complain(answer.notes)
     if options.json:
         _print_json({"jobs": [as_values(job, None) for job in answer.jobs], "notes": answer.notes})
@@ -102,14 +110,14 @@ def _list(options: argparse.Namespace) -> int:
         print("\n".join(job_lines(answer.jobs)))
     else:
         print("No jobs.")
-    return 0
+    return status
 
 
 def _status(options: argparse.Namespace) -> int:
     targets = [find_targets(each, options.runs_root)[0] for each in options.jobs]
     if options.follow:
         return _follow_states(targets)
-    states = states_of(targets)
+    states = states_of(targets, needs_slurm=False)
     notes = list(dict.fromkeys(note for state in states for note in state.notes))
     _complain(notes)
     if options.json:
@@ -179,7 +187,7 @@ def _with_run(asked: str, runs_root: Path) -> Target:
     target = find_targets(asked, runs_root)[0]
     if target.run is not None:
         return target
-    run = states_of([target])[0].run
+    run = states_of([target], needs_slurm=False)[0].run
     if run is None:
         raise HpcmmError(f"The run directory of job {asked} is not known: name the directory, or give --runs-root.")
     return Target(target.asked, target.job_ids, run)

@@ -67,7 +67,10 @@ class JobEvidence:
 
 def gather(target: Target) -> JobEvidence:
     """Raises HpcmmError when Slurm does not answer and the run directory does not tell of the job either."""
-    state = states_of([target])[0]
+    state = states_of([target], needs_slurm=False)[0]
+    if not state.jobs and state.silent:
+        reason = state.notes[0].partition(", so this")[0]
+        raise HpcmmError(f"{reason}, and no run directory tells of an end of {target.asked}.")
     if not state.jobs:
         raise HpcmmError(f"No job of {target.asked} is known to Slurm or noted in a run directory.")
     run, notes = state.run, list(state.notes)

@@ -138,11 +138,26 @@ def default_environment(runs_root: Path, environ: dict[str, str] | None = None) 
     return environ | {"SLURM_CONF": str(local)} if local is not None else environ
 
 
-def _local_slurm_conf() -> Path | None:
+def is_local_cluster(slurm_conf: str) -> bool:
+    """Whether this is the configuration of a cluster of ``slurm/local/up``, which may be down."""
+    if not slurm_conf:
+        return False
+    try:
+        made_by_us = (Path(slurm_conf).parent.parent / "cluster.json").is_file()
+    except (OSError, ValueError):
+        made_by_us = False
+    return made_by_us or Path(slurm_conf) == _local_cluster_conf()
+
+
+def _local_cluster_conf() -> Path:
     from omegaconf import OmegaConf  # noqa: PLC0415 -- only where nothing else tells of a cluster
 
     preset = OmegaConf.load(resource("conf/cluster/local_slurm.yaml"))
-    conf = Path(str(OmegaConf.select(preset, "submit_environment.SLURM_CONF")))
+    return Path(str(OmegaConf.select(preset, "submit_environment.SLURM_CONF")))
+
+
+def _local_slurm_conf() -> Path | None:
+    conf = _local_cluster_conf()
     try:
         return conf if conf.stat().st_uid in {0, os.geteuid()} else None
     except OSError:

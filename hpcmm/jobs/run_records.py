@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcmm.frozen_config import read_frozen_config
 from hpcmm.jobs.queue import Job
 from hpcmm.run_dir import RunDir
 
@@ -39,19 +41,41 @@ def progress_of(run: RunDir) -> dict[int, RankProgress]:
 
 
 def record_of(run: RunDir, job_id: str) -> Job | None:
-    """The job as ``job.json`` keeps it, or as its ranks' last words tell; None where neither does."""
+    """The job as ``job.json`` keeps it, as its script's last line or its ranks' last words tell; None otherwise."""
     try:
         given = json.loads(run.job_record.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         given = None
     if isinstance(given, dict) and str(given.get("job_id")) == job_id:
-        return Job(job_id, job_id, state=str(given.get("state", "UNKNOWN")), source="run directory")
+        return _job(run, job_id, str(given.get("state", "UNKNOWN")))
+    if (ended := _exit_status(run, job_id)) is not None:
+        return ended
     mine = [each for each in progress_of(run).values() if each.job_id == job_id]
     if mine and all(each.ended for each in mine):
-        return Job(job_id, job_id, state="COMPLETED", source="run directory")
+        return _job(run, job_id, "COMPLETED")
     if any(run.failures.glob(f"{job_id}.*/rank_*.exit.json")):
-        return Job(job_id, job_id, state="FAILED", source="run directory")
+        return _job(run, job_id, "FAILED")
     return None
+
+
+def _exit_status(run: RunDir, job_id: str) -> Job | None:
+    """By the last line that the job's script left; None where it left none, or goes on after a stop."""
+    try:
+        with run.exit_status.open("rb") as file:
+            file.seek(max(0, run.exit_status.stat().st_size - _TAIL_BYTES))
+            lines = file.read(_TAIL_BYTES).decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    own = [outcome for line in lines for job, _, outcome in [line.partition(" ")] if job == job_id]
+    if not own or not re.fullmatch(r"[0-9]{1,3}", own[-1]):
+        return None
+    return _job(run, job_id, "COMPLETED" if int(own[-1]) == 0 else "FAILED", f"{int(own[-1])}:0")
+
+
+def _job(run: RunDir, job_id: str, state: str, exit_code: str = "") -> Job:
+    name = str(read_frozen_config(run.config).get("name", ""))
+    command = str(run.submission_script)
+    return Job(job_id, job_id, name, state=state, exit_code=exit_code, command=command, source="run directory")
 
 
 def _progress(path: Path, rank: int) -> RankProgress | None:

@@ -27,6 +27,8 @@ def job_lines(jobs: Sequence[Job], runs: dict[str, RunDir | None] | None = None)
 
 def state_lines(state: State) -> list[str]:
     """A target's jobs, with how far its ranks came."""
+    if not state.jobs and state.silent:
+        return [f"{state.target.asked}: no end of it is noted: it waits, runs, or was killed with its script."]
     if not state.jobs:
         return [f"{state.target.asked}: no job of it is known here: it was never queued, or Slurm has forgotten it."]
     run = state.run

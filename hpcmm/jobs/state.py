@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from hpcmm.jobs.find_run import Target, job_ids_of, run_of_command, settings, slurm_environment
+from hpcmm.jobs.find_run import Target, is_local_cluster, job_ids_of, run_of_command, settings, slurm_environment
 from hpcmm.jobs.local_state import local_job
 from hpcmm.jobs.queue import Answer, Job, find_jobs
 from hpcmm.jobs.run_records import record_of
 from hpcmm.run_dir import RunDir
+from hpcmm.slurm_commands import SilentError
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class State:
     target: Target
     jobs: list[Job]
     notes: list[str]
+    silent: bool = False
+    """Slurm did not answer: the jobs are those whose end the run directory knows."""
 
     @cached_property
     def run(self) -> RunDir | None:
@@ -35,10 +38,13 @@ class State:
         return [job for job in self.jobs if job.active]
 
 
-def states_of(targets: Sequence[Target], environ: Mapping[str, str] = os.environ) -> list[State]:
+def states_of(
+    targets: Sequence[Target], environ: Mapping[str, str] = os.environ, *, needs_slurm: bool = True
+) -> list[State]:
     """The states of all targets, with one call of squeue, and at most one of sacct, for each cluster they are on.
 
-    Raises HpcmmError when squeue does not answer.
+    Raises HpcmmError when squeue does not answer; unless ``needs_slurm``, what run directories tell is taken then,
+    which is nothing of a job that waits or runs.
     """
     clusters: dict[str, dict[str, str]] = {}
     asked: dict[str, list[str]] = {}
@@ -48,13 +54,39 @@ def states_of(targets: Sequence[Target], environ: Mapping[str, str] = os.environ
             key = mine.get("SLURM_CONF", "")
             clusters[key] = mine
             asked.setdefault(key, []).extend(target.job_ids)
-    answers = {key: find_jobs(asked[key], clusters[key]) for key in asked}
+    answers = {key: _answer(asked[key], clusters[key], needs_slurm=needs_slurm) for key in asked}
     return [
         _local_state(target)
         if is_local(target.run)
         else _state(target, answers[slurm_environment(target.run, dict(environ)).get("SLURM_CONF", "")])
         for target in targets
     ]
+
+
+def silence(error: SilentError, environ: Mapping[str, str]) -> str:
+    """One sentence for a Slurm that does not answer."""
+    cure = "; make cluster-up starts the local cluster" if is_local_cluster(environ.get("SLURM_CONF", "")) else ""
+    return f"Slurm does not answer ({error.reason}{cure}), so this is what the run directory tells."
+
+
+def recorded_jobs(runs: Sequence[RunDir]) -> list[Job]:
+    """The newest job of each run whose end is noted there."""
+    newest = [(run, job_id) for run in runs if not is_local(run) for job_id in job_ids_of(run)[-1:]]
+    return [job for run, job_id in newest if (job := record_of(run, job_id)) is not None]
+
+
+@dataclass(frozen=True)
+class _Silent(Answer):
+    """No answer, with a note that says why."""
+
+
+def _answer(ids: Sequence[str], environ: Mapping[str, str], *, needs_slurm: bool) -> Answer:
+    try:
+        return find_jobs(ids, environ)
+    except SilentError as error:
+        if needs_slurm:
+            raise
+        return _Silent([], [silence(error, environ)])
 
 
 def _state(target: Target, answer: Answer) -> State:
@@ -64,7 +96,7 @@ def _state(target: Target, answer: Answer) -> State:
         if not found and target.run is not None and (record := record_of(target.run, job_id)) is not None:
             found = [record]
         jobs |= {job.job_id: job for job in found}
-    return State(target, list(jobs.values()), list(answer.notes))
+    return State(target, list(jobs.values()), list(answer.notes), isinstance(answer, _Silent))
 
 
 def is_local(run: RunDir | None) -> bool:

@@ -174,6 +174,56 @@ def test_a_job_that_slurm_forgot_is_told_from_its_run_directory(slurm, tmp_path)
     assert [(job.state, job.source) for job in state.jobs] == [("COMPLETED", "run directory")]
 
 
+MUNGE = (
+    "squeue: error: If munged is up, restart with --num-threads=10; squeue: error: Munge encode failed: Failed to "
+    "access /run/munge/munge.socket.2: No such file; slurm_load_jobs error: Protocol authentication error"
+)
+
+
+def test_while_the_cluster_is_down_the_run_directory_tells_of_ends(slurm, tmp_path):
+    conf = tmp_path / "cluster" / "etc" / "slurm.conf"
+    conf.parent.mkdir(parents=True)
+    (conf.parent.parent / "cluster.json").touch()
+    root = tmp_path / "runs"
+    well, failed, unknown = (
+        make_run(root, f"{name}-1", job_id, {"SLURM_CONF": str(conf)})
+        for name, job_id in (("well", "7"), ("failed", "8"), ("unknown", "9"))
+    )
+    well.exit_status.write_text("7 1\n7 0\n", encoding="utf-8")
+    failed.exit_status.write_text("7 0\n8 3\n", encoding="utf-8")
+    unknown.exit_status.write_text("9 stopped\n", encoding="utf-8")
+    for name in ("squeue", "sacct", "sinfo"):
+        slurm.answers(name, complaint=MUNGE)
+    silence = "Slurm does not answer (munge does not answer here; make cluster-up starts the local cluster)"
+    note = f"hpcmm.jobs: {silence}, so this is what the run directory tells.\n"
+
+    done = ask_jobs(tmp_path, "status", "well", "failed")
+    assert (done.returncode, done.stderr) == (0, note)
+    assert "COMPLETED" in done.stdout
+    assert "FAILED" in done.stdout
+    done = ask_jobs(tmp_path, "status", "unknown")
+    assert (done.returncode, done.stderr) == (1, note)
+    assert "unknown: no end of it is noted" in done.stdout
+
+    done = ask_jobs(tmp_path, "list")
+    assert (done.returncode, done.stderr) == (1, note)
+    assert str(well.root) in done.stdout
+    assert str(failed.root) in done.stdout
+    assert str(unknown.root) not in done.stdout
+
+    done = ask_jobs(tmp_path, "why", "failed")
+    assert done.returncode == 0
+    assert "Slurm:    FAILED, exit code 3:0, by run directory" in done.stdout
+    assert f"note: {silence}" in done.stdout
+    done = ask_jobs(tmp_path, "why", "unknown")
+    assert done.returncode == 1
+    assert done.stderr == f"hpcmm.jobs: {silence}, and no run directory tells of an end of unknown.\n"
+
+    done = ask_jobs(tmp_path, "cancel", "unknown")
+    assert done.returncode == 1
+    assert done.stderr == "hpcmm.jobs: squeue failed (munge does not answer here); the job itself is not affected.\n"
+
+
 def test_cancelling_asks_first_and_cancels_only_what_is_active(slurm, tmp_path):
     make_run(tmp_path, "a-1", "7")
     make_run(tmp_path, "a-2", "8")
