@@ -30,6 +30,9 @@ from hpcmm.errors import HpcmmError
 from hpcmm.launch.raw_words import quote_bare_words
 from hpcmm.resources import resource
 
+_SHOWN = 80
+"""Characters of an override that are repeated in a message."""
+
 
 def compose_run(overrides: Sequence[str]) -> RunConfig:
     """Compose ``conf/`` with Hydra overrides such as ``train.steps=10`` or ``cluster=local``.
@@ -47,11 +50,20 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides of known keys, sweeps included. Raises HpcmmError for all others."""
+    parser = OverridesParser.create()
+    return [_parsed(parser, override) for override in overrides]
+
+
+def _parsed(parser: OverridesParser, override: str) -> Override:
+    shown = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
     try:
-        parser = OverridesParser.create()
-        return [_known(parser.parse_override(_raw(override))) for override in overrides]
+        return _known(parser.parse_override(_raw(override)))
     except (HydraException, ValueError) as error:
-        raise HpcmmError(f"Not a Hydra override: {_first_line(error)} Write KEY=VALUE, or GROUP=OPTION.") from error
+        raise HpcmmError(
+            f"Not a Hydra override: {shown!r}: {_first_line(error)} Write KEY=VALUE, or GROUP=OPTION."
+        ) from error
+    except RecursionError:
+        raise HpcmmError(f"{shown!r} is nested too deeply.") from None
 
 
 def compose_tree(overrides: Sequence[Override]) -> DictConfig:
@@ -96,6 +108,8 @@ def explained() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise HpcmmError(_explain(error)) from error
+    except RecursionError:
+        raise HpcmmError("The configuration is nested too deeply, or refers to itself.") from None
 
 
 def config_groups() -> dict[str, list[str]]:

@@ -81,3 +81,14 @@ def test_a_frozen_configuration_reads_back_as_it_was(tmp_path, word):
     run.cluster.environment = {"KEY": word}
     dump(run, tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == run
+
+
+@pytest.mark.parametrize("depth", [200, 500])
+def test_what_is_nested_too_deeply_is_one_sentence(depth):
+    with pytest.raises(HpcmmError):
+        compose_run(["cluster=local", f"task.args={'[' * depth}{']' * depth}"])
+
+
+def test_the_override_that_cannot_be_read_is_named():
+    with pytest.raises(HpcmmError, match=r"Not a Hydra override: 'train.steps=abc=1'"):
+        compose_run(["name=x", "train.steps=abc=1"])
