@@ -37,14 +37,8 @@ RESUBMIT = "resubmit"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(given):
-        print(_help())
-        return 0
     try:
-        check_working_directory()
-        resubmits = given[:1] == [RESUBMIT]
-        words = [word for word in given if word not in ("-m", "--multirun")]
-        status = _resubmit(given[1:]) if resubmits else _launch(words)
+        status = _command(given)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader, such as head, has enough; the job is queued
@@ -56,6 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"hpcmm: interrupted; {interrupt}." if str(interrupt) else "hpcmm: interrupted.", file=sys.stderr)
         return 130
+
+
+def _command(given: list[str]) -> int:
+    if {"-h", "--help"} & set(given):
+        print(_help())
+        return 0
+    check_working_directory()
+    if given[:1] == [RESUBMIT]:
+        return _resubmit(given[1:])
+    return _launch([word for word in given if word not in ("-m", "--multirun")])
 
 
 def _launch(overrides: Sequence[str]) -> int:
@@ -83,9 +87,9 @@ def _launch(overrides: Sequence[str]) -> int:
 
         return follow(config, submission)
     print(f"follow rank 0:  tail -F {shlex.quote(str(run.rank_log(0)))}")
-    if submission.analysis_job_id is None:
+    if submission.analysis_job_id is None and config.profile.tool is not None:
         print(f"then, analyse:  python -m hpcmm.analyze {shlex.quote(str(run.root))}")
-    else:
+    elif submission.analysis_job_id is not None:
         print(f"analysis:       job {submission.analysis_job_id}, which writes {run.analysis_log}")
     return 0
 

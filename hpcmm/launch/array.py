@@ -127,7 +127,7 @@ def _submit_array(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoin
         except OSError as error:
             raise HpcmmError(
                 f"Job {job_id} is submitted, but {ledger.sweep.ledger} cannot be written ({error.strerror}): free some "
-                f"space, and take the job back with scancel {job_id} before you launch again."
+                f"space, and take the job back with `python -m hpcmm.jobs cancel {job_id}` before you launch again."
             ) from error
         note_submission(shared, job_id=job_id, analysis_job_id=None)
         # Each point's analysis waits for its own point alone.

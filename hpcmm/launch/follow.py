@@ -34,7 +34,8 @@ def follow(config: RunConfig, submission: Submission) -> int:
         state = _watch(config, submission, console)
         record = _record(config, submission, state)
     except KeyboardInterrupt:
-        console.print(f"Following stopped; job {submission.job_id} goes on. To end it: scancel {submission.job_id}")
+        job_id = submission.job_id
+        console.print(f"Following stopped; job {job_id} goes on. To end it: python -m hpcmm.jobs cancel {job_id}")
         return 130
     except HpcmmError as error:
         console.print(f"hpcmm: {error}", markup=False)

@@ -95,6 +95,6 @@ def warn_where_it_cannot_start(config: RunConfig, job_id: str) -> None:
     if state.state == "PENDING" and state.reason in CANNOT_START:
         print(
             f"hpcmm: job {job_id} is queued but cannot start as it is ({state.reason}). "
-            f"{cannot_start(config, state.reason)} To take it back: scancel {job_id}",
+            f"{cannot_start(config, state.reason)} To take it back: python -m hpcmm.jobs cancel {job_id}",
             file=sys.stderr,
         )

@@ -34,5 +34,5 @@ def uninterrupted() -> Iterator[list[str]]:
     finally:
         signal.signal(signal.SIGINT, before)
     if came:
-        jobs = " ".join(submitted)
-        raise KeyboardInterrupt(f"what is submitted stays; to take it back: scancel {jobs}" if jobs else "")
+        commands = " and ".join(f"python -m hpcmm.jobs cancel {job_id}" for job_id in submitted)
+        raise KeyboardInterrupt(f"what is submitted stays; to take it back: {commands}" if commands else "")

@@ -152,6 +152,30 @@ def test_what_sbatch_answers_becomes_one_clean_sentence(tmp_path, answer, expect
     assert "\033" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["cluster=slurm", "dry_run=true"]])
+def test_a_reader_that_has_enough_is_no_error(tmp_path, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hpcmm.launch", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("profile", "analysed"), [("off", False), ("nsys", True)])
+def test_only_of_a_profiled_run_the_analysis_is_told(tmp_path, profile, analysed):
+    done = launch_with_sbatch(tmp_path, ACCEPTING_SBATCH, "launch.snapshot=false", f"profile={profile}")
+    assert done.returncode == 0, done.stderr
+    assert ("then, analyse:  python -m hpcmm.analyze /" in done.stdout) is analysed
+
+
+def test_a_job_that_cannot_start_is_taken_back_without_slurm_s_environment(tmp_path):
+    answers = "case $0 in *squeue) echo 'PENDING|PartitionTimeLimit|N/A';; *) echo Submitted batch job 7;; esac"
+    done = launch_with_sbatch(tmp_path, f"#!/bin/sh\n{answers}\n", "launch.snapshot=false")
+    assert done.returncode == 0, done.stderr
+    assert "To take it back: python -m hpcmm.jobs cancel 7\n" in done.stderr
+
+
 @pytest.mark.parametrize("swept", [(), ("train.seed=1,2",)])
 @pytest.mark.parametrize(
     ("answer", "kept"),
@@ -203,7 +227,7 @@ def test_ctrl_c_while_sbatch_runs_leaves_no_job_that_is_not_noted(tmp_path):
     sbatch = "#!/bin/sh\nkill -INT -$(ps -o pgid= -p $PPID | tr -d ' ')\nsleep 0.2\necho Submitted batch job 7\n"
     done = launch_with_sbatch(tmp_path, sbatch, group=0)
     assert done.returncode == 130
-    assert "hpcmm: interrupted; what is submitted stays; to take it back: scancel 7." in done.stderr
+    assert "hpcmm: interrupted; what is submitted stays; to take it back: python -m hpcmm.jobs cancel 7." in done.stderr
     assert "Traceback" not in done.stderr
     assert json.loads((next((tmp_path / "runs").glob("run-*")) / "submission.json").read_text())["job_id"] == "7"
 
