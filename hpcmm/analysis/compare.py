@@ -6,6 +6,7 @@ by. A difference must also be large enough to matter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,12 @@ _KINDS = ["step", "bottleneck", "phase", "communication", "efficiency"]
 MIN_CHANGE = 0.02
 """Share of run A's step, or difference of an efficiency, below which a change is none: like runs differ by as much from
 one day to the next, which steps of one run cannot show."""
+
+
+_NO_DIFFERENCE_OF_RUNS = frozenset({"name", "wait", "dry_run"})
+"""Keys of the configuration that say how a run was launched, and nothing of what it did."""
+_COPIED_SCRIPT = re.compile(r".*/[^/]+-\d{8}-\d{6}-[0-9a-f]{4}/code/(.+)", re.DOTALL)
+"""A script in the copy of the code that each launch makes in its run directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +215,16 @@ def _notes(run_a: RunTables, run_b: RunTables) -> Iterator[str]:
         yield f"a step trains on {samples[0]} samples in A and on {samples[1]} in B; step times are not per sample"
     flat_a, flat_b = dict(_flat(run_a.config)), dict(_flat(run_b.config))
     if flat_a and flat_b:
-        for key in sorted(flat_a.keys() | flat_b.keys()):
+        for key in sorted((flat_a.keys() | flat_b.keys()) - _NO_DIFFERENCE_OF_RUNS):
             values = [flat.get(key, "(not set)") for flat in (flat_a, flat_b)]
-            if values[0] != values[1]:
+            if _of_the_project(key, values[0]) != _of_the_project(key, values[1]):
                 yield f"{key}: {values[0]} in A, {values[1]} in B"
+
+
+def _of_the_project(key: str, value: str) -> str:
+    """A script by its path within its run's copy of the code; all else as it is."""
+    copied = _COPIED_SCRIPT.fullmatch(value) if key == "task.path" else None
+    return copied[1] if copied else value
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -154,6 +155,7 @@ def _show_failure(config: RunConfig, run: RunDir, console: Console) -> None:
         for line in first.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]:
             console.print("  " + line, markup=False)
     console.print(f"all logs: {run.logs}", markup=False)
+    console.print(f"why: python -m hpcmm.jobs why {shlex.quote(str(run.root))}", markup=False)
 
 
 def _complains(log: Path) -> bool:

@@ -110,6 +110,8 @@ def _is_whole(point: LedgerPoint) -> bool:
 def read_ledger(path: Path) -> Ledger:
     """Read a ledger, or that of a sweep's folder. Raises HpcmmError where it is none."""
     file = SweepDir(path).ledger if path.is_dir() else path
+    if path.is_dir() and RunDir(path).submission_script.is_file() and not file.exists():
+        raise HpcmmError(f"{path} is a single run, and no sweep: launch it again, with the overrides that it had.")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         points = [LedgerPoint(**point) for point in record["points"]]

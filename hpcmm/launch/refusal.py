@@ -27,6 +27,12 @@ CANNOT_START = {
 """Reasons to wait that waiting does not mend, with the words in which sbatch refuses the same elsewhere."""
 
 
+_NO_CONFIGURATION = (
+    "No Slurm configuration is found: set SLURM_CONF to your cluster's, or launch with cluster=local_slurm, which "
+    "knows that of the local cluster (make cluster-up starts it)."
+)
+
+
 def cannot_start(config: RunConfig, reason: str) -> str:
     """What to do about a job that waits for one of ``CANNOT_START``."""
     return _cure(config, CANNOT_START[reason])
@@ -118,8 +124,8 @@ def _cure(config: RunConfig, complaint: str) -> str:
         "more processors requested": nodes,
         "munge": "The cluster is not up, or munge is not running here (make cluster-up starts the local cluster).",
         "unable to contact": "The Slurm controller does not answer: is SLURM_CONF right, and slurmctld up?",
-        "configuration file": "No Slurm configuration is found: is SLURM_CONF right, and the cluster up?",
-        "configuration source": "No Slurm configuration is found: is SLURM_CONF right, and the cluster up?",
+        "configuration file": _NO_CONFIGURATION,
+        "configuration source": _NO_CONFIGURATION,
         "timed out": "The Slurm controller is busy or down: see with `scontrol ping`, and launch again.",
         "connection refused": "The Slurm controller is down: see with `scontrol ping`, and launch again.",
     }

@@ -86,6 +86,22 @@ def test_few_steps_say_so() -> None:
     assert table["low"].isna().all()
 
 
+def test_how_a_run_was_launched_is_no_difference() -> None:
+    def launched(name: str, script: str, **keys: bool) -> dict:
+        return {
+            "name": name,
+            "task": {"path": f"/code/runs/{name}-20260102-030405-1a2b/code/project/{script}"},
+            "lr": 0.1,
+            **keys,
+        }
+
+    traces = simulate_run(plain_work)
+    first = run_of(traces, config=launched("a", "train.py", wait=True))
+    assert compare(first, run_of(traces, config=launched("b", "train.py", wait=False, dry_run=False))).notes == ()
+    (note,) = compare(first, run_of(traces, config=launched("b", "other.py"))).notes
+    assert note.startswith("task.path: /code/runs/a-20260102-030405-1a2b/code/project/train.py in A, ")
+
+
 def test_what_differs_between_the_runs_is_named() -> None:
     config = {
         "cluster": {"nodes": 2, "ranks_per_node": 2},

@@ -110,7 +110,7 @@ def launch_with_sbatch(folder, text, *overrides, group=None):
     """Launch with stand-ins for sbatch and srun on the PATH, to see what is made of their answers."""
     binaries = folder / "bin"
     binaries.mkdir()
-    for name in ("sbatch", "srun", "squeue"):
+    for name in ("sbatch", "srun", "squeue", "sacct"):
         (binaries / name).write_text(text, encoding="utf-8")
         (binaries / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
@@ -256,3 +256,12 @@ def test_the_doctor_refuses_a_folder_of_nobody(tmp_path):
     done = run_python("-m", "hpcmm.doctor", "runs_root='~nobody-here/x'", cwd=tmp_path)
     assert done.returncode == 1
     assert "no such user's home" in done.stderr
+
+
+def test_a_followed_job_that_fails_ends_with_the_command_that_tells_why(tmp_path):
+    answers = "case $0 in *squeue) echo 'FAILED|NonZeroExitCode|N/A';; *sacct) printf 'JobID\\tState\\n7\\tFAILED\\n';;"
+    answers += " *) echo Submitted batch job 7;; esac"
+    done = launch_with_sbatch(tmp_path, f"#!/bin/sh\n{answers}\n", "launch.snapshot=false", "wait=true")
+    (run,) = (tmp_path / "runs").glob("run-*")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"why: python -m hpcmm.jobs why {run}"

@@ -33,6 +33,7 @@ FAILED = "sbatch: error: Batch job submission failed: "
         ("Job dependency problem", "leave it out if that job has completed"),
         ("Unable to contact slurm controller (connect failure)", "The Slurm controller does not answer"),
         ("Socket timed out on send/recv operation", "busy or down"),
+        ("resolve_ctls_from_dns_srv: Could not establish a configuration source", "or launch with cluster=local_slurm"),
         ("Something new", "Change the cluster settings"),
     ],
 )  # fmt: skip

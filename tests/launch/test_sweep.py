@@ -158,3 +158,9 @@ def test_another_user_s_ledger_is_refused_for_its_scripts_would_run(tmp_path, mo
 def test_a_range_without_measure_is_refused_before_it_is_made(swept, expected):
     with pytest.raises(HpcmmError, match=expected):
         compose_points([f"train.learning_rate={swept}"])
+
+
+def test_a_single_run_is_said_to_be_no_sweep(tmp_path):
+    (tmp_path / "submission.sh").touch()
+    with pytest.raises(HpcmmError, match="is a single run, and no sweep: launch it again"):
+        resubmit(tmp_path)
