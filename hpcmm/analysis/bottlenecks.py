@@ -9,14 +9,26 @@ the rules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import batches, delay, gpu_findings, interruptions, links, propagation, silence
 from hpcmm.analysis.delay import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
-from hpcmm.analysis.faults import FAULT_SHARE, Mask, find_faults
-from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, Evidence, Finding, kind_of_part, phase_of_part
+from hpcmm.analysis.exchangeable import chance_of_sum
+from hpcmm.analysis.faults import FAULT_SHARE, MAX_CHANCE, Mask, find_faults
+from hpcmm.analysis.findings import (
+    CAUSES,
+    HIGH,
+    LOW,
+    MEDIUM,
+    Evidence,
+    Finding,
+    computation_has_phases,
+    kind_of_part,
+    phase_of_part,
+)
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.steps import StepTimes
 from hpcmm.analysis.trace import RankTrace
@@ -51,9 +63,10 @@ def gather(
     """Charge all waiting, in seconds a step. ``gpu`` is the table of that name."""
     parts = delay.work_parts(traces)
     groups = propagation.charged_groups(rows, parts)
-    losses = propagation.losses_by_step(groups, len(traces), parts, steps.numbers) / NS_PER_S
+    losses = propagation.losses_by_step(groups, len(traces), parts, steps.numbers)
+    total, own = losses.total / NS_PER_S, losses.own / NS_PER_S
     on_gpus = pd.DataFrame() if gpu is None else gpu
-    return Evidence(traces, rows, steps, parts, groups, losses, expected_ranks, on_gpus)
+    return Evidence(traces, rows, steps, parts, groups, total, own, expected_ranks, on_gpus)
 
 
 def find(evidence: Evidence) -> list[Finding]:
@@ -71,8 +84,17 @@ def find(evidence: Evidence) -> list[Finding]:
     faults = [batches.explain(evidence, fault) for fault in faults]
     own_work = _own_work(evidence)
     on_gpus = gpu_findings.in_steps(evidence.gpu, sum(finding.lost_s for finding in own_work))
-    findings = [*faults, *stopped, *broken, *transfer, *_imbalance(evidence, blamed), *own_work, *on_gpus]
-    return _worth(findings, evidence.steps.mean_s)
+    findings = [*faults, *_imbalance(evidence, blamed), *stopped, *broken, *transfer, *own_work, *on_gpus]
+    return _worth(_within(findings, evidence.period_s), evidence.steps.mean_s)
+
+
+def _within(findings: Sequence[Finding], whole_s: float) -> list[Finding]:
+    """``findings``, the surest first, each with no more of ``whole_s`` than those before it leave."""
+    found = []
+    for finding in findings:
+        found.append(replace(finding, lost_s=min(finding.lost_s, whole_s)))
+        whole_s -= found[-1].lost_s
+    return found
 
 
 def find_without_steps(gpu: pd.DataFrame, collectives: pd.DataFrame) -> list[Finding]:
@@ -177,7 +199,7 @@ def _imbalance(evidence: Evidence, blamed: Mask) -> list[Finding]:
     part = (*evidence.parts.names, UNEXPLAINED)[int(by_part.argmax())]
     phase = "" if part == UNEXPLAINED else phase_of_part(part)
     told = (
-        f"ranks wait for one another by turns, no one consistently; "
+        f"ranks wait for one another{_most_often(evidence, rest, blamed)}; "
         f"steps vary by {evidence.steps.noise_s:.3g} s (robust standard deviation)"
     )
     withheld = _withheld_s(evidence)
@@ -189,6 +211,21 @@ def _imbalance(evidence: Evidence, blamed: Mask) -> list[Finding]:
     rows = f"delays: phase={part}" + ("" if worst is None else f" step={worst}")
     other = Finding("imbalance", CAUSES["imbalance"], lost, None, "", phase, told, LOW, rows, worst)
     return [other] if uneven is None else [uneven, other]
+
+
+def _most_often(evidence: Evidence, rest: Floats, blamed: Mask) -> str:
+    """For whom of those that are not blamed, and why that one is not; ``rest`` is what is not blamed on anybody."""
+    free = np.flatnonzero(~blamed.any(axis=(0, 2)))
+    delays = rest.sum(axis=2)[:, free]
+    if delays.shape[1] < 2 or not delays.any():
+        return ""
+    late = delays.max(axis=1) > 0
+    counts = np.bincount(delays.argmax(axis=1)[late], minlength=delays.shape[1])
+    most = int(counts.argmax())
+    told = f", most often for rank {evidence.ranks(free[[most]].tolist())}, in {counts[most]} of {len(delays)} steps"
+    if chance_of_sum(delays, most) > MAX_CHANCE:
+        return f"{told}, which chance can explain"
+    return f"{told}, but in no kind of work by so much that it is named"
 
 
 def _withheld_s(evidence: Evidence) -> float:
@@ -204,17 +241,20 @@ def _withheld_s(evidence: Evidence) -> float:
 def _own_work(evidence: Evidence) -> list[Finding]:
     """Time that all ranks spend on something other than training: loading, checkpoints, child processes, gaps."""
     found = []
+    known = computation_has_phases(evidence.traces)
     # The host may load or save while its GPU computes.
     costly = evidence.parts.starving(evidence.traces)
     per_step = _work_per_step(evidence, costly)
     for part, name in enumerate(costly.names):
         phase, kind = phase_of_part(name), kind_of_part(name)
-        if kind == "compute":
+        if kind == "compute" or (kind == "other" and not known):
             continue
         seconds = per_step[:, part]
-        # A blamed rank's own excess is in its row already, and the lower median over ranks does not see it.
-        lost = float(np.sort(seconds)[(len(seconds) - 1) // 2])
-        told = f"every rank spends {lost:.3g} s a step in it"
+        # What late ranks spent longer is in their rows, or in that of the imbalance. Excess for which nobody waited is
+        # in none, and no loss of all ranks, either: the lower median does not see it.
+        charged = float(evidence.own_losses[:, :, part].sum(axis=1).mean())
+        lost = max(0.0, min(float(np.sort(seconds)[(len(seconds) - 1) // 2]), float(seconds.mean()) - charged))
+        told = f"the ranks alike spend {lost:.3g} s a step in it"
         told += " while its GPU has nothing to do" if len(evidence.gpu) else ""
         rows = f"phases: phase={phase}"
         found.append(Finding(kind, f"{CAUSES[kind]} on all ranks", lost, None, "", phase, told, MEDIUM, rows))

@@ -101,6 +101,10 @@ class Charges:
 
     caused: Floats
     own: Floats
+    late_from: Floats
+    """When its own excess time begins; it ends with its arrival, and there is none where that comes first."""
+    scale: Floats
+    """How much of the own excess time counts, in [0, 1]."""
 
 
 def charge(arrivals: GroupArrivals) -> Charges:
@@ -129,8 +133,9 @@ def charge(arrivals: GroupArrivals) -> Charges:
     scale = np.divide(exposed.sum(axis=1, keepdims=True), total, out=np.zeros_like(total), where=total > 0).clip(
         0.0, 1.0
     )
-    own = np.maximum(start - np.maximum(median, previous), 0.0) * scale
-    return Charges(caused, own)
+    late_from = np.maximum(median, previous)
+    own = np.maximum(start - late_from, 0.0) * scale
+    return Charges(caused, own, late_from, np.broadcast_to(scale, start.shape))
 
 
 def waited_for(arrivals: GroupArrivals, traces: int) -> Floats:

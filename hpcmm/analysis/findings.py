@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.delay import BETWEEN_STEPS, SUBPROCESS, Floats, WorkParts
+from hpcmm.analysis.osrt import NS_PER_S
+from hpcmm.analysis.phases import OTHER, OUTSIDE
 from hpcmm.analysis.propagation import ChargedGroup
 from hpcmm.analysis.steps import StepTimes
 from hpcmm.analysis.trace import RankTrace
@@ -47,6 +49,21 @@ def phase_of_part(part: str) -> str:
     return part.removeprefix(SUBPROCESS)
 
 
+COMPUTATION_SHARE = 0.1
+"""Phases hold a run's computation when they take this share of the time that no phase covers."""
+
+
+def computation_has_phases(traces: Sequence[RankTrace]) -> bool:
+    """Whether phases tell the computation: else what no phase covers is no loss, but where the work is."""
+    computing = unnamed = 0
+    for trace in traces:
+        inside = trace.segments[trace.segments["step"] != OUTSIDE]
+        by_phase = (inside["end_ns"] - inside["start_ns"]).groupby(inside["phase"]).sum()
+        unnamed += int(by_phase.get(OTHER, 0))
+        computing += sum(int(taken) for phase, taken in by_phase.items() if kind_of_part(str(phase)) == "compute")
+    return computing >= COMPUTATION_SHARE * unnamed
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """A row before it is ranked. ``kind`` selects the suggestion."""
@@ -82,10 +99,24 @@ class Evidence:
     groups: Sequence[ChargedGroup]
     losses: Floats
     """Seconds by (step, trace, part), a mean over ranks; the last part is what nothing explains."""
+    own_losses: Floats
+    """What of ``losses`` is the late rank's own excess work, and not waiting for it."""
     expected_ranks: int
     """Ranks of the job, read or not."""
     gpu: pd.DataFrame
     """The table ``gpu``; empty where no GPU activity was traced."""
+
+    @property
+    def period_s(self) -> float:
+        """Seconds from the end of one step to the end of the next, as a mean over ranks: more is not there to lose."""
+        spans = []
+        for trace in self.traces:
+            chosen = trace.steps["step"].isin(self.steps.numbers).to_numpy(bool)
+            if chosen.any():
+                end = trace.steps["end_ns"].to_numpy(np.float64)
+                before = np.append(trace.steps["start_ns"].to_numpy(np.float64)[0], end[:-1])
+                spans.append(float((end - before)[chosen].sum()) / NS_PER_S)
+        return float(np.mean(spans)) / len(self.steps.numbers) if spans else 0.0
 
     def nodes(self) -> dict[str, list[int]]:
         """Traces of each node."""
@@ -111,5 +142,5 @@ class Evidence:
             )
             there = np.isfinite(bounds).all(axis=1)
             within = self.parts.between(index, bounds[there, 0], bounds[there, 1])
-            found[there, index] = within[:, columns].sum(axis=1) / 1e9
+            found[there, index] = within[:, columns].sum(axis=1) / NS_PER_S
         return found

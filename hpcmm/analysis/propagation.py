@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.delay import (
+    Charges,
     Floats,
     GroupArrivals,
     Singles,
@@ -26,6 +28,7 @@ from hpcmm.analysis.delay import (
     group_arrivals,
     window_starts,
 )
+from hpcmm.analysis.intervals import first_claims
 
 Cause = tuple[int, int]
 """Trace, and part of its work (the last for what no part explains)."""
@@ -34,32 +37,72 @@ NEGLIGIBLE = 1e-3
 MAX_DEPTH = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Loss that each rank's parts cause in each step: shape (steps, traces, parts + 1), ns, mean over all ranks."""
+
+    total: Floats
+    own: Floats
+    """What of ``total`` is the late rank's own work; the rest is waiting of others."""
+
+
 def losses_by_step(
     groups: Sequence[ChargedGroup], traces: int, parts: WorkParts, steps: npt.NDArray[np.int64]
-) -> Floats:
-    """Loss that each rank's parts cause in each step: shape (steps, traces, parts + 1), ns, mean over all ranks.
+) -> Losses:
+    """Charge all waiting, and the excess work behind it. A delay counts in the step in which the late rank arrived.
 
-    A delay counts in the step in which the late rank arrived. Collectives outside ``steps`` are left out.
+    Collectives outside ``steps`` are left out. What of a rank's excess time it waited itself is charged to whom it
+    waited for, as waiting, and not once more.
     """
     total = np.zeros((len(steps), traces, len(parts.names) + 1))
+    own_work = np.zeros_like(total)
     if not len(steps):
-        return total
+        return Losses(total, own_work)
     if len(groups) > 1:
         chain = _Chain(groups)
-    for index, group in enumerate(groups):
-        arrivals, charges = group.arrivals, charge(group.arrivals)
-        cost = charges.caused + charges.own
+    all_charges = [charge(group.arrivals) for group in groups]
+    all_excess = _own_once(groups, all_charges, traces, parts)
+    for index, (group, charges, excess) in enumerate(zip(groups, all_charges, all_excess, strict=True)):
+        arrivals, cost = group.arrivals, charges.caused
         place = np.searchsorted(steps, arrivals.step)
         known = np.append(steps, np.iinfo(np.int64).min)[place] == arrivals.step
         passed = chain.passed_on(index) if len(groups) > 1 else np.zeros_like(cost)
-        own = cost * (1.0 - passed) * known
+        kept = (1.0 - passed) * known
         for column, trace in enumerate(arrivals.members):
             at = np.minimum(place[:, column], len(steps) - 1).astype(np.intp)
-            np.add.at(total[:, int(trace)], at, own[:, column, None] * group.fractions[:, column])
+            share = kept[:, column, None] * group.fractions[:, column]
+            np.add.at(total[:, int(trace)], at, cost[:, column, None] * share)
+            np.add.at(own_work[:, int(trace)], at, excess[:, column, None] * share)
         for instance, column in np.argwhere((passed > 0) & known & (cost > 0)):
             for (trace, part), share in chain.waiting_cause(index, int(instance), int(column)).items():
                 total[place[instance, column], trace, part] += cost[instance, column] * passed[instance, column] * share
-    return total / max(traces, 1)
+    return Losses((total + own_work) / max(traces, 1), own_work / max(traces, 1))
+
+
+def _own_once(
+    groups: Sequence[ChargedGroup], charges: Sequence[Charges], traces: int, parts: WorkParts
+) -> list[Floats]:
+    """Own excess work behind each late arrival of each group, shapes (instances, members), ns.
+
+    A rank that is late in several groups for one piece of work has it counted at the first, and only work counts.
+    """
+    found = [np.zeros_like(of_group.own) for of_group in charges]
+    for trace in range(traces):
+        of_trace = [(index, group.column[trace]) for index, group in enumerate(groups) if trace in group.column]
+        if not of_trace:
+            continue
+        begin = np.concatenate([charges[index].late_from[:, column] for index, column in of_trace])
+        end = np.concatenate([groups[index].arrivals.start[:, column] for index, column in of_trace])
+        order = np.argsort(begin, kind="stable")
+        pieces = first_claims(begin[order].astype(np.int64), np.maximum(begin, end)[order].astype(np.int64))
+        work = np.empty_like(begin)
+        work[order] = parts.between(trace, *(piece.astype(np.float64) for piece in pieces)).sum(axis=1)
+        place = 0
+        for index, column in of_trace:
+            count = len(found[index])
+            found[index][:, column] = work[place : place + count] * charges[index].scale[:, column]
+            place += count
+    return found
 
 
 def charged_groups(rows: pd.DataFrame, parts: WorkParts) -> list[ChargedGroup]:

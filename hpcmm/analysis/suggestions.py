@@ -1,7 +1,8 @@
 """What to try against each kind of loss: an override of this project's configuration, or a shell line.
 
 Each is explained in ``docs/bottlenecks.md`` under the name of its kind. Of a run that hpcmm did not launch nothing is
-known but its reports, so that its suggestions are shell lines, or advice in words.
+known but its reports, so that its suggestions are shell lines, or advice in words. Where hpcmm launched a script of the
+user's, the keys of the cluster are right, and only these.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from hpcmm.analysis.findings import Finding
 
 
 def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
-    """One override or command for ``finding``; ``config`` is the run's own configuration, empty where there is none."""
+    """One override or command for ``finding``.
+
+    ``config`` is what decides how the run's ranks ran: its configuration, of it the section ``cluster`` alone where it
+    ran a script of the user's, or empty where there is none.
+    """
+    trains = bool(config) and set(config) != {"cluster"}
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
         return _shell(finding)
-    if finding.kind in _GPU_ADVICE and not (config and finding.kind in _HELPED_BY_LARGER_BATCHES):
+    if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
-    return _override(finding, config) if config else _advice(finding)
+    scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
+    return _override(finding, config) if trains or (config and scheduled) else _advice(finding)
 
 
 def _shell(finding: Finding) -> str:

@@ -17,6 +17,7 @@ from hpcmm.page.verdict import (
     late_line,
     number,
     percent,
+    phases_line,
     plain,
     seconds,
     steps_line,
@@ -29,7 +30,7 @@ def summary(study: Study) -> str:
     """The whole document."""
     rows = study.tables["bottlenecks"]
     facts = [steps_line(study), coverage_line(study), efficiency_line(study), clock_line(study)]
-    facts += [gpu_line(study), late_line(study)]
+    facts += [phases_line(study), gpu_line(study), late_line(study)]
     parts = [f"# {escape(study.name or 'Analysis')}", f"**{escape(headline(study))}**"]
     if len(rows):
         first = rows.iloc[0]

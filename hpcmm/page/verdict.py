@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.study import Study
 from hpcmm.analysis.trace import RankTrace
@@ -134,6 +135,15 @@ def steps_line(study: Study) -> str:
         who = f"rank{'s' if several else ''} {rank_list(steps.left_out)}"
         told += f" (without {who}, which lack{'' if several else 's'} most of them)"
     return told
+
+
+def phases_line(study: Study) -> str:
+    """How to see more of a computation that no phase covers; empty where phases cover it."""
+    if not len(study.steps.numbers) or computation_has_phases(study.traces):
+        return ""
+    return (
+        "no phase covers the computation: annotate.phase(...) around forward, backward and optimizer tells them apart"
+    )
 
 
 def clock_line(study: Study) -> str:

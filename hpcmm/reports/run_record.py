@@ -50,9 +50,10 @@ class RunRecord:
 
     @property
     def tunable(self) -> dict[str, Any]:
-        """The configuration where it decides how the ranks train; empty for a script or function of the user's."""
+        """The configuration as far as it decides how the ranks run: of the user's script or function, the cluster."""
         task = _section(self.config, "task").get("name", "anomaly")
-        return self.config if task == "anomaly" else {}
+        cluster = _section(self.config, "cluster")
+        return self.config if task == "anomaly" else {"cluster": cluster} if cluster else {}
 
     def rank_of(self, pid: int, node: str | None) -> int | None:
         """The rank that ran as ``pid``, when only one can be meant."""

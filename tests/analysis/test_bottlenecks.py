@@ -13,10 +13,11 @@ from simulated import MS, everyone, simulate_program, simulate_run
 
 from hpcmm.analysis import bottlenecks, collectives
 from hpcmm.analysis.exchangeable import chance_of_sum
-from hpcmm.analysis.findings import CAUSES, Finding
+from hpcmm.analysis.findings import CAUSES, Finding, computation_has_phases
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.steps import step_times
 from hpcmm.analysis.suggestions import suggest
+from hpcmm.reports.run_record import RunRecord
 
 
 def verdicts(traces, clock_error_ns=100_000):
@@ -95,6 +96,107 @@ def test_rows_do_not_count_a_second_twice() -> None:
 
     traces = simulate_run(work, transfer_ms=40.0, noise_ms=5.0)
     assert sum(finding.lost_s for finding in verdicts(traces)) < step_times(traces).mean_s
+
+
+def lost_share(traces) -> float:
+    return sum(finding.lost_s for finding in verdicts(traces)) / step_times(traces).mean_s
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
+def test_excess_of_nobody_in_particular_is_no_work_of_all_ranks_as_well(ranks: int, noise: float) -> None:
+    """Loading is nearly all of the step: what one rank takes longer over it by turns is in the imbalance."""
+    program = ["data", "forward", ("forward", everyone)]
+    work = {"data": 100.0, "forward": 1.0, "between": 0.0}
+    traces = simulate_program(program, lambda _r, _s, p: work[p], ranks=ranks, noise=noise, steps=40)
+    found = {finding.kind: finding.lost_s for finding in verdicts(traces)}
+    assert lost_share(traces) <= 1.0
+    step_s = step_times(traces).mean_s
+    # Nothing else is in the step: the rows share it out, but for the forward phase.
+    assert found["data"] + found["imbalance"] == pytest.approx(step_s, rel=0.1)
+
+
+def test_one_piece_of_work_that_is_late_in_two_groups_is_lost_once() -> None:
+    pairs = ("forward", lambda rank: f"pair{rank // 2}")
+    columns = ("backward", lambda rank: f"column{rank % 2}")
+    program = ["forward", pairs, columns]
+    work = {"forward": 10.0, "between": 0.0}
+    traces = simulate_program(
+        program, lambda r, _s, p: work[p] + 60 * ((r, p) == (1, "forward")), noise=0.0, transfer_ms=0.1
+    )
+    blamed = sum(finding.lost_s for finding in verdicts(traces) if finding.blames)
+    assert blamed == pytest.approx(0.06, rel=0.02)
+
+
+_GROUPS = [everyone, lambda rank: f"pair{rank // 2}", lambda rank: f"column{rank % 2}"]
+_ITEMS = st.one_of(
+    st.sampled_from(["data", "forward", "backward", "checkpoint", "other"]),
+    st.tuples(st.sampled_from(["backward", "other"]), st.sampled_from(_GROUPS)),
+)
+
+
+@given(
+    program=st.lists(_ITEMS, min_size=1, max_size=6),
+    ranks=st.sampled_from([1, 2, 4, 6]),
+    noise=st.sampled_from([0.0, 0.1, 1.0]),
+    pauses=st.sampled_from([0.0, 0.1]),
+    slow=st.sampled_from([0.0, 30.0, 300.0]),
+    between=st.sampled_from([0.0, 20.0]),
+    transfer=st.sampled_from([0.1, 40.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=80, deadline=None)
+def test_rows_never_add_up_to_more_than_there_is(program, ranks, noise, pauses, slow, between, transfer, seed) -> None:
+    def work(rank, _step, phase):
+        return (between if phase == "between" else 20.0) + slow * ((rank, phase) == (0, "data"))
+
+    program = ["forward", *program]
+    traces = simulate_program(
+        program, work, ranks=ranks, noise=noise, pauses=pauses, transfer_ms=transfer, seed=seed, steps=12
+    )
+    findings, steps = verdicts(traces), step_times(traces)
+    assert sum(finding.lost_s for finding in findings) <= steps.mean_s + between / 1e3 + 1e-9
+    assert all(finding.lost_s >= 0 for finding in findings)
+
+
+ONLY_STEPS = ["data", "other", ("other", everyone)]
+
+
+def test_computation_without_phases_is_no_loss() -> None:
+    work = {"data": 1.0, "other": 100.0, "between": 0.0}
+    traces = simulate_program(ONLY_STEPS, lambda _r, _s, p: work[p], ranks=2)
+    assert not computation_has_phases(traces)
+    assert "other" not in {finding.kind for finding in verdicts(traces)}
+    late = simulate_program(ONLY_STEPS, lambda r, _s, p: work[p] + 50 * ((r, p) == (1, "other")), ranks=2)
+    assert [(one.kind, one.rank) for one in verdicts(late) if one.blames] == [("other", 1)]
+
+
+def test_what_phases_of_computation_leave_is_one() -> None:
+    work = {"data": 1.0, "forward": 60.0, "other": 40.0, "between": 0.0}
+    traces = simulate_program(["forward", *ONLY_STEPS], lambda _r, _s, p: work[p], ranks=2)
+    assert computation_has_phases(traces)
+    found = {finding.kind: finding.lost_s for finding in verdicts(traces)}
+    assert found["other"] == pytest.approx(0.04, rel=0.1)
+
+
+def test_the_rank_that_is_waited_for_most_often_is_told_though_chance_explains_it() -> None:
+    def work(rank, step, phase):
+        # Of two ranks one is late in two steps of three: that is not so rare by chance.
+        return BALANCED[phase] + 20.0 * (phase == "forward" and rank == (step % 3 == 0))
+
+    findings = verdicts(simulate_run(work, ranks=2, noise_ms=0.0, steps=16))
+    assert named(findings) == []
+    (imbalance,) = (finding for finding in findings if finding.kind == "imbalance")
+    assert "most often for rank 0, in 10 of 15 steps, which chance can explain" in imbalance.evidence
+
+
+def test_a_rank_whose_delays_are_too_small_to_name_it_is_not_said_to_be_chance() -> None:
+    def work(rank, _step, phase):
+        return BALANCED[phase] + 2.5 * ((rank, phase) == (1, "forward"))
+
+    findings = verdicts(simulate_run(work, ranks=4, noise_ms=0.0))
+    (imbalance,) = (finding for finding in findings if finding.kind == "imbalance")
+    assert "for rank 1, in 29 of 29 steps, but in no kind of work by so much that it is named" in imbalance.evidence
 
 
 def test_warm_up_is_kept_apart() -> None:
@@ -289,6 +391,18 @@ def test_without_a_run_record_no_key_of_ours_is_suggested(kind: str) -> None:
     suggestion = suggest(Finding(kind, "", 1.0, 3, "node2", "data", "", "high"), {})
     assert not any(f"{section}." in suggestion for section in ("train", "cluster", "parallel"))
     assert not suggestion.startswith("data.")
+
+
+@pytest.mark.parametrize("kind", CAUSES)
+def test_of_a_script_that_was_launched_only_the_clusters_keys_are_suggested(kind: str) -> None:
+    config = {"task": {"name": "script"}, "train": {"log_every": 1}, "cluster": {"cpus_per_rank": 1}}
+    finding = Finding(kind, "", 1.0, 3, "node2", "data", "", "high")
+    suggestion = suggest(finding, RunRecord(config=config).tunable)
+    expected = {"imbalance": "cluster.cpus_per_rank=2", "compute": "cluster.exclude=node2"}.get(kind)
+    if expected:
+        assert suggestion == expected
+    else:
+        assert suggestion == suggest(finding, {})
 
 
 def test_a_hostile_node_name_cannot_leave_its_shell_word() -> None:

@@ -85,7 +85,7 @@ def test_a_delay_is_charged_to_the_phase_that_took_longer() -> None:
     rows = collectives.expose(collectives.estimate_waits(collectives.match(traces), 1000), traces)
     parts = delay.work_parts(traces)
     groups = propagation.charged_groups(rows, parts)
-    losses = propagation.losses_by_step(groups, len(traces), parts, np.arange(1, 30))
+    losses = propagation.losses_by_step(groups, len(traces), parts, np.arange(1, 30)).total
     data = parts.names.index("data")
     assert losses[:, 3, data] == pytest.approx(55.0 * MS, rel=0.01)
     assert losses.sum() == pytest.approx(losses[:, 3, data].sum(), rel=0.01)

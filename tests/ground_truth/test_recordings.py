@@ -77,6 +77,11 @@ def test_the_clock_table_shows_the_shift_within_its_error(shifted) -> None:
     assert clock["error_s"].max() < 0.05
 
 
+def test_losses_add_up_to_no_more_than_the_step(recorded) -> None:
+    _, tables = recorded
+    assert 0 < tables["bottlenecks"]["step_share"].sum() <= 1.0
+
+
 def test_each_verdict_points_to_rows_that_exist(recorded) -> None:
     _, tables = recorded
     for pointer in tables["bottlenecks"]["evidence_rows"]:

@@ -1,6 +1,7 @@
 """What the terminal, a pipe and a narrow window get."""
 
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def test_a_pipe_gets_one_plain_line_a_row(slow_data: Analysis) -> None:
     second = next(line for line in lines if line.startswith("2  "))
     for name in ("share", "cause", "who", "phase", "sure", "try"):
         assert row[header.index(name) - 1] == second[header.index(name) - 1] == " "
+
+
+def test_how_to_tell_the_parts_of_a_computation_without_phases_is_said(slow_data: Analysis) -> None:
+    traces = [replace(trace, segments=trace.segments.assign(phase="other")) for trace in slow_data.study.traces]
+    for study, expected in ((slow_data.study, False), (replace(slow_data.study, traces=tuple(traces)), True)):
+        output = StringIO()
+        print_study(study, Path("out"), Console(file=output))
+        assert ("No phase covers the computation: annotate.phase(...)" in output.getvalue()) == expected
 
 
 @pytest.mark.parametrize("width", [20, 40, 72, 100, 160])
