@@ -61,9 +61,9 @@ class Report:
     requested: frozenset[str] = frozenset()
     """Of ``nvtx`` and ``cuda``: what nsys was asked to trace; empty where the report does not say."""
     cuda: CudaEvents | None = None
+    """What its GPUs did; None where no GPU activity was traced."""
     ranks: dict[int, int] = field(default_factory=dict)
     """Ranks by pid, of the processes that told theirs in a mark."""
-    """What its GPUs did; None where no GPU activity was traced."""
 
 
 def read_report(path: Path, source: Path, *, calls_alone: bool = False) -> Report:
