@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -21,6 +22,7 @@ from hpcmm.config import RunConfig
 from hpcmm.errors import HpcmmError
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+_LAST_TENSORS_S = 0.1
 
 
 @contextlib.contextmanager
@@ -38,7 +40,18 @@ def process_group(place: RankEnvironment, config: RunConfig, metrics: MetricsWri
         with _timeout_of_later_groups(timedelta(seconds=config.parallel.collective_timeout_s)):
             yield device
     finally:
-        dist.destroy_process_group()
+        leave_group()
+
+
+def leave_group() -> None:
+    """Destroy this process's groups, so that it can end.
+
+    A backend's thread drops the tensors of the last collective only once it holds the interpreter's lock. Groups that
+    something still refers to (default arguments of ``torch.distributed.nn``, DeepSpeed's own groups) keep their
+    threads, and a process whose interpreter shuts down before that is aborted. So they get the lock for a moment.
+    """
+    dist.destroy_process_group()
+    time.sleep(_LAST_TENSORS_S)
 
 
 @contextlib.contextmanager

@@ -29,10 +29,9 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 API = "/gradio_api"
 FILES = f"{API}/file="
 UPLOAD = f"{API}/upload"
-JOIN = f"{API}/queue/join"
 _OPEN_ROUTES = re.compile(
     rf"/|/config|/theme\.css|/favicon\.ico|/(?:assets|static|svelte)/[\w./@+-]+"
-    rf"|{API}/(?:info|app_id|startup-events|reset|cancel|upload|upload_progress|queue/join|queue/data)"
+    rf"|{API}/(?:info|app_id|startup-events|reset|cancel|upload|upload_progress|queue/join|queue/data|run/predict)"
     rf"|{API}/heartbeat/\w+|{API}/file=.+"
 )
 """What the page itself asks for. gradio has more: a proxy, its own API, recordings, code written by a model."""

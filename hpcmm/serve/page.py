@@ -99,6 +99,7 @@ def _one_image(service: Service) -> None:
         example = service.examples[int(event.index)]
         return str(example.sample.image), example.caption
 
+    # What is quick goes past gradio's queue: a page that has two events in it at once can miss an answer for good.
     inputs, outputs = [image, caption, question, threshold], [shown, seen]
     hidden = {"api_visibility": "private"}
     gr.on([ask.click, question.submit], answer, inputs, outputs, **hidden)
@@ -108,11 +109,11 @@ def _one_image(service: Service) -> None:
         shown,
         trigger_mode="always_last",
         show_progress="hidden",
-        concurrency_limit=4,
+        queue=False,
         **hidden,
     )
     if service.examples:
-        examples.select(take, None, [image, caption], **hidden)
+        examples.select(take, None, [image, caption], queue=False, **hidden)
 
 
 def _many_images(service: Service, cache: Path) -> None:
@@ -167,7 +168,7 @@ def _many_images(service: Service, cache: Path) -> None:
         shown,
         trigger_mode="always_last",
         show_progress="hidden",
-        concurrency_limit=4,
+        queue=False,
         api_visibility="private",
     )
 

@@ -46,11 +46,11 @@ class Client:
         assert joined.status_code == 200, joined.text
         return str(self._result(joined.json()["event_id"])[0])
 
-    def join(self, data: list[Any], name: str = "answer") -> httpx.Response:
+    def join(self, data: list[Any], name: str = "answer", door: str = "queue/join") -> httpx.Response:
         """Put a question into the queue."""
         index = next(each["id"] for each in self._config["dependencies"] if each["api_name"] == name)
         body = {"data": data, "fn_index": index, "session_hash": self._session, "trigger_id": None, "event_data": None}
-        return self.http.post("/gradio_api/queue/join", json=body)
+        return self.http.post(f"/gradio_api/{door}", json=body)
 
     def _result(self, event: str) -> list[Any]:
         with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": self._session}) as stream:

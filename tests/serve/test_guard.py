@@ -64,7 +64,7 @@ def ask(cache):
 
 ROUTES = [
     "/", "/config", "/theme.css", "/assets/index.js", "/gradio_api/upload", "/gradio_api/queue/join",
-    "/gradio_api/queue/data", "/gradio_api/info", "/gradio_api/heartbeat/abc", "/gradio_api/file=/etc/passwd",
+    "/gradio_api/queue/data", "/gradio_api/run/predict", "/gradio_api/info", "/gradio_api/heartbeat/abc", "/gradio_api/file=/etc/passwd",
 ]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_the_own_page_can(ask):
 
 @pytest.mark.parametrize(
     "path",
-    ["/docs", "/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/run/predict", "/gradio_api/call/x", "/manifest.json",
+    ["/docs", "/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/run/answer", "/gradio_api/call/x", "/manifest.json",
      "/gradio_api/component_server", "/gradio_api/process_recording", "/gradio_api/vibe-edit/", "/gradio_api/deep_link",
      "/assets/..%2f..%2fetc/passwd", "/assets/../config.yaml", "/static/%2e%2e/x", "/monitoring", "/login"],
 )  # fmt: skip

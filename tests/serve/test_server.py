@@ -131,6 +131,14 @@ def test_a_page_of_another_origin_gets_nothing(server):
         assert client.http.post("/gradio_api/queue/join", json={}, headers={"origin": "http://x"}).status_code == 403
 
 
+def test_no_question_gets_past_the_queue(server, picture):
+    with Client(server) as client:
+        question = [client.upload(picture()), "a wall", "Is there an anomaly?", 0.5]
+        assert client.join(question, door="run/predict").status_code == 404
+        moved = client.join([0.5, None], name="again", door="run/predict")  # a slider, which is quick
+        assert moved.status_code == 200
+
+
 def test_many_users_at_once_get_their_own_answers(server, trained_run, picture):
     before = len(log_of(trained_run))
 

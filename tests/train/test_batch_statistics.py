@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
+from hpcmm.bootstrap.group import leave_group
 from hpcmm.models.decoders.batch_norm import Float32BatchNorm2d
 from hpcmm.train.batch_statistics import merge_batch_statistics
 
@@ -27,7 +28,7 @@ def merged_on_a_rank(rank: int, folder: str) -> None:
     frozen = model[1].running_mean.clone()
     merge_batch_statistics(model)
     torch.save([model[0].running_mean, model[0].running_var, model[1].running_mean - frozen], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_statistics_are_those_of_all_ranks_images(tmp_path: Path):

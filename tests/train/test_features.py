@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from hpcmm.bootstrap.group import leave_group
 from hpcmm.config import ClusterConfig, DataConfig, ModelConfig, ParallelConfig, Precision, RunConfig, TrainConfig
 from hpcmm.data.anomaly import TestImages, TrainImages, build_datasets, collate
 from hpcmm.data.features import FeatureStore, KeptItems
@@ -234,7 +235,7 @@ def _as_rank(config: RunConfig, rank: int, meeting: Path) -> None:
     counting = Counting(encoder := encoder_of(config))
     keep_features(config, encoder, *sets_of(config), Ranks(rank, 2))
     assert counting.seen == 8 + 2
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def test_an_encoder_that_trains_is_refused(config: RunConfig):

@@ -21,6 +21,7 @@ select_accelerator()
 from hpcmm.bootstrap.cache import extensions_dir
 from hpcmm.bootstrap.compiled_ops import load_ops
 from hpcmm.bootstrap.environment import RankEnvironment
+from hpcmm.bootstrap.group import leave_group
 from hpcmm.config import *
 load_ops(extensions_dir(ClusterConfig(name="test")))
 import deepspeed
@@ -86,7 +87,7 @@ if rank == 0:
     }))
 dist.barrier()
 engine.destroy()
-dist.destroy_process_group()
+leave_group()
 """
 
 
