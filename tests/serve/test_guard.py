@@ -64,7 +64,8 @@ def ask(cache):
 
 ROUTES = [
     "/", "/config", "/theme.css", "/assets/index.js", "/gradio_api/upload", "/gradio_api/queue/join",
-    "/gradio_api/queue/data", "/gradio_api/run/predict", "/gradio_api/info", "/gradio_api/heartbeat/abc", "/gradio_api/file=/etc/passwd",
+    "/gradio_api/queue/data", "/gradio_api/run/predict", "/gradio_api/info", "/gradio_api/heartbeat/abc",
+    "/gradio_api/file=/etc/passwd",
 ]  # fmt: skip
 
 
