@@ -6,6 +6,7 @@ Hydra merges ``conf/`` into :class:`RunConfig`; a key that is not a field here i
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -474,6 +475,19 @@ def load(path: Path) -> RunConfig:
         raise HpcmmError(f"{path} cannot be read ({error.strerror}): is this a run directory?") from error
     except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(" ".join(str(error).split("\n", 2)[:2]).split()).rstrip(".")
-        raise HpcmmError(f"{path} is not a configuration of this version of hpcmm: {reason}.") from error
+        raise HpcmmError(
+            f"{path} is not a configuration of this version of hpcmm: {reason}.{_of_its_own_time(path.parent)}"
+        ) from error
     assert isinstance(loaded, RunConfig)
     return loaded
+
+
+def _of_its_own_time(run: Path) -> str:
+    """How to read a run that another version of hpcmm wrote: with the code that it keeps."""
+    code = run / "code" / "hpcmm"  # as hpcmm.launch.snapshot lays it out
+    if not (code / "hpcmm").is_dir():
+        return ""
+    paths = shlex.quote(f"PYTHONPATH={code.absolute()}"), shlex.quote(str(run.absolute()))
+    return " The run keeps the code that wrote it: env {} python -P -m hpcmm.evaluate {} (or hpcmm.serve).".format(
+        *paths
+    )

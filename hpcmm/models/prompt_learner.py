@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcmm.words.grid import SIDE
+from hpcmm.words.grid import LEAST_SHARE, SIDE
 
 CHANNELS = (16, 32, 64, 128, 256)
 """After each of the five convolutions, each of which is followed by a halving."""
@@ -14,10 +14,9 @@ _MAP_SIDE = SIDE * 2 ** len(CHANNELS)
 """The map's side at the first convolution, so that the halvings end in the grid that answers name."""
 BASE_PROMPTS = 9
 
-
-_GATE = (8.0, 10.0, -10.0)
-"""Where the gates begin: weight of a cell's peak, weight of its share of the map, bias. The ratios are those of a
-logistic regression on simulated anomalies; twice its steepness makes the prompts clearer words."""
+_GATE = (0.5, 20.0, 0.002, LEAST_SHARE, 30.0)
+"""Where the gates begin, as answers are defined (hpcmm.words.grid): what a place of the map must reach to count as
+damaged, and how sharply; what share of the image is noise; what share of the damage a cell must hold, and how sharply."""
 
 
 class PromptLearner(nn.Module):
@@ -52,17 +51,18 @@ class PromptLearner(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         resized = functional.adaptive_avg_pool2d(maps.unsqueeze(1), _MAP_SIDE).to(self.base.dtype)
         seen = self.to_words(self.convolutions(resized)).flatten(2).transpose(1, 2)
-        gates = self._gates(resized).unsqueeze(2)
+        gates = self._gates(resized).unsqueeze(2).to(self.base.dtype)
         prompts = gates * self.cell_names + (1 - gates) * self.intact + self.scale * seen
         return torch.cat([prompts, self.base.expand(len(maps), -1, -1)], dim=1)
 
     def _gates(self, resized: Tensor) -> Tensor:
-        """Of maps (B, 1, side, side) how far each cell counts as damaged (B, 9), from 0 to 1."""
-        smooth = functional.avg_pool2d(resized, 3, stride=1, padding=1)
-        peaks = functional.adaptive_max_pool2d(smooth, SIDE).flatten(1)
-        marked = functional.adaptive_avg_pool2d(resized.square(), SIDE).flatten(
-            1
-        )  # squared, so that faint noise is little
-        shares = marked / marked.sum(dim=1, keepdim=True).clamp(min=1e-6)
-        weight_of_peak, weight_of_share, bias = self.gate
-        return torch.sigmoid(weight_of_peak * peaks + weight_of_share * shares + bias)
+        """Of maps (B, 1, side, side) how far an answer would name each cell (B, 9), from 0 to 1.
+
+        Soft forms of what makes a mask of the map and names its cells, so that they have gradients.
+        """
+        threshold, sharpness, noise, least_share, steepness = self.gate.float()
+        damaged = functional.adaptive_avg_pool2d(
+            torch.sigmoid(sharpness * (resized.float() - threshold)), SIDE
+        ).flatten(1)
+        shares = damaged / (damaged.sum(dim=1, keepdim=True) + SIDE * SIDE * noise)
+        return torch.sigmoid(steepness * (shares - least_share))
