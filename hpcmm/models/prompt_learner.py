@@ -16,7 +16,7 @@ BASE_PROMPTS = 9
 
 _GATE = (0.5, 20.0, 0.002, LEAST_SHARE, 30.0)
 """Where the gates begin, as answers are defined (hpcmm.words.grid): what a place of the map must reach to count as
-damaged, and how sharply; what share of the image is noise; what share of the damage a cell must hold, and how sharply."""
+damaged, and how sharply; what share of the image is noise; what share of the damage a cell must hold, how sharply."""
 
 
 class PromptLearner(nn.Module):

@@ -13,6 +13,7 @@ import pytest
 from hpcmm import config as run_config
 from hpcmm.config import RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.compose import compose_run
 from hpcmm.launch.snapshot import take_snapshot
 from hpcmm.run_dir import RunDir
 
@@ -21,8 +22,7 @@ from hpcmm.run_dir import RunDir
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "a run of $(id)")
     run.create()
-    config = RunConfig(name="older")
-    run_config.dump(config, run.config)
+    run_config.dump(compose_run(["cluster=local"]), run.config)
     run.config.write_text(run.config.read_text().replace("data:\n", "data:\n  dropped: 3\n"))
     return run
 
