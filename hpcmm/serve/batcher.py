@@ -22,6 +22,7 @@ class BusyError(HpcmmError):
 class Batcher(Generic[Asked, Answer]):
     """Calls ``run`` with up to ``most`` requests, of which the first waits at most ``wait_s`` for the others.
 
+    It waits only until as many are there as were in the batch before, so that who is alone does not wait.
     A batch that fails is run once more one by one, so that nobody pays for another's request. Close it at the end.
     """
 
@@ -37,6 +38,7 @@ class Batcher(Generic[Asked, Answer]):
         self._most = most
         self._wait_s = wait_s
         self._waiting: queue.Queue[tuple[Asked, Future[Answer]]] = queue.Queue(waiting)
+        self._last = 1
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="batcher", daemon=True)
         self._thread.start()
@@ -74,10 +76,12 @@ class Batcher(Generic[Asked, Answer]):
             return []
         until = time.monotonic() + self._wait_s
         while len(batch) < self._most:
+            wait_s = until - time.monotonic() if len(batch) < self._last else 0.0
             try:
-                batch.append(self._waiting.get(timeout=max(0.0, until - time.monotonic())))
+                batch.append(self._waiting.get(timeout=max(0.0, wait_s)))
             except queue.Empty:
                 break
+        self._last = len(batch)
         # Whoever has gone meanwhile needs no answer.
         return [(asked, future) for asked, future in batch if future.set_running_or_notify_cancel()]
 
