@@ -87,3 +87,20 @@ def test_the_total_is_the_weighted_sum_of_its_parts(dtype: torch.dtype):
     torch.testing.assert_close(parts["focal"], focal_loss(logits, mask.float(), 1.0, 0.75))
     torch.testing.assert_close(parts["dice"], dice_loss(logits, mask.float()))
     torch.testing.assert_close(total, 3 * parts["focal"] + 0.5 * parts["dice"])
+
+
+@given(st.floats(0, 3), st.floats(0, 3), st.floats(0, 3), st.floats(0, 5))
+def test_the_total_is_the_weighted_sum_with_the_words(focal: float, dice: float, text: float, entropy: float):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 2, 4, 4, generator=generator)
+    mask = (torch.rand(2, 1, 4, 4, generator=generator) > 0.7).float()
+    config = TrainConfig(focal_weight=focal, dice_weight=dice, text_weight=text)
+    words = torch.tensor(entropy, requires_grad=True)
+    total, parts = LossLearner(config)(logits, mask, words)
+    expected_focal = focal_loss(logits, mask, config.focal_gamma, config.focal_alpha)
+    expected = focal * expected_focal + dice * dice_loss(logits, mask) + text * entropy
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    assert set(parts) == {"focal", "dice", "text"}
+    assert parts["text"].item() == pytest.approx(entropy)
+    total.backward()
+    assert words.grad.item() == pytest.approx(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+import hpcmm.train.anomaly
 from hpcmm.bootstrap.group import leave_group
-from hpcmm.config import ClusterConfig, DataConfig, RunConfig
+from hpcmm.config import ClusterConfig, DataConfig, LlmConfig, LlmKind, ModelConfig, RunConfig
 from hpcmm.train.anomaly import AnomalyTask
 from hpcmm.train.data_root import ensure_data
 from hpcmm.train.sampling import even_share
+from hpcmm.words.conversations import Said
 
 RANKS = 3
 PER_CATEGORY = 7
@@ -41,7 +44,22 @@ def config(cache: Path) -> RunConfig:
         train_images_per_category=2,
         test_images_per_category=PER_CATEGORY,
     )
+    run.model = ModelConfig(decoder_width=32, text_adapter_width=64, llm=LlmConfig(kind=LlmKind.tiny))
     return run
+
+
+def make_talkative(task: AnomalyTask) -> None:
+    """Have an untrained model give each image another answer, and read a statement out of each."""
+    assert task.model.language is not None
+    with torch.no_grad():
+        for parameter in task.model.language.llm.parameters():
+            parameter.mul_(3)
+    hpcmm.train.anomaly.parse_answer = read_a_statement
+
+
+def read_a_statement(text: str) -> Said:
+    number = zlib.crc32(text.encode())
+    return Said(bool(number & 1), frozenset({number // 2 % 9}))
 
 
 def scores_of_a_rank(rank: int, world_size: int, folder: str) -> None:
@@ -49,7 +67,8 @@ def scores_of_a_rank(rank: int, world_size: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store_{world_size}", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     task = AnomalyTask(config(Path(folder) / "cache"), torch.device("cpu"))
-    scores = task.evaluate(DistributedDataParallel(task.model), rank, world_size)
+    make_talkative(task)
+    scores = task.evaluate(DistributedDataParallel(task.model), rank, world_size, words=True)
     Path(folder, f"{world_size}_{rank}.json").write_text(json.dumps(scores))
     leave_group()
 
@@ -61,6 +80,7 @@ def test_the_ranks_scores_are_one_process_scores(tmp_path: Path):
     alone, together, of_another = (
         json.loads((tmp_path / name).read_text()) for name in ("1_0.json", f"{RANKS}_0.json", f"{RANKS}_1.json")
     )
-    assert set(alone) >= {"image_auroc", "pixel_auroc"}
+    assert set(alone) >= {"image_auroc", "pixel_auroc", "words_detection", "words_grid"}
+    assert 0 < alone["words_detection_shuffled"] < 1  # the answers differ
     assert together == pytest.approx(alone, abs=1e-5)
     assert of_another == {}
