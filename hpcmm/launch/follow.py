@@ -25,7 +25,6 @@ _POLL_S = (1.0, 5.0)
 """First and longest pause between two questions to the scheduler; each pause is a fifth longer than the one before."""
 _READ_S = 0.5
 _RECORD_WAIT_S = 30
-_LOG_TAIL_LINES = 25
 
 
 def follow(config: RunConfig, submission: Submission) -> int:
@@ -50,7 +49,7 @@ def follow(config: RunConfig, submission: Submission) -> int:
             said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
             console.print(f"on held-out images: {said}")
         return 0
-    _show_failure(config, submission.run, console)
+    _show_failure(submission.run, console)
     return 1
 
 
@@ -146,21 +145,13 @@ def _show_analysis(submission: Submission, console: Console) -> None:
         console.print(f"analysis job {submission.analysis_job_id}: {state.state}", markup=False)
 
 
-def _show_failure(config: RunConfig, run: RunDir, console: Console) -> None:
-    """The end of the rank's log that complained first; the batch script's own log was shown as it came."""
-    logs = [log for log in map(run.rank_log, range(config.world_size)) if log.is_file() and _complains(log)]
-    first = min(logs, key=lambda log: log.stat().st_mtime_ns, default=None)
-    if first is not None:
-        console.print(f"last lines of {first}:", markup=False)
-        for line in first.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]:
-            console.print("  " + line, markup=False)
+def _show_failure(run: RunDir, console: Console) -> None:
+    """Which rank failed first, where, and what to do; the batch script's own log was shown as it came."""
+    command = ["-m", "hpcmm.jobs", "why", str(run.root)]
+    explained = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False)
+    console.print(explained.stdout.rstrip("\n"), markup=False)
     console.print(f"all logs: {run.logs}", markup=False)
-    console.print(f"why: python -m hpcmm.jobs why {shlex.quote(str(run.root))}", markup=False)
-
-
-def _complains(log: Path) -> bool:
-    text = log.read_text(errors="replace")
-    return "Traceback (most recent call last)" in text or "\nhpcmm: " in f"\n{text}"
+    console.print(f"this again: python {shlex.join(command)}", markup=False)
 
 
 @dataclass

@@ -258,10 +258,12 @@ def test_the_doctor_refuses_a_folder_of_nobody(tmp_path):
     assert "no such user's home" in done.stderr
 
 
-def test_a_followed_job_that_fails_ends_with_the_command_that_tells_why(tmp_path):
+def test_a_followed_job_that_fails_ends_with_why(tmp_path):
     answers = "case $0 in *squeue) echo 'FAILED|NonZeroExitCode|N/A';; *sacct) printf 'JobID\\tState\\n7\\tFAILED\\n';;"
     answers += " *) echo Submitted batch job 7;; esac"
     done = launch_with_sbatch(tmp_path, f"#!/bin/sh\n{answers}\n", "launch.snapshot=false", "wait=true")
     (run,) = (tmp_path / "runs").glob("run-*")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"why: python -m hpcmm.jobs why {run}"
+    assert "job 7: FAILED" in done.stderr
+    assert f"job 7 ({run.name}): " in done.stderr
+    assert done.stderr.splitlines()[-1] == f"this again: python -m hpcmm.jobs why {run}"
