@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hpcmm.models.image_encoders.encoder import ImageEncoder
-from hpcmm.models.image_encoders.tokens import check_square, choose_taps, tokens_to_map
+from hpcmm.models.image_encoders.tokens import TINY_VISION, check_square, choose_taps, tokens_to_map
 from hpcmm.models.pretrained import clip_config, load_pretrained
 
 _KEY = "model.image_weights"
@@ -60,15 +60,7 @@ class ClipEncoder(ImageEncoder):
         """Random weights: 4 blocks of width 96, patches of 8 pixels, for machines without weights."""
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection  # noqa: PLC0415
 
-        config = CLIPVisionConfig(
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=64,
-            patch_size=8,
-            projection_dim=TINY_EMBEDDING_WIDTH,
-        )
+        config = CLIPVisionConfig(**TINY_VISION, projection_dim=TINY_EMBEDDING_WIDTH)
         return cls(CLIPVisionModelWithProjection(config), taps, frozen=frozen)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What vision transformers share: which blocks are tapped, and how tokens become maps."""
+"""What vision transformers share: the small one's sizes, which blocks are tapped, and how tokens become maps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from torch import Tensor
 from hpcmm.errors import HpcmmError
 
 TAPS = 4
+TINY_VISION = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 8,
+}
+"""Of transformers' vision configurations: a model for machines without weights."""
 
 
 def choose_taps(wanted: Sequence[int], blocks: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpcmm.errors import HpcmmError
 from hpcmm.models.image_encoders.encoder import ImageEncoder
-from hpcmm.models.image_encoders.tokens import check_square, choose_taps, tokens_to_map
+from hpcmm.models.image_encoders.tokens import TINY_VISION, check_square, choose_taps, tokens_to_map
 from hpcmm.models.pretrained import load_pretrained
 
 _PREPROCESSING = "preprocessor_config.json"
@@ -59,14 +59,7 @@ class ViTEncoder(ImageEncoder):
         """Random weights: 4 blocks of width 96, patches of 8 pixels, for machines without weights."""
         from transformers import ViTConfig, ViTModel  # noqa: PLC0415
 
-        config = ViTConfig(
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=64,
-            patch_size=8,
-        )
+        config = ViTConfig(**TINY_VISION)
         return cls(ViTModel(config, add_pooling_layer=False), taps, frozen=frozen)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
