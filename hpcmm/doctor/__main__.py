@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from hpcmm.doctor.report import report_lines, report_values
 from hpcmm.doctor.step import allocation_options, check_nodes
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.compose import compose_run
+from hpcmm.launch.refusal import cure, on_one_line
+from hpcmm.launch.sbatch import check_slurm_conf
 from hpcmm.launch.validate_cluster import cluster_problems
 from hpcmm.slurm_commands import outside_of_jobs
 from hpcmm.working_directory import check_working_directory
@@ -73,6 +76,7 @@ def _check(config: RunConfig, options: argparse.Namespace) -> int:
     found: dict[str, dict[str, Any]] = {login: here}
     nodes: list[str] = []
     if options.nodes > 0:
+        check_slurm_conf()
         srun = ["srun", *allocation_options(config.cluster, _TIME_LIMIT_MIN), f"--immediate={options.wait}"]
         srun += [f"--nodelist={options.nodelist}"] if options.nodelist else []
         srun += [f"--exclude={config.cluster.exclude}"] if config.cluster.exclude else []
@@ -81,7 +85,7 @@ def _check(config: RunConfig, options: argparse.Namespace) -> int:
         nodes = result.nodes
         found |= result.found
         if not nodes:
-            raise HpcmmError(f"No node was checked: {' '.join(result.complaint.split()) or 'srun said nothing'}.")
+            raise HpcmmError(_refused(config, options.nodes, result.complaint))
     names = [login, *nodes]
     findings = judge([login], found) + judge(nodes, found, config.cluster.gpus_per_node)
     findings += [] if not nodes else _against_nodes(login, found, nodes)
@@ -90,6 +94,12 @@ def _check(config: RunConfig, options: argparse.Namespace) -> int:
     else:
         print("\n".join(report_lines(names, found, findings)))
     return 1 if any(finding.weight is Weight.bad for finding in findings) else 0
+
+
+def _refused(config: RunConfig, nodes: int, complaint: str) -> str:
+    said = on_one_line("srun", complaint)
+    asked = replace(config, cluster=replace(config.cluster, nodes=nodes))
+    return f"No node was checked: {said.removesuffix('.')}. {cure(asked, said) or ''}".rstrip()
 
 
 def _against_nodes(login: str, found: dict[str, dict[str, Any]], nodes: list[str]) -> list[Finding]:

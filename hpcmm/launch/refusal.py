@@ -35,9 +35,10 @@ _NO_CONFIGURATION = (
 
 def cannot_start(config: RunConfig, reason: str) -> str:
     """What to do about a job that waits for one of ``CANNOT_START``."""
-    return _cure(config, CANNOT_START[reason])
+    return cure(config, CANNOT_START[reason]) or _UNKNOWN
 
 
+_UNKNOWN = "Change the cluster settings and try again."
 _UNCERTAIN = (
     "timed out",
     "send/recv",
@@ -64,12 +65,17 @@ def is_certain(returncode: int, complaint: str, answer: str) -> bool:
 
 def refusal(config: RunConfig, complaint: str) -> str:
     """sbatch's own words, on one line and without control characters, and the cure."""
+    said = on_one_line("sbatch", complaint)
+    return f"Slurm refused the job ({said}). {cure(config, said) or _UNKNOWN}"
+
+
+def on_one_line(command: str, complaint: str) -> str:
+    """What a command of Slurm's said, each thing once, on one line and without control characters."""
     lines = [
-        printable(line).strip().removeprefix("sbatch: ").removeprefix("error: ").strip()
+        printable(line).strip().removeprefix(f"{command}: ").removeprefix("error: ").removeprefix("fatal: ").strip()
         for line in complaint.splitlines()
     ]
-    said = "; ".join(line for line in lines if line) or "sbatch said nothing"
-    return f"Slurm refused the job ({said}). {_cure(config, said)}"
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or f"{command} said nothing"
 
 
 def printable(text: str) -> str:
@@ -77,7 +83,8 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def _cure(config: RunConfig, complaint: str) -> str:
+def cure(config: RunConfig, complaint: str) -> str | None:
+    """What to do about what Slurm said; None where that is not known."""
     cluster = config.cluster
     nodes = (
         f"Asked for are {cluster.nodes} nodes with {cluster.ranks_per_node} ranks of {cluster.cpus_per_rank} CPUs and "
@@ -130,7 +137,7 @@ def _cure(config: RunConfig, complaint: str) -> str:
         "connection refused": "The Slurm controller is down: see with `scontrol ping`, and launch again.",
     }
     lowered = complaint.lower()
-    return next((cure for said, cure in cures.items() if said in lowered), "Change the cluster settings and try again.")
+    return next((each for said, each in cures.items() if said in lowered), None)
 
 
 def _gpus(cluster: ClusterConfig) -> str:

@@ -73,12 +73,17 @@ def _say_what_is_ignored(variables: Sequence[str]) -> None:
 
 
 def check_slurm_is_here() -> None:
-    """Raises RefusedError without Slurm's commands, or its configuration, for which they would wait a minute."""
+    """Raises RefusedError without Slurm's commands, or its configuration."""
     missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
     if missing:
         raise RefusedError(
             f"{' and '.join(missing)} not found: launch on a Slurm login node, or run here with cluster=local."
         )
+    check_slurm_conf()
+
+
+def check_slurm_conf() -> None:
+    """Raises RefusedError where SLURM_CONF names no file, for which Slurm's commands would wait a minute."""
     configuration = os.environ.get("SLURM_CONF")
     if configuration and not Path(configuration).is_file():
         raise RefusedError(
