@@ -9,18 +9,22 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from hpcmm.errors import HpcmmError
+from hpcmm.frozen_config import frozen_text, plain_values
 
 MISSING: Any = "???"
 """OmegaConf's marker of a value that the YAML tree must give."""
+_MOST_OF_A_REASON = 300
+"""Characters of what OmegaConf and YAML say of a configuration."""
 
 
 class Executor(StrEnum):
@@ -469,17 +473,41 @@ def _plain(value: Any) -> Any:
 
 def load(path: Path) -> RunConfig:
     """Read a frozen configuration. Raises HpcmmError where the file is missing or is not one."""
+    given = _frozen(path)
     try:
-        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
-    except OSError as error:
-        raise HpcmmError(f"{path} cannot be read ({error.strerror}): is this a run directory?") from error
-    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(" ".join(str(error).split("\n", 2)[:2]).split()).rstrip(".")
+        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise HpcmmError(
-            f"{path} is not a configuration of this version of hpcmm: {reason}.{_of_its_own_time(path.parent)}"
+            f"{path} is not a configuration of this version of hpcmm: {_reason(error)}.{_of_its_own_time(path.parent)}"
         ) from error
     assert isinstance(loaded, RunConfig)
     return loaded
+
+
+def _frozen(path: Path) -> DictConfig:
+    """The values of a configuration of whatever version of hpcmm."""
+    try:
+        text = frozen_text(path)
+        plain_values(text)  # refuses what would have OmegaConf work without end
+        given = OmegaConf.load(StringIO(text))
+    except OSError as error:
+        raise HpcmmError(f"{path} cannot be read ({error.strerror}): is this a run directory?") from error
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+        raise HpcmmError(
+            f"{path} is damaged ({_reason(error)}): put back what hpcmm.launch wrote, which nothing changes later."
+        ) from error
+    assert isinstance(given, DictConfig)
+    return given
+
+
+def _reason(error: Exception) -> str:
+    """A short line for a terminal, which obeys nothing that the file holds."""
+    if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
+        said = f"line {error.problem_mark.line + 1}: {error.problem}"
+    else:
+        said = " ".join(" ".join(str(error).split("\n", 2)[:2]).split()).rstrip(".")
+    said = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in said)
+    return said if len(said) <= _MOST_OF_A_REASON else f"{said[:_MOST_OF_A_REASON]} …"
 
 
 def _of_its_own_time(run: Path) -> str:
