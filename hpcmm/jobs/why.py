@@ -16,6 +16,8 @@ from hpcmm.jobs.queue import Job
 
 _MOST_LINES = 12
 _MOST_RANKS = 8
+_MOST_CHARACTERS = 2000
+"""Of a line: some exceptions tell the whole of an array."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def lines_of(explanation: Explanation) -> list[str]:
     title = f"job {job.job_id} ({name})" if name else f"job {job.job_id}"
     notes = [f"note: {note}" for note in evidence.notes]
     if verdict is None:
-        return [printable(line.encode()) for line in [f"{title}: {job.state}. {_progress(evidence)}", *notes]]
+        return [_printable(line) for line in [f"{title}: {job.state}. {_progress(evidence)}", *notes]]
     lines = [f"{title}: {verdict.kind}"]
     lines += [f"first:    {_first(verdict)}"] if _first(verdict) else []
     what, *more = (verdict.what.splitlines() or [""])[:6]
@@ -69,7 +71,7 @@ def lines_of(explanation: Explanation) -> list[str]:
     if evidence.run is not None:
         log = evidence.run.rank_log(verdict.rank) if verdict.rank is not None else evidence.run.batch_log
         lines.append(f"log:      {log}")
-    return [printable(line.encode()) for line in [*lines, *notes]]
+    return [_printable(line) for line in [*lines, *notes]]
 
 
 def values_of(explanation: Explanation) -> dict[str, Any]:
@@ -113,6 +115,12 @@ def _advice(explanation: Explanation) -> list[str]:
     if evidence.job.active and evidence.job.pending:
         said.append("Slurm has queued the job again; it needs nothing now.")
     return said
+
+
+def _printable(line: str) -> str:
+    text = printable(line.encode("utf-8", "backslashreplace"))  # a message may hold file names that are no text
+    cut = len(text) - _MOST_CHARACTERS
+    return f"{text[:_MOST_CHARACTERS]} … and {cut} characters more" if cut > 0 else text
 
 
 def _shown(traceback: list[str]) -> list[str]:

@@ -172,6 +172,15 @@ def test_the_explanation_is_printable_and_says_what_to_do():
     assert values_of(node)["exclude"] == ["n1"]
 
 
+def test_a_message_that_is_no_text_or_without_end_is_told_nevertheless():
+    lines = lines_of(explanation_of(job(raised(0, 5, "ValueError", "name \udcff"))))
+    assert any(line.endswith(r"ValueError: name \udcff") for line in lines)
+    assert "\n".join(lines).encode()
+    lines = lines_of(explanation_of(job(raised(0, 5, "ValueError", "y" * 100_000))))
+    assert any(line.endswith("y … and 98022 characters more") for line in lines), lines[2][-60:]
+    assert max(map(len, lines)) < 2100
+
+
 def test_ranks_that_were_all_told_to_end_did_not_fail():
     assert first_failure(job(signalled(0, 3, 15), signalled(1, 4, 15))).kind is Kind.cancelled
     assert first_failure(job(signalled(0, 3, 15), silent(1))).kind is not Kind.cancelled
