@@ -31,6 +31,17 @@ def follow(config: RunConfig, submission: Submission) -> int:
     """Watch until the job is over. Returns the exit status: 0 when it completed, 1 when it failed, 130 on Ctrl-C."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
+        return _follow(config, submission, console)
+    except OSError:
+        if submission.run.root.is_dir():
+            raise
+        said = f"hpcmm: {submission.run.root} is gone, so job {submission.job_id} cannot be followed."
+        console.print(said, markup=False)
+        return 1
+
+
+def _follow(config: RunConfig, submission: Submission, console: Console) -> int:
+    try:
         state = _watch(config, submission, console)
         record = _record(config, submission, state)
     except KeyboardInterrupt:
@@ -70,17 +81,25 @@ def _watch(config: RunConfig, submission: Submission, console: Console) -> Queue
                 console.print(_state_line(submission.job_id, state), markup=False)
             for line in (line for log in shown_logs for line in log.lines()):
                 console.print(line, markup=False)
-            for line in metrics.lines():
-                record = json.loads(line)
-                if record["event"] == "step":
-                    description = f"loss {record['loss']:.4f}, {record['step_s']:.3f} s a step"
-                    bar.update(task, completed=record["step"] + 1, description=description)
-                    done = record["step"] + 1
-                    if bar.disable and (done % config.train.log_every == 0 or done in (1, config.train.steps)):
-                        console.print(f"step {record['step'] + 1}/{config.train.steps}: {description}")
+            for done, loss, step_s in filter(None, map(_finished_step, metrics.lines())):
+                description = f"loss {loss:.4f}, {step_s:.3f} s a step"
+                bar.update(task, completed=done, description=description)
+                if bar.disable and (done % config.train.log_every == 0 or done in (1, config.train.steps)):
+                    console.print(f"step {done}/{config.train.steps}: {description}")
             if not state.active:
                 return state
     raise AssertionError("the states end with one that is not active")
+
+
+def _finished_step(line: str) -> tuple[int, float, float] | None:
+    """How many steps are done, the loss and the seconds of the last; None for a line that is no step's, or damaged."""
+    try:
+        record = json.loads(line)
+        return (
+            (record["step"] + 1, float(record["loss"]), float(record["step_s"])) if record["event"] == "step" else None
+        )
+    except (ValueError, RecursionError, KeyError, TypeError):  # as a full disk leaves it
+        return None
 
 
 def _states(config: RunConfig, submission: Submission) -> Iterator[QueueState]:

@@ -258,12 +258,37 @@ def test_the_doctor_refuses_a_folder_of_nobody(tmp_path):
     assert "no such user's home" in done.stderr
 
 
+FAILING_JOB = """\
+#!/bin/sh
+case $0 in *squeue) echo 'FAILED|NonZeroExitCode|N/A';; *sacct) printf 'JobID\\tState\\n7\\tFAILED\\n';;
+*) echo Submitted batch job 7;; esac
+"""
+
+
 def test_a_followed_job_that_fails_ends_with_why(tmp_path):
-    answers = "case $0 in *squeue) echo 'FAILED|NonZeroExitCode|N/A';; *sacct) printf 'JobID\\tState\\n7\\tFAILED\\n';;"
-    answers += " *) echo Submitted batch job 7;; esac"
-    done = launch_with_sbatch(tmp_path, f"#!/bin/sh\n{answers}\n", "launch.snapshot=false", "wait=true")
+    done = launch_with_sbatch(tmp_path, FAILING_JOB, "launch.snapshot=false", "wait=true")
     (run,) = (tmp_path / "runs").glob("run-*")
     assert done.returncode == 1
     assert "job 7: FAILED" in done.stderr
     assert f"job 7 ({run.name}): " in done.stderr
     assert done.stderr.splitlines()[-1] == f"this again: python -m hpcmm.jobs why {run}"
+
+
+def test_a_followed_run_whose_folder_is_deleted_is_one_sentence(tmp_path):
+    deleting = FAILING_JOB.replace("*sacct)", f"*sacct) rm -r {tmp_path}/runs;")
+    done = launch_with_sbatch(tmp_path, deleting, "launch.snapshot=false", "wait=true")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(" is gone, so job 7 cannot be followed.")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_line_of_the_metrics_does_not_end_the_following(tmp_path):
+    lines = r'cut {\n[1]\n{"event": "step"}\n{"event": "step", "step": 0, "loss": 0.5, "step_s": 2}\n'
+    writing = FAILING_JOB.replace(
+        "*squeue)",
+        f"*squeue) for run in {tmp_path}/runs/run-*; do printf '{lines}' > $run/metrics/rank_0000.jsonl; done;",
+    )
+    done = launch_with_sbatch(tmp_path, writing, "launch.snapshot=false", "wait=true")
+    assert "job 7: FAILED" in done.stderr
+    assert "step 1/100: loss 0.5000, 2.000 s a step" in done.stderr
+    assert "Traceback" not in done.stderr
