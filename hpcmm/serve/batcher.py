@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -40,28 +41,33 @@ class Batcher(Generic[Asked, Answer]):
         self._waiting: queue.Queue[tuple[Asked, Future[Answer]]] = queue.Queue(waiting)
         self._last = 1
         self._closed = threading.Event()
+        # Held to put a request in and to close, so that none slips in behind those that closing lets go.
+        self._door = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="batcher", daemon=True)
         self._thread.start()
 
     def submit(self, asked: Asked) -> Future[Answer]:
         """Put the request into the queue. Raises BusyError where that is full, or closed."""
         future: Future[Answer] = Future()
-        if self._closed.is_set():
-            raise BusyError("The server is ending: your request was not taken.")
-        try:
-            self._waiting.put_nowait((asked, future))
-        except queue.Full as error:
-            raise BusyError(
-                f"The model is busy: {self._waiting.maxsize} requests wait already. Try again in a moment."
-            ) from error
+        with self._door:
+            if self._closed.is_set():
+                raise BusyError("The server is ending: your request was not taken.")
+            try:
+                self._waiting.put_nowait((asked, future))
+            except queue.Full as error:
+                raise BusyError(
+                    f"The model is busy: {self._waiting.maxsize} requests wait already. Try again in a moment."
+                ) from error
         return future
 
     def close(self) -> None:
         """End the thread; requests that still wait are cancelled."""
-        self._closed.set()
+        with self._door:
+            self._closed.set()
         self._thread.join(timeout=10)
-        while not self._waiting.empty():
-            self._waiting.get_nowait()[1].cancel()
+        with contextlib.suppress(queue.Empty):  # a thread that is slow to end may take from it too
+            while True:
+                self._waiting.get_nowait()[1].cancel()
 
     def _serve(self) -> None:
         while not self._closed.is_set():
@@ -88,6 +94,8 @@ class Batcher(Generic[Asked, Answer]):
     def _answer(self, batch: list[tuple[Asked, Future[Answer]]]) -> None:
         try:
             answers = self._run([asked for asked, _ in batch])
+            if len(answers) != len(batch):
+                raise ValueError(f"{len(answers)} answers to {len(batch)} requests")
         except Exception as error:  # whatever it is, the thread goes on
             if len(batch) == 1:
                 batch[0][1].set_exception(error)

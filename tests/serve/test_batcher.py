@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import CancelledError, Future
@@ -98,6 +99,15 @@ def test_one_that_fails_leaves_the_others_their_answers(model):
     batcher.close()
 
 
+def test_a_model_that_answers_too_few_fails_those_alone_and_the_next_is_answered(model):
+    batcher = batcher_of(lambda numbers: [] if 7 in numbers else list(numbers))
+    failed = batcher.submit(7)
+    with pytest.raises(ValueError, match="0 answers to 1 requests"):
+        failed.result(10)
+    assert batcher.submit(5).result(10) == 5
+    batcher.close()
+
+
 def test_beyond_the_bound_one_is_told_that_the_model_is_busy(model):
     batcher = batcher_of(model, waiting=3)
     held(model, batcher)
@@ -130,3 +140,22 @@ def test_at_the_end_those_that_wait_are_let_go(model):
         waiting[-1].result(1)
     with pytest.raises(BusyError, match="ending"):
         batcher.submit(1)
+
+
+def test_who_comes_while_it_closes_is_refused_or_let_go_and_never_left_waiting(model):
+    for _ in range(20):
+        batcher = batcher_of(model, waiting=10_000)
+        taken: list[Future[int]] = []
+
+        def ask_until_refused(batcher=batcher, taken=taken):
+            with contextlib.suppress(BusyError):
+                while True:
+                    taken.append(batcher.submit(1))
+
+        asking = [threading.Thread(target=ask_until_refused) for _ in range(4)]
+        for thread in asking:
+            thread.start()
+        batcher.close()
+        for thread in asking:
+            thread.join()
+        assert all(future.done() for future in taken)
