@@ -54,6 +54,19 @@ def test_the_prompt_learner_makes_a_prompt_of_each_cell():
         torch.testing.assert_close(prompts[0, 9:], torch.ones(9, 32))
 
 
+@pytest.mark.parametrize("noise", [-0.004, 0.0, 0.004])
+def test_a_gate_opens_for_the_cell_of_a_spot_alone_wherever_training_takes_the_noise(noise: float):
+    learner = PromptLearner(torch.randn(9, 32), torch.zeros(32), torch.ones(BASE_PROMPTS, 32))
+    with torch.no_grad():
+        learner.gate[2] = noise
+    for side in (5, 6, 8, 16):  # about 0.3, 0.4, 0.7 and 2.8% of the image
+        maps = torch.full((1, 1, 96, 96), 0.05)
+        maps[0, 0, 40 : 40 + side, 40 : 40 + side] = 0.95
+        gates = learner._gates(maps)[0]
+        assert gates[4] > 0.9
+        assert max(gates[cell] for cell in range(9) if cell != 4) < 0.1
+
+
 def test_the_loss_is_the_cross_entropy_of_the_answers_tokens_alone(head: LanguageHead, seen):
     loss = head(*seen, CAPTIONS, DIALOGUES)
     expected, count = 0.0, 0
