@@ -18,7 +18,7 @@ from hpcmm.capture.apart import Apart, End, run_apart
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.importer import import_qdstrm
 
-_ATTEMPTS = 4
+START_ATTEMPTS = 4
 _START_POLL_S = 0.02
 
 
@@ -58,8 +58,8 @@ def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Pa
     and fail, one in twenty, with "Local Endpoint is not available", "sem_open" or "End of file".
     """
     noting_the_start = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(started)]
-    for attempts_left in reversed(range(_ATTEMPTS)):
-        with _one_start_at_a_time():
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        with one_start_at_a_time():
             environment = os.environ | {COMMAND_BEGAN: f"{time.time():.3f}"}
             process = subprocess.Popen([*profile, *noting_the_start, *command], env=environment)
             while not started.exists() and process.poll() is None:
@@ -72,7 +72,8 @@ def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Pa
 
 
 @contextlib.contextmanager
-def _one_start_at_a_time() -> Iterator[None]:
+def one_start_at_a_time() -> Iterator[None]:
+    """Keep others of this user and machine from starting nsys meanwhile (see ``start_under_nsys``)."""
     lock = Path(tempfile.gettempdir()) / f"hpcmm-nsys-start-{os.getuid()}.lock"
     with os.fdopen(os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

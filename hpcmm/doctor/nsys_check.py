@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from hpcmm.capture.nsys import START_ATTEMPTS, one_start_at_a_time
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.importer import import_qdstrm
 
@@ -22,8 +23,12 @@ def nsys_problem(nsys: str) -> str | None:
         folder = Path(name)
         output = folder / "report"
         profile = [nsys, "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none", f"--output={output}"]
-        said = _run([*profile, sys.executable, "-c", _PROGRAM], folder)
         report, raw = output.with_suffix(".nsys-rep"), output.with_suffix(".qdstrm")
+        for _ in range(START_ATTEMPTS):
+            with one_start_at_a_time():
+                said = _run([*profile, sys.executable, "-c", _PROGRAM], folder)
+            if report.exists() or raw.exists():
+                break
         if not report.exists():
             if not raw.exists():
                 return f"nsys left no report ({said or 'it said nothing'})"

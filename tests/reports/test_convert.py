@@ -1,10 +1,10 @@
 import shutil
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from hpcmm.capture.nsys import start_under_nsys
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.events import read_report
@@ -58,8 +58,8 @@ def test_random_bytes_are_told_and_leave_nothing(tmp_path: Path, name: str) -> N
 def test_a_real_capture_is_read_and_nothing_is_written_beside_it(tmp_path: Path) -> None:
     inputs = tmp_path / "inputs"
     inputs.mkdir()
-    command = ["nsys", "profile", "--trace=osrt", "--sample=none", "--cpuctxsw=none", "-o", str(inputs / "r")]
-    subprocess.run([*command, "sleep", "0.2"], check=True, capture_output=True, timeout=120)
+    profile = ["nsys", "profile", "--trace=osrt", "--sample=none", "--cpuctxsw=none", "-o", str(inputs / "r")]
+    assert start_under_nsys(profile, ["sleep", "0.2"], tmp_path / "started") == 0
     before = {path.name: path.stat().st_mtime_ns for path in inputs.iterdir()}
     (capture,) = (path for path in inputs.iterdir() if path.suffix in {".qdstrm", ".nsys-rep"})
     converter = Converter.locate(tmp_path / "cache")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpcmm.analyze import analyze
+from hpcmm.capture.nsys import start_under_nsys
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import ReportSource
 from hpcmm.reports.importer import import_qdstrm
@@ -40,21 +41,18 @@ def captures(tmp_path_factory) -> Iterator[dict[str, Path]]:
     """A launcher with two annotated workers, as nsys left it and as a report."""
     folder = tmp_path_factory.mktemp("capture")
     (folder / "program.py").write_text(PROGRAM)
-    secrets = {"MY_PASSWORD": SECRET, "SLURM_JWT": SECRET, "NCCL_TOKEN": SECRET, "SOME_URL": f"https://u:{SECRET}@x"}
-    command = ["nsys", "profile", "--trace=nvtx,osrt", "--sample=none", "--cpuctxsw=none", "-o", str(folder / "two")]
+    profile = ["nsys", "profile", "--trace=nvtx,osrt", "--sample=none", "--cpuctxsw=none", "-o", str(folder / "two")]
     environment = {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "SLURM_JOB_ID": "7",
         "NCCL_DEBUG": "INFO",
         "WORLD_SIZE": "2",
+        **{"MY_PASSWORD": SECRET, "SLURM_JWT": SECRET, "NCCL_TOKEN": SECRET, "SOME_URL": f"https://u:{SECRET}@x"},
     }
-    subprocess.run(
-        [*command, sys.executable, str(folder / "program.py")],
-        env=os.environ | environment | secrets,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        assert start_under_nsys(profile, [sys.executable, str(folder / "program.py")], folder / "began") == 0
     (left,) = folder.glob("two.*")
     found = {left.suffix: left}
     if left.suffix == ".qdstrm":
