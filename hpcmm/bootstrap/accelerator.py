@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
+from pathlib import Path
 
 import torch
+
+DEVICES = Path("/dev")
 
 
 def select_accelerator() -> str:
@@ -12,6 +16,9 @@ def select_accelerator() -> str:
 
     A scheduler may set CUDA_VISIBLE_DEVICES on nodes whose GPUs PyTorch cannot drive, so PyTorch is asked.
     """
+    if not any(DEVICES.glob("nvidia[0-9]*")):
+        # PyTorch complains of the driver's library, which nsys brings along on machines without a GPU.
+        warnings.filterwarnings("ignore", message="CUDA initialization", category=UserWarning)
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ["DS_ACCELERATOR"] = accelerator
     return accelerator

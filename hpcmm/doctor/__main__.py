@@ -16,7 +16,7 @@ from hpcmm.config import RunConfig
 from hpcmm.doctor.facts import node_facts
 from hpcmm.doctor.judge import Finding, Weight, judge
 from hpcmm.doctor.nsys_check import nsys_problem
-from hpcmm.doctor.report import report_lines, report_values
+from hpcmm.doctor.report import HERE, report_lines, report_values
 from hpcmm.doctor.step import allocation_options, check_nodes
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.compose import compose_run
@@ -72,7 +72,7 @@ def _check(config: RunConfig, options: argparse.Namespace) -> int:
     here = node_facts(folders)
     if nsys and here["nsys"]:
         here["nsys_problem"], here["nsys_checked"] = nsys_problem(here["nsys"]), True
-    login = f"{here['node']} (here)"
+    login = f"{here['node']} {HERE}"
     found: dict[str, dict[str, Any]] = {login: here}
     nodes: list[str] = []
     if options.nodes > 0:

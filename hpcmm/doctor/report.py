@@ -9,6 +9,8 @@ from typing import Any
 from hpcmm.doctor.facts import packages_hash
 from hpcmm.doctor.judge import Finding, Found, Weight, bad_nodes, bandwidths
 
+HERE = "(here)"
+"""Ends the name of the machine where the doctor was called."""
 _COLUMNS = ("node", "Python", "packages", "interface", "clock", "all-reduce", "GPUs", "nsys", "least free disk")
 
 
@@ -22,8 +24,16 @@ def report_lines(nodes: Sequence[str], found: Found, findings: Sequence[Finding]
         cure = f" Do: {finding.cure}." if finding.cure else ""
         lines.append(f"{finding.weight}: {finding.node}: {finding.check}: {finding.said}.{cure}")
     bad = bad_nodes(findings, nodes)
-    lines.append(f"Bad: {', '.join(bad)}. Leave out: --exclude={','.join(bad)}" if bad else "No node is bad.")
+    lines.append(_verdict(bad))
     return [_printable(line) for line in lines]
+
+
+def _verdict(bad: Sequence[str]) -> str:
+    if not bad:
+        return "No node is bad."
+    nodes = [node for node in bad if not node.endswith(HERE)]  # the machine where the doctor was called is no node
+    cure = f" Leave out: --exclude={','.join(nodes)}" if nodes else ""
+    return f"Bad: {', '.join(bad)}.{cure}"
 
 
 def report_values(nodes: Sequence[str], found: Found, findings: Sequence[Finding]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ F1 is the largest over all thresholds, accuracy is the one at that threshold.
 """
 
 
+_ANSWERED_AT_ONCE = 4
+"""Micro-batches whose questions a language model answers together: many take it as long as few."""
 _ABOUT = ["run", "model", "seed", "trained_on", "scored_on"]
 
 
@@ -58,18 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)
     try:
-        table, summary = evaluate(options)
+        table, summary, unscored = evaluate(options)
     except (HpcmmError, OSError) as error:
         print(f"hpcmm.evaluate: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     _print(table, summary, options.out)
-    return 0
+    for problem in unscored:
+        print(f"hpcmm.evaluate: not scored: {problem}", file=sys.stderr)
+    return 1 if unscored else 0
 
 
-def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
+def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Score every run and write the files. Returns the contents of ``scores.csv`` and ``summary.csv``.
 
-    Raises HpcmmError when a run cannot be scored.
+    Also returns a sentence for each run that cannot be scored. Raises HpcmmError when none can be.
     """
     from hpcmm.evaluate import chart, picture, side_by_side  # noqa: PLC0415 - torch takes seconds, --help needs none
     from hpcmm.evaluate.score import by_category  # noqa: PLC0415
@@ -83,10 +89,15 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
     frames: list[pd.DataFrame] = []
     shown: list[tuple[str, Scored]] = []
     images: dict[int, NDArray[np.float32]] = {}
+    unscored: list[str] = []
     for candidate in candidates:
         run = candidate.run
-        config = _with_test_set(run_config.load(run.config), options)
-        scored, test, (trained_on, scored_on) = _score(run, config)
+        try:
+            config = _with_test_set(run_config.load(run.config), options)
+            scored, test, (trained_on, scored_on) = _score(run, config)
+        except HpcmmError as error:
+            unscored.append(f"{run.root.name}: {error}")
+            continue
         model = ", ".join([config.model.decoder, *candidate.settings])
         if any((frame["model"].iloc[0], frame["seed"].iloc[0]) == (model, config.train.seed) for frame in frames):
             model = f"{model} ({run.root.name})"  # the same seed twice is no further sample of one model
@@ -99,6 +110,8 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
             images = {index: test[index]["image"].numpy() for index in picture.chosen(scored)}
         if model not in dict(shown) and (not shown or np.array_equal(shown[0][1].mask, scored.mask)):
             shown.append((model, scored))
+    if not frames:
+        raise HpcmmError(" ".join(unscored))
     table = pd.concat(frames, ignore_index=True)
     table = table[[*_ABOUT, *(name for name in frames[0] if name not in _ABOUT)]]
     summary = over_seeds(table)
@@ -108,7 +121,7 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
     (options.out / "comparison.tex").write_text(side_by_side.latex(table, summary), encoding="utf-8")
     chart.draw(options.out / "comparison.png", summary)
     picture.draw(options.out / "maps.png", images, shown)
-    return table, summary
+    return table, summary, unscored
 
 
 def _parse(arguments: Sequence[str] | None) -> Options:
@@ -121,7 +134,7 @@ def _parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="default: ./evaluation")
     parser.add_argument("--test-root", metavar="FOLDER", help="score this data set instead of the run's own")
     parser.add_argument("--test-layout", choices=[layout.value for layout in Layout], help="its layout")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     layout = Layout(options.test_layout) if options.test_layout else None
     return Options(options.runs, options.out, options.test_root, layout)
 
@@ -137,6 +150,7 @@ def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages, tuple[st
     """The run's scores, the images that they are of, and what it was trained on and scored on."""
     import torch  # noqa: PLC0415
 
+    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
     from hpcmm.data.anomaly import build_datasets  # noqa: PLC0415
     from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415
     from hpcmm.evaluate.origin import origins  # noqa: PLC0415
@@ -144,7 +158,7 @@ def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages, tuple[st
     from hpcmm.page.progress import progress_bar  # noqa: PLC0415
     from hpcmm.train.data_root import data_config, data_root  # noqa: PLC0415
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(select_accelerator())
     root, data = data_root(config), data_config(config)
     _, test = build_datasets(root, data, config.train.seed)
     model = load_model(run, config).to(device)
@@ -152,7 +166,7 @@ def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages, tuple[st
         scored = score_images(
             model,
             test,
-            config.train.micro_batch_size,
+            config.train.micro_batch_size * (1 if model.language is None else _ANSWERED_AT_ONCE),
             device,
             lambda done, of: bar(f"scoring {run.root.name}", done, of),
         )

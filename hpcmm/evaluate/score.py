@@ -51,20 +51,25 @@ def score_images(
     batch_size: int,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda _done, _of: None,
+    *,
+    words: bool = True,
 ) -> Scored:
-    """Score every image of ``test``, in its order. ``progress`` is told how many are done, and of how many."""
+    """Score every image of ``test``, in its order. ``progress`` is told how many are done, and of how many.
+
+    Without ``words``, which take far longer than all else, a language model is not asked.
+    """
     loader: DataLoader[Any] = DataLoader(test, batch_size=batch_size, collate_fn=collate)
     parts: list[tuple[NDArray[Any], ...]] = []
     done = 0
     for batch in loader:
         images = batch["image"].to(device)
         logits = model(images, batch["caption"])
-        words: tuple[Statements, ...] = ()
-        if model.language is not None:
+        said: tuple[Statements, ...] = ()
+        if words and model.language is not None:
             questions = [dialogue.question for dialogue in batch["dialogue"]]
             answers = answer(model, images, logits, batch["caption"], questions)
             right = [dialogue.answer for dialogue in batch["dialogue"]]
-            words = tuple(statements([parse_answer(text) for text in texts]) for texts in (answers, right))
+            said = tuple(statements([parse_answer(text) for text in texts]) for texts in (answers, right))
         parts.append(
             (
                 model.score(logits).cpu().numpy(),
@@ -72,7 +77,7 @@ def score_images(
                 model.anomaly_map(logits).cpu().numpy(),
                 batch["mask"][:, 0].numpy() > 0.5,
                 np.array(batch["category"], dtype=object),
-                *words,
+                *said,
             )
         )
         done += len(batch["caption"])

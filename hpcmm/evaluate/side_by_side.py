@@ -65,7 +65,8 @@ def remarks(table: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
         "Brackets: 95% confidence interval over the seeds (Student's t)."
     ]
     if len(seeds) > 1:
-        said += _ranking(summary)
+        alone = ["One seed a model gives no interval: none is ranked above another."]
+        said += _ranking(summary) if seeds.max() > 1 else alone
     if STANDINS in {*table["trained_on"], *table["scored_on"]}:
         said.append(
             "These are stand-ins, cut from other photographs: the scores say that training works, and nothing about "

@@ -31,7 +31,7 @@ start, 130 after Ctrl-C while waiting for the job, which stays.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         check_working_directory()
         if options.address:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hpcmm.bootstrap.accelerator import select_accelerator
 from hpcmm.config import RunConfig
 from hpcmm.data.images import normalise
 from hpcmm.evaluate.checkpoint import load_model
@@ -42,7 +43,7 @@ class Predictor:
     """The model of a run on the device that there is."""
 
     def __init__(self, model: AnomalyModel, side: int) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(select_accelerator())
         self.model = model.to(self._device)
         self.side = side
 

@@ -75,7 +75,7 @@ def _chosen(checkpoint: str, predictor: Predictor, test: TestImages) -> _Kept:
     some = [int(place) for place in places]
     told = f"hpcmm.serve: choosing the threshold on {len(some)} held-out images, once for this checkpoint."
     print(told, file=sys.stderr, flush=True)
-    scored = score_images(predictor.model, test.part(some), _BATCH, predictor.device)
+    scored = score_images(predictor.model, test.part(some), _BATCH, predictor.device, words=False)
     decision = best_decision(scored.score, scored.label)
     return _Kept(checkpoint, len(some), decision.threshold, decision.f1, decision.accuracy)
 

@@ -123,3 +123,10 @@ def test_help_takes_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
+
+
+def test_settings_of_the_job_may_stand_behind_options(tmp_path):
+    done = serve("no_such_run", "--cluster", "a30", "cluster.time_limit_min=120", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no_such_run" in done.stderr
+    assert "unrecognized" not in done.stderr
