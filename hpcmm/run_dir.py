@@ -152,6 +152,13 @@ class RunDir:
         """Where reports of earlier attempts lie that ``attempt`` made anew."""
         return self.nsys / f"before_attempt_{attempt}"
 
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint is finished; False also where that cannot be seen."""
+        try:
+            return (self.checkpoints / "latest").is_file()
+        except OSError:
+            return False
+
     def create(self) -> None:
         """Make the folders, closed to other users since submitit's pickles lie within.
 

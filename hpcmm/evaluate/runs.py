@@ -34,7 +34,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Candidate], list[RunDir]]:
             found.append(Candidate(RunDir(path.resolve())))
             continue
         for candidate in _points(path):
-            if (candidate.run.checkpoints / "latest").is_file():
+            if candidate.run.has_checkpoint():
                 found.append(candidate)
             else:
                 unfinished.append(candidate.run)

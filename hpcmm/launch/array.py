@@ -10,6 +10,7 @@ from pathlib import Path
 from hpcmm import config as run_config
 from hpcmm.config import Executor, RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.init_from import run_to_start_from
 from hpcmm.launch.ledger import COMPLETED, FAILED, Ledger, LedgerPoint, read_ledger
 from hpcmm.launch.run import (
     Plan,
@@ -36,6 +37,7 @@ def plan_sweep(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
     for point in points:
         try:
             validate(point.config)
+            run_to_start_from(point.config)
         except HpcmmError as error:
             raise HpcmmError(f"At the point {', '.join(point.overrides)}: {error}") from error
     if first.cluster.executor is Executor.local:

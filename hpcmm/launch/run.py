@@ -52,7 +52,8 @@ def launch(overrides: Sequence[str]) -> Submission:
 def plan(config: RunConfig, overrides: Sequence[str], points: int | None = None) -> Plan:
     """Name the run directory and the code of a validated run, or of a sweep with ``points`` points.
 
-    Nothing is written. Raises HpcmmError for a script, a job to wait for or a run to start from that is not there.
+    Nothing is written. Raises HpcmmError for a script, a job to wait for or a run to start from that is not there, or
+    that has no checkpoint.
     """
     name = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run = RunDir(Path(config.runs_root).expanduser().absolute() / name)

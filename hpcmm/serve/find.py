@@ -18,7 +18,7 @@ def find_served_run(asked: str, runs_root: Path) -> RunDir:
     runs = [target.run for target in find_targets(asked, runs_root) if target.run is not None]
     if not runs:
         raise HpcmmError(f"The run directory of job {asked} is not known: name the directory.")
-    trained = [run for run in runs if _has_checkpoint(run)]
+    trained = [run for run in runs if run.has_checkpoint()]
     if trained:
         return trained[0]
     first = runs[0]
@@ -34,10 +34,3 @@ def find_address(asked: str, runs_root: Path) -> Address:
         if address is not None:
             return address
     raise HpcmmError(f"No server of {asked} answers: does it wait, or is it over? python -m hpcmm.jobs status {asked}")
-
-
-def _has_checkpoint(run: RunDir) -> bool:
-    try:
-        return (run.checkpoints / "latest").is_file()
-    except OSError:
-        return False

@@ -16,12 +16,19 @@ from hpcmm.launch.init_from import run_to_start_from
 def runs(tmp_path: Path) -> Path:
     (tmp_path / "runs" / "decoder-1").mkdir(parents=True)
     (tmp_path / "runs" / "decoder-1" / "config.yaml").write_text("name: decoder\n")
+    (tmp_path / "runs" / "decoder-1" / "checkpoints").mkdir()
+    (tmp_path / "runs" / "decoder-1" / "checkpoints" / "latest").write_text("step_000010")
     (tmp_path / "runs" / "latest").symlink_to("decoder-1")
     return tmp_path / "runs"
 
 
-def starting_from(named: str | None, runs: Path) -> str | None:
-    return run_to_start_from(replace(RunConfig(name="words", runs_root=str(runs)), train=TrainConfig(init_from=named)))
+def config_of(named: str | None, runs: Path, after: str | None = None) -> RunConfig:
+    config = RunConfig(name="words", runs_root=str(runs), after=after)
+    return replace(config, train=TrainConfig(init_from=named))
+
+
+def starting_from(named: str | None, runs: Path, after: str | None = None) -> str | None:
+    return run_to_start_from(config_of(named, runs, after))
 
 
 def test_a_run_is_found_by_name_by_link_and_by_folder(runs: Path, monkeypatch: pytest.MonkeyPatch):
@@ -38,3 +45,10 @@ def test_a_run_is_found_by_name_by_link_and_by_folder(runs: Path, monkeypatch: p
 def test_a_run_that_is_not_there_is_refused(runs: Path, named: str):
     with pytest.raises(HpcmmError, match="neither"):
         starting_from(named, runs)
+
+
+def test_a_run_without_a_finished_checkpoint_is_refused_unless_a_job_may_bring_one(runs: Path):
+    (runs / "decoder-1" / "checkpoints" / "latest").unlink()
+    with pytest.raises(HpcmmError, match=r"decoder-1/checkpoints holds no finished checkpoint: .* after=JOB"):
+        starting_from("latest", runs)
+    assert starting_from("latest", runs, after="12") == str((runs / "decoder-1").resolve())
