@@ -17,6 +17,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import Found, find_reports
 from hpcmm.reports.load import Progress
 from hpcmm.reports.run_record import RunRecord, read_run_record
+from hpcmm.runs_folder import path_or_run
 
 ALL_READ, NOTHING_USABLE, PARTIAL = 0, 1, 2
 
@@ -181,7 +182,7 @@ def analyze(
     keep_cache: bool = False,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Analyse the reports under ``paths``: a run directory, a folder of reports, report files, or several of these.
+    """Analyse the reports under ``paths``: run directories, runs' names (in ``./runs``), folders of reports, reports.
 
     Nothing is written unless ``out`` names a folder (or :meth:`Analysis.write` is called). With ``tables``, names of
     tables, no more is done than these need, which for ``osrt`` alone is far less. ``reference`` is what
@@ -217,5 +218,6 @@ def default_folder(found: Found) -> Path:
 
 
 def as_paths(paths: Paths) -> list[Path]:
-    """One path or several as a list."""
-    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    """One path or several as a list, with the name of a run as its directory in ``./runs``."""
+    given = [paths] if isinstance(paths, str | Path) else paths
+    return [path_or_run(Path(path)) for path in given]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcmm.analyze.analysis import ALL_READ, NOTHING_USABLE, analyze, default_folder
+from hpcmm.analyze.analysis import ALL_READ, NOTHING_USABLE, analyze, as_paths, default_folder
 from hpcmm.analyze.runs import compare, read_reference
 from hpcmm.errors import HpcmmError
 from hpcmm.page.progress import progress_bar
@@ -19,8 +19,9 @@ INTERRUPTED = 130
 DESCRIPTION = """\
 Read the Nsight Systems reports of a run and say how many seconds a step loses, to what, and because of which rank.
 
-PATH is a run directory of hpcmm, a folder of reports, or any number of report files: .nsys-rep, .qdstrm (what a
-killed capture leaves) or .sqlite exports, made by hpcmm or not. Inputs are only read.
+PATH is a run directory of hpcmm (or the name in ./runs of a run, or the start of it), a folder of reports, or any
+number of report files: .nsys-rep, .qdstrm (what a killed capture leaves) or .sqlite exports, made by hpcmm or not.
+Inputs are only read.
 
 Into RUN_DIR/analysis, or ./analysis, or DIR go
   report.html            the verdicts, a timeline of all ranks, and charts: open it in a browser
@@ -43,7 +44,8 @@ Say what got better or worse from RUN_A, the older, to RUN_B: step time, each bl
 transfer, and the POP efficiencies. A change counts only where it is beyond the noise of both runs' steps, with the
 number of comparisons taken into account, and at least 2% of a step. Keys of the configuration that differ are named.
 
-A RUN is a run directory, a folder of reports, a report file, or the folder that an earlier analysis wrote.
+A RUN is a run directory, the name of a run in ./runs, a folder of reports, a report file, or the folder that an
+earlier analysis wrote.
 The table goes to DIR as compare.csv and compare.parquet; without --out, to the folder of RUN_B's analysis.
 """
 COMPARE_EPILOG = """\
@@ -92,7 +94,7 @@ def _analyze(arguments: Sequence[str]) -> int:
         help="keep the SQLite exports in DIR/cache: faster next time, but they hold the ranks' whole environment",
     )
     options = parser.parse_args(arguments)
-    found = find_reports(options.paths)
+    found = find_reports(as_paths(options.paths))
     folder = default_folder(found) if options.out is None else _apart_from_inputs(options.out, found)
     with progress_bar() as progress:
         reference = read_reference(options.reference, progress=progress) if options.reference is not None else None
@@ -153,7 +155,7 @@ def _folder_of(run: Path) -> Path:
     """Where the analysis of ``run`` lies or would lie."""
     if run.is_dir() and (run / "efficiency.csv").is_file():
         return run
-    return default_folder(find_reports([run]))
+    return default_folder(find_reports(as_paths(run)))
 
 
 def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:

@@ -35,8 +35,8 @@ Load the newest checkpoint of each run, score the held-out images, and write to 
   comparison.tex   the same tables for LaTeX (booktabs)
   comparison.png   the same as a chart
   maps.png         an image a category with its true defect and each model's heat map
-A RUN is a run directory, or a sweep's folder or ledger for all of its points. A run's model is called by its decoder
-and by what else a sweep set; a second run of one model and seed also by its name.
+A RUN is a run directory or a run's name in ./runs, or a sweep's folder or ledger for all of its points. A run's
+model is called by its decoder and by what else a sweep set; a second run of one model and seed also by its name.
 F1 is the largest over all thresholds, accuracy is the one at that threshold.
 """
 

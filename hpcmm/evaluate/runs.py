@@ -9,6 +9,7 @@ from pathlib import Path
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.ledger import LedgerPoint, read_ledger
 from hpcmm.run_dir import RunDir, SweepDir
+from hpcmm.runs_folder import path_or_run
 
 _NAMED_OTHERWISE = ("model/decoder=", "model.decoder=", "train.seed=")
 """Overrides that a model's name and its seed tell already."""
@@ -23,13 +24,13 @@ class Candidate:
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Candidate], list[RunDir]]:
-    """Run directories, sweep folders and ledgers to the runs with a checkpoint, and the points without one.
+    """Run directories, runs' names, sweep folders, ledgers: to runs with a checkpoint, and the points without one.
 
     Raises HpcmmError where a path is none of these, or no run is left.
     """
     found: list[Candidate] = []
     unfinished: list[RunDir] = []
-    for path in paths:
+    for path in map(path_or_run, paths):
         if not _is_sweep(path):
             found.append(Candidate(RunDir(path.resolve())))
             continue

@@ -15,6 +15,7 @@ from hpcmm.frozen_config import read_frozen_config
 from hpcmm.jobs.queue import Job
 from hpcmm.resources import resource
 from hpcmm.run_dir import RunDir, SweepDir
+from hpcmm.runs_folder import is_run, runs_in
 
 _MOST_RUNS = 20
 _SLURM_S_OWN_PLACES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
@@ -40,13 +41,13 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
     Raises HpcmmError, with the nearest names, where there is none.
     """
     named = _expanded(asked)
-    if _is_run(named):
+    if is_run(named):
         return [_target(asked, named.resolve())]
     if _JOB_ID.fullmatch(asked):
         run = run_of_job(asked, runs_root)
         return [Target(asked, (asked,), run)]
     within = runs_root / asked
-    if asked not in {"", ".", ".."} and "/" not in asked and _is_run(within):
+    if asked not in {"", ".", ".."} and "/" not in asked and is_run(within):
         return [_target(asked, within.resolve())]
     runs = runs_in(runs_root)
     found = [run for run in runs if run.root.name.startswith(f"{asked}-")]
@@ -54,15 +55,6 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
         raise HpcmmError(_no_such_run(asked, runs_root, runs))
     targets = [_target(asked, run.root) for run in found]
     return sorted(targets, key=lambda target: not target.job_ids)
-
-
-def runs_in(runs_root: Path) -> list[RunDir]:
-    """The runs in a folder, newest first."""
-    try:
-        folders = [entry for entry in runs_root.iterdir() if not entry.is_symlink() and _is_run(entry)]
-    except OSError:
-        return []
-    return [RunDir(folder.absolute()) for folder in sorted(folders, key=_made_at, reverse=True)]
 
 
 def job_ids_of(run: RunDir) -> tuple[str, ...]:
@@ -92,7 +84,7 @@ def run_of_command(job: Job) -> RunDir | None:
     """The run whose script this job was submitted with, by what Slurm noted of it."""
     start = job.command.find("/")
     script = Path(job.command[start:]) if start >= 0 else None
-    if script is None or script.name != "submission.sh" or not _is_run(script.parent):
+    if script is None or script.name != "submission.sh" or not is_run(script.parent):
         return None
     return RunDir(script.parent)
 
@@ -174,20 +166,6 @@ def _expanded(asked: str) -> Path:
 def _target(asked: str, folder: Path) -> Target:
     run = RunDir(folder)
     return Target(asked, job_ids_of(run), run)
-
-
-def _is_run(folder: Path) -> bool:
-    try:
-        return (folder / "config.yaml").is_file() or (folder / "submission.sh").is_file()
-    except OSError:
-        return False
-
-
-def _made_at(folder: Path) -> int:
-    try:
-        return RunDir(folder).submission_script.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _json_object(path: Path) -> dict[str, Any]:

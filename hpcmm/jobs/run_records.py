@@ -10,7 +10,7 @@ from typing import Any
 
 from hpcmm.frozen_config import read_frozen_config
 from hpcmm.jobs.queue import Job
-from hpcmm.run_dir import RunDir
+from hpcmm.run_dir import RunDir, SweepDir
 
 _TAIL_BYTES = 64 * 1024
 
@@ -56,6 +56,37 @@ def record_of(run: RunDir, job_id: str) -> Job | None:
     if any(run.failures.glob(f"{job_id}.*/rank_*.exit.json")):
         return _job(run, job_id, "FAILED")
     return None
+
+
+def records_of(run: RunDir, job_id: str) -> list[Job]:
+    """The job as :func:`record_of` has it; of a sweep's array, those of its points whose end is noted."""
+    if not SweepDir(run.root).ledger.is_file():
+        record = record_of(run, job_id)
+        return [record] if record is not None else []
+    points = {
+        int(folder.name): RunDir(folder) for folder in run.root.glob("[0-9][0-9][0-9][0-9]*") if _is_point(folder)
+    }
+    found = (record_of(points[index], f"{job_id}_{index}") for index in sorted(points))
+    return [record for record in found if record is not None]
+
+
+def points_without_end(run: RunDir) -> list[str]:
+    """Names of a sweep's points of whose newest job no end is noted; empty for a single run and a damaged ledger."""
+    try:
+        points = json.loads(SweepDir(run.root).ledger.read_text(encoding="utf-8"))["points"]
+        newest = {int(point["index"]): str(point["jobs"][-1]) for point in points if point["jobs"]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    sweep = SweepDir(run.root)
+    return [
+        sweep.point(index).root.name
+        for index, job in newest.items()
+        if record_of(sweep.point(index), f"{job}_{index}") is None
+    ]
+
+
+def _is_point(folder: Path) -> bool:
+    return folder.name.isdecimal() and SweepDir(folder.parent).point(int(folder.name)).root == folder
 
 
 def _exit_status(run: RunDir, job_id: str) -> Job | None:

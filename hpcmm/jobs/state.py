@@ -10,9 +10,12 @@ from functools import cached_property
 from hpcmm.jobs.find_run import Target, is_local_cluster, job_ids_of, run_of_command, settings, slurm_environment
 from hpcmm.jobs.local_state import local_job
 from hpcmm.jobs.queue import Answer, Job, find_jobs
-from hpcmm.jobs.run_records import record_of
+from hpcmm.jobs.run_records import points_without_end, records_of
 from hpcmm.run_dir import RunDir
 from hpcmm.slurm_commands import SilentError
+
+_MOST_POINTS = 5
+"""Of the points of a sweep without a noted end, as many are named."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def silence(error: SilentError, environ: Mapping[str, str]) -> str:
 def recorded_jobs(runs: Sequence[RunDir]) -> list[Job]:
     """The newest job of each run whose end is noted there."""
     newest = [(run, job_id) for run in runs if not is_local(run) for job_id in job_ids_of(run)[-1:]]
-    return [job for run, job_id in newest if (job := record_of(run, job_id)) is not None]
+    return [job for run, job_id in newest for job in records_of(run, job_id)]
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,16 @@ def _state(target: Target, answer: Answer) -> State:
     jobs: dict[str, Job] = {}
     for job_id in target.job_ids:
         found = [job for job in answer.jobs if job_id in {job.job_id, job.raw_id, job.job_id.split("_")[0]}]
-        if not found and target.run is not None and (record := record_of(target.run, job_id)) is not None:
-            found = [record]
+        if not found and target.run is not None:
+            found = records_of(target.run, job_id)
         jobs |= {job.job_id: job for job in found}
-    return State(target, list(jobs.values()), list(answer.notes), isinstance(answer, _Silent))
+    silent = isinstance(answer, _Silent)
+    notes = list(answer.notes)
+    if silent and jobs and target.run is not None and (unknown := points_without_end(target.run)):
+        named = ", ".join(unknown[:_MOST_POINTS]) + (" and more" if len(unknown) > _MOST_POINTS else "")
+        points = "point" if len(unknown) == 1 else "points"
+        notes.append(f"No end is noted of {len(unknown)} {points} of {target.asked}: {named}.")
+    return State(target, list(jobs.values()), notes, silent)
 
 
 def is_local(run: RunDir | None) -> bool:

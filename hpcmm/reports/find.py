@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.run_dir import RunDir
+from hpcmm.run_dir import RunDir, SweepDir
+from hpcmm.runs_folder import RUNS
 
 PREFERENCE = (".nsys-rep", ".sqlite", ".qdstrm")
 """Of several files of one stem, the earlier kind is tried first; the next one when it cannot be read."""
@@ -49,22 +50,27 @@ class Found:
 def find_reports(paths: Sequence[Path]) -> Found:
     """Captures under ``paths``, sorted by path, and the run directory when exactly one was named.
 
-    Raises HpcmmError for a path that is not there or a file that is no report.
+    Raises HpcmmError for a path that is not there, a file that is no report, or the folder of a sweep.
     """
     files: list[Path] = []
     run_dirs: list[RunDir] = []
     for path in paths:
         if path.is_dir():
             run_dir = _as_run_dir(path)
+            reports = _reports_in(run_dir.nsys if run_dir is not None else path)
+            if not reports and SweepDir(path).ledger.is_file():
+                raise HpcmmError(f"{path} is a sweep: give one of its points, such as {_a_point(path)}.")
             if run_dir is not None:
                 run_dirs.append(run_dir)
-            files.extend(_reports_in(run_dir.nsys if run_dir is not None else path))
+            files.extend(reports)
         elif path.is_file():
             if path.suffix not in PREFERENCE:
                 raise HpcmmError(f"{path} is not an nsys report: expected a file that ends in {', '.join(PREFERENCE)}.")
             files.append(path)
         else:
-            raise HpcmmError(f"{path} does not exist: give a run directory or nsys report files.")
+            raise HpcmmError(
+                f"{path} does not exist, and is no run in {RUNS.absolute()}: give a run directory or nsys report files."
+            )
     return Found(_group(files), run_dirs[0] if len(run_dirs) == 1 else None)
 
 
@@ -74,7 +80,13 @@ def _as_run_dir(path: Path) -> RunDir | None:
     return run_dir if run_dir.config.is_file() or run_dir.nsys.is_dir() else None
 
 
-def _reports_in(folder: Path) -> Iterable[Path]:
+def _a_point(sweep: Path) -> Path:
+    """The first point that has reports, else the first of all."""
+    points = (folder for folder in sorted(sweep.iterdir()) if folder.name.isdecimal())
+    return next((point for point in points if _reports_in(point / "nsys")), SweepDir(sweep).point(0).root)
+
+
+def _reports_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     # A link that leads nowhere, or whatever else has the name of a report, is one that cannot be read.

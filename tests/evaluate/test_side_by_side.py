@@ -65,6 +65,15 @@ def test_a_sweep_stands_for_its_trained_points(tmp_path: Path, by: str):
     assert unfinished == [found.point(0)]
 
 
+def test_a_run_may_be_named_as_it_is_in_the_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "runs").mkdir()
+    found = sweep(tmp_path / "runs" / "sweep", [["train.seed=0"]], {0})
+    found.shared.submission_script.touch()
+    (tmp_path / "runs" / "latest").symlink_to("sweep")
+    monkeypatch.chdir(tmp_path)
+    assert [candidate.run for candidate in find_runs([Path("latest")])[0]] == [found.point(0)]
+
+
 def test_decoder_and_seed_are_not_told_twice(tmp_path: Path):
     found = sweep(tmp_path / "sweep", [["model/decoder=mlp", "train.seed=3"]], {0})
     assert find_runs([found.root])[0][0].settings == ()

@@ -16,7 +16,7 @@ from hpcmm.jobs.find_run import default_environment, find_targets, job_ids_of, s
 from hpcmm.jobs.polling import LONGEST_S, Poller
 from hpcmm.jobs.queue import Job, count_tasks, find_jobs
 from hpcmm.jobs.state import State, states_of
-from hpcmm.run_dir import RunDir
+from hpcmm.run_dir import RunDir, SweepDir
 
 SEPARATOR = "\x1f"
 
@@ -222,6 +222,26 @@ def test_while_the_cluster_is_down_the_run_directory_tells_of_ends(slurm, tmp_pa
     done = ask_jobs(tmp_path, "cancel", "unknown")
     assert done.returncode == 1
     assert done.stderr == "hpcmm.jobs: squeue failed (munge does not answer here); the job itself is not affected.\n"
+
+
+def test_while_the_cluster_is_down_the_points_tell_of_a_sweep(slurm, tmp_path):
+    sweep = SweepDir(tmp_path / "runs" / "sweep-1")
+    sweep.root.mkdir(parents=True)
+    sweep.shared.submission_script.touch()
+    points = [{"index": index, "overrides": [], "run": f"{index:04d}", "jobs": ["7"]} for index in range(3)]
+    sweep.ledger.write_text(json.dumps({"points": points}), encoding="utf-8")
+    for index, status in enumerate((0, 3, None)):
+        run = make_run(sweep.root, f"{index:04d}", f"7_{index}")
+        if status is not None:
+            run.exit_status.write_text(f"7_{index} {status}\n", encoding="utf-8")
+    for name in ("squeue", "sacct", "sinfo"):
+        slurm.answers(name, complaint=MUNGE)
+
+    done = ask_jobs(tmp_path, "status", "sweep-1", "--json")
+
+    told = [(job["job_id"], job["state"]) for job in json.loads(done.stdout)["targets"][0]["jobs"]]
+    assert (done.returncode, told) == (0, [("7_0", "COMPLETED"), ("7_1", "FAILED")])
+    assert "No end is noted of 1 point of sweep-1: 0002." in done.stderr
 
 
 def test_cancelling_asks_first_and_cancels_only_what_is_active(slurm, tmp_path):

@@ -36,6 +36,17 @@ def test_a_missing_path_and_a_file_of_another_kind_are_told(tmp_path: Path) -> N
         find_reports([tmp_path / "x.txt"])
 
 
+def test_a_sweep_names_a_point_that_has_reports(tmp_path: Path) -> None:
+    for point in ("0000", "0001"):
+        (tmp_path / point / "nsys").mkdir(parents=True)
+    (tmp_path / "ledger.json").touch()
+    with pytest.raises(HpcmmError, match=r"is a sweep: give one of its points, such as .*/0000\.$"):
+        find_reports([tmp_path])
+    (tmp_path / "0001" / "nsys" / "rank_0000.nsys-rep").touch()
+    with pytest.raises(HpcmmError, match=r"such as .*/0001\.$"):
+        find_reports([tmp_path])
+
+
 def test_what_cannot_be_a_report_but_has_its_name_is_listed(tmp_path: Path) -> None:
     (tmp_path / "a.sqlite").symlink_to("a.sqlite")
     (tmp_path / "b.sqlite").symlink_to(tmp_path / "gone")
