@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from hpcmm.config import RunConfig
+from hpcmm.config import RunConfig, TaskName
 from hpcmm.errors import HpcmmError
+from hpcmm.frozen_config import read_frozen_config
 from hpcmm.run_dir import RunDir
 
 
@@ -27,10 +29,28 @@ def run_to_start_from(config: RunConfig) -> str | None:
     )
 
 
+def note_other_standins(config: RunConfig) -> None:
+    """Say so where the run to start from had other stand-in images, for the seed makes them."""
+    folder = run_to_start_from(config)
+    if folder is None or config.task.name is not TaskName.anomaly or config.data.root is not None:
+        return
+    before = read_frozen_config(RunDir(Path(folder)).config)
+    data, train = before.get("data"), before.get("train")
+    if not isinstance(data, dict) or not isinstance(train, dict) or data.get("root") is not None:
+        return
+    seed = train.get("seed")
+    if isinstance(seed, int) and seed != config.train.seed:
+        print(
+            f"hpcmm: {folder} trained with train.seed={seed} and this run has {config.train.seed}, so its stand-in "
+            f"images are others: add train.seed={seed} to go on with the same.",
+            file=sys.stderr,
+        )
+
+
 def _trained(run: RunDir, config: RunConfig) -> RunDir:
     if config.after is None and not run.has_checkpoint():
         raise HpcmmError(
             f"train.init_from={config.train.init_from}: {run.checkpoints} holds no finished checkpoint: name a run "
-            "that has trained to its end, or, where it still waits or runs, start when its job has completed with after=JOB."
+            "that has trained to its end, or, where it still waits or runs, start this one after it with after=JOB."
         )
     return run

@@ -18,7 +18,7 @@ from hpcmm.config import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.after import job_to_wait_for, still_to_wait_for
 from hpcmm.launch.compose import compose_run
-from hpcmm.launch.init_from import run_to_start_from
+from hpcmm.launch.init_from import note_other_standins, run_to_start_from
 from hpcmm.launch.script import Job, render_analysis_script, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code, take_snapshot
 from hpcmm.launch.validate import validate
@@ -63,7 +63,7 @@ def plan(config: RunConfig, overrides: Sequence[str], points: int | None = None)
         raise HpcmmError(
             f"{run.root.parent} holds a colon, at which PYTHONPATH is split: set runs_root to another folder."
         )
-    run_to_start_from(config)
+    note_other_standins(config)
     after = None if config.after is None else job_to_wait_for(config.after, run.root.parent)
     job = Job(run, code.python_path, points=points, after=after, working_directory=working_directory)
     return Plan(config, run, code, job, tuple(overrides))

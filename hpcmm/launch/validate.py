@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from hpcmm.config import Analyze, Executor, RunConfig, TaskName
+from hpcmm.config import Analyze, Executor, LlmKind, RunConfig, TaskName
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.validate_cluster import cluster_problems, is_file_of, is_unwritable
 from hpcmm.profiled_ranks import profiled_ranks
@@ -191,6 +191,8 @@ def _encoders(config: RunConfig) -> Iterator[str]:
             f"model.image_weights is not given, but {model.image_encoder} needs the folder or file of its weights: "
             f"name it, or take a small random one of the same kind with model={model.image_encoder}_tiny."
         )
+    if model.llm.kind is LlmKind.folder and not model.llm.path:
+        yield "model.llm.path is not given, but model.llm.kind=folder needs the folder of the language model: name it."
     if model.text_tower not in TEXT_TOWERS:
         yield f"model.text_tower is {model.text_tower!r}, but hpcmm has {', '.join(TEXT_TOWERS)}."
 

@@ -9,7 +9,7 @@ import pytest
 
 from hpcmm.config import RunConfig, TrainConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.init_from import run_to_start_from
+from hpcmm.launch.init_from import note_other_standins, run_to_start_from
 
 
 @pytest.fixture
@@ -52,3 +52,18 @@ def test_a_run_without_a_finished_checkpoint_is_refused_unless_a_job_may_bring_o
     with pytest.raises(HpcmmError, match=r"decoder-1/checkpoints holds no finished checkpoint: .* after=JOB"):
         starting_from("latest", runs)
     assert starting_from("latest", runs, after="12") == str((runs / "decoder-1").resolve())
+
+
+def test_another_seed_whose_standins_are_others_is_noted(runs: Path, capsys: pytest.CaptureFixture[str]):
+    config = config_of("decoder-1", runs)
+    for frozen, said in [
+        ("data: {root: null}\ntrain: {seed: 1}\n", "train.seed=1 and this run has 0"),
+        ("data: {root: null}\ntrain: {seed: 0}\n", ""),
+        ("data: {root: /data/mvtec}\ntrain: {seed: 1}\n", ""),
+        ("name: decoder\n", ""),
+    ]:
+        (runs / "decoder-1" / "config.yaml").write_text(frozen)
+        note_other_standins(config)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == bool(said)
+        assert said in "".join(lines)

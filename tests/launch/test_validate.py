@@ -34,6 +34,7 @@ def test_a_right_global_batch_is_accepted():
         (["data.slow_rank=8"], "the ranks are 0 to 7"),
         (["data=mvtec"], "data.root is not given"),
         (["model=clip"], "name it, or take a small random one of the same kind with model=clip_tiny"),
+        (["model/llm=vicuna"], "model.llm.path is not given"),
         (["model.image_encoder=vgg"], "but hpcmm has clip, clip_tiny, efficientnet_lite0"),
         (["model.text_tower=bert"], "but hpcmm has clip, clip_tiny, imagebind"),
         (["profile.ranks=8"], "the ranks of this run are 0 to 7"),
