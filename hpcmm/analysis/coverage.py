@@ -31,6 +31,9 @@ COLUMNS = ["rank", "node", "status", "steps", "spans", "events", "span_s", "nsys
 NVTX_NEEDS_NSYS = (2024, 1)
 """First nsys under which the Python package nvtx >= 0.2.12 records anything: it asks whether its domain is enabled."""
 
+NVTX_ASKS_NSYS = (0, 2, 12)
+"""First version of the Python package nvtx that does."""
+_OLDER_NVTX = "install nvtx==0.2.11, or trace with --trace=nvtx"
 _RANK_IN_NAME = re.compile(r"rank_([0-9]{1,7})")
 
 
@@ -101,9 +104,19 @@ def _why_no_ranges(report: Report) -> str:
     if version and version < NVTX_NEEDS_NSYS:
         return (
             f"no NVTX ranges at all: under nsys {report.nsys_version} the Python package nvtx 0.2.12 or later records "
-            "nothing; install nvtx==0.2.11, or trace with --trace=nvtx"
+            f"nothing; {_OLDER_NVTX}"
         )
     return "no NVTX ranges at all: trace with --trace=nvtx, and annotate the loop with hpcmm.annotate"
+
+
+def _in_this_run(no_ranges: str, record: RunRecord) -> str:
+    """Why a report has no steps, where the run's own record knows better than the report."""
+    if no_ranges and record.failed_before_steps:
+        return "the run failed before its first step"
+    version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", record.nvtx)[:3])
+    if no_ranges.endswith(_OLDER_NVTX) and () < version < NVTX_ASKS_NSYS:
+        return "no NVTX ranges at all: this rank ended before its first step, or its loop is not annotated"
+    return no_ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +133,7 @@ class Ledger:
 
 def assess(facts: Sequence[ReportFacts], record: RunRecord) -> Ledger:
     """Give each report its rank and status; then add the expected ranks that have no report."""
+    facts = [replace(fact, no_ranges=_in_this_run(fact.no_ranges, record)) for fact in facts]
     job_id = _majority_job(facts, record)
     told = max((f.identity.world_size or 0 for f in facts if job_id in (None, f.job_id)), default=0)
     world_size = min(record.world_size or told, MAX_WORLD_SIZE)

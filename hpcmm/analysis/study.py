@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +48,8 @@ class Study:
     """Seconds a step that each trace (row) waited for each other (column)."""
     clock: CommonClock
     complete: bool
+    failed_run: str = ""
+    """The run directory, where that notes that the run failed before its first step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,11 @@ class Selection:
     name: str
     tables: Mapping[str, pd.DataFrame]
     complete: bool
+
+
+def why_failed(folder: str) -> str:
+    """One sentence for a run that failed before its first step."""
+    return f"the run failed before its first step; python -m hpcmm.jobs why {shlex.quote(folder)} tells why."
 
 
 def study(
@@ -188,6 +196,7 @@ def _derive(ledger: Ledger, record: RunRecord, progress: Progress, reference: Re
         wait_matrix=wait_matrix(rows, len(traces), steady) / 1e9 / max(len(steps.numbers), 1),
         clock=clock,
         complete=ledger.complete,
+        failed_run=record.folder if record.failed_before_steps else "",
     )
 
 
@@ -207,6 +216,8 @@ def _read(
     if not any(fact.events for fact in facts):
         reasons = [fact.damage for fact in facts if fact.damage] or list(ledger.table["reason"]) or ["there are none."]
         there = f"none of the {len(sources)} reports is usable" if sources else "there are no reports yet"
+        if record.failed_before_steps:
+            raise HpcmmError(f"{there}: {why_failed(record.folder)}")
         raise HpcmmError(f"{there}; of the first rank: {reasons[0]}")
     return ledger
 

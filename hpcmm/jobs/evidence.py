@@ -11,11 +11,11 @@ from hpcmm.errors import HpcmmError
 from hpcmm.failures import records
 from hpcmm.failures.kinds import LoggedError, last_logged_error
 from hpcmm.failures.records import RankError, RankExit
-from hpcmm.jobs.find_run import Target, settings, slurm_environment
+from hpcmm.jobs.find_run import Target, run_of_command, settings, slurm_environment
 from hpcmm.jobs.queue import Job, account_of
 from hpcmm.jobs.run_records import RankProgress, progress_of
 from hpcmm.jobs.state import states_of
-from hpcmm.run_dir import RunDir
+from hpcmm.run_dir import RunDir, SweepDir
 from hpcmm.slurm_commands import ask
 
 _TAIL_BYTES = 256 * 1024
@@ -73,9 +73,12 @@ def gather(target: Target) -> JobEvidence:
         raise HpcmmError(f"{reason}, and no run directory tells of an end of {target.asked}.")
     if not state.jobs:
         raise HpcmmError(f"No job of {target.asked} is known to Slurm or noted in a run directory.")
-    run, notes = state.run, list(state.notes)
+    run, notes, newest = state.run, list(state.notes), state.jobs[-1]
+    if state.silent and run is not None and SweepDir(run.root).ledger.is_file():
+        newest = next((job for job in reversed(state.jobs) if job.state != "COMPLETED"), newest)
+        run = run_of_command(newest)  # of the point, whose records tell more than the sweep's folder
     environ = slurm_environment(run)
-    job, complaint = _accounted(state.jobs[-1], environ)
+    job, complaint = _accounted(newest, environ)
     notes += [complaint] if complaint and not notes else []
     if run is None:
         return JobEvidence(job, None, node_states=node_states(job.nodes, environ), notes=notes)

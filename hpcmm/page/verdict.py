@@ -9,7 +9,7 @@ import pandas as pd
 
 from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
-from hpcmm.analysis.study import Study
+from hpcmm.analysis.study import Study, why_failed
 from hpcmm.analysis.trace import RankTrace
 
 MAX_TEXT = 300
@@ -103,6 +103,8 @@ def headline(study: Study) -> str:
 
 
 def _why_no_steps(study: Study) -> str:
+    if study.failed_run:
+        return plain(why_failed(study.failed_run))
     reasons = study.tables["coverage"]["reason"]
     reasons = reasons[reasons != ""]
     if len(reasons):

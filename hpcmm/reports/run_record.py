@@ -17,6 +17,8 @@ MAX_WORLD_SIZE = 1 << 17
 """More ranks than this are a damaged record."""
 MAX_LINE_CHARACTERS = 1 << 20
 """Of a line of metrics; what is longer is damage."""
+_STEPPED = ("step", "lost")
+"""Events of a rank that came as far as a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,12 @@ class RunRecord:
     name: str = ""
     startup: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
     """By rank, the records of its start: each part, and the first step of each attempt."""
+    folder: str = ""
+    """The run directory, as it was given."""
+    failed_before_steps: bool = False
+    """The directory notes that the job failed, and no step of any rank."""
+    nvtx: str = ""
+    """Version of the Python package nvtx that the run used; empty where it is not known."""
 
     @property
     def job_id(self) -> str | None:
@@ -81,7 +89,31 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         config=config,
         name=run_dir.root.resolve().name,
         startup={start.rank: parts for start, parts in ranks},
+        folder=str(run_dir.root),
+        failed_before_steps=_section(config, "task").get("name", "anomaly") == "anomaly"  # others note no steps
+        and _failed(run_dir)
+        and not any(part.get("event") in _STEPPED for _, parts in ranks for part in parts),
+        nvtx=_nvtx(run_dir),
     )
+
+
+def _failed(run_dir: RunDir) -> bool:
+    """By the last line that the job's script left; where it left none, by what ranks that ended badly left."""
+    try:
+        if run_dir.exit_status.is_file():
+            outcome = run_dir.exit_status.read_text(encoding="utf-8", errors="replace").split()[-1:]
+            return outcome != ["0"] and all(each.isdecimal() for each in outcome)
+        return next(run_dir.failures.glob("*/rank_*.*.json"), None) is not None
+    except OSError:
+        return False
+
+
+def _nvtx(run_dir: RunDir) -> str:
+    try:
+        packages = _section(_parse(run_dir.provenance.read_text(encoding="utf-8")), "packages")
+    except (OSError, ValueError):
+        return ""
+    return str(packages.get("nvtx") or "")
 
 
 def _profiled(profile: dict[str, Any], world_size: int, ranks_per_node: int) -> frozenset[int]:
@@ -109,7 +141,7 @@ def _read_metrics(path: Path) -> tuple[RankStart, tuple[dict[str, Any], ...]] | 
                 if '"start' in line or before_first_step:
                     record = _parse(line)
                     start = _as_start(record) or start
-                    before_first_step = record.get("event") not in ("step", "lost")
+                    before_first_step = record.get("event") not in _STEPPED
                     if record.get("event") != "start":
                         parts.append(record)
     except OSError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sqlite3
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpcmm.analyze import Analysis, analyze
+from hpcmm.analyze.command import main
 from hpcmm.errors import HpcmmError
 from hpcmm.run_dir import RunDir
 
@@ -90,6 +92,27 @@ def test_a_capture_without_ranges_says_why(run_dir: RunDir) -> None:
     assert statuses(analysis)[1] == "no_nvtx"
     assert "nvtx==0.2.11" in reason(analysis, 1)
     assert (analysis.tables["osrt"]["rank"] == 1).any()
+
+
+@pytest.mark.parametrize(("version", "advised"), [("0.2.11", False), ("0.2.13", True)])
+def test_an_older_nvtx_is_advised_only_where_it_is_not_installed(
+    run_dir: RunDir, version: str, *, advised: bool
+) -> None:
+    edit(report(run_dir, 1), "DELETE FROM NVTX_EVENTS")
+    run_dir.provenance.write_text(json.dumps({"packages": {"nvtx": version}}))
+    assert ("nvtx==0.2.11" in reason(analyze([run_dir.root]), 1)) is advised
+
+
+def test_a_run_that_failed_before_its_first_step_says_so_and_what_tells_why(
+    run_dir: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(4):
+        edit(report(run_dir, rank), "DELETE FROM NVTX_EVENTS")
+    run_dir.exit_status.write_text("17 1\n")
+    main([str(run_dir.root)])
+    told = capsys.readouterr().out
+    assert told.count(f"hpcmm.jobs why {shlex.quote(str(run_dir.root))} tells why.") == 1
+    assert "nvtx==0.2.11" not in told
 
 
 def test_a_capture_without_events_is_empty(run_dir: RunDir) -> None:

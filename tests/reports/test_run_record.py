@@ -47,6 +47,33 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("exit_status", "failures", "metrics", "failed"),
+    [
+        ("7 1\n", False, "", True),
+        ("7 1\n8 0\n", True, "", False),
+        ("7 stopped\n", False, "", False),
+        (None, True, "", True),
+        (None, False, "", False),
+        ("7 1\n", True, '{"event": "step", "step": 0}\n', False),
+    ],
+)
+def test_a_run_that_failed_before_its_first_step(
+    tmp_path: Path, exit_status: str | None, *, failures: bool, metrics: str, failed: bool
+) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.metrics.mkdir()
+    run_dir.rank_metrics(0).write_text(start(0) + metrics)
+    run_dir.provenance.write_text('{"packages": {"nvtx": "0.2.11"}}')
+    if exit_status is not None:
+        run_dir.exit_status.write_text(exit_status)
+    if failures:
+        (run_dir.failures / "7.0").mkdir(parents=True)
+        (run_dir.failures / "7.0" / "rank_0000.error.json").touch()
+    record = read_run_record(run_dir)
+    assert (record.failed_before_steps, record.nvtx) == (failed, "0.2.11")
+
+
+@pytest.mark.parametrize(
     "text", ["", "- 1", "cluster: 3", "cluster: {nodes: many}", "a: [", "!!python/object:os.system x"]
 )
 def test_a_damaged_configuration_leaves_nothing_expected(tmp_path: Path, text: str) -> None:
