@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hpcmm.annotate import collectives
 from hpcmm.bootstrap.cache import extensions_dir
 from hpcmm.bootstrap.compiled_ops import load_ops
+from hpcmm.bootstrap.group import leave_group
 from hpcmm.config import ClusterConfig
 
 store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, is_master=sys.argv[1] == "0")
@@ -67,4 +68,4 @@ recorded = {f"{group} {op}": count for (group, op), count in recorder.recorded.i
 open_ranges = len(recorder._open)
 engine.destroy()
 print(json.dumps({"recorded": recorded, "own_numbers": own_numbers, "open_ranges": open_ranges}), flush=True)
-dist.destroy_process_group()
+leave_group()
