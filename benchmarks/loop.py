@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.launch.compose import compose_run
 from hpcmm.launch.validate import validate
 from hpcmm.run_dir import RunDir
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         validate(config)
         run_dir = RunDir(Path(folder) / "run")
         run_dir.create()
-        run_config.dump(config, run_dir.config)
+        config_file.dump(config, run_dir.config)
         subprocess.run([sys.executable, "-m", "hpcmm.train.prepare", str(run_dir.root)], check=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -90,9 +90,9 @@ def run_rank(options: argparse.Namespace) -> None:
     if session.place.rank == 0:
         report(turns, options.steps - 1)
     session.engine.destroy()
-    import torch.distributed as dist  # noqa: PLC0415
+    from hpcmm.bootstrap.group import leave_group  # noqa: PLC0415
 
-    dist.destroy_process_group()
+    leave_group()
 
 
 def open_session(run_dir: RunDir) -> Session:
@@ -103,7 +103,7 @@ def open_session(run_dir: RunDir) -> Session:
     from hpcmm.bootstrap.environment import RankEnvironment  # noqa: PLC0415
     from hpcmm.bootstrap.metrics import MetricsWriter  # noqa: PLC0415
 
-    config = run_config.load(run_dir.config)
+    config = config_file.load(run_dir.config)
     select_accelerator()
     load_ops(extensions_dir(config.cluster))
     import torch  # noqa: PLC0415

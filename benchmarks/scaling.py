@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.run_dir import RunDir
 
 CONFIGURATION = ("experiment=anomaly_demo", "train.evaluate=false", "wait=true")
@@ -74,7 +74,7 @@ def analyse(run: RunDir, reference: Path | None) -> Path:
 
 
 def measure(run: RunDir, analysis: Path) -> Measured:
-    config = run_config.load(run.config)
+    config = config_file.load(run.config)
     records = [json.loads(line) for line in run.rank_metrics(0).read_text(encoding="utf-8").splitlines()]
     step_s = [record["step_s"] for record in records if record["event"] == "step"][1:-1]  # warm-up, checkpoint
     efficiency = pd.read_csv(analysis / "efficiency.csv")

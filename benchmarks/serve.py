@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.run_dir import RunDir
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def model_users(run: Path) -> Iterator[Callable[[str, int], list[Use]]]:
 
     select_accelerator()
     directory = RunDir(run)
-    predictor = load_predictor(directory, run_config.load(directory.config))
+    predictor = load_predictor(directory, config_file.load(directory.config))
     rng = np.random.default_rng(0)
     with ExitStack() as stack:
         batchers = {}

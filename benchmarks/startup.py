@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.analysis.startup import startup_table
 from hpcmm.launch.compose import compose_run
 from hpcmm.launch.run import Plan, plan, queue
@@ -58,7 +58,7 @@ def with_torchrun(overrides: list[str], root: Path) -> float:
     planned = begin(overrides, root)
     config, run = planned.config, planned.run
     run.create()
-    run_config.dump(config, run.config)
+    config_file.dump(config, run.config)
     os.environ.update(config.cluster.submit_environment)
     began, script = run.root / "began", run.root / "torchrun.sh"
     script.write_text(
@@ -92,7 +92,7 @@ def rank_under_torchrun(run_dir: str) -> None:
     from hpcmm.bootstrap.metrics import MetricsWriter  # noqa: PLC0415
 
     run = RunDir(Path(run_dir))
-    config = run_config.load(run.config)
+    config = config_file.load(run.config)
     select_accelerator()
     load_ops(extensions_dir(config.cluster))
     import torch.distributed as dist  # noqa: PLC0415

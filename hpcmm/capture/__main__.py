@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.bootstrap import startup
 from hpcmm.bootstrap.environment import RankEnvironment
 from hpcmm.capture.watch import end_as, record_exit, run_watched
@@ -24,7 +24,7 @@ from hpcmm.run_dir import RunDir
 def start_rank(run: RunDir, command: list[str]) -> int:
     """Run the rank's command. Returns its exit status, negative for a signal."""
     os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
-    config = run_config.load(run.config)
+    config = config_file.load(run.config)
     rank = RankEnvironment.read().rank
     if config.cluster.executor is Executor.local:
         _write_to(run.rank_log(rank))

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.bootstrap.cache import cache_dir
 from hpcmm.config import RunConfig
 from hpcmm.doctor.judge import bad_nodes, judge
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     step, run_dir, listed, *request = arguments
     run, nodes = RunDir(Path(run_dir)), listed.split(",")
     try:
-        config = run_config.load(run.config)
+        config = config_file.load(run.config)
         if step == "ask":
             print(ask(config, run, nodes))
         else:

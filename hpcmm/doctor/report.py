@@ -8,6 +8,7 @@ from typing import Any
 
 from hpcmm.doctor.facts import packages_hash
 from hpcmm.doctor.judge import Finding, Found, Weight, bad_nodes, bandwidths
+from hpcmm.visible import visible
 
 HERE = "(here)"
 """Ends the name of the machine where the doctor was called."""
@@ -25,7 +26,7 @@ def report_lines(nodes: Sequence[str], found: Found, findings: Sequence[Finding]
         lines.append(f"{finding.weight}: {finding.node}: {finding.check}: {finding.said}.{cure}")
     bad = bad_nodes(findings, nodes)
     lines.append(_verdict(bad))
-    return [_printable(line) for line in lines]
+    return [visible(line) for line in lines]
 
 
 def _verdict(bad: Sequence[str]) -> str:
@@ -75,7 +76,3 @@ def _row(node: str, facts: Mapping[str, Any], rates: Mapping[str, float]) -> tup
         recorded,
         f"{free / 1024**3:.0f} GiB",
     )
-
-
-def _printable(line: str) -> str:
-    return "".join(character if character.isprintable() else "\ufffd" for character in line)

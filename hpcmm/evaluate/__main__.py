@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.config import Layout, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.runs import find_runs
@@ -93,7 +93,7 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     for candidate in candidates:
         run = candidate.run
         try:
-            config = _with_test_set(run_config.load(run.config), options)
+            config = _with_test_set(config_file.load(run.config), options)
             scored, test, (trained_on, scored_on) = _score(run, config)
         except HpcmmError as error:
             unscored.append(f"{run.root.name}: {error}")

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.config import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.init_from import run_to_start_from
@@ -81,7 +81,7 @@ def resubmit(path: Path) -> tuple[Ledger, list[LedgerPoint], str | None]:
     """
     with read_ledger(path).locked():
         ledger = read_ledger(path)  # as it is now that nobody else writes it
-        config = run_config.load(ledger.run(ledger.points[0]).config)
+        config = config_file.load(ledger.run(ledger.points[0]).config)
         os.environ.update(config.cluster.submit_environment)
         states = ledger.states()
         failed = [point for point in ledger.points if states[point.index] == FAILED]
@@ -112,7 +112,7 @@ def _codes(planned: Plan, points: Sequence[Point]) -> dict[str | None, CodePlan]
 
 def _write_point(run: RunDir, config: RunConfig) -> None:
     run.create()
-    run_config.dump(config, run.config)
+    config_file.dump(config, run.config)
     pickle_task(config, run)
 
 

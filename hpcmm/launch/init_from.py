@@ -29,19 +29,18 @@ def run_to_start_from(config: RunConfig) -> str | None:
     )
 
 
-def note_other_standins(config: RunConfig) -> None:
-    """Say so where the run to start from had other stand-in images, for the seed makes them."""
-    folder = run_to_start_from(config)
-    if folder is None or config.task.name is not TaskName.anomaly or config.data.root is not None:
+def note_other_standins(config: RunConfig, start: RunDir) -> None:
+    """Say so where ``start``, the run to start from, had other stand-in images, for the seed makes them."""
+    if config.task.name is not TaskName.anomaly or config.data.root is not None:
         return
-    before = read_frozen_config(RunDir(Path(folder)).config)
+    before = read_frozen_config(start.config)
     data, train = before.get("data"), before.get("train")
     if not isinstance(data, dict) or not isinstance(train, dict) or data.get("root") is not None:
         return
     seed = train.get("seed")
     if isinstance(seed, int) and seed != config.train.seed:
         print(
-            f"hpcmm: {folder} trained with train.seed={seed} and this run has {config.train.seed}, so its stand-in "
+            f"hpcmm: {start.root} trained with train.seed={seed} and this run has {config.train.seed}, so its stand-in "
             f"images are others: add train.seed={seed} to go on with the same.",
             file=sys.stderr,
         )

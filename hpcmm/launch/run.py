@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.config import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.after import job_to_wait_for, still_to_wait_for
@@ -63,7 +63,8 @@ def plan(config: RunConfig, overrides: Sequence[str], points: int | None = None)
         raise HpcmmError(
             f"{run.root.parent} holds a colon, at which PYTHONPATH is split: set runs_root to another folder."
         )
-    note_other_standins(config)
+    if (start := run_to_start_from(config)) is not None:
+        note_other_standins(config, RunDir(Path(start)))
     after = None if config.after is None else job_to_wait_for(config.after, run.root.parent)
     job = Job(run, code.python_path, points=points, after=after, working_directory=working_directory)
     return Plan(config, run, code, job, tuple(overrides))
@@ -83,7 +84,7 @@ def queue(planned: Plan, *, is_latest: bool = True) -> Submission:
     config, run = frozen(planned.config, planned.code), planned.run
     with writing(run):
         run.create()
-        run_config.dump(config, run.config)
+        config_file.dump(config, run.config)
         write_shared_files(planned)
     with removed_if_refused(run):
         submission = submit(config, run, planned.code.python_path)

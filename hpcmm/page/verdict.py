@@ -11,6 +11,7 @@ from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.study import Study, why_failed
 from hpcmm.analysis.trace import RankTrace
+from hpcmm.visible import visible
 
 MAX_TEXT = 300
 """Characters of a foreign name that are shown."""
@@ -19,7 +20,7 @@ MAX_TEXT = 300
 def plain(value: object) -> str:
     """Foreign text without control characters (ANSI codes, newlines), cut to :data:`MAX_TEXT`."""
     head = str(value)[: MAX_TEXT + 1]
-    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in head)
+    text = visible(head)
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

@@ -99,10 +99,10 @@ def _one_image(service: Service) -> None:
         example = service.examples[int(event.index)]
         return str(example.sample.image), example.caption
 
-    # What is quick goes past gradio's queue: a page that has two events in it at once can miss an answer for good.
     inputs, outputs = [image, caption, question, threshold], [shown, seen]
     hidden = {"api_visibility": "private"}
     gr.on([ask.click, question.submit], answer, inputs, outputs, **hidden)
+    # What is quick goes past gradio's queue: a page that has two events in it at once can miss an answer for good.
     threshold.change(
         again,
         [threshold, seen],

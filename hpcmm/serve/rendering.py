@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hpcmm.serve.drawing import SMALL_SIDE, data_uri, overlay
 from hpcmm.serve.service import Seen, as_image
+from hpcmm.visible import visible
 
 CSV_COLUMNS = ("file", "score", "threshold", "anomalous", "answer", "problem")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -126,8 +127,7 @@ def _legend(threshold: float) -> str:
 
 def escaped(text: str) -> str:
     """Escaped for HTML, and for the page's own templates, which would evaluate ``${...}`` and ``{{...}}``."""
-    printable = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
-    return html.escape(printable).replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;")
+    return html.escape(visible(text)).replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;")
 
 
 def _cell(value: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.bootstrap.free_port import hold_free_port
 from hpcmm.errors import HpcmmError
 from hpcmm.run_dir import RunDir
@@ -68,7 +68,7 @@ def load_service(options: ServeOptions) -> Service:
 
     select_accelerator()
     run = RunDir(Path(options.run))
-    config = run_config.load(run.config)
+    config = config_file.load(run.config)
     print(f"hpcmm.serve: loading the model of {run.root.name}.", file=sys.stderr, flush=True)
     predictor = load_predictor(run, config)
     log = RequestLog(run.requests_log)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.bootstrap.cache import cache_dir, extensions_dir
 from hpcmm.bootstrap.compiled_ops import build_ops, ops_are_built
 from hpcmm.config import RunConfig, TaskName
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         run = RunDir(Path(arguments[0]))
-        prepare(run_config.load(run.config))
+        prepare(config_file.load(run.config))
         begin_attempt(run)
     except HpcmmError as error:
         print(f"hpcmm: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.bootstrap.cache import extensions_dir
 from hpcmm.bootstrap.environment import RankEnvironment
 from hpcmm.bootstrap.metrics import MetricsWriter
@@ -20,7 +20,7 @@ def run_rank(run_dir: str) -> dict[str, float]:
     """Train as ``config.yaml`` of the run directory says. Returns the final metrics."""
     began_s = time.time()
     run = RunDir(Path(run_dir))
-    config = run_config.load(run.config)
+    config = config_file.load(run.config)
     bound_threads(config)
     place = RankEnvironment.read()
     _log_with_rank(place)

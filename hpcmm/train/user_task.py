@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.annotate.imports import after_import
 from hpcmm.annotate.unasked import annotate_collectives_at_init
 from hpcmm.bootstrap.cache import extensions_dir
@@ -31,7 +31,7 @@ def run_user_task(run_dir: str) -> Any:
     Raises HpcmmError where a script exits with another status than 0, or a function is not there.
     """
     run = RunDir(Path(run_dir))
-    config = run_config.load(run.config)
+    config = config_file.load(run.config)
     place = RankEnvironment.read()
     place.export()
     _see_own_gpu()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.config import DataConfig, LlmConfig, LlmKind, ModelConfig
 from hpcmm.data.anomaly import TestImages, build_datasets
 from hpcmm.data.standins import generate
@@ -30,7 +30,7 @@ def runs(tmp_path: Path) -> list[Path]:
     for name in ("good", "bad"):
         run = RunDir(tmp_path / name)
         run.create()
-        run_config.dump(compose_run(["cluster=local"]), run.config)
+        config_file.dump(compose_run(["cluster=local"]), run.config)
         run.checkpoints.mkdir(exist_ok=True)
         (run.checkpoints / "latest").write_text("step_1")
         made.append(run.root)

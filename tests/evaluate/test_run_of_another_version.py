@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm import config as run_config
+from hpcmm import config_file
 from hpcmm.config import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.compose import compose_run
@@ -22,7 +22,7 @@ from hpcmm.run_dir import RunDir
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "a run of $(id)")
     run.create()
-    run_config.dump(compose_run(["cluster=local"]), run.config)
+    config_file.dump(compose_run(["cluster=local"]), run.config)
     run.config.write_text(run.config.read_text().replace("data:\n", "data:\n  dropped: 3\n"))
     return run
 
@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> RunDir:
 def test_the_command_that_is_told_reads_it(run: RunDir):
     take_snapshot(RunConfig(name="older"), run, None)
     with pytest.raises(HpcmmError, match=r"not a configuration of this version .*'dropped'") as refused:
-        run_config.load(run.config)
+        config_file.load(run.config)
     told = re.search(r"env .* python -P -m hpcmm.evaluate .*(?= \(or)", str(refused.value))
     assert told
     command = shlex.split(told[0])
@@ -38,7 +38,9 @@ def test_the_command_that_is_told_reads_it(run: RunDir):
     assert command[-1] == str(run.root)
     source = code / "hpcmm" / "config.py"
     source.write_text(source.read_text().replace("class DataConfig:\n", "class DataConfig:\n    dropped: int = 0\n"))
-    reads = "import sys, pathlib; from hpcmm import config; print(config.load(pathlib.Path(sys.argv[1])).data.dropped)"
+    reads = (
+        "import sys, pathlib as p; from hpcmm.config_file import load; print(load(p.Path(sys.argv[1])).data.dropped)"
+    )
     shown = subprocess.run(
         [*command[:2], sys.executable, command[3], "-c", reads, str(run.config)],
         stdout=subprocess.PIPE,
@@ -50,5 +52,5 @@ def test_the_command_that_is_told_reads_it(run: RunDir):
 
 def test_without_kept_code_nothing_is_promised(run: RunDir):
     with pytest.raises(HpcmmError, match=r"'dropped'") as refused:
-        run_config.load(run.config)
+        config_file.load(run.config)
     assert "PYTHONPATH" not in str(refused.value)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from hpcmm.config import Executor, Schedule, dump, load
+from hpcmm.config import Executor, Schedule
+from hpcmm.config_file import dump, load
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.compose import compose_run
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from hpcmm.config import dump, load
+from hpcmm.config_file import dump, load
 from hpcmm.errors import HpcmmError
 from hpcmm.frozen_config import MAX_BYTES, read_frozen_config
 from hpcmm.launch.compose import compose_run

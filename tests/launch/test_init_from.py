@@ -10,6 +10,7 @@ import pytest
 from hpcmm.config import RunConfig, TrainConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.init_from import note_other_standins, run_to_start_from
+from hpcmm.run_dir import RunDir
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_another_seed_whose_standins_are_others_is_noted(runs: Path, capsys: pyt
         ("name: decoder\n", ""),
     ]:
         (runs / "decoder-1" / "config.yaml").write_text(frozen)
-        note_other_standins(config)
+        note_other_standins(config, RunDir(runs / "decoder-1"))
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == bool(said)
         assert said in "".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.config import load
+from hpcmm.config_file import load
 
 HEAVY = ("torch", "deepspeed", "transformers", "sklearn", "skimage", "gradio")
 

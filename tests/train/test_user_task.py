@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hpcmm.config import dump
+from hpcmm.config_file import dump
 from hpcmm.launch.compose import compose_run
 from hpcmm.run_dir import RunDir
 
