@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.osrt import WAITPID_FUNCTIONS
@@ -27,6 +28,7 @@ WINDOW_GAP_NS = 1_000_000_000
 
 EXIT_NS = 500_000_000
 """A process is gone within this time after its last traced call."""
+_NOBODY = np.iinfo(np.int64).min
 
 WAIT_COLUMNS = ["process_role", "pid", "function", "child", "step", "phase", "start_ns", "end_ns", "verdict"]
 
@@ -164,20 +166,42 @@ def _verdict(role: str, child_role: str, *, in_step: bool, before_steps: bool, o
 def _children(family: Family, waits: pd.DataFrame) -> list[str]:
     """The program waited for, where a traced process ended just before the wait did; its number where it has no name.
 
-    Reports themselves tell neither the child nor the call's result.
+    Reports themselves tell neither the child nor the call's result. Of several such processes it is the last to end
+    for which no younger process than the waiting one waited as well, for that is nearer to being its parent.
     """
     if waits.empty:
         return []
     known = family.lives.sort_values("last")
     last, first, pids = known["last"].to_numpy(), known["first"].to_numpy(), known.index.to_numpy()
     begun = dict(zip(pids.tolist(), first.tolist(), strict=True))
+    youngest = _youngest_waiting(last, first, waits, begun)
     found: list[str] = []
     for pid, start, end in zip(waits["pid"], waits["start_ns"], waits["end_ns"], strict=True):
         index = np.searchsorted(last, end, side="right") - 1
         if index >= 0 and pids[index] == pid:  # whose last call this wait was
             index -= 1
-        fits = index >= 0 and last[index] >= max(start, end - EXIT_NS) and first[index] > begun[int(pid)]
-        found.append(family.label(int(pids[index])) if fits else "")
+        since, mine = max(start, end - EXIT_NS), begun[int(pid)]
+        if not (index >= 0 and last[index] >= since and first[index] > mine):
+            found.append("")
+            continue
+        ended = range(int(index), int(np.searchsorted(last, since)) - 1, -1)
+        own = (each for each in ended if pids[each] != pid and first[each] > mine and youngest[each] <= mine)
+        found.append(family.label(int(pids[next(own, index)])))
+    return found
+
+
+def _youngest_waiting(
+    last: NDArray[np.int64], first: NDArray[np.int64], waits: pd.DataFrame, begun: dict[int, int]
+) -> list[int]:
+    """Of processes by their ``last`` and ``first`` call: when the youngest began of those that waited as each ended."""
+    ordered = waits.sort_values("end_ns")
+    start, end = ordered["start_ns"].to_numpy(), ordered["end_ns"].to_numpy()
+    waiter = np.array([begun[int(pid)] for pid in ordered["pid"]])
+    found = []
+    for over, born in zip(last, first, strict=True):
+        near = slice(*np.searchsorted(end, [over, over + EXIT_NS]))
+        could = waiter[near][(start[near] <= over) & (waiter[near] < born)]
+        found.append(int(could.max()) if len(could) else _NOBODY)
     return found
 
 

@@ -120,6 +120,23 @@ def test_a_child_is_called_by_its_rank_else_by_its_name_else_by_its_number() -> 
     assert list(waits["verdict"]) == ["benign supervision", "within step"]
 
 
+def test_what_another_s_child_waited_for_is_not_taken_for_the_child() -> None:
+    calls = frame(
+        [
+            (0, 5, 1, 1, "open"),
+            (20, 500, 1, 1, "waitpid"),  # for rank 0, whose last call was before that of rank 1's child
+            (30, 480, 7, 7, "poll"),
+            (31, 140, 8, 8, "poll"),
+            (150, 492, 8, 8, "waitpid"),
+            (155, 490, 30, 30, "read"),
+            (493, 600, 8, 8, "poll"),
+        ]
+    )
+    roles = process_roles(calls, {}, frozenset({7, 8}))
+    waits = find_waits(calls, Family(roles, {7: "rank 0", 8: "rank 1"}, lives(calls)), (8, 8), SEGMENTS)
+    assert list(waits["child"]) == ["rank 0", "process 30"]
+
+
 def test_a_wait_that_ends_long_after_a_process_did_is_not_for_it() -> None:
     second = 1_000_000_000
     calls = frame([(0, 1, 7, 7, "read"), (5, 6, 30, 30, "read"), (4, 2 * second, 7, 7, "waitpid")])
