@@ -68,21 +68,27 @@ def _run(command: Sequence[str], env: dict[str, str], timeout_s: float) -> subpr
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """The machine's cluster; started when it is not up, and then stopped again at the end."""
+    """A cluster of the tests' own, which nobody else's jobs hold up: new, and purged at the end.
+
+    That of ``HPCMM_CLUSTER_DIR`` where it is set: faster to try one test again, and stopped only when it was not up.
+    """
     if os.geteuid() != 0:
         pytest.skip("the local Slurm cluster needs root")
     if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.skip("slurmctld is not installed")
-    cluster = SlurmCluster(Path(os.environ.get("HPCMM_CLUSTER_DIR") or "/var/lib/hpcmm-cluster"))
+    given = os.environ.get("HPCMM_CLUSTER_DIR")
+    cluster = SlurmCluster(Path(given or tempfile.mkdtemp(prefix="hpcmm-", dir="/tmp")))
     was_up = cluster.command("status").returncode == 0
-    started = cluster.command("up")
-    if started.returncode == CANNOT_RUN_HERE:
-        pytest.skip(started.stderr.strip())
     try:
+        started = cluster.command("up")
+        if started.returncode == CANNOT_RUN_HERE:
+            pytest.skip(started.stderr.strip())
         assert started.returncode == 0, started.stderr
         yield cluster
     finally:
-        if not was_up:
+        if not given:
+            _remove(cluster)
+        elif not was_up:
             stopped = cluster.command("down")
             assert stopped.returncode == 0, stopped.stderr
 

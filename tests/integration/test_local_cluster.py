@@ -181,6 +181,9 @@ def test_down_cancels_jobs_and_leaves_nothing_behind(spare_cluster: SlurmCluster
     assert started.returncode == 0, started.stderr
     assert traces_on_this_machine(spare_cluster.directory, "spare")
     log = spare_cluster.directory / "log" / "job.log"
+    job = spare_cluster.run(
+        "sbatch", "--parsable", f"--nodes={NODE_COUNT}", f"--output={log}", "--wrap=srun sleep 600"
+    ).strip()
     spare_cluster.run("sbatch", f"--nodes={NODE_COUNT}", f"--output={log}", "--wrap=srun sleep 600")
 
     stopped = spare_cluster.command("down")
@@ -190,14 +193,19 @@ def test_down_cancels_jobs_and_leaves_nothing_behind(spare_cluster: SlurmCluster
     assert Path("/etc/hosts").read_bytes() == hosts_before
     assert spare_cluster.command("status").returncode == 1
     assert spare_cluster.command("down").returncode == 0
+    assert spare_cluster.command("up").returncode == 0
+    assert spare_cluster.run("squeue", "-h") == ""
+    assert spare_cluster.run("sacct", "-nXP", f"--jobs={job}", "--format=state").startswith("CANCELLED")
     assert spare_cluster.command("down", "--purge").returncode == 0
     assert not spare_cluster.directory.exists()
 
 
 def test_up_mends_a_cluster_whose_controller_and_network_are_gone(spare_cluster: SlurmCluster) -> None:
     assert spare_cluster.command("up", "--prefix", "spare").returncode == 0
+    job = spare_cluster.run("sbatch", "--parsable", "--no-requeue", "--output=/dev/null", "--wrap=sleep 600").strip()
+    spare_cluster.run("srun", f"--dependency=after:{job}", "true")
     pid = (spare_cluster.directory / "run" / "slurmctld.pid").read_text().strip()
-    spare_cluster.run("kill", "-KILL", pid)
+    spare_cluster.run("kill", pid)  # which, unlike -KILL, has the controller write down first that the job runs
     spare_cluster.run("umount", str(spare_cluster.directory / "netns" / "spare2"))
     assert spare_cluster.command("status").returncode == 1
 
@@ -206,6 +214,8 @@ def test_up_mends_a_cluster_whose_controller_and_network_are_gone(spare_cluster:
     assert mended.returncode == 0, mended.stderr
     names = spare_cluster.run("srun", f"--nodes={NODE_COUNT}", "hostname").split()
     assert sorted(names) == ["spare1", "spare2", "spare3", "spare4"]
+    assert job not in spare_cluster.run("squeue", "-h", "-o", "%A").split()
+    assert spare_cluster.run("sacct", "-nXP", f"--jobs={job}", "--format=state") == "NODE_FAIL\n"
 
 
 def test_up_refuses_names_that_mean_another_machine_and_a_folder_that_is_not_its_own(

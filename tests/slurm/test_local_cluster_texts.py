@@ -31,6 +31,36 @@ def test_removing_the_hosts_block_gives_the_file_back_byte_for_byte(before: str)
     assert "10.77.4.11 spare1\n" in host_names.without_block(layout.root, both)
 
 
+def test_names_of_a_cluster_that_the_machine_stopped_with_are_freed_and_those_of_one_in_use_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster import host_names, lifecycle, state_directory
+    from cluster.layout import Layout
+
+    monkeypatch.setattr(host_names, "HOSTS_FILE", tmp_path / "hosts")
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
+    own, gone, stopped, busy, up = (
+        Layout(tmp_path / name, name, IPv4Network("10.77.3.0/24")) for name in ("own", "gone", "stopped", "busy", "up")
+    )
+    for layout in (own, stopped, busy, up):
+        layout.namespaces.mkdir(parents=True)
+        (layout.root / state_directory.LOCK).touch()
+        state_directory.record(layout)
+        for host in layout.hosts:
+            host.namespace.touch()
+    up.nodes[1].namespace.unlink()
+    up.nodes[1].namespace.symlink_to("/proc/self/ns/net")  # on another device than its folder, as a mounted one is
+    for layout in (own, gone, stopped, busy, up):
+        text = (tmp_path / "hosts").read_text()
+        (tmp_path / "hosts").write_text(text + host_names.block(layout, text))
+
+    with state_directory.locked(busy.root):
+        lifecycle._forget_abandoned_names(own.root)
+
+    assert host_names.owners() == [own.root, busy.root, up.root]
+    assert "stopped1" not in (tmp_path / "hosts").read_text()
+
+
 @pytest.mark.parametrize(("rate", "bits"), [("30mbit", 30_000_000), ("1.5gbit", 1_500_000_000), ("8kbit", 8_000)])
 def test_rates_are_read_in_bits_per_second(rate: str, bits: int) -> None:
     from cluster.faults import rate_in_bits

@@ -56,6 +56,11 @@ def taken_names(layout: Layout) -> list[str]:
     return _names_that_resolve([host.name for host in layout.hosts])
 
 
+def owners() -> list[Path]:
+    """State directories of the clusters whose names the hosts file holds."""
+    return [Path(root) for root in re.findall(r"^# end of hpcmm cluster (/\S+)$", _read(), flags=re.MULTILINE)]
+
+
 def remove(root: Path) -> None:
     """Take the block of the cluster in ``root`` away, when it is there."""
     text = _read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 from collections.abc import Callable
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -27,10 +28,12 @@ RESUMABLE = re.compile(r"(down|drain|drained|draining|fail|inval)")
 def up(root: Path, prefix: str | None) -> Layout:
     """Start the cluster, or what is missing of it, and return once jobs can run and be accounted for."""
     prerequisites.require_packages()
+    _forget_abandoned_names(root)
     layout = _layout_to_start(root, prefix)
     if not problems(layout):
         return layout
-    if not network.is_complete(layout):
+    all_stopped = not network.is_complete(layout)
+    if all_stopped:
         prerequisites.require_namespaces()
         _stop_everything(layout)
         layout = Layout(root, layout.prefix, network.free_subnet())
@@ -42,6 +45,8 @@ def up(root: Path, prefix: str | None) -> Layout:
     if not network.is_complete(layout):
         network.create(layout)
     _start_controller(layout)
+    if all_stopped:
+        _fail_jobs_without_processes(layout)
     for node in layout.nodes:
         faults.mend_link(layout, node)
         daemons.start(layout, daemons.slurmd(layout, node))
@@ -111,6 +116,13 @@ def _layout_to_start(root: Path, prefix: str | None) -> Layout:
     return Layout(root, str(prefix), recorded.subnet)
 
 
+def _forget_abandoned_names(root: Path) -> None:
+    """Free the host names of other clusters that the machine stopped with, or whose folders are gone."""
+    for other in host_names.owners():
+        if other != root and state_directory.is_abandoned(other):
+            host_names.remove(other)
+
+
 def _with_free_names(layout: Layout) -> Layout:
     """The layout, by other names where another cluster on this machine has these: ``nodeb1`` in place of ``node1``.
 
@@ -178,20 +190,37 @@ def _resume(layout: Layout, name: str) -> None:
             raise
 
 
+def _fail_jobs_without_processes(layout: Layout) -> None:
+    """End the jobs that ran when the machine stopped as Slurm ends those of a failed node, which may requeue them.
+
+    The controller takes them for running still, and would notice that their nodes know nothing of them minutes later.
+    """
+    environment = daemons.environment(layout)
+    if run("squeue", "-ha", "-t", "R,S,CF,CG", "-o", "%A", env=environment, timeout_s=90).split():
+        names = ",".join(node.name for node in layout.nodes)
+        down = (f"nodename={names}", "state=down", "reason=the machine stopped")
+        run("scontrol", "update", *down, env=environment, timeout_s=90)
+
+
 def _cancel_jobs(layout: Layout) -> None:
     """End all jobs and wait for the record of it; a controller that does not answer is no reason to stay up."""
     environment = daemons.environment(layout)
 
     def jobs() -> list[str]:
-        return run("squeue", "-haA", "-o", "%A", env=environment, timeout_s=20).split()
+        return run("squeue", "-ha", "-o", "%A", env=environment, timeout_s=20).split()
+
+    def end(*signal: str) -> None:
+        if active := jobs():
+            run("scancel", *signal, *active, env=environment, timeout_s=20)
+            wait_until(lambda: not jobs(), CANCEL_PATIENCE_S, f"Slurm has not ended job {', '.join(active)}.")
 
     try:
-        for signal in ((), ("--full", "--signal=KILL")):
-            if active := jobs():
-                run("scancel", *signal, *active, env=environment, timeout_s=20)
-                wait_until(lambda: not jobs(), CANCEL_PATIENCE_S, "")
-    except ClusterError:
-        return
+        try:
+            end()
+        except ClusterError:
+            end("--full", "--signal=KILL")
+    except ClusterError as error:
+        print(f"down: not every job was cancelled before the cluster was stopped. {error}", file=sys.stderr)
 
 
 def _stop_everything(layout: Layout) -> None:

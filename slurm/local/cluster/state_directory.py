@@ -73,6 +73,19 @@ def recorded(root: Path) -> Layout | None:
         raise ClusterError(f"{root / RECORD} is damaged ({error}); remove the folder and start again.") from None
 
 
+def is_abandoned(root: Path) -> bool:
+    """Whether no cluster of this folder is up, nor is just being started or stopped."""
+    try:
+        with (root / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            layout = recorded(root)
+    except FileNotFoundError:
+        return True
+    except (OSError, ClusterError):  # somebody holds the lock, or nobody can tell
+        return False
+    return layout is None or not any(host.is_there() for host in layout.hosts)
+
+
 def record(layout: Layout) -> None:
     """Write down what `down` must know, before anything is made."""
     text = json.dumps({"prefix": layout.prefix, "subnet": str(layout.subnet)})
