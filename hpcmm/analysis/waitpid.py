@@ -54,7 +54,7 @@ def process_roles(osrt: pd.DataFrame, processes: dict[int, str], workers: frozen
     own = known.loc[known.index.isin(workers)]
     begin, over = (own["first"].min(), own["last"].max()) if len(own) else (0, 0)
     programs = {name for pid in workers if (name := processes.get(pid, ""))}
-    waiting = osrt[osrt["function"].isin(WAITPID_FUNCTIONS)]
+    waiting = _waits_among(osrt)
     meanwhile = (waiting["end_ns"] > begin) & (waiting["start_ns"] < over)
     supervisors = {*waiting.loc[meanwhile, "pid"], known["first"].idxmin() if len(known) else -1}
     roles = dict.fromkeys(workers, WORKER)
@@ -79,23 +79,33 @@ def lives(osrt: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"first": first, "last": last, "calls": np.bincount(code, minlength=len(pids))}, index=pids)
 
 
+def _waits_among(osrt: pd.DataFrame) -> pd.DataFrame:
+    return osrt[osrt["function"].isin(WAITPID_FUNCTIONS)]
+
+
 def _is_launcher(program: str) -> bool:
     return program.rsplit("/", 1)[-1] in _LAUNCHERS
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The processes of a report: roles and names by pid, and when each lived (as :func:`lives` gives it)."""
+    """The processes of a report: roles and names by pid, when each lived (as :func:`lives` gives it), and all waits."""
 
     roles: dict[int, str]
     labels: dict[int, str]
     lives: pd.DataFrame
+    waits: pd.DataFrame
 
     @classmethod
     def of(cls, report: Report, roles: dict[int, str]) -> Family:
         """Ranks that told theirs are called by it."""
         ranks = {pid: f"rank {rank}" for pid, rank in report.ranks.items()}
-        return cls(roles, report.processes | ranks, lives(report.osrt))
+        return cls.of_calls(report.osrt, roles, report.processes | ranks)
+
+    @classmethod
+    def of_calls(cls, osrt: pd.DataFrame, roles: dict[int, str], labels: dict[int, str]) -> Family:
+        """Of all calls of a report, and not of one rank's alone: whose child a process is, the others' waits tell."""
+        return cls(roles, labels, lives(osrt), _waits_among(osrt))
 
     def label(self, pid: int) -> str:
         return self.labels.get(pid, "") or f"process {pid}"
@@ -106,7 +116,7 @@ def find_waits(
 ) -> pd.DataFrame:
     """Every call of the waitpid family: WAIT_COLUMNS, sorted by start. ``step`` is OUTSIDE where no step runs."""
     roles = family.roles
-    waits = osrt[osrt["function"].isin(WAITPID_FUNCTIONS)].sort_values("start_ns", kind="stable")
+    waits = _waits_among(osrt).sort_values("start_ns", kind="stable")
     start = waits["start_ns"].to_numpy(np.int64)
     index = np.searchsorted(segments["start_ns"].to_numpy(np.int64), start, side="right") - 1
     inside = (index >= 0) & (start < np.append(segments["end_ns"].to_numpy(np.int64), 0)[index])
@@ -174,7 +184,7 @@ def _children(family: Family, waits: pd.DataFrame) -> list[str]:
     known = family.lives.sort_values("last")
     last, first, pids = known["last"].to_numpy(), known["first"].to_numpy(), known.index.to_numpy()
     begun = dict(zip(pids.tolist(), first.tolist(), strict=True))
-    youngest = _youngest_waiting(last, first, waits, begun)
+    youngest = _youngest_waiting(last, first, family.waits, begun)
     found: list[str] = []
     for pid, start, end in zip(waits["pid"], waits["start_ns"], waits["end_ns"], strict=True):
         index = np.searchsorted(last, end, side="right") - 1
