@@ -100,16 +100,17 @@ def extract_traces(report: Report, *, calls_alone: bool = False) -> list[RankTra
     stepping = ranges[ranges["name"] == names.STEP]
     workers = [int(pid) for pid in stepping["pid"].drop_duplicates()]
     roles = waitpid.process_roles(report.osrt, report.processes, frozenset(workers))
+    family = waitpid.Family.of(report, roles)
     if not workers and report.cuda is not None:
-        return _extract_devices(report, report.cuda, roles, calls_alone=calls_alone)
+        return _extract_devices(report, report.cuda, family, calls_alone=calls_alone)
     if not workers:
         workers = [pid for pid, role in roles.items() if role == waitpid.WORKER][:1]
     rank = report.identity.rank if len(workers) == 1 and report.identity.rank is not None else -1
     extract = _extract_calls if calls_alone else _extract
-    return [extract(report, pid, report.ranks.get(pid, rank), roles, workers) for pid in workers]
+    return [extract(report, pid, report.ranks.get(pid, rank), family, workers) for pid in workers]
 
 
-def _extract_devices(report: Report, cuda: CudaEvents, roles: dict[int, str], *, calls_alone: bool) -> list[RankTrace]:
+def _extract_devices(report: Report, cuda: CudaEvents, family: waitpid.Family, *, calls_alone: bool) -> list[RankTrace]:
     """One trace for each GPU of each process, which stand for ranks that nothing annotated."""
     used = cuda.activities[["pid", "device"]].drop_duplicates().sort_values(["pid", "device"])
     known = report.identity.rank if len(used) == 1 and report.identity.rank is not None else -1
@@ -119,7 +120,7 @@ def _extract_devices(report: Report, cuda: CudaEvents, roles: dict[int, str], *,
     for pid, device in used.itertuples(index=False):
         rank = report.ranks.get(int(pid), known) if alone[pid] == 1 else -1
         extract = _extract_calls if calls_alone else _extract
-        own = extract(report, int(pid), rank, roles, pids, int(device))
+        own = extract(report, int(pid), rank, family, pids, int(device))
         if traces and traces[-1].pid == own.pid:
             # OS calls and ranges are the process's own: its first GPU has them.
             none = own.osrt.iloc[:0], own.waits.iloc[:0], own.calls.iloc[:0]
@@ -129,7 +130,7 @@ def _extract_devices(report: Report, cuda: CudaEvents, roles: dict[int, str], *,
 
 
 def _extract(
-    report: Report, pid: int, rank: int, roles: dict[int, str], workers: list[int], device: int | None = None
+    report: Report, pid: int, rank: int, family: waitpid.Family, workers: list[int], device: int | None = None
 ) -> RankTrace:
     mine = report.nvtx[report.nvtx["pid"] == pid]
     ranges = mine[(mine["domain"] == names.DOMAIN) & (mine["kind"] != 60)]
@@ -157,8 +158,8 @@ def _extract(
         segments=segments,
         collectives=gpu.collectives.drop(columns="tid"),
         blocked=gpu.blocked,
-        waits=waitpid.find_waits(calls, waitpid.Family.of(report, roles), (pid, tid), segments),
-        osrt=osrt.summarise(calls, roles, (pid, tid), step_set),
+        waits=waitpid.find_waits(calls, family, (pid, tid), segments),
+        osrt=osrt.summarise(calls, family.roles, (pid, tid), step_set),
         calls=osrt.calls_by_phase(report.osrt, pid, tid, segments),
         spans=len(mine),
         unnumbered=phases.unnumbered_steps(ranges),
@@ -172,7 +173,7 @@ def _extract(
 
 
 def _extract_calls(
-    report: Report, pid: int, rank: int, roles: dict[int, str], workers: list[int], device: int | None = None
+    report: Report, pid: int, rank: int, family: waitpid.Family, workers: list[int], device: int | None = None
 ) -> RankTrace:
     """Steps and the summary of OS calls; all else is empty."""
     mine = report.nvtx[(report.nvtx["pid"] == pid) & (report.nvtx["domain"] == names.DOMAIN)]
@@ -193,7 +194,7 @@ def _extract_calls(
         collectives=_collectives(nothing, segments).drop(columns="tid"),
         blocked=None,
         waits=pd.DataFrame(columns=waitpid.WAIT_COLUMNS),
-        osrt=osrt.summarise(_calls_of(report.osrt, pid, workers), roles, (pid, tid), step_set),
+        osrt=osrt.summarise(_calls_of(report.osrt, pid, workers), family.roles, (pid, tid), step_set),
         calls=none,
         device=device,
     )

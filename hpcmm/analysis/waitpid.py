@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.osrt import WAITPID_FUNCTIONS
@@ -87,25 +87,29 @@ def _is_launcher(program: str) -> bool:
     return program.rsplit("/", 1)[-1] in _LAUNCHERS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Family:
-    """The processes of a report: roles and names by pid, when each lived (as :func:`lives` gives it), and all waits."""
+    """The processes of a report: all their calls, not one rank's alone, and their roles and names by pid."""
 
+    osrt: pd.DataFrame
     roles: dict[int, str]
     labels: dict[int, str]
-    lives: pd.DataFrame
-    waits: pd.DataFrame
 
     @classmethod
     def of(cls, report: Report, roles: dict[int, str]) -> Family:
         """Ranks that told theirs are called by it."""
         ranks = {pid: f"rank {rank}" for pid, rank in report.ranks.items()}
-        return cls.of_calls(report.osrt, roles, report.processes | ranks)
+        return cls(report.osrt, roles, report.processes | ranks)
 
-    @classmethod
-    def of_calls(cls, osrt: pd.DataFrame, roles: dict[int, str], labels: dict[int, str]) -> Family:
-        """Of all calls of a report, and not of one rank's alone: whose child a process is, the others' waits tell."""
-        return cls(roles, labels, lives(osrt), _waits_among(osrt))
+    @cached_property
+    def lives(self) -> pd.DataFrame:
+        """When each lived, as :func:`lives` gives it, sorted by its end.
+
+        And ``waiter``: of those that waited as it ended and are older than it, when the youngest began, for that is
+        nearest to being its parent.
+        """
+        known = lives(self.osrt).sort_values("last")
+        return known.assign(waiter=_youngest_waiting(known, _waits_among(self.osrt)))
 
     def label(self, pid: int) -> str:
         return self.labels.get(pid, "") or f"process {pid}"
@@ -177,14 +181,15 @@ def _children(family: Family, waits: pd.DataFrame) -> list[str]:
     """The program waited for, where a traced process ended just before the wait did; its number where it has no name.
 
     Reports themselves tell neither the child nor the call's result. Of several such processes it is the last to end
-    for which no younger process than the waiting one waited as well, for that is nearer to being its parent.
+    for which no younger process than the waiting one waited as well.
     """
     if waits.empty:
         return []
-    known = family.lives.sort_values("last")
-    last, first, pids = known["last"].to_numpy(), known["first"].to_numpy(), known.index.to_numpy()
+    known = family.lives
+    first, last, waiter, pids = (
+        column.to_numpy() for column in (known["first"], known["last"], known["waiter"], known.index)
+    )
     begun = dict(zip(pids.tolist(), first.tolist(), strict=True))
-    youngest = _youngest_waiting(last, first, family.waits, begun)
     found: list[str] = []
     for pid, start, end in zip(waits["pid"], waits["start_ns"], waits["end_ns"], strict=True):
         index = np.searchsorted(last, end, side="right") - 1
@@ -195,20 +200,18 @@ def _children(family: Family, waits: pd.DataFrame) -> list[str]:
             found.append("")
             continue
         ended = range(int(index), int(np.searchsorted(last, since)) - 1, -1)
-        own = (each for each in ended if pids[each] != pid and first[each] > mine and youngest[each] <= mine)
+        own = (each for each in ended if pids[each] != pid and first[each] > mine and waiter[each] <= mine)
         found.append(family.label(int(pids[next(own, index)])))
     return found
 
 
-def _youngest_waiting(
-    last: NDArray[np.int64], first: NDArray[np.int64], waits: pd.DataFrame, begun: dict[int, int]
-) -> list[int]:
-    """Of processes by their ``last`` and ``first`` call: when the youngest began of those that waited as each ended."""
+def _youngest_waiting(known: pd.DataFrame, waits: pd.DataFrame) -> list[int]:
+    """The column ``waiter`` of :attr:`Family.lives`, whose others are ``known``; _NOBODY where nobody waited."""
     ordered = waits.sort_values("end_ns")
     start, end = ordered["start_ns"].to_numpy(), ordered["end_ns"].to_numpy()
-    waiter = np.array([begun[int(pid)] for pid in ordered["pid"]])
+    waiter = known["first"].loc[ordered["pid"]].to_numpy()
     found = []
-    for over, born in zip(last, first, strict=True):
+    for over, born in zip(known["last"], known["first"], strict=True):
         near = slice(*np.searchsorted(end, [over, over + EXIT_NS]))
         could = waiter[near][(start[near] <= over) & (waiter[near] < born)]
         found.append(int(could.max()) if len(could) else _NOBODY)

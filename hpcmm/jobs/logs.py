@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.run_dir import RunDir
+from hpcmm.visible import visible
 
 _READ_S = 0.5
 _BLOCK_BYTES = 64 * 1024
@@ -72,7 +73,7 @@ def printable(line: bytes) -> str:
     """A line without what a terminal would obey; of a progress bar that was drawn over itself, the last state."""
     text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
     text = _ESCAPE.sub("", text)
-    return "".join(character if character.isprintable() or character == "\t" else "\ufffd" for character in text)
+    return "\t".join(visible(part) for part in text.split("\t"))
 
 
 def logs_of(run: RunDir, ranks: frozenset[int] | None) -> list[Log]:

@@ -44,7 +44,7 @@ def test_without_steps_the_busiest_process_that_launches_nothing_is_the_worker()
 
 def test_verdicts_in_context() -> None:
     roles = process_roles(CALLS, PROCESSES, frozenset({7}))
-    waits = find_waits(CALLS, Family.of_calls(CALLS, roles, PROCESSES), (7, 7), SEGMENTS)
+    waits = find_waits(CALLS, Family(CALLS, roles, PROCESSES), (7, 7), SEGMENTS)
     assert list(zip(waits["start_ns"], waits["verdict"], waits["step"], strict=True)) == [
         (0, "benign supervision", -1),
         (50, "op build", -1),
@@ -69,7 +69,7 @@ def test_a_build_tool_that_waits_for_a_compiler_before_the_steps_builds_an_op() 
     ]
     calls = frame(rows)
     roles = process_roles(calls, names, frozenset({7}))
-    waits = find_waits(calls, Family.of_calls(calls, roles, names), (7, 7), SEGMENTS)
+    waits = find_waits(calls, Family(calls, roles, names), (7, 7), SEGMENTS)
     assert list(zip(waits["start_ns"], waits["verdict"], strict=True)) == [
         (0, "benign supervision"),
         (22, "op build"),
@@ -115,7 +115,7 @@ def test_processes_without_names_have_the_roles_that_their_lives_tell() -> None:
 
 def test_a_child_is_called_by_its_rank_else_by_its_name_else_by_its_number() -> None:
     roles = process_roles(UNNAMED, {}, frozenset({7, 8}))
-    waits = find_waits(UNNAMED, Family.of_calls(UNNAMED, roles, {7: "rank 0", 8: "rank 1"}), (7, 7), SEGMENTS)
+    waits = find_waits(UNNAMED, Family(UNNAMED, roles, {7: "rank 0", 8: "rank 1"}), (7, 7), SEGMENTS)
     assert list(waits["child"]) == ["rank 0", "process 30"]
     assert list(waits["verdict"]) == ["benign supervision", "within step"]
 
@@ -133,7 +133,7 @@ def test_what_another_s_child_waited_for_is_not_taken_for_the_child() -> None:
         ]
     )
     roles = process_roles(calls, {}, frozenset({7, 8}))
-    family = Family.of_calls(calls, roles, {7: "rank 0", 8: "rank 1"})
+    family = Family(calls, roles, {7: "rank 0", 8: "rank 1"})
     assert list(find_waits(calls, family, (8, 8), SEGMENTS)["child"]) == ["rank 0", "process 30"]
     assert list(find_waits(calls[calls["pid"] != 8], family, (7, 7), SEGMENTS)["child"]) == ["rank 0"]
 
@@ -141,5 +141,5 @@ def test_what_another_s_child_waited_for_is_not_taken_for_the_child() -> None:
 def test_a_wait_that_ends_long_after_a_process_did_is_not_for_it() -> None:
     second = 1_000_000_000
     calls = frame([(0, 1, 7, 7, "read"), (5, 6, 30, 30, "read"), (4, 2 * second, 7, 7, "waitpid")])
-    waits = find_waits(calls, Family.of_calls(calls, {7: "worker"}, {30: "g++"}), (7, 7), SEGMENTS)
+    waits = find_waits(calls, Family(calls, {7: "worker"}, {30: "g++"}), (7, 7), SEGMENTS)
     assert list(waits["child"]) == [""]
