@@ -77,7 +77,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
     if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.skip("slurmctld is not installed")
     given = os.environ.get("HPCMM_CLUSTER_DIR")
-    cluster = SlurmCluster(Path(given or tempfile.mkdtemp(prefix="hpcmm-", dir="/tmp")))
+    cluster = SlurmCluster(Path(given)) if given else _new_cluster()
     was_up = cluster.command("status").returncode == 0
     try:
         started = cluster.command("up")
@@ -99,7 +99,7 @@ def spare_clusters(slurm_cluster: SlurmCluster) -> Iterator[Callable[[], SlurmCl
     made: list[SlurmCluster] = []
 
     def make() -> SlurmCluster:
-        made.append(SlurmCluster(Path(tempfile.mkdtemp(prefix="hpcmm-", dir="/tmp"))))
+        made.append(_new_cluster())
         return made[-1]
 
     yield make
@@ -110,9 +110,14 @@ def spare_clusters(slurm_cluster: SlurmCluster) -> Iterator[Callable[[], SlurmCl
 @pytest.fixture
 def spare_cluster(slurm_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
     """The state directory of a second cluster, for one test."""
-    cluster = SlurmCluster(Path(tempfile.mkdtemp(prefix="hpcmm-", dir="/tmp")))
+    cluster = _new_cluster()
     yield cluster
     _remove(cluster)
+
+
+def _new_cluster() -> SlurmCluster:
+    """One that was never started, in a folder of its own; undone by :func:`_remove`."""
+    return SlurmCluster(Path(tempfile.mkdtemp(prefix="hpcmm-", dir="/tmp")))
 
 
 def _remove(cluster: SlurmCluster) -> None:

@@ -43,7 +43,7 @@ def up(root: Path, prefix: str | None) -> Layout:
     slurm_config.write(layout)
     if not host_names.are_written(layout):
         host_names.write(layout)
-    if not network.is_complete(layout):
+    if all_stopped:
         network.create(layout)
     _start_controller(layout)
     if all_stopped:
@@ -196,35 +196,36 @@ def _fail_jobs_without_processes(layout: Layout) -> None:
 
     The controller takes them for running still, and would notice that their nodes know nothing of them minutes later.
     """
-    environment = daemons.environment(layout)
-    if run("squeue", "-ha", "-t", "R,S,CF,CG", "-o", "%A", env=environment, timeout_s=90).split():
+    if _jobs(layout, "CF,R,S,CG", timeout_s=90):
         names = ",".join(node.name for node in layout.nodes)
         down = (f"nodename={names}", "state=down", "reason=the machine stopped")
-        run("scontrol", "update", *down, env=environment, timeout_s=90)
+        run("scontrol", "update", *down, env=daemons.environment(layout), timeout_s=90)
 
 
 def _cancel_jobs(layout: Layout) -> None:
     """End all jobs and wait for the record of it; a controller that does not answer is no reason to stay up."""
-    environment = daemons.environment(layout)
-
-    def jobs(states: str = "PD,CF,R,S,CG") -> list[str]:
-        return run("squeue", "-ha", "-t", states, "-o", "%A", env=environment, timeout_s=20).split()
 
     def end(*signal: str) -> None:
-        if active := jobs():
+        if active := _jobs(layout):
             with suppress(ClusterError):  # a job that ends by itself meanwhile; what is left after all is told
-                run("scancel", *signal, *active, env=environment, timeout_s=20)
-                wait_until(lambda: not jobs(), CANCEL_PATIENCE_S, "")
+                run("scancel", *signal, *active, env=daemons.environment(layout), timeout_s=20)
+                wait_until(lambda: not _jobs(layout), CANCEL_PATIENCE_S, "")
 
     try:
         end()
         end("--full", "--signal=KILL")
-        left = jobs("PD,CF,R,S")  # one that is completing is cancelled, and loses its processes with the nodes
+        left = _jobs(layout, "PD,CF,R,S")  # one that is completing is cancelled, and loses its processes with the nodes
         problem = f"Left: {', '.join(left)}." if left else ""
     except ClusterError as error:
         problem = str(error)
     if problem:
         print(f"down: not every job was cancelled before the cluster was stopped. {problem}", file=sys.stderr)
+
+
+def _jobs(layout: Layout, states: str = "PD,CF,R,S,CG", timeout_s: float = 20) -> list[str]:
+    """Numbers of the jobs in one of some states, by default of all that have not ended."""
+    environment = daemons.environment(layout)
+    return run("squeue", "-ha", "-t", states, "-o", "%A", env=environment, timeout_s=timeout_s).split()
 
 
 def _stop_everything(layout: Layout) -> None:
