@@ -35,7 +35,7 @@ def added_s() -> float:
     from hpcmm import annotate  # noqa: PLC0415
     from hpcmm.annotate import collectives  # noqa: PLC0415
     from hpcmm.annotate.ranges import profiler_attached  # noqa: PLC0415
-    from hpcmm.bootstrap.group import leave_group  # noqa: PLC0415
+    from hpcmm.worker.distributed import leave_group  # noqa: PLC0415
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
@@ -72,8 +72,8 @@ def of_a_fresh_process(prefix: list[str]) -> float:
 
 
 def nsys_prefix(folder: Path) -> list[str]:
-    from hpcmm.capture.profiled import profile_flags  # noqa: PLC0415
-    from hpcmm.config import ProfileConfig  # noqa: PLC0415
+    from hpcmm.config.schema import ProfileConfig  # noqa: PLC0415
+    from hpcmm.worker.nsys_rank import profile_flags  # noqa: PLC0415
 
     flags = profile_flags(ProfileConfig(tool="nsys", flags_file="timeline.yaml"), STEPS, gpu=False)
     words = [f"--{name}={value}" for name, value in flags.items()]

@@ -21,15 +21,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import ViTConfig, ViTModel
 
-from hpcmm.config import RunConfig
-from hpcmm.data.anomaly import Batch, Item, build_datasets, collate
-from hpcmm.data.standins import generate
-from hpcmm.launch.compose import compose_run
-from hpcmm.models import AnomalyModel, build_model
-from hpcmm.models.anomaly import Encoded
-from hpcmm.models.losses import LossLearner
-from hpcmm.train.features import Ranks, keep_features
+from hpcmm.config.compose import compose_run
+from hpcmm.config.schema import RunConfig
 from hpcmm.train.sampling import EndlessSampler
+from hpcmm.workloads.anomaly.data.anomaly import Batch, Item, build_datasets, collate
+from hpcmm.workloads.anomaly.data.standins import generate
+from hpcmm.workloads.anomaly.feature_cache import Ranks, keep_features
+from hpcmm.workloads.anomaly.models import AnomalyModel, build_model
+from hpcmm.workloads.anomaly.models.anomaly import Encoded
+from hpcmm.workloads.anomaly.models.losses import LossLearner
 
 VIT_BASE = "vit_base"
 """A ViT of the published base size with random weights: its cost does not depend on them."""

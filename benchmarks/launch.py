@@ -30,7 +30,7 @@ echo "Submitted batch job 1"
 RIVAL_APP = """\
 import hydra
 from hydra.core.config_store import ConfigStore
-from hpcmm.config import RunConfig
+from hpcmm.config.schema import RunConfig
 ConfigStore.instance().store(name="schema", node=RunConfig)
 hydra.main(config_path={conf!r}, config_name="config", version_base="1.3")(lambda config: None)()
 """

@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcmm import config_file
-from hpcmm.launch.compose import compose_run
-from hpcmm.launch.validate import validate
-from hpcmm.run_dir import RunDir
+from hpcmm.config import config_file
+from hpcmm.config.compose import compose_run
+from hpcmm.config.validate import validate
+from hpcmm.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from hpcmm.train.loop import Session
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         run_dir = RunDir(Path(folder) / "run")
         run_dir.create()
         config_file.dump(config, run_dir.config)
-        subprocess.run([sys.executable, "-m", "hpcmm.train.prepare", str(run_dir.root)], check=True)
+        subprocess.run([sys.executable, "-m", "hpcmm.worker.prepare", str(run_dir.root)], check=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -90,18 +90,18 @@ def run_rank(options: argparse.Namespace) -> None:
     if session.place.rank == 0:
         report(turns, options.steps - 1)
     session.engine.destroy()
-    from hpcmm.bootstrap.group import leave_group  # noqa: PLC0415
+    from hpcmm.worker.distributed import leave_group  # noqa: PLC0415
 
     leave_group()
 
 
 def open_session(run_dir: RunDir) -> Session:
     """Join the group, and build what a rank's steps need."""
-    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
-    from hpcmm.bootstrap.cache import extensions_dir  # noqa: PLC0415
-    from hpcmm.bootstrap.compiled_ops import load_ops  # noqa: PLC0415
-    from hpcmm.bootstrap.environment import RankEnvironment  # noqa: PLC0415
-    from hpcmm.bootstrap.metrics import MetricsWriter  # noqa: PLC0415
+    from hpcmm.node.cache import extensions_dir  # noqa: PLC0415
+    from hpcmm.runs.metrics import MetricsWriter  # noqa: PLC0415
+    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
+    from hpcmm.worker.compiled_ops import load_ops  # noqa: PLC0415
+    from hpcmm.worker.environment import RankEnvironment  # noqa: PLC0415
 
     config = config_file.load(run_dir.config)
     select_accelerator()
@@ -113,10 +113,10 @@ def open_session(run_dir: RunDir) -> Session:
     dist.init_process_group("gloo")
     import deepspeed  # noqa: PLC0415
 
-    from hpcmm.train.anomaly import AnomalyTask  # noqa: PLC0415
     from hpcmm.train.checkpoint import Checkpoints  # noqa: PLC0415
     from hpcmm.train.engine import build_engine  # noqa: PLC0415
     from hpcmm.train.loop import Session  # noqa: PLC0415
+    from hpcmm.workloads.anomaly.task import AnomalyTask  # noqa: PLC0415
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     rank = dist.get_rank()

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from hpcmm import config_file
-from hpcmm.run_dir import RunDir
+from hpcmm.config import config_file
+from hpcmm.runs.run_dir import RunDir
 
 CONFIGURATION = ("experiment=anomaly_demo", "train.evaluate=false", "wait=true")
 

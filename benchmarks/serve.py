@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hpcmm import config_file
-from hpcmm.run_dir import RunDir
+from hpcmm.config import config_file
+from hpcmm.runs.run_dir import RunDir
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT / "tests" / "serve"))
@@ -85,9 +85,9 @@ def measure(users: Sequence[Use], seconds: float) -> Cell:
 @contextmanager
 def model_users(run: Path) -> Iterator[Callable[[str, int], list[Use]]]:
     """Users of the batcher, each with an image of its own."""
-    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
     from hpcmm.serve.batcher import Batcher  # noqa: PLC0415
     from hpcmm.serve.predictor import Request, load_predictor  # noqa: PLC0415
+    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
 
     select_accelerator()
     directory = RunDir(run)

@@ -19,12 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from hpcmm import config_file
 from hpcmm.analysis.startup import startup_table
-from hpcmm.launch.compose import compose_run
-from hpcmm.launch.run import Plan, plan, queue
-from hpcmm.launch.validate import validate
-from hpcmm.run_dir import RunDir
+from hpcmm.config import config_file
+from hpcmm.config.compose import compose_run
+from hpcmm.config.validate import validate
+from hpcmm.launch.plan import Plan, plan, queue
+from hpcmm.runs.run_dir import RunDir
 
 CONFIGURATION = ("experiment=anomaly_demo", "profile=off", "train.steps=2", "train.evaluate=false")
 
@@ -85,11 +85,11 @@ def with_torchrun(overrides: list[str], root: Path) -> float:
 def rank_under_torchrun(run_dir: str) -> None:
     """What a script for torchrun does: join the group from torchrun's variables, and train."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
-    from hpcmm.bootstrap.cache import extensions_dir  # noqa: PLC0415
-    from hpcmm.bootstrap.compiled_ops import load_ops  # noqa: PLC0415
-    from hpcmm.bootstrap.environment import RankEnvironment  # noqa: PLC0415
-    from hpcmm.bootstrap.metrics import MetricsWriter  # noqa: PLC0415
+    from hpcmm.node.cache import extensions_dir  # noqa: PLC0415
+    from hpcmm.runs.metrics import MetricsWriter  # noqa: PLC0415
+    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
+    from hpcmm.worker.compiled_ops import load_ops  # noqa: PLC0415
+    from hpcmm.worker.environment import RankEnvironment  # noqa: PLC0415
 
     run = RunDir(Path(run_dir))
     config = config_file.load(run.config)

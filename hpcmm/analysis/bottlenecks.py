@@ -1,9 +1,9 @@
 """What a step loses, to what, because of whom: the ranked table, every second of it counted once.
 
 The time of a step, as a mean over ranks, is useful work, exposed transfer, and exposed waiting. Waiting and the excess
-work that caused it are charged to (rank, part of its work) by :mod:`hpcmm.analysis.delay`. A charge becomes a rank's
-fault only where it stands out of the noise; the rest is one row that blames nobody. ``docs/bottlenecks.md`` explains
-the rules.
+work that caused it are charged to (rank, part of its work) by :mod:`hpcmm.analysis.delay_costs`. A charge becomes a
+rank's fault only where it stands out of the noise; the rest is one row that blames nobody. ``docs/bottlenecks.md``
+explains the rules.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import batches, delay, gpu_findings, interruptions, links, propagation, silence
-from hpcmm.analysis.delay import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
-from hpcmm.analysis.exchangeable import chance_of_sum
-from hpcmm.analysis.faults import FAULT_SHARE, MAX_CHANCE, Mask, find_faults
+from hpcmm.analysis import (
+    batch_imbalance,
+    delay_costs,
+    gpu_findings,
+    network_stalls,
+    process_stalls,
+    propagation,
+    slow_links,
+)
+from hpcmm.analysis.delay_costs import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
 from hpcmm.analysis.findings import (
     CAUSES,
     HIGH,
@@ -30,7 +36,9 @@ from hpcmm.analysis.findings import (
     phase_of_part,
 )
 from hpcmm.analysis.osrt import NS_PER_S
+from hpcmm.analysis.significance import chance_of_sum
 from hpcmm.analysis.steps import StepTimes
+from hpcmm.analysis.stragglers import FAULT_SHARE, MAX_CHANCE, Mask, find_faults
 from hpcmm.analysis.trace import RankTrace
 
 MIN_SHARE = 0.02
@@ -61,7 +69,7 @@ def gather(
     gpu: pd.DataFrame | None = None,
 ) -> Evidence:
     """Charge all waiting, in seconds a step. ``gpu`` is the table of that name."""
-    parts = delay.work_parts(traces)
+    parts = delay_costs.work_parts(traces)
     groups = propagation.charged_groups(rows, parts)
     losses = propagation.losses_by_step(groups, len(traces), parts, steps.numbers)
     total, own = losses.total / NS_PER_S, losses.own / NS_PER_S
@@ -78,10 +86,10 @@ def find(evidence: Evidence) -> list[Finding]:
     if not len(evidence.steps.numbers):
         return []
     stopped, stopped_s = _stopped(evidence)
-    broken = interruptions.interrupted(evidence, stopped_s)
+    broken = network_stalls.interrupted(evidence, stopped_s)
     transfer = _transfer(evidence, sum(finding.lost_s for finding in [*stopped, *broken]))
     faults, blamed = find_faults(evidence, sum(finding.lost_s for finding in transfer))
-    faults = [batches.explain(evidence, fault) for fault in faults]
+    faults = [batch_imbalance.explain(evidence, fault) for fault in faults]
     own_work = _own_work(evidence)
     on_gpus = gpu_findings.in_steps(evidence.gpu, sum(finding.lost_s for finding in own_work))
     findings = [*faults, *_imbalance(evidence, blamed), *stopped, *broken, *transfer, *own_work, *on_gpus]
@@ -129,7 +137,7 @@ def _stopped(evidence: Evidence) -> tuple[list[Finding], Floats]:
     """Ranks whose process stood still in the middle of a collective, and what all such silences cost in each step."""
     found = []
     total = np.zeros(len(evidence.steps.numbers))
-    for index, lost in silence.standing_still(evidence.traces, evidence.steps, evidence.rows):
+    for index, lost in process_stalls.standing_still(evidence.traces, evidence.steps, evidence.rows):
         trace, mean = evidence.traces[index], float(lost.mean())
         total += lost
         hit = evidence.steps.numbers[lost > 0]
@@ -180,7 +188,7 @@ def _transfer(evidence: Evidence, explained_s: float) -> list[Finding]:
     worst = evidence.worst_step(by_step.to_numpy(np.float64))
     most = inside.iloc[int(inside["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
     where = f"collectives: step={most['step']} op={most['op']} group={most['group']} sequence={most['sequence']}"
-    node, about = links.slow_node(evidence.traces)
+    node, about = slow_links.slow_node(evidence.traces)
     if about:
         told += f"; {about}"
         confidence = MEDIUM if node and confidence == HIGH else confidence
@@ -190,7 +198,7 @@ def _transfer(evidence: Evidence, explained_s: float) -> list[Finding]:
 def _imbalance(evidence: Evidence, blamed: Mask) -> list[Finding]:
     """Waiting that is nobody's consistent fault: because batches differ, or else because ranks do, by turns."""
     rest = np.where(blamed, 0.0, evidence.losses)
-    uneven = batches.uneven(evidence, rest, ~np.asarray(blamed.any(axis=(0, 2))))
+    uneven = batch_imbalance.uneven(evidence, rest, ~np.asarray(blamed.any(axis=(0, 2))))
     if uneven is not None:
         compute = [index for index, name in enumerate(evidence.parts.names) if kind_of_part(name) == "compute"]
         rest[:, :, compute] = 0.0

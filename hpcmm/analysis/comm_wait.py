@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import delay
-from hpcmm.analysis.delay import UNEXPLAINED, Floats, Singles
+from hpcmm.analysis import delay_costs
+from hpcmm.analysis.delay_costs import UNEXPLAINED, Floats, Singles
 from hpcmm.analysis.findings import Evidence
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.osrt import NS_PER_S
@@ -38,7 +38,7 @@ def comm_wait(evidence: Evidence) -> pd.DataFrame:
         return pd.DataFrame(columns=COLUMNS)
     per_step = NS_PER_S * len(steps.numbers)
     ranks = np.array([trace.rank for trace in traces])
-    exposed = [delay.exposed_communication(trace) for trace in traces]
+    exposed = [delay_costs.exposed_communication(trace) for trace in traces]
     causes = [group.fractions for group in evidence.groups]
     found = []
     for phase, of_phase in inside.groupby("phase", sort=True):
@@ -75,8 +75,8 @@ def comm_wait(evidence: Evidence) -> pd.DataFrame:
 def wait_matrix(rows: pd.DataFrame, traces: int, chosen: pd.Series[bool]) -> Floats:
     """Who waited (row) for whom (column) in the ``chosen`` rows, shape (traces, traces), nanoseconds."""
     total = np.zeros((traces, traces))
-    for arrivals in delay.group_arrivals(_only(rows, chosen)):
-        total += delay.waited_for(arrivals, traces)
+    for arrivals in delay_costs.group_arrivals(_only(rows, chosen)):
+        total += delay_costs.waited_for(arrivals, traces)
     return total
 
 
@@ -89,7 +89,7 @@ def _waits_and_causes(rows: pd.DataFrame, causes: Sequence[Singles], traces: int
     """The wait matrix, and by trace how much of the waiting that it caused arose in which part of its work."""
     matrix = np.zeros((traces, traces))
     by_part = np.zeros((traces, causes[0].shape[2] if causes else 1))
-    for arrivals, cause in zip(delay.group_arrivals(rows), causes, strict=True):
-        matrix += delay.waited_for(arrivals, traces)
-        by_part[arrivals.members] += np.einsum("im,imp->mp", delay.charge(arrivals).caused, cause)
+    for arrivals, cause in zip(delay_costs.group_arrivals(rows), causes, strict=True):
+        matrix += delay_costs.waited_for(arrivals, traces)
+        by_part[arrivals.members] += np.einsum("im,imp->mp", delay_costs.charge(arrivals).caused, cause)
     return matrix, by_part

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from hpcmm.analysis.coverage import ReportFacts
+from hpcmm.analysis.report_inventory import ReportFacts
 from hpcmm.analysis.trace import RankTrace
 
 COLUMNS = ["rank", "node", "variable", "value"]

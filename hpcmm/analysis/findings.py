@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis.delay import BETWEEN_STEPS, SUBPROCESS, Floats, WorkParts
+from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats, WorkParts
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.phases import OTHER, OUTSIDE
 from hpcmm.analysis.propagation import ChargedGroup

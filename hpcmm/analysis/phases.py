@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.intervals import IntervalSet, first_claims
-from hpcmm.annotate import names
+from hpcmm.annotate import schema
 
 OTHER = "other"
 """Time within a step that no phase covers."""
@@ -23,7 +23,7 @@ def find_steps(ranges: pd.DataFrame) -> pd.DataFrame:
     The number is the range's payload, and ranges without one are left out; where no range has one, or they do not
     increase, it is the ordinal.
     """
-    steps = ranges[ranges["name"] == names.STEP].sort_values("start_ns", kind="stable").reset_index(drop=True)
+    steps = ranges[ranges["name"] == schema.STEP].sort_values("start_ns", kind="stable").reset_index(drop=True)
     if steps["payload"].notna().any():
         steps = steps[steps["payload"].notna()].reset_index(drop=True)
     number = steps["payload"]
@@ -40,7 +40,7 @@ def find_steps(ranges: pd.DataFrame) -> pd.DataFrame:
 
 def unnumbered_steps(ranges: pd.DataFrame) -> int:
     """How many steps :func:`find_steps` leaves out for want of a number."""
-    numbers = ranges.loc[ranges["name"] == names.STEP, "payload"]
+    numbers = ranges.loc[ranges["name"] == schema.STEP, "payload"]
     return int(numbers.isna().sum()) if numbers.notna().any() else 0
 
 
@@ -50,7 +50,7 @@ def flatten(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     Time belongs to the innermost phase. What a step leaves uncovered is phase :data:`OTHER`; a phase outside any step
     has step :data:`OUTSIDE`.
     """
-    phases = ranges[ranges["name"] != names.STEP].sort_values(["start_ns", "end_ns"], ascending=[True, False])
+    phases = ranges[ranges["name"] != schema.STEP].sort_values(["start_ns", "end_ns"], ascending=[True, False])
     pieces = _innermost(
         phases["start_ns"].to_numpy(np.int64), phases["end_ns"].to_numpy(np.int64), phases["name"].to_list()
     )
@@ -67,7 +67,7 @@ def flatten(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
 
 def batch_sizes(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     """Sizes of batches that phases within steps carry as their payload: step, phase, size."""
-    told = ranges[(ranges["name"] != names.STEP) & ranges["payload"].notna()]
+    told = ranges[(ranges["name"] != schema.STEP) & ranges["payload"].notna()]
     start = told["start_ns"].to_numpy(np.int64)
     index = np.searchsorted(steps["start_ns"].to_numpy(np.int64), start, side="right") - 1
     inside = (index >= 0) & (start < np.append(steps["end_ns"].to_numpy(np.int64), -1)[index])

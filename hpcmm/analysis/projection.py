@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.annotate import names
+from hpcmm.annotate import schema
 from hpcmm.reports.cuda import KERNEL, UNKNOWN, CudaEvents
 
 Integers = npt.NDArray[np.int64]
@@ -231,7 +231,7 @@ def aggregate(events: CudaEvents, pid: int) -> pd.DataFrame:
     ranges = events.ranges[events.ranges["pid"] == pid]
     activities = events.activities[events.activities["pid"] == pid].reset_index(drop=True)
     kernel = (activities["kind"] == KERNEL).to_numpy()
-    ours = (ranges["domain"] == names.DOMAIN).to_numpy()
+    ours = (ranges["domain"] == schema.DOMAIN).to_numpy()
     parts = []
     for chosen, by_thread in ((ranges[ours], False), (ranges[~ours], True)):
         found = project(chosen, activities, by_thread=by_thread)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.delay import (
+from hpcmm.analysis.delay_costs import (
     Charges,
     Floats,
     GroupArrivals,
@@ -106,7 +106,7 @@ def _own_once(
 
 
 def charged_groups(rows: pd.DataFrame, parts: WorkParts) -> list[ChargedGroup]:
-    """All groups of the matched collectives ``rows``, in the order of :func:`hpcmm.analysis.delay.group_arrivals`."""
+    """All groups of the matched collectives ``rows``, ordered as :func:`~hpcmm.analysis.delay_costs.group_arrivals`."""
     return [ChargedGroup(arrivals, excess_work(arrivals, parts)) for arrivals in group_arrivals(rows)]
 
 

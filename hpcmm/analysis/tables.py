@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import nccl, osrt, waitpid
-from hpcmm.analysis.delay import UNEXPLAINED
+from hpcmm.analysis.delay_costs import UNEXPLAINED
 from hpcmm.analysis.findings import Evidence
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.phases import OUTSIDE

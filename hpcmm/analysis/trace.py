@@ -10,7 +10,7 @@ import pandas as pd
 
 from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
 from hpcmm.analysis.intervals import IntervalSet, Times
-from hpcmm.annotate import names
+from hpcmm.annotate import schema
 from hpcmm.reports.cuda import CudaEvents
 from hpcmm.reports.events import Report
 
@@ -96,8 +96,8 @@ def extract_traces(report: Report, *, calls_alone: bool = False) -> list[RankTra
     environment of a report of several ranks is their launcher's. Processes that run no steps go with the first that
     does.
     """
-    ranges = report.nvtx[report.nvtx["domain"] == names.DOMAIN]
-    stepping = ranges[ranges["name"] == names.STEP]
+    ranges = report.nvtx[report.nvtx["domain"] == schema.DOMAIN]
+    stepping = ranges[ranges["name"] == schema.STEP]
     workers = [int(pid) for pid in stepping["pid"].drop_duplicates()]
     roles = waitpid.process_roles(report.osrt, report.processes, frozenset(workers))
     family = waitpid.Family.of(report, roles)
@@ -133,7 +133,7 @@ def _extract(
     report: Report, pid: int, rank: int, family: waitpid.Family, workers: list[int], device: int | None = None
 ) -> RankTrace:
     mine = report.nvtx[report.nvtx["pid"] == pid]
-    ranges = mine[(mine["domain"] == names.DOMAIN) & (mine["kind"] != 60)]
+    ranges = mine[(mine["domain"] == schema.DOMAIN) & (mine["kind"] != 60)]
     tid = _step_thread(ranges, pid)
     ranges = ranges[ranges["tid"] == tid]
     steps = phases.find_steps(ranges)
@@ -145,7 +145,7 @@ def _extract(
         device=device,
         steps=steps,
         segments=segments,
-        collectives=_collectives(mine[mine["domain"] == names.COMM_DOMAIN], segments),
+        collectives=_collectives(mine[mine["domain"] == schema.COMM_DOMAIN], segments),
         blocked=osrt.blocked_intervals(report.osrt, pid, tid),
     )
     gpu = gpu_trace.of_process(host, report.cuda)
@@ -176,8 +176,8 @@ def _extract_calls(
     report: Report, pid: int, rank: int, family: waitpid.Family, workers: list[int], device: int | None = None
 ) -> RankTrace:
     """Steps and the summary of OS calls; all else is empty."""
-    mine = report.nvtx[(report.nvtx["pid"] == pid) & (report.nvtx["domain"] == names.DOMAIN)]
-    steps_only = mine[(mine["name"] == names.STEP) & (mine["kind"] != 60)]
+    mine = report.nvtx[(report.nvtx["pid"] == pid) & (report.nvtx["domain"] == schema.DOMAIN)]
+    steps_only = mine[(mine["name"] == schema.STEP) & (mine["kind"] != 60)]
     tid = _step_thread(steps_only, pid)
     steps = phases.find_steps(steps_only[steps_only["tid"] == tid])
     nothing = steps_only.iloc[:0]
@@ -210,13 +210,13 @@ def _calls_of(osrt: pd.DataFrame, pid: int, workers: list[int]) -> pd.DataFrame:
 
 def _step_thread(ranges: pd.DataFrame, pid: int) -> int:
     """The thread with the most steps; a process's first thread, whose tid is the pid, when there are none."""
-    steps = ranges.loc[ranges["name"] == names.STEP, "tid"]
+    steps = ranges.loc[ranges["name"] == schema.STEP, "tid"]
     return int(steps.mode().iloc[0]) if len(steps) else pid
 
 
 def _collectives(ranges: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
     """Collectives of one process in the order of their enqueue, with the step and phase they were enqueued in."""
-    parsed = [names.CollectiveName.parse(name) for name in ranges["name"]]
+    parsed = [schema.CollectiveName.parse(name) for name in ranges["name"]]
     known = np.array([name is not None for name in parsed], dtype=bool)
     frame = ranges[known].reset_index(drop=True)
     parts = [name for name in parsed if name is not None]

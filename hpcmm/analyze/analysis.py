@@ -11,13 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from hpcmm.analysis.efficiency import Reference
-from hpcmm.analysis.study import Selection, Study, some_tables, study
+from hpcmm.analysis.pipeline import Selection, Study, some_tables, study
+from hpcmm.analysis.pop_metrics import Reference
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import Found, find_reports
 from hpcmm.reports.load import Progress
 from hpcmm.reports.run_record import RunRecord, read_run_record
-from hpcmm.runs_folder import path_or_run
+from hpcmm.runs.runs_folder import path_or_run
 
 ALL_READ, NOTHING_USABLE, PARTIAL = 0, 1, 2
 
@@ -85,7 +85,7 @@ class Analysis:
 
             write_outputs(self.made, target)
         else:
-            from hpcmm.page.files import table_files, write_all  # noqa: PLC0415
+            from hpcmm.page.atomic_write import table_files, write_all  # noqa: PLC0415
 
             write_all(target, table_files(self.tables))
         return target

@@ -10,13 +10,13 @@ import pandas as pd
 
 from hpcmm.analysis.compare import Comparison, RunTables
 from hpcmm.analysis.compare import compare as compare_tables
-from hpcmm.analysis.efficiency import EFFICIENCIES, STEP, Reference, samples_per_step
+from hpcmm.analysis.pop_metrics import EFFICIENCIES, STEP, Reference, samples_per_step
 from hpcmm.analyze.analysis import Analysis, Paths, analyze, as_paths
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import find_reports
 from hpcmm.reports.load import Progress
 from hpcmm.reports.run_record import read_run_record
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 _NUMBERS = {
     "efficiency": ("step", *EFFICIENCIES),

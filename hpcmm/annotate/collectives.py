@@ -24,7 +24,7 @@ import nvtx
 import torch
 import torch.distributed as dist
 
-from hpcmm.annotate import names
+from hpcmm.annotate import schema
 from hpcmm.annotate.ranges import profiler_attached
 
 OP_NAMES = {
@@ -72,8 +72,8 @@ class CollectiveRecorder:
     def record(self, op: str, device: str, arguments: tuple[Any, ...], blocking: bool, call: Callable[[], Any]) -> Any:
         """Run ``call`` with a range around it, and return what it returned."""
         group = next(dist.ProcessGroup.unbox(a) for a in arguments if isinstance(a, torch.ScriptObject))
-        name = names.CollectiveName(op, group.group_name, self._sequence(op, group), _bytes(op, arguments))
-        range_id = nvtx.start_range(name.format(), domain=names.COMM_DOMAIN)
+        name = schema.CollectiveName(op, group.group_name, self._sequence(op, group), _bytes(op, arguments))
+        range_id = nvtx.start_range(name.format(), domain=schema.COMM_DOMAIN)
         self.recorded[group.group_name, op] += 1
         try:
             result = call()

@@ -10,7 +10,7 @@ from typing import Any
 
 import nvtx
 
-from hpcmm.annotate import names
+from hpcmm.annotate import schema
 
 _INJECTION = "NVTX_INJECTION64_PATH"
 """Set by every profiler that listens to NVTX, before the program starts."""
@@ -39,10 +39,10 @@ class _Range:
         self._payload = payload
 
     def __enter__(self) -> None:
-        nvtx.push_range(self._name, domain=names.DOMAIN, payload=self._payload)
+        nvtx.push_range(self._name, domain=schema.DOMAIN, payload=self._payload)
 
     def __exit__(self, *_exception: object) -> None:
-        nvtx.pop_range(domain=names.DOMAIN)
+        nvtx.pop_range(domain=schema.DOMAIN)
 
 
 def step(number: int) -> AbstractContextManager[None]:
@@ -50,7 +50,7 @@ def step(number: int) -> AbstractContextManager[None]:
     if not _ATTACHED:
         return _NOTHING
     _tell_rank()
-    return _Range(names.STEP, number)
+    return _Range(schema.STEP, number)
 
 
 @cache
@@ -58,7 +58,7 @@ def _tell_rank() -> None:
     """Once, mark which rank this process is, for captures of a launcher and all its workers."""
     rank = next((os.environ[key] for key in _RANK_KEYS if os.environ.get(key, "").isdecimal()), None)
     if rank is not None:
-        nvtx.mark(names.format_rank(int(rank)), domain=names.DOMAIN)
+        nvtx.mark(schema.format_rank(int(rank)), domain=schema.DOMAIN)
 
 
 def phase(name: str, batch: Any = None) -> AbstractContextManager[None]:

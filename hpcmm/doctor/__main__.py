@@ -11,19 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpcmm.bootstrap.cache import cache_dir
-from hpcmm.config import RunConfig
-from hpcmm.doctor.facts import node_facts
-from hpcmm.doctor.judge import Finding, Weight, judge
-from hpcmm.doctor.nsys_check import nsys_problem
+from hpcmm.config.compose import compose_run
+from hpcmm.config.schema import RunConfig
+from hpcmm.config.validate_cluster import cluster_problems
+from hpcmm.doctor.checks import Finding, Weight, judge
+from hpcmm.doctor.node_info import node_facts
 from hpcmm.doctor.report import HERE, report_lines, report_values
-from hpcmm.doctor.step import allocation_options, check_nodes
+from hpcmm.doctor.runner import allocation_options, check_nodes
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.compose import compose_run
-from hpcmm.launch.refusal import cure, on_one_line
-from hpcmm.launch.sbatch import check_slurm_conf
-from hpcmm.launch.validate_cluster import cluster_problems
-from hpcmm.slurm_commands import outside_of_jobs
+from hpcmm.node.cache import cache_dir
+from hpcmm.nsys.check import nsys_problem
+from hpcmm.slurm.commands import outside_of_jobs
+from hpcmm.slurm.refusals import cure, on_one_line
+from hpcmm.slurm.sbatch import check_slurm_conf
 from hpcmm.working_directory import check_working_directory
 
 _TIME_LIMIT_MIN = 8

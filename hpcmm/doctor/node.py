@@ -16,11 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpcmm.bootstrap.free_port import find_free_port
-from hpcmm.doctor.facts import node_facts
-from hpcmm.doctor.meeting import answer_clock, come, gather, measure_offset
-from hpcmm.doctor.nsys_check import nsys_problem
-from hpcmm.failures.reachable import job_nodes
+from hpcmm.doctor.node_info import node_facts
+from hpcmm.doctor.rendezvous import answer_clock, come, gather, measure_offset
+from hpcmm.node.connectivity import job_nodes
+from hpcmm.node.ports import find_free_port
+from hpcmm.nsys.check import nsys_problem
 
 _MEET_S, _TALK_S, _MEASURE_S, _SHARED_S = 30.0, 120.0, 60.0, 20.0
 

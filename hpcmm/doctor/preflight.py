@@ -16,14 +16,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcmm import config_file
-from hpcmm.bootstrap.cache import cache_dir
-from hpcmm.config import RunConfig
-from hpcmm.doctor.judge import bad_nodes, judge
+from hpcmm.config import config_file
+from hpcmm.config.schema import RunConfig
+from hpcmm.doctor.checks import bad_nodes, judge
 from hpcmm.doctor.report import report_lines, report_values
-from hpcmm.doctor.step import clean_up, read_answers, write_request
+from hpcmm.doctor.runner import clean_up, read_answers, write_request
 from hpcmm.errors import HpcmmError
-from hpcmm.run_dir import RunDir
+from hpcmm.node.cache import cache_dir
+from hpcmm.runs.run_dir import RunDir
 
 
 def chosen_nodes(nodes: Sequence[str], bad: Sequence[str], needed: int) -> list[str]:

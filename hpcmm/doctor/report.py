@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hpcmm.doctor.facts import packages_hash
-from hpcmm.doctor.judge import Finding, Found, Weight, bad_nodes, bandwidths
-from hpcmm.visible import visible
+from hpcmm.doctor.checks import Finding, Found, Weight, bad_nodes, bandwidths
+from hpcmm.doctor.node_info import packages_hash
+from hpcmm.text import visible
 
 HERE = "(here)"
 """Ends the name of the machine where the doctor was called."""

@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hpcmm import config_file
-from hpcmm.config import Layout, RunConfig
+from hpcmm.config import config_file
+from hpcmm.config.schema import Layout, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.runs import find_runs
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from hpcmm.data.anomaly import TestImages
-    from hpcmm.evaluate.score import Scored
+    from hpcmm.workloads.anomaly.data.anomaly import TestImages
+    from hpcmm.workloads.anomaly.scoring import Scored
 
 DESCRIPTION = """\
 Load the newest checkpoint of each run, score the held-out images, and write to DIR:
@@ -77,9 +77,10 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
 
     Also returns a sentence for each run that cannot be scored. Raises HpcmmError when none can be.
     """
-    from hpcmm.evaluate import chart, picture, side_by_side  # noqa: PLC0415 - torch takes seconds, --help needs none
-    from hpcmm.evaluate.score import by_category  # noqa: PLC0415
+    from hpcmm.evaluate import chart, side_by_side  # noqa: PLC0415 - torch takes seconds, --help needs none
     from hpcmm.evaluate.table import over_seeds  # noqa: PLC0415
+    from hpcmm.workloads.anomaly import maps_picture  # noqa: PLC0415 - torch takes seconds, --help needs none
+    from hpcmm.workloads.anomaly.scoring import by_category  # noqa: PLC0415
 
     candidates, unfinished = find_runs(options.runs)
     if unfinished:
@@ -107,7 +108,7 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
             )
         )
         if not shown:
-            images = {index: test[index]["image"].numpy() for index in picture.chosen(scored)}
+            images = {index: test[index]["image"].numpy() for index in maps_picture.chosen(scored)}
         if model not in dict(shown) and (not shown or np.array_equal(shown[0][1].mask, scored.mask)):
             shown.append((model, scored))
     if not frames:
@@ -120,7 +121,7 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     (options.out / "comparison.md").write_text(side_by_side.markdown(table, summary), encoding="utf-8")
     (options.out / "comparison.tex").write_text(side_by_side.latex(table, summary), encoding="utf-8")
     chart.draw(options.out / "comparison.png", summary)
-    picture.draw(options.out / "maps.png", images, shown)
+    maps_picture.draw(options.out / "maps.png", images, shown)
     return table, summary, unscored
 
 
@@ -150,13 +151,13 @@ def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages, tuple[st
     """The run's scores, the images that they are of, and what it was trained on and scored on."""
     import torch  # noqa: PLC0415
 
-    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
-    from hpcmm.data.anomaly import build_datasets  # noqa: PLC0415
     from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415
-    from hpcmm.evaluate.origin import origins  # noqa: PLC0415
-    from hpcmm.evaluate.score import score_images  # noqa: PLC0415
     from hpcmm.page.progress import progress_bar  # noqa: PLC0415
-    from hpcmm.train.data_root import data_config, data_root  # noqa: PLC0415
+    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
+    from hpcmm.workloads.anomaly.data.anomaly import build_datasets  # noqa: PLC0415
+    from hpcmm.workloads.anomaly.data_root import data_config, data_root  # noqa: PLC0415
+    from hpcmm.workloads.anomaly.origin import origins  # noqa: PLC0415
+    from hpcmm.workloads.anomaly.scoring import score_images  # noqa: PLC0415
 
     device = torch.device(select_accelerator())
     root, data = data_root(config), data_config(config)

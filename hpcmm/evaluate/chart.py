@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from hpcmm.evaluate.score import MEAN, POOLED
 from hpcmm.evaluate.side_by_side import metrics_of, models_of, title
+from hpcmm.workloads.anomaly.scoring import MEAN, POOLED
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999999", "#000000")
 """Okabe and Ito's, told apart by the colour-blind too; used in turns."""

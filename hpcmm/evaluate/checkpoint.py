@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hpcmm.config import RunConfig
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.models import AnomalyModel, build_model
-from hpcmm.run_dir import RunDir
-from hpcmm.train.llm_folder import ensure_llm, model_config
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.trained_weights import read_trained
+from hpcmm.workloads.anomaly.llm_folder import ensure_llm, model_config
+from hpcmm.workloads.anomaly.models import AnomalyModel, build_model
 
 
 def load_model(run: RunDir, config: RunConfig) -> AnomalyModel:

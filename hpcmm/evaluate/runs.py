@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.ledger import LedgerPoint, read_ledger
-from hpcmm.run_dir import RunDir, SweepDir
-from hpcmm.runs_folder import path_or_run
+from hpcmm.runs.ledger import LedgerPoint, read_ledger
+from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.runs.runs_folder import path_or_run
 
 _NAMED_OTHERWISE = ("model/decoder=", "model.decoder=", "train.seed=")
 """Overrides that a model's name and its seed tell already."""

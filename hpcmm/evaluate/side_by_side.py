@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from hpcmm.evaluate.origin import PUBLISHED, STANDINS, is_published_experiment
-from hpcmm.evaluate.score import MEAN, METRICS, POOLED
 from hpcmm.evaluate.table import separated
+from hpcmm.workloads.anomaly.origin import PUBLISHED, STANDINS, is_published_experiment
+from hpcmm.workloads.anomaly.scoring import MEAN, METRICS, POOLED
 
 TITLES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO", "f1": "F1"}
 """Metrics whose name is not good enough for a heading."""

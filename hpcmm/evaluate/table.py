@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from hpcmm.evaluate.score import MEAN, METRICS
+from hpcmm.workloads.anomaly.scoring import MEAN, METRICS
 
 CONFIDENCE = 0.95
 COLUMNS = ["model", "category", "metric", "seeds", "mean", "low", "high"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hpcmm.failures.kinds import Kind
 from hpcmm.jobs.first_failure import Verdict
+from hpcmm.node.classify import Kind
 
 _ADVICE = {
     Kind.out_of_memory: "Use less: a smaller train.micro_batch_size with more train.gradient_accumulation_steps, a "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, settings, slurm_environment
 from hpcmm.jobs.state import State, is_local, states_of
-from hpcmm.slurm_commands import ask
+from hpcmm.slurm.commands import ask
 
 _POLL_S = 2.0
 _LOCAL_POLL_S = 0.2

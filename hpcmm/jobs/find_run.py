@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.errors import HpcmmError
-from hpcmm.frozen_config import read_frozen_config
-from hpcmm.jobs.queue import Job
 from hpcmm.resources import resource
-from hpcmm.run_dir import RunDir, SweepDir
-from hpcmm.runs_folder import is_run, runs_in
+from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.runs.runs_folder import is_run, runs_in
+from hpcmm.slurm.queue import Job
 
 _MOST_RUNS = 20
 _SLURM_S_OWN_PLACES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")

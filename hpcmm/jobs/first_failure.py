@@ -11,15 +11,9 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 
-from hpcmm.failures.kinds import (
-    CONSEQUENCES,
-    Kind,
-    kind_of_exception,
-    kind_of_signal,
-    signal_name,
-)
-from hpcmm.jobs.evidence import JobEvidence, RankEvidence, srun_words
-from hpcmm.jobs.stacks import main_place
+from hpcmm.jobs.diagnostics import JobEvidence, RankEvidence, srun_words
+from hpcmm.node.classify import CONSEQUENCES, Kind, kind_of_exception, kind_of_signal, signal_name
+from hpcmm.node.stacks import main_place
 
 _ENDED_BY_SLURM = {
     "TIMEOUT": Kind.time_limit,

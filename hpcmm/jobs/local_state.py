@@ -6,8 +6,8 @@ from pathlib import Path
 
 import psutil
 
-from hpcmm.jobs.queue import Job
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.slurm.queue import Job
 
 
 def local_job(run: RunDir, job_id: str, name: str, ranks: int) -> Job:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.run_dir import RunDir
-from hpcmm.visible import visible
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.text import visible
 
 _READ_S = 0.5
 _BLOCK_BYTES = 64 * 1024

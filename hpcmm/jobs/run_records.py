@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcmm.frozen_config import read_frozen_config
-from hpcmm.jobs.queue import Job
-from hpcmm.run_dir import RunDir, SweepDir
+from hpcmm.config.untyped_config import read_frozen_config
+from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.slurm.queue import Job
 
 _TAIL_BYTES = 64 * 1024
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from hpcmm.jobs.find_run import run_of_command
 from hpcmm.jobs.logs import printable
-from hpcmm.jobs.queue import Job
 from hpcmm.jobs.state import State
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.slurm.queue import Job
 
 _MOST_TASKS_SHOWN = 10
 _COLUMNS = ("job", "name", "state", "where", "since", "why it waits", "run directory")

@@ -9,10 +9,10 @@ from functools import cached_property
 
 from hpcmm.jobs.find_run import Target, is_local_cluster, job_ids_of, run_of_command, settings, slurm_environment
 from hpcmm.jobs.local_state import local_job
-from hpcmm.jobs.queue import Answer, Job, find_jobs
 from hpcmm.jobs.run_records import points_without_end, records_of
-from hpcmm.run_dir import RunDir
-from hpcmm.slurm_commands import SilentError
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.slurm.commands import SilentError
+from hpcmm.slurm.queue import Answer, Job, find_jobs
 
 _MOST_POINTS = 5
 """Of the points of a sweep without a noted end, as many are named."""

@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hpcmm.jobs.advice import advice
-from hpcmm.jobs.evidence import JobEvidence, gather
+from hpcmm.jobs.diagnostics import JobEvidence, gather
 from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.first_failure import Event, Verdict, events_of, first_failure
 from hpcmm.jobs.logs import printable
-from hpcmm.jobs.queue import Job
+from hpcmm.slurm.queue import Job
 
 _MOST_LINES = 12
 _MOST_RANKS = 8

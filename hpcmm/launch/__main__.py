@@ -14,8 +14,8 @@ from hpcmm.errors import HpcmmError
 from hpcmm.working_directory import check_working_directory
 
 if TYPE_CHECKING:
-    from hpcmm.launch.run import Plan
-    from hpcmm.launch.sweep import Point
+    from hpcmm.config.sweep import Point
+    from hpcmm.launch.plan import Plan
 
 EPILOG = """\
 examples:
@@ -30,7 +30,7 @@ examples:
 
 exit status: 0 the job was accepted (with wait=true: completed), 1 it was not or the configuration is wrong, 130 after
 Ctrl-C while following, which leaves the job running.
-Every key is documented in hpcmm/config.py; a key that does not exist is refused with the names of those that do.
+Every key is documented in hpcmm/config/schema.py; a key that does not exist is refused with the names of those that do.
 """
 RESUBMIT = "resubmit"
 
@@ -63,9 +63,9 @@ def _command(given: list[str]) -> int:
 
 
 def _launch(overrides: Sequence[str]) -> int:
-    from hpcmm.launch.run import plan, queue  # noqa: PLC0415 -- after --help, which needs none of it
-    from hpcmm.launch.sweep import compose_points  # noqa: PLC0415
-    from hpcmm.launch.validate import validate  # noqa: PLC0415
+    from hpcmm.config.sweep import compose_points  # noqa: PLC0415
+    from hpcmm.config.validate import validate  # noqa: PLC0415
+    from hpcmm.launch.plan import plan, queue  # noqa: PLC0415 -- after --help, which needs none of it
 
     options = [word for word in overrides if word.startswith("-")]
     if options:
@@ -83,7 +83,7 @@ def _launch(overrides: Sequence[str]) -> int:
     print(f"job id:         {submission.job_id}")
     print(f"run directory:  {run.root}")
     if config.wait:
-        from hpcmm.launch.follow import follow  # noqa: PLC0415 -- rich, which a submission alone does not need
+        from hpcmm.jobs.follow import follow  # noqa: PLC0415 -- rich, which a submission alone does not need
 
         return follow(config, submission)
     print(f"follow rank 0:  tail -F {shlex.quote(str(run.rank_log(0)))}")
@@ -134,7 +134,7 @@ def _resubmit(arguments: Sequence[str]) -> int:
 
 
 def _help() -> str:
-    from hpcmm.launch.help import groups_help, keys_help  # noqa: PLC0415
+    from hpcmm.config.help import groups_help, keys_help  # noqa: PLC0415
 
     return argparse.ArgumentParser(
         prog="python -m hpcmm.launch",

@@ -7,12 +7,13 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcmm import config_file
-from hpcmm.config import Executor, RunConfig
+from hpcmm.config import config_file
+from hpcmm.config.schema import Executor, RunConfig
+from hpcmm.config.sweep import Point
+from hpcmm.config.validate import validate
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.init_from import run_to_start_from
-from hpcmm.launch.ledger import COMPLETED, FAILED, Ledger, LedgerPoint, read_ledger
-from hpcmm.launch.run import (
+from hpcmm.launch.defer_sigint import uninterrupted
+from hpcmm.launch.plan import (
     Plan,
     frozen,
     plan,
@@ -22,13 +23,12 @@ from hpcmm.launch.run import (
     write_shared_files,
     writing,
 )
-from hpcmm.launch.sbatch import check_slurm_is_here, sbatch, warn_where_it_cannot_start
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.launch.submit import note_submission, pickle_task, submit_analysis
-from hpcmm.launch.sweep import Point
-from hpcmm.launch.uninterrupted import uninterrupted
-from hpcmm.launch.validate import validate
-from hpcmm.run_dir import RunDir, SweepDir
+from hpcmm.launch.warm_start import run_to_start_from
+from hpcmm.runs.ledger import COMPLETED, FAILED, Ledger, LedgerPoint, read_ledger
+from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.slurm.sbatch import check_slurm_is_here, sbatch, warn_where_it_cannot_start
 
 
 def plan_sweep(points: Sequence[Point], overrides: Sequence[str]) -> Plan:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcmm.config import ContainerConfig, ContainerEngine, RunConfig
-from hpcmm.run_dir import RunDir
+from hpcmm.config.schema import ContainerConfig, ContainerEngine, RunConfig
+from hpcmm.runs.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Container:
         container = config.cluster.container
         if container.engine is None:
             return cls(container)
-        from hpcmm.bootstrap.cache import cache_dir  # noqa: PLC0415 -- importlib.metadata, 20 ms of every dry run
+        from hpcmm.node.cache import cache_dir  # noqa: PLC0415 -- importlib.metadata, 20 ms of every dry run
 
         folders = (str(run.root), str(cache_dir(config.cluster)), str(working_directory), *container.mounts)
         return cls(container, folders, str(working_directory))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from hpcmm.config import RunConfig, TaskName
+from hpcmm.config.rank_selection import profiled_ranks
+from hpcmm.config.schema import RunConfig, TaskName
 from hpcmm.launch.script import python_of, rank_command
-from hpcmm.profiled_ranks import profiled_ranks
 
 if TYPE_CHECKING:
-    from hpcmm.launch.run import Plan
+    from hpcmm.launch.plan import Plan
 
 
 def rank_comment(planned: Plan) -> str:

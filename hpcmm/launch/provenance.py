@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import hpcmm
-from hpcmm.config import RunConfig
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.git import project_root, revision
 from hpcmm.launch.script import python_of
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 
 def write_provenance(

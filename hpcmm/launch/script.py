@@ -11,11 +11,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hpcmm.config import Requeue, RunConfig
+from hpcmm.config.schema import Requeue, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.container import Container
 from hpcmm.resources import resource
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 ANALYSIS_TEMPLATE = "analysis.sbatch.j2"
 _ANALYSIS_TIME_MIN = 60
@@ -60,7 +60,7 @@ def rank_command(config: RunConfig, run: RunDir) -> list[str]:
     """The words that start one rank: hpcmm's wrapper around submitit's entry point."""
     python = python_of(config)
     submitit = [python, "-P", "-u", "-m", "submitit.core._submit", str(run.submitit)]
-    return [python, "-P", "-m", "hpcmm.capture", str(run.root), "--", *submitit]
+    return [python, "-P", "-m", "hpcmm.worker", str(run.root), "--", *submitit]
 
 
 def python_of(config: RunConfig, launcher: str = sys.executable) -> str:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hpcmm
-from hpcmm.config import RunConfig, TaskName
+from hpcmm.config.schema import RunConfig, TaskName
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.git import listed_files, project_root
 from hpcmm.resources import resource
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 _MB = 10**6
 _PACKAGE = Path(hpcmm.__file__).resolve().parent

@@ -13,15 +13,15 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission
 
-from hpcmm.bootstrap.free_port import find_free_port
-from hpcmm.config import Executor, RunConfig, TaskName
+from hpcmm.config.schema import Executor, RunConfig, TaskName
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.sbatch import sbatch, warn_where_it_cannot_start
+from hpcmm.launch.defer_sigint import uninterrupted
 from hpcmm.launch.script import rank_command
 from hpcmm.launch.task import RankTask, UserTask
-from hpcmm.launch.uninterrupted import uninterrupted
-from hpcmm.run_dir import RunDir
-from hpcmm.slurm_commands import job_variables
+from hpcmm.node.ports import find_free_port
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.slurm.commands import job_variables
+from hpcmm.slurm.sbatch import sbatch, warn_where_it_cannot_start
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcmm.failures.recorder import recording_failure
-from hpcmm.run_dir import RunDir
+from hpcmm.node.recorder import recording_failure
+from hpcmm.runs.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RankTask:
         """Returns the rank's final metrics, which submitit hands back to the submitter."""
         _keep_files_private()
         with recording_failure(RunDir(Path(self.run_dir))):
-            from hpcmm.train.rank import run_rank  # noqa: PLC0415 -- imports torch, on the node only
+            from hpcmm.worker.entrypoint import run_rank  # noqa: PLC0415 -- imports torch, on the node only
 
             return run_rank(self.run_dir)
 
@@ -36,7 +36,7 @@ class UserTask:
         """Returns what the function returned, which submitit hands back to the submitter."""
         _keep_files_private()
         with recording_failure(RunDir(Path(self.run_dir))):
-            from hpcmm.train.user_task import run_user_task  # noqa: PLC0415 -- runs the user's code, on the node only
+            from hpcmm.worker.user_task import run_user_task  # noqa: PLC0415 -- runs the user's code, on the node only
 
             return run_user_task(self.run_dir)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmm.analysis.study import Study
-from hpcmm.page.verdict import number, plain, seconds, size
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.headlines import number, plain, seconds, size
 
 MAX_ROWS = 24
 """Those with the most transfer time; the CSV holds all."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from hpcmm.analysis.study import Study
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.headlines import percent, plain, rank_name, seconds
 from hpcmm.page.palette import TRANSFER, WAIT, kinds, ordered
-from hpcmm.page.verdict import percent, plain, rank_name, seconds
 
 MAX_BARS = 64
 """Ranks or devices that are drawn."""

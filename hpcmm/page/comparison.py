@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hpcmm.analysis.bootstrap_ci import LEVEL
 from hpcmm.analysis.compare import BETTER, MIN_CHANGE, NO_DIFFERENCE, SECONDS, TOO_FEW, WORSE, Comparison
-from hpcmm.analysis.noise import LEVEL
-from hpcmm.page.files import table_files, write_all
-from hpcmm.page.verdict import number, percent, plain
+from hpcmm.page.atomic_write import table_files, write_all
+from hpcmm.page.headlines import number, percent, plain
 
 _STYLES = {BETTER: "bold green", WORSE: "bold red", NO_DIFFERENCE: "dim", TOO_FEW: "yellow"}
 HEADER = ("what", "A", "B", "change", "interval", "verdict")

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from hpcmm.analysis import coverage
-from hpcmm.analysis.study import Study
-from hpcmm.page.verdict import number, plain, rank_name
+from hpcmm.analysis import report_inventory
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.headlines import number, plain, rank_name
 
 MAX_TILES = 2048
 MAX_TROUBLES = 50
-_GRADES = {coverage.FOUND: "good", coverage.NOT_PROFILED: "none", coverage.TRUNCATED: "fair"}
+_GRADES = {report_inventory.FOUND: "good", report_inventory.NOT_PROFILED: "none", report_inventory.TRUNCATED: "fair"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def coverage_grid(study: Study) -> CoverageGrid:
     """The ledger as tiles and sentences."""
     table = study.tables["coverage"]
     records = table.to_dict("records")
-    troubled = [row for row in records if row["reason"] and row["status"] != coverage.NOT_PROFILED]
+    troubled = [row for row in records if row["reason"] and row["status"] != report_inventory.NOT_PROFILED]
     counts = table["status"].value_counts()
     return CoverageGrid(
         tiles=[_tile(row) for row in records[:MAX_TILES]],

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpcmm.analysis.study import Study
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.headlines import percent, plain
 from hpcmm.page.palette import ordered
-from hpcmm.page.verdict import percent, plain
 
 GOOD, FAIR = 0.9, 0.8
 """POP calls what is below 0.8 worth a look."""

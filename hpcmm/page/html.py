@@ -11,17 +11,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from hpcmm.analysis.study import Study
+from hpcmm.analysis.pipeline import Study
 from hpcmm.page import page_tables
 from hpcmm.page.bandwidth import bandwidth
 from hpcmm.page.bars import TRANSFER_NAME, WAIT_NAME, device_bars, rank_bars, step_budget
-from hpcmm.page.child_waits import child_waits
 from hpcmm.page.coverage_grid import coverage_grid
 from hpcmm.page.efficiency_tree import efficiency
-from hpcmm.page.palette import TRANSFER, WAIT
-from hpcmm.page.step_plot import step_plot
-from hpcmm.page.timeline import timeline
-from hpcmm.page.verdict import (
+from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
     efficiency_line,
@@ -35,7 +31,11 @@ from hpcmm.page.verdict import (
     seconds,
     steps_line,
 )
+from hpcmm.page.palette import TRANSFER, WAIT
+from hpcmm.page.step_plot import step_plot
+from hpcmm.page.timeline import timeline
 from hpcmm.page.wait_matrix import wait_matrix
+from hpcmm.page.waitpid_chart import child_waits
 from hpcmm.page.worst_step import culprits, worst_step
 
 _SCRIPTS = (

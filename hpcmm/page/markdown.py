@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from hpcmm.analysis import coverage
-from hpcmm.analysis.study import Study
-from hpcmm.page.verdict import (
+from hpcmm.analysis import report_inventory
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
     efficiency_line,
@@ -39,7 +39,7 @@ def summary(study: Study) -> str:
     if len(rows):
         parts.append(_bottlenecks(rows))
     gaps = study.tables["coverage"]
-    gaps = gaps[gaps["status"] != coverage.FOUND]
+    gaps = gaps[gaps["status"] != report_inventory.FOUND]
     if len(gaps):
         parts += ["Reports that are not there, or not whole:", table(gaps[["rank", "status", "reason"]].head(MAX_GAPS))]
     parts.append("All tables and the timeline: report.html beside this file.")

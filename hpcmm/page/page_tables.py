@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from hpcmm.analysis.study import Study
-from hpcmm.page.verdict import number, plain
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.headlines import number, plain
 
 MAX_ROWS = 300
 """Rows of a table on the page; the CSV holds all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hpcmm.analysis.phases import OTHER
-from hpcmm.annotate.names import PHASES
+from hpcmm.annotate.schema import PHASES
 
 EXTRA = 6
 """Colours for phases that are none of the usual; with more phases than that they repeat."""

@@ -21,9 +21,9 @@ import pandas as pd
 from hpcmm.analysis.collectives import Claims, claimed
 from hpcmm.analysis.intervals import Times
 from hpcmm.analysis.phases import OTHER
-from hpcmm.analysis.study import Study
+from hpcmm.analysis.pipeline import Study
 from hpcmm.analysis.trace import RankTrace
-from hpcmm.page.verdict import plain, seconds, trace_name
+from hpcmm.page.headlines import plain, seconds, trace_name
 
 MAX_EVENTS = 500_000
 """Viewers stay quick up to this; a longer trace is cut in time, the same for all ranks."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpcmm.analysis.study import Study
-from hpcmm.page.verdict import seconds
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.headlines import seconds
 
 WIDTH, HEIGHT = 1000.0, 200.0
 """Units of the drawing, which is stretched to the page."""

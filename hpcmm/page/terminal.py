@@ -15,8 +15,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hpcmm.analysis.study import Study
-from hpcmm.page.verdict import (
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
     efficiency_line,

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.phases import OTHER, OUTSIDE
-from hpcmm.analysis.study import Study
+from hpcmm.analysis.pipeline import Study
 from hpcmm.analysis.trace import RankTrace
+from hpcmm.page.headlines import plain, trace_name
 from hpcmm.page.palette import kinds, ordered
-from hpcmm.page.verdict import plain, trace_name
 
 MIN_UNIT_NS = 1000
 """Times are unsigned 32-bit counts of a unit: a microsecond, or longer where the run is longer than 71 minutes."""

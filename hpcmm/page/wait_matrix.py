@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hpcmm.analysis.study import Study
-from hpcmm.page.verdict import plain, seconds, trace_name
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.headlines import plain, seconds, trace_name
 
 MAX_SIDE = 64
 MAX_WITH_NUMBERS = 16

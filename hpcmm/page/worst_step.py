@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from hpcmm.analysis.findings import CAUSES
-from hpcmm.analysis.study import Study
+from hpcmm.analysis.pipeline import Study
 
 
 def worst_step(study: Study, row: dict[Any, Any]) -> int | None:

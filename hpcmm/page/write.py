@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpcmm.analysis.study import Study
-from hpcmm.page.files import Content, table_files, write_all
+from hpcmm.analysis.pipeline import Study
+from hpcmm.page.atomic_write import Content, table_files, write_all
 from hpcmm.page.html import page
 from hpcmm.page.markdown import summary
 from hpcmm.page.perfetto import write_trace

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.nsys.importer import import_qdstrm
 from hpcmm.reports.find import ReportSource
-from hpcmm.reports.importer import import_qdstrm
 
 EXPORT_TIMEOUT_S = 3600
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.annotate import names
+from hpcmm.annotate import schema
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.cuda import CudaEvents, read_cuda, shifted
 from hpcmm.reports.identity import Identity, read_identity
@@ -247,7 +247,7 @@ def _domains(database: ReportDatabase) -> dict[tuple[int, int], str]:
 
 def _ranks(database: ReportDatabase, domains: dict[tuple[int, int], str]) -> dict[int, int]:
     """Ranks by pid, from the marks of the annotation."""
-    own = sorted({number for (_, number), name in domains.items() if name == names.DOMAIN})
+    own = sorted({number for (_, number), name in domains.items() if name == schema.DOMAIN})
     if not own or not database.has("NVTX_EVENTS", "eventType", "domainId", "globalTid"):
         return {}
     query = f"""
@@ -259,9 +259,9 @@ def _ranks(database: ReportDatabase, domains: dict[tuple[int, int], str]) -> dic
     except HpcmmError:
         return {}
     told = {
-        _pid(thread): names.parse_rank(str(text))
+        _pid(thread): schema.parse_rank(str(text))
         for thread, number, text in rows
-        if isinstance(thread, int) and isinstance(number, int) and domains.get((_pid(thread), number)) == names.DOMAIN
+        if isinstance(thread, int) and isinstance(number, int) and domains.get((_pid(thread), number)) == schema.DOMAIN
     }
     return {pid: rank for pid, rank in told.items() if rank is not None}
 
@@ -291,14 +291,14 @@ def _read_nvtx(
     database: ReportDatabase, domains: dict[tuple[int, int], str], damage: list[str], *, steps_alone: bool
 ) -> pd.DataFrame:
     """Ranges of the annotation's own domains, sorted by start; with ``steps_alone`` those of steps."""
-    chosen = {names.DOMAIN} if steps_alone else {names.DOMAIN, names.COMM_DOMAIN}
+    chosen = {schema.DOMAIN} if steps_alone else {schema.DOMAIN, schema.COMM_DOMAIN}
     wanted = {key: name for key, name in domains.items() if name in chosen}
     rows: list[tuple[object, ...]] = []
     if wanted and database.has("NVTX_EVENTS", "start", "end"):
         try:
             query = _nvtx_query(database, sorted({domain for _, domain in wanted}))
             if steps_alone:
-                query += f" AND {_text_expression(database)} = '{names.STEP}'"
+                query += f" AND {_text_expression(database)} = '{schema.STEP}'"
             rows = database.rows(query)
             damage += _impossible(database, sorted({domain for _, domain in wanted}))
         except HpcmmError as error:

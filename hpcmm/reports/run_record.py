@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hpcmm.config.rank_selection import profiled_ranks
+from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.errors import HpcmmError
-from hpcmm.frozen_config import read_frozen_config
-from hpcmm.profiled_ranks import profiled_ranks
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 MAX_WORLD_SIZE = 1 << 17
 """More ranks than this are a damaged record."""

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.pages import UnusualTableError, integer_columns
 from hpcmm.reports.printable import printable
+from hpcmm.reports.sqlite_pages import UnusualTableError, integer_columns
 
 Integers = npt.NDArray[np.int64]
 

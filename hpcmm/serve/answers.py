@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcmm.words.grid import CELL_NAMES, defect_cells
+from hpcmm.workloads.anomaly.question_answering.grid import CELL_NAMES, defect_cells
 
 
 def rule_answer(values: NDArray[np.float32], score: float, threshold: float) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpcmm.evaluate.picture import heat
+from hpcmm.workloads.anomaly.maps_picture import heat
 
 Floats = NDArray[np.float32]
 LARGEST_SIDE = 560

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import find_targets
-from hpcmm.run_dir import RunDir, SweepDir
+from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.serve.address import Address, read_address
 
 

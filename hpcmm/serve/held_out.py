@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from hpcmm.config import RunConfig
-from hpcmm.data.anomaly import TestImages, build_datasets
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.serve.service import Example
-from hpcmm.train.data_root import data_root
+from hpcmm.workloads.anomaly.data.anomaly import TestImages, build_datasets
+from hpcmm.workloads.anomaly.data_root import data_root
 
 MOST_EXAMPLES = 8
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcmm.config import Executor, Requeue, TaskConfig, TaskName
+from hpcmm.config.schema import Executor, Requeue, TaskConfig, TaskName
 from hpcmm.errors import HpcmmError
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, read_address, write_address
 from hpcmm.serve.options import ServeOptions
 
@@ -27,9 +27,9 @@ _LOG_LINES = 12
 
 def submit(options: ServeOptions, cluster: str, overrides: Sequence[str], runs_root: Path) -> Submission:
     """Queue the server; returns once Slurm has accepted it. Raises HpcmmError where it does not."""
-    from hpcmm.launch.compose import compose_run  # noqa: PLC0415 -- hydra and submitit, which a server does not need
-    from hpcmm.launch.run import plan, queue  # noqa: PLC0415
-    from hpcmm.launch.validate import validate  # noqa: PLC0415
+    from hpcmm.config.compose import compose_run  # noqa: PLC0415 -- hydra and submitit, which a server does not need
+    from hpcmm.config.validate import validate  # noqa: PLC0415
+    from hpcmm.launch.plan import plan, queue  # noqa: PLC0415
 
     words = [f"cluster={cluster}", "name=serve", *overrides]
     config = compose_run(words)
@@ -50,7 +50,7 @@ def wait_for_address(submission: Submission) -> Address:
 
     Raises HpcmmError, with the last lines of its log, where it ends before.
     """
-    from hpcmm.launch.accounting import queue_state  # noqa: PLC0415
+    from hpcmm.slurm.accounting import queue_state  # noqa: PLC0415
 
     shown, asked_s = "", -_ASK_S
     while True:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hpcmm.bootstrap.accelerator import select_accelerator
-from hpcmm.config import RunConfig
-from hpcmm.data.images import normalise
+from hpcmm.config.schema import RunConfig
 from hpcmm.evaluate.checkpoint import load_model
-from hpcmm.models import AnomalyModel
-from hpcmm.models.anomaly import Encoded
-from hpcmm.models.answers import answer
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.worker.accelerator import select_accelerator
+from hpcmm.workloads.anomaly.data.images import normalise
+from hpcmm.workloads.anomaly.models import AnomalyModel
+from hpcmm.workloads.anomaly.models.anomaly import Encoded
+from hpcmm.workloads.anomaly.models.answers import answer
 
 Floats = NDArray[np.float32]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hpcmm.serve.drawing import SMALL_SIDE, data_uri, overlay
 from hpcmm.serve.service import Seen, as_image
-from hpcmm.visible import visible
+from hpcmm.text import visible
 
 CSV_COLUMNS = ("file", "score", "threshold", "anomalous", "answer", "problem")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hpcmm import config_file
-from hpcmm.bootstrap.free_port import hold_free_port
+from hpcmm.config import config_file
 from hpcmm.errors import HpcmmError
-from hpcmm.run_dir import RunDir
+from hpcmm.node.ports import hold_free_port
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, new_token, this_host
 from hpcmm.serve.options import ServeOptions
 
@@ -59,12 +59,12 @@ def serve(
 
 def load_service(options: ServeOptions) -> Service:
     """Model, threshold, examples and log of a run. Raises HpcmmError with what is missing."""
-    from hpcmm.bootstrap.accelerator import select_accelerator  # noqa: PLC0415
     from hpcmm.serve.held_out import examples_of, held_out_images  # noqa: PLC0415 -- all of these import torch
     from hpcmm.serve.predictor import load_predictor  # noqa: PLC0415
     from hpcmm.serve.request_log import RequestLog  # noqa: PLC0415
     from hpcmm.serve.service import About, Service  # noqa: PLC0415
     from hpcmm.serve.threshold import choose_threshold  # noqa: PLC0415
+    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
 
     select_accelerator()
     run = RunDir(Path(options.run))

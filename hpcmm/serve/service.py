@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpcmm.data.images import pixels_of
-from hpcmm.data.samples import Sample
 from hpcmm.errors import HpcmmError
 from hpcmm.serve.answers import rule_answer
 from hpcmm.serve.batcher import Batcher
@@ -24,6 +22,8 @@ from hpcmm.serve.predictor import Finding, Predictor, Request
 from hpcmm.serve.request_log import RequestLog
 from hpcmm.serve.threshold import Threshold
 from hpcmm.serve.uploads import Uploaded, open_upload
+from hpcmm.workloads.anomaly.data.images import pixels_of
+from hpcmm.workloads.anomaly.data.samples import Sample
 
 _DECODERS = 4
 """Images that are decoded at once: each may take a few hundred megabytes."""

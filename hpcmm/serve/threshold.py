@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcmm.data.anomaly import TestImages
 from hpcmm.errors import HpcmmError
-from hpcmm.evaluate.score import score_images
-from hpcmm.models.scores import best_decision
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.predictor import Predictor
+from hpcmm.workloads.anomaly.data.anomaly import TestImages
+from hpcmm.workloads.anomaly.models.scores import best_decision
+from hpcmm.workloads.anomaly.scoring import score_images
 
 MOST_IMAGES = 200
 """Held-out images that are scored for it, spread evenly over all."""

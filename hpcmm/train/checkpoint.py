@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hpcmm.bootstrap.environment import RankEnvironment
 from hpcmm.errors import HpcmmError
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.train.random_state import random_state, restore_random_state
+from hpcmm.worker.environment import RankEnvironment
 
 log = logging.getLogger("hpcmm.train")
 

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from hpcmm.config import Precision, RunConfig, Schedule, TrainConfig
+from hpcmm.config.schema import Precision, RunConfig, Schedule, TrainConfig
 
 _COMPILER_OFF = "TORCHDYNAMO_DISABLE"
 

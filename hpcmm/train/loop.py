@@ -13,17 +13,17 @@ import deepspeed
 import torch
 
 from hpcmm import annotate
-from hpcmm.bootstrap.environment import RankEnvironment
-from hpcmm.bootstrap.metrics import MetricsWriter
-from hpcmm.config import RunConfig
-from hpcmm.profiled_steps import step_window
-from hpcmm.run_dir import RunDir
-from hpcmm.train.anomaly import AnomalyTask
+from hpcmm.config.schema import RunConfig
+from hpcmm.config.step_window import step_window
+from hpcmm.runs.metrics import MetricsWriter
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import build_engine
+from hpcmm.train.preemption import StopRequest
+from hpcmm.train.profile_window import CaptureWindow
 from hpcmm.train.progress import Progress
-from hpcmm.train.stop import StopRequest
-from hpcmm.train.window import CaptureWindow
+from hpcmm.worker.environment import RankEnvironment
+from hpcmm.workloads.anomaly.task import AnomalyTask
 
 log = logging.getLogger("hpcmm.train")
 

@@ -10,7 +10,7 @@ from typing import Self
 
 from rich.progress import Progress as Bar
 
-from hpcmm.config import RunConfig
+from hpcmm.config.schema import RunConfig
 
 log = logging.getLogger("hpcmm.train")
 

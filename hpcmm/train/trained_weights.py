@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 
 def read_trained(run: RunDir) -> dict[str, Tensor]:

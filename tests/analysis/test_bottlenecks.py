@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from simulated import MS, everyone, simulate_program, simulate_run
 
 from hpcmm.analysis import bottlenecks, collectives
-from hpcmm.analysis.exchangeable import chance_of_sum
 from hpcmm.analysis.findings import CAUSES, Finding, computation_has_phases
 from hpcmm.analysis.intervals import IntervalSet
+from hpcmm.analysis.significance import chance_of_sum
 from hpcmm.analysis.steps import step_times
 from hpcmm.analysis.suggestions import suggest
 from hpcmm.reports.run_record import RunRecord
@@ -367,7 +367,7 @@ def test_every_kind_has_a_suggestion(kind: str, config) -> None:
 @pytest.mark.parametrize("kind", CAUSES)
 @pytest.mark.parametrize("node", ["node2", "", "a; rm -rf /", "n'ode,[1-2]"])
 def test_overrides_compose_against_the_configuration(kind: str, node: str, tmp_path: Path) -> None:
-    from hpcmm.launch.compose import compose_run
+    from hpcmm.config.compose import compose_run
 
     config = {"train": {"micro_batch_size": 4}, "cluster": {"exclude": "node7"}}
     suggestion = suggest(Finding(kind, "", 1.0, 3, node, "data", "", "high"), config)

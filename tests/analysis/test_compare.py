@@ -6,11 +6,11 @@ import pytest
 from simulated import simulate_run
 
 from hpcmm.analysis import bottlenecks, tables
+from hpcmm.analysis.bootstrap_ci import half_widths
 from hpcmm.analysis.collectives import bus_bandwidth, estimate_waits, expose, match
 from hpcmm.analysis.compare import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE, RunTables, compare
-from hpcmm.analysis.efficiency import efficiency
-from hpcmm.analysis.noise import half_widths
 from hpcmm.analysis.phase_times import phases_table
+from hpcmm.analysis.pop_metrics import efficiency
 from hpcmm.analysis.steps import step_times
 from hpcmm.analyze import analyze
 from hpcmm.analyze import compare as compare_runs

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from recorded import H100
 from synthetic_gpu import GpuRun
 
-from hpcmm.analysis.coverage import assess, observe
 from hpcmm.analysis.gpu import BACK_TO_BACK_NS, CAUSES, DEPENDENCY, HOST, LATENCY, UNTRACED, device_time, gpu_rows
+from hpcmm.analysis.report_inventory import assess, observe
 from hpcmm.analysis.trace import extract_traces
 from hpcmm.analyze import Analysis, analyze
-from hpcmm.page.verdict import gpu_line, headline, late_line
+from hpcmm.page.headlines import gpu_line, headline, late_line
 from hpcmm.reports.cuda import UNKNOWN
 from hpcmm.reports.events import read_report
 from hpcmm.reports.run_record import read_run_record

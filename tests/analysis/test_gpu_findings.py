@@ -8,7 +8,7 @@ from synthetic_gpu import GpuRun
 
 from hpcmm.analysis.gpu_findings import excess, in_steps, of_capture
 from hpcmm.analyze import Analysis, analyze
-from hpcmm.page.verdict import headline
+from hpcmm.page.headlines import headline
 
 
 def by_cause(analysis: Analysis) -> pd.DataFrame:

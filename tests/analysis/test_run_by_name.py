@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpcmm.analyze.command import main
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 SAMPLE = Path(__file__).parents[2] / "profiles" / "samples" / "clean"
 

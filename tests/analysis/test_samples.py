@@ -11,7 +11,7 @@ import pytest
 
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.analyze.command import main
-from hpcmm.page.verdict import steps_line
+from hpcmm.page.headlines import steps_line
 
 DRIFT = 'start = start - start * 13 / 1000000, "end" = "end" - "end" * 13 / 1000000'
 

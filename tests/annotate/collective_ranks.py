@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from hpcmm.annotate import collectives
-from hpcmm.bootstrap.cache import extensions_dir
-from hpcmm.bootstrap.compiled_ops import load_ops
-from hpcmm.bootstrap.group import leave_group
-from hpcmm.config import ClusterConfig
+from hpcmm.config.schema import ClusterConfig
+from hpcmm.node.cache import extensions_dir
+from hpcmm.worker.compiled_ops import load_ops
+from hpcmm.worker.distributed import leave_group
 
 store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, is_master=sys.argv[1] == "0")
 dist.init_process_group("gloo", store=store, rank=int(sys.argv[1]), world_size=2)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.annotate.names import COMM_DOMAIN, CollectiveName
-from hpcmm.bootstrap.free_port import find_free_port
-from hpcmm.capture.nsys import run_under_nsys
-from hpcmm.capture.profiled import profile_flags
-from hpcmm.config import ProfileConfig, RunConfig
-from hpcmm.train.prepare import prepare
+from hpcmm.annotate.schema import COMM_DOMAIN, CollectiveName
+from hpcmm.config.schema import ProfileConfig, RunConfig
+from hpcmm.node.ports import find_free_port
+from hpcmm.nsys.capture import run_under_nsys
+from hpcmm.worker.nsys_rank import profile_flags
+from hpcmm.worker.prepare import prepare
 
 SCRIPT = Path(__file__).with_name("collective_ranks.py")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpcmm.doctor.judge import Finding, Weight
+from hpcmm.doctor.checks import Finding, Weight
 from hpcmm.doctor.report import HERE, report_lines
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from hpcmm import config_file
-from hpcmm.config import DataConfig, LlmConfig, LlmKind, ModelConfig
-from hpcmm.data.anomaly import TestImages, build_datasets
-from hpcmm.data.standins import generate
+from hpcmm.config import config_file
+from hpcmm.config.compose import compose_run
+from hpcmm.config.schema import DataConfig, LlmConfig, LlmKind, ModelConfig
 from hpcmm.evaluate import __main__ as command
-from hpcmm.evaluate.score import Scored, score_images
-from hpcmm.launch.compose import compose_run
-from hpcmm.models import build_model
-from hpcmm.models.language import LanguageHead
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.workloads.anomaly.data.anomaly import TestImages, build_datasets
+from hpcmm.workloads.anomaly.data.standins import generate
+from hpcmm.workloads.anomaly.models import build_model
+from hpcmm.workloads.anomaly.models.language import LanguageHead
+from hpcmm.workloads.anomaly.scoring import Scored, score_images
 
 SIDE = 8
 

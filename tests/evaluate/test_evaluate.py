@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from hpcmm.config import RunConfig
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.evaluate import picture
 from hpcmm.evaluate.checkpoint import load_model
-from hpcmm.evaluate.score import MEAN, METRICS, POOLED, Scored, by_category
 from hpcmm.evaluate.table import over_seeds, separated
-from hpcmm.models.scores import image_auroc
-from hpcmm.run_dir import RunDir
-from hpcmm.words.conversations import Said
-from hpcmm.words.scores import METRICS as WORDS
-from hpcmm.words.scores import statements
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.workloads.anomaly import maps_picture
+from hpcmm.workloads.anomaly.models.scores import image_auroc
+from hpcmm.workloads.anomaly.question_answering.conversations import Said
+from hpcmm.workloads.anomaly.question_answering.scores import METRICS as WORDS
+from hpcmm.workloads.anomaly.question_answering.scores import statements
+from hpcmm.workloads.anomaly.scoring import MEAN, METRICS, POOLED, Scored, by_category
 
 
 @pytest.fixture
@@ -71,11 +71,11 @@ def test_only_models_whose_intervals_do_not_touch_are_ranked():
 
 
 def test_the_picture_shows_an_image_a_category_and_a_map_a_model(scored: Scored, tmp_path):
-    indices = picture.chosen(scored)
+    indices = maps_picture.chosen(scored)
     assert [scored.category[index] for index in indices] == ["screw", "tile"]
     assert scored.label[indices[0]] == 1
     images = {index: np.zeros((3, 8, 8), np.float32) for index in indices}
-    picture.draw(tmp_path / "maps.png", images, [("fcn", scored), ("mlp", scored)])
+    maps_picture.draw(tmp_path / "maps.png", images, [("fcn", scored), ("mlp", scored)])
     with Image.open(tmp_path / "maps.png") as drawn:
         pixels = np.asarray(drawn)
     assert pixels.shape[1] > 4 * 128
@@ -86,7 +86,7 @@ def test_the_picture_shows_an_image_a_category_and_a_map_a_model(scored: Scored,
 
 
 def test_heat_goes_from_dark_to_bright():
-    colours = picture.heat(np.linspace(0, 1, 11, dtype=np.float32)[None])[0]
+    colours = maps_picture.heat(np.linspace(0, 1, 11, dtype=np.float32)[None])[0]
     assert (np.diff(colours.sum(axis=1)) > 0).all()
     assert np.isfinite(colours).all()
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm import config_file
-from hpcmm.config import RunConfig
+from hpcmm.config import config_file
+from hpcmm.config.compose import compose_run
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.compose import compose_run
 from hpcmm.launch.snapshot import take_snapshot
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 
 @pytest.fixture
@@ -36,10 +36,11 @@ def test_the_command_that_is_told_reads_it(run: RunDir):
     command = shlex.split(told[0])
     code = Path(command[1].removeprefix("PYTHONPATH="))
     assert command[-1] == str(run.root)
-    source = code / "hpcmm" / "config.py"
+    source = code / "hpcmm" / "config" / "schema.py"
     source.write_text(source.read_text().replace("class DataConfig:\n", "class DataConfig:\n    dropped: int = 0\n"))
     reads = (
-        "import sys, pathlib as p; from hpcmm.config_file import load; print(load(p.Path(sys.argv[1])).data.dropped)"
+        "import sys, pathlib as p; from hpcmm.config.config_file import load; "
+        "print(load(p.Path(sys.argv[1])).data.dropped)"
     )
     shown = subprocess.run(
         [*command[:2], sys.executable, command[3], "-c", reads, str(run.config)],

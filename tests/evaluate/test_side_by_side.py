@@ -11,18 +11,18 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hpcmm.config import DataConfig, Layout, RunConfig, Standins
-from hpcmm.data import mvtec, visa
-from hpcmm.data.standins import generate
+from hpcmm.config.schema import DataConfig, Layout, RunConfig, Standins
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate import chart
-from hpcmm.evaluate.origin import PUBLISHED, origins
 from hpcmm.evaluate.runs import find_runs
-from hpcmm.evaluate.score import MEAN, METRICS, POOLED
 from hpcmm.evaluate.side_by_side import latex, markdown, published, remarks, wide
 from hpcmm.evaluate.table import over_seeds
-from hpcmm.run_dir import RunDir, SweepDir
-from hpcmm.train.data_root import data_config, data_root, ensure_data
+from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.workloads.anomaly.data import mvtec, visa
+from hpcmm.workloads.anomaly.data.standins import generate
+from hpcmm.workloads.anomaly.data_root import data_config, data_root, ensure_data
+from hpcmm.workloads.anomaly.origin import PUBLISHED, origins
+from hpcmm.workloads.anomaly.scoring import MEAN, METRICS, POOLED
 
 DECODERS = list(PUBLISHED)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hpcmm.jobs.find_run import find_targets, job_ids_of
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import pytest
 
-from hpcmm.failures.kinds import Kind, LoggedError
-from hpcmm.failures.records import RankError, RankExit
-from hpcmm.jobs.evidence import JobEvidence, RankEvidence
+from hpcmm.jobs.diagnostics import JobEvidence, RankEvidence
 from hpcmm.jobs.first_failure import first_failure
-from hpcmm.jobs.queue import Job
 from hpcmm.jobs.run_records import RankProgress
 from hpcmm.jobs.why import explanation_of, lines_of, values_of
+from hpcmm.node.classify import Kind, LoggedError
+from hpcmm.runs.failures import RankError, RankExit
+from hpcmm.slurm.queue import Job
 
 SECOND = 1_000_000_000
 LOST = ("RuntimeError", "Connection closed by peer [10.0.0.2]:5")

@@ -4,7 +4,7 @@ import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.logs import Log, follow, last_lines, logs_of, printable
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.config_file import load
+from hpcmm.config.config_file import load
 
 HEAVY = ("torch", "deepspeed", "transformers", "sklearn", "skimage", "gradio")
 
@@ -21,7 +21,7 @@ def run_python(*arguments, **keywords):
 @pytest.mark.parametrize(
     "module",
     [
-        "hpcmm.launch.__main__", "hpcmm.launch.follow", "hpcmm.launch.submit", "hpcmm.analyze",
+        "hpcmm.launch.__main__", "hpcmm.jobs.follow", "hpcmm.launch.submit", "hpcmm.analyze",
         "hpcmm.serve.__main__", "hpcmm.serve.find", "hpcmm.serve.job",
     ],
 )  # fmt: skip

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.compose import compose_run
 from hpcmm.launch.script import Job, render_analysis_script, render_script
 from hpcmm.resources import resource
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 GOLDEN = Path(__file__).parent / "golden"
 

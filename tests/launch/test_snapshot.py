@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.compose import compose_run
 from hpcmm.launch.provenance import installed_packages, write_provenance
 from hpcmm.launch.snapshot import plan_code, take_snapshot
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 
 def git(folder, *arguments):
@@ -67,7 +67,8 @@ def test_the_copy_of_hpcmm_launches_by_itself(project):
     take_snapshot(config, run, code.project)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     code_of_a_copy = (
-        "import hpcmm.launch.run, hpcmm.resources as r; print(hpcmm.__file__, r.resource('conf/config.yaml').is_file())"
+        "import hpcmm.launch.plan, hpcmm.resources as r; "
+        "print(hpcmm.__file__, r.resource('conf/config.yaml').is_file())"
     )
     origin = subprocess.run(
         [sys.executable, "-P", "-c", code_of_a_copy],

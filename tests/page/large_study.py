@@ -11,8 +11,8 @@ from hpcmm.analysis import collectives, tables
 from hpcmm.analysis.comm_wait import wait_matrix
 from hpcmm.analysis.phase_times import phases_table
 from hpcmm.analysis.phases import SEGMENT_COLUMNS
+from hpcmm.analysis.pipeline import Study
 from hpcmm.analysis.steps import step_times
-from hpcmm.analysis.study import Study
 from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, RankTrace
 
 MS = 1_000_000

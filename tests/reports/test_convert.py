@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.capture.nsys import start_under_nsys
 from hpcmm.errors import HpcmmError
+from hpcmm.nsys.capture import start_under_nsys
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.events import read_report
 from hpcmm.reports.find import ReportSource

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from hpcmm.analyze import analyze
-from hpcmm.capture.nsys import start_under_nsys
+from hpcmm.nsys.capture import start_under_nsys
+from hpcmm.nsys.importer import import_qdstrm
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import ReportSource
-from hpcmm.reports.importer import import_qdstrm
 
 pytestmark = [
     pytest.mark.nsys,

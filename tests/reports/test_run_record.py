@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpcmm.reports.run_record import read_run_record
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 
 from hpcmm.serve.answers import rule_answer
-from hpcmm.words.conversations import parse_answer
-from hpcmm.words.grid import CELL_NAMES
+from hpcmm.workloads.anomaly.question_answering.conversations import parse_answer
+from hpcmm.workloads.anomaly.question_answering.grid import CELL_NAMES
 
 
 @pytest.mark.parametrize("cell", range(9))

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from hpcmm.errors import HpcmmError
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, new_token, read_address, write_address
 from hpcmm.serve.find import find_address, find_served_run
 from hpcmm.serve.options import ServeOptions

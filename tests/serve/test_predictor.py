@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from hpcmm.config import DataConfig, LlmConfig, LlmKind, ModelConfig
-from hpcmm.data.anomaly import build_datasets
-from hpcmm.data.standins import generate
-from hpcmm.evaluate.score import score_images
-from hpcmm.models import build_model
-from hpcmm.models.scores import best_decision
-from hpcmm.run_dir import RunDir
+from hpcmm.config.schema import DataConfig, LlmConfig, LlmKind, ModelConfig
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.held_out import examples_of
 from hpcmm.serve.predictor import Predictor, Request
 from hpcmm.serve.threshold import UNKNOWN, choose_threshold
+from hpcmm.workloads.anomaly.data.anomaly import build_datasets
+from hpcmm.workloads.anomaly.data.standins import generate
+from hpcmm.workloads.anomaly.models import build_model
+from hpcmm.workloads.anomaly.models.scores import best_decision
+from hpcmm.workloads.anomaly.scoring import score_images
 
 SIDE = 64
 SMALL = ModelConfig(decoder_width=32, text_adapter_width=64)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcmm.config import Schedule, TrainConfig
+from hpcmm.config.schema import Schedule, TrainConfig
 from hpcmm.train.engine import learning_rate_factor
 from hpcmm.train.sampling import EndlessSampler
 

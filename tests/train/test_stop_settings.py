@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from hpcmm.config.compose import compose_run
+from hpcmm.config.validate import validate
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.compose import compose_run
 from hpcmm.launch.script import Job, render_script
-from hpcmm.launch.validate import validate
-from hpcmm.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir
 
 
 def script(*overrides):

@@ -138,7 +138,7 @@ HOOKS = {
     "deepspeed.runtime.engine": into_engine,
     "torch.utils.data.dataloader": into_loader,
     "torch.utils.data._utils.fetch": into_fetcher,
-    "hpcmm.bootstrap.metrics": into_metrics,
+    "hpcmm.runs.metrics": into_metrics,
     "torch": into_torch_save,
 }
 

@@ -1,0 +1,182 @@
+"""Sweep overrides -> the points of a sweep, each a configuration of its own.
+
+A sweep is Hydra's: ``train.learning_rate=1e-3,1e-4 train.seed=range(0,3)`` are the six points of the product. All
+points are one job array, so they ask the scheduler for the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+from hydra.core.override_parser.types import Glob, Override, RangeSweep, ValueType
+from omegaconf import DictConfig, OmegaConf
+
+from hpcmm.config.compose import (
+    compose_tree,
+    config_groups,
+    explained,
+    override_text,
+    parse_overrides,
+    to_run,
+    type_hints,
+)
+from hpcmm.config.schema import RunConfig
+from hpcmm.errors import HpcmmError
+
+MOST_POINTS = 100_000
+_CARRIES_VALUES = re.compile(r"\$\{(?!oc\.env:)")
+"""An interpolation of another key."""
+SHARED_BY_ALL = ("name", "runs_root", "wait", "dry_run", "after", "analyze", "cluster", "launch")
+"""Keys that say something of the one job array, and not of a point."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point: what sets it apart, and its configuration."""
+
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+
+def compose_points(overrides: Sequence[str]) -> list[Point]:
+    """The points that ``overrides`` span; a single one without overrides of its own where nothing is swept.
+
+    Raises HpcmmError as :func:`~hpcmm.config.compose.compose_run` does, for a sweep without a finite number of points,
+    and for points that differ in what the array shares.
+    """
+    parsed = parse_overrides(overrides)
+    swept = [override for override in parsed if override.is_sweep_override()]
+    fixed = [override for override in parsed if not override.is_sweep_override()]
+    if not swept:
+        with explained():
+            return [Point((), to_run(compose_tree(fixed)))]
+    values = [_values(override) for override in swept]
+    count = 1
+    for choices in values:
+        count *= len(choices)
+    if not 1 <= count <= MOST_POINTS:
+        raise HpcmmError(f"This sweep has {count} points, but must have 1 to {MOST_POINTS}.")
+    with explained():
+        points = list(_points(fixed, itertools.product(*values)))
+    _check_shared(points)
+    return points
+
+
+def _values(override: Override) -> list[Override]:
+    """An override for each value of a sweep."""
+    if not override.is_discrete_sweep():
+        raise HpcmmError(f"{override.input_line} has no end: write values, choice(...) or range(...).")
+    if isinstance(override._value, RangeSweep):
+        _check_range(override, override._value)
+    if isinstance(override._value, Glob):
+        values: Iterable[Any] = override._value.filter(config_groups().get(override.key_or_group, []))
+    else:
+        values = override.sweep_iterator()
+    # Made of the parsed values and not parsed again: that takes the grammar a millisecond for each.
+    return [
+        replace(
+            override,
+            value_type=ValueType.ELEMENT,
+            _value=value,
+            input_line=f"{override.get_key_element()}={Override._get_value_element_as_str(value)}",
+        )
+        for value in values
+    ]
+
+
+def _check_range(override: Override, swept: RangeSweep) -> None:
+    """Raises HpcmmError for a range that has no end or far too many values; looked at before any is made."""
+    start, stop, step = (float(number or 0) for number in (swept.start, swept.stop, swept.step))
+    if not step or not all(map(math.isfinite, (start, stop, step))) or start + step == start:
+        raise HpcmmError(f"{override.input_line} has no end: write range(START,STOP,STEP) of finite numbers.")
+    if (stop - start) / step > MOST_POINTS:
+        raise HpcmmError(f"{override.input_line} is a sweep of more than {MOST_POINTS} points, the most there may be.")
+
+
+def _points(fixed: list[Override], products: Iterable[tuple[Override, ...]]) -> Iterator[Point]:
+    """Compose each combination of group options once; its points differ in single values, set on typed copies."""
+    groups = config_groups()
+    families: dict[tuple[str, ...], _Family] = {}
+    for product in products:
+        options = [override for override in product if override.key_or_group in groups]
+        values = [override for override in product if override.key_or_group not in groups]
+        chosen = tuple(map(override_text, options))
+        if chosen not in families:
+            families[chosen] = _Family(compose_tree([*fixed, *options]), values)
+        yield Point(tuple(override.input_line or "" for override in product), families[chosen].point(values))
+
+
+class _Family:
+    """The points of one composed tree, which differ in the values of some keys.
+
+    Typing the whole tree takes OmegaConf 10 ms or more, so it is done once, and each value is typed alone. Where an
+    interpolation may carry a value to other keys, each point is typed as a whole.
+    """
+
+    def __init__(self, tree: DictConfig, first: Sequence[Override]) -> None:
+        self._tree = tree
+        fields_set = [_field_of(override.key_or_group) for override in first]
+        carried = _CARRIES_VALUES.search(OmegaConf.to_yaml(tree)) is not None
+        self._base = None if carried or len(set(fields_set)) < len(fields_set) else self._typed(first)
+        self._values: dict[str, Any] = {}
+        """Typed values, by the text of their override."""
+
+    def point(self, values: Sequence[Override]) -> RunConfig:
+        if self._base is None:
+            return self._typed(values)
+        run = copy.deepcopy(self._base)
+        for override in values:
+            *path, name = _field_of(override.key_or_group)
+            setattr(functools.reduce(getattr, path, run), name, copy.deepcopy(self._value(override)))
+        return run
+
+    def _typed(self, values: Sequence[Override]) -> RunConfig:
+        tree = copy.deepcopy(self._tree)
+        for override in values:
+            _set(tree, override)
+        return to_run(tree)
+
+    def _value(self, override: Override) -> Any:
+        """What the override makes of its field."""
+        text = override_text(override)
+        if text not in self._values:
+            value = override.value()
+            tree = copy.deepcopy(self._tree) if isinstance(value, dict) else self._tree
+            _set(tree, override)
+            typed = OmegaConf.select(tree, ".".join(_field_of(override.key_or_group)))
+            self._values[text] = OmegaConf.to_object(typed) if OmegaConf.is_config(typed) else typed
+        return self._values[text]
+
+
+def _set(tree: DictConfig, override: Override) -> None:
+    OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
+
+
+def _field_of(key: str) -> tuple[str, ...]:
+    """The field of RunConfig that ``key`` lies in: itself, or the dictionary that it is a key of."""
+    node: Any = RunConfig
+    path: list[str] = []
+    for part in key.split("."):
+        if not (isinstance(node, type) and is_dataclass(node)):
+            break
+        node = type_hints(node)[part]
+        path.append(part)
+    return tuple(path)
+
+
+def _check_shared(points: list[Point]) -> None:
+    first = points[0].config
+    for point in points:
+        for key in SHARED_BY_ALL:
+            if getattr(point.config, key) != getattr(first, key):
+                raise HpcmmError(
+                    f"{key} differs between the points {', '.join(points[0].overrides)} and "
+                    f"{', '.join(point.overrides)}: a sweep is one job array, so launch these one by one."
+                )

@@ -1,0 +1,203 @@
+"""All that tells of a job's end: the ranks' records, logs and metrics, and Slurm's word of job and nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hpcmm.errors import HpcmmError
+from hpcmm.jobs.find_run import Target, run_of_command, settings, slurm_environment
+from hpcmm.jobs.run_records import RankProgress, progress_of
+from hpcmm.jobs.state import states_of
+from hpcmm.node.classify import LoggedError, last_logged_error
+from hpcmm.runs import failures
+from hpcmm.runs.failures import RankError, RankExit
+from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.slurm.commands import ask
+from hpcmm.slurm.queue import Job, account_of
+
+_TAIL_BYTES = 256 * 1024
+_ATTEMPT = re.compile(r"(\d+)\.(\d+)")
+_RANK = re.compile(r"[0-9]{1,6}")
+_SRUN_TASKS = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)")
+
+
+@dataclass(frozen=True)
+class RankEvidence:
+    """What one rank left."""
+
+    rank: int
+    node: str = ""
+    error: RankError | None = None
+    exit: RankExit | None = None
+    logged: LoggedError | None = None
+    """The last exception in its log; only read where the rank ended badly and recorded no exception."""
+    stacks: str = ""
+    """Its threads' stacks when it was told to end."""
+    progress: RankProgress | None = None
+
+    @property
+    def silent(self) -> bool:
+        """It began, and nothing tells how it ended."""
+        ended_well = self.progress is not None and self.progress.ended
+        return self.error is None and self.exit is None and not ended_well
+
+
+@dataclass(frozen=True)
+class JobEvidence:
+    """What there is of one job."""
+
+    job: Job
+    run: RunDir | None
+    restart: int = 0
+    """Which time the job ran, counted from 0; the records are of this one."""
+    ranks: dict[int, RankEvidence] = field(default_factory=dict)
+    node_states: dict[str, str] = field(default_factory=dict)
+    """Slurm's state of the job's nodes now, with its reason where there is one: ``down* (Not responding)``."""
+    srun_lines: list[str] = field(default_factory=list)
+    """srun's words of ranks that ended badly: ``node2: task 1: Killed``."""
+    batch_error: LoggedError | None = None
+    """The last complaint in the batch script's log."""
+    oom_kill: bool = False
+    """Slurm noted in the batch script's log that the kernel killed for want of memory."""
+    notes: list[str] = field(default_factory=list)
+
+
+def gather(target: Target) -> JobEvidence:
+    """Raises HpcmmError when Slurm does not answer and the run directory does not tell of the job either."""
+    state = states_of([target], needs_slurm=False)[0]
+    if not state.jobs and state.silent:
+        reason = state.notes[0].partition(", so this")[0]
+        raise HpcmmError(f"{reason}, and no run directory tells of an end of {target.asked}.")
+    if not state.jobs:
+        raise HpcmmError(f"No job of {target.asked} is known to Slurm or noted in a run directory.")
+    run, notes, newest = state.run, list(state.notes), state.jobs[-1]
+    if state.silent and run is not None and SweepDir(run.root).ledger.is_file():
+        newest = next((job for job in reversed(state.jobs) if job.state != "COMPLETED"), newest)
+        run = run_of_command(newest)  # of the point, whose records tell more than the sweep's folder
+    environ = slurm_environment(run)
+    job, complaint = _accounted(newest, environ)
+    notes += [complaint] if complaint and not notes else []
+    if run is None:
+        return JobEvidence(job, None, node_states=node_states(job.nodes, environ), notes=notes)
+    attempt, restart = _newest_attempt(run, job.raw_id)
+    batch_log = _of_job(_tail(run.batch_log), job.raw_id)
+    return JobEvidence(
+        job,
+        run,
+        restart,
+        _ranks(run, job.raw_id, attempt),
+        node_states(job.nodes, environ),
+        [line.removeprefix("srun: error: ") for line in batch_log.splitlines() if line.startswith("srun: error: ")],
+        last_logged_error(batch_log),
+        re.search(r"oom[-_ ]kill", batch_log, re.IGNORECASE) is not None,
+        notes,
+    )
+
+
+def node_states(nodes: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Slurm's state of each node of a host list; empty where Slurm does not answer."""
+    if not nodes:
+        return {}
+    try:
+        listed = ask("sinfo", "-hN", f"--nodes={nodes}", "--format=%N\x1f%T\x1f%E", environ=environ)
+    except HpcmmError:
+        return {}  # the notes tell of a Slurm that is silent
+    states = {}
+    for line in listed.splitlines():
+        name, _, rest = line.partition("\x1f")
+        state, _, reason = rest.partition("\x1f")
+        states[name.strip()] = state if reason.strip() in {"", "none"} else f"{state} ({reason.strip()})"
+    return states
+
+
+def ranks_in(listed: str) -> list[int]:
+    """The numbers of ``0-2,5``."""
+    found: list[int] = []
+    for part in listed.split(","):
+        first, _, last = part.partition("-")
+        if all(_RANK.fullmatch(number) for number in (first, last or first)):
+            found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def srun_words(lines: list[str]) -> dict[int, tuple[str, str]]:
+    """Node and srun's word, such as ``Killed``, of each rank that srun named."""
+    found: dict[int, tuple[str, str]] = {}
+    for line in lines:
+        match = _SRUN_TASKS.fullmatch(f"srun: error: {line}")
+        for rank in ranks_in(match["ranks"]) if match else []:
+            found.setdefault(rank, (match["node"], match["what"]) if match else ("", ""))
+    return found
+
+
+def _accounted(job: Job, environ: Mapping[str, str]) -> tuple[Job, str | None]:
+    """The job with what only sacct knows: exit codes, and who cancelled it."""
+    if job.source != "squeue":
+        return job, None
+    try:
+        rows = [row for row in account_of([job.raw_id], environ) if row.raw_id == job.raw_id]
+    except HpcmmError as error:
+        return job, f"sacct gives no answer, so exit codes are missing: {error}"
+    if not rows:
+        return job, None
+    known = rows[-1]
+    same = known.state == job.state
+    return replace(
+        job,
+        exit_code=known.exit_code,
+        derived_exit_code=known.derived_exit_code,
+        reason=known.reason if same and known.reason else job.reason,
+    ), None
+
+
+def _newest_attempt(run: RunDir, raw_id: str) -> tuple[Path | None, int]:
+    folders = run.failures.glob(f"{raw_id}.*") if run.failures.is_dir() else ()
+    found = [(int(match[2]), folder) for folder in folders if (match := _ATTEMPT.fullmatch(folder.name))]
+    if not found:
+        return None, 0
+    restart, newest = max(found)
+    return newest, restart
+
+
+def _ranks(run: RunDir, raw_id: str, attempt: Path | None) -> dict[int, RankEvidence]:
+    progress = {rank: each for rank, each in progress_of(run).items() if each.job_id == raw_id}
+    numbers = set(progress)
+    if attempt is not None:
+        names = [entry.name for entry in attempt.glob("rank_*")]
+        numbers |= {int(match[1]) for name in names if (match := re.match(r"rank_([0-9]{1,6})\.", name))}
+        numbers |= set(range(_world_size(run)))
+    found = {}
+    for rank in sorted(numbers):
+        error = failures.read(failures.error_file(attempt, rank), RankError) if attempt else None
+        ended = failures.read(failures.exit_file(attempt, rank), RankExit) if attempt else None
+        logged = last_logged_error(_tail(run.rank_log(rank))) if error is None and ended is not None else None
+        here = progress.get(rank)
+        node = error.node if error else ended.node if ended else here.node if here else ""
+        stacks = _tail(failures.stacks_file(attempt, rank)) if attempt else ""
+        found[rank] = RankEvidence(rank, node, error, ended, logged, stacks, here)
+    return found
+
+
+def _world_size(run: RunDir) -> int:
+    cluster = settings(run).get("cluster")
+    given = [cluster.get(key) for key in ("nodes", "ranks_per_node")] if isinstance(cluster, dict) else []
+    sizes = [each for each in given if isinstance(each, int) and 0 < each <= 1_000_000]
+    return min(sizes[0] * sizes[1], 1_000_000) if len(sizes) == 2 else 0
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return file.read(_TAIL_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _of_job(log: str, raw_id: str) -> str:
+    """The part of a batch log, to which each job of the run appends, from this job's first mention on."""
+    others = [match.end() for match in re.finditer(r"StepId=(\d+)\.\S*\n", log) if match[1] != raw_id]
+    return log[others[-1] :] if others else log

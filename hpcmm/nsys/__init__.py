@@ -1,0 +1,1 @@
+"""Nsight Systems itself: found, tried, run around one rank, its reports imported."""

@@ -1,0 +1,141 @@
+"""nsys around one rank: its flags, its run, and a report that is whole when the rank's task ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from hpcmm.errors import HpcmmError
+from hpcmm.nsys.importer import import_qdstrm
+from hpcmm.nsys.supervisor import Apart, End, run_apart
+from hpcmm.worker.startup import COMMAND_BEGAN
+
+START_ATTEMPTS = 4
+_START_POLL_S = 0.02
+
+
+def run_under_nsys(
+    profile: Sequence[str],
+    command: Sequence[str],
+    report: Path,
+    aside: Path | None = None,
+    *,
+    ended: Callable[[End], None] = lambda _: None,
+    must_end: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run ``command`` under ``nsys profile FLAGS...`` and leave its report at ``report``. Returns its exit status.
+
+    nsys writes on the node's own disk; only the finished report is copied to the shared one. Where it cannot be
+    finished here, what there is is copied beside ``report`` and the reason is printed. A report that stands there from
+    an earlier attempt is moved to the folder ``aside``. A signal to this process reaches the command and not nsys, so
+    that the report survives it; ``ended`` and ``must_end`` as in :func:`~hpcmm.nsys.supervisor.run_apart`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="hpcmm-nsys-"))
+    started, output = folder / "started", folder / report.stem
+
+    def record(apart: Apart) -> None:
+        apart.say_ended(start_under_nsys([*profile, f"--output={output}"], command, started))
+        if _finish(output, report, aside, keep_raw=apart.in_a_hurry):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return run_apart(record, rank_pid=lambda: _pid_in(started), ended=ended, must_end=must_end)
+
+
+def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Path) -> int:
+    """Run nsys until the command is over; again where nsys fails before it has made the file ``started``.
+
+    ``started`` then holds the command's process id.
+
+    The ranks of a node start their nsys one after the other. Several at once meet in nsys 2022.4's shared session table
+    and fail, one in twenty, with "Local Endpoint is not available", "sem_open" or "End of file".
+    """
+    noting_the_start = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(started)]
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        with one_start_at_a_time():
+            environment = os.environ | {COMMAND_BEGAN: f"{time.time():.3f}"}
+            process = subprocess.Popen([*profile, *noting_the_start, *command], env=environment)
+            while not started.exists() and process.poll() is None:
+                time.sleep(_START_POLL_S)
+        status = process.wait()
+        if started.exists():
+            return status
+        print(f"hpcmm: nsys failed to start the rank; {attempts_left} more attempts.", file=sys.stderr, flush=True)
+    return status
+
+
+@contextlib.contextmanager
+def one_start_at_a_time() -> Iterator[None]:
+    """Keep others of this user and machine from starting nsys meanwhile (see ``start_under_nsys``)."""
+    lock = Path(tempfile.gettempdir()) / f"hpcmm-nsys-start-{os.getuid()}.lock"
+    with os.fdopen(os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def _pid_in(started: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(started.read_text(encoding="ascii"))
+    return None
+
+
+def _finish(output: Path, report: Path, aside: Path | None, *, keep_raw: bool) -> bool:
+    """Import what nsys left and copy it. Returns whether nothing is left behind that anyone would miss.
+
+    ``keep_raw``: copy the raw capture, which the analysis reads too, before the import takes its time.
+    """
+    finished, unfinished = output.with_suffix(".nsys-rep"), output.with_suffix(".qdstrm")
+    raw = report.with_suffix(unfinished.suffix)
+    is_kept = False
+    if not finished.exists() and unfinished.exists():
+        is_kept = keep_raw and _copied(unfinished, raw, aside)
+        try:
+            import_qdstrm(unfinished, finished)
+        except HpcmmError as error:
+            print(f"hpcmm: {error}", file=sys.stderr)
+    made = finished if finished.exists() else unfinished
+    if not made.exists():
+        print(f"hpcmm: nsys left no report for {report.stem}; its messages stand above.", file=sys.stderr)
+        return True
+    if made == unfinished and is_kept:
+        return True
+    if not _copied(made, report.with_suffix(made.suffix), aside):
+        return False
+    if is_kept:
+        raw.unlink(missing_ok=True)
+    return True
+
+
+def _copied(made: Path, target: Path, aside: Path | None) -> bool:
+    """Copy a report to the run directory, where an earlier attempt's makes room. Says so where that cannot be."""
+    try:
+        if aside is not None and target.exists():
+            aside.mkdir(exist_ok=True)
+            target.replace(aside / target.name)
+        _copy_whole(made, target)
+    except OSError as error:
+        print(
+            f"hpcmm: the report cannot be written to {target} ({error.strerror}): it stays in {made} on "
+            f"{os.uname().nodename}.",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copy so that ``target`` never exists half-written."""
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        shutil.copyfile(source, partial)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(target)

@@ -1,0 +1,235 @@
+"""The sentences that every output begins with, and how numbers and foreign text are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import pandas as pd
+
+from hpcmm.analysis.findings import computation_has_phases
+from hpcmm.analysis.gpu_findings import device_name
+from hpcmm.analysis.pipeline import Study, why_failed
+from hpcmm.analysis.trace import RankTrace
+from hpcmm.text import visible
+
+MAX_TEXT = 300
+"""Characters of a foreign name that are shown."""
+
+
+def plain(value: object) -> str:
+    """Foreign text without control characters (ANSI codes, newlines), cut to :data:`MAX_TEXT`."""
+    head = str(value)[: MAX_TEXT + 1]
+    text = visible(head)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def number(value: object, digits: int = 3) -> str:
+    """A number for people: ``digits`` significant digits, thousands separated, nothing for a missing one."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else plain(value)
+
+
+def seconds(value: float) -> str:
+    """A duration with the unit that suits it."""
+    if value >= 999.5:
+        return f"{value:,.0f} s"
+    if value >= 0.9995 or value == 0:
+        return f"{value:.3g} s"
+    return f"{value * 1e3:.3g} ms" if value >= 0.9995e-3 else f"{value * 1e6:.3g} µs"
+
+
+def percent(value: float) -> str:
+    """A share with two significant digits or so."""
+    return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+
+
+def size(value: float) -> str:
+    """Bytes with the decimal unit that suits them."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    index = min(int(math.log10(value) // 3), len(units) - 1) if value >= 1 else 0
+    return f"{value / 1000**index:.3g} {units[index]}"
+
+
+def rank_name(rank: int, node: str = "") -> str:
+    """``rank 3 · node2``; a process whose report does not tell its rank has a negative number."""
+    name = f"rank {rank}" if rank >= 0 else f"process {-rank} (rank unknown)"
+    return f"{name} · {plain(node)}" if node else name
+
+
+def trace_name(trace: RankTrace) -> str:
+    """The rank; of a report without steps the GPU and process that stand for it."""
+    known = trace.rank >= 0 or trace.device is None
+    return rank_name(trace.rank) if known else f"GPU {trace.device} of process {trace.pid}"
+
+
+def rank_list(ranks: Iterable[object]) -> str:
+    """``0-3, 7`` for the ranks 0, 1, 2, 3 and 7."""
+    numbers = sorted({int(str(rank)) for rank in ranks if not pd.isna(rank)})  # type: ignore[call-overload]
+    runs: list[list[int]] = []
+    for number_ in numbers:
+        if runs and number_ == runs[-1][1] + 1:
+            runs[-1][1] = number_
+        else:
+            runs.append([number_, number_])
+    return plain(", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs))
+
+
+def headline(study: Study) -> str:
+    """The first bottleneck in one sentence, or why there is none."""
+    table = study.tables["bottlenecks"]
+    if not len(study.steps.numbers):
+        return gpu_headline(study) or "No steps to analyse: " + _why_no_steps(study)
+    step = seconds(study.steps.mean_s)
+    if table.empty:
+        return f"Nothing stands out: no cause takes 2% of the {step} step, and no rank is to blame."
+    row = table.iloc[0]
+    lost = f"{seconds(float(row['lost_s_per_step']))} of each {step} step ({percent(float(row['step_share']))})"
+    several = "s" if "," in str(row["phase"]) else ""
+    where = f" in phase{several} {plain(row['phase'])}" if row["phase"] else ""
+    cause = plain(row["cause"])
+    if pd.notna(row["rank"]):
+        rank = rank_name(int(row["rank"]))
+        on = f" on {plain(row['node'])}" if row["node"] else ""
+        return f"{rank[:1].upper()}{rank[1:]}{on} costs {lost}: {cause}{where}."
+    if row["node"]:
+        return f"Node {plain(row['node'])} costs {lost}: {cause}{where}."
+    costs = "cost" if cause.endswith("batches") else "costs"
+    return f"{cause[:1].upper()}{cause[1:]} {costs} {lost}{where}."
+
+
+def _why_no_steps(study: Study) -> str:
+    if study.failed_run:
+        return plain(why_failed(study.failed_run))
+    reasons = study.tables["coverage"]["reason"]
+    reasons = reasons[reasons != ""]
+    if len(reasons):
+        return plain(reasons.value_counts().idxmax()) + "."
+    return (
+        "only the warm-up step was captured."
+        if study.steps.warmup_number is not None
+        else "none was closed on all ranks."
+    )
+
+
+def coverage_line(study: Study) -> str:
+    """How many of the expected reports were read."""
+    status = study.tables["coverage"]["status"]
+    used = int((status == "found").sum())
+    rest = status[status != "found"].value_counts()
+    told = ", ".join(f"{count} {str(name).replace('_', ' ')}" for name, count in rest.items())
+    return f"{used} of {len(status)} ranks with steps" + (f" ({told})" if told else "")
+
+
+def steps_line(study: Study) -> str:
+    """Number and duration of the steps."""
+    steps = study.steps
+    if not len(steps.numbers):
+        return "no steps"
+    told = f"{len(steps.numbers)} steps of {seconds(steps.mean_s)} ± {seconds(steps.noise_s)}"
+    told += f", warm-up step {seconds(steps.warmup_s)} apart" if steps.warmup_number is not None else ""
+    if steps.left_out:
+        several = len(steps.left_out) > 1
+        who = f"rank{'s' if several else ''} {rank_list(steps.left_out)}"
+        told += f" (without {who}, which lack{'' if several else 's'} most of them)"
+    return told
+
+
+def phases_line(study: Study) -> str:
+    """How to see more of a computation that no phase covers; empty where phases cover it."""
+    if not len(study.steps.numbers) or computation_has_phases(study.traces):
+        return ""
+    return (
+        "no phase covers the computation: annotate.phase(...) around forward, backward and optimizer tells them apart"
+    )
+
+
+def clock_line(study: Study) -> str:
+    """How well the ranks' clocks agree."""
+    return f"clocks agree within {seconds(study.clock.error_ns / 1e9)}; shorter waits are blamed on nobody"
+
+
+def efficiency_line(study: Study) -> str:
+    """Parallel efficiency of the run and its factors; empty where there is no table ``efficiency``."""
+    table = study.tables.get("efficiency")
+    run = table[table["scope"] == "run"] if table is not None and len(table) else None
+    if run is None or run.empty:
+        return ""
+    row = run.iloc[0]
+    values = [row["parallel_efficiency"], row["load_balance"], row["communication_efficiency"]]
+    if any(pd.isna(value) for value in values):
+        return ""
+    whole, balance, communication = (percent(float(value)) for value in values)
+    return f"parallel efficiency {whole} = load balance {balance} x communication {communication}"
+
+
+def startup_line(study: Study) -> str:
+    """The parts of the newest attempt's start; empty where the ranks recorded none."""
+    table = study.tables.get("startup")
+    if table is None or table.empty:
+        return ""
+    newest = table[table["attempt"] == table["attempt"].max()]
+    parts = [
+        f"{plain(part)} {seconds(float(taken))}" for part, taken in zip(newest["part"], newest["median_s"], strict=True)
+    ]
+    return f"to the first step's end (medians over ranks): {', '.join(parts)}"
+
+
+GPU_NOT_TRACED = "no GPU activity was traced, so nothing is said of GPUs"
+
+
+def gpu_line(study: Study) -> str:
+    """How the GPUs spent the steps (the whole capture without steps), as a mean over devices."""
+    rows = _gpu_rows(study)
+    if rows.empty:
+        return GPU_NOT_TRACED
+    span = float(rows["span_s"].sum())
+    share = {name: float(rows[f"{name}_s"].sum()) / span for name in ("compute", "exposed_comm", "idle", "idle_host")}
+    return (
+        f"GPUs compute {percent(share['compute'])} of the time, communicate {percent(share['exposed_comm'])} without "
+        f"computing, and are idle {percent(share['idle'])} "
+        f"({percent(share['idle_host'])} because the host launches its work too late)"
+    )
+
+
+def gpu_headline(study: Study) -> str:
+    """The first bottleneck of a capture without steps, or nothing where no GPU was traced."""
+    rows, table = _gpu_rows(study), study.tables["bottlenecks"]
+    devices = len(rows.drop_duplicates(["rank", "device"]))
+    if not devices:
+        return ""
+    where = "one GPU" if devices == 1 else f"{devices} GPUs"
+    told = f"No steps are annotated; of {seconds(float(rows['span_s'].sum()) / devices)} on {where}"
+    if table.empty:
+        return f"{told} nothing loses 2%."
+    row = table.iloc[0]
+    return f"{told} {percent(float(row['step_share']))} are lost to this: {plain(row['cause'])}."
+
+
+def late_line(study: Study) -> str:
+    """Who arrives last at collectives that only their order on the device identifies; nothing where nobody does."""
+    table = study.tables["collectives"]
+    ordered = table[table["basis"].str.startswith("kernel order") & table["late_rank"].notna()]
+    if ordered.empty:
+        return ""
+    late = ordered.drop_duplicates(["group", "op", "sequence"])["late_rank"].value_counts()
+    devices = study.tables["gpu"].drop_duplicates("rank")
+    of_last = devices[devices["rank"] == late.index[0]]
+    who = plain(device_name(of_last.iloc[0])) if len(of_last) else f"rank {late.index[0]}"
+    waited = float(ordered["wait_s"].sum())
+    return (
+        f"{who} arrives last at {late.iloc[0]} of {late.sum()} collectives that GPUs had to wait in, {seconds(waited)} "
+        "in all; matched by the order of their kernels alone"
+    )
+
+
+def _gpu_rows(study: Study) -> pd.DataFrame:
+    """Rows of the steps that count; all rows where there are none."""
+    table = study.tables["gpu"]
+    steady = table[table["step"].notna() & ~table["warmup"].astype(bool)]
+    return steady if len(steady) else table

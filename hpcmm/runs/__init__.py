@@ -1,0 +1,1 @@
+"""The run directory: where every file of a run lies, and one module a file format."""

@@ -1,0 +1,114 @@
+"""The small JSON files by which a rank, and the process in front of it, tell how the rank ended.
+
+They lie in ``RUN/failures/JOB.RESTART/``: ``rank_0003.error.json`` is the rank's own word of its exception,
+``rank_0003.exit.json`` the word of the process in front of it, which also sees signals that a rank cannot survive, and
+``rank_0003.stacks`` the threads' stacks when the rank was told to end. A rank that ends well leaves none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hpcmm.runs.run_dir import RunDir
+
+MOST_LINES = 60
+"""Lines of a traceback that are kept, its last ones."""
+
+MOST_CHARACTERS = 4000
+"""Characters of a message that are kept."""
+
+
+@dataclass(frozen=True)
+class RankError:
+    """An exception that ended a rank, written by the rank itself."""
+
+    rank: int
+    node: str
+    unix_ns: int
+    """The node's clock when the exception arrived at the rank's outermost frame."""
+    kind: str
+    """The exception's class, with its module unless that is ``builtins``."""
+    message: str
+    traceback: list[str] = field(default_factory=list)
+    unreachable: list[str] = field(default_factory=list)
+    """Nodes of the job that this node could not reach when a peer was lost or a collective timed out."""
+
+
+@dataclass(frozen=True)
+class RankExit:
+    """How a rank's process ended, other than with status 0, written by its parent."""
+
+    rank: int
+    node: str
+    unix_ns: int
+    status: int | None
+    """Exit status; None where a signal ended it."""
+    signal: int | None
+
+
+def attempt_folder(run: RunDir, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where this run of the job leaves its records: a requeued job has a folder for each time it ran."""
+    job = environ.get("SLURM_JOB_ID") or environ.get("SUBMITIT_LOCAL_JOB_ID") or "0"
+    return run.failures / f"{job}.{environ.get('SLURM_RESTART_COUNT') or 0}"
+
+
+def error_file(attempt: Path, rank: int) -> Path:
+    return attempt / f"rank_{rank:04d}.error.json"
+
+
+def exit_file(attempt: Path, rank: int) -> Path:
+    return attempt / f"rank_{rank:04d}.exit.json"
+
+
+def stacks_file(attempt: Path, rank: int) -> Path:
+    return attempt / f"rank_{rank:04d}.stacks"
+
+
+def failed_file(attempt: Path) -> Path:
+    """An empty file: some rank has left a record. One look at it costs the same however many ranks there are."""
+    return attempt / "failed"
+
+
+def write(record: RankError | RankExit, path: Path) -> None:
+    """Write so that ``path`` never exists half-written. Raises OSError where there is no room."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failed_file(path.parent).touch()
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+Record = TypeVar("Record", RankError, RankExit)
+
+
+def read(path: Path, kind: type[Record]) -> Record | None:
+    """The record in a file that others could write to; None where there is none, or it is not one."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return _typed(given, kind) if isinstance(given, dict) else None
+
+
+def _typed(given: dict[str, Any], kind: type[Record]) -> Record | None:
+    names = {each.name for each in fields(kind)}
+    values = {name: value for name, value in given.items() if name in names}
+    integers = {"rank": False, "unix_ns": False, "status": True, "signal": True}
+    for name, value in values.items():
+        if name in integers:
+            right = (integers[name] and value is None) or (isinstance(value, int) and not isinstance(value, bool))
+        elif name in {"traceback", "unreachable"}:
+            right = isinstance(value, list) and all(isinstance(line, str) for line in value)
+        else:
+            right = isinstance(value, str)
+        if not right:
+            return None
+    try:
+        return kind(**values)
+    except TypeError:  # a field is missing
+        return None

@@ -1,0 +1,119 @@
+"""One process group over all ranks of the job: gloo between CPUs, NCCL between GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
+
+from hpcmm.config.schema import RunConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.runs.metrics import MetricsWriter
+from hpcmm.worker.accelerator import select_accelerator
+from hpcmm.worker.environment import RankEnvironment
+from hpcmm.worker.threads import threads_per_rank
+
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+_LAST_TENSORS_S = 0.1
+
+
+@contextlib.contextmanager
+def process_group(place: RankEnvironment, config: RunConfig, metrics: MetricsWriter) -> Iterator[torch.device]:
+    """Join the job's process group, leave it at the end. Yields this rank's device.
+
+    Raises HpcmmError when not all ranks arrive within ``parallel.rendezvous_timeout_s``.
+    """
+    place.export()
+    device = _own_device(place)
+    _set_threads(config)
+    with metrics.startup("rendezvous"):
+        _rendezvous(place, config, BACKENDS[device.type])
+    try:
+        with _timeout_of_later_groups(timedelta(seconds=config.parallel.collective_timeout_s)):
+            yield device
+    finally:
+        leave_group()
+
+
+def leave_group() -> None:
+    """Destroy this process's groups, so that it can end.
+
+    A backend's thread drops the tensors of the last collective only once it holds the interpreter's lock. Groups that
+    something still refers to (default arguments of ``torch.distributed.nn``, DeepSpeed's own groups) keep their
+    threads, and a process whose interpreter shuts down before that is aborted. So they get the lock for a moment.
+    """
+    dist.destroy_process_group()
+    time.sleep(_LAST_TENSORS_S)
+
+
+@contextlib.contextmanager
+def _timeout_of_later_groups(timeout: timedelta) -> Iterator[None]:
+    """Give groups that are made without a timeout this one.
+
+    ZeRO reduces gradients in groups that DeepSpeed makes so; PyTorch would let them wait for half an hour.
+    """
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    for name in names:
+        setattr(distributed_c10d, name, timeout)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(distributed_c10d, name, value)
+
+
+def _own_device(place: RankEnvironment) -> torch.device:
+    if select_accelerator() == "cpu":
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    # A scheduler that binds each rank to its GPU shows it that one alone, as number 0.
+    number = 0 if visible == 1 else place.local_rank
+    if number >= visible:
+        raise HpcmmError(
+            f"Rank {place.rank} is number {place.local_rank} on {place.node}, which shows it {visible} GPUs."
+        )
+    torch.cuda.set_device(number)
+    os.environ["LOCAL_RANK"] = str(number)  # DeepSpeed takes its device from it
+    return torch.device("cuda", number)
+
+
+def _set_threads(config: RunConfig) -> None:
+    torch.set_num_threads(threads_per_rank(config))
+
+
+def _rendezvous(place: RankEnvironment, config: RunConfig, backend: str) -> None:
+    import deepspeed  # noqa: PLC0415 -- reads DS_ACCELERATOR when it is imported
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    wait_s = config.parallel.rendezvous_timeout_s
+    where = f"{place.master_addr}:{place.master_port}"
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            place.master_addr,
+            place.master_port,
+            place.world_size,
+            is_master=place.rank == 0,
+            timeout=timedelta(seconds=wait_s),
+        )
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("default", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=config.parallel.collective_timeout_s),
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise HpcmmError(
+            f"Rank {place.rank} on {place.node} did not meet the other ranks at {where} within {wait_s} s: did all "
+            f"{place.world_size} start (see the others' logs), and does {place.master_addr} resolve on {place.node}?"
+        ) from error
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

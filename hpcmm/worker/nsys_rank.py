@@ -1,0 +1,98 @@
+"""One rank under the profiler that its run's configuration names, or the reason why it cannot be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpcmm.config.schema import ProfileConfig, RunConfig
+from hpcmm.config.step_window import step_window
+from hpcmm.errors import ProfilerUnusableError
+from hpcmm.node.cache import cache_dir
+from hpcmm.nsys.capture import run_under_nsys
+from hpcmm.nsys.probe import NsysFacts, nsys_facts
+from hpcmm.resources import resource
+from hpcmm.runs import failures
+from hpcmm.runs.attempts import current_attempt
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.train.profile_window import DOMAIN, RANGE
+from hpcmm.worker.signal_forwarding import record_exit
+
+_MOST_PATIENCE_S = 10.0
+_GPU_DEVICE = Path("/dev/nvidiactl")
+
+
+def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[str]) -> int:
+    """Run ``command`` under nsys and leave the rank's report in the run directory. Returns its exit status,
+    which is recorded where it is a bad one.
+
+    Raises ProfilerUnusableError, before anything runs, where this node's nsys is missing or records nothing.
+    """
+    nsys = shutil.which("nsys")
+    if nsys is None:
+        raise ProfilerUnusableError(
+            f"nsys is not on the PATH of {os.uname().nodename}: load its module (cluster.modules)"
+        )
+    facts = nsys_facts(nsys, cache_dir(config.cluster) / "nsys")
+    if facts.problem is not None:
+        raise ProfilerUnusableError(f"nsys on {os.uname().nodename} cannot be used: {facts.problem}")
+    flags, dropped = known_flags(profile_flags(config.profile, config.train.steps, gpu=_GPU_DEVICE.exists()), facts)
+    if dropped:
+        print(f"hpcmm: {facts.version} has no {', '.join(dropped)}; recorded without.", file=sys.stderr)
+    return run_under_nsys(
+        [nsys, "profile", *flags],
+        command,
+        run.rank_report(rank),
+        run.reports_before(current_attempt(run)),
+        ended=lambda end: record_exit(end.status, run, rank, end.unix_ns),
+        must_end=SomeRankFailed(run, config.cluster.kill_wait_s),
+    )
+
+
+class SomeRankFailed:
+    """Whether a rank of the job has ended badly, and this one has had time to notice that by itself.
+
+    srun would kill this rank, and its report with it, ``kill_wait_s`` after the first rank's end.
+    """
+
+    def __init__(self, run: RunDir, kill_wait_s: float) -> None:
+        self._sign = failures.failed_file(failures.attempt_folder(run))
+        self._patience_s = min(_MOST_PATIENCE_S, kill_wait_s / 4)
+        self._since_s: float | None = None
+
+    def __call__(self) -> bool:
+        if self._since_s is None and self._sign.exists():
+            self._since_s = time.monotonic()
+        return self._since_s is not None and time.monotonic() - self._since_s >= self._patience_s
+
+
+def profile_flags(profile: ProfileConfig, steps: int, *, gpu: bool) -> dict[str, str]:
+    """Options of ``nsys profile`` from a file in ``profiles/nsys/``, and those that a window of steps needs.
+
+    ``gpu``: the node has an NVIDIA GPU.
+    """
+    text = resource(f"profiles/nsys/{profile.flags_file}").read_text(encoding="utf-8")
+    wanted: dict[str, Any] = yaml.safe_load(text)
+    trace = [*wanted["trace"], *(wanted.get("trace_on_gpu", []) if gpu else [])]
+    flags = {"trace": ",".join(trace)} | {name: str(value) for name, value in wanted.get("flags", {}).items()}
+    if step_window(profile.steps, steps) is not None:
+        flags |= {
+            "capture-range": "nvtx",
+            "nvtx-capture": f"{RANGE}@{DOMAIN}",
+            "capture-range-end": "stop",  # the report is written then, while training goes on
+            "env-var": "NSYS_NVTX_PROFILER_REGISTER_ONLY=0",  # or only registered strings would open the window
+        }
+    return flags
+
+
+def known_flags(flags: dict[str, str], facts: NsysFacts) -> tuple[list[str], list[str]]:
+    """``flags`` as words for this nsys, and the names of those that it does not know."""
+    known = {name: value for name, value in flags.items() if name in facts.flags}
+    return [f"--{name}={value}" for name, value in known.items()], [f"--{name}" for name in flags if name not in known]

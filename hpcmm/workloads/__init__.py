@@ -1,0 +1,1 @@
+"""What is trained: one folder a workload. No other room imports one."""

@@ -1,0 +1,1 @@
+"""Multimodal anomaly detection: images and texts to anomaly maps, scores and answers in words."""

@@ -1,0 +1,41 @@
+"""What becomes of an image that cannot be used: the run ends, or goes on without it and counts it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from hpcmm.config.schema import OnError
+from hpcmm.errors import HpcmmError
+
+log = logging.getLogger("hpcmm.workloads.anomaly.data")
+
+
+class Flaws:
+    """The images of one data set that cannot be used."""
+
+    def __init__(self, on_error: OnError, fate: str) -> None:
+        """``fate``: what happens to such an image under ``data.on_error=skip``, as "is ..."."""
+        self._refuse = on_error is OnError.refuse
+        self._fate = fate
+        self._images: set[Path] = set()
+
+    def note(self, image: Path, error: HpcmmError) -> None:
+        """Raise ``error``, or say it, once for each image, and how many there are by now."""
+        if self._refuse:
+            raise error
+        if image not in self._images:
+            self._images.add(image)
+            log.warning("%s It is %s, as data.on_error says; %d so far.", error, self._fate, len(self._images))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def sum_up(self, of: int, what: str) -> None:
+        """One line on how many of ``of`` images are concerned; none where all can be used."""
+        if self._images:
+            log.warning("%d of %d %s are %s.", len(self._images), of, what, self._fate)
+
+
+REFUSED = Flaws(OnError.refuse, "refused")
+"""For a reader whose caller wants all images or none."""

@@ -1,0 +1,37 @@
+"""Where a run's language model lies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hpcmm.config.schema import LlmKind, ModelConfig, RunConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.node.cache import cache_dir
+
+
+def model_config(config: RunConfig) -> ModelConfig:
+    """``model`` with the language model's folder filled in where that is one in the cache.
+
+    Raises HpcmmError where it is not there, since only the preparation of a run makes it.
+    """
+    llm = config.model.llm
+    if llm.kind is not LlmKind.smollm2:
+        return config.model
+    from hpcmm.workloads.anomaly.models.smollm2 import FOLDER  # noqa: PLC0415 -- imports torch
+
+    folder = cache_dir(config.cluster) / "llm" / FOLDER
+    if not folder.is_dir():
+        raise HpcmmError(f"{folder} is not there: every run makes it before its ranks start, unless it is removed.")
+    return replace(config.model, llm=replace(llm, path=str(folder)))
+
+
+def ensure_llm(config: RunConfig) -> None:
+    """Convert the packaged language model where the configuration asks for it and it is not there."""
+    if config.model.llm.kind is not LlmKind.smollm2:
+        return
+    from hpcmm.workloads.anomaly.models.smollm2 import FOLDER, ensure_smollm2  # noqa: PLC0415 -- imports torch
+
+    folder = cache_dir(config.cluster) / "llm" / FOLDER
+    if not folder.is_dir():
+        print(f"Converting the language model's packaged weights in {folder}.", flush=True)
+    ensure_smollm2(folder)

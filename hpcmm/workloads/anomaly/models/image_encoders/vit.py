@@ -1,0 +1,95 @@
+"""A plain vision transformer: patch features of several depths, with no texts beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder
+from hpcmm.workloads.anomaly.models.image_encoders.tokens import TINY_VISION, check_square, choose_taps, tokens_to_map
+from hpcmm.workloads.anomaly.models.pretrained import load_pretrained
+
+_PREPROCESSING = "preprocessor_config.json"
+
+
+class ViTEncoder(ImageEncoder):
+    """A ``transformers`` ViT. One map a tapped block, all of one stride, the patch size.
+
+    Position embeddings are interpolated for other image sizes than it was trained with.
+    Source: A. Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
+    """
+
+    name = "ViT"
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
+
+    def __init__(self, network: Any, taps: Sequence[int], *, frozen: bool) -> None:
+        """``network``: a ``ViTModel`` without its pooling layer."""
+        super().__init__()
+        config = network.config
+        check_square((config.image_size // config.patch_size) ** 2, self.name)
+        self.taps = choose_taps(taps, config.num_hidden_layers)
+        self._patch = self.side_multiple = int(config.patch_size)
+        self.channels = (int(config.hidden_size),) * len(self.taps)
+        self.strides = (self._patch,) * len(self.taps)
+        self.network = network
+        self.set_frozen(frozen, [*network.layers[self.taps[-1] + 1 :], network.layernorm])
+
+    @classmethod
+    def from_folder(cls, folder: Path, taps: Sequence[int], *, frozen: bool) -> ViTEncoder:
+        """From a ``transformers`` ViT folder, with the pixel scale that its preprocessor_config.json tells.
+
+        Raises HpcmmError where it is none.
+        """
+        from transformers import ViTModel  # noqa: PLC0415 - takes seconds
+
+        encoder = cls(
+            load_pretrained(_WithoutPooler(ViTModel), folder, "a ViT", "model.image_weights"), taps, frozen=frozen
+        )
+        encoder.mean, encoder.std = _pixel_scale(folder, encoder.mean, encoder.std)
+        return encoder
+
+    @classmethod
+    def tiny(cls, taps: Sequence[int], *, frozen: bool) -> ViTEncoder:
+        """Random weights: 4 blocks of width 96, patches of 8 pixels, for machines without weights."""
+        from transformers import ViTConfig, ViTModel  # noqa: PLC0415
+
+        config = ViTConfig(**TINY_VISION)
+        return cls(ViTModel(config, add_pooling_layer=False), taps, frozen=frozen)
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        hidden = self.network(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+        size = [side // self._patch for side in pixels.shape[-2:]]
+        return [tokens_to_map(hidden[tap + 1], size) for tap in self.taps]  # hidden[0] comes before the first block
+
+
+class _WithoutPooler:
+    """``ViTModel.from_pretrained`` without the pooling layer, which image classifiers' folders do not hold."""
+
+    def __init__(self, model_class: Any) -> None:
+        self._class = model_class
+
+    def from_pretrained(self, folder: Path, **options: Any) -> Any:
+        return self._class.from_pretrained(folder, add_pooling_layer=False, **options)
+
+
+def _pixel_scale(
+    folder: Path, mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel from the folder, or those given where it does not tell."""
+    path = folder / _PREPROCESSING
+    if not path.is_file():
+        return tuple(mean), tuple(std)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        told = [tuple(float(value) for value in content[key]) for key in ("image_mean", "image_std")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HpcmmError(f"{path} tells no image_mean and image_std of three numbers each: {error!r}.") from error
+    if any(len(values) != 3 for values in told) or min(told[1]) <= 0:
+        raise HpcmmError(f"{path} must tell image_mean and image_std of three numbers each, the latter above 0.")
+    return told[0], told[1]

@@ -1,0 +1,99 @@
+"""Charges against brute force: every second of waiting is charged once."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulated import MS, make_trace, simulate_run
+
+from hpcmm.analysis import collectives, delay_costs, propagation
+from hpcmm.analysis.delay_costs import GroupArrivals
+
+
+def arrivals_of(starts: list[float], exposed_share: float = 1.0) -> GroupArrivals:
+    start = np.array([starts])
+    wait = start.max() - start
+    return GroupArrivals(
+        members=np.arange(len(starts)),
+        start=start,
+        end=np.full_like(start, start.max() + 5),
+        wait=wait,
+        exposed=wait * exposed_share,
+        step=np.zeros_like(start, dtype=np.int64),
+        blamable=np.array([True]),
+    )
+
+
+def brute_force(starts: list[float]) -> np.ndarray:
+    """Who is charged by whom, moment by moment between arrivals."""
+    count = len(starts)
+    matrix = np.zeros((count, count))
+    times = sorted(starts)
+    for begin, end in itertools.pairwise(times):
+        here = [rank for rank in range(count) if starts[rank] <= begin]
+        missing = [rank for rank in range(count) if starts[rank] > begin]
+        for waiter in here:
+            for late in missing:
+                matrix[waiter, late] += (end - begin) / len(missing)
+    return matrix
+
+
+times = st.lists(st.integers(0, 1000).map(float), min_size=2, max_size=7, unique=True)
+
+
+@given(times)
+def test_charges_are_shared_among_those_who_are_missing(starts) -> None:
+    arrivals = arrivals_of(starts)
+    expected = brute_force(starts)
+    assert delay_costs.waited_for(arrivals, len(starts)) == pytest.approx(expected, abs=1e-6)
+    assert delay_costs.charge(arrivals).caused[0] == pytest.approx(expected.sum(axis=0), abs=1e-6)
+
+
+@given(times, st.floats(0, 1))
+def test_no_more_is_charged_than_was_exposed(starts, share) -> None:
+    arrivals = arrivals_of(starts, share)
+    assert delay_costs.charge(arrivals).caused.sum() == pytest.approx(arrivals.exposed.sum(), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_a_straggler_costs_its_delay_whatever_the_number_of_ranks(count: int) -> None:
+    charges = delay_costs.charge(arrivals_of([0.0] * (count - 1) + [60.0]))
+    assert (charges.caused + charges.own)[0, -1] / count == pytest.approx(60.0)
+    assert (charges.caused + charges.own)[0, :-1].sum() == 0
+
+
+def test_the_window_of_an_arrival_begins_at_the_last_common_synchronisation() -> None:
+    arrivals = GroupArrivals(
+        members=np.arange(2),
+        start=np.array([[0.0, 1.0], [10.0, 11.0], [12.0, 13.0]]),
+        end=np.array([[5.0, 5.5], [20.0, 20.5], [21.0, 21.5]]),
+        wait=np.zeros((3, 2)),
+        exposed=np.zeros((3, 2)),
+        step=np.zeros((3, 2), dtype=np.int64),
+        blamable=np.ones(3, dtype=bool),
+    )
+    begins = delay_costs.window_starts(arrivals)
+    assert np.isnan(begins[0]).all()
+    assert begins[1].tolist() == [5.0, 5.5]
+    assert begins[2].tolist() == [5.0, 5.5]
+
+
+def test_a_delay_is_charged_to_the_phase_that_took_longer() -> None:
+    traces = simulate_run(lambda rank, _step, phase: 60.0 if (rank, phase) == (3, "data") else 5.0, noise_ms=0.0)
+    rows = collectives.expose(collectives.estimate_waits(collectives.match(traces), 1000), traces)
+    parts = delay_costs.work_parts(traces)
+    groups = propagation.charged_groups(rows, parts)
+    losses = propagation.losses_by_step(groups, len(traces), parts, np.arange(1, 30)).total
+    data = parts.names.index("data")
+    assert losses[:, 3, data] == pytest.approx(55.0 * MS, rel=0.01)
+    assert losses.sum() == pytest.approx(losses[:, 3, data].sum(), rel=0.01)
+
+
+def test_waiting_for_a_child_process_is_a_part_of_its_own() -> None:
+    trace = make_trace(0, "n", [(0, "forward", 0, 100)], [])
+    waits = trace.waits.reindex(range(1)).assign(verdict="within step", start_ns=10, end_ns=40)
+    parts = delay_costs.work_parts([make_trace(0, "n", [(0, "forward", 0, 100)], [], waits=waits)])
+    time = dict(zip(parts.names, parts.between(0, np.array([0.0]), np.array([100.0]))[0], strict=True))
+    assert time == {"forward": 70, "subprocess in forward": 30, "between steps": 0}

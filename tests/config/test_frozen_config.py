@@ -1,0 +1,80 @@
+"""A run's config.yaml that is damaged, or no file at all, is one sentence, at once."""
+
+import os
+import shutil
+
+import pytest
+
+from hpcmm.config.compose import compose_run
+from hpcmm.config.config_file import dump, load
+from hpcmm.config.untyped_config import MAX_BYTES, read_frozen_config
+from hpcmm.errors import HpcmmError
+
+NESTED = zip("abcdefgh", "bcdefghi", strict=True)
+BOMB = "a: &a [x]\n" + "".join(f"{outer}: &{outer} [{','.join([f'*{inner}'] * 9)}]\n" for inner, outer in NESTED)
+
+
+@pytest.fixture
+def frozen(tmp_path):
+    """A whole one, below a folder that keeps the code."""
+    path = tmp_path / "config.yaml"
+    dump(compose_run(["cluster=local"]), path)
+    path.chmod(0o644)
+    (tmp_path / "code" / "hpcmm" / "hpcmm").mkdir(parents=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it holds no keys"),
+        (b"42\n", "it holds no keys"),
+        (b"- a\n", "it holds no keys"),
+        (b"name: \xff\n", "codec can't decode"),
+        (b"name: x\nname: y\n", "line 2: found duplicate key name"),
+        (b"name: [\n", "line 2: expected"),
+        (b"[" * 5000, "recursion|expected"),
+        (BOMB.encode(), "it has YAML aliases"),
+        (b"#" * (MAX_BYTES + 1), "it is larger than"),
+    ],
+    ids=["empty", "number", "list", "bytes", "twice", "cut", "deep", "aliases", "huge"],
+)
+@pytest.mark.timeout(60)
+def test_a_damaged_file_is_told_as_such_and_not_as_another_version_s(frozen, content, said):
+    frozen.write_bytes(content)
+    with pytest.raises(HpcmmError, match=rf"config.yaml is damaged \(.*{said}.*\): put back what") as refused:
+        load(frozen)
+    assert "PYTHONPATH" not in str(refused.value)
+    assert read_frozen_config(frozen) in ({}, {"name": "y"})
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_not_waited_for(frozen):
+    frozen.unlink()
+    os.mkfifo(frozen)
+    with pytest.raises(HpcmmError, match=r"cannot be read \(it is no file\): is this a run directory"):
+        load(frozen)
+    assert read_frozen_config(frozen) == {}
+    frozen.unlink()
+    frozen.symlink_to(frozen.name)
+    with pytest.raises(HpcmmError, match="symbolic links"):
+        load(frozen)
+    frozen.unlink()
+    with pytest.raises(HpcmmError, match="No such file"):
+        load(frozen)
+
+
+def test_a_terminal_obeys_no_key_and_a_long_one_is_cut(frozen):
+    for key in ('"\\e[2J"', "k" * 900):
+        text = frozen.read_text()
+        frozen.write_text(f"{text}\n? {key}\n: 1\n")
+        with pytest.raises(HpcmmError, match="not a configuration of this version") as refused:
+            load(frozen)
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 1000
+        frozen.write_text(text)
+
+
+def test_a_whole_one_is_read(frozen):
+    shutil.rmtree(frozen.parent / "code")
+    assert load(frozen) == compose_run(["cluster=local"])

@@ -1,0 +1,90 @@
+"""Arithmetic that must hold before a job queues."""
+
+import pytest
+
+from hpcmm.config.compose import compose_run
+from hpcmm.config.validate import validate
+from hpcmm.errors import HpcmmError
+
+
+def problems(*overrides):
+    try:
+        validate(compose_run(["experiment=anomaly_demo", *overrides]))
+    except HpcmmError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_the_demo_is_valid():
+    assert problems() == []
+
+
+def test_a_right_global_batch_is_accepted():
+    assert problems("train.global_batch_size=32") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.global_batch_size=64"], "is 32: set train.micro_batch_size=8."),
+        (["train.global_batch_size=33"], "choose a multiple of 8."),
+        (["cluster.ranks_per_node=3"], "each rank drives one GPU"),
+        (["cluster=local", "cluster.nodes=2"], "set cluster.nodes=1"),
+        (["parallel.zero_stage=4"], "ZeRO has the stages 0, 1, 2 and 3"),
+        (["data.slow_rank=8"], "the ranks are 0 to 7"),
+        (["data=mvtec"], "data.root is not given"),
+        (["model=clip"], "name it, or take a small random one of the same kind with model=clip_tiny"),
+        (["model/llm=vicuna"], "model.llm.path is not given"),
+        (["model.image_encoder=vgg"], "but hpcmm has clip, clip_tiny, efficientnet_lite0"),
+        (["model.text_tower=bert"], "but hpcmm has clip, clip_tiny, imagebind"),
+        (["profile.ranks=8"], "the ranks of this run are 0 to 7"),
+        (["profile.ranks=first"], "write all, one_per_node"),
+        (["profile.flags_file=none.yaml"], "profiles/nsys/ holds no such file"),
+        (["profile.tool=perf"], "nsys is the only profiler"),
+        (["cluster.template=none.j2"], "slurm/ holds no such file"),
+        (["cluster.template=../pyproject.toml"], "slurm/ holds no such file"),
+        (["train.learning_rate=nan"], "must be a finite number above 0"),
+        (["train.betas=[0.9]"], "must be two numbers"),
+        (["train.weight_decay=nan"], "train.weight_decay is nan"),
+        (["train.focal_alpha=2"], "must lie between 0 and 1"),
+        (["model.temperature=0"], "model.temperature is 0.0, but must be a finite number above 0"),
+        (["model.decoder=poetry"], "hpcmm has fcn"),
+        (["parallel.collective_timeout_s=-1"], "parallel.collective_timeout_s is -1, but must be at least 1"),
+        (["cluster.kill_wait_s=0"], "cluster.kill_wait_s is 0"),
+        (["task=script"], "give it as task.path=train.py"),
+        (["task=function", "task.target=train.main"], "package.module:function"),
+        (["task.path=train.py"], "the task is anomaly: add task=script"),
+        (["task=script", "task.path=a.py", "task.kwargs.lr=1"], "the task is script: add task=function"),
+        (["analyze=after", "profile=off"], "add profile=nsys"),
+        (["analyze=after", "cluster=local"], "add wait=true"),
+        (["after=12", "cluster=local"], "needs Slurm's queue"),
+        (["cluster.container.engine=apptainer"], "set cluster.container.image"),
+        (["cluster.container.image=a.sif"], "set cluster.container.engine"),
+        (["cluster=h100_pyxis", "cluster.container.mounts=[data]"], "write /source or /source:/target"),
+        (["launch.parallel_points=0"], "launch.parallel_points is 0"),
+        (["name='../up'"], "it names a folder"),
+        (["train.steps=0"], "train.steps is 0, but must be at least 1"),
+        (["data.anomaly_probability=2"], "a probability lies between 0 and 1"),
+        (["cluster.environment={1A: c}"], "no name of an environment variable"),
+        ([f"name={'a' * 300}"], "use at most 200"),
+        (["train.steps=99999999999999999999"], "must be at most 2147483647"),
+        (["data.shots=0"], "data.shots is 0, but must be at least 1"),
+        (["cluster.modules=[a,[b]]"], "must be a plain list"),
+        (["task=script", "task.path=a.py", "task.args=[1,[2]]"], "must be a plain list"),
+        (["task=script", "task.path='\udcff.py'"], "bytes that are no UTF-8"),
+        (["task=function", "task.target=a..b:c"], "package.module:function"),
+        (["runs_root='~nobody-here/runs'"], "no such user's home"),
+        (["cluster.cache_dir='~nobody-here/cache'"], "no such user's home"),
+        (["cluster.sbatch.array=0-5"], "cluster.sbatch.array cannot be given: sweep a key"),
+        (["cluster.sbatch.parsable="], "would not learn which job was submitted"),
+        (["cluster.sbatch.nodes=9"], "cluster.nodes"),
+    ],
+)
+def test_each_mistake_is_named(overrides, expected):
+    said = problems(*overrides)
+    assert len(said) == 1
+    assert expected in said[0]
+
+
+def test_all_mistakes_are_named_at_once():
+    assert len(problems("train.steps=0", "parallel.zero_stage=7", "data.slow_rank=99")) == 3

@@ -1,0 +1,65 @@
+"""Nodes that meet, their clocks, and who measures with whom."""
+
+import socket
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcmm.doctor.rendezvous import Line, answer_clock, come, gather, measure_offset
+from hpcmm.doctor.round_robin import best_of_each, rounds_of_pairs
+
+
+@given(st.integers(2, 17))
+def test_each_member_meets_another_partner_in_each_round(count):
+    rounds = rounds_of_pairs(count)
+    pairs = [pair for pairs in rounds for pair in pairs]
+    assert len(set(pairs)) == len(pairs)
+    for each in rounds:
+        members = [member for pair in each for member in pair]
+        assert len(set(members)) == len(members) == count - count % 2
+        assert set(members) <= set(range(count))
+
+
+@given(st.integers(4, 17), st.data())
+def test_one_slow_member_is_the_only_slow_one(count, data):
+    slow = data.draw(st.integers(0, count - 1))
+    measured = [(*pair, 1.0 if slow in pair else 9.0) for pairs in rounds_of_pairs(count) for pair in pairs]
+    assert best_of_each(count, measured) == [1.0 if member == slow else 9.0 for member in range(count)]
+
+
+def test_nodes_that_come_are_gathered_and_strangers_are_not():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        hellos = [{"secret": "right", "node": "b"}, {"secret": "wrong", "node": "c"}, {"secret": "right", "node": "x"}]
+        lines = [come(address, hello, 5, 5) for hello in hellos]
+        came = gather(server, "right", ["b", "c"], wait_s=0.5, talk_s=5)
+        assert list(came) == ["b"]
+        for line in [*lines, *(line for line, _ in came.values())]:
+            line.connection.close()
+
+
+def test_the_clock_s_offset_is_measured_within_its_error():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+        thread = threading.Thread(target=answer_clock, args=(Line(theirs, 5),))
+        thread.start()
+        offset = measure_offset(Line(ours, 5))
+        thread.join()
+        ours.close()
+        theirs.close()
+    assert abs(offset.offset_s) <= offset.error_s < 0.1
+
+
+def test_a_peer_that_leaves_or_talks_nonsense_is_an_error():
+    for word in (b"", b"{nonsense\n"):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            line = Line(socket.create_connection(server.getsockname()), 5)
+            other, _ = server.accept()
+            other.sendall(word)
+            other.close()
+            with pytest.raises(ConnectionError):
+                line.receive()
+            line.connection.close()

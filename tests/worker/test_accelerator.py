@@ -1,0 +1,35 @@
+"""GPU or CPU, and no complaint of a driver where there is no GPU to drive."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpcmm.worker import accelerator
+
+COMPLAINT = "CUDA initialization: The NVIDIA driver on your system is too old"
+
+
+def without_a_working_gpu() -> bool:
+    warnings.warn(COMPLAINT, UserWarning, stacklevel=2)
+    return False
+
+
+@pytest.mark.parametrize(("devices", "complaints"), [(["nvidiactl"], 0), (["nvidiactl", "nvidia0"], 1)])
+def test_only_where_there_is_a_gpu_its_driver_is_complained_of(
+    devices: list[str], complaints: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in devices:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(accelerator, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", without_a_working_gpu)
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert accelerator.select_accelerator() == "cpu"
+    assert len(caught) == complaints
+    assert os.environ["DS_ACCELERATOR"] == "cpu"

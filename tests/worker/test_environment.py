@@ -1,0 +1,55 @@
+"""Who a rank is, from the scheduler's environment."""
+
+import socket
+
+import pytest
+
+from hpcmm.errors import HpcmmError
+from hpcmm.node.ports import find_free_port
+from hpcmm.worker.environment import RankEnvironment
+
+SLURM = {
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node3",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_NODEID": "2",
+    "MASTER_ADDR": "node1", "MASTER_PORT": "23456",
+}  # fmt: skip
+
+
+def test_slurm_tells_a_rank_its_place():
+    place = RankEnvironment.read(SLURM)
+    assert (place.rank, place.local_rank, place.world_size, place.node, place.job_id) == (5, 1, 8, "node3", "42")
+    exported: dict[str, str] = {}
+    place.export(exported)
+    assert exported == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node1", "MASTER_PORT": "23456",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "node", "expected"), [("2(x4)", "3", 2), ("3,1(x2)", "0", 3), ("3,1(x2)", "2", 1), ("8", "0", 8)]
+)
+def test_ranks_on_this_node_come_from_slurm_s_list(tasks_per_node, node, expected):
+    place = RankEnvironment.read(SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks_per_node, "SLURM_NODEID": node})
+    assert place.local_world_size == expected
+
+
+def test_the_local_executor_is_believed_within_a_slurm_job():
+    local = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_GLOBALID": "2", "SUBMITIT_LOCAL_LOCALID": "2",
+             "SUBMITIT_LOCAL_NTASKS": "4", "SUBMITIT_LOCAL_JOB_ID": "99"}  # fmt: skip
+    place = RankEnvironment.read(SLURM | local)
+    assert (place.rank, place.world_size, place.job_id) == (2, 4, "99")
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(HpcmmError, match=r"SLURM_PROCID, MASTER_PORT not set"):
+        RankEnvironment.read({k: v for k, v in SLURM.items() if k not in ("SLURM_PROCID", "MASTER_PORT")})
+
+
+def test_a_free_port_can_be_bound_and_one_that_is_taken_is_not_given(monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", find_free_port("127.0.0.1")))
+        listener.listen()
+        taken = listener.getsockname()[1]
+        monkeypatch.setattr("random.sample", lambda *_: [taken, taken + 1, taken + 2])
+        assert find_free_port("127.0.0.1") in (taken + 1, taken + 2)

@@ -1,0 +1,26 @@
+"""What runs before every rank costs every start, so it may load nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "deepspeed", "transformers", "pandas", "skimage", "hydra"}
+
+
+@pytest.mark.parametrize("module", ["hpcmm.worker.__main__", "hpcmm.worker.nsys_rank", "hpcmm.worker.prepare"])
+def test_what_runs_before_the_ranks_loads_nothing_heavy(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+    loaded = set(done.stdout.split())
+
+    assert "hpcmm" in loaded
+    assert not loaded & HEAVY

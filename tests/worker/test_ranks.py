@@ -1,0 +1,64 @@
+"""The choice of profiled ranks, and the flags of their profiler."""
+
+import sys
+
+import pytest
+
+from hpcmm.config.rank_selection import profiled_ranks
+from hpcmm.config.schema import RunConfig, TaskConfig, TaskName, TrainConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.nsys.capture import run_under_nsys
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.worker.__main__ import is_finished, main
+
+
+@pytest.mark.parametrize(
+    ("choice", "ranks"),
+    [("all", {0, 1, 2, 3, 4, 5}), ("one_per_node", {0, 2, 4}), ("0", {0}), ("0, 3-5", {0, 3, 4, 5}), ("5,5", {5})],
+)
+def test_choices(choice, ranks):
+    assert profiled_ranks(choice, 6, 2) == ranks
+
+
+@pytest.mark.parametrize("choice", ["0-99999999999", "", "some", "6", "0-6", "-1", "1;2", "5-3"])
+def test_a_choice_that_cannot_be_met_is_refused(choice):
+    with pytest.raises(HpcmmError):
+        profiled_ranks(choice, 6, 2)
+
+
+@pytest.mark.nsys
+def test_the_report_is_whole_and_the_command_s_exit_status_is_kept(tmp_path, nsys):
+    report = tmp_path / "rank_0000.nsys-rep"
+    code = "import nvtx, sys\nwith nvtx.annotate('x', domain='hpcmm'): pass\nsys.exit(3)"
+    profile = [nsys, "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none"]
+    for attempt in (1, 2):
+        assert run_under_nsys(profile, [sys.executable, "-c", code], report, tmp_path / f"before_{attempt}") == 3
+    assert sorted(str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*.*")) == [
+        "before_2/rank_0000.nsys-rep",
+        "rank_0000.nsys-rep",
+    ]
+    assert report.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("latest", "task", "finished"),
+    [
+        (None, TaskName.anomaly, False),
+        ("step_000009", TaskName.anomaly, False),
+        ("step_000010", TaskName.anomaly, True),
+        ("step_000010", TaskName.script, False),
+        ("nonsense", TaskName.anomaly, False),
+    ],
+)
+def test_a_run_with_all_its_steps_is_not_profiled_once_more(tmp_path, latest, task, finished):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    if latest is not None:
+        (run.checkpoints / "latest").write_text(latest)
+    config = RunConfig(task=TaskConfig(name=task), train=TrainConfig(steps=10))
+    assert is_finished(config, run) is finished
+
+
+def test_a_wrong_call_is_told_how_to_call(capsys):
+    assert main(["somewhere"]) == 2
+    assert "usage: python -m hpcmm.worker RUN_DIR" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""Scores that several ranks work out together are those of one process, an uneven last batch included."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from hpcmm.config.schema import ClusterConfig, DataConfig, LlmConfig, LlmKind, ModelConfig, RunConfig
+from hpcmm.train.sampling import even_share
+from hpcmm.worker.distributed import leave_group
+from hpcmm.workloads.anomaly import task as anomaly_task
+from hpcmm.workloads.anomaly.data_root import ensure_data
+from hpcmm.workloads.anomaly.question_answering.conversations import Said
+from hpcmm.workloads.anomaly.task import AnomalyTask
+
+RANKS = 3
+PER_CATEGORY = 7
+"""Of two categories: 14 images, so 5, 5 and 4 a rank, in batches of 4 and 1."""
+
+
+@given(st.integers(1, 200), st.integers(1, 20))
+def test_each_image_is_scored_once_and_each_rank_has_as_many(length: int, world_size: int):
+    shares = [even_share(length, rank, world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    kept = [share[: len(range(rank, length, world_size))] for rank, share in enumerate(shares)]
+    assert sorted(index for share in kept for index in share) == list(range(length))
+
+
+def config(cache: Path) -> RunConfig:
+    run = RunConfig(name="scores", cluster=ClusterConfig(name="here", cache_dir=str(cache)))
+    run.data = DataConfig(
+        generate=True,
+        image_size=64,
+        categories=["coins", "grass"],
+        train_images_per_category=2,
+        test_images_per_category=PER_CATEGORY,
+    )
+    run.model = ModelConfig(decoder_width=32, text_adapter_width=64, llm=LlmConfig(kind=LlmKind.tiny))
+    return run
+
+
+def make_talkative(task: AnomalyTask) -> None:
+    """Have an untrained model give each image another answer, and read a statement out of each."""
+    assert task.model.language is not None
+    with torch.no_grad():
+        for parameter in task.model.language.llm.parameters():
+            parameter.mul_(3)
+    anomaly_task.parse_answer = read_a_statement
+
+
+def read_a_statement(text: str) -> Said:
+    number = zlib.crc32(text.encode())
+    return Said(bool(number & 1), frozenset({number // 2 % 9}))
+
+
+def scores_of_a_rank(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store_{world_size}", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    task = AnomalyTask(config(Path(folder) / "cache"), torch.device("cpu"))
+    make_talkative(task)
+    scores = task.evaluate(DistributedDataParallel(task.model), rank, world_size, words=True)
+    Path(folder, f"{world_size}_{rank}.json").write_text(json.dumps(scores))
+    leave_group()
+
+
+def test_the_ranks_scores_are_one_process_scores(tmp_path: Path):
+    ensure_data(config(tmp_path / "cache"))
+    for world_size in (1, RANKS):
+        multiprocessing.spawn(scores_of_a_rank, (world_size, str(tmp_path)), nprocs=world_size)
+    alone, together, of_another = (
+        json.loads((tmp_path / name).read_text()) for name in ("1_0.json", f"{RANKS}_0.json", f"{RANKS}_1.json")
+    )
+    assert set(alone) >= {"image_auroc", "pixel_auroc", "words_detection", "words_grid"}
+    assert 0 < alone["words_detection_shuffled"] < 1  # the answers differ
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert of_another == {}
