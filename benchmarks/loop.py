@@ -79,7 +79,7 @@ def run_rank(options: argparse.Namespace) -> None:
     """One rank: both loops by turns; rank 0 prints."""
     session = open_session(RunDir(Path(options.rank_of)))
     with session.metrics:
-        session.metrics.start(session.place)
+        session.metrics.start(**session.rank_env.identity())
         in_hpcmm(session, 0, options.steps)  # warm
         bare(session, 0, options.steps)
         turns = []
@@ -87,7 +87,7 @@ def run_rank(options: argparse.Namespace) -> None:
             loops = (bare, in_hpcmm) if turn % 2 else (in_hpcmm, bare)
             times = {loop: loop(session, options.steps * (turn + 1), options.steps) for loop in loops}
             turns.append((times[bare], times[in_hpcmm]))
-    if session.place.rank == 0:
+    if session.rank_env.rank == 0:
         report(turns, options.steps - 1)
     session.engine.destroy()
     from hpcmm.worker.distributed import leave_group  # noqa: PLC0415
@@ -120,7 +120,7 @@ def open_session(run_dir: RunDir) -> Session:
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     rank = dist.get_rank()
-    place = RankEnvironment(
+    rank_env = RankEnvironment(
         rank=rank,
         local_rank=rank,
         local_world_size=dist.get_world_size(),
@@ -133,7 +133,7 @@ def open_session(run_dir: RunDir) -> Session:
     task = AnomalyTask(config, torch.device("cpu"))
     engine = build_engine(task.model, config)
     metrics = MetricsWriter(run_dir.rank_metrics(rank))
-    return Session(config, run_dir, place, task, engine, Checkpoints(run_dir, place, 1), metrics)
+    return Session(config, run_dir, rank_env, task, engine, Checkpoints(run_dir, rank_env, 1), metrics)
 
 
 def in_hpcmm(session: Session, first: int, steps: int) -> Times:
@@ -151,7 +151,7 @@ def in_hpcmm(session: Session, first: int, steps: int) -> Times:
 def bare(session: Session, first: int, steps: int) -> Times:
     """Seconds of a loop without hpcmm, over the same steps."""
     task, engine = session.task, session.engine
-    batches = task.batches(session.place.rank, session.place.world_size, first)
+    batches = task.batches(session.rank_env.rank, session.rank_env.world_size, first)
     clock = Clock(engine)
     for _ in range(steps):
         loss, _ = task.loss(engine, next(batches))

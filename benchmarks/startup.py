@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hpcmm.analysis.startup import startup_table
+from hpcmm.analysis.tables import startup_table
 from hpcmm.config import config_file
 from hpcmm.config.compose import compose_run
 from hpcmm.config.validate import validate
@@ -104,7 +104,7 @@ def rank_under_torchrun(run_dir: str) -> None:
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     variable = os.environ
-    place = RankEnvironment(
+    rank_env = RankEnvironment(
         rank=int(variable["RANK"]),
         local_rank=int(variable["LOCAL_RANK"]),
         world_size=int(variable["WORLD_SIZE"]),
@@ -117,8 +117,8 @@ def rank_under_torchrun(run_dir: str) -> None:
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(config.cluster.cpus_per_rank)
-    with MetricsWriter(run.rank_metrics(place.rank)) as metrics:
-        train(config, run, place, torch.device("cpu"), metrics)
+    with MetricsWriter(run.rank_metrics(rank_env.rank)) as metrics:
+        train(config, run, rank_env, torch.device("cpu"), metrics)
     dist.destroy_process_group()
 
 

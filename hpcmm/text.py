@@ -1,4 +1,4 @@
-"""Text of strangers for a terminal or a page."""
+"""Untrusted text made safe to print: names in a report, a log or a request may hold anything."""
 
 from __future__ import annotations
 
@@ -6,3 +6,16 @@ from __future__ import annotations
 def visible(text: str) -> str:
     """``text`` with a replacement character for each that a terminal would obey, such as ANSI codes and newlines."""
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def printable(text: str) -> str:
+    """``text`` with every character that does not print, such as controls and direction marks, as its escape.
+
+    >>> printable("red\\x1b[31m")
+    'red\\\\x1b[31m'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
+    )

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcmm.analysis.delay_costs import Floats
-from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, Evidence, Finding, kind_of_part
+from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, AnalysisContext, Finding, kind_of_part
 
 LONGER = 1.1
 """A rank's batches are longer from so many times its peers' on."""
@@ -25,14 +25,14 @@ TOGETHER = 0.7
 MIN_CELLS = 16
 
 
-def explain(evidence: Evidence, fault: Finding) -> Finding:
+def explain_by_batches(context: AnalysisContext, fault: Finding) -> Finding:
     """``fault`` as one of its batches, where those are so much longer than its peers'; else as it is."""
-    sizes = _sizes(evidence)
+    sizes = _sizes(context)
     if fault.kind != "compute" or sizes is None:
         return fault
     mean = np.nanmean(sizes, axis=0)
     mine = np.array(
-        [trace.rank == fault.rank if fault.rank is not None else trace.node == fault.node for trace in evidence.traces]
+        [trace.rank == fault.rank if fault.rank is not None else trace.node == fault.node for trace in context.traces]
     )
     if mine.all() or not mine.any():
         return fault
@@ -44,15 +44,15 @@ def explain(evidence: Evidence, fault: Finding) -> Finding:
     return replace(fault, kind="batch", cause=CAUSES["batch"] + on_node, evidence=told)
 
 
-def uneven(evidence: Evidence, losses: Floats, among: npt.NDArray[np.bool_]) -> Finding | None:
+def find_batch_imbalance(context: AnalysisContext, losses: Floats, among: npt.NDArray[np.bool_]) -> Finding | None:
     """The loss in computation that comes of unequal batches; None where they are equal, or do not explain it.
 
     ``losses`` (steps, traces, parts + 1) are those that are nobody's fault; ``among`` (traces,) says who is not blamed.
     """
-    forward, backward = evidence.time_in(["forward"])[:, among], evidence.time_in(["backward"])[:, among]
+    forward, backward = context.time_in(["forward"])[:, among], context.time_in(["backward"])[:, among]
     if forward.shape[1] < 2 or forward.size < MIN_CELLS:
         return None
-    sizes = _sizes(evidence)
+    sizes = _sizes(context)
     if sizes is not None:
         sizes = sizes[:, among]
     if sizes is not None and np.isfinite(sizes).all():
@@ -74,22 +74,22 @@ def uneven(evidence: Evidence, losses: Floats, among: npt.NDArray[np.bool_]) -> 
             return None
         told = f"forward and backward are long together (correlation {strength:.2f}), by turns on any rank"
         confidence = MEDIUM
-    compute = [index for index, name in enumerate(evidence.parts.names) if kind_of_part(name) == "compute"]
+    compute = [index for index, name in enumerate(context.parts.names) if kind_of_part(name) == "compute"]
     by_part = losses[:, :, compute].sum(axis=(0, 1))
     by_step = losses[:, :, compute].sum(axis=(1, 2))
-    phase = evidence.parts.names[compute[int(by_part.argmax())]]
-    worst = evidence.worst_step(losses[:, :, compute[int(by_part.argmax())]].sum(axis=1))
+    phase = context.parts.names[compute[int(by_part.argmax())]]
+    worst = context.worst_step(losses[:, :, compute[int(by_part.argmax())]].sum(axis=1))
     rows = f"delays: phase={phase}" + ("" if worst is None else f" step={worst}")
     return Finding("uneven", CAUSES["uneven"], float(by_step.mean()), None, "", phase, told, confidence, rows, worst)
 
 
-def _sizes(evidence: Evidence) -> Floats | None:
+def _sizes(context: AnalysisContext) -> Floats | None:
     """Size of each rank's batch in each step, shape (steps, traces); None where any rank has none."""
     columns = []
-    for trace in evidence.traces:
+    for trace in context.traces:
         if trace.batches is None or trace.batches.empty:
             return None
-        by_step = trace.batches.groupby("step")["size"].sum().reindex(evidence.steps.numbers)
+        by_step = trace.batches.groupby("step")["size"].sum().reindex(context.steps.numbers)
         columns.append(by_step.to_numpy(np.float64))
     sizes = np.column_stack(columns)
     return sizes if np.isfinite(sizes).any(axis=0).all() else None

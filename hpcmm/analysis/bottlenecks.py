@@ -14,22 +14,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import (
-    batch_imbalance,
-    delay_costs,
-    gpu_findings,
-    network_stalls,
-    process_stalls,
-    propagation,
-    slow_links,
-)
+from hpcmm.analysis import batch_imbalance, delay_costs, gpu_findings, network_stalls, process_stalls, wait_chains
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
 from hpcmm.analysis.findings import (
     CAUSES,
     HIGH,
     LOW,
     MEDIUM,
-    Evidence,
+    AnalysisContext,
     Finding,
     computation_has_phases,
     kind_of_part,
@@ -38,7 +30,7 @@ from hpcmm.analysis.findings import (
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.significance import chance_of_sum
 from hpcmm.analysis.steps import StepTimes
-from hpcmm.analysis.stragglers import FAULT_SHARE, MAX_CHANCE, Mask, find_faults
+from hpcmm.analysis.stragglers import FAULT_SHARE, MAX_CHANCE, Mask, find_stragglers
 from hpcmm.analysis.trace import RankTrace
 
 MIN_SHARE = 0.02
@@ -67,33 +59,33 @@ def gather(
     steps: StepTimes,
     expected_ranks: int,
     gpu: pd.DataFrame | None = None,
-) -> Evidence:
+) -> AnalysisContext:
     """Charge all waiting, in seconds a step. ``gpu`` is the table of that name."""
     parts = delay_costs.work_parts(traces)
-    groups = propagation.charged_groups(rows, parts)
-    losses = propagation.losses_by_step(groups, len(traces), parts, steps.numbers)
+    groups = wait_chains.charged_groups(rows, parts)
+    losses = wait_chains.losses_by_step(groups, len(traces), parts, steps.numbers)
     total, own = losses.total / NS_PER_S, losses.own / NS_PER_S
     on_gpus = pd.DataFrame() if gpu is None else gpu
-    return Evidence(traces, rows, steps, parts, groups, total, own, expected_ranks, on_gpus)
+    return AnalysisContext(traces, rows, steps, parts, groups, total, own, expected_ranks, on_gpus)
 
 
-def find(evidence: Evidence) -> list[Finding]:
+def find(context: AnalysisContext) -> list[Finding]:
     """All findings above :data:`MIN_SHARE` of a step, the most telling first; empty without steps.
 
     They are ordered by loss, where a loss that has a culprit counts :data:`BLAMED_WEIGHT` times: waiting and transfer
     are never nothing, and a culprit can be done something about.
     """
-    if not len(evidence.steps.numbers):
+    if not len(context.steps.numbers):
         return []
-    stopped, stopped_s = _stopped(evidence)
-    broken = network_stalls.interrupted(evidence, stopped_s)
-    transfer = _transfer(evidence, sum(finding.lost_s for finding in [*stopped, *broken]))
-    faults, blamed = find_faults(evidence, sum(finding.lost_s for finding in transfer))
-    faults = [batch_imbalance.explain(evidence, fault) for fault in faults]
-    own_work = _own_work(evidence)
-    on_gpus = gpu_findings.in_steps(evidence.gpu, sum(finding.lost_s for finding in own_work))
-    findings = [*faults, *_imbalance(evidence, blamed), *stopped, *broken, *transfer, *own_work, *on_gpus]
-    return _worth(_within(findings, evidence.period_s), evidence.steps.mean_s)
+    stopped, stopped_s = _stopped(context)
+    broken = network_stalls.find_network_stalls(context, stopped_s)
+    transfer = _transfer(context, sum(finding.lost_s for finding in [*stopped, *broken]))
+    faults, blamed = find_stragglers(context, sum(finding.lost_s for finding in transfer))
+    faults = [batch_imbalance.explain_by_batches(context, fault) for fault in faults]
+    own_work = _own_work(context)
+    on_gpus = gpu_findings.in_steps(context.gpu, sum(finding.lost_s for finding in own_work))
+    findings = [*faults, *_imbalance(context, blamed), *stopped, *broken, *transfer, *own_work, *on_gpus]
+    return _worth(_within(findings, context.period_s), context.steps.mean_s)
 
 
 def _within(findings: Sequence[Finding], whole_s: float) -> list[Finding]:
@@ -133,30 +125,30 @@ _PHASE_SHARE = 0.1
 """A phase is named for communication that spreads over several when it holds this share of it."""
 
 
-def _stopped(evidence: Evidence) -> tuple[list[Finding], Floats]:
+def _stopped(context: AnalysisContext) -> tuple[list[Finding], Floats]:
     """Ranks whose process stood still in the middle of a collective, and what all such silences cost in each step."""
     found = []
-    total = np.zeros(len(evidence.steps.numbers))
-    for index, lost in process_stalls.standing_still(evidence.traces, evidence.steps, evidence.rows):
-        trace, mean = evidence.traces[index], float(lost.mean())
+    total = np.zeros(len(context.steps.numbers))
+    for index, lost in process_stalls.find_process_stalls(context.traces, context.steps, context.rows):
+        trace, mean = context.traces[index], float(lost.mean())
         total += lost
-        hit = evidence.steps.numbers[lost > 0]
+        hit = context.steps.numbers[lost > 0]
         told = f"no thread of rank {trace.rank} ran while all were in a collective, in {len(hit)} of {len(lost)} steps"
-        share = mean / evidence.steps.mean_s
+        share = mean / context.steps.mean_s
         sure = HIGH if share >= 2 * FAULT_SHARE else MEDIUM
-        worst = evidence.worst_step(lost)
+        worst = context.worst_step(lost)
         rows = f"collectives: step={worst} rank={trace.rank}"
         if share >= FAULT_SHARE:
             found.append(Finding("stall", CAUSES["stall"], mean, trace.rank, trace.node, "", told, sure, rows, worst))
     return found, total
 
 
-def _transfer_or_waiting(evidence: Evidence, inside: pd.DataFrame) -> tuple[str, str, str]:
+def _transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple[str, str, str]:
     """Cause, confidence and evidence: whether what seems transfer can be waiting for a rank that was not seen."""
-    unseen = evidence.expected_ranks - sum(len(trace.steps) > 0 for trace in evidence.traces)
+    unseen = context.expected_ranks - sum(len(trace.steps) > 0 for trace in context.traces)
     matched = float((inside["complete"].astype(bool) & (inside["ranks"] > 1)).mean()) if len(inside) else 0.0
     if unseen > 0:
-        why = f"{unseen} of {evidence.expected_ranks} ranks have no report with steps, and part of this may be waiting"
+        why = f"{unseen} of {context.expected_ranks} ranks have no report with steps, and part of this may be waiting"
         return "communication, or waiting for ranks without a report", LOW, f"{why} for them"
     if matched > _MATCHED:
         return CAUSES["transfer"], HIGH, "all ranks are there, the transfer itself takes the time"
@@ -164,13 +156,13 @@ def _transfer_or_waiting(evidence: Evidence, inside: pd.DataFrame) -> tuple[str,
     return CAUSES["transfer"], MEDIUM if matched > 0.5 else LOW, f"{why}: part of this may be waiting"
 
 
-def _transfer(evidence: Evidence, explained_s: float) -> list[Finding]:
+def _transfer(context: AnalysisContext, explained_s: float) -> list[Finding]:
     """Exposed communication that neither a late rank explains nor one that stood still (``explained_s``)."""
-    rows = evidence.rows
+    rows = context.rows
     if rows.empty:
         return []
-    inside = rows[rows["step"].isin(evidence.steps.numbers)]
-    count = len(evidence.steps.numbers) * len(evidence.traces)
+    inside = rows[rows["step"].isin(context.steps.numbers)]
+    count = len(context.steps.numbers) * len(context.traces)
     lost = max(0.0, float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count - explained_s)
     by_phase = inside.groupby("phase")["exposed_transfer_ns"].sum()
     shares = (by_phase / max(float(by_phase.sum()), 1.0)).sort_values(ascending=False)
@@ -182,46 +174,46 @@ def _transfer(evidence: Evidence, explained_s: float) -> list[Finding]:
     if np.isfinite(bandwidth) and bandwidth > 0:
         rate = f"{bandwidth / 1e9:.3g} GB/s" if bandwidth >= 1e9 else f"{bandwidth / 1e6:.3g} MB/s"
         told += f" at a bus bandwidth of {rate}"
-    cause, confidence, why = _transfer_or_waiting(evidence, inside)
+    cause, confidence, why = _transfer_or_waiting(context, inside)
     told += f"; {why}"
-    by_step = inside.groupby("step")["exposed_transfer_ns"].sum().reindex(evidence.steps.numbers).fillna(0.0)
-    worst = evidence.worst_step(by_step.to_numpy(np.float64))
+    by_step = inside.groupby("step")["exposed_transfer_ns"].sum().reindex(context.steps.numbers).fillna(0.0)
+    worst = context.worst_step(by_step.to_numpy(np.float64))
     most = inside.iloc[int(inside["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
     where = f"collectives: step={most['step']} op={most['op']} group={most['group']} sequence={most['sequence']}"
-    node, about = slow_links.slow_node(evidence.traces)
+    node, about = network_stalls.slow_node(context.traces)
     if about:
         told += f"; {about}"
         confidence = MEDIUM if node and confidence == HIGH else confidence
     return [Finding("transfer", cause, lost, None, node, phase, told, confidence, where, worst)]
 
 
-def _imbalance(evidence: Evidence, blamed: Mask) -> list[Finding]:
+def _imbalance(context: AnalysisContext, blamed: Mask) -> list[Finding]:
     """Waiting that is nobody's consistent fault: because batches differ, or else because ranks do, by turns."""
-    rest = np.where(blamed, 0.0, evidence.losses)
-    uneven = batch_imbalance.uneven(evidence, rest, ~np.asarray(blamed.any(axis=(0, 2))))
+    rest = np.where(blamed, 0.0, context.losses)
+    uneven = batch_imbalance.find_batch_imbalance(context, rest, ~np.asarray(blamed.any(axis=(0, 2))))
     if uneven is not None:
-        compute = [index for index, name in enumerate(evidence.parts.names) if kind_of_part(name) == "compute"]
+        compute = [index for index, name in enumerate(context.parts.names) if kind_of_part(name) == "compute"]
         rest[:, :, compute] = 0.0
     lost = float(rest.sum(axis=(1, 2)).mean())
     by_part = rest.sum(axis=(0, 1))
-    part = (*evidence.parts.names, UNEXPLAINED)[int(by_part.argmax())]
+    part = (*context.parts.names, UNEXPLAINED)[int(by_part.argmax())]
     phase = "" if part == UNEXPLAINED else phase_of_part(part)
     told = (
-        f"ranks wait for one another{_most_often(evidence, rest, blamed)}; "
-        f"steps vary by {evidence.steps.noise_s:.3g} s (robust standard deviation)"
+        f"ranks wait for one another{_most_often(context, rest, blamed)}; "
+        f"steps vary by {context.steps.noise_s:.3g} s (robust standard deviation)"
     )
-    withheld = _withheld_s(evidence)
-    if withheld > MIN_SHARE * evidence.steps.mean_s:
+    withheld = _withheld_s(context)
+    if withheld > MIN_SHARE * context.steps.mean_s:
         told += (
             f"; another {withheld:.3g} s of waiting a step is shorter than the clocks' error and is blamed on nobody"
         )
-    worst = evidence.worst_step(rest[:, :, int(by_part.argmax())].sum(axis=1))
+    worst = context.worst_step(rest[:, :, int(by_part.argmax())].sum(axis=1))
     rows = f"delays: phase={part}" + ("" if worst is None else f" step={worst}")
     other = Finding("imbalance", CAUSES["imbalance"], lost, None, "", phase, told, LOW, rows, worst)
     return [other] if uneven is None else [uneven, other]
 
 
-def _most_often(evidence: Evidence, rest: Floats, blamed: Mask) -> str:
+def _most_often(context: AnalysisContext, rest: Floats, blamed: Mask) -> str:
     """For whom of those that are not blamed, and why that one is not; ``rest`` is what is not blamed on anybody."""
     free = np.flatnonzero(~blamed.any(axis=(0, 2)))
     delays = rest.sum(axis=2)[:, free]
@@ -230,29 +222,29 @@ def _most_often(evidence: Evidence, rest: Floats, blamed: Mask) -> str:
     late = delays.max(axis=1) > 0
     counts = np.bincount(delays.argmax(axis=1)[late], minlength=delays.shape[1])
     most = int(counts.argmax())
-    told = f", most often for rank {evidence.ranks(free[[most]].tolist())}, in {counts[most]} of {len(delays)} steps"
+    told = f", most often for rank {context.ranks(free[[most]].tolist())}, in {counts[most]} of {len(delays)} steps"
     if chance_of_sum(delays, most) > MAX_CHANCE:
         return f"{told}, which chance can explain"
     return f"{told}, but in no kind of work by so much that it is named"
 
 
-def _withheld_s(evidence: Evidence) -> float:
+def _withheld_s(context: AnalysisContext) -> float:
     """Exposed waiting a step, as a mean over ranks, whose late rank the clocks cannot tell."""
-    rows = evidence.rows
+    rows = context.rows
     if rows.empty:
         return 0.0
-    vague = rows["needs_all"].astype(bool) & ~rows["blamable"].astype(bool) & rows["step"].isin(evidence.steps.numbers)
-    count = len(evidence.steps.numbers) * len(evidence.traces)
+    vague = rows["needs_all"].astype(bool) & ~rows["blamable"].astype(bool) & rows["step"].isin(context.steps.numbers)
+    count = len(context.steps.numbers) * len(context.traces)
     return float(rows.loc[vague, "exposed_wait_ns"].sum()) / NS_PER_S / count
 
 
-def _own_work(evidence: Evidence) -> list[Finding]:
+def _own_work(context: AnalysisContext) -> list[Finding]:
     """Time that all ranks spend on something other than training: loading, checkpoints, child processes, gaps."""
     found = []
-    known = computation_has_phases(evidence.traces)
+    known = computation_has_phases(context.traces)
     # The host may load or save while its GPU computes.
-    costly = evidence.parts.starving(evidence.traces)
-    per_step = _work_per_step(evidence, costly)
+    costly = context.parts.starving(context.traces)
+    per_step = _work_per_step(context, costly)
     for part, name in enumerate(costly.names):
         phase, kind = phase_of_part(name), kind_of_part(name)
         if kind == "compute" or (kind == "other" and not known):
@@ -260,26 +252,26 @@ def _own_work(evidence: Evidence) -> list[Finding]:
         seconds = per_step[:, part]
         # What late ranks spent longer is in their rows, or in that of the imbalance. Excess for which nobody waited is
         # in none, and no loss of all ranks, either: the lower median does not see it.
-        charged = float(evidence.own_losses[:, :, part].sum(axis=1).mean())
+        charged = float(context.own_losses[:, :, part].sum(axis=1).mean())
         lost = max(0.0, min(float(np.sort(seconds)[(len(seconds) - 1) // 2]), float(seconds.mean()) - charged))
         told = f"the ranks alike spend {lost:.3g} s a step in it"
-        told += " while its GPU has nothing to do" if len(evidence.gpu) else ""
+        told += " while its GPU has nothing to do" if len(context.gpu) else ""
         rows = f"phases: phase={phase}"
         found.append(Finding(kind, f"{CAUSES[kind]} on all ranks", lost, None, "", phase, told, MEDIUM, rows))
     return found
 
 
-def _work_per_step(evidence: Evidence, parts: WorkParts) -> Floats:
+def _work_per_step(context: AnalysisContext, parts: WorkParts) -> Floats:
     """Mean seconds a (non-warm-up) step in each of ``parts``, shape (traces, parts)."""
-    totals = np.zeros((len(evidence.traces), len(parts.names)))
+    totals = np.zeros((len(context.traces), len(parts.names)))
     between = parts.names.index(BETWEEN_STEPS)
-    for trace, rank in enumerate(evidence.traces):
-        steps = rank.steps[rank.steps["step"].isin(evidence.steps.numbers)]
+    for trace, rank in enumerate(context.traces):
+        steps = rank.steps[rank.steps["step"].isin(context.steps.numbers)]
         start, end = steps["start_ns"].to_numpy(np.float64), steps["end_ns"].to_numpy(np.float64)
         if len(steps):
             totals[trace] = parts.between(trace, start, end).sum(axis=0)
             totals[trace, between] = parts.between(trace, start[:1], end[-1:])[0, between]
-    return totals / NS_PER_S / len(evidence.steps.numbers)
+    return totals / NS_PER_S / len(context.steps.numbers)
 
 
 def table(findings: Sequence[Finding], step_s: float, suggestions: Sequence[str]) -> pd.DataFrame:

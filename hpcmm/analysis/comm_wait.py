@@ -9,7 +9,7 @@ import pandas as pd
 
 from hpcmm.analysis import delay_costs
 from hpcmm.analysis.delay_costs import UNEXPLAINED, Floats, Singles
-from hpcmm.analysis.findings import Evidence
+from hpcmm.analysis.findings import AnalysisContext
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.osrt import NS_PER_S
 
@@ -29,9 +29,9 @@ COLUMNS = [
 ]
 
 
-def comm_wait(evidence: Evidence) -> pd.DataFrame:
+def comm_wait(context: AnalysisContext) -> pd.DataFrame:
     """One row a rank and phase with communication (COLUMNS), over the steps that are not warm-up."""
-    traces, rows, steps, parts = evidence.traces, evidence.rows, evidence.steps, evidence.parts
+    traces, rows, steps, parts = context.traces, context.rows, context.steps, context.parts
     used = ["trace", "phase", "start_ns", "end_ns", "exposed_wait_ns", "exposed_transfer_ns"]
     inside = rows[used][rows["step"].isin(steps.numbers)]
     if inside.empty or not len(steps.numbers):
@@ -39,7 +39,7 @@ def comm_wait(evidence: Evidence) -> pd.DataFrame:
     per_step = NS_PER_S * len(steps.numbers)
     ranks = np.array([trace.rank for trace in traces])
     exposed = [delay_costs.exposed_communication(trace) for trace in traces]
-    causes = [group.fractions for group in evidence.groups]
+    causes = [group.fractions for group in context.groups]
     found = []
     for phase, of_phase in inside.groupby("phase", sort=True):
         chosen = rows["step"].isin(steps.numbers) & (rows["phase"] == phase)
@@ -91,5 +91,5 @@ def _waits_and_causes(rows: pd.DataFrame, causes: Sequence[Singles], traces: int
     by_part = np.zeros((traces, causes[0].shape[2] if causes else 1))
     for arrivals, cause in zip(delay_costs.group_arrivals(rows), causes, strict=True):
         matrix += delay_costs.waited_for(arrivals, traces)
-        by_part[arrivals.members] += np.einsum("im,imp->mp", delay_costs.charge(arrivals).caused, cause)
+        by_part[arrivals.members] += np.einsum("im,imp->mp", delay_costs.attribute_wait(arrivals).caused, cause)
     return matrix, by_part

@@ -8,7 +8,7 @@ The charge is then shared out over the parts c of the late rank's work since the
 to d_c = max(0, t_c(late) - median over ranks of t_c): delay costs after Boehme, Geimer, Arnold, Voigtlaender and Wolf,
 "Identifying the root causes of wait states in large-scale parallel applications" (2016), with the median in place of
 the waiter. A delay that was itself caused by waiting in another group is passed back by
-:mod:`hpcmm.analysis.propagation`.
+:mod:`hpcmm.analysis.wait_chains`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Charges:
     """How much of the own excess time counts, in [0, 1]."""
 
 
-def charge(arrivals: GroupArrivals) -> Charges:
+def attribute_wait(arrivals: GroupArrivals) -> Charges:
     """Charge each instance's exposed waiting to the ranks that arrived late.
 
     ``own`` is the time from the (lower) median arrival to the rank's own, no earlier than its previous arrival, scaled

@@ -11,9 +11,9 @@ import pandas as pd
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats, WorkParts
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.phases import OTHER, OUTSIDE
-from hpcmm.analysis.propagation import ChargedGroup
 from hpcmm.analysis.steps import StepTimes
 from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.wait_chains import ChargedGroup
 
 HIGH, MEDIUM, LOW = "high", "medium", "low"
 
@@ -88,7 +88,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class AnalysisContext:
     """What the findings rest on."""
 
     traces: Sequence[RankTrace]

@@ -1,15 +1,17 @@
-"""Communication that stood still for a while: a few steps in which all ranks wait for bytes far longer than usually.
-
-A link that is cut for a second costs several, since TCP tries again at ever longer intervals.
-"""
+"""Communication that stood still for a while, and which node is behind a slow link."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from hpcmm.analysis.delay_costs import Floats
-from hpcmm.analysis.findings import CAUSES, MEDIUM, Evidence, Finding
-from hpcmm.analysis.osrt import NS_PER_S
+from hpcmm.analysis.findings import CAUSES, MEDIUM, AnalysisContext, Finding
+from hpcmm.analysis.osrt import NS_PER_S, STEP_THREAD
+from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.waitpid import WORKER
 
 TIMES_USUAL = 3.0
 """A step is interrupted when its exposed transfer is so many times the median step's ..."""
@@ -19,21 +21,21 @@ MOST_STEPS = 0.2
 """... which happens in at most this share of the steps; else it is how the network is."""
 
 
-def interrupted(evidence: Evidence, stopped_s: Floats) -> list[Finding]:
+def find_network_stalls(context: AnalysisContext, stopped_s: Floats) -> list[Finding]:
     """One finding, or none. ``stopped_s`` by step, a mean over ranks, is lost to processes that stood still."""
-    rows, numbers = evidence.rows, evidence.steps.numbers
-    unseen = evidence.expected_ranks > sum(len(trace.steps) > 0 for trace in evidence.traces)
+    rows, numbers = context.rows, context.steps.numbers
+    unseen = context.expected_ranks > sum(len(trace.steps) > 0 for trace in context.traces)
     if rows.empty or unseen:
         return []
     inside = rows[rows["step"].isin(numbers)]
     total = inside.groupby("step")["exposed_transfer_ns"].sum().reindex(numbers).fillna(0.0).to_numpy(np.float64)
-    transfer = np.maximum(total / NS_PER_S / len(evidence.traces) - stopped_s, 0.0)
+    transfer = np.maximum(total / NS_PER_S / len(context.traces) - stopped_s, 0.0)
     usual = float(np.median(transfer))
     hit = (transfer > TIMES_USUAL * usual) & (transfer > usual + LEAST_S)
     if not hit.any() or hit.sum() > max(1.0, MOST_STEPS * len(hit)):
         return []
     lost = np.where(hit, transfer - usual, 0.0)
-    worst = evidence.worst_step(lost)
+    worst = context.worst_step(lost)
     there = inside[inside["step"] == worst]
     longest = there.iloc[int(there["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
     steps = ", ".join(map(str, numbers[hit][:5]))
@@ -45,3 +47,46 @@ def interrupted(evidence: Evidence, stopped_s: Floats) -> list[Finding]:
     phase = str(longest["phase"])
     mean = float(lost.mean())
     return [Finding("interruption", CAUSES["interruption"], mean, None, "", phase, told, MEDIUM, pointer, worst)]
+
+
+RECEIVING = frozenset({"recv", "recvfrom", "recvmsg", "readv"})
+TRICKLE = 3.0
+"""A rank's data trickle in when it receives so many times as often as the lower quartile of ranks."""
+MIN_CALLS = 20
+
+
+def slow_node(traces: Sequence[RankTrace]) -> tuple[str, str]:
+    """The node behind a slow link and what shows it, in words; both empty where nothing does."""
+    calls = np.array([_receives(trace) for trace in traces], dtype=np.float64)
+    usual = float(np.quantile(calls, 0.25)) if len(calls) else 0.0
+    if usual < MIN_CALLS:
+        return "", ""
+    trickling = calls > TRICKLE * usual
+    order = np.argsort([trace.rank for trace in traces], kind="stable")
+    pairs = zip(order, np.roll(order, -1), strict=True)
+    slow_hops = {
+        (traces[here].node, traces[there].node)
+        for here, there in pairs
+        if trickling[here] and trickling[there] and traces[here].node != traces[there].node
+    }
+    hops = Counter(node for pair in slow_hops for node in set(pair))
+    most = [node for node, count in hops.items() if count == max(hops.values()) and count > 1]
+    if len(most) != 1:
+        return "", ""
+    neighbours = sorted({node for pair in slow_hops if most[0] in pair for node in pair} - {most[0]})
+    if len(neighbours) < 2:
+        return "", ""
+    ranks = ", ".join(str(trace.rank) for trace, slow in zip(traces, trickling, strict=True) if slow)
+    return most[0], (
+        f"data trickle in at ranks {ranks}, which receive {TRICKLE:.0f} to {float(calls.max()) / usual:.0f} times as "
+        f"often as others: the hops between {most[0]} and its neighbours {' and '.join(neighbours)} are slow"
+    )
+
+
+def _receives(trace: RankTrace) -> int:
+    """How often the process's own threads, other than the one that trains, have received."""
+    table = trace.osrt
+    if table.empty:
+        return 0
+    mine = (table["process_role"] == WORKER) & (table["thread_role"] != STEP_THREAD) & table["function"].isin(RECEIVING)
+    return int(table.loc[mine, "calls"].sum())

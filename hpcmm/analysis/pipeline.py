@@ -11,26 +11,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import bottlenecks, collectives, gpu_tables, nccl, rare_phases, tables
+from hpcmm.analysis import bottlenecks, collectives, nccl, phases, tables
 from hpcmm.analysis.comm_wait import comm_wait, wait_matrix
-from hpcmm.analysis.environment import environment_table
-from hpcmm.analysis.findings import Evidence
+from hpcmm.analysis.findings import AnalysisContext
 from hpcmm.analysis.gpu_findings import span_s
 from hpcmm.analysis.phase_times import phases_summary, phases_table
 from hpcmm.analysis.pop_metrics import Reference, efficiency, samples_per_step
-from hpcmm.analysis.report_inventory import Ledger, assess, facts_of, observe, observe_calls
-from hpcmm.analysis.schema import Tables
-from hpcmm.analysis.startup import startup_table
+from hpcmm.analysis.report_inventory import ReportInventory, facts_of, observe, observe_calls, take_inventory
 from hpcmm.analysis.steps import StepTimes, step_times
 from hpcmm.analysis.suggestions import suggest
+from hpcmm.analysis.tables import Tables, environment_table, startup_table
 from hpcmm.analysis.trace import RankTrace
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import ReportSource
 from hpcmm.reports.load import Progress, read_all
-from hpcmm.reports.printable import printable
 from hpcmm.reports.run_record import RunRecord
+from hpcmm.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +128,7 @@ def some_tables(
     return Selection(record.name, selected, ledger.complete)
 
 
-def _of_calls(ledger: Ledger, record: RunRecord) -> Tables:
+def _of_calls(ledger: ReportInventory, record: RunRecord) -> Tables:
     traces = [trace for _, trace in ledger.used]
     return Tables(
         {
@@ -141,11 +139,11 @@ def _of_calls(ledger: Ledger, record: RunRecord) -> Tables:
     )
 
 
-def _derive(ledger: Ledger, record: RunRecord, progress: Progress, reference: Reference | None) -> Study:
+def _derive(ledger: ReportInventory, record: RunRecord, progress: Progress, reference: Reference | None) -> Study:
     """All tables, from the traces of all ranks."""
     progress("aligning clocks", 0, 1)
     traces, clock = _on_one_clock(ledger)
-    traces = rare_phases.fold(traces)
+    traces = phases.group_rare_phases(traces)
     progress("matching collectives", 0, 1)
     matched = nccl.confirm_order(collectives.match(traces), clock.error_ns)
     rows = collectives.estimate_waits(matched, clock.error_ns)
@@ -153,7 +151,7 @@ def _derive(ledger: Ledger, record: RunRecord, progress: Progress, reference: Re
     steps = step_times(traces)
 
     @cache
-    def evidence() -> Evidence:
+    def evidence() -> AnalysisContext:
         progress("finding bottlenecks", 0, 1)
         return bottlenecks.gather(traces, rows, steps, ledger.expected_ranks, made["gpu"])
 
@@ -178,8 +176,8 @@ def _derive(ledger: Ledger, record: RunRecord, progress: Progress, reference: Re
             "efficiency": lambda: efficiency(made["phases"], steps, reference, samples_per_step(record.config)),
             "collectives": lambda: tables.collectives_table(rows),
             "comm_wait": lambda: comm_wait(evidence()),
-            "gpu": lambda: gpu_tables.gpu_table(traces, rows, steps.warmup_number),
-            "projection": lambda: gpu_tables.projection_table(traces),
+            "gpu": lambda: tables.gpu_table(traces, rows, steps.warmup_number),
+            "projection": lambda: tables.projection_table(traces),
             "delays": lambda: tables.delays_table(evidence()),
             "startup": lambda: startup_table(record.startup),
             "clock": lambda: clock.table,
@@ -208,11 +206,11 @@ def _read(
     *,
     keep_cache: bool,
     calls_alone: bool = False,
-) -> Ledger:
+) -> ReportInventory:
     reduce = observe_calls if calls_alone else observe
     readings = read_all(sources, converter, reduce, progress, keep_cache=keep_cache, calls_alone=calls_alone)
     facts = [facts_of(one) for one in readings]
-    ledger = assess(facts, record)
+    ledger = take_inventory(facts, record)
     if not any(fact.events for fact in facts):
         reasons = [fact.damage for fact in facts if fact.damage] or list(ledger.table["reason"]) or ["there are none."]
         there = f"none of the {len(sources)} reports is usable" if sources else "there are no reports yet"
@@ -222,7 +220,7 @@ def _read(
     return ledger
 
 
-def _on_one_clock(ledger: Ledger) -> tuple[list[RankTrace], CommonClock]:
+def _on_one_clock(ledger: ReportInventory) -> tuple[list[RankTrace], CommonClock]:
     """Traces of the ledger in run time, which begins with the first event of the run."""
     epochs = [fact.epoch_ns for fact, _ in ledger.used]
     begins = [fact.epoch_ns + fact.first_ns for fact, _ in ledger.used if fact.epoch_ns is not None]

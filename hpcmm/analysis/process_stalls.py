@@ -18,7 +18,7 @@ from hpcmm.analysis.steps import StepTimes
 from hpcmm.analysis.trace import RankTrace
 
 
-def standing_still(
+def find_process_stalls(
     traces: Sequence[RankTrace], steps: StepTimes, collectives: pd.DataFrame
 ) -> list[tuple[int, Floats]]:
     """Traces whose process stood still within a collective, and the seconds that each such step lost by it.

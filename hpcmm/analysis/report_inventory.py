@@ -14,8 +14,8 @@ from hpcmm.analysis.trace import RankTrace, extract_traces
 from hpcmm.reports.events import Report
 from hpcmm.reports.identity import Identity
 from hpcmm.reports.load import Reading
-from hpcmm.reports.printable import printable
 from hpcmm.reports.run_record import MAX_WORLD_SIZE, RunRecord
+from hpcmm.text import printable
 
 FOUND = "found"
 MISSING = "missing"
@@ -120,7 +120,7 @@ def _in_this_run(no_ranges: str, record: RunRecord) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class ReportInventory:
     """The coverage table, and the traces that the other tables are made from, by rank."""
 
     table: pd.DataFrame
@@ -131,7 +131,7 @@ class Ledger:
     """Ranks of the job as its record or its ranks' environment tell; at least those that were read."""
 
 
-def assess(facts: Sequence[ReportFacts], record: RunRecord) -> Ledger:
+def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInventory:
     """Give each report its rank and status; then add the expected ranks that have no report."""
     facts = [replace(fact, no_ranges=_in_this_run(fact.no_ranges, record)) for fact in facts]
     job_id = _majority_job(facts, record)
@@ -165,7 +165,7 @@ def assess(facts: Sequence[ReportFacts], record: RunRecord) -> Ledger:
     table = table.sort_values(["rank", "report"], na_position="last", kind="stable", ignore_index=True)
     fine = {FOUND, NOT_PROFILED} if record.world_size else {FOUND, NO_NVTX}
     complete = bool(len(table)) and set(table["status"]) <= fine
-    return Ledger(table, tuple(used), complete, world_size or len(used))
+    return ReportInventory(table, tuple(used), complete, world_size or len(used))
 
 
 def _majority_job(facts: Sequence[ReportFacts], record: RunRecord) -> str | None:

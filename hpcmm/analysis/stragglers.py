@@ -15,7 +15,7 @@ import pandas as pd
 
 from hpcmm.analysis import gpu_findings
 from hpcmm.analysis.delay_costs import Floats
-from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, Evidence, Finding, kind_of_part, phase_of_part
+from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, AnalysisContext, Finding, kind_of_part, phase_of_part
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.significance import chance_of_sum
 
@@ -65,35 +65,35 @@ class _Fault:
         return float(self.charges.sum(axis=1).mean())
 
 
-def find_faults(evidence: Evidence, transfer_s: float) -> tuple[list[Finding], Mask]:
+def find_stragglers(context: AnalysisContext, transfer_s: float) -> tuple[list[Finding], Mask]:
     """Rows that name a rank or a node, and the mask (steps, traces, parts + 1) of the charges that they hold.
 
     ``transfer_s`` is the exposed transfer of a step.
     """
-    least_s = max(FAULT_SHARE * evidence.steps.mean_s, TRANSFER_SHARE * transfer_s)
-    blamed = np.zeros(evidence.losses.shape, dtype=bool)
+    least_s = max(FAULT_SHARE * context.steps.mean_s, TRANSFER_SHARE * transfer_s)
+    blamed = np.zeros(context.losses.shape, dtype=bool)
     faults = []
     for search in (_sustained, _events):
-        for fault, mask in search(evidence, np.where(blamed, 0.0, evidence.losses), least_s):
+        for fault, mask in search(context, np.where(blamed, 0.0, context.losses), least_s):
             blamed |= mask
             faults.append(fault)
-    return [_finding(evidence, fault) for fault in _merged(faults)], blamed
+    return [_finding(context, fault) for fault in _merged(faults)], blamed
 
 
-def _columns(evidence: Evidence) -> dict[str, list[int]]:
+def _columns(context: AnalysisContext) -> dict[str, list[int]]:
     """Parts of each kind."""
     found: dict[str, list[int]] = {}
-    for index, name in enumerate(evidence.parts.names):
+    for index, name in enumerate(context.parts.names):
         found.setdefault(kind_of_part(name), []).append(index)
     return found
 
 
-def _sustained(evidence: Evidence, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
+def _sustained(context: AnalysisContext, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
     """Nodes, then ranks, that are late more than chance would have it, the latest first."""
-    for kind, columns in _columns(evidence).items():
+    for kind, columns in _columns(context).items():
         delays = losses[:, :, columns].sum(axis=2)
         left = list(range(delays.shape[1]))
-        for units in (_slow_nodes(evidence, delays), [(index,) for index in left]):
+        for units in (_slow_nodes(context, delays), [(index,) for index in left]):
             waiting = [unit for unit in units if set(unit) <= set(left)]
             while waiting:
                 unit = max(waiting, key=lambda members: float(delays[:, members].sum()))
@@ -106,11 +106,11 @@ def _sustained(evidence: Evidence, losses: Floats, least_s: float) -> Iterator[t
                 yield _Fault(kind, unit, (losses * mask).sum(axis=1), *standing), mask
 
 
-def _slow_nodes(evidence: Evidence, delays: Floats) -> list[tuple[int, ...]]:
+def _slow_nodes(context: AnalysisContext, delays: Floats) -> list[tuple[int, ...]]:
     """Nodes all of whose ranks are late alike, and later than any rank elsewhere."""
     mean = delays.mean(axis=0)
     found = []
-    for members in evidence.nodes().values():
+    for members in context.nodes().values():
         others = np.delete(mean, members)
         least, most = mean[members].min(), mean[members].max()
         if len(members) > 1 and len(others) and least > max(ALIKE * most, TIMES_OTHERS * others.max()):
@@ -144,12 +144,12 @@ def _unmistakable(own: Floats, peers: Floats, dominance: float) -> bool:
     return len(own) >= 4 and dominance > 0.9 and float(own.mean() - peers.mean(axis=0).max()) > 6 * error
 
 
-def _events(evidence: Evidence, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
+def _events(context: AnalysisContext, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
     """Single delays that are far beyond whatever else happens, where only one or two ranks have any."""
     whole = losses.sum(axis=2)
-    floor = max(EVENT_SHARE * evidence.steps.median_s, EVENT_S)
+    floor = max(EVENT_SHARE * context.steps.median_s, EVENT_S)
     limits = np.array([max(EVENT_TIMES * _usual_worst(whole, index), floor) for index in range(whole.shape[1])])
-    for kind, columns in _columns(evidence).items():
+    for kind, columns in _columns(context).items():
         delays = losses[:, :, columns].sum(axis=2)
         for index in range(whole.shape[1]):
             part = columns[int(losses[:, index, columns].max(axis=0).argmax())]
@@ -205,18 +205,18 @@ def _merged(faults: Sequence[_Fault]) -> list[_Fault]:
     return merged
 
 
-def _finding(evidence: Evidence, fault: _Fault) -> Finding:
+def _finding(context: AnalysisContext, fault: _Fault) -> Finding:
     by_part = fault.charges.sum(axis=0)
-    names = (*evidence.parts.names, "")
+    names = (*context.parts.names, "")
     phase = phase_of_part(names[int(by_part.argmax())])
-    first, alone = evidence.traces[fault.members[0]], len(fault.members) == 1
-    ranks = evidence.ranks(fault.members)
+    first, alone = context.traces[fault.members[0]], len(fault.members) == 1
+    ranks = context.ranks(fault.members)
     who = f"rank {ranks}: its {phase} takes" if alone else f"all ranks of {first.node} ({ranks}): their {phase} takes"
-    told = f"others wait for {who} longer than the others', {_when(evidence, fault)}"
-    function, function_s = _excess_function(evidence, fault.members[0], phase)
+    told = f"others wait for {who} longer than the others', {_when(context, fault)}"
+    function, function_s = _excess_function(context, fault.members[0], phase)
     if function and function_s > 0.3 * fault.lost_s:
         told += f"; {function_s:.3g} s a step more than its peers in {function}"
-    on_gpu = gpu_findings.excess(evidence.gpu, first.rank) if alone else ""
+    on_gpu = gpu_findings.excess(context.gpu, first.rank) if alone else ""
     told += f"; {on_gpu}" if on_gpu else ""
     kinds: dict[str, float] = {}
     for name, cost in zip(names, by_part / len(fault.charges), strict=True):
@@ -224,7 +224,7 @@ def _finding(evidence: Evidence, fault: _Fault) -> Finding:
     split = {name: cost for name, cost in kinds.items() if cost > 0.1 * fault.lost_s}
     if len(split) > 1:
         told += "; by phase: " + ", ".join(f"{name} {cost:.3g} s" for name, cost in split.items())
-    worst = evidence.worst_step(fault.charges[:, int(by_part.argmax())])
+    worst = context.worst_step(fault.charges[:, int(by_part.argmax())])
     whom = f"rank={ranks}" if alone else f"node={first.node}"
     return Finding(
         kind=fault.kind,
@@ -234,16 +234,16 @@ def _finding(evidence: Evidence, fault: _Fault) -> Finding:
         node=first.node,
         phase=phase,
         evidence=told,
-        confidence=_confidence(fault, evidence.steps.mean_s),
+        confidence=_confidence(fault, context.steps.mean_s),
         rows=f"delays: {whom} phase={names[int(by_part.argmax())]}" + ("" if worst is None else f" step={worst}"),
         worst_step=worst,
     )
 
 
-def _when(evidence: Evidence, fault: _Fault) -> str:
+def _when(context: AnalysisContext, fault: _Fault) -> str:
     """In which steps, in words."""
     by_step = fault.charges.sum(axis=1)
-    numbers = evidence.steps.numbers
+    numbers = context.steps.numbers
     if fault.events:
         steps = numbers[by_step > 0]
         listed = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
@@ -268,11 +268,11 @@ def _confidence(fault: _Fault, step_s: float) -> str:
     return HIGH if share >= 2 * FAULT_SHARE and sure else MEDIUM
 
 
-def _excess_function(evidence: Evidence, trace: int, phase: str) -> tuple[str, float]:
+def _excess_function(context: AnalysisContext, trace: int, phase: str) -> tuple[str, float]:
     """The OS function in which the rank's step thread spends more time in ``phase`` than its peers; seconds a step."""
     per_rank = []
-    for other in evidence.traces:
-        calls = other.calls[(other.calls["phase"] == phase) & other.calls["step"].isin(evidence.steps.numbers)]
+    for other in context.traces:
+        calls = other.calls[(other.calls["phase"] == phase) & other.calls["step"].isin(context.steps.numbers)]
         per_rank.append(calls.groupby("function")["total_ns"].sum())
     table = pd.concat(per_rank, axis=1).fillna(0.0).to_numpy(np.float64)
     names = pd.concat(per_rank, axis=1).index
@@ -280,4 +280,4 @@ def _excess_function(evidence: Evidence, trace: int, phase: str) -> tuple[str, f
         return "", 0.0
     excess = table[:, trace] - np.median(np.delete(table, trace, axis=1), axis=1)
     most = int(excess.argmax())
-    return str(names[most]), float(excess[most]) / NS_PER_S / len(evidence.steps.numbers)
+    return str(names[most]), float(excess[most]) / NS_PER_S / len(context.steps.numbers)

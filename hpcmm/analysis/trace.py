@@ -55,7 +55,7 @@ class RankTrace:
     device: int | None = None
     """The GPU that stands for an unknown rank, in a report without steps."""
     gpu: pd.DataFrame | None = None
-    """As :func:`hpcmm.analysis.gpu.gpu_rows` gives it; None where no GPU activity was traced."""
+    """As :func:`hpcmm.analysis.gpu_trace.gpu_rows` gives it; None where no GPU activity was traced."""
     projection: pd.DataFrame | None = None
     """As :func:`hpcmm.analysis.projection.aggregate` gives it."""
     batches: pd.DataFrame | None = None

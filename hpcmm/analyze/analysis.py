@@ -17,7 +17,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import Found, find_reports
 from hpcmm.reports.load import Progress
 from hpcmm.reports.run_record import RunRecord, read_run_record
-from hpcmm.runs.runs_folder import path_or_run
+from hpcmm.runs.run_dir import path_or_run
 
 ALL_READ, NOTHING_USABLE, PARTIAL = 0, 1, 2
 
@@ -81,11 +81,11 @@ class Analysis:
         target = self.out if folder is None else Path(folder)
         # A notebook needs no page, 0.2 s of imports, and some tables do not, either.
         if isinstance(self.made, Study):
-            from hpcmm.page.write import write_outputs  # noqa: PLC0415
+            from hpcmm.page.outputs import write_outputs  # noqa: PLC0415
 
             write_outputs(self.made, target)
         else:
-            from hpcmm.page.atomic_write import table_files, write_all  # noqa: PLC0415
+            from hpcmm.page.outputs import table_files, write_all  # noqa: PLC0415
 
             write_all(target, table_files(self.tables))
         return target

@@ -12,7 +12,7 @@ from hpcmm.analyze.runs import compare, read_reference
 from hpcmm.errors import HpcmmError
 from hpcmm.page.progress import progress_bar
 from hpcmm.reports.find import Found, find_reports
-from hpcmm.reports.printable import printable
+from hpcmm.text import printable
 
 INTERRUPTED = 130
 """As a shell has it: 128 and the number of the signal."""

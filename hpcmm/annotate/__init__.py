@@ -12,7 +12,6 @@ takes ``hpcmm.annotate.hf.StepAnnotation`` as a callback.
 Without a profiler attached nothing is installed and the context managers do nothing.
 """
 
-from hpcmm.annotate.loops import steps
-from hpcmm.annotate.ranges import phase, profiler_attached, step
+from hpcmm.annotate.ranges import phase, profiler_attached, step, steps
 
 __all__ = ["phase", "profiler_attached", "step", "steps"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar
 
 import nvtx
 
@@ -82,3 +83,28 @@ def batch_size(batch: Any) -> int:
         return sum(map(batch_size, batch))
     elements = getattr(batch, "numel", None)
     return int(elements()) if callable(elements) else 0
+
+
+Batch = TypeVar("Batch")
+
+
+def steps(batches: Iterable[Batch], first: int = 0) -> Iterator[Batch]:
+    """Iterate over ``batches``, each iteration a step.
+
+    >>> for batch in annotate.steps(loader):
+    ...     loss = model(batch)
+
+    A step is the loop's body and then, as phase ``data``, the fetching of the next batch; it ends too when the body
+    leaves the loop. ``first`` is the number of the first step: a loop over several epochs goes on counting with
+    ``first=epoch * len(loader)``.
+    """
+    iterator = iter(batches)
+    try:
+        batch = next(iterator)
+        for number in count(first):
+            with step(number):
+                yield batch
+                with phase("data"):
+                    batch = next(iterator)
+    except StopIteration:
+        return

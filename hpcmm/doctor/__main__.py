@@ -13,7 +13,7 @@ from typing import Any
 
 from hpcmm.config.compose import compose_run
 from hpcmm.config.schema import RunConfig
-from hpcmm.config.validate_cluster import cluster_problems
+from hpcmm.config.validate import cluster_problems
 from hpcmm.doctor.checks import Finding, Weight, judge
 from hpcmm.doctor.node_info import node_facts
 from hpcmm.doctor.report import HERE, report_lines, report_values
@@ -22,7 +22,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir
 from hpcmm.nsys.check import nsys_problem
 from hpcmm.slurm.commands import outside_of_jobs
-from hpcmm.slurm.refusals import cure, on_one_line
+from hpcmm.slurm.refusals import on_one_line, remedy
 from hpcmm.slurm.sbatch import check_slurm_conf
 from hpcmm.working_directory import check_working_directory
 
@@ -99,7 +99,7 @@ def _check(config: RunConfig, options: argparse.Namespace) -> int:
 def _refused(config: RunConfig, nodes: int, complaint: str) -> str:
     said = on_one_line("srun", complaint)
     asked = replace(config, cluster=replace(config.cluster, nodes=nodes))
-    return f"No node was checked: {said.removesuffix('.')}. {cure(asked, said) or ''}".rstrip()
+    return f"No node was checked: {said.removesuffix('.')}. {remedy(asked, said) or ''}".rstrip()
 
 
 def _against_nodes(login: str, found: dict[str, dict[str, Any]], nodes: list[str]) -> list[Finding]:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hpcmm.doctor.round_robin import rounds_of_pairs
+from hpcmm.doctor.rendezvous import rounds_of_pairs
 
 _SMALL_BYTES = 1 << 20
 _LARGE_BYTES = {"gloo": 16 << 20, "nccl": 256 << 20}

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from hpcmm.doctor.node_info import packages_hash
-from hpcmm.doctor.round_robin import best_of_each
+from hpcmm.doctor.rendezvous import best_of_each
 
 SLOW_SHARE = 0.5
 """A node whose best all-reduce is below this share of the median of the nodes is bad."""

@@ -1,8 +1,4 @@
-"""The nodes meet at the first one over TCP: who is there, how far the clocks differ, and what all have to tell.
-
-A node that cannot come is left out after a bounded time, so that it does not keep the others from being judged.
-The messages are JSON lines and begin with a secret, which the nodes read from a file that only their user can read.
-"""
+"""The nodes meet at the first one over TCP: who is there, how far the clocks differ, and which pairs measure a link."""
 
 from __future__ import annotations
 
@@ -13,6 +9,36 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+_MOST_ROUNDS = 3
+
+
+def rounds_of_pairs(count: int) -> list[list[tuple[int, int]]]:
+    """Up to three rounds in which each of ``count`` members has another partner; with an odd count one rests.
+
+    The circle method of round-robin tournaments: one place is fixed, the others turn.
+    """
+    if count < 2:
+        return []
+    places = count + count % 2
+    turning = list(range(1, places))
+    rounds = []
+    for turn in range(min(places - 1, _MOST_ROUNDS)):
+        circle = [0, *turning[turn:], *turning[:turn]]
+        pairs = [(circle[at], circle[places - 1 - at]) for at in range(places // 2)]
+        rounds.append([(min(pair), max(pair)) for pair in pairs if max(pair) < count])
+    return rounds
+
+
+def best_of_each(count: int, measured: list[tuple[int, int, float]]) -> list[float | None]:
+    """Each member's fastest pair: a bad node is slow with every partner, a good one only with a bad one."""
+    best: list[float | None] = [None] * count
+    for first, second, rate in measured:
+        for member in (first, second):
+            known = best[member]
+            best[member] = rate if known is None else max(known, rate)
+    return best
+
 
 _EXCHANGES = 20
 _MOST_BYTES = 16 * 1024**2

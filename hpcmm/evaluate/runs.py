@@ -8,8 +8,7 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.ledger import LedgerPoint, read_ledger
-from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.runs.runs_folder import path_or_run
+from hpcmm.runs.run_dir import RunDir, SweepDir, path_or_run
 
 _NAMED_OTHERWISE = ("model/decoder=", "model.decoder=", "train.seed=")
 """Overrides that a model's name and its seed tell already."""

@@ -11,17 +11,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from hpcmm.config.rank_selection import profiled_ranks
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs import logs
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import Target, default_environment, find_targets
+from hpcmm.jobs.polling import Poller
 from hpcmm.jobs.show import as_values, job_lines, state_lines
 from hpcmm.jobs.state import recorded_jobs, silence, states_of
-from hpcmm.runs.runs_folder import runs_in
+from hpcmm.ranges import profiled_ranks
+from hpcmm.runs.run_dir import runs_in
 from hpcmm.slurm import queue
 from hpcmm.slurm.commands import SilentError
-from hpcmm.slurm.polling import Poller
 from hpcmm.working_directory import check_working_directory
 
 _MOST_RANKS = 1_000_000

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, run_of_command, settings, slurm_environment
-from hpcmm.jobs.run_records import RankProgress, progress_of
-from hpcmm.jobs.state import states_of
+from hpcmm.jobs.state import RankProgress, progress_of, states_of
 from hpcmm.node.classify import LoggedError, last_logged_error
 from hpcmm.runs import failures
 from hpcmm.runs.failures import RankError, RankExit
@@ -25,7 +24,7 @@ _SRUN_TASKS = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,
 
 
 @dataclass(frozen=True)
-class RankEvidence:
+class RankDiagnostics:
     """What one rank left."""
 
     rank: int
@@ -46,14 +45,14 @@ class RankEvidence:
 
 
 @dataclass(frozen=True)
-class JobEvidence:
+class JobDiagnostics:
     """What there is of one job."""
 
     job: Job
     run: RunDir | None
     restart: int = 0
     """Which time the job ran, counted from 0; the records are of this one."""
-    ranks: dict[int, RankEvidence] = field(default_factory=dict)
+    ranks: dict[int, RankDiagnostics] = field(default_factory=dict)
     node_states: dict[str, str] = field(default_factory=dict)
     """Slurm's state of the job's nodes now, with its reason where there is one: ``down* (Not responding)``."""
     srun_lines: list[str] = field(default_factory=list)
@@ -65,7 +64,7 @@ class JobEvidence:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(target: Target) -> JobEvidence:
+def gather(target: Target) -> JobDiagnostics:
     """Raises HpcmmError when Slurm does not answer and the run directory does not tell of the job either."""
     state = states_of([target], needs_slurm=False)[0]
     if not state.jobs and state.silent:
@@ -81,10 +80,10 @@ def gather(target: Target) -> JobEvidence:
     job, complaint = _accounted(newest, environ)
     notes += [complaint] if complaint and not notes else []
     if run is None:
-        return JobEvidence(job, None, node_states=node_states(job.nodes, environ), notes=notes)
+        return JobDiagnostics(job, None, node_states=node_states(job.nodes, environ), notes=notes)
     attempt, restart = _newest_attempt(run, job.raw_id)
     batch_log = _of_job(_tail(run.batch_log), job.raw_id)
-    return JobEvidence(
+    return JobDiagnostics(
         job,
         run,
         restart,
@@ -162,7 +161,7 @@ def _newest_attempt(run: RunDir, raw_id: str) -> tuple[Path | None, int]:
     return newest, restart
 
 
-def _ranks(run: RunDir, raw_id: str, attempt: Path | None) -> dict[int, RankEvidence]:
+def _ranks(run: RunDir, raw_id: str, attempt: Path | None) -> dict[int, RankDiagnostics]:
     progress = {rank: each for rank, each in progress_of(run).items() if each.job_id == raw_id}
     numbers = set(progress)
     if attempt is not None:
@@ -177,7 +176,7 @@ def _ranks(run: RunDir, raw_id: str, attempt: Path | None) -> dict[int, RankEvid
         here = progress.get(rank)
         node = error.node if error else ended.node if ended else here.node if here else ""
         stacks = _tail(failures.stacks_file(attempt, rank)) if attempt else ""
-        found[rank] = RankEvidence(rank, node, error, ended, logged, stacks, here)
+        found[rank] = RankDiagnostics(rank, node, error, ended, logged, stacks, here)
     return found
 
 

@@ -13,8 +13,7 @@ from typing import Any
 from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import resource
-from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.runs.runs_folder import is_run, runs_in
+from hpcmm.runs.run_dir import RunDir, SweepDir, is_run, runs_in
 from hpcmm.slurm.queue import Job
 
 _MOST_RUNS = 20

@@ -1,8 +1,4 @@
-"""From all evidence to the first failure: the earliest one that is not the consequence of another.
-
-Times come from different nodes, whose clocks differ, so the order of kinds counts before the order of times: a rank
-that lost a peer, waited in vain, or was told to end did not begin it.
-"""
+"""From all evidence to the first failure: the earliest one that is not the consequence of another."""
 
 from __future__ import annotations
 
@@ -11,9 +7,49 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 
-from hpcmm.jobs.diagnostics import JobEvidence, RankEvidence, srun_words
+from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics, srun_words
 from hpcmm.node.classify import CONSEQUENCES, Kind, kind_of_exception, kind_of_signal, signal_name
-from hpcmm.node.stacks import main_place
+
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.+)')
+_THREAD = re.compile(r"(?:Current t|T)hread 0x[0-9a-f]+.*\(most recent call first\):")
+_WAITING = re.compile(r"/(?:torch/distributed/|deepspeed/comm/|hpcmm/annotate/collectives)")
+_LIBRARY = re.compile(r"/(?:site|dist)-packages/|/lib/python\d|<frozen ")
+_INNERMOST = 12
+"""Frames from the top in which a wait for other ranks must show."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The main thread's place."""
+
+    frames: list[str]
+    """Innermost first, such as ``File "train.py", line 3 in load``."""
+    in_collective: bool
+
+    @property
+    def said(self) -> str:
+        """The innermost frame, and the innermost of the user's own code where that is another."""
+        if not self.frames:
+            return "an unknown place"
+        own = next((frame for frame in self.frames if not _LIBRARY.search(frame)), None)
+        return self.frames[0] + (f" (called from {own})" if own and own != self.frames[0] else "")
+
+
+def main_place(stacks: str) -> Place | None:
+    """The place of the thread that runs the training, in the last dump; None where there is none."""
+    threads: list[list[str]] = []
+    for line in stacks.splitlines():
+        if _THREAD.match(line):
+            threads.append([])
+        elif threads and (match := _FRAME.match(line)):
+            threads[-1].append(f'File "{match["file"]}", line {match["line"]} in {match["function"]}')
+    # The main thread is the one that began with the interpreter's own start of a module.
+    mains = [frames for frames in threads if frames and ("<frozen runpy>" in frames[-1] or "<module>" in frames[-1])]
+    frames = mains[-1] if mains else threads[-1] if threads else []
+    if not frames:
+        return None
+    return Place(frames, any(_WAITING.search(frame) for frame in frames[:_INNERMOST]))
+
 
 _ENDED_BY_SLURM = {
     "TIMEOUT": Kind.time_limit,
@@ -51,13 +87,13 @@ class Verdict:
     """Nodes that a new run had better leave out."""
 
 
-def events_of(evidence: JobEvidence) -> list[Event]:
+def events_of(evidence: JobDiagnostics) -> list[Event]:
     """The ranks' ends by their own fault or another's, by time; not those of ranks that were told to end."""
     found = [event for rank in evidence.ranks.values() if (event := _event(rank)) is not None]
     return sorted(found, key=lambda event: (event.unix_ns, event.rank))
 
 
-def first_failure(evidence: JobEvidence) -> Verdict:
+def first_failure(evidence: JobDiagnostics) -> Verdict:
     """The first failure of a job that is known to have failed."""
     events = events_of(evidence)
     by_slurm = _ENDED_BY_SLURM.get(evidence.job.state)
@@ -77,11 +113,11 @@ def first_failure(evidence: JobEvidence) -> Verdict:
     return _between_ranks(evidence, later) if later else _without_failed_ranks(evidence)
 
 
-def _was_told_to_end(rank: RankEvidence) -> bool:
+def _was_told_to_end(rank: RankDiagnostics) -> bool:
     return rank.error is None and rank.exit is not None and rank.exit.signal in _TOLD_TO_END
 
 
-def _between_ranks(evidence: JobEvidence, later: list[Event]) -> Verdict:
+def _between_ranks(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     """Ranks only tell of each other: a node that is cut off, a rank that did not come, or one that left no word."""
     if cut := _cut_off_nodes(evidence):
         return _cut_off(evidence, cut, later[0])
@@ -90,7 +126,7 @@ def _between_ranks(evidence: JobEvidence, later: list[Event]) -> Verdict:
     return _lost_peer(evidence, later)
 
 
-def _event(rank: RankEvidence) -> Event | None:
+def _event(rank: RankDiagnostics) -> Event | None:
     if rank.error is not None:
         kind = kind_of_exception(rank.error.kind, rank.error.message, rank.error.traceback)
         what = f"{rank.error.kind}: {rank.error.message}"
@@ -113,14 +149,14 @@ def _of_event(event: Event) -> Verdict:
     return Verdict(event.kind, event.what, event.rank, event.node, event.unix_ns, event.traceback, bad)
 
 
-def _with_memory(event: Event, evidence: JobEvidence) -> Event:
+def _with_memory(event: Event, evidence: JobDiagnostics) -> Event:
     """A rank that was killed where Slurm or the kernel noted that memory ran out was killed for that."""
     if event.kind is Kind.killed and (evidence.job.state == "OUT_OF_MEMORY" or evidence.oom_kill):
         return Event(event.rank, event.node, event.unix_ns, Kind.out_of_memory, f"{event.what} for want of memory")
     return event
 
 
-def _dead_nodes(evidence: JobEvidence) -> list[str]:
+def _dead_nodes(evidence: JobDiagnostics) -> list[str]:
     """Nodes that Slurm gave up, while no rank of theirs could tell how it ended."""
     told = {rank.node for rank in evidence.ranks.values() if not rank.silent}
     named = [line.rpartition(" ")[2] for line in evidence.srun_lines if line.startswith("Node failure on ")]
@@ -134,7 +170,7 @@ def _dead_nodes(evidence: JobEvidence) -> list[str]:
     return sorted({*named, *dead})
 
 
-def _node_failure(evidence: JobEvidence, dead: list[str]) -> Verdict:
+def _node_failure(evidence: JobDiagnostics, dead: list[str]) -> Verdict:
     ranks = [rank for rank in evidence.ranks.values() if rank.node in dead]
     states = "; ".join(f"{node} is {evidence.node_states[node]}" for node in dead if node in evidence.node_states)
     last = max((rank.progress.last_unix_ns for rank in ranks if rank.progress), default=None)
@@ -142,7 +178,7 @@ def _node_failure(evidence: JobEvidence, dead: list[str]) -> Verdict:
     return Verdict(Kind.node_failure, what, ranks[0].rank if ranks else None, dead[0], last, bad_nodes=dead)
 
 
-def _ended_by_slurm(evidence: JobEvidence, kind: Kind) -> Verdict:
+def _ended_by_slurm(evidence: JobDiagnostics, kind: Kind) -> Verdict:
     who = re.match(r"by (\d+)", evidence.job.reason)
     by = f" by user {who[1]}" if who else ""
     said = {
@@ -159,7 +195,7 @@ def _ended_by_slurm(evidence: JobEvidence, kind: Kind) -> Verdict:
     return Verdict(kind, said[kind])
 
 
-def _hung(evidence: JobEvidence) -> RankEvidence | None:
+def _hung(evidence: JobDiagnostics) -> RankDiagnostics | None:
     """The one rank that was not in a collective when all were told to end, where all others were."""
     places = {rank: main_place(each.stacks) for rank, each in evidence.ranks.items()}
     away = [rank for rank, place in places.items() if place is not None and not place.in_collective]
@@ -170,7 +206,7 @@ def _hung(evidence: JobEvidence) -> RankEvidence | None:
     return None
 
 
-def _cut_off_nodes(evidence: JobEvidence) -> list[str]:
+def _cut_off_nodes(evidence: JobDiagnostics) -> list[str]:
     """Nodes that the others could not reach, by the word of ranks on nodes that reached somebody."""
     errors = [rank.error for rank in evidence.ranks.values() if rank.error is not None]
     reports = {error.node: set(error.unreachable) for error in errors if error.unreachable}
@@ -185,7 +221,7 @@ def _cut_off_nodes(evidence: JobEvidence) -> list[str]:
     return sorted(set(found) - set(answering)) or found
 
 
-def _cut_off(evidence: JobEvidence, cut: list[str], first: Event) -> Verdict:
+def _cut_off(evidence: JobDiagnostics, cut: list[str], first: Event) -> Verdict:
     ranks = [rank.rank for rank in evidence.ranks.values() if rank.node in cut]
     if len(cut) > 1:
         what = f"{' and '.join(cut)} could not reach each other: one of them, or the network between, failed"
@@ -198,7 +234,7 @@ def _cut_off(evidence: JobEvidence, cut: list[str], first: Event) -> Verdict:
     )
 
 
-def _did_not_arrive(evidence: JobEvidence, later: list[Event]) -> Verdict:
+def _did_not_arrive(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     """Ranks waited in vain: who did not come, by the stacks, by the ranks' steps, by who did not complain."""
     first = next(event for event in later if event.kind is Kind.collective_timeout)
     missing = _hung(evidence) or _behind(evidence, {event.rank for event in later})
@@ -212,7 +248,7 @@ def _did_not_arrive(evidence: JobEvidence, later: list[Event]) -> Verdict:
     return Verdict(Kind.collective_timeout, what, missing.rank, missing.node, first.unix_ns, _frames(missing))
 
 
-def _behind(evidence: JobEvidence, complained: set[int]) -> RankEvidence | None:
+def _behind(evidence: JobDiagnostics, complained: set[int]) -> RankDiagnostics | None:
     quiet = [rank for rank in evidence.ranks.values() if rank.rank not in complained]
     if len(quiet) == 1:
         return quiet[0]
@@ -225,12 +261,12 @@ def _behind(evidence: JobEvidence, complained: set[int]) -> RankEvidence | None:
     return evidence.ranks[last[0]] if len(last) == 1 and len(steps) > 1 else None
 
 
-def _frames(rank: RankEvidence) -> list[str]:
+def _frames(rank: RankDiagnostics) -> list[str]:
     place = main_place(rank.stacks)
     return [f"  {frame}" for frame in place.frames[:20]] if place else []
 
 
-def _lost_peer(evidence: JobEvidence, later: list[Event]) -> Verdict:
+def _lost_peer(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     """Ranks lost a peer, and no peer tells why: it is one that left no word."""
     silent = [rank for rank in evidence.ranks.values() if rank.silent]
     if not silent:
@@ -245,13 +281,13 @@ def _lost_peer(evidence: JobEvidence, later: list[Event]) -> Verdict:
     return Verdict(kind, what, lost.rank, lost.node, later[0].unix_ns)
 
 
-def _without_failed_ranks(evidence: JobEvidence) -> Verdict:
+def _without_failed_ranks(evidence: JobDiagnostics) -> Verdict:
     if evidence.ranks and all(_was_told_to_end(rank) for rank in evidence.ranks.values()):
         return Verdict(Kind.cancelled, "all ranks were told to end, and none of them had failed")
     return _without_ranks(evidence)
 
 
-def _without_ranks(evidence: JobEvidence) -> Verdict:
+def _without_ranks(evidence: JobDiagnostics) -> Verdict:
     words = srun_words(evidence.srun_lines)
     batch = evidence.batch_error
     if batch is not None and not words:

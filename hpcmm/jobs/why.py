@@ -1,4 +1,4 @@
-"""Why a job failed, in words and as values."""
+"""Why a run failed, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,50 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcmm.jobs.advice import advice
-from hpcmm.jobs.diagnostics import JobEvidence, gather
+from hpcmm.jobs.diagnostics import JobDiagnostics, gather
 from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.first_failure import Event, Verdict, events_of, first_failure
 from hpcmm.jobs.logs import printable
+from hpcmm.node.classify import Kind
 from hpcmm.slurm.queue import Job
+
+_ADVICE = {
+    Kind.out_of_memory: "Use less: a smaller train.micro_batch_size with more train.gradient_accumulation_steps, a "
+    "higher parallel.zero_stage, fewer data.num_workers; or ask for more with cluster.memory_gb.",
+    Kind.gpu_error: "Run `nvidia-smi -q` on the node, or `python -m hpcmm.doctor`; tell the site if errors are counted "
+    "there.",
+    Kind.disk_full: "Free space where the message says, or set runs_root and cluster.cache_dir to another file system; "
+    "`python -m hpcmm.doctor` shows what is free.",
+    Kind.rendezvous: "See whether all ranks started (their logs), whether the first node's name resolves on the others "
+    "and its ports are open: `python -m hpcmm.doctor` checks both.",
+    Kind.collective_timeout: "See what the named rank did at the place shown. If all ranks only needed longer, raise "
+    "parallel.collective_timeout_s.",
+    Kind.peer_lost: "The lost rank left no record: see its log's end and Slurm's word of its node.",
+    Kind.import_failed: "Install what is missing into the Python that the job uses, or load its module with "
+    "cluster.modules; `python -m hpcmm.doctor` compares the nodes' packages.",
+    Kind.data: "See that the file or folder in the message exists and can be read on the named node: data.root names "
+    "the data set's folder.",
+    Kind.exception: "The program itself raised this: its last lines are shown, the rest is in the rank's log.",
+    Kind.killed: "Something outside of the job sent SIGKILL: most often the kernel, when a node's memory is full (its "
+    "administrator sees it in dmesg), else a person. Ask for memory with cluster.memory_gb.",
+    Kind.crashed: "Native code crashed: the stacks file in the failures folder shows where; compare package versions "
+    "with `python -m hpcmm.doctor`.",
+    Kind.node_failure: "Run again without the node, and tell the site.",
+    Kind.time_limit: "Raise cluster.time_limit_min, or go on from the last checkpoint.",
+    Kind.preempted: "Submit again: it goes on from the last checkpoint where one was saved.",
+    Kind.cancelled: "Somebody cancelled it; submit it again if that was a mistake.",
+    Kind.unknown: "Read the logs' last lines: python -m hpcmm.jobs logs JOB",
+}
+
+
+def advice(verdict: Verdict, job_id: str, excluded: str = "") -> list[str]:
+    """Sentences, and for bad nodes the line that leaves them out. ``excluded``: nodes that the run left out already."""
+    lines = [_ADVICE[verdict.kind].replace("JOB", job_id)]
+    if verdict.bad_nodes:
+        nodes = ",".join([*([excluded] if excluded else []), *verdict.bad_nodes])
+        lines.append(f"Leave it out: 'cluster.exclude=\"{nodes}\"' for hpcmm.launch, --exclude={nodes} for sbatch.")
+    return lines
+
 
 _MOST_LINES = 12
 _MOST_RANKS = 8
@@ -24,7 +62,7 @@ _MOST_CHARACTERS = 2000
 class Explanation:
     """A job's first failure with what belongs to it; no verdict where nothing has failed."""
 
-    evidence: JobEvidence
+    evidence: JobDiagnostics
     verdict: Verdict | None
     events: list[Event]
 
@@ -39,7 +77,7 @@ def explain(target: Target) -> Explanation:
     return explanation_of(evidence)
 
 
-def explanation_of(evidence: JobEvidence) -> Explanation:
+def explanation_of(evidence: JobDiagnostics) -> Explanation:
     events = events_of(evidence)
     job = evidence.job
     went_well = job.state == "COMPLETED" or (job.active and not events)
@@ -141,7 +179,7 @@ def _utc(unix_ns: int) -> str:
         return "an unknown time"
 
 
-def _last_step(evidence: JobEvidence, rank: int) -> str:
+def _last_step(evidence: JobDiagnostics, rank: int) -> str:
     progress = evidence.ranks[rank].progress if rank in evidence.ranks else None
     if progress is None:
         return ""
@@ -155,11 +193,11 @@ def _slurm(job: Job) -> str:
     return f"{job.state}{reason}{codes}{derived}, by {job.source}"
 
 
-def _restarts(evidence: JobEvidence) -> str:
+def _restarts(evidence: JobDiagnostics) -> str:
     return f"; this is its restart {evidence.restart}" if evidence.restart else ""
 
 
-def _progress(evidence: JobEvidence) -> str:
+def _progress(evidence: JobDiagnostics) -> str:
     if evidence.job.state == "COMPLETED":
         return "Nothing has failed."
     known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]

@@ -111,7 +111,7 @@ def _launch_sweep(points: Sequence[Point], overrides: Sequence[str]) -> int:
 
 
 def _dry_run(planned: Plan) -> int:
-    from hpcmm.launch.dry_run import rank_comment  # noqa: PLC0415
+    from hpcmm.launch.plan import rank_comment  # noqa: PLC0415
     from hpcmm.launch.script import render_script  # noqa: PLC0415
 
     print(render_script(planned.config, planned.job) + rank_comment(planned), end="")

@@ -12,7 +12,6 @@ from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.config.sweep import Point
 from hpcmm.config.validate import validate
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.defer_sigint import uninterrupted
 from hpcmm.launch.plan import (
     Plan,
     frozen,
@@ -23,9 +22,9 @@ from hpcmm.launch.plan import (
     write_shared_files,
     writing,
 )
+from hpcmm.launch.prerequisites import run_to_start_from
 from hpcmm.launch.snapshot import CodePlan, plan_code
-from hpcmm.launch.submit import note_submission, pickle_task, submit_analysis
-from hpcmm.launch.warm_start import run_to_start_from
+from hpcmm.launch.submit import note_submission, pickle_task, submit_analysis, uninterrupted
 from hpcmm.runs.ledger import COMPLETED, FAILED, Ledger, LedgerPoint, read_ledger
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.slurm.sbatch import check_slurm_is_here, sbatch, warn_where_it_cannot_start

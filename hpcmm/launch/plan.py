@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -15,17 +16,19 @@ from typing import TYPE_CHECKING
 
 from hpcmm.config import config_file
 from hpcmm.config.compose import compose_run
-from hpcmm.config.schema import Analyze, Executor, RunConfig
+from hpcmm.config.schema import Analyze, Executor, RunConfig, TaskName
 from hpcmm.config.validate import validate
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.dependency import job_to_wait_for, still_to_wait_for
-from hpcmm.launch.script import Job, render_analysis_script, render_script
+from hpcmm.launch.prerequisites import job_to_wait_for, note_other_standins, run_to_start_from, still_to_wait_for
+from hpcmm.launch.script import Job, python_of, rank_command, render_analysis_script, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code, take_snapshot
-from hpcmm.launch.warm_start import note_other_standins, run_to_start_from
+from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from hpcmm.launch.submit import Submission
+
+    pass
 
 
 @dataclass(frozen=True)
@@ -168,3 +171,33 @@ def _link_latest(run: RunDir) -> bool:
         fresh.unlink(missing_ok=True)
         return False
     return True
+
+
+def rank_comment(planned: Plan) -> str:
+    """The command of each rank, what it ends in, and which ranks a profiler wraps."""
+    config = planned.config
+    lines = [
+        f"srun starts {config.world_size} ranks, each as:",
+        f"  {shlex.join(rank_command(config, planned.run))}",
+        f"which runs, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, {_task(planned)}",
+        f"under a profiler: {_profiled(config)}",
+    ]
+    return "".join(f"# {printable}\n" for line in lines for printable in line.splitlines())
+
+
+def _task(planned: Plan) -> str:
+    task = planned.config.task
+    if task.name is TaskName.script:
+        return shlex.join([python_of(planned.config), str(planned.code.script), *task.args])
+    if task.name is TaskName.function:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in task.kwargs.items())
+        return f"{task.target} as a function of ({arguments})"
+    return f"the task {task.name}"
+
+
+def _profiled(config: RunConfig) -> str:
+    if config.profile.tool is None:
+        return "none"
+    ranks = profiled_ranks(config.profile.ranks, config.world_size, config.cluster.ranks_per_node)
+    listed = ", ".join(map(str, sorted(ranks)[:16])) + (" ..." if len(ranks) > 16 else "")
+    return f"{config.profile.tool}, with the flags of profiles/nsys/{config.profile.flags_file}, on ranks {listed}"

@@ -16,8 +16,8 @@ from typing import Any
 import hpcmm
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.git import project_root, revision
 from hpcmm.launch.script import python_of
+from hpcmm.launch.snapshot import project_root, revision
 from hpcmm.runs.run_dir import RunDir
 
 

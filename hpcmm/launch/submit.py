@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import submitit
@@ -15,13 +20,41 @@ from submitit.core.utils import DelayedSubmission
 
 from hpcmm.config.schema import Executor, RunConfig, TaskName
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.defer_sigint import uninterrupted
 from hpcmm.launch.script import rank_command
-from hpcmm.launch.task import RankTask, UserTask
 from hpcmm.node.ports import find_free_port
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.slurm.commands import job_variables
 from hpcmm.slurm.sbatch import sbatch, warn_where_it_cannot_start
+from hpcmm.worker.task import RankTask, UserTask
+
+
+@contextmanager
+def uninterrupted() -> Iterator[list[str]]:
+    """Within, a first SIGINT is kept, and raised as KeyboardInterrupt at the end; a second one is raised at once.
+
+    Jobs that were submitted are to be appended to the list, which the KeyboardInterrupt then names.
+    """
+    submitted: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield submitted  # signals are the main thread's
+        return
+    came = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def keep(signum: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signum, before)
+
+    if callable(before):  # else it is ignored already
+        signal.signal(signal.SIGINT, keep)
+    try:
+        yield submitted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        commands = " and ".join(f"python -m hpcmm.jobs cancel {job_id}" for job_id in submitted)
+        raise KeyboardInterrupt(f"what is submitted stays; to take it back: {commands}" if commands else "")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.node.startup import COMMAND_BEGAN
 from hpcmm.nsys.importer import import_qdstrm
-from hpcmm.nsys.supervisor import Apart, End, run_apart
-from hpcmm.worker.startup import COMMAND_BEGAN
+from hpcmm.nsys.supervisor import End, Supervisor, run_supervised
 
 START_ATTEMPTS = 4
 _START_POLL_S = 0.02
@@ -36,17 +36,17 @@ def run_under_nsys(
     nsys writes on the node's own disk; only the finished report is copied to the shared one. Where it cannot be
     finished here, what there is is copied beside ``report`` and the reason is printed. A report that stands there from
     an earlier attempt is moved to the folder ``aside``. A signal to this process reaches the command and not nsys, so
-    that the report survives it; ``ended`` and ``must_end`` as in :func:`~hpcmm.nsys.supervisor.run_apart`.
+    that the report survives it; ``ended`` and ``must_end`` as in :func:`~hpcmm.nsys.supervisor.run_supervised`.
     """
     folder = Path(tempfile.mkdtemp(prefix="hpcmm-nsys-"))
     started, output = folder / "started", folder / report.stem
 
-    def record(apart: Apart) -> None:
+    def record(apart: Supervisor) -> None:
         apart.say_ended(start_under_nsys([*profile, f"--output={output}"], command, started))
         if _finish(output, report, aside, keep_raw=apart.in_a_hurry):
             shutil.rmtree(folder, ignore_errors=True)
 
-    return run_apart(record, rank_pid=lambda: _pid_in(started), ended=ended, must_end=must_end)
+    return run_supervised(record, rank_pid=lambda: _pid_in(started), ended=ended, must_end=must_end)
 
 
 def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Path) -> int:

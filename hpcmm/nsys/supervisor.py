@@ -42,7 +42,7 @@ class End:
     unix_ns: int
 
 
-class Apart:
+class Supervisor:
     """What the work in the process apart may know and say."""
 
     def __init__(self, words: int, rank_pid: Callable[[], int | None]) -> None:
@@ -84,8 +84,8 @@ class Apart:
                 os.kill(pid, number)
 
 
-def run_apart(
-    work: Callable[[Apart], object],
+def run_supervised(
+    work: Callable[[Supervisor], object],
     *,
     rank_pid: Callable[[], int | None],
     ended: Callable[[End], None],
@@ -108,7 +108,7 @@ def run_apart(
             os.close(words)
             os.setsid()
             if os.fork() == 0:
-                _work_and_exit(work, Apart(words_write, rank_pid), orders_read)
+                _work_and_exit(work, Supervisor(words_write, rank_pid), orders_read)
             os._exit(0)
         os.close(orders_read)
         os.close(words_write)
@@ -118,7 +118,7 @@ def run_apart(
     return status
 
 
-def _work_and_exit(work: Callable[[Apart], object], apart: Apart, orders: int) -> None:
+def _work_and_exit(work: Callable[[Supervisor], object], apart: Supervisor, orders: int) -> None:
     """Never returns, so that nothing of the process that was copied is done twice."""
     status = 1
     try:

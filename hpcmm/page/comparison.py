@@ -15,8 +15,8 @@ from rich.text import Text
 
 from hpcmm.analysis.bootstrap_ci import LEVEL
 from hpcmm.analysis.compare import BETTER, MIN_CHANGE, NO_DIFFERENCE, SECONDS, TOO_FEW, WORSE, Comparison
-from hpcmm.page.atomic_write import table_files, write_all
 from hpcmm.page.headlines import number, percent, plain
+from hpcmm.page.outputs import table_files, write_all
 
 _STYLES = {BETTER: "bold green", WORSE: "bold red", NO_DIFFERENCE: "dim", TOO_FEW: "yellow"}
 HEADER = ("what", "A", "B", "change", "interval", "verdict")

@@ -1,20 +1,20 @@
-"""``report.html``: one self-contained page, no network; everything that a report says is escaped."""
+"""Tables as the page shows them: few rows, units in the column names as in the CSV files."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from hpcmm.analysis.pipeline import Study
-from hpcmm.page import page_tables
-from hpcmm.page.bandwidth import bandwidth
-from hpcmm.page.bars import TRANSFER_NAME, WAIT_NAME, device_bars, rank_bars, step_budget
+from hpcmm.page.communication_charts import bandwidth, wait_matrix
 from hpcmm.page.coverage_grid import coverage_grid
 from hpcmm.page.efficiency_tree import efficiency
 from hpcmm.page.headlines import (
@@ -24,6 +24,7 @@ from hpcmm.page.headlines import (
     gpu_line,
     headline,
     late_line,
+    number,
     percent,
     phases_line,
     plain,
@@ -32,11 +33,56 @@ from hpcmm.page.headlines import (
     steps_line,
 )
 from hpcmm.page.palette import TRANSFER, WAIT
-from hpcmm.page.step_plot import step_plot
-from hpcmm.page.timeline import timeline
-from hpcmm.page.wait_matrix import wait_matrix
+from hpcmm.page.step_charts import TRANSFER_NAME, WAIT_NAME, device_bars, rank_bars, step_budget, step_plot
+from hpcmm.page.timeline import culprits, timeline, worst_step
 from hpcmm.page.waitpid_chart import child_waits
-from hpcmm.page.worst_step import culprits, worst_step
+
+MAX_ROWS = 300
+"""Rows of a table on the page; the CSV holds all."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """A table as the template draws it."""
+
+    title: str
+    note: str
+    columns: list[tuple[str, bool]]
+    """Name, and whether its cells are numbers."""
+    rows: list[list[str]]
+    left_out: int
+    file: str
+
+
+def clock(study: Study) -> PageTable:
+    """Offset, drift and error of each node."""
+    return _table("Clocks", "Each node's clock against the first node's.", study.tables["clock"], "clock")
+
+
+def folded(study: Study) -> list[PageTable]:
+    """The tables at the page's end."""
+    tables = study.tables
+    osrt = tables["osrt"]
+    return [
+        _table("Coverage", "Every expected rank and every report.", tables["coverage"], "coverage"),
+        _table("Waiting for communication", "Seconds a step by rank and phase.", tables["comm_wait"], "comm_wait"),
+        _table("Start", "From the job's start to its first step, by part.", tables["startup"], "startup"),
+        _table("Waits for child processes", "Coalesced into windows.", tables["waitpid_windows"], "waitpid_windows"),
+        _table(
+            "OS calls of the step threads",
+            "Those with the most time within steps first.",
+            osrt[osrt["thread_role"] == "step"].sort_values("in_step_s", ascending=False),
+            "osrt",
+        ),
+    ]
+
+
+def _table(title: str, note: str, frame: pd.DataFrame, name: str) -> PageTable:
+    columns = [(plain(column), pd.api.types.is_numeric_dtype(kind)) for column, kind in frame.dtypes.items()]
+    cells = frame.head(MAX_ROWS).astype(object).itertuples(index=False)
+    rows = [[number(value) for value in row] for row in cells]
+    return PageTable(title, note, columns, rows, max(0, len(frame) - MAX_ROWS), f"{name}.csv")
+
 
 _SCRIPTS = (
     "format", "palette", "unpack", "bitmap", "row", "lanes", "describe", "timeline", "gestures", "step_plot", "start",
@@ -77,8 +123,8 @@ def page(study: Study) -> str:
         clock=_capital(clock_line(study)),
         parts=_parts(drawn),
         coverage=coverage_grid(study),
-        trust_tables=[page_tables.clock(study)],
-        tables=page_tables.folded(study),
+        trust_tables=[clock(study)],
+        tables=folded(study),
         timeline=_json(data),
         step_data=_json(steps.points if steps else {}),
         policy=_policy(style, script),

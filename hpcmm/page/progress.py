@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hpcmm.reports import load
-from hpcmm.reports.printable import printable
+from hpcmm.text import printable
 
 QUIET_S = 15.0
 """Where standard error is no terminal, long work says this often how far it is."""

@@ -9,8 +9,8 @@ import pandas as pd
 from hpcmm.analysis import waitpid
 from hpcmm.analysis.osrt import NS_PER_S
 from hpcmm.analysis.pipeline import Study
-from hpcmm.page.bars import Bar, Part
 from hpcmm.page.headlines import number, plain, rank_list, rank_name, seconds
+from hpcmm.page.step_charts import Bar, Part
 
 MAX_BANDS = 64
 MIN_WIDTH = 0.15

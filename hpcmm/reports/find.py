@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.runs.runs_folder import RUNS
+from hpcmm.runs.run_dir import RUNS, RunDir, SweepDir
 
 PREFERENCE = (".nsys-rep", ".sqlite", ".qdstrm")
 """Of several files of one stem, the earlier kind is tried first; the next one when it cannot be read."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.printable import printable
 from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
+from hpcmm.text import printable
 
 RANK_KEYS = ("RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """The most specific first: under ``torchrun`` a worker's RANK differs from the SLURM_PROCID of its launcher."""

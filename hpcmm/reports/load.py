@@ -12,8 +12,8 @@ from hpcmm.errors import HpcmmError
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.events import Report, read_report
 from hpcmm.reports.find import ReportSource
-from hpcmm.reports.printable import printable
 from hpcmm.reports.worker_pool import WorkerDiedError, map_in_workers, worker_count
+from hpcmm.text import printable
 
 _DAMAGE = (ValueError, TypeError, ArithmeticError, LookupError)
 """What values that no nsys would write can raise in the reader, UnicodeDecodeError and OverflowError among them."""

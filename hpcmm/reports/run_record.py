@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hpcmm.config.rank_selection import profiled_ranks
 from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.errors import HpcmmError
+from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.run_dir import RunDir
 
 MAX_WORLD_SIZE = 1 << 17

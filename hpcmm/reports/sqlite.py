@@ -14,10 +14,175 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.printable import printable
-from hpcmm.reports.sqlite_pages import UnusualTableError, integer_columns
+from hpcmm.text import printable
+
+INTERIOR, LEAF = 0x05, 0x0D
+FILE_HEADER_BYTES = 100
+LONGEST_VALUE = 8
+PAGES_PER_PIECE = 256
+"""A megabyte: what is worked on fits into a processor's cache."""
+INTERIOR_HEADER_BYTES, LEAF_HEADER_BYTES = 12, 8
+
+_VALUE_BYTES = np.array([0, 1, 2, 3, 4, 6, 8, 8, 0, 0, 0, 0, *((code - 12) // 2 for code in range(12, 256))])
+"""Length of a value by its type code; from 12 on it is text or a blob."""
+_SHIFT = np.array([63, 56, 48, 40, 32, 16, *[0] * 250])
+"""What to shift eight bytes right by, so that a value of the code's length remains."""
+_IS_INTEGER = np.isin(np.arange(256), [1, 2, 3, 4, 5, 6, 8, 9])
+_ONE = 9
+"""Type code of the integer 1, which takes no bytes."""
 
 Integers = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.bool_]
+
+
+class UnusualTableError(Exception):
+    """The table is not laid out as this module expects; SQLite has to read it."""
+
+
+def integer_columns(path: Path, root_page: int, columns: Sequence[int]) -> Iterator[tuple[list[Integers], Flags]]:
+    """The columns numbered ``columns`` of the table that begins at ``root_page``, in pieces of some ten thousand rows.
+
+    Each piece is a list of arrays, one a column, and an array that is true where all of the row's cells are integers.
+    Rows come in the order of their row ids. Raises UnusualTableError, possibly after some pieces.
+    """
+    page_bytes, usable = _page_bytes(path)
+    leaves = _leaves(path, page_bytes, root_page)
+    for first in range(0, len(leaves), PAGES_PER_PIECE):
+        pages = _read_pages(path, page_bytes, leaves[first : first + PAGES_PER_PIECE])
+        yield _decode(pages, usable, columns)
+
+
+def _page_bytes(path: Path) -> tuple[int, int]:
+    """Size of a page, and what of it may hold data."""
+    with path.open("rb") as file:
+        header = file.read(FILE_HEADER_BYTES)
+    if len(header) < FILE_HEADER_BYTES:
+        raise UnusualTableError
+    size = int.from_bytes(header[16:18], "big")
+    size = 65536 if size == 1 else size
+    if size < 512 or size & (size - 1):
+        raise UnusualTableError
+    return size, size - header[20]
+
+
+def _read_pages(path: Path, page_bytes: int, numbers: Integers) -> Bytes:
+    """Pages (counted from 1) as rows."""
+    return np.asarray(_mapped(path, page_bytes, numbers)[numbers - 1])
+
+
+def _mapped(path: Path, page_bytes: int, numbers: Integers) -> Bytes:
+    """The file as rows of pages. A new mapping for each use, so that what was read does not stay in this process."""
+    count = path.stat().st_size // page_bytes
+    if len(numbers) == 0 or numbers.min() < 2 or numbers.max() > count:
+        raise UnusualTableError
+    return np.memmap(path, dtype=np.uint8, mode="r", shape=(count, page_bytes))
+
+
+def _big_endian(values: Bytes) -> Integers:
+    """Unsigned integers from rows of bytes."""
+    number = np.zeros(values.shape[:-1], dtype=np.int64)
+    for index in range(values.shape[-1]):
+        number = (number << 8) | values[..., index]
+    return number
+
+
+def _cells(pages: Bytes, header_bytes: int) -> tuple[Integers, Integers]:
+    """Row of ``pages`` and offset within it of each cell, in key order."""
+    page_bytes = pages.shape[1]
+    count = _big_endian(pages[:, 3:5])
+    if (header_bytes + 2 * count > page_bytes).any():
+        raise UnusualTableError
+    page = np.repeat(np.arange(len(pages)), count)
+    ordinal = np.arange(len(page)) - np.repeat(np.cumsum(count) - count, count)
+    at = page * page_bytes + header_bytes + 2 * ordinal
+    flat = pages.reshape(-1)
+    offset = (flat[at].astype(np.int64) << 8) | flat[at + 1]
+    if len(offset) and offset.max() > page_bytes - 4:
+        raise UnusualTableError
+    return page, offset
+
+
+def _leaves(path: Path, page_bytes: int, root_page: int) -> Integers:
+    """Numbers of the leaf pages, in key order. All leaves of a B-tree lie at one depth."""
+    level = np.array([root_page], dtype=np.int64)
+    total = path.stat().st_size // page_bytes
+    while True:
+        if len(level) > total:
+            raise UnusualTableError
+        kinds = np.concatenate(
+            [
+                _mapped(path, page_bytes, part)[part - 1, 0]
+                for part in np.array_split(level, len(level) // PAGES_PER_PIECE + 1)
+            ]
+        )
+        if (kinds == LEAF).all():
+            return level
+        if not (kinds == INTERIOR).all():
+            raise UnusualTableError
+        level = _children(_read_pages(path, page_bytes, level))
+
+
+def _children(pages: Bytes) -> Integers:
+    """Child pages of interior pages: one a cell, and the right-most from the header."""
+    page, offset = _cells(pages, INTERIOR_HEADER_BYTES)
+    child = _big_endian(pages[page[:, None], offset[:, None] + np.arange(4)])
+    right = _big_endian(pages[:, 8:12])
+    order = np.argsort(np.concatenate((page, np.arange(len(pages)))), kind="stable")
+    return np.concatenate((child, right))[order]
+
+
+def _after_varint(flat: Bytes, at: Integers) -> Integers:
+    """Offsets behind the variable-length integers (of up to nine bytes) at ``at``."""
+    end = at + 1
+    for _ in range(8):
+        more = flat[end - 1] >= 0x80
+        if not more.any():
+            break
+        end += more
+    return end
+
+
+def _lengths(flat: Bytes, at: Integers) -> tuple[Integers, Integers]:
+    """Lengths in one or two bytes, and the offsets behind them; a longer length comes out larger than any page."""
+    first, second = flat[at].astype(np.int64), flat[at + 1].astype(np.int64)
+    is_long = first >= 0x80
+    length = np.where(is_long, (first & 0x7F) << 7 | second, first)
+    return np.where(is_long & (second >= 0x80), 1 << 32, length), at + 1 + is_long
+
+
+def _decode(pages: Bytes, usable: int, columns: Sequence[int]) -> tuple[list[Integers], Flags]:
+    """Values of ``columns`` in the records of leaf pages, and whether each row has nothing but integers there."""
+    page_bytes = pages.shape[1]
+    page, offset = _cells(pages, LEAF_HEADER_BYTES)
+    # Values are read as eight bytes wherever they end: the buffer needs some behind its last page.
+    width = max(columns) + 1
+    flat = np.concatenate((pages.reshape(-1), np.zeros(512 + 128 * width, dtype=np.uint8)))
+    cell = page * page_bytes + offset
+    payload, row_id_at = _lengths(flat, cell)
+    record = _after_varint(flat, row_id_at)
+    header_end = record + flat[record]
+    # A record that is too long for its page spills over to others.
+    regular = (payload <= usable - 35) & (record + payload <= (page + 1) * page_bytes)
+    regular &= (flat[record] > width) & (flat[record] < 0x80) & (header_end <= record + payload)
+    eights = np.ndarray((len(flat) - LONGEST_VALUE + 1,), dtype=">i8", buffer=flat.data, strides=(1,))
+    found: dict[int, Integers] = {}
+    fine = np.ones(len(page), dtype=bool)
+    value_at = header_end
+    for column in range(width):
+        code = flat[record + 1 + column]
+        # The first byte of a longer code, that of a long text.
+        regular &= code < 0x80
+        size = _VALUE_BYTES[code]
+        if column in columns:
+            fine &= _IS_INTEGER[code]
+            value = eights[value_at].astype(np.int64) >> _SHIFT[code]
+            found[column] = np.where(size > 0, value, code == _ONE)
+        value_at = value_at + size
+    if not (regular & (value_at <= record + payload)).all():
+        raise UnusualTableError
+    return [found[column] for column in columns], fine
+
 
 ROWS_PER_FETCH = 100_000
 MAX_NAME_LENGTH = 256

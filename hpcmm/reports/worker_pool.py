@@ -1,8 +1,4 @@
-"""Work on each report in a process of its own, so that all cores are used and one report cannot take the rest down.
-
-A worker that dies, such as one that the kernel kills for want of memory, costs the report that it worked on. Workers
-are fresh interpreters and not forks: the parent may have threads, and its main module may be anything.
-"""
+"""How much memory is left."""
 
 from __future__ import annotations
 
@@ -21,7 +17,19 @@ from threading import local
 from types import TracebackType
 from typing import TypeVar, cast
 
-from hpcmm.reports.memory import available_bytes
+_MEMINFO = Path("/proc/meminfo")
+_UNKNOWN = 1 << 40
+"""Where the kernel does not tell, memory is no limit."""
+
+
+def available_bytes() -> int:
+    """What new processes can use without swapping, as the kernel estimates it."""
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return _UNKNOWN
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), _UNKNOWN)
+
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -7,8 +7,8 @@ import os
 import time
 from collections.abc import Mapping
 
+from hpcmm.node.startup import SCRIPT_BEGAN
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.startup import SCRIPT_BEGAN
 
 
 def begin_attempt(run: RunDir, environ: Mapping[str, str] = os.environ) -> int:

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Self
 
 from hpcmm.errors import HpcmmError
-from hpcmm.worker.environment import RankEnvironment
 
 _STEP = b'{"event": "step"'
 _LOST_STEP = b'{"event": "lost"'
@@ -39,15 +38,15 @@ class MetricsWriter:
     ) -> None:
         os.close(self._fd)
 
-    def start(self, place: RankEnvironment) -> None:
+    def start(self, *, rank: int, local_rank: int, world_size: int, node: str, job_id: str) -> None:
         """Who writes here: what the analysis falls back on where a report does not tell."""
         self._write(
             "start",
-            rank=place.rank,
-            local_rank=place.local_rank,
-            node=place.node,
-            world_size=place.world_size,
-            job_id=place.job_id,
+            rank=rank,
+            local_rank=local_rank,
+            node=node,
+            world_size=world_size,
+            job_id=job_id,
             pid=os.getpid(),
         )
 

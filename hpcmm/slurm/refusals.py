@@ -35,7 +35,7 @@ _NO_CONFIGURATION = (
 
 def cannot_start(config: RunConfig, reason: str) -> str:
     """What to do about a job that waits for one of ``CANNOT_START``."""
-    return cure(config, CANNOT_START[reason]) or _UNKNOWN
+    return remedy(config, CANNOT_START[reason]) or _UNKNOWN
 
 
 _UNKNOWN = "Change the cluster settings and try again."
@@ -66,7 +66,7 @@ def is_certain(returncode: int, complaint: str, answer: str) -> bool:
 def refusal(config: RunConfig, complaint: str) -> str:
     """sbatch's own words, on one line and without control characters, and the cure."""
     said = on_one_line("sbatch", complaint)
-    return f"Slurm refused the job ({said}). {cure(config, said) or _UNKNOWN}"
+    return f"Slurm refused the job ({said}). {remedy(config, said) or _UNKNOWN}"
 
 
 def on_one_line(command: str, complaint: str) -> str:
@@ -83,7 +83,7 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def cure(config: RunConfig, complaint: str) -> str | None:
+def remedy(config: RunConfig, complaint: str) -> str | None:
     """What to do about what Slurm said; None where that is not known."""
     cluster = config.cluster
     nodes = (

@@ -1,8 +1,4 @@
-"""Checkpoints that are whole or not there: saved beside, renamed, checked before they are loaded.
-
-``checkpoints/step_000010/`` holds DeepSpeed's files, each rank's random state and ``manifest.json`` with the sizes of
-all of them. It gets its name, and ``latest`` gets to name it, once every rank has written its part.
-"""
+"""The state of every random number generator of this process, to be saved with a checkpoint and put back."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import random
 import re
 import shutil
 import zipfile
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,8 +23,29 @@ from torch import nn
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.batch_statistics import merge_batch_statistics
-from hpcmm.train.random_state import random_state, restore_random_state
 from hpcmm.worker.environment import RankEnvironment
+
+
+def random_state() -> dict[str, Any]:
+    """Python's, NumPy's, PyTorch's and each GPU's, in types that ``torch.load(weights_only=True)`` accepts."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Go on drawing where :func:`random_state` was called."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
 
 log = logging.getLogger("hpcmm.train")
 
@@ -38,10 +57,10 @@ _NONE_LEFT = -1
 class Checkpoints:
     """A run's checkpoints, as one rank sees them. All ranks call each method together."""
 
-    def __init__(self, run: RunDir, place: RankEnvironment, keep: int) -> None:
+    def __init__(self, run: RunDir, rank_env: RankEnvironment, keep: int) -> None:
         """``keep``: how many of the newest are left when one more has been saved."""
         self._folder = run.checkpoints
-        self._place = place
+        self._rank_env = rank_env
         self._keep = keep
 
     def save(self, engine: deepspeed.DeepSpeedEngine, steps_done: int, state: dict[str, Any]) -> None:
@@ -52,7 +71,7 @@ class Checkpoints:
         partial = self._folder / f".step_{steps_done:06d}.part"
         merge_batch_statistics(engine.module)
         with self._said_clearly(partial, steps_done):
-            if self._place.rank == 0:
+            if self._rank_env.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
             dist.barrier()
@@ -64,7 +83,7 @@ class Checkpoints:
                 save_latest=False,
                 exclude_frozen_parameters=True,
             )  # ends with a barrier, so all parts are there
-            if self._place.rank == 0:
+            if self._rank_env.rank == 0:
                 self._publish(partial, steps_done)
 
     def load_newest(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, Any] | None:
@@ -72,7 +91,7 @@ class Checkpoints:
 
         None where there is none. One that any rank finds damaged is put aside, with a warning that says what is wrong.
         """
-        candidates = iter(self._newest_first() if self._place.rank == 0 else ())
+        candidates = iter(self._newest_first() if self._rank_env.rank == 0 else ())
         while True:
             steps_done = _same_on_all(next(candidates, _NONE_LEFT), engine.device)
             if steps_done == _NONE_LEFT:
@@ -83,7 +102,7 @@ class Checkpoints:
                 log.warning("checkpoint %s is damaged (%s): going on from the one before", folder, damage)
             if not _any_rank(damage is not None, engine.device):
                 return self._load(engine, folder)
-            if self._place.rank == 0:
+            if self._rank_env.rank == 0:
                 shutil.rmtree(self._folder / f"damaged_{folder.name}", ignore_errors=True)
                 folder.rename(self._folder / f"damaged_{folder.name}")
 
@@ -110,7 +129,7 @@ class Checkpoints:
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def _random_state_file(self, folder: Path) -> Path:
-        return folder / f"random_rank_{self._place.rank:04d}.pt"
+        return folder / f"random_rank_{self._rank_env.rank:04d}.pt"
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with this rank's share of the files; the ranks share them out."""
@@ -118,7 +137,7 @@ class Checkpoints:
             sizes: dict[str, int] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             return f"{_MANIFEST}: {error}"
-        for name, size in sorted(sizes.items())[self._place.rank :: self._place.world_size]:
+        for name, size in sorted(sizes.items())[self._rank_env.rank :: self._rank_env.world_size]:
             try:
                 damage = _damage_of_file(folder / name, size)
             except OSError as error:
@@ -137,7 +156,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             free_mb = shutil.disk_usage(self._folder).free / 1e6
             raise HpcmmError(
-                f"Rank {self._place.rank} could not save the checkpoint after step {steps_done} in {self._folder} "
+                f"Rank {self._rank_env.rank} could not save the checkpoint after step {steps_done} in {self._folder} "
                 f"({free_mb:.0f} MB are free there): make room, then submit the run's submission.sh again. Earlier "
                 "checkpoints are whole, and training goes on from the last of them."
             ) from error

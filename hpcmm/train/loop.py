@@ -14,7 +14,7 @@ import torch
 
 from hpcmm import annotate
 from hpcmm.config.schema import RunConfig
-from hpcmm.config.step_window import step_window
+from hpcmm.ranges import step_window
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.checkpoint import Checkpoints
@@ -29,7 +29,7 @@ log = logging.getLogger("hpcmm.train")
 
 
 def train(
-    config: RunConfig, run: RunDir, place: RankEnvironment, device: torch.device, metrics: MetricsWriter
+    config: RunConfig, run: RunDir, rank_env: RankEnvironment, device: torch.device, metrics: MetricsWriter
 ) -> dict[str, float]:
     """Train until ``config.train.steps`` steps are done, from the newest checkpoint on where there is one.
 
@@ -40,23 +40,23 @@ def train(
     with metrics.startup("engine"):
         engine = build_engine(task.model, config)
     try:
-        checkpoints = Checkpoints(run, place, config.train.keep_checkpoints)
+        checkpoints = Checkpoints(run, rank_env, config.train.keep_checkpoints)
         resumed = checkpoints.load_newest(engine)
         if resumed is None:
-            first, scores = 0, _score(task, engine, config, place, "before")
+            first, scores = 0, _score(task, engine, config, rank_env, "before")
         else:
             first, scores = resumed["steps_done"], resumed["scores"]
             log.info("resumed from the checkpoint after step %d of %d", first, config.train.steps)
         metrics.resume(first)
-        steps_done = _run_steps(Session(config, run, place, task, engine, checkpoints, metrics), first, scores)
-        task.report_skipped(place.rank, place.world_size)
+        steps_done = _run_steps(Session(config, run, rank_env, task, engine, checkpoints, metrics), first, scores)
+        task.report_skipped(rank_env.rank, rank_env.world_size)
         if steps_done < config.train.steps:
             log.info("stopped as asked after step %d of %d, with a checkpoint", steps_done, config.train.steps)
-            if place.rank == 0:
+            if rank_env.rank == 0:
                 run.stopped.touch()
             return {}
-        scores |= _score(task, engine, config, place, "after")
-        if place.rank == 0 and scores:
+        scores |= _score(task, engine, config, rank_env, "after")
+        if rank_env.rank == 0 and scores:
             run.evaluation.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         metrics.end(**scores)
         return scores
@@ -70,7 +70,7 @@ class Session:
 
     config: RunConfig
     run: RunDir
-    place: RankEnvironment
+    rank_env: RankEnvironment
     task: AnomalyTask
     engine: deepspeed.DeepSpeedEngine
     checkpoints: Checkpoints
@@ -79,12 +79,12 @@ class Session:
 
 def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
     """Train from step ``first`` on. Returns how many steps are done in all, fewer than asked for after a stop."""
-    config, place = session.config, session.place
+    config, rank_env = session.config, session.rank_env
     steps = config.train.steps
-    batches = session.task.batches(place.rank, place.world_size, first * config.train.gradient_accumulation_steps)
-    stop_request = StopRequest(session.run, place)
+    batches = session.task.batches(rank_env.rank, rank_env.world_size, first * config.train.gradient_accumulation_steps)
+    stop_request = StopRequest(session.run, rank_env)
     window = CaptureWindow(step_window(config.profile.steps, steps))
-    with Progress(config, first=first, shown=place.rank == 0) as progress, window:
+    with Progress(config, first=first, shown=rank_env.rank == 0) as progress, window:
         for step in range(first, steps):
             window.before(step)
             began = time.perf_counter()
@@ -129,13 +129,13 @@ def _checkpoint_due(step: int, config: RunConfig) -> bool:
 
 
 def _score(
-    task: AnomalyTask, engine: deepspeed.DeepSpeedEngine, config: RunConfig, place: RankEnvironment, when: str
+    task: AnomalyTask, engine: deepspeed.DeepSpeedEngine, config: RunConfig, rank_env: RankEnvironment, when: str
 ) -> dict[str, float]:
     if not config.train.evaluate:
         return {}
     with annotate.phase("evaluate"):
-        scores = task.evaluate(engine, place.rank, place.world_size, words=when == "after")
-    if place.rank == 0:
+        scores = task.evaluate(engine, rank_env.rank, rank_env.world_size, words=when == "after")
+    if rank_env.rank == 0:
         said = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         log.info("%s training, on held-out images: %s", when, said)
     return {f"{name}_{when}": value for name, value in scores.items()}

@@ -20,11 +20,11 @@ from hpcmm.worker.environment import RankEnvironment
 class StopRequest:
     """Whether training is to stop. A ``SIGUSR1`` to any rank asks for it as well."""
 
-    def __init__(self, run: RunDir, place: RankEnvironment) -> None:
+    def __init__(self, run: RunDir, rank_env: RankEnvironment) -> None:
         """All ranks call this together. Installs the signal's handler, so call it on the main thread."""
-        self._file = run.stop_request if place.rank == 0 else None
+        self._file = run.stop_request if rank_env.rank == 0 else None
         self._signalled = False
-        self._alone = place.world_size == 1
+        self._alone = rank_env.world_size == 1
         # On the CPU, so that no rank has to wait for its GPU to read a number.
         self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         self._wanted = torch.zeros(1, dtype=torch.int32)

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from hpcmm.config import config_file
-from hpcmm.config.rank_selection import profiled_ranks
 from hpcmm.config.schema import Executor, RunConfig, TaskName
 from hpcmm.errors import HpcmmError, ProfilerUnusableError
+from hpcmm.node import startup
 from hpcmm.node.recorder import rank_of
+from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker import startup
 from hpcmm.worker.environment import RankEnvironment
 from hpcmm.worker.signal_forwarding import end_as, record_exit, run_watched
 

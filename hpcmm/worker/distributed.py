@@ -18,24 +18,23 @@ from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.worker.accelerator import select_accelerator
-from hpcmm.worker.environment import RankEnvironment
-from hpcmm.worker.threads import threads_per_rank
+from hpcmm.worker.environment import RankEnvironment, threads_per_rank
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 _LAST_TENSORS_S = 0.1
 
 
 @contextlib.contextmanager
-def process_group(place: RankEnvironment, config: RunConfig, metrics: MetricsWriter) -> Iterator[torch.device]:
+def process_group(rank_env: RankEnvironment, config: RunConfig, metrics: MetricsWriter) -> Iterator[torch.device]:
     """Join the job's process group, leave it at the end. Yields this rank's device.
 
     Raises HpcmmError when not all ranks arrive within ``parallel.rendezvous_timeout_s``.
     """
-    place.export()
-    device = _own_device(place)
+    rank_env.export()
+    device = _own_device(rank_env)
     _set_threads(config)
     with metrics.startup("rendezvous"):
-        _rendezvous(place, config, BACKENDS[device.type])
+        _rendezvous(rank_env, config, BACKENDS[device.type])
     try:
         with _timeout_of_later_groups(timedelta(seconds=config.parallel.collective_timeout_s)):
             yield device
@@ -71,15 +70,15 @@ def _timeout_of_later_groups(timeout: timedelta) -> Iterator[None]:
             setattr(distributed_c10d, name, value)
 
 
-def _own_device(place: RankEnvironment) -> torch.device:
+def _own_device(rank_env: RankEnvironment) -> torch.device:
     if select_accelerator() == "cpu":
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     # A scheduler that binds each rank to its GPU shows it that one alone, as number 0.
-    number = 0 if visible == 1 else place.local_rank
+    number = 0 if visible == 1 else rank_env.local_rank
     if number >= visible:
         raise HpcmmError(
-            f"Rank {place.rank} is number {place.local_rank} on {place.node}, which shows it {visible} GPUs."
+            f"Rank {rank_env.rank} is number {rank_env.local_rank} on {rank_env.node}, which shows it {visible} GPUs."
         )
     torch.cuda.set_device(number)
     os.environ["LOCAL_RANK"] = str(number)  # DeepSpeed takes its device from it
@@ -90,30 +89,31 @@ def _set_threads(config: RunConfig) -> None:
     torch.set_num_threads(threads_per_rank(config))
 
 
-def _rendezvous(place: RankEnvironment, config: RunConfig, backend: str) -> None:
+def _rendezvous(rank_env: RankEnvironment, config: RunConfig, backend: str) -> None:
     import deepspeed  # noqa: PLC0415 -- reads DS_ACCELERATOR when it is imported
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     wait_s = config.parallel.rendezvous_timeout_s
-    where = f"{place.master_addr}:{place.master_port}"
+    where = f"{rank_env.master_addr}:{rank_env.master_port}"
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            place.master_addr,
-            place.master_port,
-            place.world_size,
-            is_master=place.rank == 0,
+            rank_env.master_addr,
+            rank_env.master_port,
+            rank_env.world_size,
+            is_master=rank_env.rank == 0,
             timeout=timedelta(seconds=wait_s),
         )
         dist.init_process_group(
             backend,
             store=PrefixStore("default", store),
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=rank_env.rank,
+            world_size=rank_env.world_size,
             timeout=timedelta(seconds=config.parallel.collective_timeout_s),
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise HpcmmError(
-            f"Rank {place.rank} on {place.node} did not meet the other ranks at {where} within {wait_s} s: did all "
-            f"{place.world_size} start (see the others' logs), and does {place.master_addr} resolve on {place.node}?"
+            f"Rank {rank_env.rank} on {rank_env.node} did not meet the other ranks at {where} within {wait_s} s: did "
+            f"all {rank_env.world_size} start (see the others' logs), and does {rank_env.master_addr} resolve "
+            f"on {rank_env.node}?"
         ) from error
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from hpcmm.config import config_file
 from hpcmm.node.cache import extensions_dir
+from hpcmm.node.startup import parts_before
 from hpcmm.runs.attempts import current_attempt
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.environment import RankEnvironment
-from hpcmm.worker.startup import parts_before
-from hpcmm.worker.threads import bound_threads
+from hpcmm.worker.environment import RankEnvironment, bound_threads
 
 
 def run_rank(run_dir: str) -> dict[str, float]:
@@ -22,10 +21,10 @@ def run_rank(run_dir: str) -> dict[str, float]:
     run = RunDir(Path(run_dir))
     config = config_file.load(run.config)
     bound_threads(config)
-    place = RankEnvironment.read()
-    _log_with_rank(place)
-    with MetricsWriter(run.rank_metrics(place.rank), current_attempt(run)) as metrics:
-        metrics.start(place)
+    rank_env = RankEnvironment.read()
+    _log_with_rank(rank_env)
+    with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:
+        metrics.start(**rank_env.identity())
         for part, duration_s in parts_before(began_s):
             metrics.startup_part(part, duration_s)
         with metrics.startup("imports"):
@@ -39,14 +38,14 @@ def run_rank(run_dir: str) -> dict[str, float]:
             # Both import deepspeed, which asks for the accelerator.
             from hpcmm.train.loop import train  # noqa: PLC0415
             from hpcmm.worker.distributed import process_group  # noqa: PLC0415
-        with process_group(place, config, metrics) as device:
+        with process_group(rank_env, config, metrics) as device:
             collectives.install()
-            return train(config, run, place, device, metrics)
+            return train(config, run, rank_env, device, metrics)
 
 
-def _log_with_rank(place: RankEnvironment) -> None:
+def _log_with_rank(rank_env: RankEnvironment) -> None:
     logging.basicConfig(
         level=logging.INFO,
-        format=f"%(asctime)s rank {place.rank} on {place.node} %(levelname)s %(name)s: %(message)s",
+        format=f"%(asctime)s rank {rank_env.rank} on {rank_env.node} %(levelname)s %(name)s: %(message)s",
         force=True,
     )

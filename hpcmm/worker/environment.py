@@ -1,4 +1,4 @@
-"""Who this rank is, from what the scheduler put into the environment. No ssh, no host file, no MPI."""
+"""Who this rank is, from what the scheduler put into the environment, and what the rank's libraries find there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 
 _SLURM = {
@@ -59,6 +61,10 @@ class RankEnvironment:
             master_port=int(environ["MASTER_PORT"]),
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What the rank's metrics file says of it; see :meth:`hpcmm.runs.metrics.MetricsWriter.start`."""
+        return {name: getattr(self, name) for name in ("rank", "local_rank", "world_size", "node", "job_id")}
+
     def export(self, environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
         """Set the variables that PyTorch, DeepSpeed and Accelerate look for."""
         environ["RANK"] = str(self.rank)
@@ -78,3 +84,16 @@ def _ranks_on_this_node(environ: Mapping[str, str], world_size: int) -> int:
     for tasks, repeated in re.findall(r"([0-9]+)(?:\(x([0-9]+)\))?", listed):
         counts += [int(tasks)] * int(repeated or 1)
     return counts[int(environ.get("SLURM_NODEID", "0"))]
+
+
+def threads_per_rank(config: RunConfig) -> int:
+    """OpenMP threads of a rank: ``parallel.threads_per_rank``, else its processor cores."""
+    return config.parallel.threads_per_rank or config.cluster.cpus_per_rank
+
+
+def bound_threads(config: RunConfig) -> None:
+    """Tell OpenMP and BLAS by their variable, which they read when torch and numpy are imported; one that is set stays.
+
+    Without it their pools take all cores of the node, which its ranks share.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config)))

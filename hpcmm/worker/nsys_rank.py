@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from hpcmm.config.schema import ProfileConfig, RunConfig
-from hpcmm.config.step_window import step_window
 from hpcmm.errors import ProfilerUnusableError
 from hpcmm.node.cache import cache_dir
 from hpcmm.nsys.capture import run_under_nsys
 from hpcmm.nsys.probe import NsysFacts, nsys_facts
+from hpcmm.ranges import step_window
 from hpcmm.resources import resource
 from hpcmm.runs import failures
 from hpcmm.runs.attempts import current_attempt

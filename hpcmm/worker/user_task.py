@@ -21,8 +21,7 @@ from hpcmm.node.cache import extensions_dir
 from hpcmm.runs.attempts import current_attempt
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.environment import RankEnvironment
-from hpcmm.worker.threads import bound_threads
+from hpcmm.worker.environment import RankEnvironment, bound_threads
 
 
 def run_user_task(run_dir: str) -> Any:
@@ -32,14 +31,14 @@ def run_user_task(run_dir: str) -> Any:
     """
     run = RunDir(Path(run_dir))
     config = config_file.load(run.config)
-    place = RankEnvironment.read()
-    place.export()
+    rank_env = RankEnvironment.read()
+    rank_env.export()
     _see_own_gpu()
     bound_threads(config)
     _offer_compiled_ops(config)
     annotate_collectives_at_init()
-    with MetricsWriter(run.rank_metrics(place.rank), current_attempt(run)) as metrics:
-        metrics.start(place)
+    with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:
+        metrics.start(**rank_env.identity())
         result = None
         if config.task.name is TaskName.script:
             _run_script(config.task)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import MS, make_trace, simulate_run
 
-from hpcmm.analysis import collectives, delay_costs, propagation
+from hpcmm.analysis import collectives, delay_costs, wait_chains
 from hpcmm.analysis.delay_costs import GroupArrivals
 
 
@@ -48,18 +48,18 @@ def test_charges_are_shared_among_those_who_are_missing(starts) -> None:
     arrivals = arrivals_of(starts)
     expected = brute_force(starts)
     assert delay_costs.waited_for(arrivals, len(starts)) == pytest.approx(expected, abs=1e-6)
-    assert delay_costs.charge(arrivals).caused[0] == pytest.approx(expected.sum(axis=0), abs=1e-6)
+    assert delay_costs.attribute_wait(arrivals).caused[0] == pytest.approx(expected.sum(axis=0), abs=1e-6)
 
 
 @given(times, st.floats(0, 1))
 def test_no_more_is_charged_than_was_exposed(starts, share) -> None:
     arrivals = arrivals_of(starts, share)
-    assert delay_costs.charge(arrivals).caused.sum() == pytest.approx(arrivals.exposed.sum(), abs=1e-6)
+    assert delay_costs.attribute_wait(arrivals).caused.sum() == pytest.approx(arrivals.exposed.sum(), abs=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_a_straggler_costs_its_delay_whatever_the_number_of_ranks(count: int) -> None:
-    charges = delay_costs.charge(arrivals_of([0.0] * (count - 1) + [60.0]))
+    charges = delay_costs.attribute_wait(arrivals_of([0.0] * (count - 1) + [60.0]))
     assert (charges.caused + charges.own)[0, -1] / count == pytest.approx(60.0)
     assert (charges.caused + charges.own)[0, :-1].sum() == 0
 
@@ -84,8 +84,8 @@ def test_a_delay_is_charged_to_the_phase_that_took_longer() -> None:
     traces = simulate_run(lambda rank, _step, phase: 60.0 if (rank, phase) == (3, "data") else 5.0, noise_ms=0.0)
     rows = collectives.expose(collectives.estimate_waits(collectives.match(traces), 1000), traces)
     parts = delay_costs.work_parts(traces)
-    groups = propagation.charged_groups(rows, parts)
-    losses = propagation.losses_by_step(groups, len(traces), parts, np.arange(1, 30)).total
+    groups = wait_chains.charged_groups(rows, parts)
+    losses = wait_chains.losses_by_step(groups, len(traces), parts, np.arange(1, 30)).total
     data = parts.names.index("data")
     assert losses[:, 3, data] == pytest.approx(55.0 * MS, rel=0.01)
     assert losses.sum() == pytest.approx(losses[:, 3, data].sum(), rel=0.01)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from recorded import H100
 from synthetic_gpu import GpuRun
 
-from hpcmm.analysis.gpu import BACK_TO_BACK_NS, CAUSES, DEPENDENCY, HOST, LATENCY, UNTRACED, device_time, gpu_rows
-from hpcmm.analysis.report_inventory import assess, observe
+from hpcmm.analysis.gpu_trace import BACK_TO_BACK_NS, CAUSES, DEPENDENCY, HOST, LATENCY, UNTRACED, device_time, gpu_rows
+from hpcmm.analysis.report_inventory import observe, take_inventory
 from hpcmm.analysis.trace import extract_traces
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.page.headlines import gpu_line, headline, late_line
@@ -244,7 +244,7 @@ def test_cuda_asked_for_and_not_there_is_said(tmp_path: Path) -> None:
                 connection.execute(f"DROP TABLE CUPTI_ACTIVITY_KIND_{table}")
             connection.commit()
     facts = [observe(read_report(path, path)) for path in folder.iterdir()]
-    coverage = assess(facts, read_run_record(None)).table
+    coverage = take_inventory(facts, read_run_record(None)).table
     assert set(coverage["reason"]) == {"CUDA was to be traced, but no GPU activity was recorded"}
 
 

@@ -8,7 +8,8 @@ import textwrap
 import pytest
 
 from hpcmm import annotate
-from hpcmm.annotate import auto_instrument, loops
+from hpcmm.annotate import auto_instrument
+from hpcmm.annotate import ranges as loops
 from hpcmm.annotate.import_hooks import after_import
 
 

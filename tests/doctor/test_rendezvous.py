@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcmm.doctor.rendezvous import Line, answer_clock, come, gather, measure_offset
-from hpcmm.doctor.round_robin import best_of_each, rounds_of_pairs
+from hpcmm.doctor.rendezvous import Line, answer_clock, best_of_each, come, gather, measure_offset, rounds_of_pairs
 
 
 @given(st.integers(2, 17))

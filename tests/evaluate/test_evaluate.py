@@ -17,7 +17,7 @@ from hpcmm.evaluate.table import over_seeds, separated
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.workloads.anomaly import maps_picture
 from hpcmm.workloads.anomaly.models.scores import image_auroc
-from hpcmm.workloads.anomaly.question_answering.conversations import Said
+from hpcmm.workloads.anomaly.question_answering.conversations import ParsedAnswer
 from hpcmm.workloads.anomaly.question_answering.scores import METRICS as WORDS
 from hpcmm.workloads.anomaly.question_answering.scores import statements
 from hpcmm.workloads.anomaly.scoring import MEAN, METRICS, POOLED, Scored, by_category
@@ -117,9 +117,9 @@ def test_a_checkpoint_that_others_can_write_is_not_read(tmp_path):
 
 
 def test_words_are_scored_by_category_where_there_are_any(scored: Scored):
-    truth = statements([Said(bool(label), frozenset({0} if label else ())) for label in scored.label])
+    truth = statements([ParsedAnswer(bool(label), frozenset({0} if label else ())) for label in scored.label])
     said = truth.copy()
-    said[1] = statements([Said(True, frozenset({8}))])[0]  # the wrong place, in the first category
+    said[1] = statements([ParsedAnswer(True, frozenset({8}))])[0]  # the wrong place, in the first category
     table = by_category(replace(scored, said=said, truth=truth)).set_index("category")
     assert table.loc["screw", list(WORDS)].tolist() == [1.0, 0.8, 0.8]
     assert table.loc["tile", "words_detection"] == 1

@@ -2,9 +2,9 @@
 
 import pytest
 
-from hpcmm.jobs.diagnostics import JobEvidence, RankEvidence
+from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
 from hpcmm.jobs.first_failure import first_failure
-from hpcmm.jobs.run_records import RankProgress
+from hpcmm.jobs.state import RankProgress
 from hpcmm.jobs.why import explanation_of, lines_of, values_of
 from hpcmm.node.classify import Kind, LoggedError
 from hpcmm.runs.failures import RankError, RankExit
@@ -26,20 +26,20 @@ SLEEPING = WAITING.replace("/env/site-packages/torch/distributed/distributed_c10
 
 def raised(rank, second, kind, message, unreachable=()):
     error = RankError(rank, f"n{rank}", second * SECOND, kind, message, [f"{kind}: {message}"], list(unreachable))
-    return RankEvidence(rank, f"n{rank}", error, RankExit(rank, f"n{rank}", second * SECOND + 1, 1, None))
+    return RankDiagnostics(rank, f"n{rank}", error, RankExit(rank, f"n{rank}", second * SECOND + 1, 1, None))
 
 
 def signalled(rank, second, number, **more):
-    return RankEvidence(rank, f"n{rank}", exit=RankExit(rank, f"n{rank}", second * SECOND, None, number), **more)
+    return RankDiagnostics(rank, f"n{rank}", exit=RankExit(rank, f"n{rank}", second * SECOND, None, number), **more)
 
 
 def silent(rank, step=4):
-    return RankEvidence(rank, f"n{rank}", progress=RankProgress(rank, f"n{rank}", "7", step, 5 * SECOND, False))
+    return RankDiagnostics(rank, f"n{rank}", progress=RankProgress(rank, f"n{rank}", "7", step, 5 * SECOND, False))
 
 
 def job(*ranks, state="FAILED", reason="", nodes=None, srun=(), **more):
     known = {rank.rank: rank for rank in ranks}
-    return JobEvidence(
+    return JobDiagnostics(
         Job("7", "7", name="run", state=state, reason=reason),
         None,
         ranks=known,
@@ -111,7 +111,7 @@ def test_a_node_whose_ranks_left_no_word_failed(evidence):
 
 
 def test_one_silent_rank_of_a_node_with_others_is_no_dead_node():
-    same_node = RankEvidence(1, "n0", progress=RankProgress(1, "n0", "7", 1, 5, False))
+    same_node = RankDiagnostics(1, "n0", progress=RankProgress(1, "n0", "7", 1, 5, False))
     found = first_failure(job(raised(0, 6, *LOST), same_node, srun=["n0: task 1: Killed"]))
     assert (found.kind, found.rank, found.bad_nodes) == (Kind.killed, 1, [])
 
@@ -139,11 +139,11 @@ def test_an_exception_counts_though_the_job_was_cancelled_later():
 
 
 def test_the_log_tells_what_a_program_without_records_raised():
-    rank = RankEvidence(
+    rank = RankDiagnostics(
         1, "n1", exit=RankExit(1, "n1", 5, 1, None), logged=LoggedError("MemoryError", "", ["MemoryError"])
     )
     assert first_failure(job(rank)).kind is Kind.out_of_memory
-    assert first_failure(job(RankEvidence(1, "n1", exit=RankExit(1, "n1", 5, 3, None)))).what == "exit status 3"
+    assert first_failure(job(RankDiagnostics(1, "n1", exit=RankExit(1, "n1", 5, 3, None)))).what == "exit status 3"
 
 
 def test_a_batch_script_that_fails_before_the_ranks_is_told():

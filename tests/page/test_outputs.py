@@ -14,8 +14,8 @@ import pytest
 
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.errors import HpcmmError
-from hpcmm.page import atomic_write
-from hpcmm.page.atomic_write import to_arrow, write_all, write_together
+from hpcmm.page import outputs
+from hpcmm.page.outputs import to_arrow, write_all, write_together
 from hpcmm.page.perfetto import write_trace
 
 SAMPLES = Path(__file__).parents[2] / "profiles" / "samples"
@@ -74,7 +74,7 @@ def test_tables_are_sorted(slow_data: Analysis) -> None:
 def test_control_characters_do_not_reach_a_file() -> None:
     table = pd.DataFrame({"phase": ["a\x1b[31m\r\n\0b", 'q",', None], "n": [1, 2, 3]}).astype({"phase": "str"})
     file = BytesIO()
-    atomic_write.table_files({"t": table})["t.csv"](file)
+    outputs.table_files({"t": table})["t.csv"](file)
     text = file.getvalue().decode()
     assert text.count("\n") == 4
     assert "\x1b" not in text
@@ -86,7 +86,7 @@ def test_control_characters_do_not_reach_a_file() -> None:
 
 def test_a_full_disk_leaves_the_earlier_analysis_whole(tmp_path: Path, monkeypatch) -> None:
     tables = {"t": pd.DataFrame({"a_s": [1.0]})}
-    write_all(tmp_path, atomic_write.table_files(tables))
+    write_all(tmp_path, outputs.table_files(tables))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(file) -> None:

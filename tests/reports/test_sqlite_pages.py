@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.sqlite import ReportDatabase
-from hpcmm.reports.sqlite_pages import UnusualTableError, integer_columns
+from hpcmm.reports.sqlite import ReportDatabase, UnusualTableError, integer_columns
 
 EDGES = [0, 1, -1, 127, 128, -129, 32767, 1 << 23, -(1 << 31), 1 << 47, (1 << 63) - 1, -(1 << 63)]
 cells = st.one_of(

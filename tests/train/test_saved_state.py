@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcmm.train.checkpoint import _damage_of_file
-from hpcmm.train.random_state import random_state, restore_random_state
+from hpcmm.train.checkpoint import _damage_of_file, random_state, restore_random_state
 
 
 def draws():

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from hpcmm.config.schema import ProfileConfig
-from hpcmm.config.step_window import step_window
 from hpcmm.errors import HpcmmError
 from hpcmm.nsys.probe import NsysFacts, nsys_facts
+from hpcmm.ranges import step_window
 from hpcmm.worker.nsys_rank import known_flags, profile_flags
 
 WINDOW_FLAGS = {"capture-range", "nvtx-capture", "capture-range-end", "env-var"}

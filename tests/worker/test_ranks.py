@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from hpcmm.config.rank_selection import profiled_ranks
 from hpcmm.config.schema import RunConfig, TaskConfig, TaskName, TrainConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.nsys.capture import run_under_nsys
+from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.__main__ import is_finished, main
 

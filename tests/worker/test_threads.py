@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hpcmm.config.schema import ClusterConfig, ParallelConfig, RunConfig
-from hpcmm.worker.threads import bound_threads, threads_per_rank
+from hpcmm.worker.environment import bound_threads, threads_per_rank
 
 CONFIG = RunConfig(name="run", cluster=ClusterConfig(name="any", cpus_per_rank=6))
 

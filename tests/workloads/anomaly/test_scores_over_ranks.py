@@ -19,7 +19,7 @@ from hpcmm.train.sampling import even_share
 from hpcmm.worker.distributed import leave_group
 from hpcmm.workloads.anomaly import task as anomaly_task
 from hpcmm.workloads.anomaly.data_root import ensure_data
-from hpcmm.workloads.anomaly.question_answering.conversations import Said
+from hpcmm.workloads.anomaly.question_answering.conversations import ParsedAnswer
 from hpcmm.workloads.anomaly.task import AnomalyTask
 
 RANKS = 3
@@ -57,9 +57,9 @@ def make_talkative(task: AnomalyTask) -> None:
     anomaly_task.parse_answer = read_a_statement
 
 
-def read_a_statement(text: str) -> Said:
+def read_a_statement(text: str) -> ParsedAnswer:
     number = zlib.crc32(text.encode())
-    return Said(bool(number & 1), frozenset({number // 2 % 9}))
+    return ParsedAnswer(bool(number & 1), frozenset({number // 2 % 9}))
 
 
 def scores_of_a_rank(rank: int, world_size: int, folder: str) -> None:

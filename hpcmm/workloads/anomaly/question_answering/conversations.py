@@ -55,7 +55,7 @@ TEMPLATES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ParsedAnswer:
     """What an answer says. ``anomalous`` is None where it says neither yes nor no; ``cells`` are of the grid."""
 
     anomalous: bool | None
@@ -88,12 +88,12 @@ def affirm(template: Template, cells: Collection[int]) -> str:
     return template.yes.replace("{}", listed)
 
 
-def parse_answer(text: str) -> Said:
+def parse_answer(text: str) -> ParsedAnswer:
     """What an answer says, whichever template it follows; it must begin with yes or no. Any text will do."""
     words = text.lower()
     verdict = _VERDICT.match(words)
     if verdict is None:
-        return Said(None, frozenset())
+        return ParsedAnswer(None, frozenset())
     if verdict[1] == "no":
-        return Said(False, frozenset())
-    return Said(True, frozenset(CELL_NAMES.index(place.replace("-", " ")) for place in _PLACE.findall(words)))
+        return ParsedAnswer(False, frozenset())
+    return ParsedAnswer(True, frozenset(CELL_NAMES.index(place.replace("-", " ")) for place in _PLACE.findall(words)))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcmm.workloads.anomaly.question_answering.conversations import Said
+from hpcmm.workloads.anomaly.question_answering.conversations import ParsedAnswer
 from hpcmm.workloads.anomaly.question_answering.grid import SIDE
 
 CELLS = SIDE * SIDE
@@ -20,7 +20,7 @@ Statements = NDArray[np.int8]
 """Of N images (N, 1 + CELLS): 1 for an anomaly, 0 for none, -1 where the answer says neither; then 1 for each cell."""
 
 
-def statements(said: Sequence[Said]) -> Statements:
+def statements(said: Sequence[ParsedAnswer]) -> Statements:
     """Answers as numbers, which processes can send to one another."""
     table = np.zeros((len(said), 1 + CELLS), np.int8)
     for row, each in zip(table, said, strict=True):

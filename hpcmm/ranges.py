@@ -1,4 +1,4 @@
-"""Which ranks a capture covers."""
+"""Which ranks and which steps a capture covers: number ranges as users write them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,21 @@ def profiled_ranks(choice: str, world_size: int, ranks_per_node: int) -> frozens
     if not ranks or max(ranks) >= world_size:
         raise HpcmmError(f"profile.ranks is {choice!r}, but the ranks of this run are 0 to {world_size - 1}.")
     return frozenset(ranks)
+
+
+def step_window(choice: str | None, steps: int) -> range | None:
+    """The steps named by ``choice``, such as ``100:110``, whose end is not among them; None for all.
+
+    Raises HpcmmError for anything else, and for a window that holds none of the run's ``steps``.
+    """
+    if choice is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9]{1,12})\s*:\s*([0-9]{1,12})\s*", choice)
+    if match is None:
+        raise HpcmmError(
+            f"profile.steps is {choice!r}: write the first step and the one after the last, as in 100:110."
+        )
+    window = range(int(match[1]), int(match[2]))
+    if not window or window.start >= steps:
+        raise HpcmmError(f"profile.steps is {choice!r}, which holds none of this run's steps 0 to {steps - 1}.")
+    return window

@@ -22,7 +22,7 @@ from hpcmm.analysis.delay_costs import (
     GroupArrivals,
     Singles,
     WorkParts,
-    charge,
+    attribute_wait,
     excess_work,
     fractions,
     group_arrivals,
@@ -59,8 +59,8 @@ def losses_by_step(
     if not len(steps):
         return Losses(total, own_work)
     if len(groups) > 1:
-        chain = _Chain(groups)
-    all_charges = [charge(group.arrivals) for group in groups]
+        chain = WaitChain(groups)
+    all_charges = [attribute_wait(group.arrivals) for group in groups]
     all_excess = _own_once(groups, all_charges, traces, parts)
     for index, (group, charges, excess) in enumerate(zip(groups, all_charges, all_excess, strict=True)):
         arrivals, cost = group.arrivals, charges.caused
@@ -146,7 +146,7 @@ class ChargedGroup:
         return [(int(late), float(part)) for late, part in zip(order[position + 1 :], share, strict=True)]
 
 
-class _Chain:
+class WaitChain:
     """Causes of waiting across groups, each found once."""
 
     def __init__(self, groups: Sequence[ChargedGroup]) -> None:

@@ -1,4 +1,4 @@
-"""Write tables and texts so that a file under its final name is always whole, and all of them of one analysis."""
+"""Write what an analysis gives so that a file under its final name is always whole, and all of them of one analysis."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from hpcmm.analysis.pipeline import Study
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.printable import printable
+from hpcmm.page.html import page
+from hpcmm.page.markdown import summary
+from hpcmm.page.perfetto import write_trace
+from hpcmm.text import printable
 
 Content = str | Callable[[IO[bytes]], None]
 """A file's text, or what writes its bytes."""
@@ -82,3 +86,16 @@ def write_together(folder: Path, contents: Mapping[str, Content]) -> None:
     finally:
         for partial_path in partials:
             partial_path.unlink(missing_ok=True)
+
+
+def write_outputs(study: Study, folder: Path) -> None:
+    """All tables as CSV and Parquet, ``summary.md``, ``report.html`` and ``trace.json.gz`` into ``folder``.
+
+    Raises HpcmmError (a full disk) with the outputs of an earlier analysis left as they were.
+    """
+    pages: dict[str, Content] = {
+        "summary.md": summary(study),
+        "report.html": page(study),
+        "trace.json.gz": lambda file: write_trace(study, file),
+    }
+    write_all(folder, table_files(study.tables) | pages)
