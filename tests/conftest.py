@@ -1,4 +1,4 @@
-"""The real Slurm cluster of ``slurm/local`` and the real nsys, for tests that need them."""
+"""The real Slurm cluster of ``slurm/local``, the real nsys and a run that is kept, for tests that need them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
+import kept_run
 import pytest
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -134,3 +135,12 @@ def nsys() -> str:
     if path is None:
         pytest.skip("nsys is not on the PATH")
     return path
+
+
+@pytest.fixture
+def run_v1(tmp_path: Path) -> Path:
+    """Directory of a finished run that an earlier version made, in a folder ``runs`` with a finished sweep.
+
+    See ``tests/fixtures/run_v1/README.md``.
+    """
+    return kept_run.unpack(tmp_path / "project")
