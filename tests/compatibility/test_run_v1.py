@@ -16,8 +16,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from hpcmm import config_file
-from hpcmm.frozen_config import read_frozen_config
+from hpcmm.config import config_file
+from hpcmm.config.untyped_config import read_frozen_config
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -154,7 +154,7 @@ def test_the_points_of_its_sweep_are_scored_with_the_names_of_what_differs(run_v
 
 
 def test_it_is_served_with_the_findings_of_then(run_v1):
-    from hpcmm.run_dir import RunDir
+    from hpcmm.runs.run_dir import RunDir
     from hpcmm.serve.predictor import Request, load_predictor
 
     predictor = load_predictor(RunDir(run_v1), config_file.load(run_v1 / "config.yaml"))
