@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.intervals import IntervalSet, first_claims
-from hpcmm.analysis.trace import RankTrace
 from hpcmm.annotate import schema
 
 OTHER = "other"
@@ -128,39 +124,3 @@ def locate(segments: pd.DataFrame, at_ns: np.ndarray) -> tuple[np.ndarray, np.nd
     inside = (index >= 0) & (at_ns < np.append(segments["end_ns"].to_numpy(np.int64), 0)[index])
     step = np.where(inside, np.append(segments["step"].to_numpy(np.int64), 0)[index], OUTSIDE)
     return step, np.where(inside, np.append(segments["phase"].to_numpy(object), "")[index], "")
-
-
-MAX_PHASES = 100
-OTHERS = "(other phases)"
-
-
-def group_rare_phases(traces: Sequence[RankTrace]) -> list[RankTrace]:
-    """``traces`` with the :data:`MAX_PHASES` phases that take most time over all ranks, the rest as :data:`OTHERS`."""
-    names = {str(name) for trace in traces for name in trace.segments["phase"].unique()}
-    if len(names) <= MAX_PHASES:
-        return list(traces)
-    lengths = pd.concat(
-        [
-            pd.DataFrame(
-                {"phase": trace.segments["phase"], "ns": trace.segments["end_ns"] - trace.segments["start_ns"]}
-            )
-            for trace in traces
-        ]
-    )
-    longest = lengths.groupby("phase")["ns"].sum().sort_values(ascending=False, kind="stable")
-    kept = {*longest.index[: MAX_PHASES - 1], OTHER, ""}
-
-    def folded(frame: pd.DataFrame) -> pd.DataFrame:
-        return frame.assign(phase=frame["phase"].where(frame["phase"].isin(kept), OTHERS))
-
-    return [
-        replace(
-            trace,
-            segments=folded(trace.segments),
-            collectives=folded(trace.collectives),
-            waits=folded(trace.waits),
-            calls=folded(trace.calls),
-            batches=None if trace.batches is None else folded(trace.batches),
-        )
-        for trace in traces
-    ]

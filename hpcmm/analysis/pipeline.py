@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import bottlenecks, collectives, nccl, phases, tables
+from hpcmm.analysis import bottlenecks, collectives, nccl, tables
 from hpcmm.analysis.comm_wait import comm_wait, wait_matrix
 from hpcmm.analysis.findings import AnalysisContext
 from hpcmm.analysis.gpu_findings import span_s
@@ -21,7 +21,7 @@ from hpcmm.analysis.report_inventory import ReportInventory, facts_of, observe, 
 from hpcmm.analysis.steps import StepTimes, step_times
 from hpcmm.analysis.suggestions import suggest
 from hpcmm.analysis.tables import Tables, environment_table, startup_table
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.trace import RankTrace, group_rare_phases
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
 from hpcmm.reports.convert import Converter
@@ -143,7 +143,7 @@ def _derive(ledger: ReportInventory, record: RunRecord, progress: Progress, refe
     """All tables, from the traces of all ranks."""
     progress("aligning clocks", 0, 1)
     traces, clock = _on_one_clock(ledger)
-    traces = phases.group_rare_phases(traces)
+    traces = group_rare_phases(traces)
     progress("matching collectives", 0, 1)
     matched = nccl.confirm_order(collectives.match(traces), clock.error_ns)
     rows = collectives.estimate_waits(matched, clock.error_ns)

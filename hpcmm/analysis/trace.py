@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -229,3 +229,39 @@ def _collectives(ranges: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
     frame["occurrence"] = frame.groupby(["group", "op", "sequence"]).cumcount()
     frame["step"], frame["phase"] = phases.locate(segments, frame["start_ns"].to_numpy(np.int64))
     return frame[[*COLLECTIVE_COLUMNS, "tid"]]
+
+
+MAX_PHASES = 100
+OTHERS = "(other phases)"
+
+
+def group_rare_phases(traces: Sequence[RankTrace]) -> list[RankTrace]:
+    """``traces`` with the :data:`MAX_PHASES` phases that take most time over all ranks, the rest as :data:`OTHERS`."""
+    names = {str(name) for trace in traces for name in trace.segments["phase"].unique()}
+    if len(names) <= MAX_PHASES:
+        return list(traces)
+    lengths = pd.concat(
+        [
+            pd.DataFrame(
+                {"phase": trace.segments["phase"], "ns": trace.segments["end_ns"] - trace.segments["start_ns"]}
+            )
+            for trace in traces
+        ]
+    )
+    longest = lengths.groupby("phase")["ns"].sum().sort_values(ascending=False, kind="stable")
+    kept = {*longest.index[: MAX_PHASES - 1], phases.OTHER, ""}
+
+    def folded(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.assign(phase=frame["phase"].where(frame["phase"].isin(kept), OTHERS))
+
+    return [
+        replace(
+            trace,
+            segments=folded(trace.segments),
+            collectives=folded(trace.collectives),
+            waits=folded(trace.waits),
+            calls=folded(trace.calls),
+            batches=None if trace.batches is None else folded(trace.batches),
+        )
+        for trace in traces
+    ]
