@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
@@ -18,6 +17,7 @@ from hydra._internal.core_plugins.structured_config_source import StructuredConf
 from hydra._internal.defaults_list import create_defaults_list
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
@@ -25,9 +25,11 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hpcmm.config.keys import parts_of
+from hpcmm.config.parts import NAME, folders_of, resolved_part
 from hpcmm.config.schema import RunConfig
+from hpcmm.config.space import ConfigSpace, space_of
 from hpcmm.errors import HpcmmError
-from hpcmm.resources import resource
 
 _PIECES = re.compile(
     r"""
@@ -67,24 +69,25 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     Raises HpcmmError, in one sentence, for an override that does not parse, an unknown key or group option, a value of
     the wrong type, a value that must be given and is not, and a sweep, which is more than one run.
     """
-    parsed = parse_overrides(overrides)
+    space = space_of(overrides)
+    parsed = parse_overrides(overrides, space)
     for override in parsed:
         if override.is_sweep_override():
             raise HpcmmError(f"{override.input_line} is a sweep, and one run was asked for.")
-    with explained():
-        return to_run(compose_tree(parsed))
+    with explained(space):
+        return to_run(compose_tree(parsed, space))
 
 
-def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str], space: ConfigSpace) -> list[Override]:
     """Parse overrides of known keys, sweeps included. Raises HpcmmError for all others."""
     parser = OverridesParser.create()
-    return [_parsed(parser, override) for override in overrides]
+    return [_parsed(parser, override, space) for override in overrides]
 
 
-def _parsed(parser: OverridesParser, override: str) -> Override:
+def _parsed(parser: OverridesParser, override: str, space: ConfigSpace) -> Override:
     shown = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
     try:
-        return _known(parser.parse_override(_raw(override)))
+        return _known(parser.parse_override(_raw(override, space)), space)
     except (HydraException, ValueError) as error:
         raise HpcmmError(
             f"Not a Hydra override: {shown!r}: {_first_line(error)} Write KEY=VALUE, or GROUP=OPTION."
@@ -93,7 +96,7 @@ def _parsed(parser: OverridesParser, override: str) -> Override:
         raise HpcmmError(f"{shown!r} is nested too deeply.") from None
 
 
-def compose_tree(overrides: Sequence[Override]) -> DictConfig:
+def compose_tree(overrides: Sequence[Override], space: ConfigSpace) -> DictConfig:
     """The merged tree, its interpolations unresolved. Raises Hydra's errors: use within :func:`explained`.
 
     The parts that ``hydra.compose`` is made of, without Hydra's own configuration of jobs and loggers, which takes as
@@ -102,66 +105,78 @@ def compose_tree(overrides: Sequence[Override]) -> DictConfig:
     setbase("1.3")
     for source in (FileConfigSource, StructuredConfigSource):
         SourcesRegistry.instance().register(source)
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    ConfigStore.instance().store(name="schema", node=space.schema)
     search = ConfigSearchPathImpl()
-    search.append("main", f"file://{resource('conf')}")
+    for folder in space.folders:
+        search.append("main", f"file://{folder}")
     search.append("schema", "structured://")
     loader = ConfigLoaderImpl(search)
     repository = CachingConfigRepository(loader.repository)
     parser = OverridesParser.create()
-    parsed = [parser.parse_override(override_text(override)) for override in overrides]
+    parsed = [parser.parse_override(override_text(override, space)) for override in overrides]
     defaults = create_defaults_list(repository, "config", parsed, prepend_hydra=False, skip_missing=False)
     tree = loader._compose_config_from_defaults_list(defaults.defaults, repository)
+    _note_names(tree, defaults.defaults, space.schema)
     OmegaConf.set_struct(tree, True)
     loader._apply_overrides_to_config(defaults.config_overrides, tree)
     return tree
 
 
+def with_parts(config: RunConfig, folders: Sequence[Path]) -> RunConfig:
+    """``config`` with each part that is a name replaced by what the file of that name holds."""
+    for key, group in parts_of(type(config)):
+        section, _, name = key.rpartition(".")
+        holder = functools.reduce(getattr, filter(None, section.split(".")), config)
+        setattr(holder, name, resolved_part(getattr(holder, name), group.group, folders))
+    return config
+
+
+def _note_names(tree: DictConfig, chosen: Sequence[ResultDefault], schema: type[RunConfig]) -> None:
+    """Write into each part that a group option chose what that option is called."""
+    options = {default.package: default.config_path for default in chosen}
+    for key, group in parts_of(schema):
+        path = options.get(key)
+        part = OmegaConf.select(tree, key)
+        if path is not None and path.startswith(f"{group.group}/") and isinstance(part, DictConfig):
+            part[NAME] = path.rpartition("/")[2]
+
+
 def to_run(composed: DictConfig) -> RunConfig:
-    """The typed configuration; resolves the interpolations of ``composed``."""
+    """The typed configuration; resolves the interpolations of ``composed``, and the names of parts."""
     OmegaConf.resolve(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise HpcmmError(f"The configuration needs a value for {', '.join(missing)}: give it as {missing[0]}=VALUE.")
     run = OmegaConf.to_object(composed)
     assert isinstance(run, RunConfig)
-    return run
+    return with_parts(run, folders_of(run.launch.config_dir))
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained(space: ConfigSpace) -> Iterator[None]:
     """Turn Hydra's and OmegaConf's errors into one sentence each."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise HpcmmError(_explain(error)) from error
+        raise HpcmmError(_explain(error, space)) from error
     except RecursionError:
         raise HpcmmError("The configuration is nested too deeply, or refers to itself.") from None
 
 
-def config_groups() -> dict[str, list[str]]:
-    """The groups of ``conf/``, such as ``model`` and ``model/decoder``, with their options, both sorted."""
-    root = resource("conf")
-    return {
-        group.relative_to(root).as_posix(): sorted(option.stem for option in group.glob("*.yaml"))
-        for group in sorted(root.rglob("*"))
-        if group.is_dir()
-    }
-
-
-def override_text(override: Override) -> str:
+def override_text(override: Override, space: ConfigSpace) -> str:
     """The override as Hydra is to read it."""
     text = override.input_line
     assert text is not None
-    # Hydra adds a key to a dictionary only when it is told so with ++.
-    in_dictionary = get_origin(_type_of(override.key_or_group)) is dict
+    # Hydra adds a key to a dictionary, or a parameter to a part, only when it is told so with ++.
+    key = override.key_or_group
+    in_dictionary = get_origin(space.type_of(key)) is dict or (space.is_part(key) and key not in space.groups)
     return f"++{text}" if in_dictionary and override.type is OverrideType.CHANGE else text
 
 
-def _raw(override: str) -> str:
+def _raw(override: str, space: ConfigSpace) -> str:
     """``override`` with its words quoted where they are to stay as they are written (``1e-4``, ``true``, ``007``)."""
     key, separator, value = override.partition("=")
-    return f"{key}{separator}{quote_bare_words(value)}" if _takes_text(_type_of(key.lstrip("+"))) else override
+    return f"{key}{separator}{quote_bare_words(value)}" if _takes_text(space.type_of(key.lstrip("+"))) else override
 
 
 def _takes_text(annotation: Any) -> bool:
@@ -170,78 +185,34 @@ def _takes_text(annotation: Any) -> bool:
     return str in values
 
 
-def _type_of(key: str) -> Any:
-    """The type of a key of RunConfig, that of the whole dictionary for a key in one, None for an unknown key."""
-    node: Any = RunConfig
-    for part in key.split("."):
-        if get_origin(node) is dict:
-            break
-        node = type_hints(node).get(part) if isinstance(node, type) and is_dataclass(node) else None
-    return node
-
-
-@functools.cache
-def type_hints(schema: Hashable) -> dict[str, Any]:
-    """The types of a class' fields. Python evaluates their text at each question, which a sweep asks thousands of."""
-    return get_type_hints(schema)
-
-
-def _known(override: Override) -> Override:
+def _known(override: Override, space: ConfigSpace) -> Override:
     """``override`` when its key is known; raises HpcmmError, naming the valid ones, when it is not."""
     key = override.key_or_group
-    groups = config_groups()
     if override.is_hydra_override():
         raise HpcmmError(f"{key} is a setting of Hydra's, which hpcmm makes itself: leave it out.")
-    if key in groups:
-        if override.value() is None:
-            without = ", or leave it out" if key == "experiment" else ""
-            raise HpcmmError(f"{key} needs an option: choose one of {', '.join(groups[key])}{without}.")
-        return override
-    node: Any = RunConfig
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        if not is_dataclass(node):
-            break
-        valid = [field.name for field in fields(node)]
-        if part not in valid:
-            raise HpcmmError(_unknown(".".join(parts[:depth]), part, valid + (sorted(groups) if depth == 0 else [])))
-        assert isinstance(node, type)
-        node = type_hints(node)[part]
+    if key not in space.groups:
+        space.check_key(key)
+    elif override.value() is None:
+        without = ", or leave it out" if key == "experiment" else ""
+        raise HpcmmError(f"{key} needs an option: choose one of {', '.join(space.groups[key])}{without}.")
     return override
 
 
-def _unknown(parent: str, part: str, valid: list[str]) -> str:
-    prefix = f"{parent}." if parent else ""
-    names = sorted({prefix + name for name in valid})
-    close = difflib.get_close_matches(prefix + part, names, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    where = f"Keys of {parent}" if parent else "Keys"
-    return f"{prefix}{part} is no key of the configuration: {hint}{where}: {', '.join(names)}."
-
-
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, space: ConfigSpace) -> str:
     """One sentence from Hydra's and OmegaConf's errors, which come in several lines."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = str(cause)
     key = re.search(r"full_key: (\S+)", text)
     group = re.search(r"Could not (?:find|load) '?([\w/]+)/([^'\s/]+?)'?[\s.]", text + " ")
-    if group and group[1] in (groups := config_groups()):
-        return (
-            f"{group[1]}={group[2]} is no option of the group {group[1]}: choose one of {', '.join(groups[group[1]])}."
-        )
+    if group and group[1] in (groups := space.groups):
+        options = ", ".join(groups[group[1]])
+        return f"{group[1]}={group[2]} is not an option of the group {group[1]}: choose one of {options}."
     if key and "not in" in text:
         parent, _, part = key[1].rpartition(".")
-        return _unknown(parent, part, _valid_keys(parent))
+        return space.unknown(parent, part)
     if key:
         return f"{key[1]}: {_first_line(cause)}"
     return _first_line(cause)
-
-
-def _valid_keys(path: str) -> list[str]:
-    node: Any = RunConfig
-    for part in filter(None, path.split(".")):
-        node = type_hints(node)[part]
-    return [field.name for field in fields(node)] if is_dataclass(node) else []
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,22 +12,15 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra.core.override_parser.types import Glob, Override, RangeSweep, ValueType
 from omegaconf import DictConfig, OmegaConf
 
-from hpcmm.config.compose import (
-    compose_tree,
-    config_groups,
-    explained,
-    override_text,
-    parse_overrides,
-    to_run,
-    type_hints,
-)
+from hpcmm.config.compose import compose_tree, explained, override_text, parse_overrides, to_run, with_parts
 from hpcmm.config.schema import RunConfig
+from hpcmm.config.space import ConfigSpace, space_of
 from hpcmm.errors import HpcmmError
 
 MOST_POINTS = 100_000
@@ -51,32 +44,33 @@ def compose_points(overrides: Sequence[str]) -> list[Point]:
     Raises HpcmmError as :func:`~hpcmm.config.compose.compose_run` does, for a sweep without a finite number of points,
     and for points that differ in what the array shares.
     """
-    parsed = parse_overrides(overrides)
+    space = space_of(overrides)
+    parsed = parse_overrides(overrides, space)
     swept = [override for override in parsed if override.is_sweep_override()]
     fixed = [override for override in parsed if not override.is_sweep_override()]
     if not swept:
-        with explained():
-            return [Point((), to_run(compose_tree(fixed)))]
-    values = [_values(override) for override in swept]
+        with explained(space):
+            return [Point((), to_run(compose_tree(fixed, space)))]
+    values = [_values(override, space) for override in swept]
     count = 1
     for choices in values:
         count *= len(choices)
     if not 1 <= count <= MOST_POINTS:
         raise HpcmmError(f"This sweep has {count} points, but must have 1 to {MOST_POINTS}.")
-    with explained():
-        points = list(_points(fixed, itertools.product(*values)))
+    with explained(space):
+        points = list(_points(fixed, itertools.product(*values), space))
     _check_shared(points)
     return points
 
 
-def _values(override: Override) -> list[Override]:
+def _values(override: Override, space: ConfigSpace) -> list[Override]:
     """An override for each value of a sweep."""
     if not override.is_discrete_sweep():
         raise HpcmmError(f"{override.input_line} has no end: write values, choice(...) or range(...).")
     if isinstance(override._value, RangeSweep):
         _check_range(override, override._value)
     if isinstance(override._value, Glob):
-        values: Iterable[Any] = override._value.filter(config_groups().get(override.key_or_group, []))
+        values: Iterable[Any] = override._value.filter(space.groups.get(override.key_or_group, []))
     else:
         values = override.sweep_iterator()
     # Made of the parsed values and not parsed again: that takes the grammar a millisecond for each.
@@ -100,16 +94,16 @@ def _check_range(override: Override, swept: RangeSweep) -> None:
         raise HpcmmError(f"{override.input_line} is a sweep of more than {MOST_POINTS} points, the most there may be.")
 
 
-def _points(fixed: list[Override], products: Iterable[tuple[Override, ...]]) -> Iterator[Point]:
+def _points(fixed: list[Override], products: Iterable[tuple[Override, ...]], space: ConfigSpace) -> Iterator[Point]:
     """Compose each combination of group options once; its points differ in single values, set on typed copies."""
-    groups = config_groups()
+    groups = space.groups
     families: dict[tuple[str, ...], _Family] = {}
     for product in products:
         options = [override for override in product if override.key_or_group in groups]
         values = [override for override in product if override.key_or_group not in groups]
-        chosen = tuple(map(override_text, options))
+        chosen = tuple(override_text(option, space) for option in options)
         if chosen not in families:
-            families[chosen] = _Family(compose_tree([*fixed, *options]), values)
+            families[chosen] = _Family(compose_tree([*fixed, *options], space), values, space)
         yield Point(tuple(override.input_line or "" for override in product), families[chosen].point(values))
 
 
@@ -120,9 +114,10 @@ class _Family:
     interpolation may carry a value to other keys, each point is typed as a whole.
     """
 
-    def __init__(self, tree: DictConfig, first: Sequence[Override]) -> None:
+    def __init__(self, tree: DictConfig, first: Sequence[Override], space: ConfigSpace) -> None:
         self._tree = tree
-        fields_set = [_field_of(override.key_or_group) for override in first]
+        self._space = space
+        fields_set = [self._space.field_of(override.key_or_group) for override in first]
         carried = _CARRIES_VALUES.search(OmegaConf.to_yaml(tree)) is not None
         self._base = None if carried or len(set(fields_set)) < len(fields_set) else self._typed(first)
         self._values: dict[str, Any] = {}
@@ -133,9 +128,9 @@ class _Family:
             return self._typed(values)
         run = copy.deepcopy(self._base)
         for override in values:
-            *path, name = _field_of(override.key_or_group)
+            *path, name = self._space.field_of(override.key_or_group)
             setattr(functools.reduce(getattr, path, run), name, copy.deepcopy(self._value(override)))
-        return run
+        return with_parts(run, self._space.folders)
 
     def _typed(self, values: Sequence[Override]) -> RunConfig:
         tree = copy.deepcopy(self._tree)
@@ -145,30 +140,18 @@ class _Family:
 
     def _value(self, override: Override) -> Any:
         """What the override makes of its field."""
-        text = override_text(override)
+        text = override_text(override, self._space)
         if text not in self._values:
             value = override.value()
             tree = copy.deepcopy(self._tree) if isinstance(value, dict) else self._tree
             _set(tree, override)
-            typed = OmegaConf.select(tree, ".".join(_field_of(override.key_or_group)))
+            typed = OmegaConf.select(tree, ".".join(self._space.field_of(override.key_or_group)))
             self._values[text] = OmegaConf.to_object(typed) if OmegaConf.is_config(typed) else typed
         return self._values[text]
 
 
 def _set(tree: DictConfig, override: Override) -> None:
     OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
-
-
-def _field_of(key: str) -> tuple[str, ...]:
-    """The field of RunConfig that ``key`` lies in: itself, or the dictionary that it is a key of."""
-    node: Any = RunConfig
-    path: list[str] = []
-    for part in key.split("."):
-        if not (isinstance(node, type) and is_dataclass(node)):
-            break
-        node = type_hints(node)[part]
-        path.append(part)
-    return tuple(path)
 
 
 def _check_shared(points: list[Point]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcmm.config.schema import Analyze, Executor, LlmKind, RunConfig, TaskName
+from hpcmm.config.keys import out_of_bounds
+from hpcmm.config.parts import part_problems
+from hpcmm.config.schema import FUNCTION, SCRIPT, Analyze, Executor, RunConfig
+from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.ranges import profiled_ranks, step_window
 from hpcmm.resources import resource
@@ -130,14 +132,7 @@ def _has_a_home(folder: str) -> bool:
 
 
 ZERO_STAGES = range(4)
-DECODERS = ("fcn", "mlp", "mlp_bn", "resnet")
-IMAGE_ENCODERS = ("clip", "clip_tiny", "efficientnet_lite0", "imagebind", "imagebind_tiny", "vit", "vit_tiny")
-TEXT_TOWERS = ("clip", "clip_tiny", "imagebind", "imagebind_tiny", "sentence")
-"""As registered in hpcmm.workloads.anomaly.models, which a login node cannot import."""
-_WITHOUT_WEIGHTS = ("efficientnet_lite0", "clip_tiny", "imagebind_tiny", "vit_tiny")
 _MOST_RANKS = 1_000_000
-_MOST = 2**31 - 1
-"""What Slurm's and the libraries' whole numbers hold."""
 _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 
 
@@ -150,15 +145,15 @@ def validate(config: RunConfig) -> None:
     if problems := list(_lists(config)):
         raise HpcmmError("\n".join(problems))
     problems = [
-        *_sizes(config),
-        *_numbers(config),
+        *out_of_bounds(config),
         *_task(config),
         *_batch(config),
         *_optimisation(config),
         *cluster_problems(config),
         *_handover(config),
         *_parallel(config),
-        *(_data(config) if config.task.name is TaskName.anomaly else ()),
+        *part_problems(config),
+        *(workload.problems(config) if (workload := workload_of(config)) is not None else ()),
         *_profile(config),
         *_launch(config),
     ]
@@ -176,94 +171,19 @@ def _lists(config: Any, parent: str = "") -> Iterator[str]:
             yield f"{parent}{field.name} is {value}, but must be a plain list: quote what holds brackets."
 
 
-def _sizes(config: RunConfig) -> Iterator[str]:
-    at_least_one = {
-        "cluster.nodes": config.cluster.nodes,
-        "cluster.ranks_per_node": config.cluster.ranks_per_node,
-        "cluster.cpus_per_rank": config.cluster.cpus_per_rank,
-        "cluster.time_limit_min": config.cluster.time_limit_min,
-        "train.steps": config.train.steps,
-        "train.micro_batch_size": config.train.micro_batch_size,
-        "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
-        "train.log_every": config.train.log_every,
-        "train.keep_checkpoints": config.train.keep_checkpoints,
-        "model.llm.max_question_tokens": config.model.llm.max_question_tokens,
-        "model.llm.max_answer_tokens": config.model.llm.max_answer_tokens,
-        "model.decoder_width": config.model.decoder_width,
-        "model.text_adapter_width": config.model.text_adapter_width,
-        "parallel.rendezvous_timeout_s": config.parallel.rendezvous_timeout_s,
-        "parallel.collective_timeout_s": config.parallel.collective_timeout_s,
-        "cluster.kill_wait_s": config.cluster.kill_wait_s,
-        "launch.snapshot_limit_mb": config.launch.snapshot_limit_mb,
-        "parallel.reduce_bucket_size": config.parallel.reduce_bucket_size,
-        "parallel.allgather_bucket_size": config.parallel.allgather_bucket_size,
-        "data.image_size": config.data.image_size,
-        "data.prefetch_batches": config.data.prefetch_batches,
-        "data.feature_variants": config.data.feature_variants,
-    }
-    at_least_zero = {
-        "cluster.gpus_per_node": config.cluster.gpus_per_node,
-        "train.warmup_steps": config.train.warmup_steps,
-        "train.checkpoint_every": config.train.checkpoint_every,
-        "cluster.stop_warning_s": config.cluster.stop_warning_s or 0,
-        "data.num_workers": config.data.num_workers,
-        "launch.spare_nodes": config.launch.spare_nodes,
-        "data.slow_s": config.data.slow_s,
-        "train.seed": config.train.seed,
-        "model.llm.lora_rank": config.model.llm.lora_rank,
-    }
-    optional = {
-        "data.shots": config.data.shots,
-        "launch.parallel_points": config.launch.parallel_points,
-        "parallel.threads_per_rank": config.parallel.threads_per_rank,
-    }
-    at_least_one |= {key: value for key, value in optional.items() if value is not None}
-    for least, values in ((1, at_least_one), (0, at_least_zero)):
-        for key, value in values.items():
-            if not value >= least:  # so that nan fails
-                yield f"{key} is {value}, but must be at least {least}."
-            elif value > _MOST:
-                yield f"{key} is {value}, but must be at most {_MOST}."
-
-
-def _numbers(config: RunConfig) -> Iterator[str]:
-    """Numbers that must be finite, and above 0 or not below it."""
-    train = config.train
-    above_zero = {
-        "train.learning_rate": train.learning_rate,
-        "train.gradient_clip": train.gradient_clip,
-        "model.temperature": config.model.temperature,
-        "model.llm.lora_alpha": config.model.llm.lora_alpha,
-    }
-    not_below_zero = {
-        "train.weight_decay": train.weight_decay,
-        "train.focal_gamma": train.focal_gamma,
-        "train.focal_weight": train.focal_weight,
-        "train.dice_weight": train.dice_weight,
-        "train.text_weight": train.text_weight,
-        "data.slow_s": config.data.slow_s,
-    }
-    if train.words_learning_rate is not None:
-        above_zero["train.words_learning_rate"] = train.words_learning_rate
-    for key, value in above_zero.items():
-        if not (value > 0 and math.isfinite(value)):
-            yield f"{key} is {value}, but must be a finite number above 0."
-    for key, value in not_below_zero.items():
-        if not (value >= 0 and math.isfinite(value)):
-            yield f"{key} is {value}, but must be a finite number, 0 or above."
-
-
 def _task(config: RunConfig) -> Iterator[str]:
     task = config.task
-    if task.name is TaskName.script and not task.path:
+    if task._target_ is None and task.name not in (SCRIPT, FUNCTION):
+        yield f"task.name is {task.name!r}, which is not a task by itself: choose a workload as task=NAME."
+    if task.name == SCRIPT and not task.path:
         yield "task=script needs a script: give it as task.path=train.py."
-    if task.name is TaskName.function and not re.fullmatch(_DOTTED + ":" + _DOTTED, task.target or ""):
+    if task.name == FUNCTION and not re.fullmatch(_DOTTED + ":" + _DOTTED, task.target or ""):
         yield f"task.target is {task.target!r}: name a function as package.module:function."
     wrong = {
-        "task.path": task.path and task.name is not TaskName.script,
-        "task.args": task.args and task.name is not TaskName.script,
-        "task.target": task.target and task.name is not TaskName.function,
-        "task.kwargs": task.kwargs and task.name is not TaskName.function,
+        "task.path": task.path and task.name != SCRIPT,
+        "task.args": task.args and task.name != SCRIPT,
+        "task.target": task.target and task.name != FUNCTION,
+        "task.kwargs": task.kwargs and task.name != FUNCTION,
     }
     for key, is_wrong in wrong.items():
         if is_wrong:
@@ -290,26 +210,6 @@ def _optimisation(config: RunConfig) -> Iterator[str]:
     train = config.train
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas is {train.betas}, but must be two numbers from 0 to below 1."
-    if not 0 <= train.focal_alpha <= 1:
-        yield f"train.focal_alpha is {train.focal_alpha}, but must lie between 0 and 1."
-    if config.model.decoder not in DECODERS:
-        yield f"model.decoder is {config.model.decoder!r}, but hpcmm has {', '.join(DECODERS)}."
-    yield from _encoders(config)
-
-
-def _encoders(config: RunConfig) -> Iterator[str]:
-    model = config.model
-    if model.image_encoder not in IMAGE_ENCODERS:
-        yield f"model.image_encoder is {model.image_encoder!r}, but hpcmm has {', '.join(IMAGE_ENCODERS)}."
-    elif model.image_weights is None and model.image_encoder not in _WITHOUT_WEIGHTS:
-        yield (
-            f"model.image_weights is not given, but {model.image_encoder} needs the folder or file of its weights: "
-            f"name it, or take a small random one of the same kind with model={model.image_encoder}_tiny."
-        )
-    if model.llm.kind is LlmKind.folder and not model.llm.path:
-        yield "model.llm.path is not given, but model.llm.kind=folder needs the folder of the language model: name it."
-    if model.text_tower not in TEXT_TOWERS:
-        yield f"model.text_tower is {model.text_tower!r}, but hpcmm has {', '.join(TEXT_TOWERS)}."
 
 
 def _handover(config: RunConfig) -> Iterator[str]:
@@ -327,25 +227,6 @@ def _handover(config: RunConfig) -> Iterator[str]:
 def _parallel(config: RunConfig) -> Iterator[str]:
     if config.parallel.zero_stage not in ZERO_STAGES:
         yield f"parallel.zero_stage is {config.parallel.zero_stage}, but ZeRO has the stages 0, 1, 2 and 3."
-
-
-def _data(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    if data.root is None and not data.generate:
-        yield "data.root is not given: name the folder of the data set, or make stand-ins with data.generate=true."
-    if data.test_standins is not None and (data.root is None) != (data.test_root is None):
-        yield (
-            "One of data.root and data.test_root is given and the other would be stand-ins: "
-            "give both, to train and score on real data sets, or neither."
-        )
-    if data.slow_rank is not None and not 0 <= data.slow_rank < config.world_size:
-        yield f"data.slow_rank is {data.slow_rank}, but the ranks are 0 to {config.world_size - 1}."
-    if not 0 <= data.anomaly_probability <= 1:
-        yield f"data.anomaly_probability is {data.anomaly_probability}, but a probability lies between 0 and 1."
-    if data.feature_cache and not config.model.freeze_image_encoder:
-        yield "data.feature_cache keeps what a frozen encoder gives: set model.freeze_image_encoder=true."
-    if not data.anomaly_kinds:
-        yield "data.anomaly_kinds is empty: name kinds, or set data.anomaly_probability=0."
 
 
 def _profile(config: RunConfig) -> Iterator[str]:

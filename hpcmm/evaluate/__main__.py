@@ -17,10 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from hpcmm.config import config_file
-from hpcmm.config.schema import Layout, RunConfig
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.runs import find_runs
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.workloads.anomaly.schema import Layout
 
 if TYPE_CHECKING:
     from hpcmm.workloads.anomaly.data.anomaly import TestImages

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(given: list[str]) -> int:
     if {"-h", "--help"} & set(given):
-        print(_help())
+        print(_help(given))
         return 0
     check_working_directory()
     if given[:1] == [RESUBMIT]:
@@ -133,15 +133,19 @@ def _resubmit(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _help() -> str:
-    from hpcmm.config.help import groups_help, keys_help  # noqa: PLC0415
+def _help(given: Sequence[str]) -> str:
+    from hpcmm.config.keys import keys_help  # noqa: PLC0415
+    from hpcmm.config.space import groups_help, space_of  # noqa: PLC0415
+
+    space = space_of([word for word in given if "=" in word])
+    keys = "\n".join(keys_help(space.schema))
 
     return argparse.ArgumentParser(
         prog="python -m hpcmm.launch",
         usage=f"%(prog)s [KEY=VALUE ...]\n       %(prog)s {RESUBMIT} LEDGER",
         description="Compose a run from conf/, check it, and submit it. Prints the job id, the run directory and what "
         "to run next, and returns at once. Several values of a key (a,b or range(0,5)) are a sweep: one job array.\n\n"
-        f"config groups and their options:\n{groups_help()}\n\nkeys, with their defaults:\n{keys_help()}",
+        f"config groups and their options:\n{groups_help(space)}\n\nkeys, with their defaults:\n{keys}",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,

@@ -11,13 +11,13 @@ import torch
 
 from hpcmm.config import config_file
 from hpcmm.config.compose import compose_run
-from hpcmm.config.schema import DataConfig, LlmConfig, LlmKind, ModelConfig
 from hpcmm.evaluate import __main__ as command
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.workloads.anomaly.data.anomaly import TestImages, build_datasets
 from hpcmm.workloads.anomaly.data.standins import generate
 from hpcmm.workloads.anomaly.models import build_model
 from hpcmm.workloads.anomaly.models.language import LanguageHead
+from hpcmm.workloads.anomaly.schema import DataConfig, LlmConfig, LlmKind, ModelConfig
 from hpcmm.workloads.anomaly.scoring import Scored, score_images
 
 SIDE = 8

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hpcmm.config.schema import DataConfig, Layout, RunConfig, Standins
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate import chart
 from hpcmm.evaluate.runs import find_runs
@@ -22,6 +22,7 @@ from hpcmm.workloads.anomaly.data import mvtec, visa
 from hpcmm.workloads.anomaly.data.standins import generate
 from hpcmm.workloads.anomaly.data_root import data_config, data_root, ensure_data
 from hpcmm.workloads.anomaly.origin import PUBLISHED, origins
+from hpcmm.workloads.anomaly.schema import DataConfig, Layout, Standins
 from hpcmm.workloads.anomaly.scoring import MEAN, METRICS, POOLED
 
 DECODERS = list(PUBLISHED)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from hpcmm.config.schema import DataConfig, LlmConfig, LlmKind, ModelConfig
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.held_out import examples_of
 from hpcmm.serve.predictor import Predictor, Request
@@ -18,6 +17,7 @@ from hpcmm.workloads.anomaly.data.anomaly import build_datasets
 from hpcmm.workloads.anomaly.data.standins import generate
 from hpcmm.workloads.anomaly.models import build_model
 from hpcmm.workloads.anomaly.models.scores import best_decision
+from hpcmm.workloads.anomaly.schema import DataConfig, LlmConfig, LlmKind, ModelConfig
 from hpcmm.workloads.anomaly.scoring import score_images
 
 SIDE = 64

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpcmm.config.schema import LlmConfig, LlmKind, ModelConfig, TrainConfig
+from hpcmm.config.schema import TrainConfig
 from hpcmm.train.engine import _groups, learning_rate_factor
 from hpcmm.workloads.anomaly.models import build_model
+from hpcmm.workloads.anomaly.schema import LlmConfig, LlmKind, ModelConfig
 
 WITH_WORDS = ModelConfig(decoder_width=32, text_adapter_width=32, llm=LlmConfig(kind=LlmKind.tiny, lora_rank=2))
 

@@ -8,20 +8,20 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from hpcmm.config.schema import DataConfig, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import data_dir
 from hpcmm.workloads.anomaly.data.flaws import Flaws
 from hpcmm.workloads.anomaly.data.layouts import READERS
 from hpcmm.workloads.anomaly.data.standins import default_root, generate
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, DataConfig
 
 
-def data_root(config: RunConfig) -> Path:
+def data_root(config: AnomalyConfig) -> Path:
     """The images to train on: ``data.root``, or the stand-ins' folder in the cache."""
     return _folder(config, config.data)
 
 
-def data_config(config: RunConfig) -> DataConfig:
+def data_config(config: AnomalyConfig) -> DataConfig:
     """``data`` with ``test_root`` filled in where the run is scored on other stand-ins."""
     data = config.data
     if data.root is not None or data.test_root is not None or data.test_standins is None:
@@ -30,7 +30,7 @@ def data_config(config: RunConfig) -> DataConfig:
     return replace(data, test_root=str(_folder(config, test)), test_layout=test.layout)
 
 
-def ensure_data(config: RunConfig) -> None:
+def ensure_data(config: AnomalyConfig) -> None:
     """Make the stand-ins that the run needs and that are not there, and say what it trains on and is scored on."""
     if config.data.generate:
         for standins in _standins(config.data):
@@ -56,7 +56,7 @@ def _test_standins(data: DataConfig) -> DataConfig:
     return replace(data, standins=data.test_standins, layout=data.test_layout or data.layout)
 
 
-def _folder(config: RunConfig, data: DataConfig) -> Path:
+def _folder(config: AnomalyConfig, data: DataConfig) -> Path:
     if data.root is not None:
         return Path(data.root).expanduser()
     return default_root(data, config.train.seed, data_dir(config.cluster))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from hpcmm.config.schema import Precision, RunConfig
+from hpcmm.config.schema import Precision
 from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir
 from hpcmm.workloads.anomaly import data, question_answering
@@ -25,6 +25,7 @@ from hpcmm.workloads.anomaly.data.features import FeatureStore, KeptItems
 from hpcmm.workloads.anomaly.data_root import data_config
 from hpcmm.workloads.anomaly.models import image_encoders
 from hpcmm.workloads.anomaly.models.image_encoders import ImageEncoder
+from hpcmm.workloads.anomaly.schema import AnomalyConfig
 
 log = logging.getLogger("hpcmm.train")
 
@@ -53,7 +54,7 @@ class Ranks:
 
 
 def keep_features(
-    config: RunConfig, encoder: ImageEncoder, train: TrainImages, test: TestImages, ranks: Ranks
+    config: AnomalyConfig, encoder: ImageEncoder, train: TrainImages, test: TestImages, ranks: Ranks
 ) -> tuple[KeptItems, KeptItems]:
     """Both data sets with the encoder's features in place of images. All ranks call this together.
 
@@ -75,7 +76,7 @@ def keep_features(
 
 @torch.no_grad()
 def _fill(
-    store: FeatureStore, images: Dataset[Item], items: int, encoder: ImageEncoder, config: RunConfig, ranks: Ranks
+    store: FeatureStore, images: Dataset[Item], items: int, encoder: ImageEncoder, config: AnomalyConfig, ranks: Ranks
 ) -> None:
     own = range(ranks.rank, items, ranks.world_size)
     lacking = store.lacking(own)
@@ -98,7 +99,7 @@ def _fill(
         log.info("features of %d items: %d computed, the others kept from before, in %s", items, computed, store.folder)
 
 
-def _encoder_digest(encoder: ImageEncoder, config: RunConfig) -> str:
+def _encoder_digest(encoder: ImageEncoder, config: AnomalyConfig) -> str:
     """Of everything that the maps depend on but the images: weights, settings, code, packages, number format."""
     digest = hashlib.sha256()
     settings = [encoder.name, encoder.channels, encoder.strides, list(encoder.mean), list(encoder.std)]
@@ -115,7 +116,7 @@ def _encoder_digest(encoder: ImageEncoder, config: RunConfig) -> str:
     return digest.hexdigest()
 
 
-def _items_digest(common: str, images: TrainImages | TestImages, config: RunConfig, ranks: Ranks) -> str:
+def _items_digest(common: str, images: TrainImages | TestImages, config: AnomalyConfig, ranks: Ranks) -> str:
     """Of the encoder and of everything that the items depend on; the ranks share out reading the files."""
     files = images.files
     own = [_file_digest(path) for path in files[ranks.rank :: ranks.world_size]]

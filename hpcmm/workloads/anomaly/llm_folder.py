@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hpcmm.config.schema import LlmKind, ModelConfig, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, LlmKind, ModelConfig
 
 
-def model_config(config: RunConfig) -> ModelConfig:
+def model_config(config: AnomalyConfig) -> ModelConfig:
     """``model`` with the language model's folder filled in where that is one in the cache.
 
     Raises HpcmmError where it is not there, since only the preparation of a run makes it.
@@ -25,7 +25,7 @@ def model_config(config: RunConfig) -> ModelConfig:
     return replace(config.model, llm=replace(llm, path=str(folder)))
 
 
-def ensure_llm(config: RunConfig) -> None:
+def ensure_llm(config: AnomalyConfig) -> None:
     """Convert the packaged language model where the configuration asks for it and it is not there."""
     if config.model.llm.kind is not LlmKind.smollm2:
         return

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from hpcmm.config.schema import DataConfig
 from hpcmm.workloads.anomaly.data import mvtec, visa
 from hpcmm.workloads.anomaly.data.layouts import READERS
 from hpcmm.workloads.anomaly.data.standins import STAMP
+from hpcmm.workloads.anomaly.schema import DataConfig
 
 MVTEC, VISA, STANDINS = "MVTec-AD", "VisA", "stand-ins"
 PUBLISHED = {

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from hpcmm.config.schema import OnError, RunConfig
 from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.train.sampling import EndlessSampler, even_share
 from hpcmm.train.trained_weights import start_from
@@ -30,6 +29,7 @@ from hpcmm.workloads.anomaly.models.losses import LossLearner
 from hpcmm.workloads.anomaly.models.scores import image_auroc, pixel_auroc
 from hpcmm.workloads.anomaly.question_answering.conversations import parse_answer
 from hpcmm.workloads.anomaly.question_answering.scores import statements, word_scores
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, OnError
 
 log = logging.getLogger("hpcmm.train")
 
@@ -40,7 +40,7 @@ _SCORED_AT_ONCE = 4
 class AnomalyTask:
     """Model, data and loss of one rank."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: AnomalyConfig, device: torch.device) -> None:
         self._config = config
         self._device = device
         self.model = build_model(model_config(config), config.train.seed).to(device)

@@ -13,15 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hpcmm.config.schema import (
-    ClusterConfig,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    Precision,
-    RunConfig,
-    TrainConfig,
-)
+from hpcmm.config.schema import ClusterConfig, ParallelConfig, Precision
 from hpcmm.errors import HpcmmError
 from hpcmm.worker.distributed import leave_group
 from hpcmm.workloads.anomaly.data.anomaly import TestImages, TrainImages, build_datasets, collate
@@ -29,12 +21,13 @@ from hpcmm.workloads.anomaly.data.features import FeatureStore, KeptItems
 from hpcmm.workloads.anomaly.data.standins import generate
 from hpcmm.workloads.anomaly.feature_cache import Ranks, keep_features
 from hpcmm.workloads.anomaly.models.image_encoders import ImageEncoder, build_image_encoder
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, AnomalyTrainConfig, DataConfig, ModelConfig
 
 ALONE = Ranks(0, 1)
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
+def config(tmp_path: Path) -> AnomalyConfig:
     data = DataConfig(
         root=str(tmp_path / "set"),
         categories=["brick", "coins"],
@@ -46,11 +39,11 @@ def config(tmp_path: Path) -> RunConfig:
         feature_variants=2,
     )
     generate(tmp_path / "set", replace(data, categories=[]), seed=0)
-    return RunConfig(
+    return AnomalyConfig(
         cluster=ClusterConfig(cache_dir=str(tmp_path / "cache")),
         data=data,
         model=ModelConfig(image_encoder="vit_tiny"),
-        train=TrainConfig(steps=10, micro_batch_size=4),
+        train=AnomalyTrainConfig(steps=10, micro_batch_size=4),
     )
 
 
@@ -66,17 +59,17 @@ class Counting(nn.Module):
         self.seen += images
 
 
-def encoder_of(config: RunConfig, seed: int = 0) -> ImageEncoder:
+def encoder_of(config: AnomalyConfig, seed: int = 0) -> ImageEncoder:
     torch.manual_seed(seed)
     return build_image_encoder(config.model)
 
 
-def sets_of(config: RunConfig) -> tuple[TrainImages, TestImages]:
+def sets_of(config: AnomalyConfig) -> tuple[TrainImages, TestImages]:
     assert config.data.root is not None
     return build_datasets(Path(config.data.root), config.data, config.train.seed)
 
 
-def keep(config: RunConfig, encoder: ImageEncoder | None = None) -> tuple[KeptItems, KeptItems, int]:
+def keep(config: AnomalyConfig, encoder: ImageEncoder | None = None) -> tuple[KeptItems, KeptItems, int]:
     """The kept sets, and how many images the encoder saw for them."""
     encoder = encoder or encoder_of(config)
     counting = Counting(encoder)
@@ -84,12 +77,12 @@ def keep(config: RunConfig, encoder: ImageEncoder | None = None) -> tuple[KeptIt
     return train, test, counting.seen
 
 
-def folders(config: RunConfig) -> set[Path]:
+def folders(config: AnomalyConfig) -> set[Path]:
     assert config.cluster.cache_dir is not None
     return set((Path(config.cluster.cache_dir) / "features").iterdir())
 
 
-def test_an_item_holds_what_the_encoder_gives_of_it(config: RunConfig):
+def test_an_item_holds_what_the_encoder_gives_of_it(config: AnomalyConfig):
     encoder = encoder_of(config)
     kept_train, kept_test, _ = keep(config, encoder)
     train, test = sets_of(config)
@@ -107,19 +100,19 @@ def test_an_item_holds_what_the_encoder_gives_of_it(config: RunConfig):
     assert batch["features"][0].shape == (2, 96, 8, 8)
 
 
-def test_epochs_go_round_the_variants(config: RunConfig):
+def test_epochs_go_round_the_variants(config: AnomalyConfig):
     train, _, _ = keep(config)
     first, second, third = (train[epoch * len(train) + 3]["features"][0] for epoch in range(3))
     assert torch.equal(first, third)
     assert not torch.equal(first, second)
 
 
-def test_only_what_training_gets_to_see_is_computed(config: RunConfig):
+def test_only_what_training_gets_to_see_is_computed(config: AnomalyConfig):
     _, _, seen = keep(replace(config, train=replace(config.train, steps=1)))
     assert seen == 8 + 4  # one epoch's variant, and the test images
 
 
-def test_nothing_is_computed_twice(config: RunConfig, caplog: pytest.LogCaptureFixture):
+def test_nothing_is_computed_twice(config: AnomalyConfig, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "hpcmm.train")
     assert keep(config)[2] == 2 * 8 + 4
     assert keep(config)[2] == 0
@@ -143,7 +136,7 @@ def test_nothing_is_computed_twice(config: RunConfig, caplog: pytest.LogCaptureF
         "a caption",
     ],
 )
-def test_what_changes_the_features_is_noticed(config: RunConfig, change: str):
+def test_what_changes_the_features_is_noticed(config: AnomalyConfig, change: str):
     keep(config)
     before = folders(config)
     encoder = None
@@ -173,7 +166,7 @@ def test_what_changes_the_features_is_noticed(config: RunConfig, change: str):
     assert folders(config) > before
 
 
-def test_where_the_data_lie_and_how_they_are_loaded_does_not_matter(config: RunConfig, tmp_path: Path):
+def test_where_the_data_lie_and_how_they_are_loaded_does_not_matter(config: AnomalyConfig, tmp_path: Path):
     keep(config)
     (tmp_path / "set").rename(tmp_path / "moved")
     moved = replace(config.data, root=str(tmp_path / "moved"), num_workers=1, prefetch_batches=1)
@@ -181,7 +174,7 @@ def test_where_the_data_lie_and_how_they_are_loaded_does_not_matter(config: RunC
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "pickle"])
-def test_a_damaged_file_is_computed_anew_and_never_used(config: RunConfig, damage: str):
+def test_a_damaged_file_is_computed_anew_and_never_used(config: AnomalyConfig, damage: str):
     train, _, _ = keep(config)
     number = 3
     path = next(train._store.folder.rglob(f"{number:07d}.safetensors"))
@@ -197,7 +190,7 @@ def test_a_damaged_file_is_computed_anew_and_never_used(config: RunConfig, damag
         torch.testing.assert_close(level, before, atol=1e-5, rtol=1e-4)
 
 
-def test_ranks_that_write_the_same_file_at_once_leave_it_whole(config: RunConfig, tmp_path: Path):
+def test_ranks_that_write_the_same_file_at_once_leave_it_whole(config: AnomalyConfig, tmp_path: Path):
     train, _ = sets_of(config)
     store = FeatureStore(tmp_path / "store")
     item = train[0]
@@ -220,7 +213,7 @@ def _write_often(store: FeatureStore, item: object) -> None:
         store.write(0, item, [torch.rand(4, 16, 16)])  # type: ignore[arg-type]
 
 
-def test_the_ranks_share_the_work_out(config: RunConfig, tmp_path: Path):
+def test_the_ranks_share_the_work_out(config: AnomalyConfig, tmp_path: Path):
     """Two processes that meet over gloo."""
     alone = keep(config)[0]
     context = multiprocessing.get_context("spawn")
@@ -238,7 +231,7 @@ def test_the_ranks_share_the_work_out(config: RunConfig, tmp_path: Path):
         torch.testing.assert_close(kept[index]["features"][0], alone[index]["features"][0], atol=1e-5, rtol=1e-4)
 
 
-def _as_rank(config: RunConfig, rank: int, meeting: Path) -> None:
+def _as_rank(config: AnomalyConfig, rank: int, meeting: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     counting = Counting(encoder := encoder_of(config))
     keep_features(config, encoder, *sets_of(config), Ranks(rank, 2))
@@ -246,13 +239,13 @@ def _as_rank(config: RunConfig, rank: int, meeting: Path) -> None:
     leave_group()
 
 
-def test_an_encoder_that_trains_is_refused(config: RunConfig):
+def test_an_encoder_that_trains_is_refused(config: AnomalyConfig):
     config = replace(config, model=replace(config.model, freeze_image_encoder=False))
     with pytest.raises(HpcmmError, match=r"needs a frozen image encoder"):
         keep(config)
 
 
-def test_a_full_disk_is_named(config: RunConfig, tmp_path: Path):
+def test_a_full_disk_is_named(config: AnomalyConfig, tmp_path: Path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "features").write_text("a file where the folder should be")
     with pytest.raises(HpcmmError, match=r"cannot be written: .*cluster\.cache_dir"):

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcmm.config.schema import ClusterConfig, DataConfig, LlmConfig, LlmKind, ModelConfig, RunConfig
+from hpcmm.config.schema import ClusterConfig
 from hpcmm.train.sampling import even_share
 from hpcmm.worker.distributed import leave_group
 from hpcmm.workloads.anomaly import task as anomaly_task
 from hpcmm.workloads.anomaly.data_root import ensure_data
 from hpcmm.workloads.anomaly.question_answering.conversations import ParsedAnswer
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, DataConfig, LlmConfig, LlmKind, ModelConfig
 from hpcmm.workloads.anomaly.task import AnomalyTask
 
 RANKS = 3
@@ -35,8 +36,8 @@ def test_each_image_is_scored_once_and_each_rank_has_as_many(length: int, world_
     assert sorted(index for share in kept for index in share) == list(range(length))
 
 
-def config(cache: Path) -> RunConfig:
-    run = RunConfig(name="scores", cluster=ClusterConfig(name="here", cache_dir=str(cache)))
+def config(cache: Path) -> AnomalyConfig:
+    run = AnomalyConfig(name="scores", cluster=ClusterConfig(name="here", cache_dir=str(cache)))
     run.data = DataConfig(
         generate=True,
         image_size=64,

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hpcmm.config.schema import DataConfig, OnError
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.data.captions import read_captions
 from hpcmm.workloads.anomaly.data.flaws import Flaws
@@ -25,6 +24,7 @@ from hpcmm.workloads.anomaly.data.samples import Sample
 from hpcmm.workloads.anomaly.data.simulate import simulate_anomaly
 from hpcmm.workloads.anomaly.data.skipped import SkippedImages
 from hpcmm.workloads.anomaly.question_answering.conversations import TEMPLATES, Dialogue, converse
+from hpcmm.workloads.anomaly.schema import DataConfig, OnError
 
 Floats = NDArray[np.float32]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from hpcmm.config.schema import OnError
 from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.schema import OnError
 
 log = logging.getLogger("hpcmm.workloads.anomaly.data")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from hpcmm.config.schema import Layout
 from hpcmm.workloads.anomaly.data import mvtec, visa
 from hpcmm.workloads.anomaly.data.flaws import Flaws
 from hpcmm.workloads.anomaly.data.samples import Sample
+from hpcmm.workloads.anomaly.schema import Layout
 
 
 @dataclass(frozen=True, slots=True)

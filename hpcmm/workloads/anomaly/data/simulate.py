@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from hpcmm.config.schema import AnomalyKind
 from hpcmm.workloads.anomaly.data.cut_paste import cut_paste
+from hpcmm.workloads.anomaly.schema import AnomalyKind
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]

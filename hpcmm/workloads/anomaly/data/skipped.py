@@ -7,8 +7,8 @@ import logging
 import torch
 from torch import Tensor
 
-from hpcmm.config.schema import OnError
 from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.schema import OnError
 
 log = logging.getLogger("hpcmm.workloads.anomaly.data")
 

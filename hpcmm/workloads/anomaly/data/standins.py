@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpcmm.config.schema import DataConfig, Layout, Standins
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.data.captions import write_captions
 from hpcmm.workloads.anomaly.data.defects import DEFECTS
 from hpcmm.workloads.anomaly.data.layout_writers import MvtecWriter, VisaWriter
 from hpcmm.workloads.anomaly.data.textures import COLLECTIONS, Region, read_photograph
+from hpcmm.workloads.anomaly.schema import DataConfig, Layout, Standins
 
 STAMP = "standins.json"
 _FORMAT = 3

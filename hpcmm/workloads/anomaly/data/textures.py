@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpcmm.config.schema import Standins
 from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.schema import Standins
 
 
 @dataclass(frozen=True, slots=True)

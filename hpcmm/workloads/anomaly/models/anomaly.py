@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcmm.config.schema import LlmKind, ModelConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models.decoders import build_decoder
 from hpcmm.workloads.anomaly.models.image_encoders import build_image_encoder
@@ -17,6 +16,7 @@ from hpcmm.workloads.anomaly.models.language import LanguageHead, TextLoss
 from hpcmm.workloads.anomaly.models.prompt_ensemble import StateTexts
 from hpcmm.workloads.anomaly.models.text_encoders import build_text_encoder
 from hpcmm.workloads.anomaly.question_answering.conversations import Dialogue
+from hpcmm.workloads.anomaly.schema import LlmKind, ModelConfig
 
 _TOP_SHARE = 0.02
 """Share of an image's pixels that its score is the mean of: about the area of a small defect."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from hpcmm.config.schema import LlmConfig
 from hpcmm.workloads.anomaly.models.llm import build_llm
 from hpcmm.workloads.anomaly.models.prompt_learner import BASE_PROMPTS, PromptLearner
 from hpcmm.workloads.anomaly.question_answering.conversations import Dialogue
 from hpcmm.workloads.anomaly.question_answering.grid import CELL_NAMES
+from hpcmm.workloads.anomaly.schema import LlmConfig
 
 _BASE_WORDS = " Look at every part of the anomaly map with care and name the parts that stand out"
 """The base prompts begin as the first of these tokens."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcmm.config.schema import LlmConfig, LlmKind
 from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.schema import LlmConfig, LlmKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcmm.config.schema import TrainConfig
+from hpcmm.workloads.anomaly.schema import AnomalyTrainConfig
 
 _DICE_SMOOTHING = 1.0
 
@@ -38,7 +38,7 @@ def dice_loss(logits: Tensor, mask: Tensor) -> Tensor:
 class LossLearner(nn.Module):
     """The weighted sum of focal loss, dice loss and, with a language model, the words' loss; and its parts."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: AnomalyTrainConfig) -> None:
         super().__init__()
         self._gamma = config.focal_gamma
         self._alpha = config.focal_alpha

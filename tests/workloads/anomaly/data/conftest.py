@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.config.schema import DataConfig
 from hpcmm.workloads.anomaly.data.standins import generate
+from hpcmm.workloads.anomaly.schema import DataConfig
 
 TRAIN, TEST = 6, 8
 

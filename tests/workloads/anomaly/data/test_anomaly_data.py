@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hpcmm.config.schema import DataConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.data.anomaly import build_datasets, collate
 from hpcmm.workloads.anomaly.data.images import normalise, read_image
 from hpcmm.workloads.anomaly.data.mvtec import test_samples as held_out_samples
 from hpcmm.workloads.anomaly.question_answering.conversations import parse_answer
 from hpcmm.workloads.anomaly.question_answering.grid import defect_cells
+from hpcmm.workloads.anomaly.schema import DataConfig
 
 
 def test_items_have_the_promised_types(standins: Path, small: DataConfig):

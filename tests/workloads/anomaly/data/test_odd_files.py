@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcmm.config.schema import DataConfig, Layout, OnError
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.data import mvtec, visa
 from hpcmm.workloads.anomaly.data.anomaly import build_datasets
 from hpcmm.workloads.anomaly.data.images import read_image, read_mask
 from hpcmm.workloads.anomaly.data.standins import generate
+from hpcmm.workloads.anomaly.schema import DataConfig, Layout, OnError
 
 RAMP = np.tile(np.linspace(0, 255, 32), (32, 1)).astype(np.uint8)
 """From dark on the left to bright on the right."""

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpcmm.config.schema import AnomalyKind
 from hpcmm.workloads.anomaly.data import defects, simulate
 from hpcmm.workloads.anomaly.data.simulate import perlin_noise, simulate_anomaly
+from hpcmm.workloads.anomaly.schema import AnomalyKind
 
 
 def texture(seed: int, side: int = 96) -> np.ndarray:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hpcmm.config.schema import ClusterConfig, DataConfig, ModelConfig, OnError, RunConfig, TrainConfig
+from hpcmm.config.schema import ClusterConfig
 from hpcmm.workloads.anomaly.data.anomaly import build_datasets, collate
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, AnomalyTrainConfig, DataConfig, ModelConfig, OnError
 
 BROKEN = (1, 4)
 
@@ -43,11 +44,11 @@ def test_each_is_told_once_and_the_total_at_the_end(
     from hpcmm.workloads.anomaly.task import AnomalyTask
 
     caplog.set_level(logging.INFO)
-    config = RunConfig(
+    config = AnomalyConfig(
         cluster=ClusterConfig(cache_dir=str(tmp_path)),
         data=damaged,
         model=ModelConfig(image_encoder="vit_tiny"),
-        train=TrainConfig(micro_batch_size=6),
+        train=AnomalyTrainConfig(micro_batch_size=6),
     )
     task = AnomalyTask(config, torch.device("cpu"))
     batches = task.batches(0, 1)

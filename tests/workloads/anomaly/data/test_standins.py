@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcmm.config.schema import DataConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.data.defects import DEFECTS
 from hpcmm.workloads.anomaly.data.standins import STAMP, default_root, generate
 from hpcmm.workloads.anomaly.data.textures import TEXTURES, Region
+from hpcmm.workloads.anomaly.schema import DataConfig
 
 CATEGORIES = ["brick", "coins", "grass", "gravel", "tissue"]
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcmm.config.schema import DataConfig, Layout, OnError
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.data import visa
 from hpcmm.workloads.anomaly.data.anomaly import build_datasets
 from hpcmm.workloads.anomaly.data.images import read_mask, read_pair
 from hpcmm.workloads.anomaly.data.standins import generate
+from hpcmm.workloads.anomaly.schema import DataConfig, Layout, OnError
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpcmm.config.schema import ModelConfig
 from hpcmm.workloads.anomaly.models import AnomalyModel, build_model
+from hpcmm.workloads.anomaly.schema import ModelConfig
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hpcmm.config.schema import ModelConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models import AnomalyModel, build_model
+from hpcmm.workloads.anomaly.schema import ModelConfig
 
 SMALL = ModelConfig(decoder_width=32, text_adapter_width=64)
 CAPTIONS = ["a lawn", "a brick wall"]

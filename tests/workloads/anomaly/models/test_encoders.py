@@ -13,7 +13,6 @@ from efficientnet_lite_pytorch import EfficientNet
 from safetensors.torch import save_file
 from torch import nn
 
-from hpcmm.config.schema import ModelConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.data.images import normalise, read_image
 from hpcmm.workloads.anomaly.models.image_encoders import (
@@ -25,6 +24,7 @@ from hpcmm.workloads.anomaly.models.image_encoders import (
 from hpcmm.workloads.anomaly.models.prompt_ensemble import StateTexts
 from hpcmm.workloads.anomaly.models.text_encoders import SentenceEncoder, build_text_encoder, packaged_text_encoder
 from hpcmm.workloads.anomaly.models.weights import read_state_dict
+from hpcmm.workloads.anomaly.schema import ModelConfig
 
 
 def build(weights: str | Path | None = None, *, frozen: bool = True) -> ImageEncoder:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hpcmm.config.schema import LlmConfig, LlmKind, ModelConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models import AnomalyModel, build_model
 from hpcmm.workloads.anomaly.models.answers import answer
@@ -19,6 +18,7 @@ from hpcmm.workloads.anomaly.models.llm import build_llm
 from hpcmm.workloads.anomaly.models.prompt_learner import BASE_PROMPTS, PromptLearner
 from hpcmm.workloads.anomaly.models.smollm2 import ensure_smollm2
 from hpcmm.workloads.anomaly.question_answering.conversations import Dialogue
+from hpcmm.workloads.anomaly.schema import LlmConfig, LlmKind, ModelConfig
 
 TINY = LlmConfig(kind=LlmKind.tiny, lora_rank=2)
 CHANNELS = 320

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpcmm.config.schema import DataConfig, ModelConfig, TrainConfig
 from hpcmm.workloads.anomaly.data.anomaly import TestImages, build_datasets, collate
 from hpcmm.workloads.anomaly.data.standins import generate
 from hpcmm.workloads.anomaly.models import AnomalyModel, build_model
 from hpcmm.workloads.anomaly.models.losses import LossLearner
 from hpcmm.workloads.anomaly.models.scores import image_auroc
+from hpcmm.workloads.anomaly.schema import AnomalyTrainConfig, DataConfig, ModelConfig
 
 STEPS = 30
 DATA = DataConfig(
@@ -37,7 +37,7 @@ def score(model: AnomalyModel, test: TestImages) -> float:
 def test_loss_falls_and_unseen_defects_are_found(tmp_path: Path):
     generate(tmp_path / "set", replace(DATA, categories=[]), seed=0)
     train, test = build_datasets(tmp_path / "set", DATA, seed=0)
-    model, loss = build_model(MODEL, seed=0), LossLearner(TrainConfig())
+    model, loss = build_model(MODEL, seed=0), LossLearner(AnomalyTrainConfig())
     before = score(model, test)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=1e-3)

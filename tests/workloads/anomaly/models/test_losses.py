@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcmm.config.schema import TrainConfig
 from hpcmm.workloads.anomaly.models.losses import LossLearner, dice_loss, focal_loss
+from hpcmm.workloads.anomaly.schema import AnomalyTrainConfig
 
 
 @st.composite
@@ -65,14 +65,14 @@ def test_a_perfect_map_costs_nothing_and_a_wrong_one_much():
     mask = torch.zeros(2, 1, 8, 8)
     mask[0, :, 2:5, 2:5] = 1
     right = torch.cat([1 - mask, mask], dim=1) * 40
-    loss = LossLearner(TrainConfig())
+    loss = LossLearner(AnomalyTrainConfig())
     assert loss(right, mask)[0].item() < 1e-6
     assert loss(-right, mask)[0].item() > 1
 
 
 def test_a_batch_without_defects_has_finite_loss_and_gradients():
     logits = torch.randn(2, 2, 8, 8, requires_grad=True)
-    total, parts = LossLearner(TrainConfig())(logits, torch.zeros(2, 1, 8, 8))
+    total, parts = LossLearner(AnomalyTrainConfig())(logits, torch.zeros(2, 1, 8, 8))
     total.backward()
     assert torch.isfinite(total)
     assert torch.isfinite(logits.grad).all()
@@ -83,7 +83,9 @@ def test_a_batch_without_defects_has_finite_loss_and_gradients():
 def test_the_total_is_the_weighted_sum_of_its_parts(dtype: torch.dtype):
     logits = torch.randn(2, 2, 6, 6)
     mask = torch.rand(2, 1, 6, 6) > 0.5
-    total, parts = LossLearner(TrainConfig(focal_weight=3.0, dice_weight=0.5, focal_gamma=1.0))(logits, mask.to(dtype))
+    total, parts = LossLearner(AnomalyTrainConfig(focal_weight=3.0, dice_weight=0.5, focal_gamma=1.0))(
+        logits, mask.to(dtype)
+    )
     torch.testing.assert_close(parts["focal"], focal_loss(logits, mask.float(), 1.0, 0.75))
     torch.testing.assert_close(parts["dice"], dice_loss(logits, mask.float()))
     torch.testing.assert_close(total, 3 * parts["focal"] + 0.5 * parts["dice"])
@@ -94,7 +96,7 @@ def test_the_total_is_the_weighted_sum_with_the_words(focal: float, dice: float,
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 2, 4, 4, generator=generator)
     mask = (torch.rand(2, 1, 4, 4, generator=generator) > 0.7).float()
-    config = TrainConfig(focal_weight=focal, dice_weight=dice, text_weight=text)
+    config = AnomalyTrainConfig(focal_weight=focal, dice_weight=dice, text_weight=text)
     words = torch.tensor(entropy, requires_grad=True)
     total, parts = LossLearner(config)(logits, mask, words)
     expected_focal = focal_loss(logits, mask, config.focal_gamma, config.focal_alpha)

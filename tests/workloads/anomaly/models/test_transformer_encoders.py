@@ -16,7 +16,6 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from hpcmm.config import validate
 from hpcmm.config.compose import compose_run
-from hpcmm.config.schema import ModelConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models import build_model
 from hpcmm.workloads.anomaly.models.image_encoders import IMAGE_ENCODERS, build_image_encoder
@@ -24,6 +23,7 @@ from hpcmm.workloads.anomaly.models.image_encoders.tokens import choose_taps
 from hpcmm.workloads.anomaly.models.imagebind import load_text_tower, load_vision_tower
 from hpcmm.workloads.anomaly.models.text_encoders import TEXT_ENCODERS, build_text_encoder
 from hpcmm.workloads.anomaly.pixels import CHANNEL_MEAN, CHANNEL_STD
+from hpcmm.workloads.anomaly.schema import ModelConfig
 
 TINY = ("clip_tiny", "vit_tiny", "imagebind_tiny")
 WORDS = ["a", "photo", "of", "grass", "wall"]

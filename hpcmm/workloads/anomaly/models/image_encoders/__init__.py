@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from hpcmm.config.schema import ModelConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models.image_encoders.clip import ClipEncoder
 from hpcmm.workloads.anomaly.models.image_encoders.efficientnet_lite0 import EfficientNetLite0, packaged_weights
 from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder
 from hpcmm.workloads.anomaly.models.image_encoders.imagebind import ImageBindEncoder
 from hpcmm.workloads.anomaly.models.image_encoders.vit import ViTEncoder
+from hpcmm.workloads.anomaly.schema import ModelConfig
 
 __all__ = ["IMAGE_ENCODERS", "EfficientNetLite0", "ImageEncoder", "build_image_encoder", "packaged_weights"]
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from hpcmm.config.schema import ModelConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models.image_encoders import given_weights
 from hpcmm.workloads.anomaly.models.text_encoders.clip import ClipTextEncoder, TinyClipTextEncoder
 from hpcmm.workloads.anomaly.models.text_encoders.encoder import TextEncoder
 from hpcmm.workloads.anomaly.models.text_encoders.imagebind import ImageBindTextEncoder, TinyImageBindTextEncoder
 from hpcmm.workloads.anomaly.models.text_encoders.sentence import SentenceEncoder, packaged_text_encoder
+from hpcmm.workloads.anomaly.schema import ModelConfig
 
 __all__ = ["TEXT_ENCODERS", "SentenceEncoder", "TextEncoder", "build_text_encoder", "packaged_text_encoder"]
 

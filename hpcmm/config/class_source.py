@@ -1,0 +1,220 @@
+"""What the source text of a class tells: its bases and parameters, read with ``ast``. Nothing is imported or run."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+_PLAIN_TYPES: Mapping[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "list": (list,),
+    "dict": (dict,),
+}
+_DEEPEST = 20
+"""Base classes and re-exports that are followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a class, as its source says."""
+
+    annotation: ast.expr | None
+    required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClassSource:
+    """What the source of a class tells without being run."""
+
+    parameters: Mapping[str, Parameter]
+    """Of ``__init__``, the class's own or that of its nearest base which has one."""
+    takes_any: bool
+    """Whether it also takes other keyword arguments, or its ``__init__`` could not be found."""
+    bases: frozenset[str]
+    """All base classes that were found, as ``package.module.Class``, itself included."""
+    attributes: Mapping[str, Any]
+    """Class attributes that are plain constants, its own before those of its bases."""
+    is_whole: bool
+    """Whether every base class was found, so that what is not in ``bases`` is no base."""
+
+
+def class_source(target: str) -> ClassSource | None:
+    """What is known of the class ``package.module.Class``; None if no module or no such class is there."""
+    module, _, name = target.rpartition(".")
+    return _read_class(module, name, _DEEPEST)
+
+
+def fits(annotation: ast.expr | None, value: Any) -> bool:
+    """Whether ``value`` may be of the annotated type. True for types that this does not know."""
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        return fits(annotation.left, value) or fits(annotation.right, value)
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        return fits(ast.parse(annotation.value, mode="eval").body, value)
+    if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
+        if annotation.value.id == "Optional":
+            return value is None or fits(annotation.slice, value)
+        inner = annotation.slice if annotation.value.id == "list" and isinstance(value, list) else None
+        return fits(annotation.value, value) and all(fits(inner, each) for each in (value if inner else ()))
+    name = annotation.id if isinstance(annotation, ast.Name) else None
+    types = (type(None),) if isinstance(annotation, ast.Constant) else _PLAIN_TYPES.get(name or "", (object,))
+    return isinstance(value, types) and not (isinstance(value, bool) and types in ((int,), (int, float)))
+
+
+def _read_class(module: str, name: str, deepest: int) -> ClassSource | None:
+    tree = _module_tree(module)
+    if tree is None or deepest == 0:
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _of_definition(module, node, tree, deepest)
+    imported = _imports(tree, module).get(name)  # re-exported
+    return _read_class(*_halves(imported), deepest - 1) if imported else None
+
+
+def _of_definition(module: str, node: ast.ClassDef, tree: ast.Module, deepest: int) -> ClassSource:
+    """The class ``node``, and all that can be found of its bases."""
+    names = _imports(tree, module) | {
+        each.name: f"{module}.{each.name}" for each in tree.body if isinstance(each, ast.ClassDef)
+    }
+    found: list[ClassSource] = []
+    bases, whole = {f"{module}.{node.name}"}, True
+    for base in node.bases:
+        target = _dotted(base, names)
+        source = _read_class(*_halves(target), deepest - 1) if target else None
+        bases |= {target} if target else set()
+        if source is not None:
+            found.append(source)
+            bases |= source.bases
+        # torch's own classes have no base that could be a group's
+        whole &= source.is_whole if source is not None else bool(target and target.split(".")[0] == "torch")
+    own = next((each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
+    if own is not None:
+        parameters, takes_any = _parameters(own), own.args.kwarg is not None
+    elif any("dataclass" in ast.unparse(each) for each in node.decorator_list):
+        parameters, takes_any = _fields(node), False
+    elif found:
+        parameters, takes_any = dict(found[0].parameters), found[0].takes_any
+    else:
+        parameters, takes_any = {}, True
+    attributes = {name: value for source in reversed(found) for name, value in source.attributes.items()}
+    return ClassSource(parameters, takes_any, frozenset(bases), attributes | _constants(node), whole)
+
+
+def _constants(node: ast.ClassDef) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for each in node.body:
+        target = (
+            each.target
+            if isinstance(each, ast.AnnAssign)
+            else each.targets[0]
+            if isinstance(each, ast.Assign)
+            else None
+        )
+        if isinstance(target, ast.Name) and isinstance(each.value, ast.Constant):
+            found[target.id] = each.value.value
+    return found
+
+
+def _parameters(function: ast.FunctionDef) -> dict[str, Parameter]:
+    spec = function.args
+    positional = [*spec.posonlyargs, *spec.args]
+    first_default = len(positional) - len(spec.defaults)
+    found = {
+        argument.arg: Parameter(argument.annotation, at < first_default) for at, argument in enumerate(positional) if at
+    }
+    keyword = zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
+    return found | {argument.arg: Parameter(argument.annotation, default is None) for argument, default in keyword}
+
+
+def _fields(node: ast.ClassDef) -> dict[str, Parameter]:
+    """Of a dataclass."""
+    return {
+        each.target.id: Parameter(each.annotation, each.value is None)
+        for each in node.body
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    }
+
+
+def _imports(tree: ast.Module, module: str) -> dict[str, str]:
+    """What each imported name stands for, as a dotted path."""
+    package = module if _is_package(module) else module.rpartition(".")[0]
+    found: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {each.asname or each.name: f"{source}.{each.name}" for each in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {each.asname or each.name.split(".")[0]: _bound(each) for each in node.names}
+    return found
+
+
+def _bound(alias: ast.alias) -> str:
+    """What ``import a.b`` or ``import a.b as c`` binds its name to."""
+    return alias.name if alias.asname else alias.name.partition(".")[0]
+
+
+def _dotted(base: ast.expr, names: Mapping[str, str]) -> str | None:
+    """The dotted path of a base class as it is written."""
+    if isinstance(base, ast.Subscript):  # Generic[T]
+        return _dotted(base.value, names)
+    if isinstance(base, ast.Attribute):
+        before = _dotted(base.value, names)
+        return f"{before}.{base.attr}" if before else None
+    return names.get(base.id) if isinstance(base, ast.Name) else None
+
+
+def _halves(target: str) -> tuple[str, str]:
+    module, _, name = target.rpartition(".")
+    return module, name
+
+
+def _module_tree(module: str) -> ast.Module | None:
+    spec = _spec(module)
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    return _parsed(spec.origin, Path(spec.origin).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1000)
+def _parsed(file: str, _changed_ns: int) -> ast.Module | None:
+    try:
+        return ast.parse(Path(file).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def _is_package(module: str) -> bool:
+    spec = _spec(module)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    """Where a module lies. Its packages are not imported, as ``importlib.util.find_spec`` would."""
+    return None if module.partition(".")[0] in ("", "torch") else _spec_on(module, tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=1000)
+def _spec_on(module: str, _search_path: tuple[str, ...]) -> ModuleSpec | None:
+    top, *rest = module.split(".")
+    try:
+        spec = PathFinder.find_spec(top, None) or importlib.util.find_spec(top)
+        name = top
+        for part in rest:
+            if spec is None or spec.submodule_search_locations is None:
+                return None
+            name = f"{name}.{part}"
+            spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+    except (ImportError, ValueError):
+        return None
+    return spec

@@ -1,0 +1,140 @@
+"""What a key of the configuration is: its default, help and bounds, kept in the metadata of its dataclass field.
+
+One loop checks the bounds of every key, and one lists the keys for ``--help``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+
+MISSING: Any = "???"
+"""OmegaConf's marker of a value that the YAML tree must give."""
+MOST = 2**31 - 1
+"""What Slurm's and the libraries' whole numbers hold."""
+_WIDTH = 34
+"""Characters of a key and its default before its help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a number must be. All of a list's numbers must."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    """As ``least``, but the bound itself is not allowed."""
+
+    def problem(self, key: str, value: float) -> str | None:
+        """A sentence that says what is wrong with ``value``; None if nothing is."""
+        if isinstance(value, int):
+            if self.least is not None and value < self.least:
+                return f"{key} is {value}, but must be at least {self.least:g}."
+            most = MOST if self.most is None else self.most
+            return f"{key} is {value}, but must be at most {most:.0f}." if value > most else None
+        if self.above is not None and not (value > self.above and math.isfinite(value)):
+            return f"{key} is {value}, but must be a finite number above {self.above:g}."
+        if self.most is not None and self.least is not None and not self.least <= value <= self.most:
+            return f"{key} is {value}, but must lie between {self.least:g} and {self.most:g}."
+        if self.least is not None and not (value >= self.least and math.isfinite(value)):
+            return f"{key} is {value}, but must be a finite number, {self.least:g} or above."
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class PartGroup:
+    """A key whose value is a part: a class that a YAML file of a config group names, with its parameters."""
+
+    group: str
+    """The config group, such as ``model/decoder``: a name selects ``conf/<group>/<name>.yaml``."""
+    base: str
+    """The class that each part is a subclass of, as ``package.module.Class``."""
+    given: tuple[str, ...] = ()
+    """Parameters that the workload gives when it builds the part, so that no YAML file has to."""
+
+
+def key(
+    default: T,
+    help: str = "",
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    part: PartGroup | None = None,
+) -> T:
+    """A key with a default, its help for ``--help``, and the bounds of a number. None, if allowed, has no bounds."""
+    return field(default=default, metadata=_metadata(help, Bounds(least, most, above), part))
+
+
+def made_by(factory: Callable[[], T], help: str = "") -> T:
+    """A key whose default is a new list, dictionary or section each time."""
+    return field(default_factory=factory, metadata=_metadata(help, Bounds(), None))
+
+
+def _metadata(words: str, bounds: Bounds, part: PartGroup | None) -> dict[str, Any]:
+    return {"help": words, "bounds": bounds, "part": part}
+
+
+def out_of_bounds(section: Any, prefix: str = "") -> Iterator[str]:
+    """A sentence for each number of ``section``, a dataclass, and of the sections within it that is out of bounds."""
+    for each in fields(section):
+        value, name = getattr(section, each.name), prefix + each.name
+        if is_dataclass(value):
+            yield from out_of_bounds(value, f"{name}.")
+            continue
+        bounds = each.metadata.get("bounds")
+        if bounds is None or isinstance(value, bool):
+            continue
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and (problem := bounds.problem(name, number)):
+                yield problem
+
+
+@functools.cache
+def parts_of(schema: Any) -> tuple[tuple[str, PartGroup], ...]:
+    """The dotted names of all keys of the dataclass ``schema`` that hold a part."""
+    found: list[tuple[str, PartGroup]] = []
+    for each in fields(schema):
+        if (group := each.metadata.get("part")) is not None:
+            found.append((each.name, group))
+        elif (inner := _section(schema, each)) is not None:
+            found += [(f"{each.name}.{key}", group) for key, group in parts_of(inner)]
+    return tuple(found)
+
+
+def keys_help(schema: type, prefix: str = "") -> Iterator[str]:
+    """A line for each key of ``schema`` that is no section: its name, its default and its help; then the sections."""
+    sections = {each.name: inner for each in fields(schema) if (inner := _section(schema, each)) is not None}
+    for each in fields(schema):
+        if each.name not in sections and not each.name.startswith("_"):
+            words = " ".join(each.metadata.get("help", "").replace("``", "").split())
+            yield f"  {prefix + each.name + _default(each):<{_WIDTH}} {words}".rstrip()
+    for name, inner in sections.items():
+        yield from keys_help(inner, f"{prefix}{name}.")
+
+
+@functools.cache
+def type_hints(schema: Any) -> dict[str, Any]:
+    """The types of a class's fields. Python evaluates their text at each question, which a sweep asks thousands of."""
+    return get_type_hints(schema)
+
+
+def _section(schema: Any, each: Field[Any]) -> type | None:
+    """The dataclass of a key that is a section of keys."""
+    kind = type_hints(schema)[each.name]
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+
+
+def _default(each: Field[Any]) -> str:
+    default = each.default
+    if default is NO_DEFAULT or default == MISSING:
+        return ""
+    if isinstance(default, Mapping):
+        return "=..."
+    return f"={'null' if default is None else str(default).lower() if isinstance(default, bool) else default}"

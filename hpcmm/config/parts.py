@@ -1,0 +1,156 @@
+"""A part of a model: a class and its parameters, in a YAML file of a config group, chosen by the file's name.
+
+``conf/model/decoder/mlp.yaml`` holds ``_target_: package.module.Class`` and parameters of that class. A login node does
+not import the class, since that would import torch: it reads the class's base and parameters from the source text. A
+rank imports it, checks that it is a subclass of the group's base, and calls it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpcmm.config.class_source import class_source, fits
+from hpcmm.config.keys import PartGroup, parts_of
+from hpcmm.errors import HpcmmError
+from hpcmm.resources import resource
+
+TARGET = "_target_"
+NAME = "name"
+"""Key of a resolved part that says what its file is called; no parameter."""
+
+
+def folders_of(config_dir: str | None) -> tuple[Path, ...]:
+    """The folders that config groups are searched in: hpcmm's own, then the user's ``launch.config_dir``."""
+    return (resource("conf"), *([Path(config_dir).expanduser().absolute()] if config_dir else []))
+
+
+def options_of(group: str, folders: Sequence[Path]) -> list[str]:
+    """The names that ``group`` has in ``folders``, sorted."""
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+
+
+def resolved_part(value: Any, group: str, folders: Sequence[Path]) -> Any:
+    """The mapping that the name ``value`` selects; ``value`` itself if it is a mapping, or no such file exists."""
+    if not isinstance(value, str) or Path(value).name != value:
+        return value
+    for folder in folders:
+        if (file := folder / group / f"{value}.yaml").is_file():
+            return {NAME: value, **_contents(file, file.stat().st_mtime_ns)}
+    return value
+
+
+@functools.lru_cache(maxsize=1000)
+def _contents(file: Path, _changed_ns: int) -> Mapping[str, Any]:
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return values if isinstance(values, dict) else {}
+
+
+def part_name(part: Any) -> str:
+    """What tables call the part: its name, else its class."""
+    if isinstance(part, Mapping):
+        return str(part.get(NAME) or str(part.get(TARGET, "")).rpartition(".")[2])
+    return str(part)
+
+
+def targets_of(config: Any) -> Iterator[str]:
+    """The classes, as ``package.module.Class``, that the run names: its workload and its parts."""
+    if config.task._target_ is not None:
+        yield config.task._target_
+    for key, _ in parts_of(type(config)):
+        part = _value(config, key)
+        if isinstance(part, Mapping) and TARGET in part:
+            yield str(part[TARGET])
+
+
+def part_problems(config: Any) -> Iterator[str]:
+    """A sentence for each part of ``config`` that is not there, is of the wrong class, or has a wrong parameter."""
+    folders = folders_of(config.launch.config_dir)
+    for key, group in parts_of(type(config)):
+        part = _value(config, key)
+        if not isinstance(part, Mapping):
+            yield f"{key} is {part!r}, but hpcmm has {', '.join(options_of(group.group, folders))}."
+        elif not isinstance(part.get(TARGET), str):
+            yield f"{key} has no {TARGET}, which names its class: choose {group.group}=NAME, or give it."
+        else:
+            yield from _class_problems(key, part, group)
+
+
+def build_part(part: Any, group: PartGroup, **given: Any) -> Any:
+    """The object that ``part`` describes, with the parameters of its file and those ``given`` by the workload.
+
+    Raises HpcmmError if the class cannot be imported, is not a subclass of the group's base, or refuses its parameters.
+    """
+    part = resolved_part(part, group.group, folders_of(None))
+    if not isinstance(part, Mapping):
+        raise HpcmmError(
+            f"{group.group}={part} is not known; valid: {', '.join(options_of(group.group, folders_of(None)))}."
+        )
+    base, found = import_class(group.base), import_class(str(part[TARGET]))
+    if not issubclass(found, base):
+        raise HpcmmError(f"{part[TARGET]} is not a {base.__name__}, which each {group.group} must be.")
+    parameters = {name: value for name, value in part.items() if name not in (TARGET, NAME)}
+    try:
+        return found(**given, **parameters)
+    except TypeError as error:
+        raise HpcmmError(f"{part[TARGET]} does not take these parameters: {error}.") from error
+
+
+def import_class(target: str) -> type:
+    """The class ``package.module.Class``. Raises HpcmmError, in one sentence, if there is none."""
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise HpcmmError(
+            f"{target} cannot be imported ({error}): start hpcmm in the folder that holds its "
+            "package, or set PYTHONPATH."
+        ) from error
+    if not isinstance(found, type):
+        raise HpcmmError(f"{target} is not a class.")
+    return found
+
+
+def _value(config: Any, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def class_attribute(part: Mapping[str, Any], name: str) -> Any:
+    """A constant of the part's class, or of its nearest base that has it, from the source; None if there is none."""
+    source = class_source(str(part.get(TARGET)))
+    return None if source is None else source.attributes.get(name)
+
+
+def _class_problems(key: str, part: Mapping[str, Any], group: PartGroup) -> Iterator[str]:
+    target = str(part[TARGET])
+    source = class_source(target)
+    if source is None:
+        yield (
+            f"{key}.{TARGET} is {target!r}, but there is no such class: write package.module.Class, and start hpcmm in "
+            "the folder that holds the package, or set PYTHONPATH."
+        )
+        return
+    if source.is_whole and group.base not in source.bases:
+        yield f"{key}.{TARGET} is {target!r}, which is not a {group.base.rpartition('.')[2]} ({group.base})."
+        return
+    own = {name: value for name, value in part.items() if name not in (TARGET, NAME)}
+    settable = [name for name in source.parameters if name not in group.given]
+    for name, value in own.items():
+        if name in group.given:
+            yield f"{key}.{name} cannot be given: the workload sets it."
+        elif name not in source.parameters:
+            if not source.takes_any:
+                known = ", ".join(settable) or "none"
+                yield f"{key}.{name} is not a parameter of {target.rpartition('.')[2]}; its parameters: {known}."
+        elif not fits(source.parameters[name].annotation, value):
+            wanted = ast.unparse(source.parameters[name].annotation or ast.Constant(None))
+            yield f"{key}.{name} is {value!r}, but {target.rpartition('.')[2]} takes {wanted}."
+    for name in settable:
+        if source.parameters[name].required and name not in own:
+            yield f"{key}.{name} is not given, but {target.rpartition('.')[2]} needs it."
