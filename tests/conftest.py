@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,6 +175,17 @@ def _remove(cluster: SlurmCluster) -> None:
         stopped = cluster.command("down", "--purge") if any(cluster.directory.iterdir()) else None
         shutil.rmtree(cluster.directory, ignore_errors=True)
         assert stopped is None or stopped.returncode == 0, stopped.stderr
+
+
+@pytest.fixture(scope="session")
+def compiled_ops() -> None:
+    """DeepSpeed's compiled ops, which ranks load: built here, one process at a time, where no session has left them."""
+    build = (
+        "from hpcmm.config import RunConfig, TaskConfig, TaskName; from hpcmm.train.prepare import prepare; "
+        "prepare(RunConfig(task=TaskConfig(name=TaskName.script)))"
+    )
+    done = _run((sys.executable, "-c", build), dict(os.environ), timeout_s=240)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")

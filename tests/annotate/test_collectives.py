@@ -14,8 +14,7 @@ from hpcmm.annotate.names import COMM_DOMAIN, CollectiveName
 from hpcmm.bootstrap.free_port import find_free_port
 from hpcmm.capture.nsys import run_under_nsys
 from hpcmm.capture.profiled import profile_flags
-from hpcmm.config import ProfileConfig, RunConfig
-from hpcmm.train.prepare import prepare
+from hpcmm.config import ProfileConfig
 
 SCRIPT = Path(__file__).with_name("collective_ranks.py")
 
@@ -28,10 +27,9 @@ def by_group(recorded):
 
 
 @pytest.fixture(scope="module")
-def captured(tmp_path_factory, nsys):
+def captured(tmp_path_factory, nsys, compiled_ops):
     """What rank 0 counted under nsys, and the names of the ranges in its report."""
     folder = tmp_path_factory.mktemp("collectives")
-    prepare(RunConfig())
     port = str(find_free_port("127.0.0.1"))
     command = [sys.executable, "-W", "ignore", str(SCRIPT)]
     other = subprocess.Popen([*command, "1", port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
