@@ -1,11 +1,13 @@
-"""The real Slurm cluster of ``slurm/local``, the real nsys and a run that is kept, for tests that need them."""
+"""The environment that every test finds; the real Slurm cluster, the real nsys and a kept run, for those that need them."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,57 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-COMMANDS = Path(__file__).resolve().parents[1] / "slurm" / "local"
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMANDS = REPOSITORY / "slurm" / "local"
 CANNOT_RUN_HERE = 3
 """Exit status of ``slurm/local/up`` on a machine that lacks a prerequisite."""
+
+CACHE = REPOSITORY / ".cache" / "tests"
+"""Where the tests keep what takes a minute to make, such as compiled ops, from one session to the next."""
+ENVIRONMENT = {
+    "TERM": "xterm",
+    "COLUMNS": "80",
+    "LINES": "24",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "GIT_AUTHOR_NAME": "A. Tester",
+    "GIT_AUTHOR_EMAIL": "tester@example.org",
+    "GIT_COMMITTER_NAME": "A. Tester",
+    "GIT_COMMITTER_EMAIL": "tester@example.org",
+}
+"""What tests and the commands that they start find set; a test that needs another value sets it itself."""
+UNSET = {
+    "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM",
+    "LANGUAGE", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "PYTHONOPTIMIZE",
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCH_EXTENSIONS_DIR",
+}  # fmt: skip
+UNSET_PREFIXES = (
+    "LC_", "XDG_", "GIT_", "SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "PMI",
+    "SUBMITIT_", "HYDRA_", "NSYS_", "NCCL_",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the environment into a known state before any module of tests, or what it imports, looks at it."""
+    patch = pytest.MonkeyPatch()
+    home = Path(tempfile.mkdtemp(prefix="hpcmm-tests-home-"))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    (home / ".cache").symlink_to(CACHE)
+    umask = os.umask(0o022)
+
+    def restore() -> None:
+        patch.undo()
+        time.tzset()
+        os.umask(umask)
+        shutil.rmtree(home, ignore_errors=True)
+
+    config.add_cleanup(restore)
+    for name in list(os.environ):
+        if name in UNSET or name.startswith(UNSET_PREFIXES):
+            patch.delenv(name)
+    for name, value in {**ENVIRONMENT, "HOME": str(home)}.items():
+        patch.setenv(name, value)
+    time.tzset()
 
 
 @dataclass(frozen=True)
@@ -126,6 +176,17 @@ def _remove(cluster: SlurmCluster) -> None:
         stopped = cluster.command("down", "--purge") if any(cluster.directory.iterdir()) else None
         shutil.rmtree(cluster.directory, ignore_errors=True)
         assert stopped is None or stopped.returncode == 0, stopped.stderr
+
+
+@pytest.fixture(scope="session")
+def compiled_ops() -> None:
+    """DeepSpeed's compiled ops, which ranks load: built here, one process at a time, where no session has left them."""
+    build = (
+        "from hpcmm.config import RunConfig, TaskConfig, TaskName; from hpcmm.train.prepare import prepare; "
+        "prepare(RunConfig(task=TaskConfig(name=TaskName.script)))"
+    )
+    done = _run((sys.executable, "-c", build), dict(os.environ), timeout_s=240)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")

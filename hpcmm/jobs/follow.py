@@ -72,7 +72,8 @@ def _watch(config: RunConfig, submission: Submission, console: Console) -> Queue
     states = _states(config, submission)
     shown = QueueState("")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
-    hidden = not console.is_terminal or config.task.name is not TaskName.anomaly
+    shows_a_bar = console.is_terminal and not console.is_dumb_terminal
+    hidden = not shows_a_bar or config.task.name is not TaskName.anomaly
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=hidden) as bar:
         task = bar.add_task("waiting", total=config.train.steps)
         for state in states:

@@ -6,7 +6,6 @@ would be hours of empty reports, so each node tries it once, and notes the answe
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,13 +14,13 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.node.cache import one_at_a_time
 from hpcmm.nsys.capture import start_under_nsys
 from hpcmm.nsys.importer import import_qdstrm
 
@@ -44,9 +43,8 @@ class NsysFacts:
 
 def nsys_facts(nsys: str, cache: Path) -> NsysFacts:
     """The facts of the nsys at ``nsys`` on this node, from the cache folder where they are known."""
-    cache.mkdir(parents=True, exist_ok=True)
     record = cache / f"{os.uname().nodename}-{_installation(Path(nsys))}.json"
-    with _one_at_a_time(record.with_suffix(".lock")):
+    with one_at_a_time(record.with_suffix(".lock")):
         known = _read(record)
         if known is not None:
             return known
@@ -117,10 +115,3 @@ def _read(record: Path) -> NsysFacts | None:
         return NsysFacts(str(values["version"]), tuple(map(str, values["flags"])), None)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-@contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield

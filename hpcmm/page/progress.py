@@ -11,12 +11,12 @@ from hpcmm.reports import load
 from hpcmm.text import printable
 
 QUIET_S = 15.0
-"""Where standard error is no terminal, long work says this often how far it is."""
+"""Where standard error is no terminal, or one that moves no cursor, long work says this often how far it is."""
 
 
 @contextmanager
 def progress_bar(program: str = "hpcmm.analyze") -> Iterator[load.Progress]:
-    """A progress callback for standard error: a bar on a terminal, now and then a line of ``program`` elsewhere."""
+    """A callback for standard error: a bar on a terminal that can draw it, elsewhere a line of ``program`` at times."""
     if not sys.stderr.isatty():
         yield _progress_lines(program)
         return
@@ -24,6 +24,10 @@ def progress_bar(program: str = "hpcmm.analyze") -> Iterator[load.Progress]:
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
+    console = Console(stderr=True)
+    if console.is_dumb_terminal:  # which a bar would leave empty
+        yield _progress_lines(program)
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -31,7 +35,7 @@ def progress_bar(program: str = "hpcmm.analyze") -> Iterator[load.Progress]:
         TextColumn("{task.fields[count]}", markup=False),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None, count="")
 
         def show(what: str, done: int, of: int) -> None:

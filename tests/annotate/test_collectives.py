@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from hpcmm.annotate.schema import COMM_DOMAIN, CollectiveName
-from hpcmm.config.schema import ProfileConfig, RunConfig
+from hpcmm.config.schema import ProfileConfig
 from hpcmm.node.ports import find_free_port
 from hpcmm.nsys.capture import run_under_nsys
 from hpcmm.worker.nsys_rank import profile_flags
-from hpcmm.worker.prepare import prepare
 
 SCRIPT = Path(__file__).with_name("collective_ranks.py")
 
@@ -28,10 +27,9 @@ def by_group(recorded):
 
 
 @pytest.fixture(scope="module")
-def captured(tmp_path_factory, nsys):
+def captured(tmp_path_factory, nsys, compiled_ops):
     """What rank 0 counted under nsys, and the names of the ranges in its report."""
     folder = tmp_path_factory.mktemp("collectives")
-    prepare(RunConfig())
     port = str(find_free_port("127.0.0.1"))
     command = [sys.executable, "-W", "ignore", str(SCRIPT)]
     other = subprocess.Popen([*command, "1", port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

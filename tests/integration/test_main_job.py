@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -231,7 +232,7 @@ def test_launching_returns_at_once_and_the_job_can_be_found(slurm_cluster, tmp_p
     try:
         assert slurm_cluster.run("squeue", "-hj", job_id, "-o", "%T").strip() == "PENDING"
         assert (run / "submission.sh").is_file()
-        assert said["then, analyse"].strip() == f"python -m hpcmm.analyze {run}"
+        assert said["then, analyse"].strip() == f"python -m hpcmm.analyze {shlex.quote(str(run))}"
     finally:
         slurm_cluster.run("scancel", job_id)
 

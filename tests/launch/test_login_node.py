@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def test_a_dry_run_works_without_slurm_and_names_each_rank_s_command(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "# srun starts 8 ranks, each as:\n" in done.stdout
-    assert "code/project/train.py --lr 1e-4\n" in done.stdout
+    (script,) = (line for line in done.stdout.splitlines() if line.endswith(" --lr 1e-4"))
+    assert shlex.split(script)[-3].endswith("/code/project/train.py")
     assert "on ranks 0, 2, 4, 6\n" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.py"]
 
@@ -166,7 +168,8 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path, arguments):
 def test_only_of_a_profiled_run_the_analysis_is_told(tmp_path, profile, analysed):
     done = launch_with_sbatch(tmp_path, ACCEPTING_SBATCH, "launch.snapshot=false", f"profile={profile}")
     assert done.returncode == 0, done.stderr
-    assert ("then, analyse:  python -m hpcmm.analyze /" in done.stdout) is analysed
+    (run,) = (tmp_path / "runs").glob("run-*")
+    assert (f"then, analyse:  python -m hpcmm.analyze {shlex.quote(str(run))}" in done.stdout) is analysed
 
 
 def test_a_job_that_cannot_start_is_taken_back_without_slurm_s_environment(tmp_path):
@@ -271,11 +274,11 @@ def test_a_followed_job_that_fails_ends_with_why(tmp_path):
     assert done.returncode == 1
     assert "job 7: FAILED" in done.stderr
     assert f"job 7 ({run.name}): " in done.stderr
-    assert done.stderr.splitlines()[-1] == f"this again: python -m hpcmm.jobs why {run}"
+    assert done.stderr.splitlines()[-1] == f"this again: python -m hpcmm.jobs why {shlex.quote(str(run))}"
 
 
 def test_a_followed_run_whose_folder_is_deleted_is_one_sentence(tmp_path):
-    deleting = FAILING_JOB.replace("*sacct)", f"*sacct) rm -r {tmp_path}/runs;")
+    deleting = FAILING_JOB.replace("*sacct)", f"*sacct) rm -r {shlex.quote(str(tmp_path))}/runs;")
     done = launch_with_sbatch(tmp_path, deleting, "launch.snapshot=false", "wait=true")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith(" is gone, so job 7 cannot be followed.")
@@ -286,7 +289,7 @@ def test_a_damaged_line_of_the_metrics_does_not_end_the_following(tmp_path):
     lines = r'cut {\n[1]\n{"event": "step"}\n{"event": "step", "step": 0, "loss": 0.5, "step_s": 2}\n'
     writing = FAILING_JOB.replace(
         "*squeue)",
-        f"*squeue) for run in {tmp_path}/runs/run-*; do printf '{lines}' > $run/metrics/rank_0000.jsonl; done;",
+        f"*squeue) cd {shlex.quote(str(tmp_path))}/runs/run-*; printf '{lines}' > metrics/rank_0000.jsonl;",
     )
     done = launch_with_sbatch(tmp_path, writing, "launch.snapshot=false", "wait=true")
     assert "job 7: FAILED" in done.stderr

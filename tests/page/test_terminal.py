@@ -95,6 +95,15 @@ def test_a_terminal_gets_a_progress_bar(capsys, monkeypatch) -> None:
     assert "3/64" in capsys.readouterr().err
 
 
+def test_a_terminal_that_moves_no_cursor_gets_lines(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress_of_work, "QUIET_S", 0.0)
+    with progress_bar() as progress:
+        progress("reading rank_0003", 3, 64)
+    assert capsys.readouterr().err == "hpcmm.analyze: reading rank_0003 (3/64)\n"
+
+
 def _without_codes(text: str) -> str:
     import re
 

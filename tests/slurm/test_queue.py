@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 
 import pytest
 
@@ -44,8 +45,8 @@ class Slurm:
 
     def answers(self, name, *lines, complaint=""):
         (self.folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        end = f"echo {complaint!r} >&2; exit 1" if complaint else f"cat {self.folder}/{name}.txt"
-        script = f'#!/bin/sh\necho {name} "$@" >> {self.calls}\n{end}\n'
+        end = f"echo {complaint!r} >&2; exit 1" if complaint else f"cat {quote(str(self.folder))}/{name}.txt"
+        script = f'#!/bin/sh\necho {name} "$@" >> {quote(str(self.calls))}\n{end}\n'
         (self.folder / name).write_text(script, encoding="utf-8")
         (self.folder / name).chmod(0o755)
 

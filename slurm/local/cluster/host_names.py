@@ -58,7 +58,7 @@ def taken_names(layout: Layout) -> list[str]:
 
 def owners() -> list[Path]:
     """State directories of the clusters whose names the hosts file holds."""
-    return [Path(root) for root in re.findall(r"^# end of hpcmm cluster (/\S+)$", _read(), flags=re.MULTILINE)]
+    return [Path(root) for root in re.findall(r"^# end of hpcmm cluster (/.+)$", _read(), flags=re.MULTILINE)]
 
 
 def remove(root: Path) -> None:

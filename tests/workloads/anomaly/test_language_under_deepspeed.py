@@ -116,7 +116,7 @@ def run_ranks(folder: Path, world: int) -> dict:
 
 
 @pytest.mark.timeout(600)
-def test_lora_trains_alone_and_two_ranks_are_one(tmp_path: Path):
+def test_lora_trains_alone_and_two_ranks_are_one(tmp_path: Path, compiled_ops):
     two = run_ranks(tmp_path, 2)
     lora = [name for name in two["trained"] if "lora_" in name]
     assert len(lora) == 16
