@@ -182,8 +182,8 @@ def _remove(cluster: SlurmCluster) -> None:
 def compiled_ops() -> None:
     """DeepSpeed's compiled ops, which ranks load: built here, one process at a time, where no session has left them."""
     build = (
-        "from hpcmm.config import RunConfig, TaskConfig, TaskName; from hpcmm.train.prepare import prepare; "
-        "prepare(RunConfig(task=TaskConfig(name=TaskName.script)))"
+        "from hpcmm.config.schema import RunConfig, TaskConfig; from hpcmm.worker.prepare import prepare; "
+        "prepare(RunConfig(task=TaskConfig('script')))"
     )
     done = _run((sys.executable, "-c", build), dict(os.environ), timeout_s=240)
     assert done.returncode == 0, done.stdout + done.stderr
