@@ -1,0 +1,154 @@
+"""Parts of a model from YAML files, checked by the source of their classes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcmm.config.compose import compose_run
+from hpcmm.config.parts import build_part, part_name
+from hpcmm.config.validate import validate
+from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.schema import DECODER
+
+OWN_DECODER = '''\
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from hpcmm.workloads.anomaly.models.decoders.decoder import Decoder
+
+print("imported")
+
+
+class WideDecoder(Decoder):
+    """The finest map alone."""
+
+    def __init__(self, channels: Sequence[int], width: int, kernel: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(channels[0], width, kernel, padding=kernel // 2, bias=bias)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.layer(features[0])
+
+
+class NoDecoder(nn.Module):
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+
+
+class Needy(Decoder):
+    def __init__(self, channels, width, depth: int) -> None:
+        super().__init__()
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a user's with a package and a config folder."""
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "decoders.py").write_text(OWN_DECODER)
+    options = tmp_path / "conf" / "model" / "decoder"
+    options.mkdir(parents=True)
+    (options / "wide.yaml").write_text("_target_: own_package.decoders.WideDecoder\nkernel: 3\n")
+    (options / "none.yaml").write_text("_target_: own_package.decoders.NoDecoder\n")
+    (options / "needy.yaml").write_text("_target_: own_package.decoders.Needy\n")
+    (options / "gone.yaml").write_text("_target_: own_package.decoders.Gone\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def problems(*overrides: str) -> list[str]:
+    try:
+        validate(compose_run(["cluster=local", "launch.config_dir=conf", *overrides]))
+    except HpcmmError as error:
+        return str(error).splitlines()
+    return []
+
+
+@pytest.mark.parametrize("override", ["model/decoder=wide", "model.decoder=wide"])
+def test_a_users_decoder_is_chosen_by_its_name(own: Path, override: str):
+    config = compose_run(["cluster=local", "launch.config_dir=conf", override, "model.decoder_width=8"])
+    validate(config)
+    assert "own_package" not in sys.modules
+    assert part_name(config.model.decoder) == "wide"
+    decoder = build_part(config.model.decoder, DECODER, channels=[4, 8], width=8)
+    assert decoder.layer.kernel_size == (3, 3)
+
+
+def test_a_parameter_of_a_part_is_an_override(own: Path):
+    config = compose_run(["cluster=local", "launch.config_dir=conf", "model/decoder=wide", "model.decoder.bias=false"])
+    validate(config)
+    assert config.model.decoder == {
+        "name": "wide", "_target_": "own_package.decoders.WideDecoder", "kernel": 3, "bias": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["model.decoder.kernle=1"],
+            "model.decoder.kernle is not a parameter of WideDecoder; its parameters: kernel, bias.",
+        ),
+        (["model.decoder.kernel=wide"], "model.decoder.kernel is 'wide', but WideDecoder takes int."),
+        (["model.decoder.kernel=1.5"], "model.decoder.kernel is 1.5, but WideDecoder takes int."),
+        (["model.decoder.bias=1"], "model.decoder.bias is 1, but WideDecoder takes bool."),
+        (["model.decoder.width=4"], "model.decoder.width cannot be given: the workload sets it."),
+        (["model.decoder._target_=torch.nn.Linear"], "there is no such class"),
+        (["model.decoder._target_=os.system"], "there is no such class"),
+        (["model/decoder=none"], "which is not a Decoder"),
+        (["model/decoder=gone"], "there is no such class"),
+        (["model/decoder=needy"], "model.decoder.depth is not given, but Needy needs it."),
+        (["model.decoder=poetry"], "but hpcmm has fcn, gone, mlp, mlp_bn, needy, none, resnet, wide."),
+        (["model.decoder=../../decoder/fcn"], "but hpcmm has fcn"),
+        (["model.decoder=[1]"], "but hpcmm has fcn"),
+    ],
+)
+def test_a_wrong_part_is_named_without_being_imported(own: Path, overrides: list[str], said: str):
+    found = (
+        problems("model/decoder=wide", *overrides)
+        if "/" not in overrides[0].partition("=")[0]
+        else problems(*overrides)
+    )
+    assert len(found) == 1
+    assert said in found[0]
+    assert "own_package" not in sys.modules
+
+
+def test_a_part_of_another_class_is_not_built(own: Path):
+    with pytest.raises(HpcmmError, match="is not a Decoder, which each model/decoder must be"):
+        build_part({"_target_": "own_package.decoders.NoDecoder"}, DECODER, channels=[1], width=1)
+    with pytest.raises(HpcmmError, match="cannot be imported"):
+        build_part({"_target_": "own_package.nowhere.Decoder"}, DECODER, channels=[1], width=1)
+    with pytest.raises(HpcmmError, match="is not a class"):
+        build_part({"_target_": "os.getcwd"}, DECODER, channels=[1], width=1)
+
+
+def test_a_config_folder_hides_none_of_hpcmms_own_files(own: Path):
+    (own / "conf" / "model" / "decoder" / "fcn.yaml").write_text("_target_: own_package.decoders.WideDecoder\n")
+    assert "so give yours another name" in problems()[0]
+    assert "there is no such folder" in problems("launch.config_dir=nowhere")[0]
+
+
+def test_a_sweep_over_a_users_decoder_resolves_each_point(own: Path):
+    from hpcmm.config.sweep import compose_points
+
+    for word in ("model/decoder=wide,mlp", "model.decoder=wide,mlp"):
+        points = compose_points(["cluster=local_slurm", "launch.config_dir=conf", word, "train.seed=0,1"])
+        assert [part_name(point.config.model.decoder) for point in points] == ["wide", "wide", "mlp", "mlp"]
+        assert all("_target_" in point.config.model.decoder for point in points)
+
+
+def test_checking_parts_imports_no_torch(own: Path):
+    code = (
+        "import sys; from hpcmm.config.compose import compose_run; from hpcmm.config.validate import validate; "
+        "validate(compose_run(['cluster=local', 'launch.config_dir=conf', 'model/decoder=wide'])); "
+        "print('torch' in sys.modules, 'own_package' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=own, check=True)
+    assert done.stdout.split() == ["False", "False"]
