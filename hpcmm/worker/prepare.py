@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig, TaskName
 from hpcmm.errors import HpcmmError
+from hpcmm.node import startup
 from hpcmm.node.cache import cache_dir, extensions_dir
 from hpcmm.runs.attempts import begin_attempt
 from hpcmm.runs.run_dir import RunDir
@@ -52,7 +54,8 @@ def main(arguments: list[str]) -> int:
     try:
         run = RunDir(Path(arguments[0]))
         prepare(config_file.load(run.config))
-        begin_attempt(run)
+        began = os.environ.get(startup.SCRIPT_BEGAN)
+        begin_attempt(run, began_s=float(began) if began else None)
     except HpcmmError as error:
         print(f"hpcmm: {error}", file=sys.stderr)
         return 1
