@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from hpcmm.config.schema import RunConfig
-from hpcmm.config.untyped_config import frozen_text, plain_values
+from hpcmm.config.untyped_config import VERSION, VERSION_KEY, plain_values, values_of_today
 from hpcmm.errors import HpcmmError
+from hpcmm.files import read_text, write_whole
 from hpcmm.text import visible
 
 _MOST_OF_A_REASON = 300
@@ -25,9 +26,9 @@ _MOST_OF_A_REASON = 300
 
 def dump(config: RunConfig, path: Path) -> None:
     """Write the frozen configuration: read-only, for whoever runs this job has to run this."""
-    text = yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    path.write_text(text, encoding="utf-8")
-    path.chmod(0o444)
+    values = {VERSION_KEY: VERSION, **_plain(asdict(config))}
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    write_whole(path, text, mode=0o444)
 
 
 class _Dumper(yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper):  # type: ignore[misc]
@@ -51,9 +52,10 @@ def _plain(value: Any) -> Any:
 
 
 def load(path: Path) -> RunConfig:
-    """Read a frozen configuration. Raises HpcmmError where the file is missing or is not one."""
+    """Read a frozen configuration, also of an earlier version. Raises HpcmmError if there is none in the file."""
     given = _frozen(path)
     try:
+        given = OmegaConf.create(values_of_today(_keys_and_values(given)))
         loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise HpcmmError(
@@ -66,7 +68,7 @@ def load(path: Path) -> RunConfig:
 def _frozen(path: Path) -> DictConfig:
     """The values of a configuration of whatever version of hpcmm."""
     try:
-        text = frozen_text(path)
+        text = read_text(path)
         plain_values(text)  # refuses what would have OmegaConf work without end
         given = OmegaConf.load(StringIO(text))
     except OSError as error:
@@ -77,6 +79,13 @@ def _frozen(path: Path) -> DictConfig:
         ) from error
     assert isinstance(given, DictConfig)
     return given
+
+
+def _keys_and_values(given: DictConfig) -> dict[str, Any]:
+    """As plain values, with interpolations as they stand."""
+    values = OmegaConf.to_container(given, resolve=False)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def _reason(error: Exception) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from errno import EINVAL
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import yaml
 
-MAX_BYTES = 1 << 20
+from hpcmm.files import MOST_BYTES, read_text
+
+VERSION = 2
+"""Of the files that are written today; a file that names none is of version 1."""
+VERSION_KEY = "version"
+MAX_BYTES = MOST_BYTES
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -21,16 +24,6 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def frozen_text(path: Path) -> str:
-    """The text of the configuration in ``path``. Raises OSError or ValueError where there is none to read."""
-    there = path.stat()
-    if not S_ISREG(there.st_mode):  # to open a pipe would wait for who writes to it
-        raise OSError(EINVAL, "it is no file")
-    if there.st_size > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES} bytes")
-    return path.read_text(encoding="utf-8")
-
-
 def plain_values(text: str) -> dict[str, Any]:
     """What the text of a configuration holds. Raises ValueError, RecursionError or YAMLError where it is none."""
     values = yaml.load(text, _PlainLoader)  # noqa: S506 - a SafeLoader
@@ -39,9 +32,35 @@ def plain_values(text: str) -> dict[str, Any]:
     return values
 
 
+def values_of_today(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration of this or an earlier version, under today's keys and without the version.
+
+    Raises ValueError for a later version, and for what is no version.
+    """
+    version = values.get(VERSION_KEY, 1)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"its version is {version!r:.40}, which is no version")
+    if version > VERSION:
+        raise ValueError(f"it is of version {version}, and this hpcmm reads up to version {VERSION}")
+    values = {key: value for key, value in values.items() if key != VERSION_KEY}
+    return _from_version_1(values) if version == 1 else values
+
+
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Today's keys are those of version 1."""
+    return values
+
+
 def read_frozen_config(path: Path) -> dict[str, Any]:
-    """The configuration in ``path``; empty where there is none that can be read, or one beyond :data:`MAX_BYTES`."""
+    """The configuration in ``path``; empty where there is none that can be read, or one beyond :data:`MAX_BYTES`.
+
+    One of a later version comes as it is: most keys stay what they are.
+    """
     try:
-        return plain_values(frozen_text(path))
+        values = plain_values(read_text(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
+    try:
+        return values_of_today(values)
+    except ValueError:
+        return values

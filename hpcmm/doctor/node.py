@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import socket
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from hpcmm.doctor.node_info import node_facts
 from hpcmm.doctor.rendezvous import answer_clock, come, gather, measure_offset
+from hpcmm.files import write_whole
 from hpcmm.node.connectivity import job_nodes
 from hpcmm.node.ports import find_free_port
 from hpcmm.nsys.check import nsys_problem
@@ -145,9 +145,7 @@ def _read_port(port_file: Path) -> int:
 
 
 def _write(value: object, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(value))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ batch log, facts to ``RUN/preflight.json``.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from hpcmm.doctor.checks import bad_nodes, judge
 from hpcmm.doctor.report import report_lines, report_values
 from hpcmm.doctor.runner import clean_up, read_answers, write_request
 from hpcmm.errors import HpcmmError
+from hpcmm.files import write_json
 from hpcmm.node.cache import cache_dir
 from hpcmm.runs.run_dir import RunDir
 
@@ -51,7 +51,7 @@ def choose(config: RunConfig, run: RunDir, nodes: Sequence[str], request: Path) 
     findings = judge(nodes, result.found, config.cluster.gpus_per_node)
     print("\n".join(report_lines(nodes, result.found, findings)), file=sys.stderr, flush=True)
     facts = report_values(nodes, result.found, findings)
-    run.preflight.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_json(run.preflight, facts, indent=1)
     return chosen_nodes(nodes, bad_nodes(findings, nodes), config.cluster.nodes)
 
 

@@ -8,17 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import read_tail
 from hpcmm.jobs.find_run import Target, run_of_command, settings, slurm_environment
-from hpcmm.jobs.state import RankProgress, progress_of, states_of
+from hpcmm.jobs.state import states_of
 from hpcmm.node.classify import LoggedError, last_logged_error
 from hpcmm.runs import failures
 from hpcmm.runs.failures import RankError, RankExit
+from hpcmm.runs.metrics import RankProgress, progress_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.slurm.commands import ask
 from hpcmm.slurm.queue import Job, account_of
 
 _TAIL_BYTES = 256 * 1024
-_ATTEMPT = re.compile(r"(\d+)\.(\d+)")
 _RANK = re.compile(r"[0-9]{1,6}")
 _SRUN_TASKS = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)")
 
@@ -81,8 +82,8 @@ def gather(target: Target) -> JobDiagnostics:
     notes += [complaint] if complaint and not notes else []
     if run is None:
         return JobDiagnostics(job, None, node_states=node_states(job.nodes, environ), notes=notes)
-    attempt, restart = _newest_attempt(run, job.raw_id)
-    batch_log = _of_job(_tail(run.batch_log), job.raw_id)
+    attempt, restart = failures.newest_attempt(run, job.raw_id) or (None, 0)
+    batch_log = _of_job(read_tail(run.batch_log, _TAIL_BYTES), job.raw_id)
     return JobDiagnostics(
         job,
         run,
@@ -152,30 +153,21 @@ def _accounted(job: Job, environ: Mapping[str, str]) -> tuple[Job, str | None]:
     ), None
 
 
-def _newest_attempt(run: RunDir, raw_id: str) -> tuple[Path | None, int]:
-    folders = run.failures.glob(f"{raw_id}.*") if run.failures.is_dir() else ()
-    found = [(int(match[2]), folder) for folder in folders if (match := _ATTEMPT.fullmatch(folder.name))]
-    if not found:
-        return None, 0
-    restart, newest = max(found)
-    return newest, restart
-
-
 def _ranks(run: RunDir, raw_id: str, attempt: Path | None) -> dict[int, RankDiagnostics]:
     progress = {rank: each for rank, each in progress_of(run).items() if each.job_id == raw_id}
     numbers = set(progress)
     if attempt is not None:
-        names = [entry.name for entry in attempt.glob("rank_*")]
-        numbers |= {int(match[1]) for name in names if (match := re.match(r"rank_([0-9]{1,6})\.", name))}
+        numbers |= failures.ranks_with_records(attempt)
         numbers |= set(range(_world_size(run)))
     found = {}
     for rank in sorted(numbers):
         error = failures.read(failures.error_file(attempt, rank), RankError) if attempt else None
         ended = failures.read(failures.exit_file(attempt, rank), RankExit) if attempt else None
-        logged = last_logged_error(_tail(run.rank_log(rank))) if error is None and ended is not None else None
+        unexplained = error is None and ended is not None
+        logged = last_logged_error(read_tail(run.rank_log(rank), _TAIL_BYTES)) if unexplained else None
         here = progress.get(rank)
         node = error.node if error else ended.node if ended else here.node if here else ""
-        stacks = _tail(failures.stacks_file(attempt, rank)) if attempt else ""
+        stacks = read_tail(failures.stacks_file(attempt, rank), _TAIL_BYTES) if attempt else ""
         found[rank] = RankDiagnostics(rank, node, error, ended, logged, stacks, here)
     return found
 
@@ -185,15 +177,6 @@ def _world_size(run: RunDir) -> int:
     given = [cluster.get(key) for key in ("nodes", "ranks_per_node")] if isinstance(cluster, dict) else []
     sizes = [each for each in given if isinstance(each, int) and 0 < each <= 1_000_000]
     return min(sizes[0] * sizes[1], 1_000_000) if len(sizes) == 2 else 0
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            return file.read(_TAIL_BYTES).decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def _of_job(log: str, raw_id: str) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,12 @@ from typing import Any
 from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import resource
-from hpcmm.runs.run_dir import RunDir, SweepDir, is_run, runs_in
+from hpcmm.runs.run_dir import JOB_ID, RunDir, is_run, runs_in
+from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.queue import Job
 
 _MOST_RUNS = 20
 _SLURM_S_OWN_PLACES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
-_JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
-_SUBMITTED = re.compile(r"([0-9]{1,12}(?:_[0-9]{1,9})?)_submitted\.pkl")
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
     named = _expanded(asked)
     if is_run(named):
         return [_target(asked, named.resolve())]
-    if _JOB_ID.fullmatch(asked):
+    if JOB_ID.fullmatch(asked):
         run = run_of_job(asked, runs_root)
         return [Target(asked, (asked,), run)]
     within = runs_root / asked
@@ -54,24 +51,6 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
         raise HpcmmError(_no_such_run(asked, runs_root, runs))
     targets = [_target(asked, run.root) for run in found]
     return sorted(targets, key=lambda target: not target.job_ids)
-
-
-def job_ids_of(run: RunDir) -> tuple[str, ...]:
-    """Numbers of all jobs that ran, or wait to run, in this directory, newest last."""
-    ids: dict[str, float] = {}
-    try:
-        for entry in run.submitit.iterdir():
-            match = _SUBMITTED.fullmatch(entry.name)
-            if match:
-                ids[match[1]] = entry.stat().st_mtime
-    except OSError:
-        pass  # not made by submitit, or not ours to read
-    for job_id in _sweep_jobs(run):
-        ids.setdefault(job_id, 0.0)
-    for record in (_json_object(run.submission), _json_object(run.job_record)):
-        if _JOB_ID.fullmatch(job_id := str(record.get("job_id"))):
-            ids.setdefault(job_id, 0.0)
-    return tuple(sorted(ids, key=lambda each: (ids[each], each)))
 
 
 def run_of_job(job_id: str, runs_root: Path) -> RunDir | None:
@@ -165,24 +144,6 @@ def _expanded(asked: str) -> Path:
 def _target(asked: str, folder: Path) -> Target:
     run = RunDir(folder)
     return Target(asked, job_ids_of(run), run)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return given if isinstance(given, dict) else {}
-
-
-def _sweep_jobs(run: RunDir) -> list[str]:
-    """The arrays of a sweep, whose folder holds a ledger of its points; nothing for a single run."""
-    try:
-        points = json.loads(SweepDir(run.root).ledger.read_text(encoding="utf-8"))["points"]
-        jobs = [str(job) for point in points for job in point["jobs"]]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return []
-    return [job for job in dict.fromkeys(jobs) if _JOB_ID.fullmatch(job)]
 
 
 def _no_such_run(asked: str, runs_root: Path, runs: list[RunDir]) -> str:

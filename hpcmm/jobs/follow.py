@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -18,7 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from hpcmm.config.schema import Analyze, Executor, RunConfig, TaskName
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.submit import Submission
+from hpcmm.runs.metrics import finished_step, read_scores
+from hpcmm.runs.outcome import outcome_of
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.submission import write_job_record
 from hpcmm.slurm.accounting import QueueState, job_records, queue_state
 
 _POLL_S = (1.0, 5.0)
@@ -51,12 +53,12 @@ def _follow(config: RunConfig, submission: Submission, console: Console) -> int:
     except HpcmmError as error:
         console.print(f"hpcmm: {error}", markup=False)
         return 1
-    submission.run.job_record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_job_record(submission.run, record)
     if config.analyze is Analyze.after:
         _show_analysis(submission, console)
-    if record["state"] == "COMPLETED":
-        if submission.run.evaluation.is_file():
-            scores = json.loads(submission.run.evaluation.read_text(encoding="utf-8"))
+    outcome = outcome_of(submission.run, submission.job_id)
+    if outcome is not None and outcome.completed:
+        if scores := read_scores(submission.run):
             said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
             console.print(f"on held-out images: {said}")
         return 0
@@ -82,25 +84,14 @@ def _watch(config: RunConfig, submission: Submission, console: Console) -> Queue
                 console.print(_state_line(submission.job_id, state), markup=False)
             for line in (line for log in shown_logs for line in log.lines()):
                 console.print(line, markup=False)
-            for done, loss, step_s in filter(None, map(_finished_step, metrics.lines())):
-                description = f"loss {loss:.4f}, {step_s:.3f} s a step"
+            for step in filter(None, map(finished_step, metrics.lines())):
+                done, description = step.steps_done, f"loss {step.loss:.4f}, {step.step_s:.3f} s a step"
                 bar.update(task, completed=done, description=description)
                 if bar.disable and (done % config.train.log_every == 0 or done in (1, config.train.steps)):
                     console.print(f"step {done}/{config.train.steps}: {description}")
             if not state.active:
                 return state
     raise AssertionError("the states end with one that is not active")
-
-
-def _finished_step(line: str) -> tuple[int, float, float] | None:
-    """How many steps are done, the loss and the seconds of the last; None for a line that is no step's, or damaged."""
-    try:
-        record = json.loads(line)
-        return (
-            (record["step"] + 1, float(record["loss"]), float(record["step_s"])) if record["event"] == "step" else None
-        )
-    except (ValueError, RecursionError, KeyError, TypeError):  # as a full disk leaves it
-        return None
 
 
 def _states(config: RunConfig, submission: Submission) -> Iterator[QueueState]:

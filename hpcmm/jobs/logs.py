@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import open_regular
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.text import visible
 
@@ -33,7 +34,7 @@ class Log:
         """Its last whole lines, and the position from which ``new_lines`` goes on."""
         self._offset, self._half = 0, b""
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 end = file.seek(0, 2)
                 begin, data = end, b""
                 while begin > 0 and data.count(b"\n") <= lines and end - begin < _MOST_TAIL_BYTES:
@@ -49,7 +50,7 @@ class Log:
     def new_lines(self) -> list[str]:
         """The lines that became whole since the last look. A log that was cut short is read from its start."""
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 if file.seek(0, 2) < self._offset:
                     self._offset, self._half = 0, b""
                 file.seek(self._offset)

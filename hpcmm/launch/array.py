@@ -25,8 +25,10 @@ from hpcmm.launch.plan import (
 from hpcmm.launch.prerequisites import run_to_start_from
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.launch.submit import note_submission, pickle_task, submit_analysis, uninterrupted
-from hpcmm.runs.ledger import COMPLETED, FAILED, Ledger, LedgerPoint, read_ledger
+from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
+from hpcmm.runs.outcome import COMPLETED, FAILED, IN_QUEUE, states_of_points
 from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.slurm.accounting import ACTIVE, array_states
 from hpcmm.slurm.sbatch import check_slurm_is_here, sbatch, warn_where_it_cannot_start
 
 
@@ -82,15 +84,24 @@ def resubmit(path: Path) -> tuple[Ledger, list[LedgerPoint], str | None]:
         ledger = read_ledger(path)  # as it is now that nobody else writes it
         config = config_file.load(ledger.run(ledger.points[0]).config)
         os.environ.update(config.cluster.submit_environment)
-        states = ledger.states()
+        states = point_states(ledger)
         failed = [point for point in ledger.points if states[point.index] == FAILED]
         return ledger, failed, _submit_array(config, ledger, failed) if failed else None
 
 
+def point_states(ledger: Ledger) -> dict[int, str]:
+    """``COMPLETED``, ``FAILED`` or ``ACTIVE`` of each point, by index.
+
+    One question to Slurm for all that it still has in its queue. Raises HpcmmError when Slurm does not answer.
+    """
+    active = {task for task, state in array_states(ledger.newest_arrays()).items() if state in ACTIVE}
+    return states_of_points(ledger, active)
+
+
 def summary(ledger: Ledger) -> str:
     """How many points are in which state."""
-    states = list(ledger.states().values())
-    counts = {state: states.count(state) for state in (COMPLETED, "ACTIVE", FAILED)}
+    states = list(point_states(ledger).values())
+    counts = {state: states.count(state) for state in (COMPLETED, IN_QUEUE, FAILED)}
     return ", ".join(f"{count} {state.lower()}" for state, count in counts.items())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from hpcmm.config.schema import RunConfig, TaskName
 from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.submission import submitted_job
 from hpcmm.slurm.accounting import queue_state
 
 _JOB_ID = re.compile(r"[1-9][0-9]*(?:_[0-9]+)?")
@@ -26,12 +26,9 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
     run = RunDir(runs_root / named)
     if "\0" in named or not run.root.is_dir():
         raise HpcmmError(f"after={named} is no job id, and {runs_root} holds no run of that name.")
-    try:
-        job_id = str(json.loads(run.submission.read_text(encoding="utf-8"))["job_id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HpcmmError(
-            f"after={named}: {run.submission} does not tell that run's job, so it was not submitted."
-        ) from error
+    job_id = submitted_job(run)
+    if job_id is None:
+        raise HpcmmError(f"after={named}: {run.submission} does not tell that run's job, so it was not submitted.")
     if not _JOB_ID.fullmatch(job_id):
         raise HpcmmError(f"after={named}: {run.submission} holds {job_id[:40]!r}, which is no job id.")
     return job_id

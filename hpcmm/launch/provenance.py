@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -18,6 +17,7 @@ from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.script import python_of
 from hpcmm.launch.snapshot import project_root, revision
+from hpcmm.runs.provenance import write_provenance_record
 from hpcmm.runs.run_dir import RunDir
 
 
@@ -41,7 +41,7 @@ def write_provenance(
     }
     if project is not None:
         record["code"]["project"] = _origin(project, run, "project")
-    run.provenance.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_provenance_record(run, record)
 
 
 def installed_packages() -> dict[str, str]:

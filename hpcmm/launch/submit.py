@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.launch.script import rank_command
 from hpcmm.node.ports import find_free_port
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.submission import write_submission
 from hpcmm.slurm.commands import job_variables
 from hpcmm.slurm.sbatch import sbatch, warn_where_it_cannot_start
 from hpcmm.worker.task import RankTask, UserTask
@@ -128,9 +127,8 @@ def pickle_task(config: RunConfig, run: RunDir) -> RankTask | UserTask:
 
 def note_submission(run: RunDir, **jobs: str | None) -> None:
     """Write ``submission.json``; says so where that cannot be, for the job is queued already."""
-    record = {**jobs, "submitted_unix_s": time.time()}
     try:
-        run.submission.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_submission(run, **jobs)
     except OSError as error:
         print(
             f"hpcmm: job {jobs['job_id']} is submitted, but {run.submission} cannot be written ({error.strerror}).",

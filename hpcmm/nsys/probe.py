@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import write_whole
 from hpcmm.node.cache import one_at_a_time
 from hpcmm.nsys.capture import start_under_nsys
 from hpcmm.nsys.importer import import_qdstrm
@@ -50,9 +51,7 @@ def nsys_facts(nsys: str, cache: Path) -> NsysFacts:
             return known
         facts = _probe(nsys)
         if facts.problem is None:  # what is wrong may be mended before the next run
-            partial = record.with_suffix(".part")
-            partial.write_text(json.dumps(asdict(facts)), encoding="utf-8")
-            partial.replace(record)
+            write_whole(record, json.dumps(asdict(facts)))
         return facts
 
 

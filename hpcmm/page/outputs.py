@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import pandas as pd
 import pyarrow as pa
@@ -16,20 +12,18 @@ import pyarrow.parquet
 
 from hpcmm.analysis.pipeline import Study
 from hpcmm.errors import HpcmmError
+from hpcmm.files import Content, write_together
 from hpcmm.page.html import page
 from hpcmm.page.markdown import summary
 from hpcmm.page.perfetto import write_trace
 from hpcmm.text import printable
-
-Content = str | Callable[[IO[bytes]], None]
-"""A file's text, or what writes its bytes."""
 
 
 def write_all(folder: Path, contents: Mapping[str, Content]) -> None:
     """Make ``folder`` and write all files into it, or none. Raises HpcmmError where that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_together(folder, contents)
+        write_together(folder, contents, mode=0o644)
     except (FileExistsError, NotADirectoryError) as error:
         raise HpcmmError(f"{folder} cannot be written (it is not a folder): name another with --out.") from error
     except OSError as error:
@@ -63,29 +57,6 @@ def _printable(texts: pd.Series[str]) -> pd.Series[str]:
     codes, values = pd.factorize(texts)
     clean = pd.array([printable(str(value)) for value in values] or [""], dtype="str")
     return pd.Series(clean.take(codes, allow_fill=True), index=texts.index, dtype="str")
-
-
-def write_together(folder: Path, contents: Mapping[str, Content]) -> None:
-    """Write every file beside its final name, then rename all. Raises OSError with nothing new left behind."""
-    for name in contents:
-        if (folder / name).is_dir():
-            raise IsADirectoryError(errno.EISDIR, f"{name} there is a folder")
-    partials: dict[Path, Path] = {}
-    try:
-        for name, content in contents.items():
-            handle, partial = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            partials[Path(partial)] = folder / name
-            with os.fdopen(handle, "wb") as file:
-                if isinstance(content, str):
-                    file.write(content.encode("utf-8", errors="replace"))
-                else:
-                    content(file)
-            Path(partial).chmod(0o644)
-        for partial_path, path in partials.items():
-            partial_path.replace(path)
-    finally:
-        for partial_path in partials:
-            partial_path.unlink(missing_ok=True)
 
 
 def write_outputs(study: Study, folder: Path) -> None:

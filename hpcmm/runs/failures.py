@@ -7,13 +7,14 @@ They lie in ``RUN/failures/JOB.RESTART/``: ``rank_0003.error.json`` is the rank'
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hpcmm.files import read_json_object, write_json
 from hpcmm.runs.run_dir import RunDir
 
 MOST_LINES = 60
@@ -21,6 +22,9 @@ MOST_LINES = 60
 
 MOST_CHARACTERS = 4000
 """Characters of a message that are kept."""
+
+_ATTEMPT = re.compile(r"([0-9]{1,12})\.([0-9]{1,9})")
+_RANK_FILE = re.compile(r"rank_([0-9]{1,6})\.(error\.json|exit\.json|stacks)")
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,7 @@ def write(record: RankError | RankExit, path: Path) -> None:
     """Write so that ``path`` never exists half-written. Raises OSError where there is no room."""
     path.parent.mkdir(parents=True, exist_ok=True)
     failed_file(path.parent).touch()
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, asdict(record), indent=1)
 
 
 Record = TypeVar("Record", RankError, RankExit)
@@ -88,11 +90,50 @@ Record = TypeVar("Record", RankError, RankExit)
 
 def read(path: Path, kind: type[Record]) -> Record | None:
     """The record in a file that others could write to; None where there is none, or it is not one."""
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    return _typed(read_json_object(path), kind)
+
+
+def newest_attempt(run: RunDir, raw_id: str) -> tuple[Path, int] | None:
+    """The newest folder of records that job ``raw_id`` left, and which time the job ran then, counted from 0."""
+    found = [(restart, folder) for job, restart, folder in _attempts(run) if job == raw_id]
+    if not found:
         return None
-    return _typed(given, kind) if isinstance(given, dict) else None
+    restart, folder = max(found)
+    return folder, restart
+
+
+def ranks_with_records(attempt: Path) -> set[int]:
+    """The ranks that left a record or stacks in an attempt's folder."""
+    return {int(match[1]) for name in _names(attempt) if (match := _RANK_FILE.fullmatch(name))}
+
+
+def last_record_ns(run: RunDir, raw_id: str) -> int | None:
+    """When a rank of job ``raw_id`` last left a record of a bad end, by its file system; None if none did."""
+    times = [
+        (folder / name).stat().st_mtime_ns
+        for job, _, folder in _attempts(run)
+        if job == raw_id
+        for name in _names(folder)
+        if (match := _RANK_FILE.fullmatch(name)) and match[2] != "stacks"
+    ]
+    return max(times, default=None)
+
+
+def jobs_with_records(run: RunDir) -> tuple[str, ...]:
+    """Slurm's own numbers of the jobs whose ranks left records, the newest last."""
+    return tuple(str(job) for job in sorted({int(job) for job, _, _ in _attempts(run)}))
+
+
+def _attempts(run: RunDir) -> list[tuple[str, int, Path]]:
+    found = [(_ATTEMPT.fullmatch(name), run.failures / name) for name in _names(run.failures)]
+    return [(match[1], int(match[2]), folder) for match, folder in found if match]
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def _typed(given: dict[str, Any], kind: type[Record]) -> Record | None:

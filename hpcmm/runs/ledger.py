@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.slurm.accounting import ACTIVE, array_states
+from hpcmm.files import read_json_object, read_text, write_json
+from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 
-COMPLETED, FAILED, IN_QUEUE = "COMPLETED", "FAILED", "ACTIVE"
+_MOST_BYTES = 1 << 26
+"""Of a ledger; a larger one is damaged."""
 
 
 @dataclass
@@ -52,10 +53,7 @@ class Ledger:
 
     def write(self) -> None:
         """Replace the file in one step: a reader sees the old one or the new one."""
-        fresh = self.sweep.ledger.with_suffix(".part")
-        record = {"points": [asdict(point) for point in self.points]}
-        fresh.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(self.sweep.ledger)
+        write_json(self.sweep.ledger, {"points": [asdict(point) for point in self.points]}, indent=1)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -74,27 +72,9 @@ class Ledger:
                 pass
             yield
 
-    def states(self) -> dict[int, str]:
-        """``COMPLETED``, ``FAILED`` or ``ACTIVE`` of each point, by index.
-
-        One question to Slurm for all that it still has in its queue; whether the others completed is read from what
-        their batch scripts left. Raises HpcmmError when Slurm does not answer.
-        """
-        latest = {point.jobs[-1] for point in self.points if point.jobs}
-        active = {job_id for job_id, state in array_states(latest).items() if state in ACTIVE}
-        return {
-            point.index: IN_QUEUE if point.jobs and point.job_id in active else self._ended(point)
-            for point in self.points
-        }
-
-    def _ended(self, point: LedgerPoint) -> str:
-        """By the last line of its job; a task that was killed with its batch script left none."""
-        if not point.jobs:
-            return FAILED
-        status = self.run(point).exit_status
-        lines = status.read_text(encoding="ascii", errors="replace").split("\n") if status.is_file() else []
-        own = [line for line in lines if line.partition(" ")[0] == point.job_id]
-        return COMPLETED if own[-1:] == [f"{point.job_id} 0"] else FAILED
+    def newest_arrays(self) -> set[str]:
+        """Ids of the arrays that points were last submitted in, to ask Slurm for."""
+        return {point.jobs[-1] for point in self.points if point.jobs}
 
 
 def _is_whole(point: LedgerPoint) -> bool:
@@ -107,13 +87,24 @@ def _is_whole(point: LedgerPoint) -> bool:
     )
 
 
+def jobs_of_points(sweep: SweepDir) -> dict[int, list[str]]:
+    """Ids of the arrays of each point, the latest last, by index; of whoever's ledger, without what is damaged."""
+    points = read_json_object(sweep.ledger, _MOST_BYTES).get("points")
+    found = {}
+    for point in points if isinstance(points, list) else []:
+        index, jobs = (point.get("index"), point.get("jobs")) if isinstance(point, dict) else (None, None)
+        if type(index) is int and index >= 0 and isinstance(jobs, list):
+            found[index] = [job for job in jobs if isinstance(job, str) and JOB_ID.fullmatch(job)]
+    return found
+
+
 def read_ledger(path: Path) -> Ledger:
     """Read a ledger, or that of a sweep's folder. Raises HpcmmError where it is none."""
     file = SweepDir(path).ledger if path.is_dir() else path
     if path.is_dir() and RunDir(path).submission_script.is_file() and not file.exists():
         raise HpcmmError(f"{path} is a single run, and no sweep: launch it again, with the overrides that it had.")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(read_text(file, _MOST_BYTES))
         points = [LedgerPoint(**point) for point in record["points"]]
         whole = [point.index for point in points] == [*range(len(points))] and all(map(_is_whole, points))
         foreign = file.stat().st_uid != os.geteuid()

@@ -1,18 +1,32 @@
-"""A rank's metrics file: one JSON object a line, each line whole as soon as it is written."""
+"""What ranks note while they train: one JSON object a line, each line whole as soon as it is written; and the scores.
+
+Files of another user are read with care: long lines, odd types and pipes in the place of files do no harm.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import json_object, open_regular, read_json_object, read_tail, write_json
+from hpcmm.runs.run_dir import RunDir
 
+MAX_LINE_BYTES = 1 << 20
+"""Of a line of metrics; what is longer is damage."""
+_TAIL_BYTES = 64 * 1024
+_RANK_FILE = re.compile(r"rank_([0-9]{1,9})\.jsonl")
+_STEPPED = ("step", "lost")
+"""Events of a rank that came as far as a step."""
 _STEP = b'{"event": "step"'
 _LOST_STEP = b'{"event": "lost"'
 """As long as ``_STEP``, so that it can be written over it under the eyes of who follows the file."""
@@ -106,3 +120,154 @@ def _end_of_the_last_whole_line(fd: int) -> int:
     """In bytes. A rank that was killed may have left half a line after it."""
     size = os.fstat(fd).st_size
     return os.pread(fd, size, 0).rfind(b"\n") + 1
+
+
+@dataclass(frozen=True, slots=True)
+class RankStart:
+    """A rank's own ``start`` record."""
+
+    rank: int
+    node: str
+    job_id: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankStarts:
+    """The starts of a rank, of which a requeued job has several in one file."""
+
+    last: RankStart
+    records: tuple[dict[str, Any], ...]
+    """Of all starts: each part, and the first step of each attempt."""
+
+    @property
+    def stepped(self) -> bool:
+        """It came as far as a step."""
+        return any(record.get("event") in _STEPPED for record in self.records)
+
+
+@dataclass(frozen=True)
+class RankProgress:
+    """How far a rank came since its newest start."""
+
+    rank: int
+    node: str
+    job_id: str
+    """Slurm's own number, which each task of an array has."""
+    last_step: int | None
+    """Number of its last finished step; None before the first."""
+    last_unix_ns: int
+    """The node's clock at its last record."""
+    ended: bool
+    """It trained to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A step as its rank noted it."""
+
+    steps_done: int
+    loss: float
+    step_s: float
+
+
+def starts_of(run: RunDir) -> list[RankStarts]:
+    """The starts of each rank that says which one it is, by the names of the files in ``RUN/metrics``."""
+    return [found for path in _rank_files(run).values() if (found := _starts(path)) is not None]
+
+
+def progress_of(run: RunDir) -> dict[int, RankProgress]:
+    """How far each rank came, by its number; from the ends of the files, however long these are."""
+    found = {rank: _progress(path, rank) for rank, path in _rank_files(run).items()}
+    return {rank: progress for rank, progress in found.items() if progress is not None}
+
+
+def finished_step(line: str) -> FinishedStep | None:
+    """The step of a line; None for a line that is no step's, or damaged."""
+    record = json_object(line)
+    if record is None or record.get("event") != "step":
+        return None
+    try:
+        return FinishedStep(int(record["step"]) + 1, float(record["loss"]), float(record["step_s"]))
+    except (ValueError, KeyError, TypeError, OverflowError):  # as a full disk leaves it
+        return None
+
+
+def write_scores(run: RunDir, scores: Mapping[str, float]) -> None:
+    """Write ``evaluation.json``: scores on held-out images before and after training."""
+    write_json(run.evaluation, dict(scores))
+
+
+def read_scores(run: RunDir) -> dict[str, float]:
+    """What :func:`write_scores` wrote; empty if there is none, without what is no number."""
+    return {name: value for name, value in read_json_object(run.evaluation).items() if isinstance(value, float)}
+
+
+def _rank_files(run: RunDir) -> dict[int, Path]:
+    found = {path: _RANK_FILE.fullmatch(path.name) for path in sorted(run.metrics.glob("rank_*.jsonl"))}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
+def _starts(path: Path) -> RankStarts | None:
+    """None if no record says which rank wrote the file."""
+    start: RankStart | None = None
+    records: list[dict[str, Any]] = []
+    before_first_step = True
+    try:
+        with open_regular(path) as file:
+            for line in iter(partial(file.readline, MAX_LINE_BYTES), b""):
+                if b'"start' in line or before_first_step:
+                    record = json_object(line.decode(errors="replace")) or {}
+                    start = _as_start(record) or start
+                    before_first_step = record.get("event") not in _STEPPED
+                    if record.get("event") != "start":
+                        records.append(record)
+    except OSError:
+        return None
+    return RankStarts(start, tuple(records)) if start is not None else None
+
+
+def _as_start(record: dict[str, Any]) -> RankStart | None:
+    if record.get("event") != "start":
+        return None
+    try:
+        return RankStart(int(record["rank"]), str(record["node"]), str(record.get("job_id", "")), int(record["pid"]))
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def _progress(path: Path, rank: int) -> RankProgress | None:
+    records = _records(read_tail(path, _TAIL_BYTES))
+    began = [number for number, record in enumerate(records) if record.get("event") == "start"]
+    since = records[began[-1] :] if began else records
+    start = since[0] if began else _first_start(path)  # of a long file the tail may hold no start, but the head does
+    if start is None or not since:
+        return None
+    steps = [record["step"] for record in since if record.get("event") == "step" and _is_count(record.get("step"))]
+    last_ns = since[-1].get("unix_ns")
+    return RankProgress(
+        rank,
+        str(start.get("node", "")),
+        str(start.get("job_id", "")),
+        steps[-1] if steps else None,
+        last_ns if isinstance(last_ns, int) and _is_count(last_ns) else 0,
+        since[-1].get("event") == "end",
+    )
+
+
+def _first_start(path: Path) -> dict[str, Any] | None:
+    try:
+        with open_regular(path) as file:
+            head = file.read(_TAIL_BYTES).decode(errors="replace")
+    except OSError:
+        return None
+    return next((record for record in _records(head) if record.get("event") == "start"), None)
+
+
+def _records(text: str) -> list[dict[str, Any]]:
+    """Of whole lines: the tail of a file begins within one, and a rank may have died while it wrote another."""
+    return [record for line in text.splitlines() if (record := json_object(line)) is not None]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

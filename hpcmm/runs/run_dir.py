@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
+"""A job's number, or that of an array's task, as a run's files name it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def newest_checkpoint(self) -> Path:
+        """A file with the name of the newest checkpoint that is whole."""
+        return self.checkpoints / "latest"
 
     @property
     def failures(self) -> Path:
@@ -155,7 +164,7 @@ class RunDir:
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint is finished; False also where that cannot be seen."""
         try:
-            return (self.checkpoints / "latest").is_file()
+            return self.newest_checkpoint.is_file()
         except OSError:
             return False
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,7 @@ def this_host() -> str:
 
 def write_address(path: Path, address: Address) -> None:
     """Write the file in one step, readable by its owner alone."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(asdict(address), file)
-    fresh.replace(path)
+    write_whole(path, json.dumps(asdict(address)), mode=0o600)
 
 
 def read_address(path: Path) -> Address | None:

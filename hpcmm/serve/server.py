@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hpcmm.config import config_file
 from hpcmm.errors import HpcmmError
 from hpcmm.node.ports import hold_free_port
+from hpcmm.runs.checkpoints import newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, new_token, this_host
 from hpcmm.serve.options import ServeOptions
@@ -74,7 +75,7 @@ def load_service(options: ServeOptions) -> Service:
     log = RequestLog(run.requests_log)
     held_out = held_out_images(config)
     examples, captions = examples_of(held_out)
-    checkpoint = (run.checkpoints / "latest").read_text(encoding="utf-8").strip()
+    checkpoint = newest_checkpoint(run)
     return Service(
         predictor,
         options,

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import write_json
+from hpcmm.runs.checkpoints import newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.predictor import Predictor
 from hpcmm.workloads.anomaly.data.anomaly import TestImages
@@ -54,7 +56,7 @@ def choose_threshold(run: RunDir, predictor: Predictor, test: TestImages | None,
     """
     if given is not None:
         return Threshold(given, "given when the server was started")
-    checkpoint = (run.checkpoints / "latest").read_text(encoding="utf-8").strip()
+    checkpoint = newest_checkpoint(run)
     kept = _read(run.threshold)
     if kept is not None and kept.checkpoint == checkpoint:
         return kept.threshold
@@ -91,6 +93,6 @@ def _read(path: Path) -> _Kept | None:
 def _write(path: Path, kept: _Kept) -> None:
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        path.write_text(json.dumps(asdict(kept), indent=2) + "\n", encoding="utf-8")
+        write_json(path, asdict(kept))
     except OSError as error:  # it is chosen again at the next start
         print(f"hpcmm.serve: {path} cannot be written ({error.strerror}).", file=sys.stderr)

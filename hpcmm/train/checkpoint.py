@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import random
-import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hpcmm.errors import HpcmmError
+from hpcmm.runs.checkpoints import checkpoint_name, note_newest_checkpoint, steps_of_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.worker.environment import RankEnvironment
@@ -50,7 +50,6 @@ def restore_random_state(state: dict[str, Any]) -> None:
 log = logging.getLogger("hpcmm.train")
 
 _MANIFEST = "manifest.json"
-_NAME = re.compile(r"step_(\d+)")
 _NONE_LEFT = -1
 
 
@@ -59,6 +58,7 @@ class Checkpoints:
 
     def __init__(self, run: RunDir, rank_env: RankEnvironment, keep: int) -> None:
         """``keep``: how many of the newest are left when one more has been saved."""
+        self._run = run
         self._folder = run.checkpoints
         self._rank_env = rank_env
         self._keep = keep
@@ -68,7 +68,7 @@ class Checkpoints:
 
         Raises HpcmmError where there is no room; the checkpoints before stay as they are.
         """
-        partial = self._folder / f".step_{steps_done:06d}.part"
+        partial = self._folder / f".{checkpoint_name(steps_done)}.part"
         merge_batch_statistics(engine.module)
         with self._said_clearly(partial, steps_done):
             if self._rank_env.rank == 0:
@@ -96,7 +96,7 @@ class Checkpoints:
             steps_done = _same_on_all(next(candidates, _NONE_LEFT), engine.device)
             if steps_done == _NONE_LEFT:
                 return None
-            folder = self._folder / f"step_{steps_done:06d}"
+            folder = self._folder / checkpoint_name(steps_done)
             damage = self._damage(folder)
             if damage is not None:
                 log.warning("checkpoint %s is damaged (%s): going on from the one before", folder, damage)
@@ -115,18 +115,16 @@ class Checkpoints:
     def _publish(self, partial: Path, steps_done: int) -> None:
         sizes = {path.name: path.stat().st_size for path in partial.iterdir() if path.is_file()}
         (partial / _MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-        final = self._folder / f"step_{steps_done:06d}"
+        final = self._folder / checkpoint_name(steps_done)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        latest = self._folder / ".latest.part"
-        latest.write_text(final.name, encoding="utf-8")
-        latest.replace(self._folder / "latest")
+        note_newest_checkpoint(self._run, final.name)
         for old in self._newest_first()[self._keep :]:
-            shutil.rmtree(self._folder / f"step_{old:06d}", ignore_errors=True)
+            shutil.rmtree(self._folder / checkpoint_name(old), ignore_errors=True)
 
     def _newest_first(self) -> list[int]:
-        names = (_NAME.fullmatch(entry.name) for entry in self._folder.iterdir() if entry.is_dir())
-        return sorted((int(name[1]) for name in names if name), reverse=True)
+        steps = (steps_of_checkpoint(entry.name) for entry in self._folder.iterdir() if entry.is_dir())
+        return sorted((each for each in steps if each is not None), reverse=True)
 
     def _random_state_file(self, folder: Path) -> Path:
         return folder / f"random_rank_{self._rank_env.rank:04d}.pt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 from hpcmm import annotate
 from hpcmm.config.schema import RunConfig
 from hpcmm.ranges import step_window
-from hpcmm.runs.metrics import MetricsWriter
+from hpcmm.runs.metrics import MetricsWriter, write_scores
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import build_engine
@@ -57,7 +56,7 @@ def train(
             return {}
         scores |= _score(task, engine, config, rank_env, "after")
         if rank_env.rank == 0 and scores:
-            run.evaluation.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+            write_scores(run, scores)
         metrics.end(**scores)
         return scores
     finally:

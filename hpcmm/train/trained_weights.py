@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
+from hpcmm.runs.checkpoints import newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
 
 
@@ -19,7 +20,7 @@ def read_trained(run: RunDir) -> dict[str, Tensor]:
 
     Raises HpcmmError where there is no checkpoint, it cannot be read, or another user could have written it.
     """
-    tag = _latest(run.checkpoints)
+    tag = _latest(run)
     folders = (run.root, run.checkpoints, run.checkpoints / tag)
     _refuse_if_others_write(*folders, *sorted((run.checkpoints / tag).iterdir()))
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: PLC0415 - takes seconds
@@ -52,15 +53,15 @@ def start_from(model: nn.Module, folder: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def _latest(checkpoints: Path) -> str:
+def _latest(run: RunDir) -> str:
     try:
-        tag = (checkpoints / "latest").read_text(encoding="utf-8").strip()
+        tag = newest_checkpoint(run)
     except OSError as error:
         raise HpcmmError(
-            f"{checkpoints} holds no finished checkpoint ({error.strerror}): has the run trained to its end?"
+            f"{run.checkpoints} holds no finished checkpoint ({error.strerror}): has the run trained to its end?"
         ) from error
-    if not tag or Path(tag).name != tag or not (checkpoints / tag).is_dir():
-        raise HpcmmError(f"{checkpoints / 'latest'} names {tag!r}, but there is no such checkpoint beside it.")
+    if not tag or Path(tag).name != tag or not (run.checkpoints / tag).is_dir():
+        raise HpcmmError(f"{run.newest_checkpoint} names {tag!r}, but there is no such checkpoint beside it.")
     return tag
 
 

@@ -16,6 +16,7 @@ from hpcmm.errors import HpcmmError, ProfilerUnusableError
 from hpcmm.node import startup
 from hpcmm.node.recorder import rank_of
 from hpcmm.ranges import profiled_ranks
+from hpcmm.runs.checkpoints import steps_in_newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.environment import RankEnvironment
 from hpcmm.worker.signal_forwarding import end_as, record_exit, run_watched
@@ -56,12 +57,7 @@ def is_finished(config: RunConfig, run: RunDir) -> bool:
 
     Its reports would be replaced by empty ones.
     """
-    try:
-        newest = (run.checkpoints / "latest").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    steps_done = newest.strip().removeprefix("step_")
-    return config.task.name is TaskName.anomaly and steps_done.isdecimal() and int(steps_done) >= config.train.steps
+    return config.task.name is TaskName.anomaly and (steps_in_newest_checkpoint(run) or 0) >= config.train.steps
 
 
 def _write_to(log: Path) -> None:

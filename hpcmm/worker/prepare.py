@@ -6,11 +6,14 @@ Compiled ops are built and the task's data is made, unless an earlier run left t
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
-from hpcmm.config.schema import RunConfig, TaskName, config_file
+from hpcmm.config import config_file
+from hpcmm.config.schema import RunConfig, TaskName
 from hpcmm.errors import HpcmmError
+from hpcmm.node import startup
 from hpcmm.node.cache import cache_dir, extensions_dir, one_at_a_time
 from hpcmm.runs.attempts import begin_attempt
 from hpcmm.runs.run_dir import RunDir
@@ -39,7 +42,8 @@ def main(arguments: list[str]) -> int:
     try:
         run = RunDir(Path(arguments[0]))
         prepare(config_file.load(run.config))
-        begin_attempt(run)
+        began = os.environ.get(startup.SCRIPT_BEGAN)
+        begin_attempt(run, began_s=float(began) if began else None)
     except HpcmmError as error:
         print(f"hpcmm: {error}", file=sys.stderr)
         return 1

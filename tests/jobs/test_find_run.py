@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from hpcmm.jobs.find_run import find_targets, job_ids_of
+from hpcmm.jobs.find_run import find_targets
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.submission import job_ids_of
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import pytest
 
 from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
 from hpcmm.jobs.first_failure import first_failure
-from hpcmm.jobs.state import RankProgress
 from hpcmm.jobs.why import explanation_of, lines_of, values_of
 from hpcmm.node.classify import Kind, LoggedError
 from hpcmm.runs.failures import RankError, RankExit
+from hpcmm.runs.metrics import RankProgress
 from hpcmm.slurm.queue import Job
 
 SECOND = 1_000_000_000

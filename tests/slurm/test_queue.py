@@ -13,10 +13,11 @@ import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
-from hpcmm.jobs.find_run import default_environment, find_targets, job_ids_of, slurm_environment
+from hpcmm.jobs.find_run import default_environment, find_targets, slurm_environment
 from hpcmm.jobs.polling import LONGEST_S, Poller
 from hpcmm.jobs.state import State, states_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.queue import Job, count_tasks, find_jobs
 
 SEPARATOR = "\x1f"

@@ -1,0 +1,107 @@
+"""How a run's job ended, and whether it failed: the one answer, from all that the job left in the run directory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from hpcmm.files import read_tail
+from hpcmm.runs import failures
+from hpcmm.runs.attempts import raw_id_of
+from hpcmm.runs.ledger import Ledger, LedgerPoint
+from hpcmm.runs.metrics import progress_of
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.submission import job_ids_of, read_job_record
+
+COMPLETED, FAILED, STOPPED, IN_QUEUE = "COMPLETED", "FAILED", "STOPPED", "ACTIVE"
+_FAILED_STATES = frozenset(
+    {FAILED, "BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
+)
+_TAIL_BYTES = 64 * 1024
+_STATUS = re.compile(r"[0-9]{1,3}")
+_STOPPED_LINE = "stopped"
+"""In place of the exit status: the ranks stopped as asked, with a checkpoint. ``slurm/train.sbatch.j2`` writes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended."""
+
+    state: str
+    """``COMPLETED``, ``FAILED``, ``STOPPED`` (before the last step, with a checkpoint), or another word of Slurm's."""
+    exit_status: int | None = None
+    """Of the job's script, where its last line tells it."""
+
+    @property
+    def completed(self) -> bool:
+        return self.state == COMPLETED
+
+    @property
+    def failed(self) -> bool:
+        """Neither completed nor stopped as asked."""
+        return self.state in _FAILED_STATES
+
+
+def outcome_of(run: RunDir, job_id: str, ranks: int | None = None) -> Outcome | None:
+    """How job ``job_id`` of this directory ended; None if nothing tells: it waits, runs, or was killed with its script.
+
+    By ``job.json``, the last line of the job's script, all ranks' last records (of ``ranks`` ranks; None: of those
+    that left any), and what ranks that ended badly left: in this order, for the first knows most. After a stop the job
+    may have gone on, so it counts only if nothing tells of a later end.
+    """
+    record = read_job_record(run)
+    if record is not None and record.job_id == job_id:
+        return Outcome(record.state)
+    own = [outcome for job, outcome in _exit_lines(run) if job == job_id]
+    if own and _STATUS.fullmatch(own[-1]):
+        status = int(own[-1])
+        return Outcome(COMPLETED if status == 0 else FAILED, status)
+    raw_id = raw_id_of(run, job_id)
+    mine = [each for each in progress_of(run).values() if each.job_id == raw_id]
+    if mine and all(each.ended for each in mine) and ranks in {None, len(mine)}:
+        return Outcome(COMPLETED)
+    failed_ns = failures.last_record_ns(run, raw_id)
+    if own[-1:] == [_STOPPED_LINE]:
+        return Outcome(FAILED if failed_ns is not None and failed_ns > _written_ns(run) else STOPPED)
+    return None if failed_ns is None else Outcome(FAILED)
+
+
+def newest_outcome(run: RunDir) -> Outcome | None:
+    """How the job that ran last in this directory ended; None if nothing tells."""
+    job_id = _newest_job(run)
+    return None if job_id is None else outcome_of(run, job_id)
+
+
+def states_of_points(ledger: Ledger, active: Collection[str]) -> dict[int, str]:
+    """``COMPLETED``, ``FAILED`` or ``ACTIVE`` of each point of a sweep, by index.
+
+    ``active``: the tasks that Slurm still has in its queue. A point outside of the queue failed unless it is known to
+    have completed: a task that was killed with its script leaves nothing, and one that stopped is to go on.
+    """
+    return {point.index: _state_of_point(ledger, point, active) for point in ledger.points}
+
+
+def _state_of_point(ledger: Ledger, point: LedgerPoint, active: Collection[str]) -> str:
+    if point.jobs and point.job_id in active:
+        return IN_QUEUE
+    outcome = outcome_of(ledger.run(point), point.job_id) if point.jobs else None
+    return COMPLETED if outcome is not None and outcome.completed else FAILED
+
+
+def _newest_job(run: RunDir) -> str | None:
+    known = job_ids_of(run) or tuple(job for job, _ in _exit_lines(run)) or failures.jobs_with_records(run)
+    return known[-1] if known else None
+
+
+def _written_ns(run: RunDir) -> int:
+    try:
+        return run.exit_status.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _exit_lines(run: RunDir) -> list[tuple[str, str]]:
+    """Job and outcome of each time that a script ended, the latest last."""
+    lines = (line.partition(" ") for line in read_tail(run.exit_status, _TAIL_BYTES).splitlines())
+    return [(job, outcome) for job, _, outcome in lines]

@@ -1,0 +1,65 @@
+"""Which jobs a run was submitted as: ``submission.json`` at launch, ``job.json`` when a followed job is over."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpcmm.files import read_json_object, write_json
+from hpcmm.runs.ledger import jobs_of_points
+from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
+
+_SUBMITTED = re.compile(rf"({JOB_ID.pattern})_submitted\.pkl")
+_STATE = re.compile(r"[A-Z_]{1,32}")
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """What ``job.json`` says of a job: its state is Slurm's word, such as ``TIMEOUT``."""
+
+    job_id: str
+    state: str
+
+
+def write_submission(run: RunDir, **jobs: str | None) -> None:
+    """Write ``submission.json``: ``job_id``, and ``analysis_job_id`` where one may be queued. Raises OSError."""
+    write_json(run.submission, {**jobs, "submitted_unix_s": time.time()})
+
+
+def submitted_job(run: RunDir) -> str | None:
+    """What ``submission.json`` gives as the job's id, which may be anything; None if it gives none."""
+    given = read_json_object(run.submission).get("job_id")
+    return None if given is None else str(given)
+
+
+def write_job_record(run: RunDir, record: Mapping[str, Any]) -> None:
+    """Write ``job.json``: ``job_id``, ``state`` and what accounting tells. Raises OSError."""
+    write_json(run.job_record, dict(record))
+
+
+def read_job_record(run: RunDir) -> JobRecord | None:
+    """None if there is no record, or it names no job."""
+    record = read_json_object(run.job_record)
+    job_id, state = str(record.get("job_id")), str(record.get("state"))
+    return JobRecord(job_id, state if _STATE.fullmatch(state) else "UNKNOWN") if JOB_ID.fullmatch(job_id) else None
+
+
+def job_ids_of(run: RunDir) -> tuple[str, ...]:
+    """Numbers of all jobs that ran, or wait to run, in this directory, newest last."""
+    ids: dict[str, float] = {}
+    try:
+        for entry in run.submitit.iterdir():
+            match = _SUBMITTED.fullmatch(entry.name)
+            if match:
+                ids[match[1]] = entry.stat().st_mtime
+    except OSError:
+        pass  # not made by submitit, or not ours to read
+    noted = [job for jobs in jobs_of_points(SweepDir(run.root)).values() for job in jobs]
+    record = read_job_record(run)
+    noted += [submitted_job(run) or "", record.job_id if record is not None else ""]
+    for job_id in filter(JOB_ID.fullmatch, noted):
+        ids.setdefault(job_id, 0.0)
+    return tuple(sorted(ids, key=lambda each: (ids[each], each)))
