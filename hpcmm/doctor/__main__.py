@@ -22,8 +22,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir
 from hpcmm.nsys.check import nsys_problem
 from hpcmm.slurm.commands import outside_of_jobs
-from hpcmm.slurm.refusals import on_one_line, remedy
-from hpcmm.slurm.sbatch import check_slurm_conf
+from hpcmm.slurm.sbatch import check_slurm_conf, on_one_line, remedy
 from hpcmm.working_directory import check_working_directory
 
 _TIME_LIMIT_MIN = 8

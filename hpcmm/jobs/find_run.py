@@ -14,7 +14,7 @@ from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import resource
 from hpcmm.runs.run_dir import RunDir, SweepDir, is_run, runs_in
-from hpcmm.slurm.queue import Job
+from hpcmm.slurm.jobs import Job
 
 _MOST_RUNS = 20
 _SLURM_S_OWN_PLACES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.slurm.accounting import ACTIVE, array_states
+from hpcmm.slurm.jobs import ACTIVE, array_states
 
 COMPLETED, FAILED, IN_QUEUE = "COMPLETED", "FAILED", "ACTIVE"
 

@@ -12,7 +12,7 @@ from hpcmm.jobs.find_run import find_targets, job_ids_of, settings
 from hpcmm.jobs.state import local_job
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.slurm.commands import ask
-from hpcmm.slurm.queue import Answer
+from hpcmm.slurm.jobs import Answer
 
 
 @pytest.fixture
