@@ -275,6 +275,20 @@ def test_a_profiled_run_is_asked_to_stop_before_it_is_cancelled(slurm, tmp_path)
     assert len(slurm.called("scancel")) == 4
 
 
+def test_a_run_that_was_asked_to_stop_is_cancelled_also_if_slurm_falls_silent_meanwhile(slurm, tmp_path):
+    run = make_run(tmp_path)
+    given = json.loads(run.config.read_text(encoding="utf-8"))
+    run.config.write_text(json.dumps(given | {"task": {"name": "anomaly"}, "profile": {"tool": "nsys"}}))
+    slurm.answers("squeue", squeue_row())
+    (slurm.folder / "silent").write_text(f"#!/bin/sh\necho squeue >> {slurm.calls}\necho 'timed out' >&2; exit 1\n")
+    (slurm.folder / "silent").chmod(0o755)
+    text = f'#!/bin/sh\necho scancel "$@" >> {slurm.calls}\ncp {slurm.folder}/silent {slurm.folder}/squeue\n'
+    (slurm.folder / "scancel").write_text(text)
+    assert not cancel("run", find_targets("run", tmp_path), patience_s=2.2).in_peace
+    assert len(slurm.called("squeue")) == 2
+    assert slurm.called("scancel") == ["scancel --batch --signal=USR2 7", "scancel 7"]
+
+
 def test_without_slurm_conf_the_newest_run_tells_where_the_cluster_is(tmp_path):
     make_run(tmp_path, environment={"SLURM_CONF": "/site/slurm.conf"})
     assert default_environment(tmp_path, {"SLURM_CONF": "/mine"})["SLURM_CONF"] == "/mine"
@@ -383,7 +397,7 @@ def test_one_job_is_told_by_squeue_else_by_sacct_and_an_array_by_what_matters_mo
     with pytest.raises(UnknownJobError, match="Neither squeue nor sacct knows job 7"):
         find_job("7")
     slurm.answers("sacct", complaint="Slurm accounting storage is disabled")
-    with pytest.raises(HpcmmError, match="sacct failed .*storage is disabled"):
+    with pytest.raises(HpcmmError, match=r"sacct failed .*storage is disabled"):
         find_job("7")
 
 
