@@ -1,4 +1,4 @@
-"""The environment that every test finds; the real Slurm cluster, the real nsys and a kept run, for those that need them."""
+"""The environment that every test finds; for those that need them the real Slurm, the real nsys and a kept run."""
 
 from __future__ import annotations
 

@@ -113,15 +113,10 @@ def _of_definition(module: str, node: ast.ClassDef, tree: ast.Module, deepest: i
 def _constants(node: ast.ClassDef) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for each in node.body:
-        target = (
-            each.target
-            if isinstance(each, ast.AnnAssign)
-            else each.targets[0]
-            if isinstance(each, ast.Assign)
-            else None
-        )
-        if isinstance(target, ast.Name) and isinstance(each.value, ast.Constant):
-            found[target.id] = each.value.value
+        if isinstance(each, ast.AnnAssign | ast.Assign) and isinstance(each.value, ast.Constant):
+            target = each.target if isinstance(each, ast.AnnAssign) else each.targets[0]
+            if isinstance(target, ast.Name):
+                found[target.id] = each.value.value
     return found
 
 

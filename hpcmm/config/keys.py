@@ -96,9 +96,13 @@ def out_of_bounds(section: Any, prefix: str = "") -> Iterator[str]:
                 yield problem
 
 
-@functools.cache
 def parts_of(schema: Any) -> tuple[tuple[str, PartGroup], ...]:
     """The dotted names of all keys of the dataclass ``schema`` that hold a part."""
+    return _parts_of(schema)
+
+
+@functools.cache
+def _parts_of(schema: Any) -> tuple[tuple[str, PartGroup], ...]:
     found: list[tuple[str, PartGroup]] = []
     for each in fields(schema):
         if (group := each.metadata.get("part")) is not None:
@@ -119,9 +123,13 @@ def keys_help(schema: type, prefix: str = "") -> Iterator[str]:
         yield from keys_help(inner, f"{prefix}{name}.")
 
 
-@functools.cache
 def type_hints(schema: Any) -> dict[str, Any]:
     """The types of a class's fields. Python evaluates their text at each question, which a sweep asks thousands of."""
+    return _type_hints(schema)
+
+
+@functools.cache
+def _type_hints(schema: Any) -> dict[str, Any]:
     return get_type_hints(schema)
 
 

@@ -15,15 +15,14 @@ from hpcmm.config.compose import compose_run
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.validate import cluster_problems
 from hpcmm.doctor.checks import Finding, Weight, judge
-from hpcmm.doctor.node_info import node_facts
+from hpcmm.doctor.node import node_facts
 from hpcmm.doctor.report import HERE, report_lines, report_values
 from hpcmm.doctor.runner import allocation_options, check_nodes
 from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir
-from hpcmm.nsys.check import nsys_problem
+from hpcmm.nsys.probe import nsys_problem
 from hpcmm.slurm.commands import outside_of_jobs
-from hpcmm.slurm.refusals import on_one_line, remedy
-from hpcmm.slurm.sbatch import check_slurm_conf
+from hpcmm.slurm.sbatch import check_slurm_conf, on_one_line, remedy
 from hpcmm.working_directory import check_working_directory
 
 _TIME_LIMIT_MIN = 8

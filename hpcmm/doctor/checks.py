@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from hpcmm.doctor.node_info import packages_hash
 from hpcmm.doctor.rendezvous import best_of_each
 
 SLOW_SHARE = 0.5
@@ -70,6 +70,11 @@ def bad_nodes(findings: Sequence[Finding], nodes: Sequence[str]) -> list[str]:
     """The nodes with a bad finding, in the order of ``nodes``."""
     bad = {finding.node for finding in findings if finding.weight is Weight.bad}
     return [node for node in nodes if node in bad]
+
+
+def packages_hash(found: dict[str, str]) -> str:
+    """A short word that is the same where all packages are."""
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:12]
 
 
 def _silent(node: str) -> Finding:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hpcmm.doctor.checks import Finding, Found, Weight, bad_nodes, bandwidths
-from hpcmm.doctor.node_info import packages_hash
+from hpcmm.doctor.checks import Finding, Found, Weight, bad_nodes, bandwidths, packages_hash
 from hpcmm.text import visible
 
 HERE = "(here)"

@@ -17,6 +17,7 @@ from typing import Any
 from hpcmm.config.schema import ClusterConfig
 from hpcmm.doctor.node import token_file
 from hpcmm.errors import HpcmmError
+from hpcmm.slurm.commands import run_command
 
 STEP_TIMEOUT_S = 300.0
 
@@ -116,16 +117,7 @@ def allocation_options(cluster: ClusterConfig, time_limit_min: int) -> list[str]
 
 def _run(command: Sequence[str], environ: Mapping[str, str], timeout_s: float) -> str:
     try:
-        done = subprocess.run(
-            command,
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=timeout_s,
-        )
+        done = run_command(command, environ, timeout_s)
     except FileNotFoundError as error:
         raise HpcmmError(f"{command[0]} not found: run this on a Slurm login node, or without nodes.") from error
     except subprocess.TimeoutExpired:

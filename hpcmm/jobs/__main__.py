@@ -7,25 +7,27 @@ import getpass
 import json
 import os
 import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs import logs
 from hpcmm.jobs.cancel import cancel
-from hpcmm.jobs.find_run import Target, default_environment, find_targets
-from hpcmm.jobs.polling import Poller
-from hpcmm.jobs.show import as_values, job_lines, state_lines
-from hpcmm.jobs.state import recorded_jobs, silence, states_of
+from hpcmm.jobs.find_run import Target, default_environment, find_targets, run_of_command
+from hpcmm.jobs.state import State, all_over, poller_of, recorded_jobs, silence, states_of
 from hpcmm.ranges import profiled_ranks
-from hpcmm.runs.run_dir import runs_in
-from hpcmm.slurm import queue
+from hpcmm.runs.run_dir import RunDir, runs_in
 from hpcmm.slurm.commands import SilentError
+from hpcmm.slurm.jobs import Answer, Job, own_jobs
 from hpcmm.working_directory import check_working_directory
 
 _MOST_RANKS = 1_000_000
 _MOST_RUNS = 20
+_MOST_TASKS_SHOWN = 10
+_COLUMNS = ("job", "name", "state", "where", "since", "why it waits", "run directory")
 
 DESCRIPTION = "What runs, where, since when, what it says, and why it failed."
 EPILOG = """\
@@ -100,16 +102,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(options: argparse.Namespace) -> int:
     try:
-        answer = queue.own_jobs(None if options.all_users else getpass.getuser(), options.since)
+        answer = own_jobs(None if options.all_users else getpass.getuser(), options.since)
         status = 0
     except SilentError as error:
-        answer = queue.Answer(recorded_jobs(runs_in(options.runs_root)[:_MOST_RUNS]), [silence(error, os.environ)])
+        answer = Answer(recorded_jobs(runs_in(options.runs_root)[:_MOST_RUNS]), [silence(error, os.environ)])
         status = 1
     _complain(answer.notes)
     if options.json:
-        _print_json({"jobs": [as_values(job, None) for job in answer.jobs], "notes": answer.notes})
+        _print_json({"jobs": [_as_values(job, None) for job in answer.jobs], "notes": answer.notes})
     elif answer.jobs:
-        print("\n".join(job_lines(answer.jobs)))
+        print("\n".join(_job_lines(answer.jobs)))
     else:
         print("No jobs.")
     return status
@@ -124,25 +126,28 @@ def _status(options: argparse.Namespace) -> int:
     _complain(notes)
     if options.json:
         targets_json = [
-            {"asked": state.target.asked, "jobs": [as_values(job, state.run) for job in state.jobs]} for state in states
+            {"asked": state.target.asked, "jobs": [_as_values(job, state.run) for job in state.jobs]}
+            for state in states
         ]
         _print_json({"targets": targets_json, "notes": notes})
     else:
-        print("\n".join(line for state in states for line in state_lines(state)))
+        print("\n".join(line for state in states for line in _state_lines(state)))
     return 0 if all(state.jobs for state in states) else 1
 
 
 def _follow_states(targets: list[Target]) -> int:
-    poller, shown = Poller(targets), ""
-    while True:
-        states = poller.poll()
+    shown = ""
+
+    def show(states: list[State]) -> bool:
+        nonlocal shown
         text = "\n".join(f"{job.job_id}: {job.state}" for state in states for job in state.jobs)
         if text != shown:
-            print("\n".join(line for state in states for line in state_lines(state)), flush=True)
+            print("\n".join(line for state in states for line in _state_lines(state)), flush=True)
             shown = text
-        if poller.over:
-            return 0 if all(state.jobs for state in states) else 1
-        time.sleep(0.5)
+        return all_over(states)
+
+    states = poller_of(targets).wait(show)
+    return 0 if all(state.jobs for state in states) else 1
 
 
 def _logs(options: argparse.Namespace) -> int:
@@ -153,8 +158,8 @@ def _logs(options: argparse.Namespace) -> int:
     found = logs.logs_of(run, ranks)
     _print_logs(logs.last_lines(found, max(0, options.lines)))
     if options.follow:
-        poller = Poller([target])
-        _print_logs(logs.follow(run, ranks, found, lambda: poller.over))
+        poller = poller_of([target])
+        _print_logs(logs.follow(run, ranks, found, lambda: all_over(poller.poll())))
     if not any(log.path.is_file() for log in found):
         why = "its job has not started" if target.job_ids else "it was never submitted"
         raise HpcmmError(f"{run.root} holds no logs: {why}.")
@@ -208,6 +213,78 @@ def _complain(notes: Iterable[str]) -> None:
 
 def _print_json(values: object) -> None:
     print(json.dumps(values, indent=2))
+
+
+def _job_lines(jobs: Sequence[Job], runs: dict[str, RunDir | None] | None = None) -> list[str]:
+    """A header and a line a job; arrays of many tasks as one line a state."""
+    shown = _gathered(jobs)
+    rows = [_COLUMNS, *(_row(job, (runs or {}).get(job.raw_id) or run_of_command(job)) for job in shown)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _state_lines(state: State) -> list[str]:
+    """A target's jobs, with how far its ranks came."""
+    if not state.jobs and state.silent:
+        return [f"{state.target.asked}: no end of it is noted: it waits, runs, or was killed with its script."]
+    if not state.jobs:
+        return [f"{state.target.asked}: no job of it is known here: it was never queued, or Slurm has forgotten it."]
+    run = state.run
+    lines = _job_lines(state.jobs, {job.raw_id: run for job in state.jobs})
+    counts: Counter[str] = Counter()
+    for job in state.jobs:
+        counts[job.state] += job.tasks
+    if sum(counts.values()) > 1:
+        lines.append(", ".join(f"{count} {name}" for name, count in counts.most_common()))
+    return lines
+
+
+def _as_values(job: Job, run: RunDir | None) -> dict[str, Any]:
+    """A job for JSON; ``expected_start`` stands apart from ``started``."""
+    values = asdict(job)
+    del values["command"]
+    start = values.pop("started")
+    found = run or run_of_command(job)
+    return values | {
+        "tasks": job.tasks,
+        "active": job.active,
+        "started": "" if job.pending else start,
+        "expected_start": start if job.pending else "",
+        "run_dir": str(found.root) if found else None,
+    }
+
+
+def _gathered(jobs: Sequence[Job]) -> list[Job]:
+    """Many tasks of one array in one state become one line, which names the first of them."""
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        array = job.job_id.split("_")[0] if "_" in job.job_id else job.job_id
+        groups.setdefault((array, job.state), []).append(job)
+    shown: list[Job] = []
+    for (array, _), group in groups.items():
+        tasks = sum(job.tasks for job in group)
+        if len(group) <= _MOST_TASKS_SHOWN:
+            shown += group
+        else:
+            shown.append(Job(**{**vars(group[0]), "job_id": f"{array} ({tasks} tasks)", "nodes": ""}))
+    return shown
+
+
+def _row(job: Job, run: RunDir | None) -> tuple[str, ...]:
+    if job.pending:
+        since = f"expected {job.started}" if job.started else f"submitted {job.submitted}" if job.submitted else ""
+    elif job.active:
+        since = f"{job.started} ({job.elapsed})"
+    else:
+        since = f"ended {job.ended}" if job.ended else ""
+    reason = job.reason if job.pending or job.state.startswith(("CANC", "NODE", "TIME", "PREE", "OUT")) else ""
+    where = job.nodes or (f"{job.node_count} nodes" if job.node_count and job.node_count != "1" else "")
+    cells = (_short(job.job_id), job.name, job.state, where, since, reason, str(run.root) if run else "")
+    return tuple(logs.printable(cell.encode()) for cell in cells)
+
+
+def _short(job_id: str) -> str:
+    return job_id if len(job_id) <= 24 else job_id[:20] + "...]"
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, settings, slurm_environment
-from hpcmm.jobs.state import State, is_local, states_of
+from hpcmm.jobs.state import State, all_over, is_local, poller_of, states_of
 from hpcmm.slurm.commands import ask
 
-_POLL_S = 2.0
+_LONGEST_PAUSE_S = 5.0
 _LOCAL_POLL_S = 0.2
 
 
@@ -74,11 +74,9 @@ def _stop(state: State, ids: Sequence[str], patience_s: float) -> bool:
     if waiting:
         ask("scancel", "--state=PENDING", *waiting, environ=environ)
     ask("scancel", "--batch", "--signal=USR2", *ids, environ=environ)
-    until = time.monotonic() + patience_s
-    while time.monotonic() < until:
-        time.sleep(_POLL_S)
-        if not states_of([state.target])[0].active:
-            return True
+    poller = poller_of([state.target], [state], _LONGEST_PAUSE_S)
+    if all_over(poller.wait(all_over, patience_s)):
+        return True
     ask("scancel", *ids, environ=environ)
     return False
 

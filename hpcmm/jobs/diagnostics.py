@@ -16,8 +16,7 @@ from hpcmm.runs import failures
 from hpcmm.runs.failures import RankError, RankExit
 from hpcmm.runs.metrics import RankProgress, progress_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.slurm.commands import ask
-from hpcmm.slurm.queue import Job, account_of
+from hpcmm.slurm.jobs import Job, account_of, node_states
 
 _TAIL_BYTES = 256 * 1024
 _RANK = re.compile(r"[0-9]{1,6}")
@@ -89,7 +88,7 @@ def gather(target: Target) -> JobDiagnostics:
         run,
         restart,
         _ranks(run, job.raw_id, attempt),
-        node_states(job.nodes, environ),
+        _node_states(job.nodes, environ),
         [line.removeprefix("srun: error: ") for line in batch_log.splitlines() if line.startswith("srun: error: ")],
         last_logged_error(batch_log),
         re.search(r"oom[-_ ]kill", batch_log, re.IGNORECASE) is not None,
@@ -97,20 +96,12 @@ def gather(target: Target) -> JobDiagnostics:
     )
 
 
-def node_states(nodes: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Slurm's state of each node of a host list; empty where Slurm does not answer."""
-    if not nodes:
-        return {}
+def _node_states(nodes: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Empty if Slurm does not answer, which the notes say."""
     try:
-        listed = ask("sinfo", "-hN", f"--nodes={nodes}", "--format=%N\x1f%T\x1f%E", environ=environ)
+        return node_states(nodes, environ)
     except HpcmmError:
-        return {}  # the notes tell of a Slurm that is silent
-    states = {}
-    for line in listed.splitlines():
-        name, _, rest = line.partition("\x1f")
-        state, _, reason = rest.partition("\x1f")
-        states[name.strip()] = state if reason.strip() in {"", "none"} else f"{state} ({reason.strip()})"
-    return states
+        return {}
 
 
 def ranks_in(listed: str) -> list[int]:

@@ -13,7 +13,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.resources import resource
 from hpcmm.runs.run_dir import JOB_ID, RunDir, is_run, runs_in
 from hpcmm.runs.submission import job_ids_of
-from hpcmm.slurm.queue import Job
+from hpcmm.slurm.jobs import Job
 
 _MOST_RUNS = 20
 _SLURM_S_OWN_PLACES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")

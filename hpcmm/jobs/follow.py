@@ -5,28 +5,44 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hpcmm.config.schema import Analyze, Executor, RunConfig, TaskName
+from hpcmm.config.schema import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.submit import Submission
-from hpcmm.runs.metrics import finished_step, read_scores
+from hpcmm.jobs.find_run import Target
+from hpcmm.jobs.logs import Log
+from hpcmm.jobs.state import record_of
+from hpcmm.jobs.why import explain, lines_of
+from hpcmm.runs.metrics import FinishedStep, finished_step, read_scores
 from hpcmm.runs.outcome import outcome_of
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import write_job_record
-from hpcmm.slurm.accounting import QueueState, job_records, queue_state
+from hpcmm.slurm.commands import SilentError
+from hpcmm.slurm.jobs import ACTIVE, Job, UnknownJobError, find_job, job_records
+from hpcmm.slurm.polling import Poller
 
-_POLL_S = (1.0, 5.0)
-"""First and longest pause between two questions to the scheduler; each pause is a fifth longer than the one before."""
-_READ_S = 0.5
+_FIRST_S, _LONGEST_S = 1.0, 5.0
+"""First and longest pause between two questions to the scheduler."""
 _RECORD_WAIT_S = 30
+
+
+class Submission(Protocol):
+    """A job that the scheduler has accepted, as the launcher hands it over."""
+
+    @property
+    def run(self) -> RunDir: ...
+    @property
+    def job_id(self) -> str: ...
+    @property
+    def job(self) -> Any:
+        """submitit's handle, with the ranks' results."""
+
+    @property
+    def analysis_job_id(self) -> str | None: ...
 
 
 def follow(config: RunConfig, submission: Submission) -> int:
@@ -44,8 +60,8 @@ def follow(config: RunConfig, submission: Submission) -> int:
 
 def _follow(config: RunConfig, submission: Submission, console: Console) -> int:
     try:
-        state = _watch(config, submission, console)
-        record = _record(config, submission, state)
+        job = _watch(config, submission, console)
+        record = _record(config, submission, job, console)
     except KeyboardInterrupt:
         job_id = submission.job_id
         console.print(f"Following stopped; job {job_id} goes on. To end it: python -m hpcmm.jobs cancel {job_id}")
@@ -62,122 +78,150 @@ def _follow(config: RunConfig, submission: Submission, console: Console) -> int:
             said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
             console.print(f"on held-out images: {said}")
         return 0
-    _show_failure(submission.run, console)
+    _show_failure(submission, console)
     return 1
 
 
-def _watch(config: RunConfig, submission: Submission, console: Console) -> QueueState:
-    metrics = _Tail(submission.run.rank_metrics(0))
-    shown_logs = [_Tail(submission.run.batch_log)]
-    if config.task.name is not TaskName.anomaly:  # which tells of its steps in its metrics
-        shown_logs.append(_Tail(submission.run.rank_log(0)))
-    states = _states(config, submission)
-    shown = QueueState("")
+def _watch(config: RunConfig, submission: Submission, console: Console) -> Job:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
     shows_a_bar = console.is_terminal and not console.is_dumb_terminal
-    hidden = not shows_a_bar or config.task.name is not TaskName.anomaly
+    hidden = not shows_a_bar or config.task._target_ is None
+    poller = _poller(lambda: _job(config, submission))
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=hidden) as bar:
-        task = bar.add_task("waiting", total=config.train.steps)
-        for state in states:
-            if state.state != shown.state or (state.active and state.reason != shown.reason):
-                shown = state
-                console.print(_state_line(submission.job_id, state), markup=False)
-            for line in (line for log in shown_logs for line in log.lines()):
-                console.print(line, markup=False)
-            for step in filter(None, map(finished_step, metrics.lines())):
-                done, description = step.steps_done, f"loss {step.loss:.4f}, {step.step_s:.3f} s a step"
-                bar.update(task, completed=done, description=description)
-                if bar.disable and (done % config.train.log_every == 0 or done in (1, config.train.steps)):
-                    console.print(f"step {done}/{config.train.steps}: {description}")
-            if not state.active:
-                return state
-    raise AssertionError("the states end with one that is not active")
+        view = _View(config, submission, bar)
+        return poller.wait(lambda job: view.show(job, poller.complaint))
 
 
-def _states(config: RunConfig, submission: Submission) -> Iterator[QueueState]:
-    """The job's state, asked for gently and given often, so that the reader of the files can go on between."""
-    pause_s, longest_s = _POLL_S
-    while True:
-        state = _state(config, submission)
-        yield state
-        until = time.monotonic() + pause_s
-        while state.active and time.monotonic() < until:
-            time.sleep(_READ_S)
-            yield state
-        pause_s = min(longest_s, pause_s * 1.2)
+class _View:
+    """What was shown of a followed job, so that only what is new is shown."""
+
+    def __init__(self, config: RunConfig, submission: Submission, bar: Progress) -> None:
+        run = submission.run
+        self._train = config.train
+        self._job_id = submission.job_id
+        self._bar = bar
+        self._task = bar.add_task("waiting", total=config.train.steps)
+        self._metrics = Log("metrics", run.rank_metrics(0))
+        self._logs = [Log("batch", run.batch_log)]
+        if config.task._target_ is None:  # a workload tells of its steps in its metrics
+            self._logs.append(Log("0", run.rank_log(0)))
+        self._state = ("", "")
+        self._complaint: str | None = None
+
+    def show(self, job: Job, complaint: str | None) -> bool:
+        """Show the job's state and what its files gained. Returns whether the job is over."""
+        if complaint is not None and complaint != self._complaint:
+            self._say(f"hpcmm: {complaint} It is asked again.")
+        self._complaint = complaint
+        state = (job.state, job.reason if job.active else "")
+        if state != self._state:
+            self._state = state
+            self._say(_state_line(self._job_id, job))
+        for log in self._logs:
+            for line in _new_lines(log, job):
+                self._say(line)
+        for step in filter(None, map(finished_step, _new_lines(self._metrics, job))):
+            self._show_step(step)
+        return not job.active
+
+    def _show_step(self, step: FinishedStep) -> None:
+        done, description = step.steps_done, f"loss {step.loss:.4f}, {step.step_s:.3f} s a step"
+        self._bar.update(self._task, completed=done, description=description)
+        if self._bar.disable and (done % self._train.log_every == 0 or done in (1, self._train.steps)):
+            self._say(f"step {done}/{self._train.steps}: {description}")
+
+    def _say(self, line: str) -> None:
+        self._bar.console.print(line, markup=False)
 
 
-def _state(config: RunConfig, submission: Submission) -> QueueState:
+def _new_lines(log: Log, job: Job) -> list[str]:
+    """With what stands after the last line break if the job is over, and nothing more will come."""
+    return log.new_lines() + ([] if job.active else log.rest())
+
+
+def _poller(ask: Callable[[], Job]) -> Poller[Job]:
+    """Of one job. A question to Slurm that fails is asked again."""
+    return Poller(ask, lambda job: (job.state, job.reason), first_s=_FIRST_S, longest_s=_LONGEST_S)
+
+
+def _job(config: RunConfig, submission: Submission) -> Job:
+    job_id = submission.job_id
     if config.cluster.executor is Executor.slurm:
-        return queue_state(submission.job_id)
+        try:
+            return find_job(job_id)
+        except UnknownJobError:
+            if (record := record_of(submission.run, job_id)) is not None:
+                return record
+            raise
     if not submission.job.done():
-        return QueueState("RUNNING")
-    failed = any(rank_job.exception() is not None for rank_job in submission.job._sub_jobs or [submission.job])
-    return QueueState("FAILED" if failed else "COMPLETED")
+        state = "RUNNING"
+    else:
+        ranks = submission.job._sub_jobs or [submission.job]
+        state = "FAILED" if any(rank.exception() is not None for rank in ranks) else "COMPLETED"
+    return Job(job_id, job_id, state=state, source="run directory")
 
 
-def _state_line(job_id: str, state: QueueState) -> str:
-    line = f"job {job_id}: {state.state}"
-    if state.state == "PENDING":
-        line += f" ({state.reason})" if state.reason != "None" else ""
-        line += f", expected start {state.start}" if state.start != "N/A" else ""
+def _state_line(job_id: str, job: Job) -> str:
+    line = f"job {job_id}: {job.state}"
+    if job.state == "PENDING":
+        line += f" ({job.reason})" if job.reason else ""
+        line += f", expected start {job.started}" if job.started else ""
     return line
 
 
-def _record(config: RunConfig, submission: Submission, state: QueueState) -> dict[str, Any]:
+def _record(config: RunConfig, submission: Submission, job: Job, console: Console) -> dict[str, Any]:
     """The record that ``job.json`` keeps."""
-    record = {"job_id": submission.job_id, "executor": str(config.cluster.executor), "state": state.state}
+    record = {"job_id": submission.job_id, "executor": str(config.cluster.executor), "state": job.state}
     if config.cluster.executor is Executor.local:
         return record
     # The accounting daemon hears of a job's end a little after the queue.
-    until = time.monotonic() + _RECORD_WAIT_S
-    while time.monotonic() < until:
-        records = job_records(submission.job_id)
-        if records and all(QueueState(each["State"].split()[0]).active is False for each in records):
-            return record | {"state": records[0]["State"].split()[0], "sacct": records}
-        time.sleep(1)
-    return record
+    poller = Poller(lambda: _records(submission.job_id), len, first_s=_FIRST_S, longest_s=_LONGEST_S)
+    try:
+        records = poller.wait(_all_ended, _RECORD_WAIT_S)
+    except HpcmmError as error:  # a cluster without accounting
+        console.print(f"hpcmm: {error}", markup=False)
+        return record
+    return record | {"state": _state_of(records[0]), "sacct": records} if _all_ended(records) else record
+
+
+def _records(job_id: str) -> list[dict[str, str]]:
+    try:
+        return job_records(job_id)
+    except SilentError:
+        return []  # it is asked again
+
+
+def _all_ended(records: Sequence[dict[str, str]]) -> bool:
+    return bool(records) and not any(_state_of(record) in ACTIVE for record in records)
+
+
+def _state_of(record: dict[str, str]) -> str:
+    return record["State"].split()[0]
 
 
 def _show_analysis(submission: Submission, console: Console) -> None:
     """Show the analysis: of the job that is queued behind the run, or made here where there is no queue."""
     run = submission.run
     if submission.analysis_job_id is None:
+        # A process of its own: its memory, of gigabytes for a large run, ends with it.
         command = [sys.executable, "-m", "hpcmm.analyze", str(run.root)]
         subprocess.run(command, check=False)
         return
-    pause_s, longest_s = _POLL_S
-    while (state := queue_state(submission.analysis_job_id)).active:
-        time.sleep(pause_s)
-        pause_s = min(longest_s, pause_s * 1.2)
+    analysis_job_id = submission.analysis_job_id
+    job = _poller(lambda: find_job(analysis_job_id)).wait(lambda job: not job.active)
     if run.analysis_log.is_file():
         print(run.analysis_log.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
-    if state.state != "COMPLETED":
-        console.print(f"analysis job {submission.analysis_job_id}: {state.state}", markup=False)
+    if job.state != "COMPLETED":
+        console.print(f"analysis job {job.job_id}: {job.state}", markup=False)
 
 
-def _show_failure(run: RunDir, console: Console) -> None:
+def _show_failure(submission: Submission, console: Console) -> None:
     """Which rank failed first, where, and what to do; the batch script's own log was shown as it came."""
-    command = ["-m", "hpcmm.jobs", "why", str(run.root)]
-    explained = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False)
-    console.print(explained.stdout.rstrip("\n"), markup=False)
+    run = submission.run
+    try:
+        explanation = explain(Target(str(run.root), (submission.job_id,), run))
+        console.print("\n".join(lines_of(explanation)), markup=False)
+    except HpcmmError as error:
+        console.print(f"hpcmm: {error}", markup=False)
     console.print(f"all logs: {run.logs}", markup=False)
-    console.print(f"this again: python {shlex.join(command)}", markup=False)
-
-
-@dataclass
-class _Tail:
-    """The lines that were added to a file since the last look; a line counts once it is whole."""
-
-    path: Path
-    _offset: int = 0
-
-    def lines(self) -> list[str]:
-        if not self.path.is_file():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return whole.decode(errors="replace").splitlines()
+    console.print(f"this again: python -m hpcmm.jobs why {shlex.quote(str(run.root))}", markup=False)

@@ -18,7 +18,8 @@ from hpcmm.runs.outcome import STOPPED, outcome_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.commands import SilentError
-from hpcmm.slurm.queue import Answer, Job, find_jobs
+from hpcmm.slurm.jobs import Answer, Job, find_jobs
+from hpcmm.slurm.polling import LONGEST_S, Poller
 
 
 def record_of(run: RunDir, job_id: str) -> Job | None:
@@ -128,6 +129,22 @@ def states_of(
         else _state(target, answers[slurm_environment(target.run, dict(environ)).get("SLURM_CONF", "")])
         for target in targets
     ]
+
+
+def poller_of(
+    targets: Sequence[Target], known: list[State] | None = None, longest_s: float = LONGEST_S
+) -> Poller[list[State]]:
+    """The states of all targets, to be asked for again and again, at least every ``longest_s`` seconds."""
+    return Poller(lambda: states_of(targets), _changing, known=known, longest_s=longest_s)
+
+
+def all_over(states: Sequence[State]) -> bool:
+    """Whether no job of any target waits or runs."""
+    return not any(state.active for state in states)
+
+
+def _changing(states: Sequence[State]) -> list[list[tuple[str, str]]]:
+    return [[(job.job_id, job.state) for job in state.jobs] for state in states]
 
 
 def silence(error: SilentError, environ: Mapping[str, str]) -> str:

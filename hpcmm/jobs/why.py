@@ -12,7 +12,7 @@ from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.first_failure import Event, Verdict, events_of, first_failure
 from hpcmm.jobs.logs import printable
 from hpcmm.node.classify import Kind
-from hpcmm.slurm.queue import Job
+from hpcmm.slurm.jobs import Job
 
 _ADVICE = {
     Kind.out_of_memory: "Use less: a smaller train.micro_batch_size with more train.gradient_accumulation_steps, a "

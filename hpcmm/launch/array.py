@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,8 +27,8 @@ from hpcmm.launch.submit import note_submission, pickle_task, submit_analysis, u
 from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
 from hpcmm.runs.outcome import COMPLETED, FAILED, IN_QUEUE, states_of_points
 from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.slurm.accounting import ACTIVE, array_states
-from hpcmm.slurm.sbatch import check_slurm_is_here, sbatch, warn_where_it_cannot_start
+from hpcmm.slurm.jobs import ACTIVE, array_states
+from hpcmm.slurm.sbatch import check_array_size, sbatch, warn_where_it_cannot_start
 
 
 def plan_sweep(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
@@ -56,7 +55,7 @@ def queue_sweep(planned: Plan, points: Sequence[Point]) -> tuple[Ledger, str]:
     planned = with_live_dependency(planned)
     config, sweep = planned.config, SweepDir(planned.run.root)
     codes = _codes(planned, points)
-    _check_array_size(len(points))
+    check_array_size(len(points))
     with writing(planned.run):
         planned.run.root.mkdir(mode=0o700, parents=True)
         planned.run.logs.mkdir()
@@ -158,19 +157,3 @@ def _ranges(indices: Sequence[int]) -> str:
         else:
             parts.append([index, index])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
-
-
-def _check_array_size(points: int) -> None:
-    """Raises HpcmmError where the cluster takes no array of that size; sbatch would only call it invalid."""
-    check_slurm_is_here()
-    try:
-        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return  # sbatch has its own word on that
-    for line in shown.stdout.splitlines():
-        name, _, value = line.partition("=")
-        if name.strip() == "MaxArraySize" and value.strip().isdigit() and points > int(value):
-            raise HpcmmError(
-                f"This sweep has {points} points, but MaxArraySize of this cluster allows {int(value)} array tasks: "
-                "split it into smaller sweeps."
-            )

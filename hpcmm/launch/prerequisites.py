@@ -11,7 +11,7 @@ from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import submitted_job
-from hpcmm.slurm.accounting import queue_state
+from hpcmm.slurm.jobs import find_job
 
 _JOB_ID = re.compile(r"[1-9][0-9]*(?:_[0-9]+)?")
 
@@ -40,7 +40,7 @@ def still_to_wait_for(job_id: str) -> bool:
     Slurm 22.05 starts a job at once whose dependency names a job that it does not know (any more), so this asks before.
     Raises HpcmmError where the job has failed, or nobody knows it.
     """
-    state = queue_state(job_id)
+    state = find_job(job_id)
     if not state.active and state.state != "COMPLETED":
         raise HpcmmError(f"after={job_id}: that job ended as {state.state}, so a job after it would never start.")
     return state.active

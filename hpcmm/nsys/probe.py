@@ -1,7 +1,8 @@
 """What the nsys of this node can do, found out by a capture of one range: its flags, and whether ranges are recorded.
 
 Some pairs of nsys and the Python package ``nvtx`` record nothing, without a word. A training run under such a pair
-would be hours of empty reports, so each node tries it once, and notes the answer in the cache folder.
+would be hours of empty reports, so each node tries it once, and notes the answer in the cache folder. The
+doctor tries it each time.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from pathlib import Path
 from hpcmm.errors import HpcmmError
 from hpcmm.files import write_whole
 from hpcmm.node.cache import one_at_a_time
-from hpcmm.nsys.capture import start_under_nsys
+from hpcmm.nsys.capture import START_ATTEMPTS, one_start_at_a_time
 from hpcmm.nsys.importer import import_qdstrm
 
 _TIMEOUT_S = 120
+_MOST_WORDS = 200
+"""Characters that are kept of what nsys said, from its end."""
 _RANGE = "hpcmm probe"
 _RECORD_ONE_RANGE = f"import nvtx\nwith nvtx.annotate({_RANGE!r}, domain='hpcmm'): pass"
-_FOUND = "SELECT count(*) FROM NVTX_EVENTS LEFT JOIN StringIds ON id = textId WHERE coalesce(text, value) = ?"
 
 
 @dataclass(frozen=True)
@@ -55,29 +57,38 @@ def nsys_facts(nsys: str, cache: Path) -> NsysFacts:
         return facts
 
 
+def nsys_problem(nsys: str) -> str | None:
+    """Record a program of one range, read its report, look for the range. Returns what is wrong; None when it is there.
+
+    Nothing is cached. Takes some seconds.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="hpcmm-nsys-probe-") as folder:
+            return _problem_of_a_capture(nsys, Path(folder))
+    except (OSError, subprocess.SubprocessError, sqlite3.Error, HpcmmError) as error:
+        return f"a capture of one range failed ({error})"
+
+
 def _probe(nsys: str) -> NsysFacts:
     try:
         said_version = _output(nsys, "--version")
         flags = sorted(set(re.findall(r"--([a-z][a-z0-9-]+)", _output(nsys, "profile", "--help"))))
-        problem = _problem_of_a_capture(nsys)
-    except (OSError, subprocess.SubprocessError, sqlite3.Error, HpcmmError) as error:
+    except (OSError, subprocess.SubprocessError, HpcmmError) as error:
         return NsysFacts("", (), f"a capture of one range failed ({error})")
-    return NsysFacts(said_version.strip().splitlines()[-1], tuple(flags), problem)
+    return NsysFacts(said_version.strip().splitlines()[-1], tuple(flags), nsys_problem(nsys))
 
 
-def _problem_of_a_capture(nsys: str) -> str | None:
-    with tempfile.TemporaryDirectory(prefix="hpcmm-nsys-probe-") as folder:
-        raw, report, table = (Path(folder) / f"probe.{kind}" for kind in ("qdstrm", "nsys-rep", "sqlite"))
-        flags = ("--trace=nvtx", "--sample=none", "--cpuctxsw=none", f"--output={raw.with_suffix('')}")
-        command = (sys.executable, "-c", _RECORD_ONE_RANGE)
-        start_under_nsys([nsys, "profile", "--show-output=false", *flags], command, Path(folder) / "started")
-        if not report.exists():
-            import_qdstrm(raw, report)
-        _output(nsys, "export", "--type=sqlite", f"--output={table}", str(report))
-        with closing(sqlite3.connect(table)) as database:
-            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-            recorded = "NVTX_EVENTS" in tables and database.execute(_FOUND, (_RANGE,)).fetchone()[0] > 0
-    if recorded:
+def _problem_of_a_capture(nsys: str, folder: Path) -> str | None:
+    raw, report, table = (folder / f"probe.{kind}" for kind in ("qdstrm", "nsys-rep", "sqlite"))
+    said = _record_one_range(nsys, raw, report)
+    if not report.exists():
+        if not raw.exists():
+            return f"nsys left no report ({said or 'it said nothing'})"
+        import_qdstrm(raw, report)
+    said = _words(_run(nsys, "export", "--type=sqlite", f"--output={table}", str(report)))
+    if not table.exists():
+        return f"nsys exports no SQLite ({said or 'it said nothing'})"
+    if _holds_range(table):
         return None
     return (
         f"it records no NVTX ranges of the Python package nvtx {version('nvtx')}: install another one of the two "
@@ -85,18 +96,53 @@ def _problem_of_a_capture(nsys: str) -> str | None:
     )
 
 
-def _output(*command: str) -> str:
-    done = subprocess.run(
+def _record_one_range(nsys: str, raw: Path, report: Path) -> str:
+    """Returns the end of what nsys said. What counts is whether its file is there, not its exit status."""
+    flags = ("--trace=nvtx", "--sample=none", "--cpuctxsw=none", f"--output={raw.with_suffix('')}")
+    said = ""
+    for _ in range(START_ATTEMPTS):
+        with one_start_at_a_time():
+            said = _words(_run(nsys, "profile", *flags, sys.executable, "-c", _RECORD_ONE_RANGE, folder=raw.parent))
+        if report.exists() or raw.exists():
+            break
+    return said
+
+
+def _holds_range(table: Path) -> bool:
+    """Texts of ranges stand in the table itself, or as numbers of shared strings."""
+    with closing(sqlite3.connect(f"file:{table}?mode=ro", uri=True)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "NVTX_EVENTS" not in tables:
+            return False
+        texts = {text for (text,) in database.execute("SELECT text FROM NVTX_EVENTS WHERE text IS NOT NULL")}
+        columns = {row[1] for row in database.execute("PRAGMA table_info(NVTX_EVENTS)")}
+        if "textId" in columns and "StringIds" in tables:
+            query = "SELECT value FROM NVTX_EVENTS JOIN StringIds ON textId = StringIds.id"
+            texts |= {text for (text,) in database.execute(query)}
+    return _RANGE in texts
+
+
+def _run(*command: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
         check=False,
         timeout=_TIMEOUT_S,
-        stdin=subprocess.DEVNULL,
     )
+
+
+def _words(done: subprocess.CompletedProcess[str]) -> str:
+    return " ".join((done.stdout + done.stderr).split())[-_MOST_WORDS:]
+
+
+def _output(*command: str) -> str:
+    done = _run(*command)
     if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split())[-200:]
+        said = " ".join((done.stderr or done.stdout).split())[-_MOST_WORDS:]
         raise HpcmmError(f"{Path(command[0]).name} {command[1]}: exit status {done.returncode}, {said!r}")
     return done.stdout
 

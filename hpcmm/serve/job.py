@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcmm.config.schema import Executor, Requeue, TaskConfig, TaskName
 from hpcmm.errors import HpcmmError
+from hpcmm.jobs.logs import Log
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, read_address, write_address
 from hpcmm.serve.options import ServeOptions
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from hpcmm.launch.submit import Submission
 
 TARGET = f"{__name__}:serve_in_job"
-_ASK_S = 3.0
+_LONGEST_S = 5.0
 _LOG_LINES = 12
+_MOST_LINES = 10_000
 
 
 def submit(options: ServeOptions, cluster: str, overrides: Sequence[str], runs_root: Path) -> Submission:
@@ -50,23 +51,25 @@ def wait_for_address(submission: Submission) -> Address:
 
     Raises HpcmmError, with the last lines of its log, where it ends before.
     """
-    from hpcmm.slurm.accounting import queue_state  # noqa: PLC0415
+    from hpcmm.slurm.jobs import Job, find_job  # noqa: PLC0415
+    from hpcmm.slurm.polling import Poller  # noqa: PLC0415
 
-    shown, asked_s = "", -_ASK_S
-    while True:
+    poller = Poller(lambda: find_job(submission.job_id), lambda job: (job.state, job.reason), longest_s=_LONGEST_S)
+    shown, address = "", None
+
+    def answers(job: Job) -> bool:
+        nonlocal shown, address
+        if job.state != shown:
+            reason = f" ({job.reason})" if job.active and job.reason else ""
+            print(f"job {submission.job_id}: {job.state}{reason}", file=sys.stderr, flush=True)
+            shown = job.state
         address = read_address(submission.run.address)
-        if address is not None:
-            return address
-        if time.monotonic() - asked_s >= _ASK_S:
-            state = queue_state(submission.job_id)
-            asked_s = time.monotonic()
-            if state.state != shown:
-                reason = f" ({state.reason})" if state.active and state.reason not in {"", "None"} else ""
-                print(f"job {submission.job_id}: {state.state}{reason}", file=sys.stderr, flush=True)
-                shown = state.state
-            if not state.active and read_address(submission.run.address) is None:
-                raise HpcmmError(_ended(submission, state.state))
-        time.sleep(0.3)
+        return address is not None or not job.active
+
+    job = poller.wait(answers)
+    if address is None:
+        raise HpcmmError(_ended(submission, job.state))
+    return address
 
 
 def serve_in_job(job_dir: str, **values: Any) -> None:
@@ -94,15 +97,12 @@ def _node() -> str:
 
 def _ended(submission: Submission, state: str) -> str:
     tail: list[str] = []
-    for log in (submission.run.rank_log(0), submission.run.batch_log):
-        try:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            continue
+    for log in (Log("0", submission.run.rank_log(0)), Log("batch", submission.run.batch_log)):
+        lines = log.tail(_MOST_LINES) + log.rest()
         tail = [line for line in lines if line.startswith("hpcmm")][-1:] or lines[-_LOG_LINES:]
         if tail:
             break
-    told = " ".join("".join(each for each in line if each.isprintable()) for line in tail)
+    told = " ".join(tail)
     return (
         f"Job {submission.job_id} ended as {state} before the server answered. {told} "
         f"See python -m hpcmm.jobs why {submission.run.root}"

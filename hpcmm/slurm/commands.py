@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from hpcmm.errors import HpcmmError
 
@@ -36,25 +36,38 @@ _SILENCE = {
 """Words by which Slurm's commands, on several lines, complain of a cluster that is down, and what they come to."""
 
 
+def run_command(
+    command: Sequence[str], environ: Mapping[str, str], timeout_s: float, *, process_group: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm's to its end, with its words whatever their encoding.
+
+    Raises OSError (ValueError for an environment that no program can be given) if it cannot be started, and
+    subprocess.TimeoutExpired. ``process_group=0``: in a process group of its own, which Ctrl-C does not reach.
+    """
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        timeout=timeout_s,
+        process_group=process_group,
+        env=dict(environ),
+    )
+
+
 def ask(
     *command: str, absent: str | None = None, timeout_s: float = _TIMEOUT_S, environ: Mapping[str, str] = os.environ
 ) -> str:
-    """The command's output; nothing where it complains of what ``absent`` says.
+    """The command's output; nothing if it complains of what ``absent`` says.
 
     Raises SilentError when Slurm cannot be asked, and another HpcmmError when the command fails otherwise.
     """
     # The commands take defaults, such as for their formats, from the user's environment, and these must not apply.
     clean = {name: value for name, value in environ.items() if not name.startswith(_DEFAULTS_OF_COMMANDS)}
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=timeout_s,
-            env=clean | {"SLURM_TIME_FORMAT": ""},
-        )
+        done = run_command(command, clean | {"SLURM_TIME_FORMAT": ""}, timeout_s)
     except FileNotFoundError as error:
         sentence = f"{command[0]} not found: run this on a Slurm login node."
         raise SilentError(sentence, f"{command[0]} is not found here") from error

@@ -1,4 +1,4 @@
-"""The one place that calls ``sbatch``: bounded in time, and with its words whatever their encoding."""
+"""The one place that calls ``sbatch``; why Slurm refuses a job, and what to do about it, in one sentence each."""
 
 from __future__ import annotations
 
@@ -10,13 +10,51 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcmm.config.schema import RunConfig
+from hpcmm.config.schema import ClusterConfig, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.slurm.accounting import queue_state
-from hpcmm.slurm.commands import job_variables, outside_of_jobs
-from hpcmm.slurm.refusals import CANNOT_START, cannot_start, is_certain, printable, refusal
+from hpcmm.slurm.commands import ask, job_variables, outside_of_jobs, run_command
+from hpcmm.slurm.jobs import find_job
 
 _TIMEOUT_S = 120
+
+_CANNOT_START = {
+    "PartitionConfig": "breaks a limit of its partition",
+    "PartitionNodeLimit": "node count",
+    "BadConstraints": "node count",
+    "PartitionTimeLimit": "time limit",
+    "PartitionDown": "partition not available",
+    "PartitionInactive": "partition not available",
+    "AccountNotAllowed": "account or account/partition",
+    "QOSNotAllowed": "qos",
+    "InvalidAccount": "account",
+    "InvalidQOS": "qos",
+    **dict.fromkeys(
+        (
+            f"{whose}{limit}"
+            for whose in ("QOS", "Assoc")
+            for limit in ("MaxWallDurationPerJobLimit", "MaxNodePerJobLimit", "MaxCpuPerJobLimit", "MaxGRESPerJob")
+        ),
+        "accounting/qos policy",
+    ),
+}
+"""Reasons to wait that waiting does not mend, with the words in which sbatch refuses the same elsewhere."""
+
+_NO_CONFIGURATION = (
+    "No Slurm configuration is found: set SLURM_CONF to your cluster's, or launch with cluster=local_slurm, which "
+    "knows that of the local cluster (make cluster-up starts it)."
+)
+_UNKNOWN = "Change the cluster settings and try again."
+_UNCERTAIN = (
+    "timed out",
+    "send/recv",
+    "zero bytes",
+    "unexpected message",
+    "communication",
+    "connection reset",
+    "broken pipe",
+    "endpoint",
+)
+"""Words of an answer that was lost on its way: the controller may have queued the job all the same."""
 
 
 class RefusedError(HpcmmError):
@@ -24,7 +62,7 @@ class RefusedError(HpcmmError):
 
 
 def sbatch(config: RunConfig, script: Path, *options: str) -> str:
-    """Submit ``script``. Returns the job's id. Raises RefusedError, with a cure, when Slurm refuses it, and another
+    """Submit ``script``. Returns the job's id. Raises RefusedError, with a remedy, when Slurm refuses it, and another
     HpcmmError where the job may be queued all the same.
 
     The job is what the script says: variables of the user's shell that would change it do not reach sbatch.
@@ -33,30 +71,23 @@ def sbatch(config: RunConfig, script: Path, *options: str) -> str:
     keep = config.cluster.submit_environment
     _say_what_is_ignored(job_variables(os.environ, keep))
     try:
-        # In a process group of its own, which Ctrl-C does not reach.
-        done = subprocess.run(
-            ["sbatch", *options, str(script)],
-            capture_output=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-            process_group=0,
-            env=outside_of_jobs(os.environ, keep),
-        )
+        command = ["sbatch", *options, str(script)]
+        done = run_command(command, outside_of_jobs(os.environ, keep), _TIMEOUT_S, process_group=0)
     except subprocess.TimeoutExpired as error:
         raise HpcmmError(
             f"sbatch gave no answer within {_TIMEOUT_S} s: see in squeue whether the job is there."
         ) from error
     except OSError as error:
         raise RefusedError(f"sbatch cannot be run ({error.strerror}): see `which sbatch`.") from error
-    complaint, answer = done.stderr.decode(errors="replace"), done.stdout.decode(errors="replace")
+    complaint, answer = done.stderr, done.stdout
     if done.returncode != 0:
-        kind = RefusedError if is_certain(done.returncode, complaint, answer) else HpcmmError
+        kind = RefusedError if _is_certain(done.returncode, complaint, answer) else HpcmmError
         raise kind(refusal(config, complaint))
     if complaint.strip():
-        print(printable(complaint.strip()), file=sys.stderr)
+        print(_printable(complaint.strip()), file=sys.stderr)
     accepted = re.search(r"Submitted batch job ([0-9]+)", answer)
     if accepted is None:
-        said = printable(answer.strip().splitlines()[0]) if answer.strip() else "nothing was said"
+        said = _printable(answer.strip().splitlines()[0]) if answer.strip() else "nothing was said"
         raise HpcmmError(f"sbatch gave no job id, so the job may or may not run, see squeue ({said}).")
     return accepted[1]
 
@@ -91,15 +122,128 @@ def check_slurm_conf() -> None:
         )
 
 
+def check_array_size(tasks: int) -> None:
+    """Raises HpcmmError if the cluster takes no array of that size; sbatch would only call it invalid."""
+    check_slurm_is_here()
+    try:
+        shown = ask("scontrol", "show", "config")
+    except HpcmmError:
+        return  # sbatch has its own word on that
+    for line in shown.splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "MaxArraySize" and value.strip().isdigit() and tasks > int(value):
+            raise HpcmmError(
+                f"This sweep has {tasks} points, but MaxArraySize of this cluster allows {int(value)} array tasks: "
+                "split it into smaller sweeps."
+            )
+
+
 def warn_where_it_cannot_start(config: RunConfig, job_id: str) -> None:
     """Say so when Slurm has accepted a job that breaks a limit: many sites let such a job wait for ever."""
     try:
-        state = queue_state(job_id)
+        job = find_job(job_id)
     except HpcmmError:
         return  # it is accepted, which is what counts
-    if state.state == "PENDING" and state.reason in CANNOT_START:
+    if job.state == "PENDING" and job.reason in _CANNOT_START:
         print(
-            f"hpcmm: job {job_id} is queued but cannot start as it is ({state.reason}). "
-            f"{cannot_start(config, state.reason)} To take it back: python -m hpcmm.jobs cancel {job_id}",
+            f"hpcmm: job {job_id} is queued but cannot start as it is ({job.reason}). "
+            f"{_cannot_start(config, job.reason)} To take it back: python -m hpcmm.jobs cancel {job_id}",
             file=sys.stderr,
         )
+
+
+def _cannot_start(config: RunConfig, reason: str) -> str:
+    """What to do about a job that waits for one of ``_CANNOT_START``."""
+    return remedy(config, _CANNOT_START[reason]) or _UNKNOWN
+
+
+def _is_certain(returncode: int, complaint: str, answer: str) -> bool:
+    """Whether sbatch's failure leaves no doubt that nothing is queued: it said why, and had an answer for that."""
+    lowered = complaint.lower()
+    return (
+        returncode > 0
+        and bool(complaint.strip())
+        and "submitted batch job" not in answer.lower()
+        and not any(words in lowered for words in _UNCERTAIN)
+    )
+
+
+def refusal(config: RunConfig, complaint: str) -> str:
+    """sbatch's own words, on one line and without control characters, and the remedy."""
+    said = on_one_line("sbatch", complaint)
+    return f"Slurm refused the job ({said}). {remedy(config, said) or _UNKNOWN}"
+
+
+def on_one_line(command: str, complaint: str) -> str:
+    """What a command of Slurm's said, each thing once, on one line and without control characters."""
+    lines = [
+        _printable(line).strip().removeprefix(f"{command}: ").removeprefix("error: ").removeprefix("fatal: ").strip()
+        for line in complaint.splitlines()
+    ]
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or f"{command} said nothing"
+
+
+def _printable(text: str) -> str:
+    """``text`` without the control characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def remedy(config: RunConfig, complaint: str) -> str | None:
+    """What to do about what Slurm said; None where that is not known."""
+    cluster = config.cluster
+    nodes = (
+        f"Asked for are {cluster.nodes} nodes with {cluster.ranks_per_node} ranks of {cluster.cpus_per_rank} CPUs and "
+        f"{cluster.gpus_per_node} {_gpus(cluster)} each: `sinfo -o '%P %D %c %m %G'` shows what there is."
+    )
+    # In this order: the first that is found in sbatch's words is meant.
+    remedies = {
+        "breaks a limit of its partition": (
+            f"{nodes} cluster.time_limit_min is {cluster.time_limit_min}: `sinfo -o '%P %l'` shows the limits."
+        ),
+        "job dependency": (
+            f"after={config.after}: no such job is known any more; leave it out if that job has completed."
+        ),
+        "account or account/partition": (
+            f"cluster.account is {cluster.account} and cluster.partition {cluster.partition}: "
+            "`sacctmgr show associations user=$USER format=account,partition,qos` lists yours."
+        ),
+        "accounting/qos policy": (
+            "A limit of your account or QOS is reached, on nodes, time or jobs in the queue: `sacctmgr show qos "
+            "format=name,maxtres,maxwall,maxsubmit` shows it; ask for less, or wait for others to end."
+        ),
+        "maxsubmit": "You have as many jobs queued as your account or QOS allows: wait for some to end.",
+        "invalid partition": f"cluster.partition is {cluster.partition}: `sinfo -s` lists the partitions.",
+        "partition not available": f"Partition {cluster.partition} is closed at present: see `sinfo -s`.",
+        "no partition specified": "The cluster has no default partition: name one with cluster.partition.",
+        "partition": f"cluster.partition is {cluster.partition}, which refuses you: see `scontrol show partition`.",
+        "account": f"cluster.account is {cluster.account}: `sacctmgr show associations user=$USER` lists yours.",
+        "qos": (
+            f"cluster.qos is {cluster.qos} and cluster.account {cluster.account}: `sacctmgr show associations "
+            "user=$USER format=account,partition,qos` lists which go together."
+        ),
+        "memory specification": f"cluster.memory_gb is {cluster.memory_gb}: `sinfo -o '%n %m'` shows what nodes have.",
+        "time limit": f"cluster.time_limit_min is {cluster.time_limit_min}: `sinfo -o '%P %l'` shows the limits.",
+        "invalid feature": f"cluster.constraint is {cluster.constraint}: `sinfo -o '%n %f'` lists what nodes have.",
+        "invalid node name": f"cluster.exclude is {cluster.exclude}: `sinfo -N` lists the nodes.",
+        "generic resource": f"cluster.gpu_type is {cluster.gpu_type}: `sinfo -o '%n %G'` lists the nodes' GPUs.",
+        "job array": (
+            "The sweep has more points than MaxArraySize in `scontrol show config` allows: split it into smaller ones."
+        ),
+        "reservation": "cluster.sbatch.reservation names none that is open to you: `scontrol show reservation`.",
+        "license": "cluster.sbatch.licenses names none that there is: `scontrol show licenses`.",
+        "node count": nodes,
+        "node configuration is not available": nodes,
+        "more processors requested": nodes,
+        "munge": "The cluster is not up, or munge is not running here (make cluster-up starts the local cluster).",
+        "unable to contact": "The Slurm controller does not answer: is SLURM_CONF right, and slurmctld up?",
+        "configuration file": _NO_CONFIGURATION,
+        "configuration source": _NO_CONFIGURATION,
+        "timed out": "The Slurm controller is busy or down: see with `scontrol ping`, and launch again.",
+        "connection refused": "The Slurm controller is down: see with `scontrol ping`, and launch again.",
+    }
+    lowered = complaint.lower()
+    return next((each for said, each in remedies.items() if said in lowered), None)
+
+
+def _gpus(cluster: ClusterConfig) -> str:
+    return f"GPUs of type {cluster.gpu_type}" if cluster.gpu_type else "GPUs"

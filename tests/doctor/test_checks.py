@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from hpcmm.doctor.checks import Weight, bad_nodes, bandwidths, judge
-from hpcmm.doctor.node_info import parse_gpus
+from hpcmm.doctor.node import parse_gpus
 from hpcmm.doctor.preflight import chosen_nodes
 from hpcmm.errors import HpcmmError
 

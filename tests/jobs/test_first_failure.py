@@ -8,7 +8,7 @@ from hpcmm.jobs.why import explanation_of, lines_of, values_of
 from hpcmm.node.classify import Kind, LoggedError
 from hpcmm.runs.failures import RankError, RankExit
 from hpcmm.runs.metrics import RankProgress
-from hpcmm.slurm.queue import Job
+from hpcmm.slurm.jobs import Job
 
 SECOND = 1_000_000_000
 LOST = ("RuntimeError", "Connection closed by peer [10.0.0.2]:5")

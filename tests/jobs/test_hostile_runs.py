@@ -13,7 +13,7 @@ from hpcmm.jobs.state import local_job
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.commands import ask
-from hpcmm.slurm.queue import Answer
+from hpcmm.slurm.jobs import Answer
 
 
 @pytest.fixture

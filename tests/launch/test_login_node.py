@@ -173,7 +173,8 @@ def test_only_of_a_profiled_run_the_analysis_is_told(tmp_path, profile, analysed
 
 
 def test_a_job_that_cannot_start_is_taken_back_without_slurm_s_environment(tmp_path):
-    answers = "case $0 in *squeue) echo 'PENDING|PartitionTimeLimit|N/A';; *) echo Submitted batch job 7;; esac"
+    waits = squeue_row("PENDING", "PartitionTimeLimit")
+    answers = f"case $0 in *squeue) echo '{waits}';; *) echo Submitted batch job 7;; esac"
     done = launch_with_sbatch(tmp_path, f"#!/bin/sh\n{answers}\n", "launch.snapshot=false")
     assert done.returncode == 0, done.stderr
     assert "To take it back: python -m hpcmm.jobs cancel 7\n" in done.stderr
@@ -261,9 +262,14 @@ def test_the_doctor_refuses_a_folder_of_nobody(tmp_path):
     assert "no such user's home" in done.stderr
 
 
-FAILING_JOB = """\
+def squeue_row(state, reason):
+    """Job 7 as squeue lists it."""
+    return "\x1f".join(["7", "7", "run", "me", state, reason, *["N/A"] * 3, "0:10", "n1", "1", "x"])
+
+
+FAILING_JOB = f"""\
 #!/bin/sh
-case $0 in *squeue) echo 'FAILED|NonZeroExitCode|N/A';; *sacct) printf 'JobID\\tState\\n7\\tFAILED\\n';;
+case $0 in *squeue) echo '{squeue_row("FAILED", "NonZeroExitCode")}';; *sacct) printf 'JobID\\tState\\n7\\tFAILED\\n';;
 *) echo Submitted batch job 7;; esac
 """
 
@@ -273,8 +279,34 @@ def test_a_followed_job_that_fails_ends_with_why(tmp_path):
     (run,) = (tmp_path / "runs").glob("run-*")
     assert done.returncode == 1
     assert "job 7: FAILED" in done.stderr
+    assert json.loads((run / "job.json").read_text())["sacct"] == [{"JobID": "7", "State": "FAILED"}]
     assert f"job 7 ({run.name}): " in done.stderr
     assert done.stderr.splitlines()[-1] == f"this again: python -m hpcmm.jobs why {shlex.quote(str(run))}"
+
+
+def test_a_followed_job_survives_a_slurm_that_does_not_answer_for_a_while(tmp_path):
+    """The controller is silent in the middle, and there is no accounting at all."""
+    slurm = f"""#!/bin/sh
+count=$(cat {tmp_path}/count 2>/dev/null || echo 0)
+case $0 in
+*squeue) echo $((count + 1)) > {tmp_path}/count
+    case $count in
+    0|1) echo '{squeue_row("RUNNING", "None")}' ;;
+    2) echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1 ;;
+    *) echo '{squeue_row("COMPLETED", "None")}' ;;
+    esac ;;
+*sacct) echo 'Slurm accounting storage is disabled' >&2; exit 1 ;;
+*) echo Submitted batch job 7 ;;
+esac
+"""
+    done = launch_with_sbatch(tmp_path, slurm, "launch.snapshot=false", "wait=true")
+    (run,) = (tmp_path / "runs").glob("run-*")
+    assert done.returncode == 0, done.stderr
+    assert "Unable to contact slurm controller); the job itself is not affected. It is asked again." in done.stderr
+    assert "job 7: RUNNING" in done.stderr
+    assert "job 7: COMPLETED" in done.stderr
+    assert "storage is disabled" in done.stderr
+    assert json.loads((run / "job.json").read_text())["state"] == "COMPLETED"
 
 
 def test_a_followed_run_whose_folder_is_deleted_is_one_sentence(tmp_path):

@@ -14,11 +14,11 @@ import pytest
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import default_environment, find_targets, slurm_environment
-from hpcmm.jobs.polling import LONGEST_S, Poller
-from hpcmm.jobs.state import State, states_of
+from hpcmm.jobs.state import states_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import job_ids_of
-from hpcmm.slurm.queue import Job, count_tasks, find_jobs
+from hpcmm.slurm.jobs import Job, UnknownJobError, count_tasks, find_job, find_jobs, node_states
+from hpcmm.slurm.polling import LONGEST_S, Poller
 
 SEPARATOR = "\x1f"
 
@@ -277,6 +277,20 @@ def test_a_profiled_run_is_asked_to_stop_before_it_is_cancelled(slurm, tmp_path)
     assert len(slurm.called("scancel")) == 4
 
 
+def test_a_run_that_was_asked_to_stop_is_cancelled_also_if_slurm_falls_silent_meanwhile(slurm, tmp_path):
+    run = make_run(tmp_path)
+    given = json.loads(run.config.read_text(encoding="utf-8"))
+    run.config.write_text(json.dumps(given | {"task": {"name": "anomaly"}, "profile": {"tool": "nsys"}}))
+    slurm.answers("squeue", squeue_row())
+    (slurm.folder / "silent").write_text(f"#!/bin/sh\necho squeue >> {slurm.calls}\necho 'timed out' >&2; exit 1\n")
+    (slurm.folder / "silent").chmod(0o755)
+    text = f'#!/bin/sh\necho scancel "$@" >> {slurm.calls}\ncp {slurm.folder}/silent {slurm.folder}/squeue\n'
+    (slurm.folder / "scancel").write_text(text)
+    assert not cancel("run", find_targets("run", tmp_path), patience_s=2.2).in_peace
+    assert len(slurm.called("squeue")) == 2
+    assert slurm.called("scancel") == ["scancel --batch --signal=USR2 7", "scancel 7"]
+
+
 def test_without_slurm_conf_the_newest_run_tells_where_the_cluster_is(tmp_path):
     make_run(tmp_path, environment={"SLURM_CONF": "/site/slurm.conf"})
     assert default_environment(tmp_path, {"SLURM_CONF": "/mine"})["SLURM_CONF"] == "/mine"
@@ -295,11 +309,11 @@ def test_without_any_run_it_is_the_local_cluster_where_that_is_up(tmp_path, monk
 def test_polling_waits_ever_longer_and_starts_anew_after_a_change():
     clock, asked, states = [0.0], [], ["RUNNING"]
 
-    def ask(targets):
+    def ask():
         asked.append(clock[0])
-        return [State(targets[0], [Job("7", "7", state=states[0])], [])]
+        return Job("7", "7", state=states[0])
 
-    poller = Poller([None], ask, lambda: clock[0])
+    poller = Poller(ask, lambda job: job.state, clock=lambda: clock[0])
     for tick in range(2000):
         clock[0] = tick * 0.5
         if clock[0] == 500:
@@ -313,18 +327,86 @@ def test_polling_waits_ever_longer_and_starts_anew_after_a_change():
 
 
 def test_a_question_without_answer_keeps_the_last_state():
-    answers = [[State(None, [Job("7", "7", state="RUNNING")], [])]]
+    answers = [Job("7", "7", state="RUNNING")]
 
-    def ask(_targets):
+    def ask():
         if not answers:
             raise HpcmmError("squeue gave no answer")
         return answers.pop()
 
     times = iter([0.0, 0.0, 0.0, 100.0, 100.0, 100.0])
-    poller = Poller([None], ask, lambda: next(times))
+    poller = Poller(ask, lambda job: job.state, clock=lambda: next(times))
     poller.poll()
-    assert poller.poll()[0].jobs[0].state == "RUNNING"
+    assert poller.poll().state == "RUNNING"
     assert poller.complaint == "squeue gave no answer"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that only pass while somebody sleeps."""
+    now = [0.0]
+    monkeypatch.setattr(time, "sleep", lambda pause_s: now.__setitem__(0, now[0] + pause_s))
+    return lambda: now[0]
+
+
+def test_a_job_that_slurm_does_not_know_is_asked_for_some_seconds_more(clock):
+    asked = []
+
+    def ask():
+        asked.append(clock())
+        if len(asked) > 1:
+            raise UnknownJobError("nobody knows it")
+        return Job("7", "7", state="RUNNING")
+
+    with pytest.raises(UnknownJobError):
+        Poller(ask, lambda job: job.state, clock=clock).wait(lambda job: not job.active)
+    assert len(asked) == 6
+    assert asked[-1] > 10
+
+
+def test_waiting_ends_with_the_answer_that_was_waited_for_or_with_its_time(clock):
+    states = iter(["PENDING", "RUNNING", "COMPLETED"])
+
+    def ask():
+        return Job("7", "7", state=next(states))
+
+    poller = Poller(ask, lambda job: job.state, known=Job("7", "7", state="PENDING"), clock=clock)
+    assert poller.wait(lambda job: not job.active, timeout_s=0.1).state == "PENDING"  # nobody was asked
+    assert poller.wait(lambda job: not job.active).state == "COMPLETED"
+
+
+def test_an_answer_that_is_known_already_outlives_a_first_question_that_fails(clock):
+    def ask():
+        raise HpcmmError("squeue gave no answer")
+
+    poller = Poller(ask, lambda job: job.state, known=Job("7", "7", state="RUNNING"), clock=clock)
+    assert poller.wait(lambda job: not job.active, timeout_s=60).state == "RUNNING"
+    assert poller.complaint == "squeue gave no answer"
+    with pytest.raises(HpcmmError, match="squeue gave no answer"):
+        Poller(ask, lambda job: job.state, clock=clock).poll()
+
+
+def test_one_job_is_told_by_squeue_else_by_sacct_and_an_array_by_what_matters_most(slurm):
+    slurm.answers("squeue", squeue_row("7_0", "8", "COMPLETED"), squeue_row("7_1", "9", "FAILED"))
+    assert find_job("7").state == "FAILED"
+    slurm.answers("squeue", squeue_row("7_0", "8", "COMPLETED"), squeue_row("7_[1-9]", "7", "PENDING"))
+    assert find_job("7").state == "PENDING"
+    assert slurm.called("sacct") == []
+    slurm.answers("squeue", complaint="slurm_load_jobs error: Invalid job id specified")
+    slurm.answers("sacct", SEPARATOR.join(["7", "7", "run", "me", "CANCELLED by 0", *["Unknown"] * 10]))
+    assert (find_job("7").state, find_job("7").reason, find_job("7").source) == ("CANCELLED", "by 0", "sacct")
+    slurm.answers("sacct")
+    with pytest.raises(UnknownJobError, match="Neither squeue nor sacct knows job 7"):
+        find_job("7")
+    slurm.answers("sacct", complaint="Slurm accounting storage is disabled")
+    with pytest.raises(HpcmmError, match=r"sacct failed .*storage is disabled"):
+        find_job("7")
+
+
+def test_the_states_of_nodes_come_with_their_reasons(slurm):
+    slurm.answers("sinfo", "n1\x1fidle\x1fnone", "n2\x1fdown*\x1fNot responding")
+    assert node_states("n[1-2]") == {"n1": "idle", "n2": "down* (Not responding)"}
+    assert node_states("") == {}
 
 
 def test_the_command_imports_no_torch_and_answers_fast(slurm, tmp_path):

@@ -1,4 +1,4 @@
-"""Jobs as squeue and sacct list them, in one batched call of each."""
+"""The one model of a job, the names of its states, and what squeue, sacct and sinfo answer about jobs."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ _SACCT = {
     "command": "SubmitLine",
 }
 _EMPTY = frozenset({"", "N/A", "Unknown", "None", "None assigned", "(null)"})
+_RECORD_FIELDS = (
+    "JobID,JobName,State,ExitCode,DerivedExitCode,Reason,NNodes,NTasks,NodeList,"
+    "AllocTRES,Submit,Start,End,ElapsedRaw,MaxRSS"
+)
+
+
+class UnknownJobError(HpcmmError):
+    """Slurm answers, and does not know the job (yet, or any more)."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,20 @@ def count_tasks(job_id: str) -> int:
     return max(total, 1)
 
 
+def find_job(job_id: str, environ: Mapping[str, str] = os.environ) -> Job:
+    """The job: squeue is asked, and sacct if squeue does not know it.
+
+    An array as a whole is represented by a task that is active, else by one that did not complete. Raises
+    UnknownJobError if neither knows the job, and another HpcmmError if one of them does not answer.
+    """
+    tasks = _squeue([f"--jobs={job_id}", "--states=all"], environ) or _sacct([f"--jobs={job_id}"], environ)
+    if not tasks:
+        raise UnknownJobError(
+            f"Neither squeue nor sacct knows job {job_id}: was it of another cluster, or too long ago?"
+        )
+    return min(tasks, key=lambda task: (not task.active, task.state == "COMPLETED"))
+
+
 def find_jobs(ids: Sequence[str], environ: Mapping[str, str] = os.environ) -> Answer:
     """The jobs with these numbers: squeue first, sacct for those that have left the queue.
 
@@ -151,6 +173,43 @@ def own_jobs(user: str | None, since: str | None, environ: Mapping[str, str] = o
 def account_of(ids: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[Job]:
     """sacct's rows of these jobs, not of their steps. Raises HpcmmError where sacct does not answer."""
     return _sacct([f"--jobs={','.join(ids)}"], environ) if ids else []
+
+
+def array_states(job_ids: Iterable[str]) -> dict[str, str]:
+    """States of the array tasks that Slurm has in its queue, by ``job_task``; one question for all arrays.
+
+    Tasks that have left the queue are not in it. Raises HpcmmError when squeue does not answer.
+    """
+    wanted = ",".join(sorted(job_ids))
+    if not wanted:
+        return {}
+    listed = ask(
+        "squeue", "--noheader", "--array", "--states=all", f"--jobs={wanted}", "--format=%i|%T", absent="Invalid job id"
+    )
+    return dict(line.strip().split("|", 1) for line in listed.splitlines() if "|" in line)
+
+
+def job_records(job_id: str) -> list[dict[str, str]]:
+    """sacct's records: of the job first, then of its steps. Keys are sacct's names of the fields."""
+    listed = ask("sacct", "--parsable2", "--delimiter=\t", f"--jobs={job_id}", f"--format={_RECORD_FIELDS}")
+    names, *rows = [line.split("\t") for line in listed.splitlines()] or [[]]
+    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+
+
+def node_states(nodes: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Slurm's state of each node of a host list, with its reason if there is one: ``down* (Not responding)``.
+
+    Raises HpcmmError when sinfo does not answer.
+    """
+    if not nodes:
+        return {}
+    listed = ask("sinfo", "-hN", f"--nodes={nodes}", "--format=%N\x1f%T\x1f%E", environ=environ)
+    states = {}
+    for line in listed.splitlines():
+        name, _, rest = line.partition("\x1f")
+        state, _, reason = rest.partition("\x1f")
+        states[name.strip()] = state if reason.strip() in {"", "none"} else f"{state} ({reason.strip()})"
+    return states
 
 
 def _without_sacct(error: HpcmmError) -> str:
