@@ -7,7 +7,7 @@ import pytest
 
 from hpcmm.config.compose import compose_run
 from hpcmm.config.config_file import dump, load
-from hpcmm.config.untyped_config import MAX_BYTES, read_frozen_config
+from hpcmm.config.untyped_config import MAX_BYTES, VERSION, read_frozen_config
 from hpcmm.errors import HpcmmError
 
 NESTED = zip("abcdefgh", "bcdefghi", strict=True)
@@ -78,3 +78,37 @@ def test_a_terminal_obeys_no_key_and_a_long_one_is_cut(frozen):
 def test_a_whole_one_is_read(frozen):
     shutil.rmtree(frozen.parent / "code")
     assert load(frozen) == compose_run(["cluster=local"])
+
+
+def test_the_first_line_says_the_version(frozen):
+    assert frozen.read_text().splitlines()[0] == f"version: {VERSION}"
+    assert "version" not in read_frozen_config(frozen)
+
+
+def test_a_file_without_a_version_is_of_the_first_and_both_are_read(frozen):
+    today = load(frozen), read_frozen_config(frozen)
+    text = frozen.read_text().split("\n", 1)[1]
+    frozen.write_text(text)
+    assert (load(frozen), read_frozen_config(frozen)) == today
+    frozen.write_text(f"version: 1\n{text}")
+    assert (load(frozen), read_frozen_config(frozen)) == today
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (str(VERSION + 1), f"it is of version {VERSION + 1}, and this hpcmm reads up to version {VERSION}"),
+        ("'\\e[2J'", "which is no version"),
+        ("true", "its version is True, which is no version"),
+        ("0", "its version is 0, which is no version"),
+        ("[1, 2]", r"its version is \[1, 2\], which is no version"),
+    ],
+)
+def test_a_later_version_is_refused_and_told_with_the_code_that_reads_it(frozen, version, said):
+    frozen.write_text(f"version: {version}\n" + frozen.read_text().split("\n", 1)[1])
+    with pytest.raises(
+        HpcmmError, match=rf"not a configuration of this version of hpcmm: .*{said}.*PYTHONPATH"
+    ) as refused:
+        load(frozen)
+    assert str(refused.value).isprintable()
+    assert read_frozen_config(frozen)["cluster"]["executor"] == "local"

@@ -14,8 +14,9 @@ import pytest
 
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.errors import HpcmmError
+from hpcmm.files import write_together
 from hpcmm.page import outputs
-from hpcmm.page.outputs import to_arrow, write_all, write_together
+from hpcmm.page.outputs import to_arrow, write_all
 from hpcmm.page.perfetto import write_trace
 
 SAMPLES = Path(__file__).parents[2] / "profiles" / "samples"

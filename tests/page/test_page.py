@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from hpcmm.analyze import Analysis
+from hpcmm.files import write_together
 from hpcmm.page.headlines import number, plain, seconds
 from hpcmm.page.html import _suggestion
 from hpcmm.page.markdown import escape, summary
-from hpcmm.page.outputs import write_together
 
 
 class Elements(HTMLParser):

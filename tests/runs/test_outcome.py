@@ -1,0 +1,218 @@
+"""Whether a job failed has one answer: jobs status, why, the ledger and the analysis' record of the run agree."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from hpcmm.errors import HpcmmError
+from hpcmm.jobs.find_run import find_targets
+from hpcmm.jobs.state import states_of
+from hpcmm.jobs.why import explain
+from hpcmm.reports.run_record import read_run_record
+from hpcmm.runs import failures
+from hpcmm.runs.attempts import attempts_of, begin_attempt
+from hpcmm.runs.ledger import Ledger, LedgerPoint
+from hpcmm.runs.metrics import MetricsWriter
+from hpcmm.runs.outcome import Outcome, newest_outcome, outcome_of, states_of_points
+from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.runs.submission import write_job_record
+from hpcmm.slurm.commands import SilentError
+
+
+@pytest.fixture(autouse=True)
+def _slurm_is_silent(monkeypatch):
+    def ask(*_):
+        raise SilentError("no controller", "squeue")
+
+    monkeypatch.setattr("hpcmm.jobs.state.find_jobs", ask)
+
+
+class Job:
+    """A job that leaves in a run directory what its script and ranks do."""
+
+    def __init__(self, run, raw_id, task=None):
+        self.run, self.raw_id = run, raw_id
+        self.job_id = f"{task[0]}_{task[1]}" if task else raw_id
+        self.environ = {"SLURM_JOB_ID": raw_id}
+        if task:
+            self.environ |= {"SLURM_ARRAY_JOB_ID": task[0], "SLURM_ARRAY_TASK_ID": task[1]}
+        run.create()
+        run.config.write_text('{"name": "demo", "task": {"name": "anomaly"}}', encoding="utf-8")
+        run.submission_script.touch()
+        (run.submitit / f"{self.job_id}_submitted.pkl").touch()
+
+    def starts(self, restart=0):
+        self.environ["SLURM_RESTART_COUNT"] = str(restart)
+        with MetricsWriter(self.run.rank_metrics(0), begin_attempt(self.run, self.environ)) as metrics:
+            metrics.start(rank=0, local_rank=0, world_size=1, node="n1", job_id=self.raw_id)
+
+    def trains_to_its_end(self):
+        with MetricsWriter(self.run.rank_metrics(0)) as metrics:
+            metrics.end()
+
+    def loses_a_rank(self):
+        record = failures.RankExit(0, "n1", 1, None, int(signal.SIGKILL))
+        failures.write(record, failures.exit_file(failures.attempt_folder(self.run, self.environ), 0))
+
+    def script_ends(self, outcome):
+        with self.run.exit_status.open("a", encoding="utf-8") as file:
+            file.write(f"{self.job_id} {outcome}\n")
+
+
+def completed(job):
+    job.starts()
+    job.trains_to_its_end()
+    job.script_ends(0)
+
+
+def failed(job):
+    job.starts()
+    job.loses_a_rank()
+    job.script_ends(1)
+
+
+def failed_without_a_word_of_a_rank(job):
+    job.starts()
+    job.script_ends(1)
+
+
+def stopped(job):
+    job.starts()
+    job.script_ends("stopped")
+
+
+def killed_with_its_script(job):
+    job.starts()
+    job.loses_a_rank()
+
+
+def killed_at_once(job):
+    job.starts()
+
+
+def completed_after_a_requeue(job):
+    job.starts()
+    job.script_ends("stopped")
+    job.starts(restart=1)
+    job.trains_to_its_end()
+    job.script_ends(0)
+
+
+def stopped_after_a_node_failure(job):
+    job.starts()
+    job.loses_a_rank()
+    for path in job.run.failures.rglob("*"):
+        os.utime(path, (1, 1))
+    job.starts(restart=1)
+    job.script_ends("stopped")
+
+
+def killed_after_a_requeue(job):
+    job.starts()
+    job.script_ends("stopped")
+    os.utime(job.run.exit_status, (1, 1))
+    job.starts(restart=1)
+    job.loses_a_rank()
+
+
+ENDS = [
+    (completed, "COMPLETED"),
+    (failed, "FAILED"),
+    (failed_without_a_word_of_a_rank, "FAILED"),
+    (stopped, "STOPPED"),
+    (killed_with_its_script, "FAILED"),
+    (killed_at_once, None),
+    (completed_after_a_requeue, "COMPLETED"),
+    (stopped_after_a_node_failure, "STOPPED"),
+    (killed_after_a_requeue, "FAILED"),
+]
+
+
+@pytest.mark.parametrize("in_sweep", [False, True], ids=["run", "point"])
+@pytest.mark.parametrize(("end", "state"), ENDS, ids=lambda value: getattr(value, "__name__", ""))
+def test_all_who_are_asked_give_one_answer(tmp_path, end, state, in_sweep):
+    sweep = SweepDir(tmp_path / "demo-1")
+    ledger = Ledger(sweep, [LedgerPoint(0, [], "0000", ["7"])])
+    run = sweep.point(0) if in_sweep else RunDir(sweep.root)
+    job = Job(run, "70", ("7", "0") if in_sweep else None)
+    if in_sweep:
+        sweep.shared.submission_script.touch()
+        ledger.write()
+    end(job)
+
+    outcome = outcome_of(run, job.job_id)
+    assert (outcome and outcome.state) == state
+    assert newest_outcome(run) == outcome
+
+    (target,) = find_targets("demo-1", tmp_path)
+    (told,) = states_of([target], {}, needs_slurm=False)
+    if state in {None, "STOPPED"}:  # it may go on, so no end is told
+        assert told.jobs == []
+        with pytest.raises(HpcmmError, match="no run directory tells of an end"):
+            explain(target)
+    else:
+        assert [each.state for each in told.jobs] == [state]
+        assert explain(target).failed == (state == "FAILED")
+    if in_sweep:  # what has left the queue without having completed is submitted once more
+        assert states_of_points(ledger, []) == {0: "COMPLETED" if state == "COMPLETED" else "FAILED"}
+        assert states_of_points(ledger, ["7_0"]) == {0: "ACTIVE"}
+    assert read_run_record(run).failed_before_steps == (state == "FAILED")
+
+
+def test_slurm_s_own_word_counts_before_the_script_s(tmp_path):
+    job = Job(RunDir(tmp_path / "demo-1"), "7")
+    failed(job)
+    write_job_record(job.run, {"job_id": "7", "state": "TIMEOUT"})
+    assert outcome_of(job.run, "7") == Outcome("TIMEOUT")
+    assert newest_outcome(job.run).failed
+
+
+def test_a_task_of_an_array_is_known_by_both_of_its_numbers(tmp_path):
+    job = Job(RunDir(tmp_path / "0003"), "70", ("7", "3"))
+    killed_with_its_script(job)
+    assert [(each.job_id, each.raw_id) for each in attempts_of(job.run)] == [("7_3", "70")]
+    assert outcome_of(job.run, "7_3") == Outcome("FAILED")
+    assert outcome_of(job.run, "7_4") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"[]",
+        b'{"job_id": {}}',
+        b'{"job_id": "/*", "state": []}',
+        b"9" * 6000,
+        b"x" * (1 << 21),
+    ],
+)
+def test_damaged_and_hostile_files_tell_nothing_and_do_no_harm(tmp_path, damage):
+    run = RunDir(tmp_path / "demo-1")
+    run.create()
+    (run.failures / "7.x").mkdir(parents=True)
+    (run.failures / "9.0").touch()
+    for path in (run.job_record, run.submission, run.attempts, run.exit_status, run.rank_metrics(0), run.evaluation):
+        path.write_bytes(damage + b"\n")
+    SweepDir(run.root).ledger.write_bytes(damage)
+    assert outcome_of(run, "7") is None
+    assert newest_outcome(run) is None
+    assert attempts_of(run) == []
+
+
+def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path):
+    run = RunDir(tmp_path / "demo-1")
+    run.create()
+    for path in (run.job_record, run.submission, run.attempts, run.exit_status, run.rank_metrics(0), run.provenance):
+        os.mkfifo(path)
+    assert newest_outcome(run) is None
+    assert outcome_of(run, "7") is None
+
+
+def test_an_odd_state_is_not_passed_on(tmp_path):
+    run = RunDir(tmp_path / "demo-1")
+    run.create()
+    run.job_record.write_text(json.dumps({"job_id": "7", "state": "\x1b[2J"}), encoding="utf-8")
+    assert outcome_of(run, "7") == Outcome("UNKNOWN")
