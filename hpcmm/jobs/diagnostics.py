@@ -11,6 +11,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, run_of_command, settings, slurm_environment
 from hpcmm.jobs.state import RankProgress, progress_of, states_of
 from hpcmm.node.classify import LoggedError, last_logged_error
+from hpcmm.ranges import ranks_in
 from hpcmm.runs import failures
 from hpcmm.runs.failures import RankError, RankExit
 from hpcmm.runs.run_dir import RunDir, SweepDir
@@ -19,7 +20,6 @@ from hpcmm.slurm.queue import Job, account_of
 
 _TAIL_BYTES = 256 * 1024
 _ATTEMPT = re.compile(r"(\d+)\.(\d+)")
-_RANK = re.compile(r"[0-9]{1,6}")
 _SRUN_TASKS = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)")
 
 
@@ -110,16 +110,6 @@ def node_states(nodes: str, environ: Mapping[str, str]) -> dict[str, str]:
         state, _, reason = rest.partition("\x1f")
         states[name.strip()] = state if reason.strip() in {"", "none"} else f"{state} ({reason.strip()})"
     return states
-
-
-def ranks_in(listed: str) -> list[int]:
-    """The numbers of ``0-2,5``."""
-    found: list[int] = []
-    for part in listed.split(","):
-        first, _, last = part.partition("-")
-        if all(_RANK.fullmatch(number) for number in (first, last or first)):
-            found += range(int(first), int(last or first) + 1)
-    return found
 
 
 def srun_words(lines: list[str]) -> dict[int, tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpcmm.config.schema import ClusterConfig, RunConfig
+from hpcmm.text import visible
 
 CANNOT_START = {
     "PartitionConfig": "breaks a limit of its partition",
@@ -72,15 +73,10 @@ def refusal(config: RunConfig, complaint: str) -> str:
 def on_one_line(command: str, complaint: str) -> str:
     """What a command of Slurm's said, each thing once, on one line and without control characters."""
     lines = [
-        printable(line).strip().removeprefix(f"{command}: ").removeprefix("error: ").removeprefix("fatal: ").strip()
+        visible(line, " ").strip().removeprefix(f"{command}: ").removeprefix("error: ").removeprefix("fatal: ").strip()
         for line in complaint.splitlines()
     ]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or f"{command} said nothing"
-
-
-def printable(text: str) -> str:
-    """``text`` without the control characters that a terminal would obey."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def remedy(config: RunConfig, complaint: str) -> str | None:

@@ -14,7 +14,8 @@ from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.slurm.accounting import queue_state
 from hpcmm.slurm.commands import job_variables, outside_of_jobs
-from hpcmm.slurm.refusals import CANNOT_START, cannot_start, is_certain, printable, refusal
+from hpcmm.slurm.refusals import CANNOT_START, cannot_start, is_certain, refusal
+from hpcmm.text import visible
 
 _TIMEOUT_S = 120
 
@@ -53,10 +54,10 @@ def sbatch(config: RunConfig, script: Path, *options: str) -> str:
         kind = RefusedError if is_certain(done.returncode, complaint, answer) else HpcmmError
         raise kind(refusal(config, complaint))
     if complaint.strip():
-        print(printable(complaint.strip()), file=sys.stderr)
+        print(visible(complaint.strip(), " "), file=sys.stderr)
     accepted = re.search(r"Submitted batch job ([0-9]+)", answer)
     if accepted is None:
-        said = printable(answer.strip().splitlines()[0]) if answer.strip() else "nothing was said"
+        said = visible(answer.strip().splitlines()[0], " ") if answer.strip() else "nothing was said"
         raise HpcmmError(f"sbatch gave no job id, so the job may or may not run, see squeue ({said}).")
     return accepted[1]
 

@@ -5,7 +5,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcmm.analysis.tables import COLUMNS, startup_table
+from hpcmm.analysis.time_tables import STARTUP_COLUMNS, startup_table
 
 
 def part(name, duration_s, attempt=1):
@@ -53,7 +53,7 @@ damaged = st.fixed_dictionaries(
 @given(st.dictionaries(st.integers(0, 3), st.lists(damaged | st.just(part("imports", 1.0)))))
 def test_damaged_records_are_left_out(records):
     table = startup_table(records)
-    assert list(table.columns) == list(COLUMNS)
+    assert list(table.columns) == list(STARTUP_COLUMNS)
     sound = sum(part("imports", 1.0) in of_rank for of_rank in records.values())
     assert table[(table["part"] == "imports") & (table["attempt"] == 1)]["ranks"].sum() == sound
     assert all(math.isfinite(value) for value in table["longest_s"])

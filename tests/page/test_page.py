@@ -13,8 +13,7 @@ import pytest
 from hpcmm.analyze import Analysis
 from hpcmm.page.headlines import number, plain, seconds
 from hpcmm.page.html import _suggestion
-from hpcmm.page.markdown import escape, summary
-from hpcmm.page.outputs import write_together
+from hpcmm.page.outputs import escape, summary, write_together
 
 
 class Elements(HTMLParser):
