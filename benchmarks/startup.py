@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hpcmm.analysis.tables import startup_table
+from hpcmm.analysis.time_tables import startup_table
 from hpcmm.config import config_file
 from hpcmm.config.compose import compose_run
 from hpcmm.config.validate import validate

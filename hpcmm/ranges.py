@@ -1,10 +1,37 @@
-"""Which ranks and which steps a capture covers: number ranges as users write them."""
+"""Number ranges such as ``0-3,7``, read and written: which ranks and which steps are meant."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from hpcmm.errors import HpcmmError
+
+_RANGE = re.compile(r"\s*([0-9]{1,12})(?:\s*-\s*([0-9]{1,12}))?\s*")
+MAX_RANK = 999_999
+"""A larger number in a list that another program wrote is no rank."""
+
+
+def parse_ranges(listed: str) -> list[range | None]:
+    """Each part of ``0-3,7``, both ends included; None for a part that is neither a number nor a range."""
+    matches = [_RANGE.fullmatch(part) for part in listed.split(",")]
+    return [match and range(int(match[1]), int(match[2] or match[1]) + 1) for match in matches]
+
+
+def ranks_in(listed: str) -> list[int]:
+    """The ranks of ``0-2,5`` as another program wrote them, in its order; what cannot be a rank is left out."""
+    return [rank for part in parse_ranges(listed) if part is not None and part.stop <= MAX_RANK + 1 for rank in part]
+
+
+def write_ranges(numbers: Iterable[int], separator: str = ",") -> str:
+    """``0-3,7`` for the numbers 0, 1, 2, 3 and 7, in any order."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return separator.join("-".join(map(str, run)) for run in runs)
 
 
 def profiled_ranks(choice: str, world_size: int, ranks_per_node: int) -> frozenset[int]:
@@ -17,12 +44,11 @@ def profiled_ranks(choice: str, world_size: int, ranks_per_node: int) -> frozens
     if choice == "one_per_node":
         return frozenset(range(0, world_size, ranks_per_node))
     ranks: set[int] = set()
-    for part in choice.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,12})(?:\s*-\s*([0-9]{1,12}))?\s*", part)
-        if match is None:
+    for part in parse_ranges(choice):
+        if part is None:
             raise HpcmmError(f"profile.ranks is {choice!r}: write all, one_per_node, or ranks such as '0,3-5'.")
-        first = int(match[1])
-        ranks.update(range(min(first, world_size), min(int(match[2] or first), world_size) + 1))
+        # One number beyond the run is enough to refuse it: a huge range must not become a huge set.
+        ranks.update(range(min(part.start, world_size), min(part.stop, world_size + 1)))
     if not ranks or max(ranks) >= world_size:
         raise HpcmmError(f"profile.ranks is {choice!r}, but the ranks of this run are 0 to {world_size - 1}.")
     return frozenset(ranks)

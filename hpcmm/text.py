@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def visible(text: str) -> str:
-    """``text`` with a replacement character for each that a terminal would obey, such as ANSI codes and newlines."""
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+def visible(text: str, replacement: str = "\N{REPLACEMENT CHARACTER}") -> str:
+    """``text`` with ``replacement`` for each character that a terminal would obey, as in ANSI codes, and newlines."""
+    return "".join(each if each.isprintable() else replacement for each in text)
 
 
 def printable(text: str) -> str:

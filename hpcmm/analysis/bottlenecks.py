@@ -1,8 +1,8 @@
 """What a step loses, to what, because of whom: the ranked table, every second of it counted once.
 
 The time of a step, as a mean over ranks, is useful work, exposed transfer, and exposed waiting. Waiting and the excess
-work that caused it are charged to (rank, part of its work) by :mod:`hpcmm.analysis.delay_costs`. A charge becomes a
-rank's fault only where it stands out of the noise; the rest is one row that blames nobody. ``docs/bottlenecks.md``
+work that caused it are charged to (rank, part of its work) by :mod:`hpcmm.analysis.delay_costs`. A charge makes a
+rank a straggler only if it stands out of the noise; the rest is one row that blames nobody. ``docs/bottlenecks.md``
 explains the rules.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import batch_imbalance, delay_costs, gpu_findings, network_stalls, process_stalls, wait_chains
+from hpcmm.analysis import delay_costs, gpu_findings, stalls, wait_chains
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
 from hpcmm.analysis.findings import (
     CAUSES,
@@ -27,10 +27,17 @@ from hpcmm.analysis.findings import (
     kind_of_part,
     phase_of_part,
 )
-from hpcmm.analysis.osrt import NS_PER_S
-from hpcmm.analysis.significance import chance_of_sum
-from hpcmm.analysis.steps import StepTimes
-from hpcmm.analysis.stragglers import FAULT_SHARE, MAX_CHANCE, Mask, find_stragglers
+from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.phases import StepTimes
+from hpcmm.analysis.statistics import chance_of_sum
+from hpcmm.analysis.stragglers import (
+    MAX_CHANCE,
+    STRAGGLER_SHARE,
+    Mask,
+    explain_by_batches,
+    find_batch_imbalance,
+    find_stragglers,
+)
 from hpcmm.analysis.trace import RankTrace
 
 MIN_SHARE = 0.02
@@ -78,13 +85,13 @@ def find(context: AnalysisContext) -> list[Finding]:
     if not len(context.steps.numbers):
         return []
     stopped, stopped_s = _stopped(context)
-    broken = network_stalls.find_network_stalls(context, stopped_s)
+    broken = stalls.find_network_stalls(context, stopped_s)
     transfer = _transfer(context, sum(finding.lost_s for finding in [*stopped, *broken]))
-    faults, blamed = find_stragglers(context, sum(finding.lost_s for finding in transfer))
-    faults = [batch_imbalance.explain_by_batches(context, fault) for fault in faults]
+    late, blamed = find_stragglers(context, sum(finding.lost_s for finding in transfer))
+    late = [explain_by_batches(context, finding) for finding in late]
     own_work = _own_work(context)
     on_gpus = gpu_findings.in_steps(context.gpu, sum(finding.lost_s for finding in own_work))
-    findings = [*faults, *_imbalance(context, blamed), *stopped, *broken, *transfer, *own_work, *on_gpus]
+    findings = [*late, *_imbalance(context, blamed), *stopped, *broken, *transfer, *own_work, *on_gpus]
     return _worth(_within(findings, context.period_s), context.steps.mean_s)
 
 
@@ -100,7 +107,7 @@ def _within(findings: Sequence[Finding], whole_s: float) -> list[Finding]:
 def find_without_steps(gpu: pd.DataFrame, collectives: pd.DataFrame) -> list[Finding]:
     """Findings of a capture without steps, from tables ``gpu`` and ``collectives``: all of it counts as one step.
 
-    Nothing tells chance from fault there, so that a row with a culprit goes by its loss as any other.
+    Nothing tells chance from a straggler there, so that a row with a culprit goes by its loss as any other.
     """
     return _worth(gpu_findings.of_capture(gpu, collectives), gpu_findings.span_s(gpu), 1.0)
 
@@ -126,19 +133,19 @@ _PHASE_SHARE = 0.1
 
 
 def _stopped(context: AnalysisContext) -> tuple[list[Finding], Floats]:
-    """Ranks whose process stood still in the middle of a collective, and what all such silences cost in each step."""
+    """Ranks whose process stood still in the middle of a collective, and what all such stalls cost in each step."""
     found = []
     total = np.zeros(len(context.steps.numbers))
-    for index, lost in process_stalls.find_process_stalls(context.traces, context.steps, context.rows):
+    for index, lost in stalls.find_process_stalls(context.traces, context.steps, context.rows):
         trace, mean = context.traces[index], float(lost.mean())
         total += lost
         hit = context.steps.numbers[lost > 0]
         told = f"no thread of rank {trace.rank} ran while all were in a collective, in {len(hit)} of {len(lost)} steps"
         share = mean / context.steps.mean_s
-        sure = HIGH if share >= 2 * FAULT_SHARE else MEDIUM
+        sure = HIGH if share >= 2 * STRAGGLER_SHARE else MEDIUM
         worst = context.worst_step(lost)
         rows = f"collectives: step={worst} rank={trace.rank}"
-        if share >= FAULT_SHARE:
+        if share >= STRAGGLER_SHARE:
             found.append(Finding("stall", CAUSES["stall"], mean, trace.rank, trace.node, "", told, sure, rows, worst))
     return found, total
 
@@ -180,7 +187,7 @@ def _transfer(context: AnalysisContext, explained_s: float) -> list[Finding]:
     worst = context.worst_step(by_step.to_numpy(np.float64))
     most = inside.iloc[int(inside["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
     where = f"collectives: step={most['step']} op={most['op']} group={most['group']} sequence={most['sequence']}"
-    node, about = network_stalls.slow_node(context.traces)
+    node, about = stalls.slow_node(context.traces)
     if about:
         told += f"; {about}"
         confidence = MEDIUM if node and confidence == HIGH else confidence
@@ -188,9 +195,9 @@ def _transfer(context: AnalysisContext, explained_s: float) -> list[Finding]:
 
 
 def _imbalance(context: AnalysisContext, blamed: Mask) -> list[Finding]:
-    """Waiting that is nobody's consistent fault: because batches differ, or else because ranks do, by turns."""
+    """Waiting that no straggler causes: because batches differ, or else because ranks do, by turns."""
     rest = np.where(blamed, 0.0, context.losses)
-    uneven = batch_imbalance.find_batch_imbalance(context, rest, ~np.asarray(blamed.any(axis=(0, 2))))
+    uneven = find_batch_imbalance(context, rest, ~np.asarray(blamed.any(axis=(0, 2))))
     if uneven is not None:
         compute = [index for index, name in enumerate(context.parts.names) if kind_of_part(name) == "compute"]
         rest[:, :, compute] = 0.0

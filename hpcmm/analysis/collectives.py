@@ -22,8 +22,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis import nccl
-from hpcmm.analysis.intervals import IntervalSet, Times, first_claims
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, first_claims
+from hpcmm.analysis.trace import RankTrace, nullable_steps
 
 SYNCHRONISING = frozenset({"all_reduce", "all_gather", "reduce_scatter", "barrier"})
 """No rank leaves before all have arrived, and all leave within the operation's own transfer time."""
@@ -32,6 +32,18 @@ NEEDS_ALL = SYNCHRONISING | {"all_to_all"}
 POINT_TO_POINT = frozenset({"send", "recv"})
 
 KEY = ["group", "op", "sequence", "occurrence"]
+
+
+def match_with_waits(traces: Sequence[RankTrace], clock_error_ns: float) -> pd.DataFrame:
+    """Matched collectives of all ranks, on one clock, with their waits: all that the analysis derives of collectives.
+
+    One row a rank and instance, times in nanoseconds, with what :func:`match`, :func:`estimate_waits` and
+    :func:`expose` give, and bus_bytes_per_s.
+    """
+    # Kernels that only their order identifies are no collectives where the times contradict that order.
+    matched = nccl.confirm_order(match(traces), clock_error_ns)
+    rows = estimate_waits(matched, clock_error_ns)
+    return expose(rows.assign(bus_bytes_per_s=bus_bandwidth(rows)), traces)
 
 
 def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
@@ -184,3 +196,61 @@ def claimed(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> Iterator[Claims]
         wait_end = start + group["wait_ns"].fillna(0).to_numpy().astype(np.int64)
         trace = int(str(index))
         yield Claims(trace, at, begin, np.clip(wait_end, begin, end), end, traces[trace].blocked)
+
+
+COLLECTIVE_COLUMNS = [
+    "op",
+    "group",
+    "sequence",
+    "rank",
+    "node",
+    "step",
+    "phase",
+    "start_s",
+    "end_s",
+    "duration_s",
+    "wait_s",
+    "transfer_s",
+    "wait_a_s",
+    "wait_b_s",
+    "estimators_disagree",
+    "clock_error_s",
+    "exposed_wait_s",
+    "exposed_transfer_s",
+    "bytes",
+    "bus_bytes_per_s",
+    "late_rank",
+    "lateness_s",
+    "lateness_to_median_s",
+    "ranks",
+    "complete",
+    "basis",
+    "device",
+]
+
+
+def collectives_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each rank's part in each collective (COLLECTIVE_COLUMNS), sorted by instance and rank."""
+    seconds = {
+        "start_s": "start_ns",
+        "end_s": "end_ns",
+        "duration_s": "duration_ns",
+        "wait_s": "wait_ns",
+        "transfer_s": "transfer_ns",
+        "wait_a_s": "wait_a_ns",
+        "wait_b_s": "wait_b_ns",
+        "exposed_wait_s": "exposed_wait_ns",
+        "exposed_transfer_s": "exposed_transfer_ns",
+        "lateness_s": "lateness_ns",
+        "lateness_to_median_s": "lateness_to_median_ns",
+        "clock_error_s": "clock_error_ns",
+    }
+    table = rows.assign(
+        **{name: rows[source] / NS_PER_S for name, source in seconds.items()}, step=nullable_steps(rows["step"])
+    )
+    table = nccl.with_basis(table)
+    # A kernel without a range of hpcmm does not tell its size, unless NCCL's own range does.
+    table["bytes"] = (
+        table["bytes"].astype("Int64").where(table["basis"].isin([nccl.BY_NAME, nccl.BY_KERNEL]) | (table["bytes"] > 0))
+    )
+    return table.sort_values(["instance", "rank"], ignore_index=True)[COLLECTIVE_COLUMNS]

@@ -1,6 +1,6 @@
 """What changed from one run to another, with the noise of the steps taken into account.
 
-Each metric is a series over the steps that are not warm-up; :mod:`hpcmm.analysis.bootstrap_ci` tells what its mean
+Each metric is a series over the steps that are not warm-up; :mod:`hpcmm.analysis.statistics` tells what its mean
 may differ by. A difference must also be large enough to matter.
 """
 
@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.bootstrap_ci import half_widths
 from hpcmm.analysis.delay_costs import SUBPROCESS, Floats
 from hpcmm.analysis.pop_metrics import EFFICIENCIES, RUN, STEP, samples_per_step
+from hpcmm.analysis.statistics import half_widths
 from hpcmm.errors import HpcmmError
 
 BETTER, WORSE, NO_DIFFERENCE, TOO_FEW = "better", "worse", "no difference seen", "too few steps"

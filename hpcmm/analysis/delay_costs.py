@@ -21,9 +21,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.intervals import IntervalSet
-from hpcmm.analysis.phases import OUTSIDE
-from hpcmm.analysis.trace import RankTrace
-from hpcmm.analysis.waitpid import WITHIN_STEP
+from hpcmm.analysis.trace import OUTSIDE, WITHIN_STEP, RankTrace
 
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -120,6 +118,8 @@ def attribute_wait(arrivals: GroupArrivals) -> Charges:
     waited = arrived[:, -1:] - arrived
     exposed = np.take_along_axis(np.where(arrivals.blamable[:, None], arrivals.exposed, 0.0), order, axis=1)
     share = np.divide(exposed, waited, out=np.zeros_like(exposed), where=waited > 0).clip(0.0, 1.0)
+    # Between two neighbouring arrivals every rank that is still missing is charged an equal share of a waiting rank's
+    # time; ``cost`` adds these shares up.
     missing = np.arange(count - 1, 0, -1)
     cost = np.concatenate((np.zeros((len(start), 1)), np.cumsum(np.diff(arrived, axis=1) / missing, axis=1)), axis=1)
     # What rank j is charged by all earlier ranks i is the sum of share_i * (cost_j - cost_i).
@@ -127,6 +127,7 @@ def attribute_wait(arrivals: GroupArrivals) -> Charges:
     before_cost = np.concatenate((np.zeros((len(start), 1)), np.cumsum(share * cost, axis=1)[:, :-1]), axis=1)
     caused = np.empty_like(start)
     np.put_along_axis(caused, order, cost * before - before_cost, axis=1)
+    # Lateness begins where a usual rank would have arrived, but a rank cannot be late before its own last arrival.
     median = arrived[:, [(count - 1) // 2]]
     previous = np.concatenate((np.full((1, count), -np.inf), start[:-1]))
     total = waited.sum(axis=1, keepdims=True)
@@ -145,10 +146,12 @@ def waited_for(arrivals: GroupArrivals, traces: int) -> Floats:
     exposed = np.where(arrivals.blamable[:, None], arrivals.exposed, 0.0)
     count = len(members)
     chunk = max(1, 4_000_000 // (count * count))
+    # The matrix of all pairs of all instances would not fit into memory for many ranks.
     for first in range(0, len(start), chunk):
         part = start[first : first + chunk]
         order = np.argsort(part, axis=1, kind="stable")
         arrived = np.take_along_axis(part, order, axis=1)
+        # As in attribute_wait, but kept apart by who waited.
         steps = np.diff(arrived, axis=1) / np.arange(count - 1, 0, -1)
         sorted_cost = np.concatenate((np.zeros((len(part), 1)), np.cumsum(steps, axis=1)), axis=1)
         cost = np.empty_like(part)
@@ -211,6 +214,7 @@ def _parts_of(trace: RankTrace, phases: list[str]) -> tuple[IntervalSet, ...]:
         own.append(work.subtract(children))
         subprocesses.append(work.intersect(children))
     start, end = trace.steps["start_ns"].to_numpy(np.int64), trace.steps["end_ns"].to_numpy(np.int64)
+    # What lies between steps is work, too, unless it is communication or a phase of its own such as a checkpoint.
     gaps = IntervalSet.union_of(end[:-1], start[1:]).subtract(communication)
     outside = trace.segments[trace.segments["step"] == OUTSIDE]
     gaps = gaps.subtract(IntervalSet.union_of(outside["start_ns"], outside["end_ns"]))
@@ -223,6 +227,7 @@ def window_starts(arrivals: GroupArrivals) -> Floats:
     Shape as ``start``. Asynchronous collectives overlap, so that is not always the one before. NaN at the first.
     """
     instances, _ = arrivals.start.shape
+    # An instance is behind a rank once it and all before it have ended there.
     reach = np.maximum.accumulate(arrivals.end, axis=0)
     done = np.stack(
         [
@@ -231,6 +236,7 @@ def window_starts(arrivals: GroupArrivals) -> Floats:
         ],
         axis=1,
     ).min(axis=1)
+    # A window begins before its own instance, whatever later ones that overlap it say.
     done = np.minimum(done, np.arange(instances))
     first = np.full((1, reach.shape[1]), np.nan)
     begins: Floats = np.concatenate((first, reach))[done]

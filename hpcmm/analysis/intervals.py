@@ -94,3 +94,6 @@ def first_claims(start_ns: Times, end_ns: Times) -> tuple[Times, Times]:
     reach = np.concatenate(([np.iinfo(np.int64).min], np.maximum.accumulate(end_ns)[:-1]))
     start = np.maximum(start_ns, reach)
     return start, np.maximum(end_ns, start)
+
+
+NS_PER_S = 1e9

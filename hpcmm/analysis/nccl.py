@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.phases import OUTSIDE
-from hpcmm.reports.cuda import KERNEL, UNKNOWN, CudaEvents
+from hpcmm.analysis.trace import OUTSIDE
+from hpcmm.reports.report import KERNEL, UNKNOWN, CudaEvents
 
 Integers = npt.NDArray[np.int64]
 

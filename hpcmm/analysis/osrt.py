@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis.intervals import IntervalSet
-
-NS_PER_S = 1e9
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
+from hpcmm.analysis.trace import RankTrace
 
 WAITPID_FUNCTIONS = frozenset({"wait", "wait3", "wait4", "waitid", "waitpid"})
 _COMMUNICATION_WAITS = (
@@ -29,9 +30,9 @@ _COMMUNICATION_WAITS = (
 )
 """Starts of the names of calls in which a thread waits for other threads or for the network. Not sleeps, not files."""
 
-MIN_SILENCE_NS = 300_000_000
-SILENCE_TIMES = 10.0
-"""A silence is so many times as long as 99% of the gaps between a process's calls."""
+MIN_STALL_NS = 300_000_000
+STALL_TIMES = 10.0
+"""A stall is so many times as long as 99% of the gaps between a process's calls."""
 
 STEP_THREAD, OTHER_THREAD = "step", "other"
 
@@ -59,7 +60,7 @@ def blocked_intervals(osrt: pd.DataFrame, pid: int, tid: int) -> IntervalSet | N
     return IntervalSet.union_of(chosen["start_ns"], chosen["end_ns"])
 
 
-def silences(osrt: pd.DataFrame, pid: int) -> IntervalSet:
+def stalled_intervals(osrt: pd.DataFrame, pid: int) -> IntervalSet:
     """When no thread of a process entered or left an OS call for far longer than it is usual for the process.
 
     Of a process whose calls are all long, or few, nothing can be said, and the set is empty.
@@ -68,10 +69,11 @@ def silences(osrt: pd.DataFrame, pid: int) -> IntervalSet:
     # Starts lie in the order of time, nearly; a stable sort makes use of that.
     ends = np.sort(mine["end_ns"].to_numpy(np.int64), kind="stable")
     times = np.sort(np.concatenate((mine["start_ns"].to_numpy(np.int64), ends)), kind="stable")
+    # Between two neighbouring times of any thread the whole process neither entered nor left a call.
     gaps = np.diff(times)
     if len(gaps) < 1000:
         return IntervalSet.empty()
-    limit = max(MIN_SILENCE_NS, SILENCE_TIMES * float(np.quantile(gaps, 0.99)))
+    limit = max(MIN_STALL_NS, STALL_TIMES * float(np.quantile(gaps, 0.99)))
     quiet = np.flatnonzero(gaps > limit)
     return IntervalSet(times[quiet], times[quiet + 1])
 
@@ -139,3 +141,13 @@ def calls_by_phase(osrt: pd.DataFrame, pid: int, tid: int, segments: pd.DataFram
         }
     )
     return frame.groupby(["step", "phase", "function"]).agg({"total_ns": "sum"}).reset_index()
+
+
+def osrt_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
+    """OS runtime calls of every rank: rank, role, thread_role, function and OSRT_COLUMNS' times; longest first."""
+    frames = [trace.osrt.assign(rank=trace.rank) for trace in traces]
+    columns = ["rank", *OSRT_COLUMNS]
+    table = pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+    table = table.rename(columns={"process_role": "role"})
+    order = ["rank", "role", "thread_role", "total_s", "function"]
+    return table.sort_values(order, ascending=[True, True, True, False, True], ignore_index=True)

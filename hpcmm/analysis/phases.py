@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.intervals import IntervalSet, first_claims
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, first_claims
+from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.annotate import schema
-
-OTHER = "other"
-"""Time within a step that no phase covers."""
-OUTSIDE = -1
-"""Step number of phases that lie outside any step, such as a last checkpoint."""
 
 SEGMENT_COLUMNS = ["step", "phase", "start_ns", "end_ns"]
 STEP_COLUMNS = ["step", "start_ns", "end_ns", "closed"]
@@ -85,6 +85,7 @@ def _innermost(start: np.ndarray, end: np.ndarray, labels: list[str]) -> list[tu
     pieces: list[tuple[str, int, int]] = []
     stack: list[tuple[str, int]] = []
     cursor = 0
+    # The stack holds the ranges that are open; time up to ``cursor`` is given out.
     for label, begin, finish in zip(labels, start.tolist(), end.tolist(), strict=True):
         while stack and stack[-1][1] <= begin:
             closed, closed_end = stack.pop()
@@ -124,3 +125,101 @@ def locate(segments: pd.DataFrame, at_ns: np.ndarray) -> tuple[np.ndarray, np.nd
     inside = (index >= 0) & (at_ns < np.append(segments["end_ns"].to_numpy(np.int64), 0)[index])
     step = np.where(inside, np.append(segments["step"].to_numpy(np.int64), 0)[index], OUTSIDE)
     return step, np.where(inside, np.append(segments["phase"].to_numpy(object), "")[index], "")
+
+
+MAX_PHASES = 100
+OTHERS = "(other phases)"
+
+
+def group_rare_phases(traces: Sequence[RankTrace]) -> list[RankTrace]:
+    """``traces`` with the :data:`MAX_PHASES` phases that take most time over all ranks, the rest as :data:`OTHERS`."""
+    names = {str(name) for trace in traces for name in trace.segments["phase"].unique()}
+    if len(names) <= MAX_PHASES:
+        return list(traces)
+    lengths = pd.concat(
+        [
+            pd.DataFrame(
+                {"phase": trace.segments["phase"], "ns": trace.segments["end_ns"] - trace.segments["start_ns"]}
+            )
+            for trace in traces
+        ]
+    )
+    longest = lengths.groupby("phase")["ns"].sum().sort_values(ascending=False, kind="stable")
+    kept = {*longest.index[: MAX_PHASES - 1], OTHER, ""}
+
+    def folded(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.assign(phase=frame["phase"].where(frame["phase"].isin(kept), OTHERS))
+
+    return [
+        replace(
+            trace,
+            segments=folded(trace.segments),
+            collectives=folded(trace.collectives),
+            waits=folded(trace.waits),
+            calls=folded(trace.calls),
+            batches=None if trace.batches is None else folded(trace.batches),
+        )
+        for trace in traces
+    ]
+
+
+MAD_TO_SIGMA = 1.4826
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Durations of the steps that every rank with steps completed; warm-up (the first) is kept apart."""
+
+    numbers: npt.NDArray[np.int64]
+    """Step numbers without warm-up, shape (steps,)."""
+    duration_s: npt.NDArray[np.float64]
+    """Mean over ranks of each of them, shape (steps,)."""
+    warmup_number: int | None
+    warmup_s: float
+    left_out: tuple[int, ...] = ()
+    """Ranks that have fewer than half of the steps that most ranks have; they are no part of the above."""
+
+    @property
+    def mean_s(self) -> float:
+        return float(self.duration_s.mean()) if len(self.duration_s) else 0.0
+
+    @property
+    def median_s(self) -> float:
+        return float(np.median(self.duration_s)) if len(self.duration_s) else 0.0
+
+    @property
+    def noise_s(self) -> float:
+        """Robust standard deviation of a step's duration from step to step."""
+        if not len(self.duration_s):
+            return 0.0
+        return MAD_TO_SIGMA * float(np.median(np.abs(self.duration_s - np.median(self.duration_s))))
+
+
+def step_times(traces: Sequence[RankTrace]) -> StepTimes:
+    """Steps that all of ``traces`` with any closed steps have closed. The first of the run is warm-up.
+
+    A rank whose steps are mostly others than those of most ranks, because their numbers are damaged or it stopped
+    early, would leave nothing of the run to look at: it is left out.
+    """
+    known = {trace.rank: closed for trace in traces if len(closed := trace.steps[trace.steps["closed"]])}
+    if not known:
+        return StepTimes(np.empty(0, dtype=np.int64), np.empty(0), None, 0.0)
+    usual = pd.concat([frame["step"] for frame in known.values()]).value_counts()
+    usual = usual[usual > len(known) / 2].index
+    odd = [rank for rank, frame in known.items() if 2 * frame["step"].isin(usual).sum() < len(usual)]
+    frames = [frame for rank, frame in known.items() if rank not in odd]
+    first = min(int(frame["step"].min()) for frame in frames)
+    whole = pd.concat(
+        [pd.DataFrame({"step": f["step"], "duration": (f["end_ns"] - f["start_ns"]) / NS_PER_S}) for f in frames]
+    )
+    by_step = whole.groupby("step")["duration"].agg(["mean", "size"])
+    common = by_step[by_step["size"] == len(frames)]
+    warm = common[common.index == first]
+    steady = common[common.index != first]
+    return StepTimes(
+        numbers=steady.index.to_numpy(np.int64),
+        duration_s=steady["mean"].to_numpy(np.float64),
+        warmup_number=first if len(warm) else None,
+        warmup_s=float(warm["mean"].iloc[0]) if len(warm) else 0.0,
+        left_out=tuple(odd),
+    )

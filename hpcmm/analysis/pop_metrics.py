@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.delay_costs import Floats
-from hpcmm.analysis.steps import StepTimes
+from hpcmm.analysis.phases import StepTimes
 
 RUN, STEP, PHASE, WARMUP = "run", "step", "phase", "warmup"
 

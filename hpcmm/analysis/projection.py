@@ -12,14 +12,17 @@ ranges and m activities.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.trace import RankTrace
 from hpcmm.annotate import schema
-from hpcmm.reports.cuda import KERNEL, UNKNOWN, CudaEvents
+from hpcmm.reports.report import KERNEL, UNKNOWN, CudaEvents
 
 Integers = npt.NDArray[np.int64]
 
@@ -275,3 +278,28 @@ def _plain_names(label: pd.Series) -> npt.NDArray[np.object_]:
     categories = np.array([_SUFFIX.sub("", str(name)) for name in label.cat.categories], dtype=object)
     codes = label.cat.codes.to_numpy()
     return categories[codes] if len(codes) else np.empty(0, dtype=object)
+
+
+PROJECTION_TABLE_COLUMNS = [
+    "rank", "node", "pid", "domain", "range", "calls", "host_s", "gpu_envelope_s", "gpu_union_s", "gpu_self_s",
+    "kernels", "copies",
+]  # fmt: skip
+
+
+def projection_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
+    """The ``projection`` table (PROJECTION_TABLE_COLUMNS): most GPU time first within a rank."""
+    times = ("host", "gpu_envelope", "gpu_union", "gpu_self")
+    frames = [
+        trace.projection.assign(
+            rank=trace.rank,
+            node=trace.node,
+            pid=trace.pid,
+            **{f"{name}_s": trace.projection[f"{name}_ns"] / NS_PER_S for name in times},
+        )
+        for trace in traces
+        if trace.projection is not None and len(trace.projection)
+    ]
+    if not frames:
+        return pd.DataFrame(columns=PROJECTION_TABLE_COLUMNS)
+    table = pd.concat(frames, ignore_index=True)
+    return table.sort_values("rank", kind="stable", ignore_index=True)[PROJECTION_TABLE_COLUMNS]

@@ -1,21 +1,17 @@
-"""The ledger: every expected rank and every report, with what became of it. Nothing is left out silently."""
+"""The inventory: every expected rank and every report, with what became of it. Nothing is left out silently."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from hpcmm.analysis.trace import RankTrace, extract_traces
-from hpcmm.reports.events import Report
-from hpcmm.reports.identity import Identity
-from hpcmm.reports.load import Reading
+from hpcmm.analysis.extraction import OLDER_NVTX, ReportFacts
+from hpcmm.analysis.trace import RankTrace
 from hpcmm.reports.run_record import MAX_WORLD_SIZE, RunRecord
-from hpcmm.text import printable
 
 FOUND = "found"
 MISSING = "missing"
@@ -27,86 +23,9 @@ NO_NVTX = "no_nvtx"
 DUPLICATE = "duplicate"
 
 COLUMNS = ["rank", "node", "status", "steps", "spans", "events", "span_s", "nsys_version", "reason", "report"]
-
-NVTX_NEEDS_NSYS = (2024, 1)
-"""First nsys under which the Python package nvtx >= 0.2.12 records anything: it asks whether its domain is enabled."""
-
 NVTX_ASKS_NSYS = (0, 2, 12)
 """First version of the Python package nvtx that does."""
-_OLDER_NVTX = "install nvtx==0.2.11, or trace with --trace=nvtx"
 _RANK_IN_NAME = re.compile(r"rank_([0-9]{1,7})")
-
-
-@dataclass(frozen=True, slots=True)
-class ReportFacts:
-    """What is kept of a report once its events are gone: its traces, and what the ledger tells of it."""
-
-    path: Path
-    traces: tuple[RankTrace, ...] = ()
-    identity: Identity = field(default_factory=lambda: Identity(None, None, None))
-    nsys_version: str = ""
-    spans: int = 0
-    """Ranges of the annotation."""
-    events: int = 0
-    span_s: float = 0.0
-    epoch_ns: int | None = None
-    first_ns: int = 0
-    no_ranges: str = ""
-    """Why the report has no steps; empty when it has."""
-    gpu_missing: bool = False
-    """CUDA was asked for, but left no events."""
-    damage: str = ""
-
-    @property
-    def name(self) -> str:
-        return printable(self.path.name)
-
-    @property
-    def job_id(self) -> str | None:
-        return self.identity.job_id
-
-
-def observe_calls(report: Report) -> ReportFacts:
-    """As :func:`observe`, but of traces that tell of nothing but OS calls."""
-    return observe(report, calls_alone=True)
-
-
-def observe(report: Report, *, calls_alone: bool = False) -> ReportFacts:
-    """Traces and facts of a report."""
-    traces = tuple(extract_traces(report, calls_alone=calls_alone))
-    return ReportFacts(
-        path=report.path,
-        traces=traces,
-        identity=report.identity,
-        nsys_version=report.nsys_version,
-        spans=len(report.nvtx),
-        events=report.events,
-        span_s=(report.last_ns - report.first_ns) / 1e9,
-        epoch_ns=report.epoch_ns,
-        first_ns=report.first_ns,
-        gpu_missing="cuda" in report.requested and report.cuda is None and not calls_alone,
-        no_ranges="" if any(len(trace.steps) for trace in traces) else _why_no_ranges(report),
-        damage="; ".join(report.damage),
-    )
-
-
-def facts_of(reading: Reading[ReportFacts]) -> ReportFacts:
-    """Facts of a reading; of one that failed there is the reason."""
-    return reading.value or ReportFacts(reading.source.path, damage=printable(reading.reason))
-
-
-def _why_no_ranges(report: Report) -> str:
-    if report.domains or "nvtx" in report.traced:
-        return "the program wrote NVTX ranges, but no steps in domain hpcmm: annotate its loop with hpcmm.annotate"
-    if report.requested and "nvtx" not in report.requested:
-        return "no NVTX ranges at all: nsys was told not to trace them; add nvtx to its --trace"
-    version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", report.nsys_version)[:2])
-    if version and version < NVTX_NEEDS_NSYS:
-        return (
-            f"no NVTX ranges at all: under nsys {report.nsys_version} the Python package nvtx 0.2.12 or later records "
-            f"nothing; {_OLDER_NVTX}"
-        )
-    return "no NVTX ranges at all: trace with --trace=nvtx, and annotate the loop with hpcmm.annotate"
 
 
 def _in_this_run(no_ranges: str, record: RunRecord) -> str:
@@ -114,7 +33,7 @@ def _in_this_run(no_ranges: str, record: RunRecord) -> str:
     if no_ranges and record.failed_before_steps:
         return "the run failed before its first step"
     version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", record.nvtx)[:3])
-    if no_ranges.endswith(_OLDER_NVTX) and () < version < NVTX_ASKS_NSYS:
+    if no_ranges.endswith(OLDER_NVTX) and () < version < NVTX_ASKS_NSYS:
         return "no NVTX ranges at all: this rank ended before its first step, or its loop is not annotated"
     return no_ranges
 
@@ -249,13 +168,13 @@ def _status_without_trace(fact: ReportFacts) -> tuple[str, str]:
     return NO_NVTX, fact.no_ranges
 
 
-def _row(fact: ReportFacts, rank: int | None, trace: RankTrace | None, verdict: tuple[str, str]) -> tuple[object, ...]:
-    """A row of the table; ``verdict`` is status and reason."""
+def _row(fact: ReportFacts, rank: int | None, trace: RankTrace | None, outcome: tuple[str, str]) -> tuple[object, ...]:
+    """A row of the table; ``outcome`` is status and reason."""
     if trace is not None:
         node, steps, spans = trace.node, len(trace.steps), trace.spans
     else:
         node, steps, spans = fact.identity.node or "", 0, fact.spans
-    status, reason = verdict
+    status, reason = outcome
     return rank, node, status, steps, spans, fact.events, fact.span_s, fact.nsys_version, reason, fact.name
 
 
@@ -290,3 +209,21 @@ def _without_report(
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" or one of {len(names) - 3} more" if len(names) > 3 else "")
+
+
+ENVIRONMENT_COLUMNS = ["rank", "node", "variable", "value"]
+
+
+def environment_table(used: Sequence[tuple[ReportFacts, RankTrace]]) -> pd.DataFrame:
+    """Variables of the program that nsys started, by rank (ENVIRONMENT_COLUMNS).
+
+    ``[redacted]`` stands for values that may be secrets.
+
+    Ranks that were captured in one report share its environment, which is that of their launcher.
+    """
+    rows = [
+        (trace.rank, trace.node, variable, value)
+        for fact, trace in used
+        for variable, value in sorted(fact.identity.environment.items())
+    ]
+    return pd.DataFrame(rows, columns=ENVIRONMENT_COLUMNS)

@@ -1,7 +1,11 @@
-"""Which charges are a rank's or a node's fault: those that stand out of the noise of the run.
+"""Stragglers: ranks and nodes whose delays stand out of the noise of the run, and whether their batches explain it.
 
-A fault is either sustained, then chance does not explain its sum; or it is a few events that are far beyond whatever
-else happens in the run, on one or two ranks. The rules are explained in ``docs/bottlenecks.md``.
+A straggler is either late all the time, then chance does not explain the sum of its delays; or it has a few events that
+are far beyond whatever else happens in the run, on one or two ranks. The rules are in ``docs/bottlenecks.md``.
+
+Computation that follows the batch is not the rank's doing but the sampler's. The size of each batch is known if the
+training code gave it to :func:`hpcmm.annotate.phase`. Without sizes, forward and backward that are long together, on
+ranks that change from step to step, tell of unequal batches.
 """
 
 from __future__ import annotations
@@ -16,10 +20,10 @@ import pandas as pd
 from hpcmm.analysis import gpu_findings
 from hpcmm.analysis.delay_costs import Floats
 from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, AnalysisContext, Finding, kind_of_part, phase_of_part
-from hpcmm.analysis.osrt import NS_PER_S
-from hpcmm.analysis.significance import chance_of_sum
+from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.statistics import chance_of_sum
 
-FAULT_SHARE = 0.03
+STRAGGLER_SHARE = 0.03
 """A rank is named from this share of a step on."""
 MAX_CHANCE = 0.003
 """Probability by chance above which a sustained delay is nobody's."""
@@ -28,7 +32,7 @@ TRANSFER_SHARE = 0.1
 TIMES_PEERS = 2.0
 """A rank's delays must be so many times as long as those of its peers' median."""
 ALIKE = 0.5
-"""A node is at fault when its least late rank has more than this share of its latest one's delays ..."""
+"""A node is a straggler when its least late rank has more than this share of its latest one's delays ..."""
 TIMES_OTHERS = 1.5
 """... and so many times as long ones as any rank elsewhere."""
 EVENT_TIMES = 3.0
@@ -36,7 +40,7 @@ EVENT_TIMES = 3.0
 EVENT_SHARE = 0.3
 """... and lasts at least this share of a step."""
 EVENT_S = 0.1
-"""... and this long: on a busy machine a process waits some tens of milliseconds for its turn, and that is no fault."""
+"""... and this long: on a busy machine a process waits some tens of milliseconds for its turn anyway."""
 LIKE_TIMES = 1.5
 """Delays so many times as long as any other rank's of their kind are of one sort with a rank's events."""
 STALL_STEPS = 0.1
@@ -46,7 +50,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class _Fault:
+class _Straggler:
     """Charges of some traces in the parts of one kind, in some steps."""
 
     kind: str
@@ -70,14 +74,14 @@ def find_stragglers(context: AnalysisContext, transfer_s: float) -> tuple[list[F
 
     ``transfer_s`` is the exposed transfer of a step.
     """
-    least_s = max(FAULT_SHARE * context.steps.mean_s, TRANSFER_SHARE * transfer_s)
+    least_s = max(STRAGGLER_SHARE * context.steps.mean_s, TRANSFER_SHARE * transfer_s)
     blamed = np.zeros(context.losses.shape, dtype=bool)
-    faults = []
+    stragglers = []
     for search in (_sustained, _events):
-        for fault, mask in search(context, np.where(blamed, 0.0, context.losses), least_s):
+        for straggler, mask in search(context, np.where(blamed, 0.0, context.losses), least_s):
             blamed |= mask
-            faults.append(fault)
-    return [_finding(context, fault) for fault in _merged(faults)], blamed
+            stragglers.append(straggler)
+    return [_finding(context, straggler) for straggler in _merged(stragglers)], blamed
 
 
 def _columns(context: AnalysisContext) -> dict[str, list[int]]:
@@ -88,7 +92,7 @@ def _columns(context: AnalysisContext) -> dict[str, list[int]]:
     return found
 
 
-def _sustained(context: AnalysisContext, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
+def _sustained(context: AnalysisContext, losses: Floats, least_s: float) -> Iterator[tuple[_Straggler, Mask]]:
     """Nodes, then ranks, that are late more than chance would have it, the latest first."""
     for kind, columns in _columns(context).items():
         delays = losses[:, :, columns].sum(axis=2)
@@ -103,7 +107,7 @@ def _sustained(context: AnalysisContext, losses: Floats, least_s: float) -> Iter
                 waiting.remove(unit)
                 left = [index for index in left if index not in unit]
                 mask = _mask(losses.shape, unit, columns)
-                yield _Fault(kind, unit, (losses * mask).sum(axis=1), *standing), mask
+                yield _Straggler(kind, unit, (losses * mask).sum(axis=1), *standing), mask
 
 
 def _slow_nodes(context: AnalysisContext, delays: Floats) -> list[tuple[int, ...]]:
@@ -121,7 +125,7 @@ def _slow_nodes(context: AnalysisContext, delays: Floats) -> list[tuple[int, ...
 def _judge(
     delays: Floats, unit: tuple[int, ...], left: Sequence[int], least_s: float
 ) -> tuple[float, int, float] | None:
-    """Chance, no events, and dominance of ``unit`` against the other traces ``left``; None where it is not at fault."""
+    """Chance, no events, and dominance of ``unit`` against the other traces ``left``; None if it is no straggler."""
     own = delays[:, unit].sum(axis=1)
     others = [index for index in left if index not in unit]
     mean = float(own.mean())
@@ -144,7 +148,7 @@ def _unmistakable(own: Floats, peers: Floats, dominance: float) -> bool:
     return len(own) >= 4 and dominance > 0.9 and float(own.mean() - peers.mean(axis=0).max()) > 6 * error
 
 
-def _events(context: AnalysisContext, losses: Floats, least_s: float) -> Iterator[tuple[_Fault, Mask]]:
+def _events(context: AnalysisContext, losses: Floats, least_s: float) -> Iterator[tuple[_Straggler, Mask]]:
     """Single delays that are far beyond whatever else happens, where only one or two ranks have any."""
     whole = losses.sum(axis=2)
     floor = max(EVENT_SHARE * context.steps.median_s, EVENT_S)
@@ -159,7 +163,7 @@ def _events(context: AnalysisContext, losses: Floats, least_s: float) -> Iterato
             if charges.sum() / len(charges) >= least_s:
                 stall = kind != "checkpoint" and there.sum() <= max(1.0, STALL_STEPS * len(there))
                 count = int(there.sum())
-                yield _Fault("stall" if stall else kind, (index,), charges, 0.0, count, 1.0), mask
+                yield _Straggler("stall" if stall else kind, (index,), charges, 0.0, count, 1.0), mask
 
 
 def _usual_worst(whole: Floats, index: int) -> float:
@@ -190,82 +194,82 @@ def _mask(shape: tuple[int, ...], members: Sequence[int], columns: Sequence[int]
     return mask
 
 
-def _merged(faults: Sequence[_Fault]) -> list[_Fault]:
-    """Faults of one kind on the same ranks are one: a steady delay and its outliers, a stall that spans two phases."""
-    groups: dict[tuple[str, tuple[int, ...]], list[_Fault]] = {}
-    for fault in faults:
-        groups.setdefault((fault.kind, fault.members), []).append(fault)
+def _merged(stragglers: Sequence[_Straggler]) -> list[_Straggler]:
+    """Those of one kind on the same ranks are one: a steady delay and its outliers, a stall that spans two phases."""
+    groups: dict[tuple[str, tuple[int, ...]], list[_Straggler]] = {}
+    for straggler in stragglers:
+        groups.setdefault((straggler.kind, straggler.members), []).append(straggler)
     merged = []
     for members in groups.values():
-        first = max(members, key=lambda fault: fault.lost_s)
-        charges = np.sum([fault.charges for fault in members], axis=0)
+        first = max(members, key=lambda straggler: straggler.lost_s)
+        charges = np.sum([straggler.charges for straggler in members], axis=0)
         merged.append(
             replace(first, charges=charges, events=int((charges.sum(axis=1) > 0).sum()) if first.events else 0)
         )
     return merged
 
 
-def _finding(context: AnalysisContext, fault: _Fault) -> Finding:
-    by_part = fault.charges.sum(axis=0)
+def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
+    by_part = straggler.charges.sum(axis=0)
     names = (*context.parts.names, "")
     phase = phase_of_part(names[int(by_part.argmax())])
-    first, alone = context.traces[fault.members[0]], len(fault.members) == 1
-    ranks = context.ranks(fault.members)
+    first, alone = context.traces[straggler.members[0]], len(straggler.members) == 1
+    ranks = context.ranks(straggler.members)
     who = f"rank {ranks}: its {phase} takes" if alone else f"all ranks of {first.node} ({ranks}): their {phase} takes"
-    told = f"others wait for {who} longer than the others', {_when(context, fault)}"
-    function, function_s = _excess_function(context, fault.members[0], phase)
-    if function and function_s > 0.3 * fault.lost_s:
+    told = f"others wait for {who} longer than the others', {_when(context, straggler)}"
+    function, function_s = _excess_function(context, straggler.members[0], phase)
+    if function and function_s > 0.3 * straggler.lost_s:
         told += f"; {function_s:.3g} s a step more than its peers in {function}"
     on_gpu = gpu_findings.excess(context.gpu, first.rank) if alone else ""
     told += f"; {on_gpu}" if on_gpu else ""
     kinds: dict[str, float] = {}
-    for name, cost in zip(names, by_part / len(fault.charges), strict=True):
+    for name, cost in zip(names, by_part / len(straggler.charges), strict=True):
         kinds[phase_of_part(name)] = kinds.get(phase_of_part(name), 0.0) + float(cost)
-    split = {name: cost for name, cost in kinds.items() if cost > 0.1 * fault.lost_s}
+    split = {name: cost for name, cost in kinds.items() if cost > 0.1 * straggler.lost_s}
     if len(split) > 1:
         told += "; by phase: " + ", ".join(f"{name} {cost:.3g} s" for name, cost in split.items())
-    worst = context.worst_step(fault.charges[:, int(by_part.argmax())])
+    worst = context.worst_step(straggler.charges[:, int(by_part.argmax())])
     whom = f"rank={ranks}" if alone else f"node={first.node}"
     return Finding(
-        kind=fault.kind,
-        cause=CAUSES[fault.kind] if alone else f"{CAUSES[fault.kind]} on a slow node",
-        lost_s=fault.lost_s,
+        kind=straggler.kind,
+        cause=CAUSES[straggler.kind] if alone else f"{CAUSES[straggler.kind]} on a slow node",
+        lost_s=straggler.lost_s,
         rank=first.rank if alone else None,
         node=first.node,
         phase=phase,
         evidence=told,
-        confidence=_confidence(fault, context.steps.mean_s),
+        confidence=_confidence(straggler, context.steps.mean_s),
         rows=f"delays: {whom} phase={names[int(by_part.argmax())]}" + ("" if worst is None else f" step={worst}"),
         worst_step=worst,
     )
 
 
-def _when(context: AnalysisContext, fault: _Fault) -> str:
+def _when(context: AnalysisContext, straggler: _Straggler) -> str:
     """In which steps, in words."""
-    by_step = fault.charges.sum(axis=1)
+    by_step = straggler.charges.sum(axis=1)
     numbers = context.steps.numbers
-    if fault.events:
+    if straggler.events:
         steps = numbers[by_step > 0]
         listed = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
         return f"in {len(steps)} of {len(numbers)} steps ({listed})"
-    told = f"most of all in {fault.dominance:.0%} of steps"
+    told = f"most of all in {straggler.dominance:.0%} of steps"
     heavy = np.flatnonzero(by_step > 0.5 * np.quantile(by_step, 0.95))
     span = slice(int(heavy[0]), int(heavy[-1]) + 1) if len(heavy) else slice(0, len(numbers))
     if span.stop - span.start <= 0.7 * len(numbers) and by_step[span].sum() > 0.85 * by_step.sum():
         told += f", and only from step {numbers[span][0]} to {numbers[span][-1]}"
-    elif fault.chance > 0:
-        told += f" (by chance: {fault.chance:.0e})"
+    elif straggler.chance > 0:
+        told += f" (by chance: {straggler.chance:.0e})"
     return told
 
 
-def _confidence(fault: _Fault, step_s: float) -> str:
-    share = fault.lost_s / step_s
+def _confidence(straggler: _Straggler, step_s: float) -> str:
+    share = straggler.lost_s / step_s
     sure = (
-        fault.chance < MAX_CHANCE / 20
-        if not fault.events
-        else fault.lost_s * len(fault.charges) > fault.events * step_s / 2
+        straggler.chance < MAX_CHANCE / 20
+        if not straggler.events
+        else straggler.lost_s * len(straggler.charges) > straggler.events * step_s / 2
     )
-    return HIGH if share >= 2 * FAULT_SHARE and sure else MEDIUM
+    return HIGH if share >= 2 * STRAGGLER_SHARE and sure else MEDIUM
 
 
 def _excess_function(context: AnalysisContext, trace: int, phase: str) -> tuple[str, float]:
@@ -281,3 +285,98 @@ def _excess_function(context: AnalysisContext, trace: int, phase: str) -> tuple[
     excess = table[:, trace] - np.median(np.delete(table, trace, axis=1), axis=1)
     most = int(excess.argmax())
     return str(names[most]), float(excess[most]) / NS_PER_S / len(context.steps.numbers)
+
+
+LONGER = 1.1
+"""A rank's batches are longer from so many times its peers' on."""
+VARIED = 0.05
+"""Batches differ from this standard deviation on, as a share of their mean."""
+FOLLOWS = 0.5
+"""Correlation of size and computation from which the one is taken for the other's cause."""
+TOGETHER = 0.7
+"""Correlation of forward and backward that stands for unequal batches where no sizes are known."""
+MIN_CELLS = 16
+
+
+def explain_by_batches(context: AnalysisContext, straggler: Finding) -> Finding:
+    """``straggler`` as one of its batches, where those are so much longer than its peers'; else as it is."""
+    sizes = _sizes(context)
+    if straggler.kind != "compute" or sizes is None:
+        return straggler
+    mean = np.nanmean(sizes, axis=0)
+    mine = np.array(
+        [
+            trace.rank == straggler.rank if straggler.rank is not None else trace.node == straggler.node
+            for trace in context.traces
+        ]
+    )
+    if mine.all() or not mine.any():
+        return straggler
+    times = float(mean[mine].mean() / np.median(mean[~mine]))
+    if not times > LONGER:
+        return straggler
+    told = f"{straggler.evidence}; its batches are {times:.3g} times as large as its peers'"
+    on_node = "" if straggler.rank is not None else " on a node"
+    return replace(straggler, kind="batch", cause=CAUSES["batch"] + on_node, evidence=told)
+
+
+def find_batch_imbalance(context: AnalysisContext, losses: Floats, among: npt.NDArray[np.bool_]) -> Finding | None:
+    """The loss in computation that comes of unequal batches; None where they are equal, or do not explain it.
+
+    ``losses`` (steps, traces, parts + 1) are those of no straggler; ``among`` (traces,) says who is not blamed.
+    """
+    forward, backward = context.time_in(["forward"])[:, among], context.time_in(["backward"])[:, among]
+    if forward.shape[1] < 2 or forward.size < MIN_CELLS:
+        return None
+    sizes = _sizes(context)
+    if sizes is not None:
+        sizes = sizes[:, among]
+    if sizes is not None and np.isfinite(sizes).all():
+        if sizes.std() < VARIED * sizes.mean():
+            return None
+        strength = _correlation(_within_steps(sizes), _within_steps(forward + backward))
+        if strength < FOLLOWS:
+            return None
+        told = (
+            f"batches differ by {sizes.std() / sizes.mean():.0%} (standard deviation over mean) and computation "
+            f"follows them (correlation {strength:.2f})"
+        )
+        confidence = HIGH if strength > 0.8 else MEDIUM
+    else:
+        # A rank that is always slow is not meant, so its own mean goes, too.
+        here, there = (values - values.mean(axis=0) for values in (_within_steps(forward), _within_steps(backward)))
+        strength = _correlation(here, there)
+        if strength < TOGETHER or here.std() < 2 * VARIED * forward.mean():
+            return None
+        told = f"forward and backward are long together (correlation {strength:.2f}), by turns on any rank"
+        confidence = MEDIUM
+    compute = [index for index, name in enumerate(context.parts.names) if kind_of_part(name) == "compute"]
+    by_part = losses[:, :, compute].sum(axis=(0, 1))
+    by_step = losses[:, :, compute].sum(axis=(1, 2))
+    phase = context.parts.names[compute[int(by_part.argmax())]]
+    worst = context.worst_step(losses[:, :, compute[int(by_part.argmax())]].sum(axis=1))
+    rows = f"delays: phase={phase}" + ("" if worst is None else f" step={worst}")
+    return Finding("uneven", CAUSES["uneven"], float(by_step.mean()), None, "", phase, told, confidence, rows, worst)
+
+
+def _sizes(context: AnalysisContext) -> Floats | None:
+    """Size of each rank's batch in each step, shape (steps, traces); None where any rank has none."""
+    columns = []
+    for trace in context.traces:
+        if trace.batches is None or trace.batches.empty:
+            return None
+        by_step = trace.batches.groupby("step")["size"].sum().reindex(context.steps.numbers)
+        columns.append(by_step.to_numpy(np.float64))
+    sizes = np.column_stack(columns)
+    return sizes if np.isfinite(sizes).any(axis=0).all() else None
+
+
+def _within_steps(values: Floats) -> Floats:
+    """Deviation of each rank from the mean of its step."""
+    deviation: Floats = values - values.mean(axis=1, keepdims=True)
+    return deviation
+
+
+def _correlation(left: Floats, right: Floats) -> float:
+    spread = float(left.std() * right.std())
+    return float((left * right).mean() / spread) if spread > 0 else 0.0

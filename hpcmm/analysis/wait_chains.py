@@ -66,6 +66,7 @@ def losses_by_step(
         arrivals, cost = group.arrivals, charges.caused
         place = np.searchsorted(steps, arrivals.step)
         known = np.append(steps, np.iinfo(np.int64).min)[place] == arrivals.step
+        # Of each charge the part that the late rank waited itself goes on to whom it had waited for.
         passed = chain.passed_on(index) if len(groups) > 1 else np.zeros_like(cost)
         kept = (1.0 - passed) * known
         for column, trace in enumerate(arrivals.members):
@@ -139,6 +140,7 @@ class ChargedGroup:
         start = self.arrivals.start[instance]
         order = np.argsort(start, kind="stable")
         position = int(np.flatnonzero(order == column)[0])
+        # Each gap between two later arrivals is shared by all who were still missing then.
         gaps = np.diff(start[order])[position:]
         if not len(gaps) or gaps.sum() <= 0:
             return []
@@ -174,6 +176,7 @@ class WaitChain:
                     first, last = theirs.instances_within(own, begin[:, column], end[:, column])
                     before = theirs.waited_before[:, own]
                     waited[:, column] += before[np.maximum(first, last)] - before[first]
+        # Waiting that all members had alike delays none of them against the others.
         excess = np.maximum(waited - np.median(waited, axis=1, keepdims=True), 0.0)
         whole = excess + group.excess_ns
         share = np.divide(excess, whole, out=np.zeros_like(excess), where=whole > 0)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis.intervals import IntervalSet
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
 from hpcmm.analysis.osrt import WAITPID_FUNCTIONS
-from hpcmm.analysis.phases import OUTSIDE
-from hpcmm.reports.events import LOADER_NAME, Report
-
-LAUNCHER, WORKER, DATA_LOADER, OTHER_PROCESS = "launcher", "worker", "data_loader", "other"
-
-SUPERVISION, OP_BUILD, LOADING, WITHIN_STEP, OTHER_WAIT = (
-    "benign supervision",
-    "op build",
-    "data loader",
-    "within step",
-    "other",
+from hpcmm.analysis.trace import (
+    DATA_LOADER,
+    LAUNCHER,
+    LOADING,
+    OP_BUILD,
+    OTHER_PROCESS,
+    OTHER_WAIT,
+    OUTSIDE,
+    SUPERVISION,
+    WITHIN_STEP,
+    WORKER,
+    RankTrace,
+    nullable_steps,
 )
+from hpcmm.reports.report import LOADER_NAME, Report
 
 WINDOW_GAP_NS = 1_000_000_000
 """Waits of one kind that lie closer than this belong to one window."""
@@ -231,3 +235,48 @@ def windows(waits: pd.DataFrame) -> pd.DataFrame:
             rows.append((role, verdict, int(begin), int(end), int(count), int(length)))
     columns = ["process_role", "verdict", "start_ns", "end_ns", "calls", "union_ns"]
     return pd.DataFrame(rows, columns=columns).sort_values("start_ns", ignore_index=True)
+
+
+WAITPID_COLUMNS = ["rank", "role", "function", "child", "step", "phase", "start_s", "duration_s", "verdict"]
+WINDOW_COLUMNS = ["rank", "role", "verdict", "start_s", "end_s", "calls", "union_s"]
+
+
+def waitpid_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
+    """Every wait for a child process (WAITPID_COLUMNS)."""
+    frames = [
+        trace.waits.assign(
+            rank=trace.rank,
+            step=nullable_steps(trace.waits["step"]),
+            start_s=trace.waits["start_ns"] / NS_PER_S,
+            duration_s=(trace.waits["end_ns"] - trace.waits["start_ns"]) / NS_PER_S,
+        )
+        for trace in traces
+        if len(trace.waits)
+    ]
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["process_role", *WAITPID_COLUMNS])
+    table = table.drop(columns="role", errors="ignore").rename(columns={"process_role": "role"})
+    return table.sort_values(["rank", "start_s", "duration_s"], ignore_index=True)[WAITPID_COLUMNS]
+
+
+def waitpid_windows(traces: Sequence[RankTrace]) -> pd.DataFrame:
+    """Waits for child processes coalesced into windows (WINDOW_COLUMNS)."""
+    frames = []
+    for trace in traces:
+        found = windows(trace.waits)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "rank": trace.rank,
+                    "role": found["process_role"],
+                    "verdict": found["verdict"],
+                    "start_s": found["start_ns"] / NS_PER_S,
+                    "end_s": found["end_ns"] / NS_PER_S,
+                    "calls": found["calls"],
+                    "union_s": found["union_ns"] / NS_PER_S,
+                }
+            )
+        )
+    frames = [frame for frame in frames if len(frame)]
+    if not frames:
+        return pd.DataFrame(columns=WINDOW_COLUMNS)
+    return pd.concat(frames, ignore_index=True).sort_values(["rank", "start_s", "end_s"], ignore_index=True)

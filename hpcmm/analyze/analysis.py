@@ -5,19 +5,24 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hpcmm.analysis.pipeline import Selection, Study, some_tables, study
+from hpcmm.analysis.extraction import ReportFacts, observe
+from hpcmm.analysis.pipeline import parts_for, some_tables, study
 from hpcmm.analysis.pop_metrics import Reference
+from hpcmm.analysis.report_inventory import ReportInventory, take_inventory
+from hpcmm.analysis.study import Selection, Study, why_failed
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.find import Found, find_reports
-from hpcmm.reports.load import Progress
+from hpcmm.reports.convert import Converter
+from hpcmm.reports.find import Found, ReportSource, find_reports
+from hpcmm.reports.load import read_all
+from hpcmm.reports.report import Parts, Progress
 from hpcmm.reports.run_record import RunRecord, read_run_record
 from hpcmm.runs.run_dir import path_or_run
+from hpcmm.text import printable
 
 ALL_READ, NOTHING_USABLE, PARTIAL = 0, 1, 2
 
@@ -195,21 +200,44 @@ def analyze(
         told = ", ".join(map(str, as_paths(paths)))
         raise HpcmmError(f"no nsys reports in {told}: give a run directory or report files.")
     record = read_run_record(found.run_dir)
+    parts = parts_for(tables)
+    report_progress = progress or (lambda _what, _done, _of: None)
     with tempfile.TemporaryDirectory(prefix="hpcmm-") as scratch:
-        make = study if tables is None else partial(some_tables, tables)
-        result: Study | Selection = make(
-            found.sources,
-            record,
-            # Exports hold the environment of the processes, and the temporary folder is closed to other users.
-            Path(scratch) if out is None else Path(out) / "cache",
-            progress or (lambda _what, _done, _of: None),
-            keep_cache=keep_cache and out is not None,
-            reference=reference,
-        )
-    analysis = Analysis(result, record, Path(out) if out is not None else default_folder(found))
+        # Exports hold the environment of the processes, and the temporary folder is closed to other users.
+        converter = Converter.locate(Path(scratch) if out is None else Path(out) / "cache")
+        facts = _read(found.sources, converter, parts, report_progress, keep_cache=keep_cache and out is not None)
+    inventory = _usable_inventory(facts, record)
+    made: Study | Selection = (
+        study(inventory, record, report_progress, reference)
+        if tables is None
+        else some_tables(tables, inventory, record, report_progress, reference)
+    )
+    analysis = Analysis(made, record, Path(out) if out is not None else default_folder(found))
     if out is not None:
         analysis.write()
     return analysis
+
+
+def _read(
+    sources: Sequence[ReportSource], converter: Converter, parts: Parts, progress: Progress, *, keep_cache: bool
+) -> list[ReportFacts]:
+    """Traces and facts of each of ``sources``; of one that could not be read, the reason."""
+    return [
+        reading.value or ReportFacts(reading.source.path, damage=printable(reading.reason))
+        for reading in read_all(sources, converter, observe, progress, keep_cache=keep_cache, parts=parts)
+    ]
+
+
+def _usable_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInventory:
+    """What became of each report. Raises HpcmmError when no report is usable."""
+    inventory = take_inventory(facts, record)
+    if any(fact.events for fact in facts):
+        return inventory
+    reasons = [fact.damage for fact in facts if fact.damage] or list(inventory.table["reason"]) or ["there are none."]
+    there = f"none of the {len(facts)} reports is usable" if facts else "there are no reports yet"
+    if record.failed_before_steps:
+        raise HpcmmError(f"{there}: {why_failed(record.folder)}")
+    raise HpcmmError(f"{there}; of the first rank: {reasons[0]}")
 
 
 def default_folder(found: Found) -> Path:

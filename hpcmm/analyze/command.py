@@ -143,7 +143,8 @@ def _compare(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     with progress_bar() as progress:
         comparison = compare(options.run_a, options.run_b, progress=progress)
-    from hpcmm.page.comparison import print_comparison, write_comparison  # noqa: PLC0415 -- as above
+    from hpcmm.page.outputs import write_comparison  # noqa: PLC0415 -- as above
+    from hpcmm.page.terminal import print_comparison  # noqa: PLC0415
 
     folder = options.out or _folder_of(options.run_b)
     write_comparison(comparison, folder)

@@ -14,7 +14,7 @@ from hpcmm.analysis.pop_metrics import EFFICIENCIES, STEP, Reference, samples_pe
 from hpcmm.analyze.analysis import Analysis, Paths, analyze, as_paths
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import find_reports
-from hpcmm.reports.load import Progress
+from hpcmm.reports.report import Progress
 from hpcmm.reports.run_record import read_run_record
 from hpcmm.runs.run_dir import RunDir
 

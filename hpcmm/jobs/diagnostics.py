@@ -12,6 +12,7 @@ from hpcmm.files import read_tail
 from hpcmm.jobs.find_run import Target, run_of_command, settings, slurm_environment
 from hpcmm.jobs.state import states_of
 from hpcmm.node.classify import LoggedError, last_logged_error
+from hpcmm.ranges import ranks_in
 from hpcmm.runs import failures
 from hpcmm.runs.failures import RankError, RankExit
 from hpcmm.runs.metrics import RankProgress, progress_of
@@ -102,16 +103,6 @@ def _node_states(nodes: str, environ: Mapping[str, str]) -> dict[str, str]:
         return node_states(nodes, environ)
     except HpcmmError:
         return {}
-
-
-def ranks_in(listed: str) -> list[int]:
-    """The numbers of ``0-2,5``."""
-    found: list[int] = []
-    for part in listed.split(","):
-        first, _, last = part.partition("-")
-        if all(_RANK.fullmatch(number) for number in (first, last or first)):
-            found += range(int(first), int(last or first) + 1)
-    return found
 
 
 def srun_words(lines: list[str]) -> dict[int, tuple[str, str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import open_regular
+from hpcmm.ranges import write_ranges
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.text import visible
 
@@ -88,7 +89,8 @@ def logs_of(run: RunDir, ranks: frozenset[int] | None) -> list[Log]:
     absent = sorted(ranks - set(there))
     if absent and there:
         raise HpcmmError(
-            f"{run.logs} holds no log of rank {', '.join(map(str, absent))}: there are logs of ranks {_ranges(there)}."
+            f"{run.logs} holds no log of rank {', '.join(map(str, absent))}: "
+            f"there are logs of ranks {write_ranges(there)}."
         )
     return [Log(str(rank), run.rank_log(rank)) for rank in sorted(ranks)]
 
@@ -121,14 +123,3 @@ def _entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except OSError:
         return []
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Such as ``0-3,5``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)

@@ -9,8 +9,9 @@ import pandas as pd
 
 from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
-from hpcmm.analysis.pipeline import Study, why_failed
+from hpcmm.analysis.study import Study, why_failed
 from hpcmm.analysis.trace import RankTrace
+from hpcmm.ranges import write_ranges
 from hpcmm.text import visible
 
 MAX_TEXT = 300
@@ -70,14 +71,8 @@ def trace_name(trace: RankTrace) -> str:
 
 def rank_list(ranks: Iterable[object]) -> str:
     """``0-3, 7`` for the ranks 0, 1, 2, 3 and 7."""
-    numbers = sorted({int(str(rank)) for rank in ranks if not pd.isna(rank)})  # type: ignore[call-overload]
-    runs: list[list[int]] = []
-    for number_ in numbers:
-        if runs and number_ == runs[-1][1] + 1:
-            runs[-1][1] = number_
-        else:
-            runs.append([number_, number_])
-    return plain(", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs))
+    known = [int(str(rank)) for rank in ranks if not pd.isna(rank)]  # type: ignore[call-overload]
+    return plain(write_ranges(known, ", "))
 
 
 def headline(study: Study) -> str:

@@ -1,4 +1,4 @@
-"""Tables as the page shows them: few rows, units in the column names as in the CSV files."""
+"""``report.html``: its charts, the tables that it folds away, and which reports were read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from hpcmm.analysis.pipeline import Study
-from hpcmm.page.communication_charts import bandwidth, wait_matrix
-from hpcmm.page.coverage_grid import coverage_grid
-from hpcmm.page.efficiency_tree import efficiency
+from hpcmm.analysis import report_inventory
+from hpcmm.analysis.study import Study
 from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
@@ -33,9 +31,9 @@ from hpcmm.page.headlines import (
     steps_line,
 )
 from hpcmm.page.palette import TRANSFER, WAIT
-from hpcmm.page.step_charts import TRANSFER_NAME, WAIT_NAME, device_bars, rank_bars, step_budget, step_plot
+from hpcmm.page.step_charts import TRANSFER_NAME, WAIT_NAME, device_bars, efficiency, rank_bars, step_budget, step_plot
 from hpcmm.page.timeline import culprits, timeline, worst_step
-from hpcmm.page.waitpid_chart import child_waits
+from hpcmm.page.wait_charts import bandwidth, child_waits, wait_matrix
 
 MAX_ROWS = 300
 """Rows of a table on the page; the CSV holds all."""
@@ -227,3 +225,66 @@ def _timeline_legend(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _left_out(counts: dict[str, int]) -> list[str]:
     return [f"The {count:,} shortest {what} are not drawn." for what, count in counts.items() if count]
+
+
+MAX_TILES = 2048
+MAX_TROUBLES = 50
+_GRADES = {report_inventory.FOUND: "good", report_inventory.NOT_PROFILED: "none", report_inventory.TRUNCATED: "fair"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One row of the coverage table: ``grade`` is its colour, ``mark`` the same in a character."""
+
+    grade: str
+    mark: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageGrid:
+    """A tile a row, the rows that something is wrong with as (who, status, reason), and how many more there are."""
+
+    tiles: list[Tile]
+    troubles: list[tuple[str, str, str]]
+    more_troubles: int
+    statuses: list[tuple[str, str, str]]
+    """(grade, status, count)."""
+
+
+def coverage_grid(study: Study) -> CoverageGrid:
+    """The inventory of reports as tiles and sentences."""
+    table = study.tables["coverage"]
+    records = table.to_dict("records")
+    troubled = [row for row in records if row["reason"] and row["status"] != report_inventory.NOT_PROFILED]
+    counts = table["status"].value_counts()
+    return CoverageGrid(
+        tiles=[_tile(row) for row in records[:MAX_TILES]],
+        troubles=[(_whose(row), _status(row), plain(row["reason"])) for row in troubled[:MAX_TROUBLES]],
+        more_troubles=max(0, len(troubled) - MAX_TROUBLES),
+        statuses=[
+            (_grade(str(status)), str(status).replace("_", " "), number(int(count))) for status, count in counts.items()
+        ],
+    )
+
+
+def _grade(status: str) -> str:
+    return _GRADES.get(status, "poor")
+
+
+def _tile(row: dict[object, object]) -> Tile:
+    grade = _grade(str(row["status"]))
+    mark = {"good": "", "none": "-", "fair": "~", "poor": "x"}[grade]
+    reason = f": {plain(row['reason'])}" if row["reason"] else ""
+    return Tile(grade, mark, f"{_whose(row)}: {_status(row)}{reason}")
+
+
+def _whose(row: dict[object, object]) -> str:
+    rank = row["rank"]
+    if isinstance(rank, int) and rank >= 0 and not pd.isna(rank):
+        return rank_name(rank, str(row["node"] or ""))
+    return plain(row["report"])
+
+
+def _status(row: dict[object, object]) -> str:
+    return plain(row["status"]).replace("_", " ")

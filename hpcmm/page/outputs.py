@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -10,11 +10,26 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from hpcmm.analysis.pipeline import Study
+from hpcmm.analysis import report_inventory
+from hpcmm.analysis.compare import Comparison
+from hpcmm.analysis.study import Study
 from hpcmm.errors import HpcmmError
 from hpcmm.files import Content, write_together
+from hpcmm.page.headlines import (
+    clock_line,
+    coverage_line,
+    efficiency_line,
+    gpu_line,
+    headline,
+    late_line,
+    number,
+    percent,
+    phases_line,
+    plain,
+    seconds,
+    steps_line,
+)
 from hpcmm.page.html import page
-from hpcmm.page.markdown import summary
 from hpcmm.page.perfetto import write_trace
 from hpcmm.text import printable
 
@@ -70,3 +85,72 @@ def write_outputs(study: Study, folder: Path) -> None:
         "trace.json.gz": lambda file: write_trace(study, file),
     }
     write_all(folder, table_files(study.tables) | pages)
+
+
+MAX_GAPS = 10
+
+
+def summary(study: Study) -> str:
+    """The whole document."""
+    rows = study.tables["bottlenecks"]
+    facts = [steps_line(study), coverage_line(study), efficiency_line(study), clock_line(study)]
+    facts += [phases_line(study), gpu_line(study), late_line(study)]
+    parts = [f"# {escape(study.name or 'Analysis')}", f"**{escape(headline(study))}**"]
+    if len(rows):
+        first = rows.iloc[0]
+        parts.append(f"Why: {escape(first['evidence'])}. Try: {code(first['suggestion'])}")
+    parts.append("\n".join(f"- {escape(fact)}" for fact in facts if fact))
+    if len(rows):
+        parts.append(_bottlenecks(rows))
+    gaps = study.tables["coverage"]
+    gaps = gaps[gaps["status"] != report_inventory.FOUND]
+    if len(gaps):
+        parts += ["Reports that are not there, or not whole:", table(gaps[["rank", "status", "reason"]].head(MAX_GAPS))]
+    parts.append("All tables and the timeline: report.html beside this file.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _bottlenecks(rows: pd.DataFrame) -> str:
+    lines = [
+        _line(["#", "cause", "lost a step", "share", "rank", "node", "phase", "confidence", "try"]),
+        _line(["---:", "---", "---:", "---:", "---:", "---", "---", "---", "---"]),
+    ]
+    for row in rows.to_dict("records"):
+        lost, share = seconds(float(row["lost_s_per_step"])), percent(float(row["step_share"]))
+        names = [escape(number(row[key])) for key in ("rank", "node", "phase", "confidence")]
+        order, cause = str(row["rank_order"]), escape(row["cause"])
+        lines.append(_line([order, cause, lost, share, *names, code(row["suggestion"])]))
+    return "\n".join(lines)
+
+
+def table(frame: pd.DataFrame) -> str:
+    """A Markdown table, or a word where there are no rows."""
+    if frame.empty:
+        return "None."
+    header = _line([escape(column) for column in frame.columns])
+    rule = _line(["---:" if pd.api.types.is_numeric_dtype(kind) else "---" for kind in frame.dtypes])
+    body = [_line([escape(number(value)) for value in row]) for row in frame.astype(object).itertuples(index=False)]
+    return "\n".join([header, rule, *body])
+
+
+def escape(text: object) -> str:
+    """``text`` as Markdown that renders as itself: no markup, no HTML, no table cell ends."""
+    escaped = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for character in "\\`*[]|_~#":
+        escaped = escaped.replace(character, f"\\{character}")
+    return escaped
+
+
+def code(text: object) -> str:
+    """``text`` as inline code, or escaped where it holds what code or a table cell cannot."""
+    shown = plain(text)
+    return escape(shown) if set(shown) & set("`|<>&\\") else f"`{shown}`"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """``compare.csv`` and ``compare.parquet`` into ``folder``. Raises HpcmmError where that cannot be done."""
+    write_all(folder, table_files({"compare": comparison.table}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hpcmm.analysis.phases import OTHER
+from hpcmm.analysis.trace import OTHER
 from hpcmm.annotate.schema import PHASES
 
 EXTRA = 6

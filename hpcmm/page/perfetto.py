@@ -20,9 +20,8 @@ import pandas as pd
 
 from hpcmm.analysis.collectives import Claims, claimed
 from hpcmm.analysis.intervals import Times
-from hpcmm.analysis.phases import OTHER
-from hpcmm.analysis.pipeline import Study
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.study import Study
+from hpcmm.analysis.trace import OTHER, RankTrace
 from hpcmm.page.headlines import plain, seconds, trace_name
 
 MAX_EVENTS = 500_000

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hpcmm.reports import load
+from hpcmm.reports.report import Progress
 from hpcmm.text import printable
 
 QUIET_S = 15.0
@@ -15,7 +15,7 @@ QUIET_S = 15.0
 
 
 @contextmanager
-def progress_bar(program: str = "hpcmm.analyze") -> Iterator[load.Progress]:
+def progress_bar(program: str = "hpcmm.analyze") -> Iterator[Progress]:
     """A callback for standard error: a bar on a terminal that can draw it, elsewhere a line of ``program`` at times."""
     if not sys.stderr.isatty():
         yield _progress_lines(program)
@@ -45,7 +45,7 @@ def progress_bar(program: str = "hpcmm.analyze") -> Iterator[load.Progress]:
         yield show
 
 
-def _progress_lines(program: str) -> load.Progress:
+def _progress_lines(program: str) -> Progress:
     last = time.monotonic()
 
     def show(what: str, done: int, of: int) -> None:

@@ -12,9 +12,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.findings import CAUSES
-from hpcmm.analysis.phases import OTHER, OUTSIDE
-from hpcmm.analysis.pipeline import Study
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.study import Study
+from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.page.headlines import plain, trace_name
 from hpcmm.page.palette import kinds, ordered
 

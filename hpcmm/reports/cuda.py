@@ -7,20 +7,20 @@ activities that began before the capture, or that CUDA graphs make on their own,
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.nccl_calls import read_nccl_calls
+from hpcmm.reports.report import COPY, GRAPH, ID_MASK, KERNEL, PID_SHIFT, PUSH_POP, SET, UNKNOWN, CudaEvents
 from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
 
 Integers = npt.NDArray[np.int64]
-
-KERNEL, COPY, SET, GRAPH = "kernel", "copy", "set", "graph"
 TABLES = {
     "CUPTI_ACTIVITY_KIND_KERNEL": KERNEL,
     "CUPTI_ACTIVITY_KIND_MEMCPY": COPY,
@@ -30,12 +30,8 @@ TABLES = {
 """GRAPH_TRACE holds whole launches of CUDA graphs, where nsys was told to trace graphs as one."""
 RUNTIME = "CUPTI_ACTIVITY_KIND_RUNTIME"
 NAME_COLUMNS = ("shortName", "demangledName", "mangledName")
-PUSH_POP, IMPORTED_PUSH_POP = 59, 70
-
-PID_SHIFT, ID_MASK = 24, 0xFFFFFF
+IMPORTED_PUSH_POP = 70
 MAX_CORRELATION = 0xFFFFFFFF
-UNKNOWN = -1
-"""A number that the report does not tell: the launch of an activity, a process id."""
 MAX_RANGES = 2_000_000
 """Push/pop ranges that are read of one report; a profile of every operator of a long run has more."""
 RANGES_PER_FETCH = 100_000
@@ -44,24 +40,6 @@ IDS_PER_QUERY = 500
 ACTIVITY_COLUMNS = ["start_ns", "end_ns", "pid", "device", "stream", "kind", "name"]
 LAUNCH_COLUMNS = ["launch_ns", "launch_end_ns", "launch_tid"]
 RANGE_COLUMNS = ["start_ns", "end_ns", "pid", "tid", "domain", "name"]
-
-
-@dataclass(frozen=True, slots=True)
-class CudaEvents:
-    """GPU activities and the ranges that may have launched them; times are the report's own nanoseconds.
-
-    ``activities``, sorted by start: start_ns, end_ns, pid, device, stream, kind (category of KERNEL, COPY, SET, GRAPH),
-    name (category; of kernels only), launch_ns, launch_end_ns and launch_tid of the launching call (UNKNOWN where it
-    was not traced). ``ranges``: closed push/pop ranges of every domain: start_ns, end_ns, pid, tid, domain and name
-    (categories; the domain ``""`` is NVTX's default one).
-    """
-
-    activities: pd.DataFrame
-    ranges: pd.DataFrame
-    nccl_calls: pd.DataFrame
-    """As :func:`hpcmm.reports.nccl_calls.read_nccl_calls` gives them; mostly none."""
-    synchronisations: pd.DataFrame
-    """Calls in which the host waits for the device: start_ns, end_ns, pid."""
 
 
 def read_cuda(database: ReportDatabase, domains: Mapping[tuple[int, int], str], damage: list[str]) -> CudaEvents | None:
@@ -264,3 +242,109 @@ def _named(database: ReportDatabase, ranges: pd.DataFrame, domains: Mapping[tupl
 
 def _domain_name(pid: int, domain_id: int, domains: Mapping[tuple[int, int], str]) -> str:
     return domains.get((pid, domain_id), f"domain {domain_id}" if domain_id else "")
+
+
+COMMUNICATOR, SIZE = "NCCL communicator ID", "Message size [bytes]"
+HEADER = struct.Struct("<QQQQ")
+WORD = struct.Struct("<Q")
+MAX_BYTES = 1 << 52
+MAX_CALLS = 500_000
+MAX_PAYLOAD = 4096
+"""Characters or bytes of a payload; NCCL's are below a hundred."""
+CALL_COLUMNS = ["start_ns", "end_ns", "pid", "tid", "communicator", "bytes"]
+
+Layout = dict[tuple[int, int], dict[str, int]]
+"""Offset of each field by (domainId, schemaId)."""
+
+
+def read_nccl_calls(database: ReportDatabase) -> pd.DataFrame:
+    """Calls whose payload tells a communicator (CALL_COLUMNS), sorted by start; 0 bytes where it tells no size.
+
+    The id of a communicator is the same on all its ranks.
+    """
+    rows: list[tuple[int, int, int, int, str, int]] = []
+    if database.has("NVTX_EVENTS", "start", "end", "eventType", "globalTid"):
+        layout = _layout(database)
+        for start, end, thread, domain, text, blob in _payloads(database):
+            fields = _from_json(text) or _from_bytes(blob, domain, layout)
+            if COMMUNICATOR in fields and isinstance(start, int) and isinstance(end, int) and isinstance(thread, int):
+                size = fields.get(SIZE, 0)
+                size = size if size < MAX_BYTES else 0
+                pid, tid = (thread >> PID_SHIFT) & ID_MASK, thread & ID_MASK
+                rows.append((start, end, pid, tid, f"communicator {fields[COMMUNICATOR]:x}", size))
+    integers = dict.fromkeys(("start_ns", "end_ns", "pid", "tid", "bytes"), np.int64)
+    table = pd.DataFrame(rows, columns=CALL_COLUMNS).astype(integers)
+    return table.sort_values("start_ns", kind="stable", ignore_index=True)
+
+
+def _payloads(database: ReportDatabase) -> list[tuple[object, ...]]:
+    """Start, end, globalTid, domainId, JSON text and bytes of the ranges that have a payload."""
+    texts = [database.column("NVTX_EVENTS", "jsonText")]
+    join = ""
+    if database.has("NVTX_EVENTS", "jsonTextId") and database.has("StringIds", "id", "value"):
+        texts.append("StringIds.value")
+        join = f"LEFT JOIN {database.strings()} ON StringIds.id = NVTX_EVENTS.jsonTextId"
+    blob = database.column("NVTX_EVENTS", "binaryData")
+    text, domain = f"COALESCE({', '.join([*texts, 'NULL'])})", database.column("NVTX_EVENTS", "domainId")
+    query = f"""
+        SELECT NVTX_EVENTS.start, NVTX_EVENTS."end", globalTid, {domain}, {text}, {blob}
+        FROM NVTX_EVENTS {join}
+        WHERE eventType = {PUSH_POP} AND typeof(globalTid) = 'integer'
+        AND typeof(NVTX_EVENTS.start) = 'integer' AND NVTX_EVENTS.start >= {database.first_ns}
+        AND typeof(NVTX_EVENTS."end") = 'integer' AND NVTX_EVENTS."end" BETWEEN NVTX_EVENTS.start AND {database.last_ns}
+        AND ({text} IS NOT NULL OR {blob} IS NOT NULL)
+        AND length(COALESCE({text}, '')) <= {MAX_PAYLOAD} AND length(COALESCE({blob}, '')) <= {MAX_PAYLOAD}
+        LIMIT {MAX_CALLS}
+    """  # noqa: S608
+    try:
+        return database.rows(query)
+    except HpcmmError:
+        return []  # the damage is told where the ranges themselves are read
+
+
+def _layout(database: ReportDatabase) -> Layout:
+    table = "NVTX_PAYLOAD_SCHEMA_ENTRIES"
+    if not database.has(table, "domainId", "schemaId", "name", "offset"):
+        return {}
+    query = f'SELECT domainId, schemaId, name, COALESCE("offset", 0) FROM {table} WHERE name IN (?, ?)'  # noqa: S608
+    layout: Layout = {}
+    try:
+        for domain, schema, name, offset in database.rows(query, (COMMUNICATOR, SIZE)):
+            if isinstance(domain, int) and isinstance(schema, int) and isinstance(offset, int) and offset >= 0:
+                layout.setdefault((domain, schema), {})[str(name)] = offset
+    except HpcmmError:
+        return {}
+    return layout
+
+
+def _from_json(text: object) -> dict[str, int]:
+    if not isinstance(text, str) or COMMUNICATOR not in text:
+        return {}
+    try:
+        payload = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    found: dict[str, int] = {}
+    for name in (COMMUNICATOR, SIZE):
+        digits = str(payload.get(name, "")).replace(",", "") if isinstance(payload, dict) else ""
+        if digits.isascii() and digits.isdigit() and len(digits) <= 20:
+            found[name] = int(digits)
+    return found
+
+
+def _from_bytes(blob: object, domain: object, layout: Layout) -> dict[str, int]:
+    if isinstance(blob, str):
+        try:
+            blob = bytes.fromhex(blob)
+        except ValueError:
+            return {}
+    if not isinstance(blob, bytes) or len(blob) < HEADER.size or not isinstance(domain, int):
+        return {}
+    _, schema, length, _ = HEADER.unpack_from(blob)
+    payload = blob[HEADER.size : HEADER.size + length]
+    offsets = layout.get((domain, schema), {})
+    return {
+        name: WORD.unpack_from(payload, offset)[0]
+        for name, offset in offsets.items()
+        if offset + WORD.size <= len(payload)
+    }

@@ -1,11 +1,10 @@
 """One report's events as arrays: its NVTX ranges of the annotation's domains and its OS runtime calls.
 
-Times are nanoseconds of the report's own clock until :mod:`hpcmm.reports.clock` puts all reports on one.
+Times are nanoseconds of the report's own clock until :mod:`hpcmm.analysis.clock` puts all reports on one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,63 +13,32 @@ import pandas as pd
 
 from hpcmm.annotate import schema
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.cuda import CudaEvents, read_cuda, shifted
-from hpcmm.reports.identity import Identity, read_identity
+from hpcmm.reports.cuda import read_cuda, shifted
+from hpcmm.reports.identity import read_identity
+from hpcmm.reports.report import (
+    ID_MASK,
+    LOADER_NAME,
+    MARK,
+    PID_SHIFT,
+    PUSH_POP,
+    START_END,
+    Integers,
+    Parts,
+    Report,
+)
 from hpcmm.reports.sqlite import MAX_NAME_LENGTH, MAX_NS, ReportDatabase
 
-MARK, PUSH_POP, START_END = 34, 59, 60
 DOMAIN_CREATE = 75
 OSRT_CALL = 27
 """``eventClass`` of a call; other classes mark the start and end of the tracing itself."""
-PID_SHIFT, ID_MASK = 24, 0xFFFFFF
-"""globalTid = ... pid (24 bits) tid (24 bits)."""
-LOADER_NAME = "pt_data_worker"
-"""What PyTorch calls the processes of its data loader."""
 IDS_PER_QUERY = 500
 """Parameters of one query; SQLite has a limit."""
 MAX_PAYLOAD = 1 << 52
 DAY_NS = 86_400 * 10**9
 
-Integers = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """A report that could be opened.
-
-    ``nvtx``: start_ns, end_ns (int64; an open range ends at the report's last event), closed, pid, tid, end_tid, kind,
-    domain, name, payload (nullable). ``osrt``: start_ns, end_ns, pid, tid, function (category).
-    """
-
-    path: Path
-    nsys_version: str
-    identity: Identity
-    epoch_ns: int | None
-    """What to add to a time to get UTC; None where unknown."""
-    processes: dict[int, str]
-    nvtx: pd.DataFrame
-    osrt: pd.DataFrame
-    events: int
-    """Rows of the event tables, whether or not they are read."""
-    first_ns: int
-    last_ns: int
-    domains: tuple[str, ...]
-    traced: frozenset[str]
-    """Of ``nvtx``, ``osrt``, ``cuda``: what left events."""
-    damage: tuple[str, ...] = field(default=())
-    requested: frozenset[str] = frozenset()
-    """Of ``nvtx`` and ``cuda``: what nsys was asked to trace; empty where the report does not say."""
-    cuda: CudaEvents | None = None
-    """What its GPUs did; None where no GPU activity was traced."""
-    ranks: dict[int, int] = field(default_factory=dict)
-    """Ranks by pid, of the processes that told theirs in a mark."""
-
-
-def read_report(path: Path, source: Path, *, calls_alone: bool = False) -> Report:
+def read_report(path: Path, source: Path, parts: Parts = Parts.ALL) -> Report:
     """Events of the SQLite export at ``path``; ``source`` is the user's own file.
-
-    With ``calls_alone`` only what OS calls need to be understood is read beside them: the ranges of steps, and what its
-    GPUs did only where there are none.
 
     Raises HpcmmError when nothing can be read.
     """
@@ -82,8 +50,8 @@ def read_report(path: Path, source: Path, *, calls_alone: bool = False) -> Repor
         database.first_ns, database.last_ns = base, base + MAX_NS
         domains = _domains(database)
         osrt = _read_osrt(database, damage)
-        nvtx = _read_nvtx(database, domains, damage, steps_alone=calls_alone)
-        cuda = None if calls_alone and len(nvtx) else read_cuda(database, domains, damage)
+        nvtx = _read_nvtx(database, domains, damage, parts)
+        cuda = None if parts is Parts.OS_CALLS and len(nvtx) else read_cuda(database, domains, damage)
         span = _spans(database, osrt)
         first, last = (time - base for time in _overall(span, base))
         if base:
@@ -110,6 +78,7 @@ def read_report(path: Path, source: Path, *, calls_alone: bool = False) -> Repor
             requested=_requested(database),
             cuda=cuda,
             ranks=_ranks(database, domains),
+            parts=parts,
         )
 
 
@@ -288,16 +257,17 @@ NVTX_COLUMNS = ["start_ns", "end_ns", "closed", "pid", "tid", "end_tid", "kind",
 
 
 def _read_nvtx(
-    database: ReportDatabase, domains: dict[tuple[int, int], str], damage: list[str], *, steps_alone: bool
+    database: ReportDatabase, domains: dict[tuple[int, int], str], damage: list[str], parts: Parts
 ) -> pd.DataFrame:
-    """Ranges of the annotation's own domains, sorted by start; with ``steps_alone`` those of steps."""
-    chosen = {schema.DOMAIN} if steps_alone else {schema.DOMAIN, schema.COMM_DOMAIN}
+    """Ranges of the annotation's own domains, sorted by start; for OS calls those of steps are enough."""
+    only_steps = parts is Parts.OS_CALLS
+    chosen = {schema.DOMAIN} if only_steps else {schema.DOMAIN, schema.COMM_DOMAIN}
     wanted = {key: name for key, name in domains.items() if name in chosen}
     rows: list[tuple[object, ...]] = []
     if wanted and database.has("NVTX_EVENTS", "start", "end"):
         try:
             query = _nvtx_query(database, sorted({domain for _, domain in wanted}))
-            if steps_alone:
+            if only_steps:
                 query += f" AND {_text_expression(database)} = '{schema.STEP}'"
             rows = database.rows(query)
             damage += _impossible(database, sorted({domain for _, domain in wanted}))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from hpcmm.errors import HpcmmError
+from hpcmm.reports.report import Identity
 from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
 from hpcmm.text import printable
 
@@ -39,20 +39,6 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _NUMBER = re.compile("[0-9]{1,7}")
 MAX_ENVIRONMENT_BYTES = 4 << 20
 """More than the kernel hands to a process by default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Rank, node and job of the process that nsys started; None where the report does not tell.
-
-    ``environment`` has every variable, with REDACTED for the values of those that may not be shown.
-    """
-
-    rank: int | None
-    node: str | None
-    job_id: str | None
-    world_size: int | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def may_be_shown(variable: str) -> bool:

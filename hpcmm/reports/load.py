@@ -10,8 +10,9 @@ from typing import Generic, TypeVar
 
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.convert import Converter
-from hpcmm.reports.events import Report, read_report
+from hpcmm.reports.events import read_report
 from hpcmm.reports.find import ReportSource
+from hpcmm.reports.report import Parts, Progress, Report
 from hpcmm.reports.worker_pool import WorkerDiedError, map_in_workers, worker_count
 from hpcmm.text import printable
 
@@ -20,9 +21,6 @@ _DAMAGE = (ValueError, TypeError, ArithmeticError, LookupError)
 
 SMALL_BYTES = 16 << 20
 """Exports of this size in all are read in less time than it takes to start a worker."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many are done, and of how many."""
 
 Reduced = TypeVar("Reduced")
 
@@ -43,15 +41,14 @@ def read_all(
     progress: Progress,
     *,
     keep_cache: bool,
-    calls_alone: bool = False,
+    parts: Parts = Parts.ALL,
 ) -> Iterator[Reading[Reduced]]:
-    """Readings in the order of ``sources``. Only what ``reduce``, a module's function, makes of a report is kept.
-
-    ``calls_alone`` as in :func:`hpcmm.reports.events.read_report`.
+    """Readings in the order of ``sources``. Only what ``reduce``, a module's function, makes of the ``parts`` of a
+    report is kept.
 
     Exports hold the processes' whole environments; they are deleted once read unless ``keep_cache``.
     """
-    read = partial(read_report, calls_alone=calls_alone)
+    read = partial(read_report, parts=parts)
     work = partial(_read, converter=converter, read=read, reduce=reduce, keep_cache=keep_cache)
     largest = max((source.size_bytes for source in sources), default=0)
     workers = worker_count(len(sources), largest)

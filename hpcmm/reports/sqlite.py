@@ -95,6 +95,7 @@ def _cells(pages: Bytes, header_bytes: int) -> tuple[Integers, Integers]:
         raise UnusualTableError
     page = np.repeat(np.arange(len(pages)), count)
     ordinal = np.arange(len(page)) - np.repeat(np.cumsum(count) - count, count)
+    # Behind the header lies an array of two-byte offsets, one a cell.
     at = page * page_bytes + header_bytes + 2 * ordinal
     flat = pages.reshape(-1)
     offset = (flat[at].astype(np.int64) << 8) | flat[at + 1]
@@ -105,6 +106,7 @@ def _cells(pages: Bytes, header_bytes: int) -> tuple[Integers, Integers]:
 
 def _leaves(path: Path, page_bytes: int, root_page: int) -> Integers:
     """Numbers of the leaf pages, in key order. All leaves of a B-tree lie at one depth."""
+    # Down from the root, a level at a time. No level has more pages than the file: a damaged one may lead in circles.
     level = np.array([root_page], dtype=np.int64)
     total = path.stat().st_size // page_bytes
     while True:
@@ -159,6 +161,8 @@ def _decode(pages: Bytes, usable: int, columns: Sequence[int]) -> tuple[list[Int
     width = max(columns) + 1
     flat = np.concatenate((pages.reshape(-1), np.zeros(512 + 128 * width, dtype=np.uint8)))
     cell = page * page_bytes + offset
+    # A cell is the payload's length, the row id and the record; the record is the length of its header, a type code for
+    # each column, and the values in the same order.
     payload, row_id_at = _lengths(flat, cell)
     record = _after_varint(flat, row_id_at)
     header_end = record + flat[record]
@@ -176,6 +180,7 @@ def _decode(pages: Bytes, usable: int, columns: Sequence[int]) -> tuple[list[Int
         size = _VALUE_BYTES[code]
         if column in columns:
             fine &= _IS_INTEGER[code]
+            # Big-endian with the sign in its first byte: eight bytes shifted right leave the value.
             value = eights[value_at].astype(np.int64) >> _SHIFT[code]
             found[column] = np.where(size > 0, value, code == _ONE)
         value_at = value_at + size

@@ -1,4 +1,4 @@
-"""How much memory is left."""
+"""Work in processes of their own: one that dies costs its task, not the analysis."""
 
 from __future__ import annotations
 
@@ -17,19 +17,7 @@ from threading import local
 from types import TracebackType
 from typing import TypeVar, cast
 
-_MEMINFO = Path("/proc/meminfo")
-_UNKNOWN = 1 << 40
-"""Where the kernel does not tell, memory is no limit."""
-
-
-def available_bytes() -> int:
-    """What new processes can use without swapping, as the kernel estimates it."""
-    try:
-        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return _UNKNOWN
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), _UNKNOWN)
-
+import psutil
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -43,6 +31,12 @@ WORKER_BYTES = 300 << 20
 
 class WorkerDiedError(Exception):
     """A worker process ended in the middle of a task."""
+
+
+def available_bytes() -> int:
+    """What new processes can use without swapping, as the kernel estimates it."""
+    available: int = psutil.virtual_memory().available
+    return available
 
 
 def cores() -> int:

@@ -16,6 +16,7 @@ from hpcmm.jobs.logs import Log
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, read_address, write_address
 from hpcmm.serve.options import ServeOptions
+from hpcmm.text import visible
 
 if TYPE_CHECKING:
     from hpcmm.launch.submit import Submission
@@ -102,7 +103,7 @@ def _ended(submission: Submission, state: str) -> str:
         tail = [line for line in lines if line.startswith("hpcmm")][-1:] or lines[-_LOG_LINES:]
         if tail:
             break
-    told = " ".join(tail)
+    told = " ".join(visible(line, "") for line in tail)
     return (
         f"Job {submission.job_id} ended as {state} before the server answered. {told} "
         f"See python -m hpcmm.jobs why {submission.run.root}"

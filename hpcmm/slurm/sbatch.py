@@ -14,6 +14,7 @@ from hpcmm.config.schema import ClusterConfig, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.slurm.commands import ask, job_variables, outside_of_jobs, run_command
 from hpcmm.slurm.jobs import find_job
+from hpcmm.text import visible
 
 _TIMEOUT_S = 120
 
@@ -84,10 +85,10 @@ def sbatch(config: RunConfig, script: Path, *options: str) -> str:
         kind = RefusedError if _is_certain(done.returncode, complaint, answer) else HpcmmError
         raise kind(refusal(config, complaint))
     if complaint.strip():
-        print(_printable(complaint.strip()), file=sys.stderr)
+        print(visible(complaint.strip(), " "), file=sys.stderr)
     accepted = re.search(r"Submitted batch job ([0-9]+)", answer)
     if accepted is None:
-        said = _printable(answer.strip().splitlines()[0]) if answer.strip() else "nothing was said"
+        said = visible(answer.strip().splitlines()[0], " ") if answer.strip() else "nothing was said"
         raise HpcmmError(f"sbatch gave no job id, so the job may or may not run, see squeue ({said}).")
     return accepted[1]
 
@@ -177,15 +178,10 @@ def refusal(config: RunConfig, complaint: str) -> str:
 def on_one_line(command: str, complaint: str) -> str:
     """What a command of Slurm's said, each thing once, on one line and without control characters."""
     lines = [
-        _printable(line).strip().removeprefix(f"{command}: ").removeprefix("error: ").removeprefix("fatal: ").strip()
+        visible(line, " ").strip().removeprefix(f"{command}: ").removeprefix("error: ").removeprefix("fatal: ").strip()
         for line in complaint.splitlines()
     ]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or f"{command} said nothing"
-
-
-def _printable(text: str) -> str:
-    """``text`` without the control characters that a terminal would obey."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def remedy(config: RunConfig, complaint: str) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hpcmm.analysis.pipeline import TABLES
+from hpcmm.analysis.study import TABLES
 from hpcmm.analyze import Analysis, analyze, compare
 from hpcmm.analyze.command import main
 from hpcmm.analyze.runs import read_reference, read_run

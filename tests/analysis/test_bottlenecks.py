@@ -11,19 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import MS, everyone, simulate_program, simulate_run
 
-from hpcmm.analysis import bottlenecks, collectives
-from hpcmm.analysis.findings import CAUSES, Finding, computation_has_phases
+from hpcmm.analysis import bottlenecks
+from hpcmm.analysis.collectives import match_with_waits
+from hpcmm.analysis.findings import CAUSES, Finding, computation_has_phases, suggest
 from hpcmm.analysis.intervals import IntervalSet
-from hpcmm.analysis.significance import chance_of_sum
-from hpcmm.analysis.steps import step_times
-from hpcmm.analysis.suggestions import suggest
+from hpcmm.analysis.phases import step_times
+from hpcmm.analysis.statistics import chance_of_sum
 from hpcmm.reports.run_record import RunRecord
 
 
 def verdicts(traces, clock_error_ns=100_000):
-    rows = collectives.estimate_waits(collectives.match(traces), clock_error_ns)
-    rows = rows.assign(bus_bytes_per_s=collectives.bus_bandwidth(rows))
-    rows = collectives.expose(rows, traces)
+    rows = match_with_waits(traces, clock_error_ns)
     return bottlenecks.find(bottlenecks.gather(traces, rows, step_times(traces), len(traces)))
 
 
@@ -322,7 +320,7 @@ def test_a_process_that_stands_still_in_a_collective_is_a_stall() -> None:
         return times + np.where(times > stop, length, 0)
 
     halted = [trace.on_clock(later) for trace in traces]
-    halted[5] = replace(halted[5], silences=IntervalSet(np.array([stop]), np.array([stop + length])))
+    halted[5] = replace(halted[5], stalled=IntervalSet(np.array([stop]), np.array([stop + length])))
     first = verdicts(halted)[0]
     assert (first.kind, first.rank, first.worst_step) == ("stall", 5, 7)
     assert first.lost_s == pytest.approx(1.5 / 11, rel=0.05)

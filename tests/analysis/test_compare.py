@@ -5,13 +5,13 @@ import pandas as pd
 import pytest
 from simulated import simulate_run
 
-from hpcmm.analysis import bottlenecks, tables
-from hpcmm.analysis.bootstrap_ci import half_widths
+from hpcmm.analysis import bottlenecks, time_tables
 from hpcmm.analysis.collectives import bus_bandwidth, estimate_waits, expose, match
 from hpcmm.analysis.compare import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE, RunTables, compare
-from hpcmm.analysis.phase_times import phases_table
+from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.pop_metrics import efficiency
-from hpcmm.analysis.steps import step_times
+from hpcmm.analysis.statistics import half_widths
+from hpcmm.analysis.time_tables import phases_table
 from hpcmm.analyze import analyze
 from hpcmm.analyze import compare as compare_runs
 from hpcmm.errors import HpcmmError
@@ -25,10 +25,10 @@ def run_of(traces, name: str = "run", config: dict | None = None) -> RunTables:
     evidence = bottlenecks.gather(traces, rows, steps, len(traces))
     findings = bottlenecks.find(evidence)
     made = {
-        "steps": tables.steps_table(traces, steps.warmup_number),
+        "steps": time_tables.steps_table(traces, steps.warmup_number),
         "phases": phases,
         "efficiency": efficiency(phases, steps),
-        "delays": tables.delays_table(evidence),
+        "delays": time_tables.delays_table(evidence),
         "bottlenecks": bottlenecks.table(findings, steps.mean_s, [""] * len(findings)),
     }
     return RunTables(name, made, config or {})

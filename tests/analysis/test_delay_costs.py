@@ -82,7 +82,7 @@ def test_the_window_of_an_arrival_begins_at_the_last_common_synchronisation() ->
 
 def test_a_delay_is_charged_to_the_phase_that_took_longer() -> None:
     traces = simulate_run(lambda rank, _step, phase: 60.0 if (rank, phase) == (3, "data") else 5.0, noise_ms=0.0)
-    rows = collectives.expose(collectives.estimate_waits(collectives.match(traces), 1000), traces)
+    rows = collectives.match_with_waits(traces, 1000)
     parts = delay_costs.work_parts(traces)
     groups = wait_chains.charged_groups(rows, parts)
     losses = wait_chains.losses_by_step(groups, len(traces), parts, np.arange(1, 30)).total

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from recorded import H100
 from synthetic_gpu import GpuRun
 
+from hpcmm.analysis.extraction import extract_traces, observe
 from hpcmm.analysis.gpu_trace import BACK_TO_BACK_NS, CAUSES, DEPENDENCY, HOST, LATENCY, UNTRACED, device_time, gpu_rows
-from hpcmm.analysis.report_inventory import observe, take_inventory
-from hpcmm.analysis.trace import extract_traces
+from hpcmm.analysis.report_inventory import take_inventory
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.page.headlines import gpu_line, headline, late_line
-from hpcmm.reports.cuda import UNKNOWN
 from hpcmm.reports.events import read_report
+from hpcmm.reports.report import UNKNOWN
 from hpcmm.reports.run_record import read_run_record
 
 MS = 0.001

@@ -8,7 +8,8 @@ import pytest
 from recorded import H100
 from synthetic_gpu import BYTES, COMMUNICATOR, GpuRun
 
-from hpcmm.analysis.collectives import bus_bandwidth, estimate_waits, match
+from hpcmm.analysis.collectives import match_with_waits
+from hpcmm.analysis.extraction import extract_traces
 from hpcmm.analysis.nccl import (
     BY_KERNEL,
     BY_NAME,
@@ -19,10 +20,9 @@ from hpcmm.analysis.nccl import (
     timed_by_kernels,
     with_basis,
 )
-from hpcmm.analysis.trace import extract_traces
 from hpcmm.analyze import Analysis
+from hpcmm.reports.cuda import read_nccl_calls
 from hpcmm.reports.events import read_report
-from hpcmm.reports.nccl_calls import read_nccl_calls
 from hpcmm.reports.sqlite import ReportDatabase
 
 MS = 0.001
@@ -140,8 +140,7 @@ def collectives_of(folder: Path, **shape) -> pd.DataFrame:
     """Rows of a synthetic run, whose clocks are known to 10 ms."""
     paths = sorted(GpuRun(**shape).write(folder / "run").iterdir())
     traces = [trace for path in paths for trace in extract_traces(read_report(path, path))]
-    rows = estimate_waits(confirm_order(match(traces), 10_000_000), 10_000_000)
-    return rows.assign(bus_bytes_per_s=bus_bandwidth(rows))
+    return match_with_waits(traces, 10_000_000)
 
 
 def test_annotated_collectives_have_the_kernels_times(gpu_run: Analysis) -> None:

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 from simulated import make_trace
 
 from hpcmm.analysis import trace as traces
-from hpcmm.analysis.phases import OTHER, OUTSIDE, find_steps, flatten
+from hpcmm.analysis.phases import find_steps, flatten
+from hpcmm.analysis.trace import OTHER, OUTSIDE
 
 
 def frame(rows: list[tuple]) -> pd.DataFrame:

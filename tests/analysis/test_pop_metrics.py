@@ -5,14 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import MS, make_trace, simulate_run
 
-from hpcmm.analysis.collectives import estimate_waits, expose, match
-from hpcmm.analysis.phase_times import phases_table
+from hpcmm.analysis.collectives import match_with_waits
+from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.pop_metrics import EFFICIENCIES, Reference, efficiency, samples_per_step
-from hpcmm.analysis.steps import step_times
+from hpcmm.analysis.time_tables import phases_table
 
 
 def table_of(traces, reference=None, samples=None) -> pd.DataFrame:
-    rows = expose(estimate_waits(match(traces), 1000.0), traces)
+    rows = match_with_waits(traces, 1000.0)
     steps = step_times(traces)
     return efficiency(phases_table(traces, rows, steps.warmup_number), steps, reference, samples)
 

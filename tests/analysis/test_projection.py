@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpcmm.analysis import projection
 from hpcmm.analysis.projection import REST, aggregate, innermost, project
-from hpcmm.reports.cuda import UNKNOWN, CudaEvents
+from hpcmm.reports.report import UNKNOWN, CudaEvents
 
 TIMES = st.integers(0, 40)
 

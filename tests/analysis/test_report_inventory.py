@@ -1,4 +1,4 @@
-"""The ledger on the recorded ranks, given as a run directory and as loose files."""
+"""The inventory of the recorded ranks, given as a run directory and as loose files."""
 
 import json
 import os

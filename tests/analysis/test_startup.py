@@ -5,7 +5,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcmm.analysis.tables import STARTUP_COLUMNS, startup_table
+from hpcmm.analysis.time_tables import STARTUP_COLUMNS, startup_table
 
 
 def part(name, duration_s, attempt=1):

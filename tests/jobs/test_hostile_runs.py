@@ -7,9 +7,9 @@ import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
-from hpcmm.jobs.diagnostics import ranks_in
 from hpcmm.jobs.find_run import find_targets, settings
 from hpcmm.jobs.state import local_job
+from hpcmm.ranges import ranks_in
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.commands import ask

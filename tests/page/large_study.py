@@ -7,12 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import collectives, tables
-from hpcmm.analysis.comm_wait import wait_matrix
-from hpcmm.analysis.phase_times import phases_table
-from hpcmm.analysis.phases import SEGMENT_COLUMNS
-from hpcmm.analysis.pipeline import Study
-from hpcmm.analysis.steps import step_times
+from hpcmm.analysis import collectives, time_tables
+from hpcmm.analysis.phases import SEGMENT_COLUMNS, step_times
+from hpcmm.analysis.study import Study
+from hpcmm.analysis.time_tables import phases_table, wait_matrix
 from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, RankTrace
 
 MS = 1_000_000
@@ -28,13 +26,12 @@ def large_study(small: Study, *, ranks: int = 64, steps: int = 1000, ranks_per_n
     The large tables that the page draws from are made from those traces; the others stay those of ``small``.
     """
     traces = _traces(ranks, steps, ranks_per_node)
-    rows = collectives.estimate_waits(collectives.match(traces), small.clock.error_ns)
-    rows = collectives.expose(rows.assign(bus_bytes_per_s=collectives.bus_bandwidth(rows)), traces)
+    rows = collectives.match_with_waits(traces, small.clock.error_ns)
     times = step_times(traces)
     made = {
-        "steps": tables.steps_table(traces, times.warmup_number),
+        "steps": time_tables.steps_table(traces, times.warmup_number),
         "phases": phases_table(traces, rows, times.warmup_number),
-        "collectives": tables.collectives_table(rows),
+        "collectives": collectives.collectives_table(rows),
         "comm_wait": _comm_wait(rows, steps),
     }
     matrix = wait_matrix(rows, ranks, rows["step"].isin(times.numbers)) / 1e9 / steps

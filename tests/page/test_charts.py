@@ -12,17 +12,15 @@ import pandas as pd
 import pytest
 from large_study import SLOW_RANK, large_study
 
-from hpcmm.analysis.pipeline import Study
+from hpcmm.analysis.study import Study
 from hpcmm.analyze import Analysis
 from hpcmm.page import timeline as timeline_module
-from hpcmm.page.communication_charts import bandwidth, wait_matrix
-from hpcmm.page.coverage_grid import coverage_grid
-from hpcmm.page.efficiency_tree import efficiency
 from hpcmm.page.headlines import rank_list, size
+from hpcmm.page.html import coverage_grid
 from hpcmm.page.palette import kinds, ordered
-from hpcmm.page.step_charts import MAX_POINTS, device_bars, rank_bars, step_budget, step_plot
+from hpcmm.page.step_charts import MAX_POINTS, device_bars, efficiency, rank_bars, step_budget, step_plot
 from hpcmm.page.timeline import timeline, worst_step
-from hpcmm.page.waitpid_chart import child_waits
+from hpcmm.page.wait_charts import bandwidth, child_waits, wait_matrix
 
 # Linear-light matrices for full loss of one cone type: Machado, Oliveira and Fernandes 2009.
 VISION = {

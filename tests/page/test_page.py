@@ -14,7 +14,7 @@ from hpcmm.analyze import Analysis
 from hpcmm.files import write_together
 from hpcmm.page.headlines import number, plain, seconds
 from hpcmm.page.html import _suggestion
-from hpcmm.page.markdown import escape, summary
+from hpcmm.page.outputs import escape, summary
 
 
 class Elements(HTMLParser):

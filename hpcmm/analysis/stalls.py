@@ -1,4 +1,9 @@
-"""Communication that stood still for a while, and which node is behind a slow link."""
+"""Stalls: a process that stood still, communication that did, and the node behind a slow link.
+
+A process that is stopped (SIGSTOP, a debugger, a freezer, a machine that swaps) while it is in a collective looks like
+a slow transfer to all others. But no thread of it enters or leaves any OS call meanwhile, though some do so all the
+time: that tells the two apart.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,64 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
-from hpcmm.analysis.delay_costs import Floats
+from hpcmm.analysis.delay_costs import Floats, exposed_communication
 from hpcmm.analysis.findings import CAUSES, MEDIUM, AnalysisContext, Finding
-from hpcmm.analysis.osrt import NS_PER_S, STEP_THREAD
-from hpcmm.analysis.trace import RankTrace
-from hpcmm.analysis.waitpid import WORKER
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
+from hpcmm.analysis.osrt import STEP_THREAD
+from hpcmm.analysis.phases import StepTimes
+from hpcmm.analysis.trace import WORKER, RankTrace
+
+
+def find_process_stalls(
+    traces: Sequence[RankTrace], steps: StepTimes, collectives: pd.DataFrame
+) -> list[tuple[int, Floats]]:
+    """Traces whose process stood still within a collective, and the seconds that each such step lost by it.
+
+    The loss, shape (steps,), is a mean over ranks: what of the stall the ranks spent in exposed transfer.
+    """
+    found: list[tuple[int, Floats]] = []
+    if not any(trace.stalled is not None and len(trace.stalled) for trace in traces):
+        return found
+    exposed = [exposed_communication(trace) for trace in traces]
+    for index, trace in enumerate(traces):
+        if trace.stalled is None or not len(trace.stalled):
+            continue
+        own = collectives[(collectives["trace"] == index) & collectives["closed"].astype(bool)]
+        inside = _began_within(trace.stalled, own)
+        if not len(inside):
+            continue
+        shared = sum(
+            (_by_step(inside.intersect(mine), trace.steps, steps) for mine in exposed), np.zeros(len(steps.numbers))
+        )
+        lost = np.asarray(shared / len(traces), dtype=np.float64)
+        if lost.any():
+            found.append((index, lost))
+    return found
+
+
+def _began_within(stalled: IntervalSet, collectives: pd.DataFrame) -> IntervalSet:
+    """The stalls that began while a collective of the process was in flight, each cut to that collective's end."""
+    start, end = collectives["start_ns"].to_numpy(np.int64), collectives["end_ns"].to_numpy(np.int64)
+    order = np.argsort(start, kind="stable")
+    start, reach = start[order], np.maximum.accumulate(end[order]) if len(end) else end
+    index = np.searchsorted(start, stalled.start_ns, side="right") - 1
+    # Collectives overlap: whether one is in flight tells the latest end of all that began before.
+    within = (index >= 0) & (np.append(reach, 0)[index] > stalled.start_ns)
+    bound = np.append(reach, 0)[index]
+    return IntervalSet(stalled.start_ns[within], np.minimum(stalled.end_ns, bound)[within])
+
+
+def _by_step(intervals: IntervalSet, own_steps: pd.DataFrame, steps: StepTimes) -> Floats:
+    bounds = own_steps.set_index("step")[["start_ns", "end_ns"]].reindex(steps.numbers).to_numpy(np.float64)
+    there = np.isfinite(bounds).all(axis=1)
+    found = np.zeros(len(steps.numbers))
+    found[there] = (
+        intervals.covered_within(bounds[there, 0].astype(np.int64), bounds[there, 1].astype(np.int64)) / NS_PER_S
+    )
+    return found
+
 
 TIMES_USUAL = 3.0
 """A step is interrupted when its exposed transfer is so many times the median step's ..."""

@@ -5,14 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import MS, make_trace, simulate_run
 
-from hpcmm.analysis.collectives import estimate_waits, expose, match
+from hpcmm.analysis.collectives import match_with_waits
 from hpcmm.analysis.intervals import IntervalSet
-from hpcmm.analysis.phase_times import phases_summary, phases_table
-from hpcmm.analysis.steps import step_times
+from hpcmm.analysis.phases import step_times
+from hpcmm.analysis.time_tables import phases_summary, phases_table
 
 
 def phases_of(traces) -> pd.DataFrame:
-    rows = expose(estimate_waits(match(traces), 10.0), traces)
+    rows = match_with_waits(traces, 10.0)
     return phases_table(traces, rows, step_times(traces).warmup_number)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcmm.reports.clock import Arrivals, common_clock, robust_line
+from hpcmm.analysis.clock import Arrivals, common_clock, robust_line
 
 EPOCH = 1_700_000_000_000_000_000
 

@@ -1,0 +1,233 @@
+"""From the events of one report to the traces of its ranks, and the facts that outlive them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
+from hpcmm.analysis.intervals import IntervalSet
+from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, WORKER, RankTrace
+from hpcmm.annotate import schema
+from hpcmm.reports.report import CudaEvents, Identity, Parts, Report
+from hpcmm.text import printable
+
+NVTX_NEEDS_NSYS = (2024, 1)
+"""First nsys under which the Python package nvtx >= 0.2.12 records anything: it asks whether its domain is enabled."""
+OLDER_NVTX = "install nvtx==0.2.11, or trace with --trace=nvtx"
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFacts:
+    """What is kept of a report once its events are gone: its traces, and what the inventory says of it."""
+
+    path: Path
+    traces: tuple[RankTrace, ...] = ()
+    identity: Identity = field(default_factory=lambda: Identity(None, None, None))
+    nsys_version: str = ""
+    spans: int = 0
+    """Ranges of the annotation."""
+    events: int = 0
+    span_s: float = 0.0
+    epoch_ns: int | None = None
+    first_ns: int = 0
+    no_ranges: str = ""
+    """Why the report has no steps; empty when it has."""
+    gpu_missing: bool = False
+    """CUDA was asked for, but left no events."""
+    damage: str = ""
+
+    @property
+    def name(self) -> str:
+        return printable(self.path.name)
+
+    @property
+    def job_id(self) -> str | None:
+        return self.identity.job_id
+
+
+def observe(report: Report) -> ReportFacts:
+    """Traces and facts of a report."""
+    traces = tuple(extract_traces(report))
+    return ReportFacts(
+        path=report.path,
+        traces=traces,
+        identity=report.identity,
+        nsys_version=report.nsys_version,
+        spans=len(report.nvtx),
+        events=report.events,
+        span_s=(report.last_ns - report.first_ns) / 1e9,
+        epoch_ns=report.epoch_ns,
+        first_ns=report.first_ns,
+        gpu_missing="cuda" in report.requested and report.cuda is None and report.parts is Parts.ALL,
+        no_ranges="" if any(len(trace.steps) for trace in traces) else _why_no_ranges(report),
+        damage="; ".join(report.damage),
+    )
+
+
+def _why_no_ranges(report: Report) -> str:
+    if report.domains or "nvtx" in report.traced:
+        return "the program wrote NVTX ranges, but no steps in domain hpcmm: annotate its loop with hpcmm.annotate"
+    if report.requested and "nvtx" not in report.requested:
+        return "no NVTX ranges at all: nsys was told not to trace them; add nvtx to its --trace"
+    version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", report.nsys_version)[:2])
+    if version and version < NVTX_NEEDS_NSYS:
+        return (
+            f"no NVTX ranges at all: under nsys {report.nsys_version} the Python package nvtx 0.2.12 or later records "
+            f"nothing; {OLDER_NVTX}"
+        )
+    return "no NVTX ranges at all: trace with --trace=nvtx, and annotate the loop with hpcmm.annotate"
+
+
+def extract_traces(report: Report) -> list[RankTrace]:
+    """One trace for each process of ``report`` that ran steps; without any, one for its busiest process.
+
+    If only its OS calls were read, a trace holds steps and the summary of its OS calls, and the rest is empty.
+
+    The rank is what the process told in a mark, else the report's own where one process ran steps, else -1: the
+    environment of a report of several ranks is their launcher's. Processes that run no steps go with the first that
+    does.
+    """
+    ranges = report.nvtx[report.nvtx["domain"] == schema.DOMAIN]
+    stepping = ranges[ranges["name"] == schema.STEP]
+    workers = [int(pid) for pid in stepping["pid"].drop_duplicates()]
+    roles = waitpid.process_roles(report.osrt, report.processes, frozenset(workers))
+    family = waitpid.Family.of(report, roles)
+    if not workers and report.cuda is not None:
+        return _extract_devices(report, report.cuda, family)
+    if not workers:
+        workers = [pid for pid, role in roles.items() if role == WORKER][:1]
+    rank = report.identity.rank if len(workers) == 1 and report.identity.rank is not None else -1
+    return [_extract(report, pid, report.ranks.get(pid, rank), family, workers) for pid in workers]
+
+
+def _extract_devices(report: Report, cuda: CudaEvents, family: waitpid.Family) -> list[RankTrace]:
+    """One trace for each GPU of each process, which stand for ranks that nothing annotated."""
+    used = cuda.activities[["pid", "device"]].drop_duplicates().sort_values(["pid", "device"])
+    known = report.identity.rank if len(used) == 1 and report.identity.rank is not None else -1
+    alone = used["pid"].value_counts()
+    traces: list[RankTrace] = []
+    pids = [int(pid) for pid in used["pid"].drop_duplicates()]
+    for pid, device in used.itertuples(index=False):
+        rank = report.ranks.get(int(pid), known) if alone[pid] == 1 else -1
+        own = _extract(report, int(pid), rank, family, pids, int(device))
+        if traces and traces[-1].pid == own.pid:
+            # OS calls and ranges are the process's own: its first GPU has them.
+            none = own.osrt.iloc[:0], own.waits.iloc[:0], own.calls.iloc[:0]
+            own = replace(own, osrt=none[0], waits=none[1], calls=none[2], projection=None)
+        traces.append(own)
+    return traces
+
+
+def _extract(
+    report: Report, pid: int, rank: int, family: waitpid.Family, workers: list[int], device: int | None = None
+) -> RankTrace:
+    """The trace of process ``pid``; ``workers`` are all processes of the report that stand for ranks."""
+    extract = _extract_all if report.parts is Parts.ALL else _extract_calls
+    return extract(report, pid, rank, family, workers, device)
+
+
+def _extract_all(
+    report: Report, pid: int, rank: int, family: waitpid.Family, workers: list[int], device: int | None
+) -> RankTrace:
+    mine = report.nvtx[report.nvtx["pid"] == pid]
+    ranges = mine[(mine["domain"] == schema.DOMAIN) & (mine["kind"] != 60)]
+    tid = _step_thread(ranges, pid)
+    ranges = ranges[ranges["tid"] == tid]
+    steps = phases.find_steps(ranges)
+    segments = phases.flatten(ranges, steps)
+    calls = _calls_of(report.osrt, pid, workers)
+    step_set = IntervalSet(steps["start_ns"].to_numpy(np.int64), steps["end_ns"].to_numpy(np.int64))
+    host = gpu_trace.HostSide(
+        pid=pid,
+        device=device,
+        steps=steps,
+        segments=segments,
+        collectives=_collectives(mine[mine["domain"] == schema.COMM_DOMAIN], segments),
+        blocked=osrt.blocked_intervals(report.osrt, pid, tid),
+    )
+    gpu = gpu_trace.of_process(host, report.cuda)
+    return RankTrace(
+        rank=rank,
+        node=report.identity.node or "",
+        pid=pid,
+        report=report.path.name,
+        steps=steps,
+        segments=segments,
+        collectives=gpu.collectives.drop(columns="tid"),
+        blocked=gpu.blocked,
+        waits=waitpid.find_waits(calls, family, (pid, tid), segments),
+        osrt=osrt.summarise(calls, family.roles, (pid, tid), step_set),
+        calls=osrt.calls_by_phase(report.osrt, pid, tid, segments),
+        spans=len(mine),
+        unnumbered=phases.unnumbered_steps(ranges),
+        device=device,
+        gpu=gpu.rows,
+        projection=gpu.projection,
+        starved=gpu.starved,
+        batches=phases.batch_sizes(ranges, steps),
+        stalled=osrt.stalled_intervals(report.osrt, pid),
+    )
+
+
+def _extract_calls(
+    report: Report, pid: int, rank: int, family: waitpid.Family, workers: list[int], device: int | None
+) -> RankTrace:
+    """Steps and the summary of OS calls; all else is empty."""
+    mine = report.nvtx[(report.nvtx["pid"] == pid) & (report.nvtx["domain"] == schema.DOMAIN)]
+    steps_only = mine[(mine["name"] == schema.STEP) & (mine["kind"] != 60)]
+    tid = _step_thread(steps_only, pid)
+    steps = phases.find_steps(steps_only[steps_only["tid"] == tid])
+    nothing = steps_only.iloc[:0]
+    segments = phases.flatten(nothing, steps.iloc[:0])
+    none = osrt.calls_by_phase(report.osrt.iloc[:0], pid, tid, segments)
+    step_set = IntervalSet(steps["start_ns"].to_numpy(np.int64), steps["end_ns"].to_numpy(np.int64))
+    return RankTrace(
+        rank=rank,
+        node=report.identity.node or "",
+        pid=pid,
+        report=report.path.name,
+        steps=steps,
+        segments=segments,
+        collectives=_collectives(nothing, segments).drop(columns="tid"),
+        blocked=None,
+        waits=pd.DataFrame(columns=waitpid.WAIT_COLUMNS),
+        osrt=osrt.summarise(_calls_of(report.osrt, pid, workers), family.roles, (pid, tid), step_set),
+        calls=none,
+        device=device,
+    )
+
+
+def _calls_of(osrt: pd.DataFrame, pid: int, workers: list[int]) -> pd.DataFrame:
+    """OS calls of one of ``workers``; the first has those of all other processes, too."""
+    if len(workers) == 1:
+        return osrt
+    process = osrt["pid"]
+    return osrt[(process == pid) | ~process.isin(workers)] if pid == workers[0] else osrt[process == pid]
+
+
+def _step_thread(ranges: pd.DataFrame, pid: int) -> int:
+    """The thread with the most steps; a process's first thread, whose tid is the pid, when there are none."""
+    steps = ranges.loc[ranges["name"] == schema.STEP, "tid"]
+    return int(steps.mode().iloc[0]) if len(steps) else pid
+
+
+def _collectives(ranges: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
+    """Collectives of one process in the order of their enqueue, with the step and phase they were enqueued in."""
+    parsed = [schema.CollectiveName.parse(name) for name in ranges["name"]]
+    known = np.array([name is not None for name in parsed], dtype=bool)
+    frame = ranges[known].reset_index(drop=True)
+    parts = [name for name in parsed if name is not None]
+    frame = frame.assign(
+        op=[name.op for name in parts],
+        group=[name.group for name in parts],
+        sequence=np.array([name.sequence for name in parts], dtype=np.int64),
+        bytes=np.array([name.bytes for name in parts], dtype=np.int64),
+    )
+    frame["occurrence"] = frame.groupby(["group", "op", "sequence"]).cumcount()
+    frame["step"], frame["phase"] = phases.locate(segments, frame["start_ns"].to_numpy(np.int64))
+    return frame[[*COLLECTIVE_COLUMNS, "tid"]]

@@ -1,0 +1,126 @@
+"""What an analysis gives: the tables, each made when it is asked for, and what the page is drawn from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from hpcmm.analysis.clock import CommonClock
+from hpcmm.analysis.phases import StepTimes
+from hpcmm.analysis.trace import RankTrace
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """Everything that the tables and the page are made of. Times of ``traces`` are run time, in nanoseconds."""
+
+    name: str
+    tables: Mapping[str, pd.DataFrame]
+    """Each made when it is first asked for."""
+    traces: tuple[RankTrace, ...]
+    collectives: pd.DataFrame
+    """Matched collectives with waits, in nanoseconds."""
+    steps: StepTimes
+    wait_matrix: np.ndarray
+    """Seconds a step that each trace (row) waited for each other (column)."""
+    clock: CommonClock
+    complete: bool
+    failed_run: str = ""
+    """The run directory, where that notes that the run failed before its first step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Some tables of a run, without what the page is made of."""
+
+    name: str
+    tables: Mapping[str, pd.DataFrame]
+    complete: bool
+
+
+def why_failed(folder: str) -> str:
+    """One sentence for a run that failed before its first step."""
+    return f"the run failed before its first step; python -m hpcmm.jobs why {shlex.quote(folder)} tells why."
+
+
+TABLES = (
+    "bottlenecks",
+    "clock",
+    "collectives",
+    "comm_wait",
+    "coverage",
+    "delays",
+    "efficiency",
+    "environment",
+    "gpu",
+    "osrt",
+    "phases",
+    "phases_summary",
+    "projection",
+    "startup",
+    "steps",
+    "waitpid",
+    "waitpid_windows",
+)
+UNITS = ("_s", "_s_per_step", "_bytes_per_s", "_share", "_ppm", "_efficiency", "_scaling")
+"""Ends of the names of columns that hold real numbers."""
+INTEGERS = frozenset(
+    {
+        "attempt",
+        "bytes",
+        "calls",
+        "collectives",
+        "events",
+        "late_rank",
+        "nodes",
+        "rank",
+        "rank_order",
+        "ranks",
+        "reports",
+    }
+    | {"sequence", "slowest_rank", "step", "steps", "waited_for_rank", "pid", "device", "kernels", "copies"}
+)
+FLAGS = frozenset({"complete", "corrected", "estimators_disagree", "warmup"})
+RATIOS = frozenset({"variation", "load_balance", "load_balance_in_node", "load_balance_between_nodes"})
+
+
+def typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with a type for each column that has none: an empty table has the types of a full one.
+
+    Columns that their maker has given a type keep it.
+    """
+    kinds = {name: _kind(str(name)) for name, dtype in frame.dtypes.items() if pd.api.types.is_object_dtype(dtype)}
+    return frame.astype(kinds) if kinds else frame
+
+
+def _kind(name: str) -> str:
+    if name in INTEGERS:
+        return "Int64"
+    if name in FLAGS:
+        return "bool"
+    if name in RATIOS or name.endswith(UNITS):
+        return "float64"
+    return "str"
+
+
+class Tables(Mapping[str, pd.DataFrame]):
+    """Tables by name, each made when it is first asked for, and once."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], pd.DataFrame]]) -> None:
+        self._makers = dict(makers)
+        self._made: dict[str, pd.DataFrame] = {}
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        if name not in self._made:
+            self._made[name] = typed(self._makers[name]())
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)

@@ -1,0 +1,105 @@
+"""What is read of one nsys report, as plain data: all that the analysis knows of reports.
+
+Times are nanoseconds of the report's own clock until :mod:`hpcmm.analysis.clock` puts all reports on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Rank, node and job of the process that nsys started; None where the report does not tell.
+
+    ``environment`` has every variable, with REDACTED for the values of those that may not be shown.
+    """
+
+    rank: int | None
+    node: str | None
+    job_id: str | None
+    world_size: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+KERNEL, COPY, SET, GRAPH = "kernel", "copy", "set", "graph"
+UNKNOWN = -1
+"""A number that the report does not tell: the launch of an activity, a process id."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaEvents:
+    """GPU activities and the ranges that may have launched them; times are the report's own nanoseconds.
+
+    ``activities``, sorted by start: start_ns, end_ns, pid, device, stream, kind (category of KERNEL, COPY, SET, GRAPH),
+    name (category; of kernels only), launch_ns, launch_end_ns and launch_tid of the launching call (UNKNOWN where it
+    was not traced). ``ranges``: closed push/pop ranges of every domain: start_ns, end_ns, pid, tid, domain and name
+    (categories; the domain ``""`` is NVTX's default one).
+    """
+
+    activities: pd.DataFrame
+    ranges: pd.DataFrame
+    nccl_calls: pd.DataFrame
+    """As :func:`hpcmm.reports.cuda.read_nccl_calls` gives them; mostly none."""
+    synchronisations: pd.DataFrame
+    """Calls in which the host waits for the device: start_ns, end_ns, pid."""
+
+
+MARK, PUSH_POP, START_END = 34, 59, 60
+PID_SHIFT, ID_MASK = 24, 0xFFFFFF
+"""globalTid = ... pid (24 bits) tid (24 bits)."""
+LOADER_NAME = "pt_data_worker"
+"""What PyTorch calls the processes of its data loader."""
+Integers = npt.NDArray[np.int64]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many are done, and of how many."""
+
+
+class Parts(Enum):
+    """How much of a report is read."""
+
+    ALL = "all"
+    OS_CALLS = "os calls"
+    """OS calls, and what they need to be understood: steps, and the GPUs' work only if there are no steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A report that could be opened.
+
+    ``nvtx``: start_ns, end_ns (int64; an open range ends at the report's last event), closed, pid, tid, end_tid, kind,
+    domain, name, payload (nullable). ``osrt``: start_ns, end_ns, pid, tid, function (category).
+    """
+
+    path: Path
+    nsys_version: str
+    identity: Identity
+    epoch_ns: int | None
+    """What to add to a time to get UTC; None where unknown."""
+    processes: dict[int, str]
+    nvtx: pd.DataFrame
+    osrt: pd.DataFrame
+    events: int
+    """Rows of the event tables, whether or not they are read."""
+    first_ns: int
+    last_ns: int
+    domains: tuple[str, ...]
+    traced: frozenset[str]
+    """Of ``nvtx``, ``osrt``, ``cuda``: what left events."""
+    damage: tuple[str, ...] = field(default=())
+    requested: frozenset[str] = frozenset()
+    """Of ``nvtx`` and ``cuda``: what nsys was asked to trace; empty where the report does not say."""
+    cuda: CudaEvents | None = None
+    """What its GPUs did; None where no GPU activity was traced."""
+    ranks: dict[int, int] = field(default_factory=dict)
+    """Ranks by pid, of the processes that told theirs in a mark."""
+    parts: Parts = Parts.ALL
+    """What was read of it."""
