@@ -6,14 +6,24 @@ import json
 import stat
 import subprocess
 import sys
+from dataclasses import asdict, fields
 
 import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.serve.address import Address, new_token, read_address, write_address
-from hpcmm.serve.find import find_address, find_served_run
+from hpcmm.serve.address import (
+    Address,
+    find_address,
+    find_served_run,
+    new_token,
+    read_address,
+    write_address,
+)
 from hpcmm.serve.options import ServeOptions
+from hpcmm.workloads.anomaly.page.served import PageOptions
+
+OF_THE_PAGE = {field.name for field in fields(PageOptions)}
 
 
 def serve(*arguments, cwd=None):
@@ -54,12 +64,13 @@ def runs(tmp_path):
 )  # fmt: skip
 def test_a_limit_that_is_none_is_refused_by_its_name(given, said):
     with pytest.raises(HpcmmError, match=f"^{said} is "):
-        ServeOptions(run="/nowhere", **given)
+        PageOptions(**given) if set(given) <= OF_THE_PAGE else ServeOptions(run="/nowhere", **given)
 
 
 def test_options_go_through_a_configuration_file_unchanged():
-    options = ServeOptions(run="/a b", port=7, threshold=0.25, max_wait_ms=0.0)
+    options = ServeOptions(run="/a b", port=7, max_wait_ms=0.0, page=asdict(PageOptions(threshold=0.25)))
     assert ServeOptions.of(json.loads(json.dumps(options.values()))) == options
+    assert PageOptions(**options.page).threshold == 0.25
 
 
 def test_a_run_is_found_by_name_start_path_and_point_of_a_sweep(runs):
