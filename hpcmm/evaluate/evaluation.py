@@ -15,8 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hpcmm.config.schema import RunConfig
-
 if TYPE_CHECKING:
     import pandas as pd
     import torch
@@ -59,6 +57,7 @@ class Evaluation(ABC):
     """How the runs of one workload are scored and compared.
 
     To be given: ``metrics``, :meth:`model_name`, :meth:`build_model` and :meth:`score`. All else may stay as it is.
+    ``config`` is an object of the workload's schema everywhere.
     """
 
     metrics: Sequence[str]
@@ -86,24 +85,24 @@ class Evaluation(ABC):
         """Add options of this workload alone to the command line, such as another data set to score."""
         del parser
 
-    def with_options(self, config: RunConfig, options: Namespace) -> RunConfig:
+    def with_options(self, config: Any, options: Namespace) -> Any:
         """``config`` as these options change it. Raises HpcmmError for a value that cannot be used."""
         del options
         return config
 
     @abstractmethod
-    def model_name(self, config: RunConfig) -> str:
+    def model_name(self, config: Any) -> str:
         """What the run's model is called in the tables; the same for runs that differ by their seed alone."""
 
     @abstractmethod
-    def build_model(self, config: RunConfig) -> torch.nn.Module:
+    def build_model(self, config: Any) -> torch.nn.Module:
         """The run's model as it was before training, float32 on the CPU. The command gives it the checkpoint's weights.
 
         Makes what the model needs and is not there. Raises HpcmmError if it cannot be built.
         """
 
     @abstractmethod
-    def score(self, model: Any, config: RunConfig, device: torch.device, progress: Progress) -> Scored:
+    def score(self, model: Any, config: Any, device: torch.device, progress: Progress) -> Scored:
         """Score the held-out samples of ``config`` with the trained ``model``, in evaluation mode and on ``device``.
 
         Raises HpcmmError if the run cannot be scored, such as for missing data: the other runs still are.

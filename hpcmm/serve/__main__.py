@@ -13,11 +13,12 @@ from pathlib import Path
 from hpcmm.config import config_file
 from hpcmm.config.workload import shipped_workloads, workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.serve.address import Address
+from hpcmm.serve.address import Address, find_address, find_served_run, this_host
 from hpcmm.serve.options import ServeOptions
 from hpcmm.serve.served import ServedModel
 from hpcmm.working_directory import check_working_directory
 
+PROGRAM = "python -m hpcmm.serve"
 DESCRIPTION = "Serve a trained run as a page: {what}."
 EPILOG = """\
 RUN is the name of a run in --runs-root, the start of that name (the newest is taken), or a directory; a point of a
@@ -53,23 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _pages_of(arguments: Sequence[str] | None) -> list[ServedModel]:
     """The page of the named run, before its options can be known; if no run is found, those that hpcmm ships."""
-    peek = argparse.ArgumentParser(add_help=False)
+    peek = argparse.ArgumentParser(prog=PROGRAM, add_help=False, exit_on_error=False)
     peek.add_argument("run", nargs="?")
     _add_options(peek)
-    given, _ = peek.parse_known_intermixed_args(arguments)
-    if given.run and not given.address:
-        from hpcmm.serve.address import find_served_run  # noqa: PLC0415 -- not needed by --help alone
-
-        with suppress(HpcmmError):  # it is said once the other arguments are known to be right
-            workload = workload_of(config_file.load(find_served_run(given.run, given.runs_root).config))
-            page = None if workload is None else workload.served()
-            return [] if page is None else [page]
+    with suppress(argparse.ArgumentError):  # the whole parser says it
+        given, _ = peek.parse_known_intermixed_args(arguments)
+        words = [] if given.address else [given.run, *given.overrides]
+        for word in (word for word in words if word and "=" not in word):
+            with suppress(HpcmmError):  # the value of an unknown option, or a run that is refused later with a sentence
+                workload = workload_of(config_file.load(find_served_run(word, given.runs_root).config))
+                page = None if workload is None else workload.served()
+                return [] if page is None else [page]
     return [page for workload in shipped_workloads() if (page := workload.served()) is not None]
 
 
 def _parser(pages: Sequence[ServedModel]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hpcmm.serve",
+        prog=PROGRAM,
         description=DESCRIPTION.format(what="; ".join(page.description for page in pages)) if pages else None,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -96,8 +97,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(given: argparse.Namespace, pages: Sequence[ServedModel]) -> ServeOptions:
-    from hpcmm.serve.address import find_served_run  # noqa: PLC0415 -- not needed by --help
-
     run = find_served_run(given.run, given.runs_root)
     if not pages:
         raise HpcmmError(f"The task of {run.root} has no page to serve: name a run of a workload that has.")
@@ -140,15 +139,11 @@ def _submit(given: argparse.Namespace, pages: Sequence[ServedModel]) -> int:
 
 
 def _print_address(given: argparse.Namespace) -> int:
-    from hpcmm.serve.address import find_address  # noqa: PLC0415
-
     _say_there(find_address(given.run, given.runs_root))
     return 0
 
 
 def _say_there(address: Address) -> None:
-    from hpcmm.serve.address import this_host  # noqa: PLC0415
-
     print(f"on your own machine: {address.tunnel(this_host())}")
     print(f"then open:           {address.url}", flush=True)
 

@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.batcher import Batcher
@@ -35,7 +34,10 @@ _PREPARED_AT_ONCE = 4
 
 
 class ServedModel(ABC):
-    """The page of one workload's runs, before a run is loaded. :meth:`build_model` and :meth:`load` are to be given."""
+    """The page of one workload's runs, before a run is loaded. :meth:`build_model` and :meth:`load` are to be given.
+
+    ``config`` is an object of the workload's schema everywhere.
+    """
 
     description: str = ""
     """For ``--help``: what one does on the page, as the end of "Serve a trained run as a page: "."""
@@ -53,11 +55,11 @@ class ServedModel(ABC):
         return {}
 
     @abstractmethod
-    def build_model(self, config: RunConfig) -> torch.nn.Module:
+    def build_model(self, config: Any) -> torch.nn.Module:
         """The run's model as it was before training, on the CPU. The server gives it the checkpoint's weights."""
 
     @abstractmethod
-    def load(self, model: Any, run: RunDir, config: RunConfig, options: ServeOptions) -> ServedPage:
+    def load(self, model: Any, run: RunDir, config: Any, options: ServeOptions) -> ServedPage:
         """The page of this run. ``model`` is trained, in evaluation mode, on the CPU, and may be moved.
 
         ``options.page`` is what :meth:`options` gave. Raises HpcmmError if the run cannot be served.

@@ -10,8 +10,10 @@ from dataclasses import asdict, fields
 
 import pytest
 
+from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.serve import __main__ as command
 from hpcmm.serve.address import (
     Address,
     find_address,
@@ -21,7 +23,9 @@ from hpcmm.serve.address import (
     write_address,
 )
 from hpcmm.serve.options import ServeOptions
+from hpcmm.serve.served import ServedModel
 from hpcmm.workloads.anomaly.page.served import PageOptions
+from hpcmm.workloads.anomaly.workload import AnomalyWorkload
 
 OF_THE_PAGE = {field.name for field in fields(PageOptions)}
 
@@ -124,6 +128,59 @@ def test_mistakes_on_the_command_line_are_one_sentence(runs):
         assert (done.returncode, said in done.stderr) == (1, True), done.stderr
         assert done.stderr.startswith("hpcmm.serve: ")
         assert "Traceback" not in done.stderr
+
+
+class Chat(ServedModel):
+    """The page of another workload, with one option."""
+
+    def add_options(self, parser):
+        parser.add_argument("--tone", default="plain")
+
+    def options(self, given):
+        return {"tone": given.tone}
+
+    def build_model(self, config):
+        raise NotImplementedError
+
+    def load(self, model, run, config, options):
+        raise NotImplementedError
+
+
+class Talker(Workload):
+    def served(self):
+        return Chat()
+
+
+@pytest.fixture
+def served_with(runs, monkeypatch):
+    """What a server of demo-1 is started with, when its configuration names a workload."""
+    (runs / "demo-1" / "config.yaml").write_text("name: demo\ncluster: {name: local}\n")
+    started = []
+    monkeypatch.setattr("hpcmm.serve.server.serve", lambda options, _: started.append(options))
+
+    def serve_run(workload, *arguments):
+        monkeypatch.setattr(command, "workload_of", lambda _: workload)
+        status = command.main([*arguments, "--runs-root", str(runs)])
+        return status, started.pop() if started else None
+
+    return serve_run
+
+
+def test_a_page_s_own_options_come_from_the_run_s_workload(served_with, capsys):
+    for arguments in (["demo-1", "--tone", "warm"], ["--tone", "warm", "demo-1", "--max-batch", "2"]):
+        status, options = served_with(Talker(), *arguments)
+        assert (status, options.page) == (0, {"tone": "warm"})
+    assert options.max_batch == 2
+    with pytest.raises(SystemExit):
+        served_with(Talker(), "demo-1", "--threshold", "0.5")
+    assert "unrecognized arguments: --threshold" in capsys.readouterr().err
+    status, options = served_with(AnomalyWorkload(), "demo-1", "--threshold", "0.5", "--max-files", "3")
+    assert (status, options.page) == (0, {"threshold": 0.5, "max_megapixels": 40.0, "max_files": 3})
+
+
+def test_a_run_of_a_user_s_script_has_no_page(served_with, capsys):
+    assert served_with(None, "demo-1") == (1, None)
+    assert "has no page to serve" in capsys.readouterr().err
 
 
 def test_help_takes_no_torch():
