@@ -282,7 +282,7 @@ def _counted(receive: Receive, limit: int) -> Receive:
 
 
 def _too_large(limit: int) -> str:
-    return f"The request is above {limit / 1e6:.1f} MB: upload smaller or fewer images."
+    return f"The request is above {limit / 1e6:.1f} MB: upload smaller or fewer files."
 
 
 def _folder_bytes(folder: Path) -> int:

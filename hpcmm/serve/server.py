@@ -30,7 +30,7 @@ from hpcmm.serve.served import ServedModel, ServedPage, Service
 
 LOOPBACK = "127.0.0.1"
 _SESSIONS = 500
-"""Open pages whose last image is kept in memory."""
+"""Open pages of which the server remembers what they show."""
 _CONNECTIONS = 400
 _KEPT_S = 900
 """How long an upload stays in the server's private folder."""

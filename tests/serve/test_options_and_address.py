@@ -6,10 +6,13 @@ import json
 import stat
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 
+from hpcmm.config import config_file
+from hpcmm.config.compose import compose_run
+from hpcmm.config.schema import TaskConfig, TaskName
 from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
@@ -75,6 +78,13 @@ def test_options_go_through_a_configuration_file_unchanged():
     options = ServeOptions(run="/a b", port=7, max_wait_ms=0.0, page=asdict(PageOptions(threshold=0.25)))
     assert ServeOptions.of(json.loads(json.dumps(options.values()))) == options
     assert PageOptions(**options.page).threshold == 0.25
+
+
+def test_a_job_reads_its_options_from_the_frozen_configuration(tmp_path):
+    options = ServeOptions(run="/a b", port=7, page=asdict(PageOptions(max_files=3)))
+    task = TaskConfig(name=TaskName.function, target="hpcmm.serve.job:serve_in_job", kwargs=options.values())
+    config_file.dump(replace(compose_run(["cluster=local"]), task=task), tmp_path / "config.yaml")
+    assert ServeOptions.of(config_file.load(tmp_path / "config.yaml").task.kwargs) == options
 
 
 def test_a_run_is_found_by_name_start_path_and_point_of_a_sweep(runs):
