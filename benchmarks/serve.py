@@ -85,13 +85,17 @@ def measure(users: Sequence[Use], seconds: float) -> Cell:
 @contextmanager
 def model_users(run: Path) -> Iterator[Callable[[str, int], list[Use]]]:
     """Users of the batcher, each with an image of its own."""
+    from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415
     from hpcmm.serve.batcher import Batcher  # noqa: PLC0415
-    from hpcmm.serve.predictor import Request, load_predictor  # noqa: PLC0415
     from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
+    from hpcmm.workloads.anomaly.page.predictor import Predictor, Request  # noqa: PLC0415
+    from hpcmm.workloads.anomaly.page.served import ServedDetector  # noqa: PLC0415
 
     select_accelerator()
     directory = RunDir(run)
-    predictor = load_predictor(directory, config_file.load(directory.config))
+    config = config_file.load(directory.config)
+    model = load_model(directory, lambda: ServedDetector().build_model(config))
+    predictor = Predictor(model, config.data.image_size)
     rng = np.random.default_rng(0)
     with ExitStack() as stack:
         batchers = {}

@@ -13,9 +13,9 @@ from typing import Any, get_origin
 import yaml
 
 from hpcmm.config.keys import parts_of, type_hints
-from hpcmm.config.parts import TARGET, folders_of
+from hpcmm.config.parts import TARGET, folders_of, options_of
 from hpcmm.config.schema import SCRIPT, RunConfig
-from hpcmm.config.workload import load_workload
+from hpcmm.config.workload import Workload, load_workload
 from hpcmm.errors import HpcmmError
 
 CONFIG_DIR = "launch.config_dir"
@@ -110,6 +110,13 @@ def space_of(overrides: Sequence[str]) -> ConfigSpace:
     return ConfigSpace(folders, _schema_of(folders, task))
 
 
+def shipped_workloads() -> list[Workload]:
+    """Every workload that a task of hpcmm's own ``conf/task`` names."""
+    folders = folders_of(None)
+    targets = [_target_of(folders, task) for task in options_of("task", folders)]
+    return [load_workload(target) for target in targets if target is not None]
+
+
 def _task_of(folders: Sequence[Path], experiment: str | None) -> str | None:
     """The task that ``conf/config.yaml`` chooses, or that an experiment chooses instead."""
     name = "config.yaml" if experiment is None else f"experiment/{experiment}.yaml"
@@ -122,10 +129,16 @@ def _task_of(folders: Sequence[Path], experiment: str | None) -> str | None:
 
 
 def _schema_of(folders: Sequence[Path], task: str) -> type[RunConfig]:
+    target = _target_of(folders, task)
+    return RunConfig if target is None else load_workload(target).schema
+
+
+def _target_of(folders: Sequence[Path], task: str) -> str | None:
+    """The class of the workload that ``conf/task/<task>.yaml`` names; None for a script or a function."""
     values = _yaml_of(folders, f"task/{task}.yaml")
     section = values.get("task") if isinstance(values.get("task"), dict) else values
     target = section.get(TARGET) if isinstance(section, dict) else None
-    return RunConfig if target is None else load_workload(str(target)).schema
+    return None if target is None else str(target)
 
 
 def _yaml_of(folders: Sequence[Path], name: str) -> dict[str, Any]:

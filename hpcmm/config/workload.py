@@ -13,7 +13,9 @@ from hpcmm.errors import HpcmmError
 if TYPE_CHECKING:
     import torch
 
+    from hpcmm.evaluate.evaluation import Evaluation
     from hpcmm.runs.run_dir import RunDir
+    from hpcmm.serve.served import ServedModel
     from hpcmm.train.workload import Training
 
 
@@ -69,6 +71,14 @@ class Workload(ABC):
         All ranks call it together, in the process group. ``device`` is the rank's own. Raises HpcmmError for values
         and files that cannot be used.
         """
+
+    def evaluation(self) -> Evaluation | None:
+        """How ``hpcmm.evaluate`` scores its runs; None if it cannot."""
+        return None
+
+    def served(self) -> ServedModel | None:
+        """The page that ``hpcmm.serve`` shows of its runs; None if there is none."""
+        return None
 
 
 def workload_of(config: RunConfig) -> Workload | None:

@@ -1,191 +1,210 @@
-"""``python -m hpcmm.evaluate RUN...``: score trained runs on held-out images and put them side by side."""
+"""``python -m hpcmm.evaluate RUN...``: score trained runs on held-out samples and put them side by side."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
+from hpcmm.config.space import shipped_workloads
+from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.evaluate.runs import find_runs
+from hpcmm.evaluate.evaluation import Evaluation, Scored
+from hpcmm.evaluate.runs import Candidate, find_runs
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.workloads.anomaly.schema import Layout
 
 if TYPE_CHECKING:
-    from hpcmm.workloads.anomaly.data.anomaly import TestImages
-    from hpcmm.workloads.anomaly.scoring import Scored
+    from hpcmm.evaluate.side_by_side import Comparison
 
 DESCRIPTION = """\
-Load the newest checkpoint of each run, score the held-out images, and write to DIR:
-  scores.csv       every run by category: image and pixel AUROC, PRO, F1, accuracy,
-                   and how right the words are, where there is a language model
+Load the newest checkpoint of each run, score {samples}, and write to DIR:
+  scores.csv       every run by category: {columns}
   summary.csv      every model's mean over its seeds, with a 95% confidence interval
   comparison.md    the models side by side, with what may be concluded
   comparison.tex   the same tables for LaTeX (booktabs)
   comparison.png   the same as a chart
-  maps.png         an image a category with its true defect and each model's heat map
-A RUN is a run directory or a run's name in ./runs, or a sweep's folder or ledger for all of its points. A run's
-model is called by its decoder and by what else a sweep set; a second run of one model and seed also by its name.
-F1 is the largest over all thresholds, accuracy is the one at that threshold.
+{files}A RUN is a run directory or a run's name in ./runs, or a sweep's folder or ledger for all of its points. {notes}
 """
-
-
-_ANSWERED_AT_ONCE = 4
-"""Micro-batches whose questions a language model answers together: many take it as long as few."""
 _ABOUT = ["run", "model", "seed", "trained_on", "scored_on"]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says."""
+    """What the command line says. ``own`` holds the options of the runs' workload."""
 
     runs: list[Path]
     out: Path
-    test_root: str | None
-    test_layout: Layout | None
+    own: argparse.Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = _parse(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        table, summary, unscored = evaluate(options)
+        evaluation = _evaluation_of(given)
+        options = _parse(given, evaluation)
+        comparison, unscored = evaluate(options, evaluation)
     except (HpcmmError, OSError) as error:
         print(f"hpcmm.evaluate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    _print(table, summary, options.out)
+    _print(comparison, options.out)
     for problem in unscored:
         print(f"hpcmm.evaluate: not scored: {problem}", file=sys.stderr)
     return 1 if unscored else 0
 
 
-def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Score every run and write the files. Returns the contents of ``scores.csv`` and ``summary.csv``.
+def evaluate(options: Options, evaluation: Evaluation) -> tuple[Comparison, list[str]]:
+    """Score every run and write the files. Returns what ``scores.csv`` and ``summary.csv`` hold.
 
     Also returns a sentence for each run that cannot be scored. Raises HpcmmError when none can be.
     """
-    from hpcmm.evaluate import chart, side_by_side  # noqa: PLC0415 - torch takes seconds, --help needs none
-    from hpcmm.evaluate.table import over_seeds  # noqa: PLC0415
-    from hpcmm.workloads.anomaly import maps_picture  # noqa: PLC0415 - torch takes seconds, --help needs none
-    from hpcmm.workloads.anomaly.scoring import by_category  # noqa: PLC0415
+    from hpcmm.evaluate.side_by_side import Comparison  # noqa: PLC0415 - not needed by --help
 
-    candidates, unfinished = find_runs(options.runs)
+    candidates, unfinished = find_runs(options.runs, evaluation.named_by)
     if unfinished:
         names = ", ".join(run.root.name for run in unfinished)
         print(f"Left out, for they have no finished checkpoint: {names}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     frames: list[pd.DataFrame] = []
     shown: list[tuple[str, Scored]] = []
-    images: dict[int, NDArray[np.float32]] = {}
     unscored: list[str] = []
     for candidate in candidates:
         run = candidate.run
         try:
-            config = _with_test_set(config_file.load(run.config), options)
-            scored, test, (trained_on, scored_on) = _score(run, config)
+            config = evaluation.with_options(_config_for(evaluation, run), options.own)
+            scored = _score(run, config, evaluation)
         except HpcmmError as error:
             unscored.append(f"{run.root.name}: {error}")
             continue
-        model = ", ".join([config.model.decoder, *candidate.settings])
-        if any((frame["model"].iloc[0], frame["seed"].iloc[0]) == (model, config.train.seed) for frame in frames):
-            model = f"{model} ({run.root.name})"  # the same seed twice is no further sample of one model
+        model = _name(candidate, config, evaluation, frames)
         frames.append(
-            by_category(scored).assign(
-                run=run.root.name, model=model, seed=config.train.seed, trained_on=trained_on, scored_on=scored_on
+            scored.table.assign(
+                run=run.root.name,
+                model=model,
+                seed=config.train.seed,
+                trained_on=scored.trained_on,
+                scored_on=scored.scored_on,
             )
         )
-        if not shown:
-            images = {index: test[index]["image"].numpy() for index in maps_picture.chosen(scored)}
-        if model not in dict(shown) and (not shown or np.array_equal(shown[0][1].mask, scored.mask)):
+        if model not in dict(shown) and (not shown or evaluation.is_comparable(shown[0][1], scored)):
             shown.append((model, scored))
     if not frames:
         raise HpcmmError(" ".join(unscored))
     table = pd.concat(frames, ignore_index=True)
     table = table[[*_ABOUT, *(name for name in frames[0] if name not in _ABOUT)]]
-    summary = over_seeds(table)
-    table.to_csv(options.out / "scores.csv", index=False)
-    summary.to_csv(options.out / "summary.csv", index=False)
-    (options.out / "comparison.md").write_text(side_by_side.markdown(table, summary), encoding="utf-8")
-    (options.out / "comparison.tex").write_text(side_by_side.latex(table, summary), encoding="utf-8")
-    chart.draw(options.out / "comparison.png", summary)
-    maps_picture.draw(options.out / "maps.png", images, shown)
-    return table, summary, unscored
+    comparison = Comparison.of(evaluation, table)
+    _write(comparison, options.out)
+    evaluation.draw(options.out, shown)
+    return comparison, unscored
 
 
-def _parse(arguments: Sequence[str] | None) -> Options:
+def _evaluation_of(arguments: Sequence[str]) -> Evaluation:
+    """How the named runs are scored, by the first whose configuration says it; before their options can be known.
+
+    Where none does, such as for ``--help``, as the workload that hpcmm ships.
+    """
+    for run in _named_runs(arguments):
+        with suppress(HpcmmError):  # it is named later, as one that cannot be scored
+            evaluation = _evaluation(config_file.load(run.config))
+            if evaluation is not None:
+                return evaluation
+    for workload in shipped_workloads():
+        evaluation = workload.evaluation()
+        if evaluation is not None:
+            return evaluation
+    raise HpcmmError("No run is named whose task has scores: name runs of a workload that has.")
+
+
+def _named_runs(arguments: Sequence[str]) -> Iterator[RunDir]:
+    for word in arguments:
+        if not word.startswith("-"):
+            with suppress(HpcmmError, OSError):  # the value of an option, or a run that is refused later
+                yield from (candidate.run for candidate in find_runs([Path(word)])[0])
+
+
+def _evaluation(config: RunConfig) -> Evaluation | None:
+    workload = workload_of(config)
+    return None if workload is None else workload.evaluation()
+
+
+def _config_for(evaluation: Evaluation, run: RunDir) -> RunConfig:
+    """The run's configuration. Raises HpcmmError where the run is not scored by ``evaluation``."""
+    config = config_file.load(run.config)
+    own = _evaluation(config)
+    if own is None:
+        raise HpcmmError(f"The task {config.task.name} of {run.root} has no scores: name runs of a workload that has.")
+    if type(own) is not type(evaluation):
+        raise HpcmmError(f"{run.root} is scored in another way than the runs before it: evaluate it by itself.")
+    return config
+
+
+def _parse(arguments: Sequence[str], evaluation: Evaluation) -> Options:
+    described = DESCRIPTION.format(
+        samples=evaluation.samples, columns=evaluation.columns, files=evaluation.files, notes=evaluation.notes
+    )
     parser = argparse.ArgumentParser(
         prog="python -m hpcmm.evaluate",
-        description=DESCRIPTION,
+        description=described,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, sweeps")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="default: ./evaluation")
-    parser.add_argument("--test-root", metavar="FOLDER", help="score this data set instead of the run's own")
-    parser.add_argument("--test-layout", choices=[layout.value for layout in Layout], help="its layout")
-    options = parser.parse_intermixed_args(arguments)
-    layout = Layout(options.test_layout) if options.test_layout else None
-    return Options(options.runs, options.out, options.test_root, layout)
+    evaluation.add_options(parser)
+    given = parser.parse_intermixed_args(arguments)
+    return Options(given.runs, given.out, given)
 
 
-def _with_test_set(config: RunConfig, options: Options) -> RunConfig:
-    if options.test_root is None:
-        return config
-    data = replace(config.data, test_root=options.test_root, test_categories=[])
-    return replace(config, data=replace(data, test_layout=options.test_layout or data.test_layout))
+def _name(candidate: Candidate, config: RunConfig, evaluation: Evaluation, before: Sequence[pd.DataFrame]) -> str:
+    """The model's name, with what a sweep set; with the run's where a run before has the same model and seed."""
+    model = ", ".join([evaluation.model_name(config), *candidate.settings])
+    if any((frame["model"].iloc[0], frame["seed"].iloc[0]) == (model, config.train.seed) for frame in before):
+        return f"{model} ({candidate.run.root.name})"  # the same seed twice is no further sample of one model
+    return model
 
 
-def _score(run: RunDir, config: RunConfig) -> tuple[Scored, TestImages, tuple[str, str]]:
-    """The run's scores, the images that they are of, and what it was trained on and scored on."""
-    import torch  # noqa: PLC0415
+def _score(run: RunDir, config: RunConfig, evaluation: Evaluation) -> Scored:
+    import torch  # noqa: PLC0415 - torch takes seconds, --help needs none
 
     from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415
     from hpcmm.page.progress import progress_bar  # noqa: PLC0415
     from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
-    from hpcmm.workloads.anomaly.data.anomaly import build_datasets  # noqa: PLC0415
-    from hpcmm.workloads.anomaly.data_root import data_config, data_root  # noqa: PLC0415
-    from hpcmm.workloads.anomaly.origin import origins  # noqa: PLC0415
-    from hpcmm.workloads.anomaly.scoring import score_images  # noqa: PLC0415
 
     device = torch.device(select_accelerator())
-    root, data = data_root(config), data_config(config)
-    _, test = build_datasets(root, data, config.train.seed)
-    model = load_model(run, config).to(device)
+    model = load_model(run, lambda: evaluation.build_model(config)).to(device)
     with progress_bar("hpcmm.evaluate") as bar:
-        scored = score_images(
-            model,
-            test,
-            config.train.micro_batch_size * (1 if model.language is None else _ANSWERED_AT_ONCE),
-            device,
-            lambda done, of: bar(f"scoring {run.root.name}", done, of),
-        )
-    return scored, test, origins(root, data)
+        return evaluation.score(model, config, device, lambda done, of: bar(f"scoring {run.root.name}", done, of))
 
 
-def _print(table: pd.DataFrame, summary: pd.DataFrame, out: Path) -> None:
-    from hpcmm.evaluate import side_by_side  # noqa: PLC0415
+def _write(comparison: Comparison, out: Path) -> None:
+    comparison.table.to_csv(out / "scores.csv", index=False)
+    comparison.summary.to_csv(out / "summary.csv", index=False)
+    (out / "comparison.md").write_text(comparison.markdown(), encoding="utf-8")
+    (out / "comparison.tex").write_text(comparison.latex(), encoding="utf-8")
+    comparison.draw_chart(out / "comparison.png")
 
+
+def _print(comparison: Comparison, out: Path) -> None:
     console = Console()
-    first = side_by_side.metrics_of(summary)[0]
-    console.print(_view(side_by_side.wide(summary, first), side_by_side.title(first)))
-    console.print(_view(side_by_side.means(summary), "all metrics"))
-    beside = side_by_side.published(table, summary)
+    first = comparison.metrics[0]
+    console.print(_view(comparison.wide(first), comparison.title(first)))
+    console.print(_view(comparison.means(), "all metrics"))
+    beside = comparison.published()
     if beside is not None:
-        console.print(_view(beside, "beside the published accuracies"))
-    for remark in side_by_side.remarks(table, summary):
+        console.print(_view(beside[1], f"beside the published {beside[0]}"))
+    for remark in comparison.remarks():
         console.print(escape(remark), soft_wrap=True)
     console.print(f"Tables and pictures: {escape(str(out))}", soft_wrap=True)
 

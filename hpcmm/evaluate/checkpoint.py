@@ -1,25 +1,28 @@
-"""A run's trained model, from its configuration and its newest checkpoint."""
+"""A run's trained model: one that its workload builds, with the weights of the run's newest checkpoint."""
 
 from __future__ import annotations
 
-from hpcmm.config.schema import RunConfig
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.trained_weights import read_trained
-from hpcmm.workloads.anomaly.llm_folder import ensure_llm, model_config
-from hpcmm.workloads.anomaly.models import AnomalyModel, build_model
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_model(run: RunDir, config: RunConfig) -> AnomalyModel:
-    """The model with the weights of ``checkpoints/latest``, float32, in evaluation mode, on the CPU.
+def load_model(run: RunDir, build: Callable[[], Model]) -> Model:
+    """What ``build`` makes, with the weights of ``checkpoints/latest``, in evaluation mode.
 
-    The frozen encoders and the language model's own weights are no part of a checkpoint: they come from where the
-    configuration says. Raises HpcmmError where there is no checkpoint, it does not fit the model, or another user could
-    have written it.
+    A checkpoint holds what was trained alone: all other weights stay as ``build`` made them. It is called once the
+    checkpoint has been read. Raises HpcmmError if there is no checkpoint, it does not fit the model, or another user
+    could have written it.
     """
     state = read_trained(run)
-    ensure_llm(config)
-    model = build_model(model_config(config), config.train.seed)
+    model = build()
     try:
         unknown = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

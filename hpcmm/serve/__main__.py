@@ -6,15 +6,21 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+from hpcmm.config import config_file
+from hpcmm.config.space import shipped_workloads
+from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.serve.address import Address
+from hpcmm.serve.address import Address, find_address, find_served_run, this_host
 from hpcmm.serve.options import ServeOptions
+from hpcmm.serve.served import ServedModel
 from hpcmm.working_directory import check_working_directory
 
-DESCRIPTION = "Serve a trained run as a page: upload an image, ask, and see where it is anomalous."
+PROGRAM = "python -m hpcmm.serve"
+DESCRIPTION = "Serve a trained run as a page: {what}."
 EPILOG = """\
 RUN is the name of a run in --runs-root, the start of that name (the newest is taken), or a directory; a point of a
 sweep is SWEEP/0003. Its newest checkpoint is loaded, unless another user could have written it.
@@ -31,14 +37,15 @@ start, 130 after Ctrl-C while waiting for the job, which stays.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = _parser().parse_intermixed_args(arguments)
     try:
+        pages = _pages_of(arguments)
+        options = _parser(pages).parse_intermixed_args(arguments)
         check_working_directory()
         if options.address:
             return _print_address(options)
         if options.cluster is None:
-            return _serve_here(options)
-        return _submit(options)
+            return _serve_here(options, pages)
+        return _submit(options, pages)
     except HpcmmError as error:
         print(f"hpcmm.serve: {error}", file=sys.stderr)
         return 1
@@ -46,46 +53,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _pages_of(arguments: Sequence[str] | None) -> list[ServedModel]:
+    """The page of the named run, before its options can be known; if no run is found, those that hpcmm ships."""
+    peek = argparse.ArgumentParser(prog=PROGRAM, add_help=False, exit_on_error=False)
+    peek.add_argument("run", nargs="?")
+    _add_options(peek)
+    with suppress(argparse.ArgumentError):  # the whole parser says it
+        given, _ = peek.parse_known_intermixed_args(arguments)
+        words = [] if given.address else [given.run, *given.overrides]
+        for word in (word for word in words if word and "=" not in word):
+            with suppress(HpcmmError):  # the value of an unknown option, or a run that is refused later with a sentence
+                workload = workload_of(config_file.load(find_served_run(word, given.runs_root).config))
+                page = None if workload is None else workload.served()
+                return [] if page is None else [page]
+    return [page for workload in shipped_workloads() if (page := workload.served()) is not None]
+
+
+def _parser(pages: Sequence[ServedModel]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hpcmm.serve",
-        description=DESCRIPTION,
+        prog=PROGRAM,
+        description=DESCRIPTION.format(what="; ".join(page.description for page in pages)) if pages else None,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN")
+    _add_options(parser)
+    for page in pages:
+        page.add_options(parser)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every page."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the Slurm job")
     parser.add_argument("--cluster", metavar="NAME", help="run as a Slurm job there: a file of conf/cluster")
     parser.add_argument("--detach", action="store_true", help="return once the job is queued, do not wait for it")
     parser.add_argument("--address", action="store_true", help="say how to reach the server whose job's run is RUN")
     parser.add_argument("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     parser.add_argument("--port", type=int, metavar="N", help="default: a free one")
-    parser.add_argument("--threshold", type=float, metavar="X", help="default: chosen on the held-out images")
-    parser.add_argument("--max-batch", type=int, metavar="N", help="images through the model at once (default: 8)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="requests through the model at once (default: 8)")
     parser.add_argument("--max-wait-ms", type=float, metavar="T", help="the first of them waits so long (default: 5)")
     parser.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait (default: 64)")
-    parser.add_argument("--max-upload-mb", type=float, metavar="MB", help="size of one image file (default: 16)")
-    parser.add_argument("--max-megapixels", type=float, metavar="M", help="pixels of one image (default: 40)")
-    parser.add_argument("--max-files", type=int, metavar="N", help="images of one table (default: 32)")
-    return parser
+    parser.add_argument("--max-upload-mb", type=float, metavar="MB", help="size of one uploaded file (default: 16)")
 
 
-def _options(given: argparse.Namespace) -> ServeOptions:
-    from hpcmm.serve.find import find_served_run  # noqa: PLC0415 -- not needed by --help
-
+def _options(given: argparse.Namespace, pages: Sequence[ServedModel]) -> ServeOptions:
     run = find_served_run(given.run, given.runs_root)
-    names = {field.name for field in fields(ServeOptions)} - {"run"}
+    if not pages:
+        raise HpcmmError(f"The task of {run.root} has no page to serve: name a run of a workload that has.")
+    names = {field.name for field in fields(ServeOptions)} - {"run", "page"}
     values = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    return ServeOptions(run=str(run.root), **values)
+    page = {name: value for each in pages for name, value in each.options(given).items()}
+    return ServeOptions(run=str(run.root), page=page, **values)
 
 
-def _serve_here(given: argparse.Namespace) -> int:
+def _serve_here(given: argparse.Namespace, pages: Sequence[ServedModel]) -> int:
     from hpcmm.serve.server import serve  # noqa: PLC0415 -- torch and gradio
 
     if given.overrides or given.detach:
         what = given.overrides[0] if given.overrides else "--detach"
         raise HpcmmError(f"{what} is for a Slurm job: name its cluster with --cluster, or leave it out.")
-    serve(_options(given), _say_here)
+    serve(_options(given, pages), _say_here)
     print("The server has ended.")
     return 0
 
@@ -96,10 +124,10 @@ def _say_here(address: Address) -> None:
     print("Ctrl-C ends the server.", flush=True)
 
 
-def _submit(given: argparse.Namespace) -> int:
+def _submit(given: argparse.Namespace, pages: Sequence[ServedModel]) -> int:
     from hpcmm.serve.job import submit, wait_for_address  # noqa: PLC0415
 
-    submission = submit(_options(given), given.cluster, given.overrides, given.runs_root)
+    submission = submit(_options(given, pages), given.cluster, given.overrides, given.runs_root)
     name = submission.run.root.name
     print(f"job id:         {submission.job_id}")
     print(f"run directory:  {submission.run.root}")
@@ -112,15 +140,11 @@ def _submit(given: argparse.Namespace) -> int:
 
 
 def _print_address(given: argparse.Namespace) -> int:
-    from hpcmm.serve.find import find_address  # noqa: PLC0415
-
     _say_there(find_address(given.run, given.runs_root))
     return 0
 
 
 def _say_there(address: Address) -> None:
-    from hpcmm.serve.address import this_host  # noqa: PLC0415
-
     print(f"on your own machine: {address.tunnel(this_host())}")
     print(f"then open:           {address.url}", flush=True)
 

@@ -11,7 +11,8 @@ import html
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping, Set
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _OPEN_ROUTES = re.compile(
     rf"|{API}/heartbeat/\w+|{API}/file=.+"
 )
 """What the page itself asks for. gradio has more: a proxy, its own API, recordings, code written by a model."""
+_ASKING_ROUTES = frozenset({f"{API}/queue/join", f"{API}/run/predict"})
 _LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _JSON_LIMIT_BYTES = 300_000
 _DRAINED = 4
@@ -66,14 +68,27 @@ class RefusalError(Exception):
 
 
 class Guard:
-    """The application in front of ``app``. ``cache`` is the only folder of which files are shown."""
+    """The application in front of ``app``. ``cache`` is the only folder of which files are shown.
 
-    def __init__(self, app: App, *, token: str, cookie: str, cache: Path, max_body_bytes: int) -> None:
+    ``functions`` are the numbers of what the page may ask for; None lets all pass.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        token: str,
+        cookie: str,
+        cache: Path,
+        max_body_bytes: int,
+        functions: Set[int] | None = None,
+    ) -> None:
         self._app = app
         self._token = token.encode()
         self._cookie = cookie
         self._cache = cache.resolve()
         self._max_body_bytes = max_body_bytes
+        self._functions = functions
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -152,19 +167,30 @@ class Guard:
                 raise RefusalError(507, "Too many uploads lie here already: try again in a quarter of an hour.")
             return _counted(receive, limit)
         body = await _read(receive, limit)
-        self._check_paths(body)
+        self._check_question(scope["path"], body)
         return _replayed(body, receive)
 
-    def _check_paths(self, body: bytes) -> None:
-        """A question names uploaded files by their paths, which gradio would also fetch from other hosts."""
+    def _check_question(self, path: str, body: bytes) -> None:
+        """A question names uploaded files by their paths, which gradio would also fetch from other hosts.
+
+        It also names a function of the page by its number, of which gradio fails with a traceback where there is none.
+        """
         if not body:
             return
         try:
-            named = list(_named_files(json.loads(body)))
+            question = json.loads(body)
+            named = list(_named_files(question))
         except (ValueError, RecursionError) as error:
             raise RefusalError(400, "The request is no JSON.") from error
         if not all(self._is_ours(name) for name in named):
             raise RefusalError(400, "The request names a file that was not uploaded here.")
+        if path in _ASKING_ROUTES and self._functions is not None:
+            number = question.get("fn_index") if isinstance(question, dict) else None
+            # true is 1 to Python, and 1.0 is too
+            if type(number) is not int or number not in self._functions:
+                told = f"hpcmm.serve: refused a request to {path} for a function that the page does not have."
+                print(told, file=sys.stderr, flush=True)
+                raise RefusalError(400, "The page has no such function.")
 
 
 def _check_site(scope: Message) -> None:
@@ -256,7 +282,7 @@ def _counted(receive: Receive, limit: int) -> Receive:
 
 
 def _too_large(limit: int) -> str:
-    return f"The request is above {limit / 1e6:.1f} MB: upload smaller or fewer images."
+    return f"The request is above {limit / 1e6:.1f} MB: upload smaller or fewer files."
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""The log of requests: JSON lines that only the owner can read, without image contents and without the token."""
+"""The log of requests: JSON lines that only the owner can read, without contents of uploads and without the token."""
 
 from __future__ import annotations
 

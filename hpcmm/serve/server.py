@@ -15,27 +15,29 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpcmm.config import config_file
+from hpcmm.config.schema import RunConfig
+from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.node.ports import hold_free_port
-from hpcmm.runs.checkpoints import newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, new_token, this_host
 from hpcmm.serve.options import ServeOptions
-
-if TYPE_CHECKING:
-    from hpcmm.serve.service import Service
+from hpcmm.serve.request_log import RequestLog
+from hpcmm.serve.served import ServedModel, ServedPage, Service
 
 LOOPBACK = "127.0.0.1"
 _SESSIONS = 500
-"""Open pages whose last image is kept in memory."""
+"""Open pages of which the server remembers what they show."""
 _CONNECTIONS = 400
 _KEPT_S = 900
 """How long an upload stays in the server's private folder."""
 _SWEEP_S = 30.0
 _GRACE_S = 3
+_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
+_MONO = ["ui-monospace", "monospace"]
 
 
 def serve(
@@ -52,74 +54,82 @@ def serve(
         held = stack.enter_context(_listening(options.port))
         cache = stack.enter_context(_private_folder())
         _settle_gradio(cache)
-        service = load_service(options)
+        page, service = load_page(options)
         stack.callback(service.close)
         address = Address(node or this_host(), int(held.getsockname()[1]), new_token())
-        _run(build_app(service, cache, address), held, cache, lambda: ready(address), asked_to_end)
+        _run(build_app(page, service, cache, address), held, cache, lambda: ready(address), asked_to_end)
 
 
-def load_service(options: ServeOptions) -> Service:
-    """Model, threshold, examples and log of a run. Raises HpcmmError with what is missing."""
-    from hpcmm.serve.held_out import examples_of, held_out_images  # noqa: PLC0415 -- all of these import torch
-    from hpcmm.serve.predictor import load_predictor  # noqa: PLC0415
-    from hpcmm.serve.request_log import RequestLog  # noqa: PLC0415
-    from hpcmm.serve.service import About, Service  # noqa: PLC0415
-    from hpcmm.serve.threshold import choose_threshold  # noqa: PLC0415
+def load_page(options: ServeOptions) -> tuple[ServedPage, Service[Any, Any]]:
+    """The page of a run with its model, and what its users share. Raises HpcmmError with what is missing."""
+    from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415 -- both import torch
     from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
 
     select_accelerator()
     run = RunDir(Path(options.run))
     config = config_file.load(run.config)
+    served = served_model_of(run, config)
     print(f"hpcmm.serve: loading the model of {run.root.name}.", file=sys.stderr, flush=True)
-    predictor = load_predictor(run, config)
+    model = load_model(run, lambda: served.build_model(config))
     log = RequestLog(run.requests_log)
-    held_out = held_out_images(config)
-    examples, captions = examples_of(held_out)
-    checkpoint = newest_checkpoint(run)
-    return Service(
-        predictor,
-        options,
-        about=About(run.root.name, f"decoder {config.model.decoder}", checkpoint, is_standin=config.data.generate),
-        threshold=choose_threshold(run, predictor, held_out, options.threshold),
-        log=log,
-        captions=captions,
-        examples=examples,
-    )
+    page = served.load(model, run, config, options)
+    return page, Service(page.predict, options, log)
 
 
-def build_app(service: Service, cache: Path, address: Address) -> Any:
-    """The ASGI application: gradio's page, and the guard in front."""
+def served_model_of(run: RunDir, config: RunConfig) -> ServedModel:
+    """How the run's workload is served. Raises HpcmmError where its task has no page."""
+    workload = workload_of(config)
+    served = None if workload is None else workload.served()
+    if served is None:
+        raise HpcmmError(f"The task {config.task.name} of {run.root} has no page to serve: name a run of a workload.")
+    return served
+
+
+def build_app(page: ServedPage, service: Service[Any, Any], cache: Path, address: Address) -> Any:
+    """The ASGI application: the workload's page in gradio, and the guard in front."""
     import gradio  # noqa: PLC0415 -- takes seconds
     from fastapi import FastAPI  # noqa: PLC0415
 
     from hpcmm.serve.guard import Guard  # noqa: PLC0415
-    from hpcmm.serve.page import CSS, build_page, theme  # noqa: PLC0415
 
-    page = build_page(service, cache)
-    page.state_session_capacity = _SESSIONS
+    options = service.options
+    blocks = gradio.Blocks(title=f"{Path(options.run).name} · hpcmm", analytics_enabled=False)
+    with blocks:
+        page.build(service, cache)
+    blocks.queue(max_size=4 * options.max_waiting + 64, default_concurrency_limit=None, api_open=False)
+    blocks.state_session_capacity = _SESSIONS
     app = gradio.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        page,
+        blocks,
         path="/",
         server_name=LOOPBACK,
         server_port=address.port,
         footer_links=[],
         run_history=False,
         show_error=False,
-        max_file_size=service.options.max_upload_bytes,
+        max_file_size=options.max_upload_bytes,
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
-        theme=theme(),
-        css=CSS.read_text(encoding="utf-8"),
+        theme=_theme(gradio.themes),
+        css=page.css,
     )
     return Guard(
         app,
         token=address.token,
         cookie=f"hpcmm_serve_{address.port}",
         cache=cache,
-        max_body_bytes=service.options.max_body_bytes,
+        max_body_bytes=options.max_body_bytes,
+        functions=frozenset(blocks.fns),
     )
+
+
+def _theme(themes: Any) -> Any:
+    """gradio's plain theme with the viewer's own fonts: none is fetched."""
+    plain = themes.Default(font=_FONTS, font_mono=_MONO, primary_hue="blue", neutral_hue="slate")
+    # Labels are words above a field, not coloured boxes over a picture.
+    quiet = {"block_title_background_fill": "transparent", "block_label_background_fill": "transparent"}
+    return plain.set(**quiet, **{f"{name}_dark": value for name, value in quiet.items()})
 
 
 def _run(app: Any, held: socket.socket, cache: Path, ready: Callable[[], None], ends: Callable[[], bool]) -> None:

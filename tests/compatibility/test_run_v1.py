@@ -154,10 +154,14 @@ def test_the_points_of_its_sweep_are_scored_with_the_names_of_what_differs(run_v
 
 
 def test_it_is_served_with_the_findings_of_then(run_v1):
+    from hpcmm.evaluate.checkpoint import load_model
     from hpcmm.runs.run_dir import RunDir
-    from hpcmm.serve.predictor import Request, load_predictor
+    from hpcmm.workloads.anomaly.page.predictor import Predictor, Request
+    from hpcmm.workloads.anomaly.page.served import ServedDetector
 
-    predictor = load_predictor(RunDir(run_v1), config_file.load(run_v1 / "config.yaml"))
+    config = config_file.load(run_v1 / "config.yaml")
+    model = load_model(RunDir(run_v1), lambda: ServedDetector().build_model(config))
+    predictor = Predictor(model, config.data.image_size)
     assert (predictor.side, predictor.speaks) == (64, False)
     asked = []
     for name in ("good/000", "hole/000"):

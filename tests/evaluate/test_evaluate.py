@@ -13,18 +13,25 @@ from scipy import stats
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.checkpoint import load_model
-from hpcmm.evaluate.table import over_seeds, separated
+from hpcmm.evaluate.evaluation import MEAN
+from hpcmm.evaluate.side_by_side import over_seeds, separated
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.workloads.anomaly import maps_picture
+from hpcmm.workloads.anomaly.evaluation import METRICS, POOLED, AnomalyEvaluation
+from hpcmm.workloads.anomaly.models import AnomalyModel
 from hpcmm.workloads.anomaly.models.scores import image_auroc
 from hpcmm.workloads.anomaly.question_answering.conversations import ParsedAnswer
 from hpcmm.workloads.anomaly.question_answering.scores import METRICS as WORDS
 from hpcmm.workloads.anomaly.question_answering.scores import statements
-from hpcmm.workloads.anomaly.scoring import MEAN, METRICS, POOLED, Scored, by_category
+from hpcmm.workloads.anomaly.scoring import ImageScores, by_category
+
+
+def untrained() -> AnomalyModel:
+    return AnomalyEvaluation().build_model(RunConfig())
 
 
 @pytest.fixture
-def scored() -> Scored:
+def scored() -> ImageScores:
     """Two categories of ten images; ``tile`` has no defect."""
     rng = np.random.default_rng(0)
     label = np.array([0, 1] * 5 + [0] * 10)
@@ -32,10 +39,12 @@ def scored() -> Scored:
     mask[label == 1, 2:4, 2:5] = True
     maps = (0.3 * rng.random((20, 8, 8)) + 0.5 * mask).astype(np.float32)
     category = np.array(["screw"] * 10 + ["tile"] * 10, dtype=object)
-    return Scored(maps.max(axis=(1, 2)) * rng.uniform(0.7, 1.3, 20).astype(np.float32), label, maps, mask, category)
+    return ImageScores(
+        maps.max(axis=(1, 2)) * rng.uniform(0.7, 1.3, 20).astype(np.float32), label, maps, mask, category
+    )
 
 
-def test_each_category_is_scored_by_itself_and_counts_the_same_in_the_mean(scored: Scored):
+def test_each_category_is_scored_by_itself_and_counts_the_same_in_the_mean(scored: ImageScores):
     table = by_category(scored).set_index("category")
     assert list(table.index) == ["screw", "tile", POOLED, MEAN]
     assert table.loc["screw", "image_auroc"] == image_auroc(scored.score[:10], scored.label[:10]).value
@@ -56,21 +65,23 @@ def seeds(values: dict[str, list[float]]) -> pd.DataFrame:
     )
 
 
-def test_intervals_are_students_t(scored: Scored):
+def test_intervals_are_students_t(scored: ImageScores):
     values = [0.8, 0.84, 0.91]
-    row = over_seeds(seeds({"fcn": values})).iloc[0]
+    row = over_seeds(seeds({"fcn": values}), METRICS).iloc[0]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert (row["seeds"], row["mean"]) == (3, pytest.approx(0.85))
     assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(min(high, 1)))
 
 
 def test_only_models_whose_intervals_do_not_touch_are_ranked():
-    table = over_seeds(seeds({"good": [0.95, 0.951, 0.952], "bad": [0.6, 0.61, 0.62], "wide": [0.5, 0.9, 0.99]}))
+    table = over_seeds(
+        seeds({"good": [0.95, 0.951, 0.952], "bad": [0.6, 0.61, 0.62], "wide": [0.5, 0.9, 0.99]}), METRICS
+    )
     assert separated(table, "image_auroc") == [("good", "bad")]
-    assert separated(over_seeds(seeds({"good": [0.9], "bad": [0.1]})), "image_auroc") == []
+    assert separated(over_seeds(seeds({"good": [0.9], "bad": [0.1]}), METRICS), "image_auroc") == []
 
 
-def test_the_picture_shows_an_image_a_category_and_a_map_a_model(scored: Scored, tmp_path):
+def test_the_picture_shows_an_image_a_category_and_a_map_a_model(scored: ImageScores, tmp_path):
     indices = maps_picture.chosen(scored)
     assert [scored.category[index] for index in indices] == ["screw", "tile"]
     assert scored.label[indices[0]] == 1
@@ -95,10 +106,10 @@ def test_a_run_without_a_checkpoint_is_named(tmp_path):
     run = RunDir(tmp_path / "run")
     run.create()
     with pytest.raises(HpcmmError, match="holds no finished checkpoint"):
-        load_model(run, RunConfig())
+        load_model(run, untrained)
     (run.checkpoints / "latest").write_text("step_000010")
     with pytest.raises(HpcmmError, match="names 'step_000010', but there is no such checkpoint"):
-        load_model(run, RunConfig())
+        load_model(run, untrained)
 
 
 def test_a_checkpoint_that_others_can_write_is_not_read(tmp_path):
@@ -108,15 +119,15 @@ def test_a_checkpoint_that_others_can_write_is_not_read(tmp_path):
     (run.checkpoints / "step_1").mkdir()
     (run.checkpoints / "step_1").chmod(0o777)
     with pytest.raises(HpcmmError, match="step_1 can be written by another user"):
-        load_model(run, RunConfig())
+        load_model(run, untrained)
     (run.checkpoints / "step_1").chmod(0o755)
     (run.checkpoints / "step_1" / "states.pt").touch()
     (run.checkpoints / "step_1" / "states.pt").chmod(0o664)
     with pytest.raises(HpcmmError, match=r"states\.pt can be written by another user"):
-        load_model(run, RunConfig())
+        load_model(run, untrained)
 
 
-def test_words_are_scored_by_category_where_there_are_any(scored: Scored):
+def test_words_are_scored_by_category_where_there_are_any(scored: ImageScores):
     truth = statements([ParsedAnswer(bool(label), frozenset({0} if label else ())) for label in scored.label])
     said = truth.copy()
     said[1] = statements([ParsedAnswer(True, frozenset({8}))])[0]  # the wrong place, in the first category
@@ -129,6 +140,6 @@ def test_words_are_scored_by_category_where_there_are_any(scored: Scored):
     assert not set(WORDS) & set(by_category(scored).columns)
     both = pd.concat([by_category(replace(scored, said=said, truth=truth)).assign(model="words", seed=0),
                       by_category(scored).assign(model="maps", seed=0)])  # fmt: skip
-    summary = over_seeds(both).set_index(["model", "metric"])
+    summary = over_seeds(both, METRICS).set_index(["model", "metric"])
     assert ("words", "words_grid") in summary.index
     assert ("maps", "words_grid") not in summary.index

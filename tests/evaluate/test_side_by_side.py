@@ -13,17 +13,16 @@ from PIL import Image
 
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.evaluate import chart
+from hpcmm.evaluate.evaluation import MEAN
 from hpcmm.evaluate.runs import find_runs
-from hpcmm.evaluate.side_by_side import latex, markdown, published, remarks, wide
-from hpcmm.evaluate.table import over_seeds
+from hpcmm.evaluate.side_by_side import COLOURS, Comparison
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.workloads.anomaly.data import mvtec, visa
 from hpcmm.workloads.anomaly.data.standins import generate
 from hpcmm.workloads.anomaly.data_root import data_config, data_root, ensure_data
+from hpcmm.workloads.anomaly.evaluation import METRICS, POOLED, AnomalyEvaluation
 from hpcmm.workloads.anomaly.origin import PUBLISHED, origins
 from hpcmm.workloads.anomaly.schema import DataConfig, Layout, Standins
-from hpcmm.workloads.anomaly.scoring import MEAN, METRICS, POOLED
 
 DECODERS = list(PUBLISHED)
 
@@ -38,6 +37,10 @@ def scores(spread: float = 0.02, trained_on: str = "stand-ins", scored_on: str =
         for category in ("metal_nut", POOLED, MEAN)
     ]
     return pd.DataFrame(rows)
+
+
+def compared(table: pd.DataFrame) -> Comparison:
+    return Comparison.of(AnomalyEvaluation(), table)
 
 
 def sweep(folder: Path, points: list[list[str]], trained: set[int]) -> SweepDir:
@@ -77,7 +80,7 @@ def test_a_run_may_be_named_as_it_is_in_the_folder_of_runs(tmp_path: Path, monke
 
 def test_decoder_and_seed_are_not_told_twice(tmp_path: Path):
     found = sweep(tmp_path / "sweep", [["model/decoder=mlp", "train.seed=3"]], {0})
-    assert find_runs([found.root])[0][0].settings == ()
+    assert find_runs([found.root], AnomalyEvaluation.named_by)[0][0].settings == ()
 
 
 def test_runs_and_sweeps_may_be_mixed(tmp_path: Path):
@@ -97,69 +100,69 @@ def test_a_sweep_that_trained_nothing_is_named(tmp_path: Path):
 
 
 def test_what_the_intervals_do_not_separate_is_not_ranked():
-    table = scores()
-    said = " ".join(remarks(table, over_seeds(table)))
+    said = " ".join(compared(scores()).remarks())
     worst = DECODERS[1]
     assert f"is better than {worst}" in said
     assert not any(f"is better than {model}" in said for model in DECODERS if model != worst)
     undecided = scores(spread=0.3)
-    assert "separate no two models: none is ranked" in " ".join(remarks(undecided, over_seeds(undecided)))
+    assert "separate no two models: none is ranked" in " ".join(compared(undecided).remarks())
 
 
 def test_stand_ins_are_called_so_and_never_stand_beside_published_numbers():
-    table = scores()
-    summary = over_seeds(table)
-    page = markdown(table, summary)
+    comparison = compared(scores())
+    page = comparison.markdown()
     assert "These are stand-ins" in page
     assert "published accuracies" not in page
-    assert published(table, summary) is None
+    assert comparison.published() is None
     for trained_on, scored_on in (("VisA", "stand-ins"), ("MVTec-AD", "MVTec-AD"), ("my_folder", "MVTec-AD")):
-        assert published(scores(trained_on=trained_on, scored_on=scored_on), summary) is None
+        assert compared(scores(trained_on=trained_on, scored_on=scored_on)).published() is None
 
 
 def test_published_numbers_stand_beside_the_published_experiment():
-    table = scores(trained_on="VisA", scored_on="MVTec-AD")
-    beside = published(table, over_seeds(table))
-    assert beside is not None
+    comparison = compared(scores(trained_on="VisA", scored_on="MVTec-AD"))
+    found = comparison.published()
+    assert found is not None
+    beside = found[1]
     assert dict(beside[["model", "published accuracy"]].to_numpy()) == {
         "fcn": "0.9094",
         "mlp": "0.9109",
         "resnet": "0.9049",
         "mlp_bn": "0.9093",
     }
-    assert "stand-ins" not in markdown(table, over_seeds(table))
+    assert "stand-ins" not in comparison.markdown()
+    assert "## Beside the published accuracies" in comparison.markdown()
 
 
 def test_the_tables_hold_every_model_and_category():
     table = scores()
-    summary = over_seeds(table)
-    cells = wide(summary, "image_auroc")
+    comparison = compared(table)
+    cells = comparison.wide("image_auroc")
     assert list(cells.columns) == ["category", *DECODERS]
     assert list(cells["category"]) == ["metal_nut", POOLED, MEAN]
     own = table[(table["model"] == "mlp") & (table["category"] == MEAN)]["image_auroc"]
     assert cells.set_index("category").loc[MEAN, "mlp"].startswith(f"{own.mean():.3f} [")
-    assert f"| metal_nut | {' | '.join(cells.iloc[0, 1:])} |" in markdown(table, summary)
+    assert f"| metal_nut | {' | '.join(cells.iloc[0, 1:])} |" in comparison.markdown()
 
 
 def test_names_cannot_break_out_of_latex_or_markdown():
     table = scores()
     table.loc[table["model"] == "fcn", "model"] = r"fcn, a|b_{c} \input{/etc/passwd} 50% [x]"
     table["category"] = table["category"].replace("metal_nut", "metal_nut\n& 100%")
-    summary = over_seeds(table)
-    text = "\n".join(line for line in latex(table, summary).splitlines() if not line.startswith("%"))
+    comparison = compared(table)
+    text = "\n".join(line for line in comparison.latex().splitlines() if not line.startswith("%"))
     assert r"\input{" not in text
     assert r"metal\_nut \& 100\% & " in text
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert all(line.count(" & ") in {4, len(METRICS)} for line in body)
-    lines = [line for line in markdown(table, summary).splitlines() if line.startswith("| ")]
+    lines = [line for line in comparison.markdown().splitlines() if line.startswith("| ")]
     assert {line.replace(r"\|", "").count("|") for line in lines} <= {6, len(METRICS) + 2}
 
 
 def test_the_chart_has_a_mark_of_each_models_colour(tmp_path: Path):
-    chart.draw(tmp_path / "chart.png", over_seeds(scores()))
+    compared(scores()).draw_chart(tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as drawn:
         colours = {tuple(colour) for colour in np.asarray(drawn.convert("RGB")).reshape(-1, 3)}
-    for colour in chart.COLOURS[: len(DECODERS)]:
+    for colour in COLOURS[: len(DECODERS)]:
         assert tuple(bytes.fromhex(colour[1:])) in colours
 
 

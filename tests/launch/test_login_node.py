@@ -23,7 +23,7 @@ def run_python(*arguments, **keywords):
     "module",
     [
         "hpcmm.launch.__main__", "hpcmm.jobs.follow", "hpcmm.launch.submit", "hpcmm.analyze",
-        "hpcmm.serve.__main__", "hpcmm.serve.find", "hpcmm.serve.job",
+        "hpcmm.serve.__main__", "hpcmm.serve.address", "hpcmm.serve.job",
     ],
 )  # fmt: skip
 def test_login_node_commands_import_nothing_heavy(module):

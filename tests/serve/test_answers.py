@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from hpcmm.serve.answers import rule_answer
+from hpcmm.workloads.anomaly.page.findings import rule_answer
 from hpcmm.workloads.anomaly.question_answering.conversations import parse_answer
 from hpcmm.workloads.anomaly.question_answering.grid import CELL_NAMES
 

@@ -47,10 +47,17 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ask(cache):
-    """One request; ``host`` is what the browser believes to talk to."""
-    guard = Guard(behind, token=TOKEN, cookie=COOKIE, cache=cache, max_body_bytes=1_000_000)
+def guard(cache) -> Guard:
+    return Guard(behind, token=TOKEN, cookie=COOKIE, cache=cache, max_body_bytes=1_000_000)
 
+
+@pytest.fixture
+def ask(guard):
+    """One request; ``host`` is what the browser believes to talk to."""
+    return asker(guard)
+
+
+def asker(guard: Guard):
     def request(method: str, path: str, headers=OURS, host="127.0.0.1:9000", **more) -> httpx.Response:
         async def run() -> httpx.Response:
             transport = httpx.ASGITransport(guard)
@@ -188,6 +195,19 @@ def test_what_is_too_large_is_refused_whether_it_says_so_or_not(ask):
     with pytest.raises(Exception, match=r"above 1\.0 MB"):  # the application makes an answer of it
         ask("POST", "/gradio_api/upload", content=parts())
     assert ask("POST", "/gradio_api/upload", {**OURS, "content-length": "-1"}, content=b"").status_code == 413
+
+
+@pytest.mark.parametrize("door", ["queue/join", "run/predict"])
+@pytest.mark.parametrize("number", [4, -1, 10**30, None, True, 1.0, "1", [1], {}])
+def test_a_function_that_the_page_does_not_have_is_refused_in_one_line(number, door, cache, capsys):
+    functions = frozenset({0, 1, 2})
+    ask = asker(Guard(behind, token=TOKEN, cookie=COOKIE, cache=cache, max_body_bytes=1000, functions=functions))
+    answer = ask("POST", f"/gradio_api/{door}", json={"data": [], "fn_index": number})
+    assert (answer.status_code, "no such function" in answer.text) == (400, True)
+    told = f"hpcmm.serve: refused a request to /gradio_api/{door} for a function that the page does not have.\n"
+    assert capsys.readouterr().err == told
+    assert ask("POST", f"/gradio_api/{door}", json=[]).status_code == 400
+    assert ask("POST", f"/gradio_api/{door}", json={"data": [], "fn_index": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"\xff"])

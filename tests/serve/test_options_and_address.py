@@ -6,14 +6,31 @@ import json
 import stat
 import subprocess
 import sys
+from dataclasses import asdict, fields, replace
 
 import pytest
 
+from hpcmm.config import config_file
+from hpcmm.config.compose import compose_run
+from hpcmm.config.schema import TaskConfig, TaskName
+from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.serve.address import Address, new_token, read_address, write_address
-from hpcmm.serve.find import find_address, find_served_run
+from hpcmm.serve import __main__ as command
+from hpcmm.serve.address import (
+    Address,
+    find_address,
+    find_served_run,
+    new_token,
+    read_address,
+    write_address,
+)
 from hpcmm.serve.options import ServeOptions
+from hpcmm.serve.served import ServedModel
+from hpcmm.workloads.anomaly.page.served import PageOptions
+from hpcmm.workloads.anomaly.workload import AnomalyWorkload
+
+OF_THE_PAGE = {field.name for field in fields(PageOptions)}
 
 
 def serve(*arguments, cwd=None):
@@ -54,12 +71,20 @@ def runs(tmp_path):
 )  # fmt: skip
 def test_a_limit_that_is_none_is_refused_by_its_name(given, said):
     with pytest.raises(HpcmmError, match=f"^{said} is "):
-        ServeOptions(run="/nowhere", **given)
+        PageOptions(**given) if set(given) <= OF_THE_PAGE else ServeOptions(run="/nowhere", **given)
 
 
 def test_options_go_through_a_configuration_file_unchanged():
-    options = ServeOptions(run="/a b", port=7, threshold=0.25, max_wait_ms=0.0)
+    options = ServeOptions(run="/a b", port=7, max_wait_ms=0.0, page=asdict(PageOptions(threshold=0.25)))
     assert ServeOptions.of(json.loads(json.dumps(options.values()))) == options
+    assert PageOptions(**options.page).threshold == 0.25
+
+
+def test_a_job_reads_its_options_from_the_frozen_configuration(tmp_path):
+    options = ServeOptions(run="/a b", port=7, page=asdict(PageOptions(max_files=3)))
+    task = TaskConfig(name=TaskName.function, target="hpcmm.serve.job:serve_in_job", kwargs=options.values())
+    config_file.dump(replace(compose_run(["cluster=local"]), task=task), tmp_path / "config.yaml")
+    assert ServeOptions.of(config_file.load(tmp_path / "config.yaml").task.kwargs) == options
 
 
 def test_a_run_is_found_by_name_start_path_and_point_of_a_sweep(runs):
@@ -113,6 +138,59 @@ def test_mistakes_on_the_command_line_are_one_sentence(runs):
         assert (done.returncode, said in done.stderr) == (1, True), done.stderr
         assert done.stderr.startswith("hpcmm.serve: ")
         assert "Traceback" not in done.stderr
+
+
+class Chat(ServedModel):
+    """The page of another workload, with one option."""
+
+    def add_options(self, parser):
+        parser.add_argument("--tone", default="plain")
+
+    def options(self, given):
+        return {"tone": given.tone}
+
+    def build_model(self, config):
+        raise NotImplementedError
+
+    def load(self, model, run, config, options):
+        raise NotImplementedError
+
+
+class Talker(Workload):
+    def served(self):
+        return Chat()
+
+
+@pytest.fixture
+def served_with(runs, monkeypatch):
+    """What a server of demo-1 is started with, when its configuration names a workload."""
+    (runs / "demo-1" / "config.yaml").write_text("name: demo\ncluster: {name: local}\n")
+    started = []
+    monkeypatch.setattr("hpcmm.serve.server.serve", lambda options, _: started.append(options))
+
+    def serve_run(workload, *arguments):
+        monkeypatch.setattr(command, "workload_of", lambda _: workload)
+        status = command.main([*arguments, "--runs-root", str(runs)])
+        return status, started.pop() if started else None
+
+    return serve_run
+
+
+def test_a_page_s_own_options_come_from_the_run_s_workload(served_with, capsys):
+    for arguments in (["demo-1", "--tone", "warm"], ["--tone", "warm", "demo-1", "--max-batch", "2"]):
+        status, options = served_with(Talker(), *arguments)
+        assert (status, options.page) == (0, {"tone": "warm"})
+    assert options.max_batch == 2
+    with pytest.raises(SystemExit):
+        served_with(Talker(), "demo-1", "--threshold", "0.5")
+    assert "unrecognized arguments: --threshold" in capsys.readouterr().err
+    status, options = served_with(AnomalyWorkload(), "demo-1", "--threshold", "0.5", "--max-files", "3")
+    assert (status, options.page) == (0, {"threshold": 0.5, "max_megapixels": 40.0, "max_files": 3})
+
+
+def test_a_run_of_a_user_s_script_has_no_page(served_with, capsys):
+    assert served_with(None, "demo-1") == (1, None)
+    assert "has no page to serve" in capsys.readouterr().err
 
 
 def test_help_takes_no_torch():

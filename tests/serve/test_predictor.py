@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from hpcmm.config.schema import RunConfig
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.serve.held_out import examples_of
-from hpcmm.serve.predictor import Predictor, Request
-from hpcmm.serve.threshold import UNKNOWN, choose_threshold
 from hpcmm.workloads.anomaly.data.anomaly import build_datasets
 from hpcmm.workloads.anomaly.data.standins import generate
+from hpcmm.workloads.anomaly.data_root import ensure_data
 from hpcmm.workloads.anomaly.models import build_model
 from hpcmm.workloads.anomaly.models.scores import best_decision
-from hpcmm.workloads.anomaly.schema import DataConfig, LlmConfig, LlmKind, ModelConfig
+from hpcmm.workloads.anomaly.page.held_out import UNKNOWN, choose_threshold, examples_of, held_out_images
+from hpcmm.workloads.anomaly.page.predictor import Predictor, Request
+from hpcmm.workloads.anomaly.schema import DataConfig, LlmConfig, LlmKind, ModelConfig, Standins
 from hpcmm.workloads.anomaly.scoring import score_images
 
 SIDE = 64
@@ -111,3 +112,16 @@ def test_examples_are_a_defect_of_each_category_first(held_out):
     assert labels.count(1) == len({example.sample.category for example in examples if example.sample.label})
     assert len(captions) == len(set(captions)) > 1
     assert examples_of(None) == ([], [])
+
+
+def test_examples_of_a_run_that_is_scored_on_other_stand_ins_are_those(tmp_path):
+    config = RunConfig(name="x")
+    config.cluster.cache_dir = str(tmp_path)
+    config.data = DataConfig(
+        generate=True, standins=Standins.scenes, test_standins=Standins.surfaces, image_size=SIDE,
+        train_images_per_category=1, test_images_per_category=2,
+    )  # fmt: skip
+    ensure_data(config)
+    found = held_out_images(config)
+    assert found is not None
+    assert "brick" in {found.described(index)[0].category for index in range(len(found))}

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from PIL import Image
 
-from hpcmm.serve import rendering
-from hpcmm.serve.drawing import jpeg, overlay, shrunk
-from hpcmm.serve.rendering import CSV_COLUMNS, Row
-from hpcmm.serve.service import Seen
+from hpcmm.workloads.anomaly.page import rendering
+from hpcmm.workloads.anomaly.page.drawing import jpeg, overlay, shrunk
+from hpcmm.workloads.anomaly.page.findings import Seen
+from hpcmm.workloads.anomaly.page.rendering import CSV_COLUMNS, Row
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>.png", "\"><script>alert(1)</script>", "${alert(1)}", "{{value}}", "{#if}",

@@ -140,6 +140,17 @@ def test_no_question_gets_past_the_queue(server, picture):
         assert moved.status_code == 200
 
 
+def test_a_function_that_the_page_does_not_have_leaves_one_line_and_no_traceback(server):
+    before = len(server.output.read_text())
+    with Client(server) as client:
+        for door in ("queue/join", "run/predict"):
+            body = {"data": [0.5, None], "fn_index": 9999, "session_hash": "abc"}
+            assert client.http.post(f"/gradio_api/{door}", json=body).status_code == 400
+    lines = server.output.read_text()[before:].splitlines()
+    assert [line for line in lines if "for a function that the page does not have" in line] == lines
+    assert len(lines) == 2
+
+
 def test_many_users_at_once_get_their_own_answers(server, trained_run, picture):
     before = len(log_of(trained_run))
 

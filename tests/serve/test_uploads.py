@@ -12,8 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
-from hpcmm.serve.options import ServeOptions
-from hpcmm.serve.uploads import UnusableImageError, open_upload
+from hpcmm.workloads.anomaly.page.uploads import ImageLimits, UnusableImageError, open_upload
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
@@ -122,4 +121,4 @@ def test_a_large_file_is_refused(tmp_path, options):
 
 def test_a_file_that_has_gone_is_said(tmp_path):
     with pytest.raises(UnusableImageError, match="upload it again"):
-        open_upload(tmp_path / "gone.png", ServeOptions(run="/nowhere"))
+        open_upload(tmp_path / "gone.png", ImageLimits(max_upload_mb=16, max_megapixels=40))

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from hpcmm.workloads.anomaly.pixels import CHANNEL_MEAN, CHANNEL_STD
-from hpcmm.workloads.anomaly.scoring import Scored
+from hpcmm.workloads.anomaly.scoring import ImageScores
 
 _CELL, _GAP, _HEADER, _LABEL = 128, 4, 18, 96
 _HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)
 """Dark to bright, even to the eye and to the colour-blind, at equal steps of the score."""
 
 
-def chosen(scored: Scored) -> list[int]:
+def chosen(scored: ImageScores) -> list[int]:
     """An abnormal image of each category, by category: that whose defect is of middle size; a normal one for none."""
     size = scored.mask.sum(axis=(1, 2))
     found = []
@@ -29,7 +29,7 @@ def chosen(scored: Scored) -> list[int]:
     return found
 
 
-def draw(path: Path, images: Mapping[int, NDArray[np.float32]], results: Sequence[tuple[str, Scored]]) -> None:
+def draw(path: Path, images: Mapping[int, NDArray[np.float32]], results: Sequence[tuple[str, ImageScores]]) -> None:
     """Write a PNG. ``images`` are normalised (3, side, side) by their index in each of ``results``."""
     columns = ["image", "defect", *(name for name, _ in results)]
     width = _LABEL + len(columns) * (_CELL + _GAP)

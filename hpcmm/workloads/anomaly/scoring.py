@@ -12,24 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from hpcmm.evaluate.evaluation import MEAN
 from hpcmm.workloads.anomaly.data.anomaly import TestImages, collate
+from hpcmm.workloads.anomaly.evaluation import POOLED
 from hpcmm.workloads.anomaly.models.anomaly import AnomalyModel
 from hpcmm.workloads.anomaly.models.answers import answer
 from hpcmm.workloads.anomaly.models.scores import best_decision, image_auroc, pixel_auroc, region_overlap
-from hpcmm.workloads.anomaly.question_answering import scores
 from hpcmm.workloads.anomaly.question_answering.conversations import parse_answer
 from hpcmm.workloads.anomaly.question_answering.scores import Statements, statements, word_scores
 
-MEAN = "mean"
-"""The row over all categories: each counts the same, whatever its number of images."""
-POOLED = "all images"
-"""The row of all images together, which one threshold has to tell apart: what a run's own evaluation reports."""
-METRICS = ["image_auroc", "pixel_auroc", "pro", "f1", "accuracy", *scores.METRICS]
-"""Those of the words take a language model."""
-
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ImageScores:
     """Of N images: score (N,), label (N,), map and mask (N, side, side), category (N,).
 
     With a language model also what its answers say and what would be right, as
@@ -54,7 +48,7 @@ def score_images(
     progress: Callable[[int, int], None] = lambda _done, _of: None,
     *,
     words: bool = True,
-) -> Scored:
+) -> ImageScores:
     """Score every image of ``test``, in its order. ``progress`` is told how many are done, and of how many.
 
     Without ``words``, which take far longer than all else, a language model is not asked.
@@ -83,15 +77,15 @@ def score_images(
         )
         done += len(batch["caption"])
         progress(done, len(test))
-    return Scored(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return ImageScores(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def by_category(scored: Scored) -> pd.DataFrame:
+def by_category(scored: ImageScores) -> pd.DataFrame:
     """One row a category, one of all images together, and last the mean over categories.
 
-    Columns: category, images, abnormal and METRICS (0 to 1); where there are words, also what answers without a look at
-    the image would get (``words_grid_constant``, ...). A metric that a category cannot have (no defect, no normal
-    image) is nan, and left out of the mean.
+    Columns: category, images, abnormal and the metrics (0 to 1); where there are words, also what answers without a
+    look at the image would get (``words_grid_constant``, ...). A metric that a category cannot have (no defect, no
+    normal image) is nan, and left out of the mean.
     """
     categories = sorted(set(scored.category))
     rows = [_row(category, scored, scored.category == category) for category in categories]
@@ -101,7 +95,7 @@ def by_category(scored: Scored) -> pd.DataFrame:
     return pd.DataFrame([*rows, pooled, total])
 
 
-def _row(name: str, scored: Scored, own: NDArray[np.bool_]) -> dict[str, object]:
+def _row(name: str, scored: ImageScores, own: NDArray[np.bool_]) -> dict[str, object]:
     score, label, maps, mask = scored.score[own], scored.label[own], scored.map[own], scored.mask[own]
     decision = best_decision(score, label)
     words = {}

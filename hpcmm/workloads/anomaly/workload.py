@@ -12,6 +12,8 @@ from hpcmm.workloads.anomaly.schema import AnomalyConfig, LlmKind, problems
 if TYPE_CHECKING:
     import torch
 
+    from hpcmm.evaluate.evaluation import Evaluation
+    from hpcmm.serve.served import ServedModel
     from hpcmm.workloads.anomaly.training import AnomalyTraining
 
 
@@ -52,3 +54,13 @@ class AnomalyWorkload(Workload):
         from hpcmm.workloads.anomaly.training import AnomalyTraining  # noqa: PLC0415 -- imports torch
 
         return AnomalyTraining(config, device)
+
+    def evaluation(self) -> Evaluation:
+        from hpcmm.workloads.anomaly.evaluation import AnomalyEvaluation  # noqa: PLC0415 -- for this command alone
+
+        return AnomalyEvaluation()
+
+    def served(self) -> ServedModel:
+        from hpcmm.workloads.anomaly.page.served import ServedDetector  # noqa: PLC0415 -- for this command alone
+
+        return ServedDetector()

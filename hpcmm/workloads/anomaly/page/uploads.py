@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hpcmm.errors import HpcmmError
-from hpcmm.serve.options import ServeOptions
+from hpcmm.serve.options import MEGABYTE
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -27,6 +27,18 @@ class UnusableImageError(HpcmmError):
 
 
 @dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What one image may have at most: size of its file, and million pixels."""
+
+    max_upload_mb: float
+    max_megapixels: float
+
+    @property
+    def max_upload_bytes(self) -> int:
+        return round(self.max_upload_mb * MEGABYTE)
+
+
+@dataclass(frozen=True, slots=True)
 class Uploaded:
     """A decoded image, RGB and upright, and what there is to say about it."""
 
@@ -35,21 +47,21 @@ class Uploaded:
     note: str = ""
 
 
-def open_upload(path: Path, options: ServeOptions) -> Uploaded:
+def open_upload(path: Path, limits: ImageLimits) -> Uploaded:
     """Decode the file. Raises UnusableImageError when it is no image of :data:`FORMATS` or exceeds a limit."""
     try:
         size = path.stat().st_size
     except OSError as error:
         raise UnusableImageError("The image is no longer here: upload it again.") from error
-    if size > options.max_upload_bytes:
+    if size > limits.max_upload_bytes:
         raise UnusableImageError(
-            f"The file has {size / 1e6:.1f} MB, and at most {options.max_upload_mb:g} MB are taken: make it smaller."
+            f"The file has {size / 1e6:.1f} MB, and at most {limits.max_upload_mb:g} MB are taken: make it smaller."
         )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a bomb is refused by its size below
             with Image.open(path, formats=FORMATS) as image:
-                _check_size(image, options)
+                _check_size(image, limits)
                 note = _note(image)
                 image.load()
                 return Uploaded(_as_rgb(image), size, note)
@@ -58,21 +70,21 @@ def open_upload(path: Path, options: ServeOptions) -> Uploaded:
     except UnidentifiedImageError as error:
         raise UnusableImageError("The file is no PNG, JPEG, BMP, TIFF or WebP image.") from error
     except Image.DecompressionBombError as error:
-        raise UnusableImageError(_too_many(options)) from error
+        raise UnusableImageError(_too_many(limits)) from error
     except Exception as error:  # a decoder may raise whatever a hostile file leads it to
         raise UnusableImageError("The image is damaged or cut off, and cannot be decoded.") from error
 
 
-def _check_size(image: Image.Image, options: ServeOptions) -> None:
+def _check_size(image: Image.Image, limits: ImageLimits) -> None:
     width, height = image.size
-    if width * height > options.max_megapixels * 1e6:
-        raise UnusableImageError(f"The image has {width} x {height} pixels. {_too_many(options)}")
+    if width * height > limits.max_megapixels * 1e6:
+        raise UnusableImageError(f"The image has {width} x {height} pixels. {_too_many(limits)}")
     if min(width, height) < 2:
         raise UnusableImageError(f"The image has {width} x {height} pixels, too few to show anything.")
 
 
-def _too_many(options: ServeOptions) -> str:
-    return f"At most {options.max_megapixels:g} million pixels are taken: make it smaller."
+def _too_many(limits: ImageLimits) -> str:
+    return f"At most {limits.max_megapixels:g} million pixels are taken: make it smaller."
 
 
 def _note(image: Image.Image) -> str:

@@ -1,4 +1,4 @@
-"""The page: one image with a question, or many images as a table. Built of gradio, which knows nothing of the model."""
+"""The page: one image with a question, or many images as a table, in gradio's components."""
 
 from __future__ import annotations
 
@@ -11,41 +11,36 @@ from typing import Any
 import gradio as gr
 
 from hpcmm.errors import HpcmmError
-from hpcmm.serve import rendering
-from hpcmm.serve.options import MOST_CAPTION_CHARACTERS, MOST_QUESTION_CHARACTERS
-from hpcmm.serve.rendering import Row
-from hpcmm.serve.service import Seen, Service
-from hpcmm.serve.uploads import SUFFIXES
+from hpcmm.serve.options import ServeOptions
+from hpcmm.serve.served import Service
+from hpcmm.workloads.anomaly.page import rendering
+from hpcmm.workloads.anomaly.page.findings import (
+    MOST_CAPTION_CHARACTERS,
+    MOST_QUESTION_CHARACTERS,
+    Inspector,
+    Seen,
+)
+from hpcmm.workloads.anomaly.page.predictor import Finding, Request
+from hpcmm.workloads.anomaly.page.rendering import Row
+from hpcmm.workloads.anomaly.page.served import DetectorPage
+from hpcmm.workloads.anomaly.page.uploads import SUFFIXES, ImageLimits
 
-CSS = Path(__file__).with_name("page.css")
 QUESTION = "Is there an anomaly in the image, and where?"
-_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
-_MONO = ["ui-monospace", "monospace"]
 _STATE_LIFE_S = 1800
 
 
-def theme() -> Any:
-    """gradio's plain theme with the viewer's own fonts: none is fetched."""
-    plain = gr.themes.Default(font=_FONTS, font_mono=_MONO, primary_hue="blue", neutral_hue="slate")
-    # Labels are words above a field, not coloured boxes over a picture.
-    quiet = {"block_title_background_fill": "transparent", "block_label_background_fill": "transparent"}
-    return plain.set(**quiet, **{f"{name}_dark": value for name, value in quiet.items()})
+def fill_page(page: DetectorPage, service: Service[Request, Finding], cache: Path) -> None:
+    """Add the components to the open Blocks. ``cache`` is the folder that files to download are written to."""
+    limits = ImageLimits(service.options.max_upload_mb, page.options.max_megapixels)
+    inspector = Inspector(service, limits, page.predictor.side, speaks=page.predictor.speaks)
+    gr.HTML(_title(page), elem_classes="hpcmm-title")
+    with gr.Tab("One image"):
+        _one_image(page, inspector)
+    with gr.Tab("Many images"):
+        _many_images(page, inspector, service.options, cache)
 
 
-def build_page(service: Service, cache: Path) -> Any:
-    """The gradio Blocks. ``cache`` is the folder that files to download are written to."""
-    page = gr.Blocks(title=f"{service.about.run} · hpcmm", analytics_enabled=False)
-    with page:
-        gr.HTML(_title(service), elem_classes="hpcmm-title")
-        with gr.Tab("One image"):
-            _one_image(service)
-        with gr.Tab("Many images"):
-            _many_images(service, cache)
-    page.queue(max_size=4 * service.options.max_waiting + 64, default_concurrency_limit=None, api_open=False)
-    return page
-
-
-def _one_image(service: Service) -> None:
+def _one_image(page: DetectorPage, inspector: Inspector) -> None:
     seen = gr.State(None, time_to_live=_STATE_LIFE_S)
     with gr.Row():
         with gr.Column(scale=5):
@@ -53,20 +48,20 @@ def _one_image(service: Service) -> None:
                 label="Image", sources=["upload", "clipboard"], height=300, buttons=[], format="png", elem_id="image"
             )
             image.preprocess = _as_uploaded
-            caption = _caption(service, "caption")
+            caption = _caption(page, "caption")
             question = gr.Textbox(
                 QUESTION,
                 label="Question",
-                info=None if service.speaks else "A rule answers: it reads the map, not the question.",
+                info=None if page.predictor.speaks else "A rule answers: it reads the map, not the question.",
                 max_length=MOST_QUESTION_CHARACTERS,
                 lines=1,
                 elem_id="question",
             )
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
-            if service.examples:
+            if page.examples:
                 gr.HTML('<p class="hpcmm-small">Or take one of the held-out images:</p>')
                 examples = gr.Gallery(
-                    [str(example.sample.image) for example in service.examples],
+                    [str(example.sample.image) for example in page.examples],
                     label="Held-out images",
                     show_label=False,
                     columns=4,
@@ -80,14 +75,14 @@ def _one_image(service: Service) -> None:
                 )
         with gr.Column(scale=6):
             shown = gr.HTML(rendering.sentence("Upload an image or take an example, then ask."), elem_id="result")
-            threshold = _threshold(service, "threshold")
+            threshold = _threshold(page, "threshold")
 
     async def answer(
         upload: tuple[str, str] | None, caption: str, question: str, threshold: float, request: gr.Request
     ) -> tuple[str, Seen | None]:
         path, name = (Path(upload[0]), upload[1]) if upload else (None, "")
         try:
-            found = await service.look(path, name, caption, question, user=_user(request))
+            found = await inspector.look(path, name, caption, question, user=_user(request))
         except HpcmmError as error:
             return rendering.sentence(str(error), "problem"), None
         return await asyncio.to_thread(rendering.result, found, _within(threshold)), found
@@ -96,7 +91,7 @@ def _one_image(service: Service) -> None:
         return gr.skip() if found is None else rendering.result(found, _within(threshold))
 
     def take(event: gr.SelectData) -> tuple[str, str]:
-        example = service.examples[int(event.index)]
+        example = page.examples[int(event.index)]
         return str(example.sample.image), example.caption
 
     inputs, outputs = [image, caption, question, threshold], [shown, seen]
@@ -112,25 +107,26 @@ def _one_image(service: Service) -> None:
         queue=False,
         **hidden,
     )
-    if service.examples:
+    if page.examples:
         examples.select(take, None, [image, caption], queue=False, **hidden)
 
 
-def _many_images(service: Service, cache: Path) -> None:
+def _many_images(page: DetectorPage, inspector: Inspector, options: ServeOptions, cache: Path) -> None:
+    at_once = max(1, min(options.max_batch, options.max_waiting // 2))
     rows = gr.State([], time_to_live=_STATE_LIFE_S)
     with gr.Row():
         with gr.Column(scale=5):
             files = gr.File(
-                label=f"Images, up to {service.options.max_files}",
+                label=f"Images, up to {page.options.max_files}",
                 file_count="multiple",
                 file_types=list(SUFFIXES),
                 height=220,
                 elem_id="files",
             )
             files.preprocess = lambda payload: [_as_uploaded(each) for each in payload or []]
-            caption = _caption(service, "caption-of-all")
+            caption = _caption(page, "caption-of-all")
             score = gr.Button("Score all", variant="primary", elem_id="score-all")
-            threshold = _threshold(service, "threshold-of-all")
+            threshold = _threshold(page, "threshold-of-all")
             download = gr.DownloadButton("Download the table as CSV", interactive=False, elem_id="download")
         with gr.Column(scale=6):
             table = gr.HTML(rendering.sentence("Upload images of one kind, then score them."), elem_id="table")
@@ -139,11 +135,11 @@ def _many_images(service: Service, cache: Path) -> None:
     async def score_all(
         uploads: list[tuple[str, str]], caption: str, threshold: float, request: gr.Request
     ) -> tuple[str, str, Any, list[Row]]:
-        if not uploads or len(uploads) > service.options.max_files:
-            many = f"At most {service.options.max_files} images are taken at once; these are {len(uploads or [])}."
+        if not uploads or len(uploads) > page.options.max_files:
+            many = f"At most {page.options.max_files} images are taken at once; these are {len(uploads or [])}."
             said = many if uploads else "There are no images yet: upload some."
             return rendering.sentence(said, "problem"), "", gr.DownloadButton(interactive=False), []
-        found = await _look_at_all(service, uploads, caption, _user(request))
+        found = await _look_at_all(inspector, at_once, uploads, caption, _user(request))
         return (*await asyncio.to_thread(drawn, threshold, found), found)
 
     def drawn(threshold: float, found: list[Row]) -> tuple[Any, Any, Any]:
@@ -173,24 +169,26 @@ def _many_images(service: Service, cache: Path) -> None:
     )
 
 
-async def _look_at_all(service: Service, uploads: list[tuple[str, str]], caption: str, user: str) -> list[Row]:
-    """All files, a few at a time, so that one table does not fill the queue in front of the others' questions."""
-    at_once = asyncio.Semaphore(max(1, min(service.options.max_batch, service.options.max_waiting // 2)))
+async def _look_at_all(
+    inspector: Inspector, most: int, uploads: list[tuple[str, str]], caption: str, user: str
+) -> list[Row]:
+    """All files, ``most`` at a time, so that one table does not fill the queue in front of the others' questions."""
+    at_once = asyncio.Semaphore(most)
 
     async def look(path: str, name: str) -> Row:
         async with at_once:
             try:
-                return Row(name, await service.look(Path(path), name, caption, None, user=user, kind="table"))
+                return Row(name, await inspector.look(Path(path), name, caption, None, user=user, kind="table"))
             except HpcmmError as error:
                 return Row(name, None, str(error))
 
     return list(await asyncio.gather(*(look(path, name) for path, name in uploads)))
 
 
-def _caption(service: Service, elem_id: str) -> Any:
+def _caption(page: DetectorPage, elem_id: str) -> Any:
     return gr.Dropdown(
-        service.captions,
-        value=service.captions[0] if service.captions else None,
+        page.captions,
+        value=page.captions[0] if page.captions else None,
         label="What it shows",
         allow_custom_value=True,
         elem_id=elem_id,
@@ -198,17 +196,19 @@ def _caption(service: Service, elem_id: str) -> Any:
     )
 
 
-def _threshold(service: Service, elem_id: str) -> Any:
-    chosen = service.threshold
+def _threshold(page: DetectorPage, elem_id: str) -> Any:
+    chosen = page.threshold
     return gr.Slider(
         0, 1, value=round(chosen.value, 3), step=0.001, label="Threshold",
         info=f"{chosen.value:.3f}: {chosen.origin}", elem_id=elem_id,
     )  # fmt: skip
 
 
-def _title(service: Service) -> str:
-    about = service.about
-    speaks = "the run's language model answers" if service.speaks else "no language model: a rule on the map answers"
+def _title(page: DetectorPage) -> str:
+    about = page.about
+    speaks = (
+        "the run's language model answers" if page.predictor.speaks else "no language model: a rule on the map answers"
+    )
     standins = " Trained on stand-in images: its scores say nothing about real parts." if about.is_standin else ""
     told = f"{about.model} · checkpoint {about.checkpoint} · {speaks}.{standins}"
     return f"<h1>{rendering.escaped(about.run)}</h1><p>{rendering.escaped(told)}</p>"

@@ -1,4 +1,4 @@
-"""The score from which an image is called anomalous: chosen on held-out images, and kept with the run."""
+"""The held-out images of a run's data: examples for the page, and what the threshold is chosen on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,27 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import write_json
 from hpcmm.runs.checkpoints import newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.serve.predictor import Predictor
-from hpcmm.workloads.anomaly.data.anomaly import TestImages
+from hpcmm.workloads.anomaly.data.anomaly import TestImages, build_datasets
+from hpcmm.workloads.anomaly.data.samples import Sample
+from hpcmm.workloads.anomaly.data_root import data_config, data_root
 from hpcmm.workloads.anomaly.models.scores import best_decision
+from hpcmm.workloads.anomaly.page.predictor import Predictor
+from hpcmm.workloads.anomaly.schema import AnomalyConfig
 from hpcmm.workloads.anomaly.scoring import score_images
 
+MOST_EXAMPLES = 8
 MOST_IMAGES = 200
-"""Held-out images that are scored for it, spread evenly over all."""
+"""Held-out images that are scored for the threshold, spread evenly over all."""
 UNKNOWN = 0.5
 _BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A held-out image of the run's data, with the phrase of its category."""
+
+    sample: Sample
+    caption: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +59,25 @@ class _Kept:
     def threshold(self) -> Threshold:
         origin = f"largest F1 ({self.f1:.2f}, accuracy {self.accuracy:.2f}) over {self.images} held-out images"
         return Threshold(self.value, origin)
+
+
+def held_out_images(config: AnomalyConfig) -> TestImages | None:
+    """None, and a line that says so, where the data is not at hand: the model can be served without."""
+    try:
+        return build_datasets(data_root(config), data_config(config), config.train.seed)[1]
+    except (HpcmmError, OSError) as error:
+        print(f"hpcmm.serve: no examples and no choice of a threshold: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def examples_of(test: TestImages | None) -> tuple[list[Example], list[str]]:
+    """A few images, first a defect of each category and then normal ones; and the phrases of all categories."""
+    if test is None:
+        return [], []
+    every = [Example(*test.described(index)) for index in range(len(test))]
+    firsts = {(example.sample.category, example.sample.label): example for example in reversed(every)}
+    chosen = sorted(firsts.values(), key=lambda example: (-example.sample.label, example.sample.category))
+    return chosen[:MOST_EXAMPLES], list(dict.fromkeys(example.caption for example in every))
 
 
 def choose_threshold(run: RunDir, predictor: Predictor, test: TestImages | None, given: float | None) -> Threshold:

@@ -9,9 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hpcmm.config.schema import RunConfig
-from hpcmm.evaluate.checkpoint import load_model
-from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.accelerator import select_accelerator
 from hpcmm.workloads.anomaly.data.images import normalise
 from hpcmm.workloads.anomaly.models import AnomalyModel
@@ -76,8 +73,3 @@ class Predictor:
         captions = [requests[place].caption for place in asked]
         questions = [requests[place].question or "" for place in asked]
         return dict(zip(asked, answer(self.model, some, logits[asked], captions, questions), strict=True))
-
-
-def load_predictor(run: RunDir, config: RunConfig) -> Predictor:
-    """Raises HpcmmError where the run has no checkpoint that may be loaded."""
-    return Predictor(load_model(run, config), config.data.image_size)

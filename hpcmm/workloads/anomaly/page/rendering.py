@@ -8,9 +8,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpcmm.serve.drawing import SMALL_SIDE, data_uri, overlay
-from hpcmm.serve.service import Seen, as_image
 from hpcmm.text import visible
+from hpcmm.workloads.anomaly.page.drawing import SMALL_SIDE, data_uri, overlay
+from hpcmm.workloads.anomaly.page.findings import Seen, as_image
 
 CSV_COLUMNS = ("file", "score", "threshold", "anomalous", "answer", "problem")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
