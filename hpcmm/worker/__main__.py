@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from hpcmm.config import config_file
-from hpcmm.config.schema import Executor, RunConfig, TaskName
+from hpcmm.config.schema import Executor, RunConfig
+from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError, ProfilerUnusableError
 from hpcmm.node import startup
 from hpcmm.node.recorder import rank_of
@@ -56,12 +57,8 @@ def is_finished(config: RunConfig, run: RunDir) -> bool:
 
     Its reports would be replaced by empty ones.
     """
-    try:
-        newest = (run.checkpoints / "latest").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    steps_done = newest.strip().removeprefix("step_")
-    return config.task.name is TaskName.anomaly and steps_done.isdecimal() and int(steps_done) >= config.train.steps
+    workload = workload_of(config)
+    return workload is not None and workload.is_finished(config, run)
 
 
 def _write_to(log: Path) -> None:

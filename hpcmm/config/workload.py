@@ -1,0 +1,82 @@
+"""What the toolkit asks of a workload without torch: its keys, its preparation, and the way to its half with torch."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hpcmm.config.schema import RunConfig, TaskName
+
+if TYPE_CHECKING:
+    import torch
+
+    from hpcmm.runs.run_dir import RunDir
+    from hpcmm.train.workload import Training
+
+_ANOMALY = "hpcmm.workloads.anomaly.workload:AnomalyWorkload"
+
+
+class Workload(ABC):
+    """A kind of training that the toolkit can launch. A new workload subclasses it, in a module that imports neither
+    torch nor other heavy packages at its top: login-node commands import it, and so does the start of every rank.
+
+    ``config`` is an object of :attr:`schema` everywhere. Each method imports what is heavy itself.
+    """
+
+    schema: type[RunConfig] = RunConfig
+    """The keys of a run: the toolkit's own, and in a subclass of ``RunConfig`` the workload's."""
+
+    def problems(self, config: Any) -> Iterator[str]:  # noqa: ARG002 -- for those who override it
+        """A sentence for each thing that is wrong with the workload's keys, before anything is submitted: what is
+        wrong, and what to do. Runs on the login node, which may not see the files of the compute nodes."""
+        return iter(())
+
+    def given_paths(self, config: Any) -> Mapping[str, str | None]:  # noqa: ARG002
+        """Files and folders that the user named, by their key (``data.root``); None for what was not given.
+
+        The job's preparation ends the job with one sentence if one cannot be read. ``~`` is the user's home.
+        """
+        return {}
+
+    def prepare(self, config: Any) -> None:  # noqa: B027 -- a hook, not a duty
+        """Make what all ranks need and is not there yet (a converted model, generated data), and print a line on it.
+
+        Called once a job, on one node, before the ranks start, while no other job of the same cache folder prepares.
+        Raises HpcmmError, of data that cannot be used :class:`hpcmm.errors.InputError`; the job then ends.
+        """
+
+    def is_finished(self, config: Any, run: RunDir) -> bool:
+        """Whether the run has done all of its steps, so that a profiler would record nothing if it is started again.
+
+        Default: its newest checkpoint is of step ``train.steps``.
+        """
+        try:
+            newest = (run.checkpoints / "latest").read_text(encoding="utf-8")
+        except OSError:
+            return False
+        steps_done = newest.strip().removeprefix("step_")
+        return steps_done.isdecimal() and int(steps_done) >= config.train.steps
+
+    def model_label(self, config: Any) -> str:
+        """A word for the model in a table that puts runs side by side. Default: the task's name."""
+        return str(config.task.name)
+
+    @abstractmethod
+    def training(self, config: Any, device: torch.device) -> Training:
+        """Model, data and loss of this rank, for :func:`hpcmm.train.loop.train`: the half with torch.
+
+        All ranks call it together, in the process group. ``device`` is the rank's own. Raises HpcmmError for values
+        and files that cannot be used.
+        """
+
+
+def workload_of(config: RunConfig) -> Workload | None:
+    """The workload that the run trains; None for a script or a function of the user's."""
+    if config.task.name is not TaskName.anomaly:
+        return None
+    module, _, name = _ANOMALY.partition(":")
+    workload = getattr(importlib.import_module(module), name)()
+    assert isinstance(workload, Workload)
+    return workload

@@ -1,0 +1,49 @@
+"""The anomaly detector as a workload: what the toolkit asks of it, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hpcmm.config.schema import LlmKind, RunConfig
+from hpcmm.config.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+
+    from hpcmm.workloads.anomaly.training import AnomalyTraining
+
+
+class AnomalyWorkload(Workload):
+    """Multimodal anomaly detection, spread over the ranks of a job."""
+
+    schema = RunConfig
+
+    def given_paths(self, config: RunConfig) -> Mapping[str, str | None]:
+        """Data sets and weights. ``model.llm.path`` counts only if the language model comes from a folder."""
+        model, data = config.model, config.data
+        return {
+            "data.root": data.root,
+            "data.test_root": data.test_root,
+            "model.image_weights": model.image_weights,
+            "model.text_encoder": model.text_encoder,
+            "model.llm.path": model.llm.path if model.llm.kind is LlmKind.folder else None,
+        }
+
+    def prepare(self, config: RunConfig) -> None:
+        """Make the stand-in images and convert the packaged language model, as far as the run needs them."""
+        from hpcmm.workloads.anomaly.data_root import ensure_data  # noqa: PLC0415 -- numpy and pillow, on the node only
+        from hpcmm.workloads.anomaly.llm_folder import ensure_llm  # noqa: PLC0415
+
+        ensure_data(config)
+        ensure_llm(config)
+
+    def model_label(self, config: RunConfig) -> str:
+        """The decoder's name: what runs of this workload most often differ in."""
+        return config.model.decoder
+
+    def training(self, config: RunConfig, device: torch.device) -> AnomalyTraining:
+        """The detector on this rank."""
+        from hpcmm.workloads.anomaly.training import AnomalyTraining  # noqa: PLC0415 -- imports torch
+
+        return AnomalyTraining(config, device)
