@@ -2,7 +2,7 @@
 
     python benchmarks/loop.py [--ranks 2] [--steps 30] [--turns 5] [KEY=VALUE ...]
 
-Each rank builds the task and one engine, and then runs ``--steps`` steps of hpcmm's loop (annotation, agreement on a
+Each rank builds model, data and one engine, and then runs ``--steps`` steps of hpcmm's loop (annotation, agreement on a
 stop, metrics file, progress line) and as many of a bare loop (next batch, forward, backward, step), by turns. A turn's
 time is that of its steps after the first, in which either loader starts; checkpoints and evaluation are left out.
 Prints the medians, and hpcmm's speed as a share of the bare loop's: the median of the turns' shares.
@@ -113,10 +113,10 @@ def open_session(run_dir: RunDir) -> Session:
     dist.init_process_group("gloo")
     import deepspeed  # noqa: PLC0415
 
+    from hpcmm.config.workload import workload_of  # noqa: PLC0415
     from hpcmm.train.checkpoint import Checkpoints  # noqa: PLC0415
     from hpcmm.train.engine import build_engine  # noqa: PLC0415
     from hpcmm.train.loop import Session  # noqa: PLC0415
-    from hpcmm.workloads.anomaly.task import AnomalyTask  # noqa: PLC0415
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     rank = dist.get_rank()
@@ -130,10 +130,12 @@ def open_session(run_dir: RunDir) -> Session:
         master_addr=os.environ["MASTER_ADDR"],
         master_port=int(os.environ["MASTER_PORT"]),
     )
-    task = AnomalyTask(config, torch.device("cpu"))
-    engine = build_engine(task.model, config)
+    workload = workload_of(config)
+    assert workload is not None
+    training = workload.training(config, torch.device("cpu"))
+    engine = build_engine(training.model, config, training.parameter_groups())
     metrics = MetricsWriter(run_dir.rank_metrics(rank))
-    return Session(config, run_dir, rank_env, task, engine, Checkpoints(run_dir, rank_env, 1), metrics)
+    return Session(config, run_dir, rank_env, training, engine, Checkpoints(run_dir, rank_env, 1), metrics)
 
 
 def in_hpcmm(session: Session, first: int, steps: int) -> Times:
@@ -150,11 +152,11 @@ def in_hpcmm(session: Session, first: int, steps: int) -> Times:
 
 def bare(session: Session, first: int, steps: int) -> Times:
     """Seconds of a loop without hpcmm, over the same steps."""
-    task, engine = session.task, session.engine
-    batches = task.batches(session.rank_env.rank, session.rank_env.world_size, first)
+    training, engine = session.training, session.engine
+    batches = training.batches(session.rank_env.rank, session.rank_env.world_size, first)
     clock = Clock(engine)
     for _ in range(steps):
-        loss, _ = task.loss(engine, next(batches))
+        loss, _ = training.loss(engine, next(batches))
         engine.backward(loss)
         engine.step()
     return clock.stop()

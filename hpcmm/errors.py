@@ -9,3 +9,11 @@ class HpcmmError(Exception):
 
 class ProfilerUnusableError(HpcmmError):
     """A node's profiler is missing or records nothing; training without it is possible."""
+
+
+class InputError(HpcmmError):
+    """A file or folder that the user named is not there, cannot be read, or does not hold what it should."""
+
+    def __init__(self, problem: str) -> None:
+        """``problem``: a whole sentence. What is printed begins alike in all cases, so that logs can be searched."""
+        super().__init__(f"Input cannot be used: {problem}")

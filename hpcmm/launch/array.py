@@ -122,7 +122,7 @@ def _codes(planned: Plan, points: Sequence[Point]) -> dict[str | None, CodePlan]
 def _write_point(run: RunDir, config: RunConfig) -> None:
     run.create()
     config_file.dump(config, run.config)
-    pickle_task(config, run)
+    pickle_task(run)
 
 
 def _submit_array(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoint]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hpcmm.config import config_file
 from hpcmm.config.compose import compose_run
-from hpcmm.config.schema import Analyze, Executor, RunConfig, TaskName
+from hpcmm.config.schema import FUNCTION, SCRIPT, Analyze, Executor, RunConfig
 from hpcmm.config.validate import validate
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.prerequisites import job_to_wait_for, note_other_standins, run_to_start_from, still_to_wait_for
@@ -187,9 +187,9 @@ def rank_comment(planned: Plan) -> str:
 
 def _task(planned: Plan) -> str:
     task = planned.config.task
-    if task.name is TaskName.script:
+    if task.name == SCRIPT:
         return shlex.join([python_of(planned.config), str(planned.code.script), *task.args])
-    if task.name is TaskName.function:
+    if task.name == FUNCTION:
         arguments = ", ".join(f"{key}={value!r}" for key, value in task.kwargs.items())
         return f"{task.target} as a function of ({arguments})"
     return f"the task {task.name}"

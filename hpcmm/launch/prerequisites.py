@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from hpcmm.config.schema import RunConfig, TaskName
+from hpcmm.config.schema import RunConfig
 from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
@@ -66,7 +66,7 @@ def run_to_start_from(config: RunConfig) -> str | None:
 
 def note_other_standins(config: RunConfig, start: RunDir) -> None:
     """Say so where ``start``, the run to start from, had other stand-in images, for the seed makes them."""
-    if config.task.name is not TaskName.anomaly or config.data.root is not None:
+    if config.task._target_ is None or config.data.root is not None:
         return
     before = read_frozen_config(start.config)
     data, train = before.get("data"), before.get("train")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hpcmm
-from hpcmm.config.schema import RunConfig, TaskName
+from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import resource
 from hpcmm.runs.run_dir import RunDir
@@ -123,12 +123,12 @@ class CodePlan:
 def plan_code(config: RunConfig, run: RunDir, working_directory: Path) -> CodePlan:
     """What a job of ``config`` runs. Raises HpcmmError where the script is not there."""
     task = config.task
-    script = _existing_script(task.path, working_directory) if task.name is TaskName.script else None
+    script = _existing_script(task.path, working_directory) if task.name == SCRIPT else None
     if not config.launch.snapshot:
-        here = [str(working_directory)] if task.name is TaskName.function else []
+        here = [str(working_directory)] if task.name == FUNCTION else []
         return CodePlan(None, (str(_PACKAGE.parent), *here), str(script) if script else None)
     own = str(_hpcmm_copy(run))
-    if task.name is TaskName.anomaly or (task.target or "").startswith("hpcmm."):
+    if task._target_ is not None or (task.target or "").startswith("hpcmm."):
         return CodePlan(None, (own,), None)
     start = script.parent if script else working_directory
     project = project_root(start) or start
@@ -179,9 +179,9 @@ def _existing_script(path: str | None, working_directory: Path) -> Path:
     raise HpcmmError(f"task.path is {path}, but there is no such file in {working_directory}.")
 
 
-def _import_folders(working_directory: Path, task: TaskName) -> Iterator[Path]:
+def _import_folders(working_directory: Path, task: str) -> Iterator[Path]:
     """The folders from which Python imports here, and would in a script of the project."""
-    if task is TaskName.function:
+    if task == FUNCTION:
         yield working_directory.resolve()
     for entry in sys.path:
         folder = Path(entry or working_directory).resolve()

@@ -16,7 +16,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission
 
-from hpcmm.config.schema import Executor, RunConfig, TaskName
+from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.script import rank_command
 from hpcmm.node.ports import find_free_port
@@ -24,7 +24,7 @@ from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import write_submission
 from hpcmm.slurm.commands import job_variables
 from hpcmm.slurm.sbatch import sbatch, warn_where_it_cannot_start
-from hpcmm.worker.task import RankTask, UserTask
+from hpcmm.worker.task import RankTask
 
 
 @contextmanager
@@ -87,7 +87,7 @@ class _WrappedLocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
 
 def submit(config: RunConfig, run: RunDir, python_path: tuple[str, ...] = ()) -> Submission:
     """Hand the job over and return at once. Raises HpcmmError when the scheduler refuses it."""
-    task = pickle_task(config, run)
+    task = pickle_task(run)
     if config.cluster.executor is Executor.local:
         return _submit_locally(config, run, task, python_path)
     with uninterrupted() as submitted:
@@ -117,10 +117,9 @@ def submit_analysis(config: RunConfig, run: RunDir, job_id: str, *options: str) 
     return analysis_job_id
 
 
-def pickle_task(config: RunConfig, run: RunDir) -> RankTask | UserTask:
+def pickle_task(run: RunDir) -> RankTask:
     """Write, and return, what submitit starts on every rank."""
-    kind = RankTask if config.task.name is TaskName.anomaly else UserTask
-    task = kind(str(run.root))
+    task = RankTask(str(run.root))
     DelayedSubmission(task).dump(run.submitit / "task.pkl")
     return task
 
@@ -136,9 +135,7 @@ def note_submission(run: RunDir, **jobs: str | None) -> None:
         )
 
 
-def _submit_locally(
-    config: RunConfig, run: RunDir, task: RankTask | UserTask, python_path: tuple[str, ...]
-) -> Submission:
+def _submit_locally(config: RunConfig, run: RunDir, task: RankTask, python_path: tuple[str, ...]) -> Submission:
     for name in job_variables(os.environ):  # of a job that this is launched from, whose rank 0 is none of ours
         del os.environ[name]
     os.environ.update(config.cluster.environment)

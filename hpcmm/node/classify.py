@@ -62,6 +62,7 @@ _BY_WORDS: tuple[tuple[Kind, str], ...] = (
         r"|Socket closed|Connection was likely closed|Connection refused|Application timeout caused pair closure",
     ),
     (Kind.import_failed, r"ModuleNotFoundError|ImportError|error while loading shared libraries|undefined symbol"),
+    (Kind.data, r"^hpcmm\.errors\.\w+: Input cannot be used: "),
 )
 _DATA_KINDS = frozenset(
     {
@@ -76,9 +77,7 @@ _DATA_KINDS = frozenset(
     }
 )
 _HIDDEN_BY_IMPORTS = frozenset({Kind.out_of_memory, Kind.disk_full, Kind.gpu_error})
-_DATA_FRAMES = re.compile(
-    r'File "[^"]*/(?:hpcmm/workloads/anomaly/data/|hpcmm/workloads/anomaly/data_root|torch/utils/data/)'
-)
+_DATA_FRAMES = re.compile(r'File "[^"]*/(?:hpcmm/workloads/\w+/data(?:/|_root)|torch/utils/data/)')
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
 _LOG_PREFIX = re.compile(r"^\[rank\d+\]:? ?")
 _LAST_LINE = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcmm.config.schema import Executor, Requeue, TaskConfig, TaskName
+from hpcmm.config.schema import FUNCTION, Executor, Requeue, TaskConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.logs import Log
 from hpcmm.runs.run_dir import RunDir
@@ -38,7 +38,7 @@ def submit(options: ServeOptions, cluster: str, overrides: Sequence[str], runs_r
     if config.cluster.executor is Executor.local:
         raise HpcmmError(f"--cluster {cluster} has no Slurm: leave it out, and the server runs here.")
     place = replace(config.cluster, nodes=1, ranks_per_node=1, gpus_per_node=min(1, config.cluster.gpus_per_node))
-    task = TaskConfig(name=TaskName.function, target=TARGET, kwargs=options.values())
+    task = TaskConfig(name=FUNCTION, target=TARGET, kwargs=options.values())
     root = config.runs_root if any(word.startswith("runs_root=") for word in overrides) else str(runs_root)
     config = replace(config, cluster=place, task=task, requeue=Requeue.never, runs_root=root)
     validate(config)

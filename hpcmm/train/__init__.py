@@ -1,1 +1,1 @@
-"""The training loop, and the tasks that it can train."""
+"""The training loop, and what it asks of a workload."""

@@ -22,7 +22,6 @@ from torch import nn
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.checkpoints import checkpoint_name, note_newest_checkpoint, steps_of_checkpoint
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.worker.environment import RankEnvironment
 
 
@@ -69,7 +68,6 @@ class Checkpoints:
         Raises HpcmmError where there is no room; the checkpoints before stay as they are.
         """
         partial = self._folder / f".{checkpoint_name(steps_done)}.part"
-        merge_batch_statistics(engine.module)
         with self._said_clearly(partial, steps_done):
             if self._rank_env.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)

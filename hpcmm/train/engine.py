@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,16 +13,22 @@ import torch
 from torch import nn
 
 from hpcmm.config.schema import Precision, RunConfig, Schedule, TrainConfig
+from hpcmm.train.workload import trained_parameters
 
 _COMPILER_OFF = "TORCHDYNAMO_DISABLE"
 
 
-def build_engine(model: nn.Module, config: RunConfig) -> deepspeed.DeepSpeedEngine:
-    """The engine over the parameters of ``model`` that are to be trained."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_engine(
+    model: nn.Module, config: RunConfig, groups: Sequence[dict[str, Any]] | None = None
+) -> deepspeed.DeepSpeedEngine:
+    """The engine over the parameters of ``model`` that are to be trained.
+
+    ``groups``: these parameters as an optimizer takes them, see :meth:`Training.parameter_groups`; None: in one group.
+    """
+    trained = trained_parameters(model)
     train = config.train
     optimizer = torch.optim.AdamW(
-        _groups(model, train),
+        [{"params": trained}] if groups is None else groups,
         lr=train.learning_rate,
         betas=(train.betas[0], train.betas[1]),
         weight_decay=train.weight_decay,
@@ -38,16 +44,6 @@ def build_engine(model: nn.Module, config: RunConfig) -> deepspeed.DeepSpeedEngi
             dist_init_required=False,
         )
     return engine
-
-
-def _groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
-    """The trained parameters by learning rate: a decoder that is trained already bears less than prompts do."""
-    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    words = [value for name, value in named if name.startswith("language.")]
-    others = [value for name, value in named if not name.startswith("language.")]
-    if not words or train.words_learning_rate is None:
-        return [{"params": [*others, *words]}]
-    return [{"params": others}, {"params": words, "lr": train.words_learning_rate}]
 
 
 @contextmanager

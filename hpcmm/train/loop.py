@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import deepspeed
 import torch
+from rich.progress import Progress as Bar
 
 from hpcmm import annotate
 from hpcmm.config.schema import RunConfig
+from hpcmm.config.workload import Workload
 from hpcmm.ranges import step_window
 from hpcmm.runs.metrics import MetricsWriter, write_scores
 from hpcmm.runs.run_dir import RunDir
@@ -20,41 +24,45 @@ from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import build_engine
 from hpcmm.train.preemption import StopRequest
 from hpcmm.train.profile_window import CaptureWindow
-from hpcmm.train.progress import Progress
+from hpcmm.train.workload import Training
 from hpcmm.worker.environment import RankEnvironment
-from hpcmm.workloads.anomaly.task import AnomalyTask
 
 log = logging.getLogger("hpcmm.train")
 
 
 def train(
-    config: RunConfig, run: RunDir, rank_env: RankEnvironment, device: torch.device, metrics: MetricsWriter
+    workload: Workload,
+    config: RunConfig,
+    run: RunDir,
+    rank_env: RankEnvironment,
+    device: torch.device,
+    metrics: MetricsWriter,
 ) -> dict[str, float]:
-    """Train until ``config.train.steps`` steps are done, from the newest checkpoint on where there is one.
+    """Train ``workload`` until ``config.train.steps`` steps are done, from the newest checkpoint on where there is one.
 
     Returns the scores before and after training; none when it was asked to stop before its last step.
     """
     with metrics.startup("model and data"):
-        task = AnomalyTask(config, device)
+        training = workload.training(config, device)
     with metrics.startup("engine"):
-        engine = build_engine(task.model, config)
+        engine = build_engine(training.model, config, training.parameter_groups())
     try:
         checkpoints = Checkpoints(run, rank_env, config.train.keep_checkpoints)
         resumed = checkpoints.load_newest(engine)
         if resumed is None:
-            first, scores = 0, _score(task, engine, config, rank_env, "before")
+            first, scores = 0, _score(training, engine, config, rank_env, "before")
         else:
             first, scores = resumed["steps_done"], resumed["scores"]
             log.info("resumed from the checkpoint after step %d of %d", first, config.train.steps)
         metrics.resume(first)
-        steps_done = _run_steps(Session(config, run, rank_env, task, engine, checkpoints, metrics), first, scores)
-        task.report_skipped(rank_env.rank, rank_env.world_size)
+        steps_done = _run_steps(Session(config, run, rank_env, training, engine, checkpoints, metrics), first, scores)
+        training.finish(rank_env.rank, rank_env.world_size)
         if steps_done < config.train.steps:
             log.info("stopped as asked after step %d of %d, with a checkpoint", steps_done, config.train.steps)
             if rank_env.rank == 0:
                 run.stopped.touch()
             return {}
-        scores |= _score(task, engine, config, rank_env, "after")
+        scores |= _score(training, engine, config, rank_env, "after")
         if rank_env.rank == 0 and scores:
             write_scores(run, scores)
         metrics.end(**scores)
@@ -70,7 +78,7 @@ class Session:
     config: RunConfig
     run: RunDir
     rank_env: RankEnvironment
-    task: AnomalyTask
+    training: Training
     engine: deepspeed.DeepSpeedEngine
     checkpoints: Checkpoints
     metrics: MetricsWriter
@@ -80,7 +88,8 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
     """Train from step ``first`` on. Returns how many steps are done in all, fewer than asked for after a stop."""
     config, rank_env = session.config, session.rank_env
     steps = config.train.steps
-    batches = session.task.batches(rank_env.rank, rank_env.world_size, first * config.train.gradient_accumulation_steps)
+    done = first * config.train.gradient_accumulation_steps
+    batches = session.training.batches(rank_env.rank, rank_env.world_size, done)
     stop_request = StopRequest(session.run, rank_env)
     window = CaptureWindow(step_window(config.profile.steps, steps))
     with Progress(config, first=first, shown=rank_env.rank == 0) as progress, window:
@@ -88,11 +97,12 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
             window.before(step)
             began = time.perf_counter()
             with annotate.step(step):
-                values = _step(session.task, session.engine, batches, config)
+                values = _step(session.training, session.engine, batches, config)
                 with annotate.phase("agree"):
                     stop = stop_request.agreed()
                 if stop or _checkpoint_due(step, config):
                     with annotate.phase("checkpoint"):
+                        session.training.merge_rank_state()
                         session.checkpoints.save(session.engine, step + 1, {"scores": scores})
             step_s = time.perf_counter() - began
             session.metrics.step(step, **values, step_s=step_s)
@@ -103,7 +113,7 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
 
 
 def _step(
-    task: AnomalyTask, engine: deepspeed.DeepSpeedEngine, batches: Iterator[Any], config: RunConfig
+    training: Training, engine: deepspeed.DeepSpeedEngine, batches: Iterator[Any], config: RunConfig
 ) -> dict[str, float]:
     """One optimizer step. Returns this rank's mean loss over its micro-batches, and the loss' parts."""
     totals: dict[str, float] = {}
@@ -112,7 +122,7 @@ def _step(
         with annotate.phase("data"):
             batch = next(batches)
         with annotate.phase("forward", batch):
-            loss, parts = task.loss(engine, batch)
+            loss, parts = training.loss(engine, batch)
         with annotate.phase("backward"):
             engine.backward(loss)
         with annotate.phase("optimizer"):
@@ -128,13 +138,59 @@ def _checkpoint_due(step: int, config: RunConfig) -> bool:
 
 
 def _score(
-    task: AnomalyTask, engine: deepspeed.DeepSpeedEngine, config: RunConfig, rank_env: RankEnvironment, when: str
+    training: Training, engine: deepspeed.DeepSpeedEngine, config: RunConfig, rank_env: RankEnvironment, when: str
 ) -> dict[str, float]:
     if not config.train.evaluate:
         return {}
     with annotate.phase("evaluate"):
-        scores = task.evaluate(engine, rank_env.rank, rank_env.world_size, words=when == "after")
+        training.merge_rank_state()
+        scores = training.evaluate(engine, rank_env.rank, rank_env.world_size, final=when == "after")
     if rank_env.rank == 0:
         said = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         log.info("%s training, on held-out images: %s", when, said)
     return {f"{name}_{when}": value for name, value in scores.items()}
+
+
+class Progress:
+    """A bar where a person watches, and a line an interval in the log. Shown by one rank; the others' does nothing."""
+
+    def __init__(self, config: RunConfig, *, first: int, shown: bool) -> None:
+        """``first``: the step that this attempt begins with."""
+        self._steps = config.train.steps
+        self._batch = config.global_batch_size
+        self._every = config.train.log_every
+        self._first = first
+        self._shown = shown
+        self._bar = Bar(disable=not (shown and sys.stderr.isatty()))
+        self._task = self._bar.add_task("training", total=self._steps, completed=first)
+        self._interval_began = time.perf_counter()
+        self._interval_steps = 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._interval_began = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int, loss: float, step_s: float) -> None:
+        """After each step, with this rank's loss."""
+        self._interval_steps += 1
+        self._bar.advance(self._task)
+        if not self._shown or ((step + 1) % self._every and step not in (self._first, self._steps - 1)):
+            return
+        now = time.perf_counter()
+        elapsed_s, done = now - self._interval_began, self._interval_steps
+        self._interval_began, self._interval_steps = now, 0
+        log.info(
+            "step %d/%d: loss %.4f on this rank, %.1f samples/s, %.3f s a step, the last %.3f s",
+            step + 1,
+            self._steps,
+            loss,
+            done * self._batch / elapsed_s,
+            elapsed_s / done,
+            step_s,
+        )

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from hpcmm.config import config_file
-from hpcmm.config.schema import Executor, RunConfig, TaskName
+from hpcmm.config.schema import Executor, RunConfig
+from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError, ProfilerUnusableError
 from hpcmm.node import startup
 from hpcmm.node.recorder import rank_of
 from hpcmm.ranges import profiled_ranks
-from hpcmm.runs.checkpoints import steps_in_newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.environment import RankEnvironment
 from hpcmm.worker.signal_forwarding import end_as, record_exit, run_watched
@@ -57,7 +57,8 @@ def is_finished(config: RunConfig, run: RunDir) -> bool:
 
     Its reports would be replaced by empty ones.
     """
-    return config.task.name is TaskName.anomaly and (steps_in_newest_checkpoint(run) or 0) >= config.train.steps
+    workload = workload_of(config)
+    return workload is not None and workload.is_finished(config, run)
 
 
 def _write_to(log: Path) -> None:

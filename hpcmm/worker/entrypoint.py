@@ -1,12 +1,27 @@
-"""One rank, from its process' start to its end."""
+"""One rank, from its process' start to its end: of a workload, or of a script or function of the user's.
+
+The user's code gets the environment that PyTorch's own launcher would give it, and annotation of its collectives where
+a profiler listens. It needs to know nothing of hpcmm.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
+import os
+import runpy
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from hpcmm.annotate.auto_instrument import annotate_collectives_at_init
+from hpcmm.annotate.import_hooks import after_import
 from hpcmm.config import config_file
+from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig
+from hpcmm.config.workload import Workload, workload_of
+from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import extensions_dir
 from hpcmm.node.startup import parts_before
 from hpcmm.runs.attempts import current_attempt
@@ -15,11 +30,23 @@ from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.environment import RankEnvironment, bound_threads
 
 
-def run_rank(run_dir: str) -> dict[str, float]:
-    """Train as ``config.yaml`` of the run directory says. Returns the final metrics."""
+def run_rank(run_dir: str) -> Any:
+    """Run the task of ``config.yaml`` in the run directory. Returns a workload's final metrics, or what the user's
+    function returned.
+
+    Raises HpcmmError where a script exits with another status than 0, or a function is not there.
+    """
     began_s = time.time()
     run = RunDir(Path(run_dir))
     config = config_file.load(run.config)
+    workload = workload_of(config)
+    if workload is None:
+        return _run_users_code(config, run)
+    return _train(workload, config, run, began_s)
+
+
+def _train(workload: Workload, config: RunConfig, run: RunDir, began_s: float) -> dict[str, float]:
+    """``began_s``: when this process came to itself, in Unix time."""
     bound_threads(config)
     rank_env = RankEnvironment.read()
     _log_with_rank(rank_env)
@@ -40,7 +67,7 @@ def run_rank(run_dir: str) -> dict[str, float]:
             from hpcmm.worker.distributed import process_group  # noqa: PLC0415
         with process_group(rank_env, config, metrics) as device:
             collectives.install()
-            return train(config, run, rank_env, device, metrics)
+            return train(workload, config, run, rank_env, device, metrics)
 
 
 def _log_with_rank(rank_env: RankEnvironment) -> None:
@@ -49,3 +76,67 @@ def _log_with_rank(rank_env: RankEnvironment) -> None:
         format=f"%(asctime)s rank {rank_env.rank} on {rank_env.node} %(levelname)s %(name)s: %(message)s",
         force=True,
     )
+
+
+def _run_users_code(config: RunConfig, run: RunDir) -> Any:
+    rank_env = RankEnvironment.read()
+    rank_env.export()
+    _see_own_gpu()
+    bound_threads(config)
+    _offer_compiled_ops(config)
+    annotate_collectives_at_init()
+    with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:
+        metrics.start(**rank_env.identity())
+        result = None
+        if config.task.name == SCRIPT:
+            _run_script(config.task)
+        else:
+            result = _call_function(config.task)
+        metrics.end()
+    return result
+
+
+def _run_script(task: TaskConfig) -> None:
+    """As ``python path args...`` does, in this process."""
+    assert task.path is not None
+    sys.argv = [task.path, *task.args]
+    sys.path.insert(0, str(Path(task.path).parent))
+    try:
+        runpy.run_path(task.path, run_name="__main__")
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise HpcmmError(f"{task.path} exited with status {error.code}.") from error
+
+
+def _call_function(task: TaskConfig) -> Any:
+    assert task.target is not None
+    module_name, _, name = task.target.partition(":")
+    function: Any = importlib.import_module(module_name)
+    for part in name.split("."):
+        try:
+            function = getattr(function, part)
+        except AttributeError as error:
+            raise HpcmmError(f"task.target is {task.target}, but {module_name} has no {name}.") from error
+    return function(**task.kwargs)
+
+
+def _see_own_gpu() -> None:
+    """Where the scheduler shows this rank one GPU alone, it is number 0, which scripts take from LOCAL_RANK."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and "," not in visible:
+        os.environ["LOCAL_RANK"] = "0"
+
+
+def _offer_compiled_ops(config: RunConfig) -> None:
+    """Give DeepSpeed, where the script imports it, the ops that were built before the ranks started."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    folder = extensions_dir(config.cluster)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
+    after_import("deepspeed", lambda _: _load_ops(folder))
+
+
+def _load_ops(folder: Path) -> None:
+    from hpcmm.worker.compiled_ops import load_ops  # noqa: PLC0415 -- imports torch and deepspeed
+
+    load_ops(folder)

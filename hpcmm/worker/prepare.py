@@ -1,6 +1,7 @@
 """What has to be there before any rank starts: ``python -m hpcmm.worker.prepare RUN_DIR``, once a job, on one node.
 
-Compiled ops are built and the task's data is made, unless an earlier run left them. A line says which.
+Compiled ops are built and the workload's data is made, unless an earlier run left them. A line says which. A file or
+folder that the user named and that cannot be read ends the job here, and not half a minute later in each rank.
 """
 
 from __future__ import annotations
@@ -11,28 +12,55 @@ import sys
 from pathlib import Path
 
 from hpcmm.config import config_file
-from hpcmm.config.schema import RunConfig, TaskName
-from hpcmm.errors import HpcmmError
+from hpcmm.config.schema import RunConfig
+from hpcmm.config.workload import Workload, workload_of
+from hpcmm.errors import HpcmmError, InputError
 from hpcmm.node import startup
 from hpcmm.node.cache import cache_dir, extensions_dir, one_at_a_time
+from hpcmm.node.recorder import node_of
 from hpcmm.runs.attempts import begin_attempt
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.compiled_ops import build_ops, ops_are_built
-from hpcmm.workloads.anomaly.data_root import ensure_data
-from hpcmm.workloads.anomaly.llm_folder import ensure_llm
 
 
 def prepare(config: RunConfig) -> None:
-    """Build and make what is missing, one process at a time. Cheap when nothing is."""
+    """Build and make what is missing, one process at a time. Cheap when nothing is.
+
+    Raises HpcmmError where that fails, InputError for files and folders of the user's that cannot be used.
+    """
+    workload = workload_of(config)
+    if workload is not None:
+        _check_given_paths(workload, config)
     if importlib.util.find_spec("deepspeed") is None:
         return  # a script of the user's, in an environment without it
     with one_at_a_time(cache_dir(config.cluster) / "prepare.lock"):
         ops = extensions_dir(config.cluster)
         if not ops_are_built(ops):
             build_ops(ops)
-        if config.task.name is TaskName.anomaly:
-            ensure_data(config)
-            ensure_llm(config)
+        if workload is not None:
+            workload.prepare(config)
+
+
+def _check_given_paths(workload: Workload, config: RunConfig) -> None:
+    """Raises InputError that names, by its key, each file and folder that this node cannot read."""
+    given = {key: path for key, path in workload.given_paths(config).items() if path is not None}
+    problems = [f"{key} is {path}, but {problem}" for key, path in given.items() if (problem := _problem_of(path))]
+    if problems:
+        raise InputError(f"{'; '.join(problems)}. Name what every node of the job can read.")
+
+
+def _problem_of(given: str) -> str | None:
+    """Why this node cannot read a path; None if it can."""
+    node = node_of(os.environ)
+    try:
+        path = Path(given).expanduser()
+        path.stat()
+    except OSError as error:
+        return f"{node} cannot read it ({error.strerror})"
+    except (RuntimeError, ValueError) as error:  # no such user's home; a character that no path can hold
+        return f"that is not a path ({error})"
+    is_readable = os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0))
+    return None if is_readable else f"{node} cannot read it (Permission denied)"
 
 
 def main(arguments: list[str]) -> int:

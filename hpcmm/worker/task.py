@@ -17,8 +17,8 @@ class RankTask:
 
     run_dir: str
 
-    def __call__(self) -> dict[str, float]:
-        """Returns the rank's final metrics, which submitit hands back to the submitter."""
+    def __call__(self) -> Any:
+        """Returns the rank's final metrics, or what the user's function returned; submitit hands them back."""
         _keep_files_private()
         with recording_failure(RunDir(Path(self.run_dir))):
             from hpcmm.worker.entrypoint import run_rank  # noqa: PLC0415 -- imports torch, on the node only
@@ -26,19 +26,8 @@ class RankTask:
             return run_rank(self.run_dir)
 
 
-@dataclass(frozen=True)
-class UserTask:
-    """Runs the user's script or function as one rank of the job in ``run_dir``."""
-
-    run_dir: str
-
-    def __call__(self) -> Any:
-        """Returns what the function returned, which submitit hands back to the submitter."""
-        _keep_files_private()
-        with recording_failure(RunDir(Path(self.run_dir))):
-            from hpcmm.worker.user_task import run_user_task  # noqa: PLC0415 -- runs the user's code, on the node only
-
-            return run_user_task(self.run_dir)
+UserTask = RankTask
+"""The name in the pickles of jobs that an earlier version queued."""
 
 
 def _keep_files_private() -> None:

@@ -233,7 +233,7 @@ def test_the_rank_that_others_wait_for_in_vain_is_named_with_its_place(jobs):
     told = jobs.why("hang")
     assert told["class"] == "collective timeout"
     assert (told["first"]["rank"], told["first"]["node"]) == (1, jobs.nodes[1])
-    assert "train/anomaly.py" in told["first"]["what"]
+    assert "workloads/anomaly/training.py" in told["first"]["what"]
     assert told["first"]["last_step"] is None
 
 
@@ -249,7 +249,7 @@ def test_the_kind_of_an_exception_is_told(jobs, name, kind, said):
     told = jobs.why(name)
     assert told["class"] == kind
     assert said in told["first"]["what"]
-    assert told["first"]["rank"] == (1 if name == "import" else 0)
+    assert told["first"]["rank"] == {"memory": 0, "import": 1, "data": None}[name]  # of data the preparation complains
 
 
 def test_a_dead_node_is_named_with_the_line_that_leaves_it_out(jobs):

@@ -12,7 +12,7 @@ import pytest
 
 from hpcmm.config import config_file
 from hpcmm.config.compose import compose_run
-from hpcmm.config.schema import TaskConfig, TaskName
+from hpcmm.config.schema import FUNCTION, TaskConfig
 from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
@@ -82,7 +82,7 @@ def test_options_go_through_a_configuration_file_unchanged():
 
 def test_a_job_reads_its_options_from_the_frozen_configuration(tmp_path):
     options = ServeOptions(run="/a b", port=7, page=asdict(PageOptions(max_files=3)))
-    task = TaskConfig(name=TaskName.function, target="hpcmm.serve.job:serve_in_job", kwargs=options.values())
+    task = TaskConfig(name=FUNCTION, target="hpcmm.serve.job:serve_in_job", kwargs=options.values())
     config_file.dump(replace(compose_run(["cluster=local"]), task=task), tmp_path / "config.yaml")
     assert ServeOptions.of(config_file.load(tmp_path / "config.yaml").task.kwargs) == options
 

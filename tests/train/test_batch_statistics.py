@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
-from hpcmm.train.batch_statistics import merge_batch_statistics
+from hpcmm.train.workload import merge_batch_statistics
 from hpcmm.worker.distributed import leave_group
 from hpcmm.workloads.anomaly.models.decoders.batch_norm import Float32BatchNorm2d
 

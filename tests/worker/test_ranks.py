@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from hpcmm.config.schema import RunConfig, TaskConfig, TaskName, TrainConfig
+from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig, TrainConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.nsys.capture import run_under_nsys
 from hpcmm.ranges import profiled_ranks
@@ -46,7 +46,7 @@ def test_the_report_is_whole_and_the_command_s_exit_status_is_kept(tmp_path, nsy
         (None, TaskName.anomaly, False),
         ("step_000009", TaskName.anomaly, False),
         ("step_000010", TaskName.anomaly, True),
-        ("step_000010", TaskName.script, False),
+        ("step_000010", SCRIPT, False),
         ("nonsense", TaskName.anomaly, False),
     ],
 )

@@ -15,9 +15,7 @@ SLURM = {
     "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node2",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "23456",
 }  # fmt: skip
-RUNS_THE_TASK = (
-    "import sys; from hpcmm.worker.user_task import run_user_task; print('returned', run_user_task(sys.argv[1]))"
-)
+RUNS_THE_TASK = "import sys; from hpcmm.worker.entrypoint import run_rank; print('returned', run_rank(sys.argv[1]))"
 
 
 def run_task(tmp_path, *overrides, **environment):

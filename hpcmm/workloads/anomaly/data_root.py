@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from hpcmm.errors import HpcmmError
+from hpcmm.errors import HpcmmError, InputError
 from hpcmm.node.cache import data_dir
 from hpcmm.workloads.anomaly.data.flaws import Flaws
 from hpcmm.workloads.anomaly.data.layouts import READERS
@@ -31,16 +30,21 @@ def data_config(config: AnomalyConfig) -> DataConfig:
 
 
 def ensure_data(config: AnomalyConfig) -> None:
-    """Make the stand-ins that the run needs and that are not there, and say what it trains on and is scored on."""
+    """Make the stand-ins that the run needs and that are not there, and say what it trains on and is scored on.
+
+    Raises InputError where the images are not in the layout that ``config.data`` says.
+    """
     if config.data.generate:
         for standins in _standins(config.data):
             root = _folder(config, standins)
             if not root.exists():
                 print(f"Making the stand-in images in {root}.", flush=True)
             generate(root, standins, config.train.seed)
-    with suppress(HpcmmError):  # of a broken folder each rank says so, and leaves a record of its failure
-        for line in _contents(data_root(config), data_config(config)):
-            print(line, flush=True)
+    try:
+        lines = [*_contents(data_root(config), data_config(config))]
+    except HpcmmError as error:
+        raise InputError(str(error)) from error
+    print("\n".join(lines), flush=True)
 
 
 def _standins(data: DataConfig) -> Iterator[DataConfig]:

@@ -28,7 +28,7 @@ import deepspeed
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.workloads.anomaly.models.losses import LossLearner
 from hpcmm.workloads.anomaly.models import build_model
-from hpcmm.workloads.anomaly.task import _mean_over_ranks
+from hpcmm.workloads.anomaly.training import _mean_over_ranks
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import build_engine
 from hpcmm.train.trained_weights import start_from

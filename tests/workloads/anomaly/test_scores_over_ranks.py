@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcmm.config.schema import ClusterConfig
 from hpcmm.train.sampling import even_share
 from hpcmm.worker.distributed import leave_group
-from hpcmm.workloads.anomaly import task as anomaly_task
+from hpcmm.workloads.anomaly import training as anomaly_training
 from hpcmm.workloads.anomaly.data_root import ensure_data
 from hpcmm.workloads.anomaly.question_answering.conversations import ParsedAnswer
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, DataConfig, LlmConfig, LlmKind, ModelConfig
-from hpcmm.workloads.anomaly.task import AnomalyTask
+from hpcmm.workloads.anomaly.training import AnomalyTraining
 
 RANKS = 3
 PER_CATEGORY = 7
@@ -49,13 +49,13 @@ def config(cache: Path) -> AnomalyConfig:
     return run
 
 
-def make_talkative(task: AnomalyTask) -> None:
+def make_talkative(training: AnomalyTraining) -> None:
     """Have an untrained model give each image another answer, and read a statement out of each."""
-    assert task.model.language is not None
+    assert training.model.language is not None
     with torch.no_grad():
-        for parameter in task.model.language.llm.parameters():
+        for parameter in training.model.language.llm.parameters():
             parameter.mul_(3)
-    anomaly_task.parse_answer = read_a_statement
+    anomaly_training.parse_answer = read_a_statement
 
 
 def read_a_statement(text: str) -> ParsedAnswer:
@@ -67,9 +67,9 @@ def scores_of_a_rank(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store_{world_size}", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    task = AnomalyTask(config(Path(folder) / "cache"), torch.device("cpu"))
-    make_talkative(task)
-    scores = task.evaluate(DistributedDataParallel(task.model), rank, world_size, words=True)
+    training = AnomalyTraining(config(Path(folder) / "cache"), torch.device("cpu"))
+    make_talkative(training)
+    scores = training.evaluate(DistributedDataParallel(training.model), rank, world_size, final=True)
     Path(folder, f"{world_size}_{rank}.json").write_text(json.dumps(scores))
     leave_group()
 

@@ -81,7 +81,12 @@ class ServedDetector(ServedModel):
         return DetectorPage(
             predictor,
             own,
-            about=About(run.root.name, f"decoder {part_name(config.model.decoder)}", newest_checkpoint(run), is_standin=config.data.generate),
+            about=About(
+                run.root.name,
+                f"decoder {part_name(config.model.decoder)}",
+                newest_checkpoint(run),
+                is_standin=config.data.generate,
+            ),
             threshold=held_out.choose_threshold(run, predictor, images, own.threshold),
             captions=captions,
             examples=examples,

@@ -41,7 +41,7 @@ def test_skipped_images_are_counted_over_all_workers(damaged: DataConfig, worker
 def test_each_is_told_once_and_the_total_at_the_end(
     damaged: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    from hpcmm.workloads.anomaly.task import AnomalyTask
+    from hpcmm.workloads.anomaly.training import AnomalyTraining
 
     caplog.set_level(logging.INFO)
     config = AnomalyConfig(
@@ -50,11 +50,11 @@ def test_each_is_told_once_and_the_total_at_the_end(
         model=ModelConfig(image_encoder="vit_tiny"),
         train=AnomalyTrainConfig(micro_batch_size=6),
     )
-    task = AnomalyTask(config, torch.device("cpu"))
-    batches = task.batches(0, 1)
+    training = AnomalyTraining(config, torch.device("cpu"))
+    batches = training.batches(0, 1)
     for _ in range(4):  # two epochs
         next(batches)
-    task.report_skipped(0, 1)
+    training.finish(0, 1)
     told = [record.getMessage() for record in caplog.records]
     assert sum("It is replaced" in message for message in told) == len(BROKEN)
     assert [message for message in told if "were skipped" in message] == ["2 of 12 training images were skipped"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.models.decoders.decoder import Decoder
 
 _GROUPS = 8
 _FINE_LEVELS = 2
@@ -16,7 +17,7 @@ _FINE_SHARE = 4
 """The finest levels, whose many places cost most, get this many times fewer channels."""
 
 
-class FcnDecoder(nn.Module):
+class FcnDecoder(Decoder):
     """Feature maps (B, channels[i], h[i], w[i]), finest first, to patch embeddings (B, width, h[0], w[0]).
 
     Each coarser map is enlarged, joined to the next finer one and mixed by a 3 x 3 convolution. Group normalisation,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from hpcmm.workloads.anomaly.models.decoders.batch_norm import Float32BatchNorm2d
-from hpcmm.workloads.anomaly.models.decoders.levels import stack_levels
+from hpcmm.workloads.anomaly.models.decoders.decoder import Decoder, stack_levels
 
 
-class MlpDecoder(nn.Module):
+class MlpDecoder(Decoder):
     """Feature maps (B, channels[i], h[i], w[i]), finest first, to patch embeddings (B, width, h[0], w[0]).
 
     1 x 1 convolutions are the same perceptron at every place; what a place knows of its surroundings comes from the
@@ -26,7 +26,7 @@ class MlpDecoder(nn.Module):
         return patches
 
 
-class MlpBatchNormDecoder(nn.Module):
+class MlpBatchNormDecoder(Decoder):
     """As :class:`MlpDecoder`, with batch normalisation after each hidden layer."""
 
     def __init__(self, channels: Sequence[int], width: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.anomaly.models.decoders.levels import stack_levels
+from hpcmm.workloads.anomaly.models.decoders.decoder import Decoder, stack_levels
 
 _GROUPS = 8
 _BLOCKS = 2
@@ -15,7 +15,7 @@ _SHARE = 4
 """The blocks work at this part of the width: 3 x 3 convolutions on the finest grid are the costly part."""
 
 
-class ResNetDecoder(nn.Module):
+class ResNetDecoder(Decoder):
     """Feature maps (B, channels[i], h[i], w[i]), finest first, to patch embeddings (B, width, h[0], w[0]).
 
     Basic residual blocks after K. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, with group

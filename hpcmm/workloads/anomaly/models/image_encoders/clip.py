@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder
+from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder, given_weights
 from hpcmm.workloads.anomaly.models.image_encoders.tokens import TINY_VISION, check_square, choose_taps, tokens_to_map
 from hpcmm.workloads.anomaly.models.pretrained import clip_config, load_pretrained
 
@@ -29,9 +28,10 @@ class ClipEncoder(ImageEncoder):
     mean = CLIP_MEAN
     std = CLIP_STD
 
-    def __init__(self, tower: Any, taps: Sequence[int], *, frozen: bool) -> None:
-        """``tower``: a ``CLIPVisionModelWithProjection``."""
+    def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
+        """``weights``: a ``transformers`` CLIP folder. Raises HpcmmError where it is none."""
         super().__init__()
+        tower = self._load(weights)
         config = tower.config
         check_square((config.image_size // config.patch_size) ** 2, self.name)
         self.taps = choose_taps(taps, config.num_hidden_layers)
@@ -46,22 +46,13 @@ class ClipEncoder(ImageEncoder):
             [*vision.encoder.layers[self.taps[-1] + 1 :], vision.post_layernorm, tower.visual_projection],
         )
 
-    @classmethod
-    def from_folder(cls, folder: Path, taps: Sequence[int], *, frozen: bool) -> ClipEncoder:
-        """From a ``transformers`` CLIP folder. Raises HpcmmError where it is none."""
+    def _load(self, weights: str | None) -> Any:
+        """A ``CLIPVisionModelWithProjection``."""
         from transformers import CLIPVisionModelWithProjection  # noqa: PLC0415 - takes seconds
 
+        folder = given_weights(weights, "clip")
         config = clip_config(folder, _KEY).vision_config
-        tower = load_pretrained(CLIPVisionModelWithProjection, folder, "CLIP's vision tower", _KEY, config=config)
-        return cls(tower, taps, frozen=frozen)
-
-    @classmethod
-    def tiny(cls, taps: Sequence[int], *, frozen: bool) -> ClipEncoder:
-        """Random weights: 4 blocks of width 96, patches of 8 pixels, for machines without weights."""
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection  # noqa: PLC0415
-
-        config = CLIPVisionConfig(**TINY_VISION, projection_dim=TINY_EMBEDDING_WIDTH)
-        return cls(CLIPVisionModelWithProjection(config), taps, frozen=frozen)
+        return load_pretrained(CLIPVisionModelWithProjection, folder, "CLIP's vision tower", _KEY, config=config)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         hidden = self._run(pixels).hidden_states
@@ -74,6 +65,19 @@ class ClipEncoder(ImageEncoder):
 
     def _run(self, pixels: Tensor) -> Any:
         return self.tower(pixel_values=pixels, interpolate_pos_encoding=True, output_hidden_states=True)
+
+
+class TinyClipEncoder(ClipEncoder):
+    """Random weights: 4 blocks of width 96, patches of 8 pixels, for machines without weights.
+
+    They come from the global random state; ``weights`` is of no effect.
+    """
+
+    def _load(self, weights: str | None) -> Any:  # noqa: ARG002 -- every encoder can be given some
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection  # noqa: PLC0415
+
+        config = CLIPVisionConfig(**TINY_VISION, projection_dim=TINY_EMBEDDING_WIDTH)
+        return CLIPVisionModelWithProjection(config)
 
 
 TINY_EMBEDDING_WIDTH = 64

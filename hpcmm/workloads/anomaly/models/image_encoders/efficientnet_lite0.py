@@ -33,12 +33,20 @@ class EfficientNetLite0(ImageEncoder):
     _last_blocks = (0, 2, 4, 10, 15)
     """The last block of each stride, from 2 on."""
 
-    def __init__(self, weights: Path, *, frozen: bool) -> None:
+    def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
+        """``weights``: a file with a state dict; None takes those that come in a package.
+
+        Raises HpcmmError for a file of another network, and for taps, which it does not have.
+        """
         super().__init__()
+        if taps:
+            raise HpcmmError(
+                "model.image_taps is for encoders made of blocks; EfficientNet-Lite0 gives its four strides."
+            )
         from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415 - only this encoder needs the package
 
         network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
-        _load_backbone(network, weights)
+        _load_backbone(network, Path(weights).expanduser() if weights else packaged_weights())
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         self.blocks = network._blocks
         self.set_frozen(frozen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ class ImageEncoder(nn.Module, ABC):
     The maps are ordered from the finest on, and their sizes are rounded up. An encoder stays in evaluation mode, so
     that dropout is off and batch normalisation keeps the statistics that came with the weights: a rank's few images
     could not give better ones. Frozen, it has no gradients either.
+
+    A subclass is built with ``weights: str | None``, the file or folder of its weights, ``taps: Sequence[int]``, the
+    blocks that give maps (empty: its own choice), and ``frozen: bool``; further parameters are plain values with
+    defaults. It raises HpcmmError for what it cannot use.
     """
 
     name: str
@@ -88,3 +93,13 @@ class ImageEncoder(nn.Module, ABC):
         if any(factor != 1 for factor in scale) or any(shift):
             images = images * images.new_tensor(scale)[:, None, None] + images.new_tensor(shift)[:, None, None]
         return images.to(next(self.parameters()).dtype)
+
+
+def given_weights(weights: str | None, encoder: str) -> Path:
+    """``model.image_weights`` as a path. Raises HpcmmError where ``encoder``, as ``model=`` names it, lacks it."""
+    if weights is None:
+        raise HpcmmError(
+            f"model.image_weights is not given: name the folder or file of {encoder}'s weights, or take a "
+            f"small random one of the same kind with model={encoder}_tiny."
+        )
+    return Path(weights).expanduser()

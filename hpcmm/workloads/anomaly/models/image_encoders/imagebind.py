@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models.image_encoders.clip import CLIP_MEAN, CLIP_STD, TINY_EMBEDDING_WIDTH
-from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder
+from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder, given_weights
 from hpcmm.workloads.anomaly.models.image_encoders.tokens import choose_taps, tokens_to_map
 from hpcmm.workloads.anomaly.models.imagebind import HEADS, VisionTower, load_vision_tower
 
@@ -24,8 +23,10 @@ class ImageBindEncoder(ImageEncoder):
     mean = CLIP_MEAN
     std = CLIP_STD
 
-    def __init__(self, tower: VisionTower, taps: Sequence[int], *, frozen: bool) -> None:
+    def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
+        """``weights``: a file in the layout of imagebind_huge.pth. Raises HpcmmError where it is not."""
         super().__init__()
+        tower = self._load(weights)
         width, _, patch, _ = tower.patches.weight.shape
         if width % HEADS:
             raise HpcmmError(f"ImageBind's width must be a multiple of its {HEADS} heads, not {width}.")
@@ -37,16 +38,8 @@ class ImageBindEncoder(ImageEncoder):
         self.tower = tower
         self.set_frozen(frozen, [*tower.blocks[self.taps[-1] + 1 :], tower.head_norm, tower.head])
 
-    @classmethod
-    def from_file(cls, path: Path, taps: Sequence[int], *, frozen: bool) -> ImageBindEncoder:
-        """From a file in the layout of imagebind_huge.pth. Raises HpcmmError where it is not."""
-        return cls(load_vision_tower(path), taps, frozen=frozen)
-
-    @classmethod
-    def tiny(cls, taps: Sequence[int], *, frozen: bool) -> ImageBindEncoder:
-        """Random weights: 4 blocks of width 96, patches of 8 pixels, for machines without weights."""
-        tower = VisionTower(width=96, depth=4, patch=8, places=64, embedding_width=TINY_EMBEDDING_WIDTH)
-        return cls(tower, taps, frozen=frozen)
+    def _load(self, weights: str | None) -> VisionTower:
+        return load_vision_tower(given_weights(weights, "imagebind"))
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         states = self.tower(pixels, self.taps[-1] + 1)
@@ -55,3 +48,13 @@ class ImageBindEncoder(ImageEncoder):
 
     def embedding(self, pixels: Tensor) -> Tensor:
         return self.tower.embed(self.tower(pixels, len(self.tower.blocks))[-1])
+
+
+class TinyImageBindEncoder(ImageBindEncoder):
+    """Random weights: 4 blocks of width 96, patches of 8 pixels, for machines without weights.
+
+    They come from the global random state; ``weights`` is of no effect.
+    """
+
+    def _load(self, weights: str | None) -> VisionTower:  # noqa: ARG002 -- every encoder can be given some
+        return VisionTower(width=96, depth=4, patch=8, places=64, embedding_width=TINY_EMBEDDING_WIDTH)

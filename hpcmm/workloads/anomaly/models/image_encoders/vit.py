@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder
+from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder, given_weights
 from hpcmm.workloads.anomaly.models.image_encoders.tokens import TINY_VISION, check_square, choose_taps, tokens_to_map
 from hpcmm.workloads.anomaly.models.pretrained import load_pretrained
 
@@ -28,9 +28,13 @@ class ViTEncoder(ImageEncoder):
     mean: Sequence[float] = (0.5, 0.5, 0.5)
     std: Sequence[float] = (0.5, 0.5, 0.5)
 
-    def __init__(self, network: Any, taps: Sequence[int], *, frozen: bool) -> None:
-        """``network``: a ``ViTModel`` without its pooling layer."""
+    def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
+        """``weights``: a ``transformers`` ViT folder, whose preprocessor_config.json tells the pixel scale.
+
+        Raises HpcmmError where it is none.
+        """
         super().__init__()
+        network = self._load(weights)
         config = network.config
         check_square((config.image_size // config.patch_size) ** 2, self.name)
         self.taps = choose_taps(taps, config.num_hidden_layers)
@@ -40,32 +44,31 @@ class ViTEncoder(ImageEncoder):
         self.network = network
         self.set_frozen(frozen, [*network.layers[self.taps[-1] + 1 :], network.layernorm])
 
-    @classmethod
-    def from_folder(cls, folder: Path, taps: Sequence[int], *, frozen: bool) -> ViTEncoder:
-        """From a ``transformers`` ViT folder, with the pixel scale that its preprocessor_config.json tells.
-
-        Raises HpcmmError where it is none.
-        """
+    def _load(self, weights: str | None) -> Any:
+        """A ``ViTModel`` without its pooling layer."""
         from transformers import ViTModel  # noqa: PLC0415 - takes seconds
 
-        encoder = cls(
-            load_pretrained(_WithoutPooler(ViTModel), folder, "a ViT", "model.image_weights"), taps, frozen=frozen
-        )
-        encoder.mean, encoder.std = _pixel_scale(folder, encoder.mean, encoder.std)
-        return encoder
-
-    @classmethod
-    def tiny(cls, taps: Sequence[int], *, frozen: bool) -> ViTEncoder:
-        """Random weights: 4 blocks of width 96, patches of 8 pixels, for machines without weights."""
-        from transformers import ViTConfig, ViTModel  # noqa: PLC0415
-
-        config = ViTConfig(**TINY_VISION)
-        return cls(ViTModel(config, add_pooling_layer=False), taps, frozen=frozen)
+        folder = given_weights(weights, "vit")
+        network = load_pretrained(_WithoutPooler(ViTModel), folder, "a ViT", "model.image_weights")
+        self.mean, self.std = _pixel_scale(folder, self.mean, self.std)
+        return network
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         hidden = self.network(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
         size = [side // self._patch for side in pixels.shape[-2:]]
         return [tokens_to_map(hidden[tap + 1], size) for tap in self.taps]  # hidden[0] comes before the first block
+
+
+class TinyViTEncoder(ViTEncoder):
+    """Random weights: 4 blocks of width 96, patches of 8 pixels, for machines without weights.
+
+    They come from the global random state; ``weights`` is of no effect.
+    """
+
+    def _load(self, weights: str | None) -> Any:  # noqa: ARG002 -- every encoder can be given some
+        from transformers import ViTConfig, ViTModel  # noqa: PLC0415
+
+        return ViTModel(ViTConfig(**TINY_VISION), add_pooling_layer=False)
 
 
 class _WithoutPooler:

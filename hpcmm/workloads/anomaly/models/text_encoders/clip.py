@@ -11,19 +11,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpcmm.workloads.anomaly.models.image_encoders.clip import TINY_EMBEDDING_WIDTH
+from hpcmm.workloads.anomaly.models.image_encoders.encoder import given_weights
 from hpcmm.workloads.anomaly.models.pretrained import clip_config, load_pretrained, load_tokenizer
 from hpcmm.workloads.anomaly.models.text_encoders import bytes_tokenizer
+from hpcmm.workloads.anomaly.models.text_encoders.encoder import TextEncoder
 
 _KEY = "model.text_encoder (or model.image_weights)"
 
 
-class ClipTextEncoder:
+class ClipTextEncoder(TextEncoder):
     """From a ``transformers`` CLIP folder with its tokenizer. The weights are read when the first sentence comes."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises HpcmmError where the folder is none of CLIP's."""
-        self._config = clip_config(folder, _KEY)
-        self._folder = folder
+    def __init__(self, folder: str | None = None, image_weights: str | None = None) -> None:
+        """``folder``: None takes that of the image encoder's weights. Raises HpcmmError where it is none of CLIP's."""
+        self._folder = Path(folder).expanduser() if folder else given_weights(image_weights, "clip")
+        self._config = clip_config(self._folder, _KEY)
         self._tower: Any = None
         self._tokenizer: Any = None
         self.width = int(self._config.projection_dim)
@@ -50,12 +52,12 @@ class ClipTextEncoder:
         return functional.normalize(embedded, dim=1)
 
 
-class TinyClipTextEncoder:
-    """A small random text tower of the same classes; texts are split into bytes."""
+class TinyClipTextEncoder(TextEncoder):
+    """A small random text tower of the same classes; texts are split into bytes. Folders are of no effect."""
 
     width = TINY_EMBEDDING_WIDTH
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str | None = None, image_weights: str | None = None) -> None:  # noqa: ARG002
         """Takes its weights from the global random state."""
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection  # noqa: PLC0415 - takes seconds
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
 
-class TextEncoder(Protocol):
+class TextEncoder(ABC):
     """Embeds sentences as unit vectors.
 
     It is always frozen, and it is no ``nn.Module``, so that its weights are neither broadcast, nor converted, nor
     written to every checkpoint of the model that uses it.
+
+    A subclass is built with ``folder: str | None``, that of its weights or its tokenizer, and ``image_weights: str |
+    None``, those of the image encoder, for a tower that may lie beside them; further parameters are plain values with
+    defaults. It raises HpcmmError for what it cannot use.
     """
 
-    @property
-    def width(self) -> int:
-        """Length of a vector."""
+    width: int
+    """Length of a vector."""
 
+    @abstractmethod
     def encode(self, sentences: Sequence[str]) -> Tensor:
         """Sentences to (len(sentences), width), float32, on the CPU. Raises HpcmmError where weights cannot be read."""

@@ -13,21 +13,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.models.text_encoders.encoder import TextEncoder
 
 
-class SentenceEncoder:
+class SentenceEncoder(TextEncoder):
     """Embeds sentences: the mean of the last hidden states over the tokens, made a unit vector.
 
     The weights are read when the first sentence comes.
     Source of the pooling: N. Reimers and I. Gurevych, "Sentence-BERT", EMNLP 2019.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Take a ``transformers`` folder. Raises HpcmmError when it is not one."""
-        self._folder = folder
+    def __init__(self, folder: str | Path | None = None, image_weights: str | None = None) -> None:  # noqa: ARG002
+        """``folder``: a ``transformers`` folder; None takes MiniLM, which comes in a package.
+
+        Raises HpcmmError when it is not one. ``image_weights`` are of no effect.
+        """
+        self._folder = Path(folder).expanduser() if folder else packaged_text_encoder()
         self._tokenizer: Any = None
         self._model: Any = None
-        self.width = _read_width(folder)
+        self.width = _read_width(self._folder)
 
     @torch.no_grad()
     def encode(self, sentences: Sequence[str]) -> Tensor:

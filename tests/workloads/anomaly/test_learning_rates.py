@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpcmm.config.schema import TrainConfig
-from hpcmm.train.engine import _groups, learning_rate_factor
+from hpcmm.train.engine import learning_rate_factor
 from hpcmm.workloads.anomaly.models import build_model
-from hpcmm.workloads.anomaly.schema import LlmConfig, LlmKind, ModelConfig
+from hpcmm.workloads.anomaly.schema import AnomalyTrainConfig, LlmConfig, LlmKind, ModelConfig
+from hpcmm.workloads.anomaly.training import groups_by_rate
 
 WITH_WORDS = ModelConfig(decoder_width=32, text_adapter_width=32, llm=LlmConfig(kind=LlmKind.tiny, lora_rank=2))
 
 
 def test_words_learn_at_their_own_rate_and_the_schedule_moves_both():
     model = build_model(WITH_WORDS, 0)
-    train = TrainConfig(steps=10, learning_rate=1e-4, words_learning_rate=2e-3, warmup_steps=0)
-    optimizer = torch.optim.AdamW(_groups(model, train), lr=train.learning_rate)
+    train = AnomalyTrainConfig(steps=10, learning_rate=1e-4, words_learning_rate=2e-3, warmup_steps=0)
+    optimizer = torch.optim.AdamW(groups_by_rate(model, train), lr=train.learning_rate)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     others, words = ([names[id(each)] for each in group["params"]] for group in optimizer.param_groups)
     assert words
@@ -35,6 +35,6 @@ def test_words_learn_at_their_own_rate_and_the_schedule_moves_both():
 )
 def test_else_all_learn_at_one_rate(model: ModelConfig, rate: float | None):
     built = build_model(model, 0)
-    (group,) = _groups(built, TrainConfig(learning_rate=1e-4, words_learning_rate=rate))
+    (group,) = groups_by_rate(built, AnomalyTrainConfig(learning_rate=1e-4, words_learning_rate=rate))
     assert len(group["params"]) == sum(each.requires_grad for each in built.parameters())
     assert "lr" not in group

@@ -1,4 +1,4 @@
-"""The task that hpcmm ships: multimodal anomaly detection, spread over the ranks of a job."""
+"""The anomaly detector on one rank: model, data, loss and scores, as the training loop asks for them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from hpcmm.train.batch_statistics import merge_batch_statistics
 from hpcmm.train.sampling import EndlessSampler, even_share
 from hpcmm.train.trained_weights import start_from
+from hpcmm.train.workload import Training
 from hpcmm.workloads.anomaly.data.anomaly import Batch, Item, build_datasets, collate
 from hpcmm.workloads.anomaly.data_root import data_config, data_root
 from hpcmm.workloads.anomaly.feature_cache import Ranks, keep_features
@@ -29,7 +29,7 @@ from hpcmm.workloads.anomaly.models.losses import LossLearner
 from hpcmm.workloads.anomaly.models.scores import image_auroc, pixel_auroc
 from hpcmm.workloads.anomaly.question_answering.conversations import parse_answer
 from hpcmm.workloads.anomaly.question_answering.scores import statements, word_scores
-from hpcmm.workloads.anomaly.schema import AnomalyConfig, OnError
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, AnomalyTrainConfig, OnError
 
 log = logging.getLogger("hpcmm.train")
 
@@ -37,8 +37,10 @@ _SCORED_AT_ONCE = 4
 """Micro-batches of training that make a batch of scoring."""
 
 
-class AnomalyTask:
-    """Model, data and loss of one rank."""
+class AnomalyTraining(Training):
+    """Images with simulated anomalies to train on, held-out ones with true anomalies to score."""
+
+    model: AnomalyModel
 
     def __init__(self, config: AnomalyConfig, device: torch.device) -> None:
         self._config = config
@@ -56,8 +58,12 @@ class AnomalyTask:
             ranks = Ranks(dist.get_rank(), dist.get_world_size())
             self._train, self._test = keep_features(config, self.model.image_encoder, train, test, ranks)
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """By learning rate: a decoder that is trained already bears less than prompts do."""
+        return groups_by_rate(self.model, self._config.train)
+
     def batches(self, rank: int, world_size: int, first: int = 0) -> Iterator[Batch]:
-        """This rank's micro-batches, from round ``first`` on, without end."""
+        """This rank's micro-batches, from number ``first`` on, without end."""
         data, train = self._config.data, self._config.train
         sampler = EndlessSampler(self._lengths[0], train.micro_batch_size, rank, world_size, train.seed, first)
         loader: DataLoader[Any] = DataLoader(
@@ -86,7 +92,7 @@ class AnomalyTask:
             total, parts = self._loss(logits, mask, _mean_over_ranks(text, self._device))
         return total, {name: value.detach() for name, value in parts.items()}
 
-    def report_skipped(self, rank: int, world_size: int) -> None:
+    def finish(self, rank: int, world_size: int) -> None:
         """Tell how many training images could not be used, on any rank, in all. All ranks call this together."""
         if self._config.data.on_error is not OnError.skip:
             return
@@ -105,11 +111,11 @@ class AnomalyTask:
 
     @torch.no_grad()
     def evaluate(
-        self, engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int, *, words: bool = False
+        self, engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int, *, final: bool
     ) -> dict[str, float]:
         """Image and pixel AUROC on the held-out images, which the ranks share out.
 
-        With ``words``, which take far longer, also how right a language model's answers are. Only rank 0 gets the
+        With ``final``, since it takes far longer, also how right a language model's answers are. Only rank 0 gets the
         result.
         """
         share = range(rank, self._lengths[1], world_size)
@@ -122,9 +128,8 @@ class AnomalyTask:
             num_workers=self._config.data.num_workers,
             generator=torch.Generator().manual_seed(0),
         )
-        merge_batch_statistics(engine.module)
         engine.eval()
-        scored = _joined([self._score(engine, batch, words=words) for batch in loader])
+        scored = _joined([self._score(engine, batch, words=final) for batch in loader])
         engine.train()
         own_scores = {name: values[: len(share)] for name, values in scored.items()}
         gathered: list[dict[str, np.ndarray]] | None = [{}] * world_size if rank == 0 else None
@@ -157,6 +162,16 @@ class AnomalyTask:
             "mask": batch["mask"][:, 0].numpy().astype(bool),
             "map": AnomalyModel.anomaly_map(logits).cpu().numpy(),
         }
+
+
+def groups_by_rate(model: AnomalyModel, train: AnomalyTrainConfig) -> list[dict[str, Any]]:
+    """The trained parameters of ``model``; prompts and language model apart if they have a rate of their own."""
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    words = [value for name, value in named if name.startswith("language.")]
+    others = [value for name, value in named if not name.startswith("language.")]
+    if not words or train.words_learning_rate is None:
+        return [{"params": [*others, *words]}]
+    return [{"params": others}, {"params": words, "lr": train.words_learning_rate}]
 
 
 def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -1,0 +1,50 @@
+"""The half of a workload without torch: its defaults, and how a run's is found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
+from hpcmm.config.workload import Workload, workload_of
+from hpcmm.workloads.anomaly.schema import ModelConfig
+
+
+class Small(Workload):
+    """Only what must be there."""
+
+    def training(self, config, device):
+        raise NotImplementedError
+
+
+def test_a_workload_needs_no_more_than_its_training():
+    small, config = Small(), RunConfig()
+    assert small.schema is RunConfig
+    assert list(small.problems(config)) == []
+    assert dict(small.given_paths(config)) == {}
+    small.prepare(config)
+    assert small.model_label(config) == config.task.name
+    with pytest.raises(TypeError, match="training"):
+        Workload()
+
+
+def test_a_run_s_workload_follows_from_its_task():
+    config = RunConfig(model=ModelConfig(decoder="mlp"))
+    workload = workload_of(config)
+    assert workload is not None
+    assert issubclass(RunConfig, workload.schema)
+    assert workload.model_label(config) == "mlp"
+    for name in (SCRIPT, FUNCTION):
+        assert workload_of(RunConfig(task=TaskConfig(name=name))) is None
+
+
+def test_finding_it_loads_nothing_heavy():
+    code = (
+        "import sys; from hpcmm.config.schema import RunConfig; from hpcmm.config.workload import workload_of\n"
+        "assert workload_of(RunConfig()).given_paths(RunConfig())\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert not set(done.stdout.split()) & {"torch", "deepspeed", "transformers", "pandas", "numpy", "PIL", "skimage"}
