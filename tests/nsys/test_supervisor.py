@@ -15,7 +15,7 @@ from hpcmm.nsys.capture import run_under_nsys
 PROGRAM = """
 import os, signal, subprocess, sys, threading, time
 from pathlib import Path
-from hpcmm.nsys.supervisor import run_apart
+from hpcmm.nsys.supervisor import run_supervised
 folder = Path(sys.argv[1])
 LOUD = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: print('told', flush=True)); " + sys.argv[2]
 
@@ -31,8 +31,8 @@ def work(apart):
     apart.say_ended(rank.wait())
     (folder / "finished").write_text(str(apart.in_a_hurry))
 
-status = run_apart(work, rank_pid=pid, ended=lambda end: print("ended", end.status, flush=True),
-                   must_end=(folder / "must_end").exists)
+status = run_supervised(work, rank_pid=pid, ended=lambda end: print("ended", end.status, flush=True),
+                        must_end=(folder / "must_end").exists)
 print("status", status)
 """
 FOR_EVER = "print('ready', flush=True)\nwhile True: time.sleep(0.1)"
