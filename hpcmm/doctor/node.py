@@ -12,10 +12,12 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hpcmm.cli import run_command
 from hpcmm.doctor.node_info import node_facts
 from hpcmm.doctor.rendezvous import answer_clock, come, gather, measure_offset
 from hpcmm.node.connectivity import job_nodes
@@ -25,7 +27,7 @@ from hpcmm.nsys.check import nsys_problem
 _MEET_S, _TALK_S, _MEASURE_S, _SHARED_S = 30.0, 120.0, 60.0, 20.0
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     request_file = Path(arguments[0])
     request = json.loads(request_file.read_text(encoding="utf-8"))
     nodes = list(request["nodes"] or job_nodes(os.environ))
@@ -151,4 +153,4 @@ def _write(value: object, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("hpcmm.doctor", main, needs_folder=False))

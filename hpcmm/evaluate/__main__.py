@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hpcmm.cli import run_command
 from hpcmm.config import config_file
 from hpcmm.config.schema import Layout, RunConfig
 from hpcmm.errors import HpcmmError
@@ -56,16 +57,15 @@ class Options:
     test_layout: Layout | None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.evaluate") -> int:
     """The command line; returns the exit status."""
-    options = _parse(arguments)
-    try:
-        table, summary, unscored = evaluate(options)
-    except (HpcmmError, OSError) as error:
-        print(f"hpcmm.evaluate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command(
+        "hpcmm.evaluate", lambda given: _command(_parse(given, prog)), arguments, errors=(HpcmmError, OSError)
+    )
+
+
+def _command(options: Options) -> int:
+    table, summary, unscored = evaluate(options)
     _print(table, summary, options.out)
     for problem in unscored:
         print(f"hpcmm.evaluate: not scored: {problem}", file=sys.stderr)
@@ -125,9 +125,9 @@ def evaluate(options: Options) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     return table, summary, unscored
 
 
-def _parse(arguments: Sequence[str] | None) -> Options:
+def _parse(arguments: Sequence[str], prog: str) -> Options:
     parser = argparse.ArgumentParser(
-        prog="python -m hpcmm.evaluate",
+        prog=prog,
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

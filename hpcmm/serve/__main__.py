@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.serve.address import Address
 from hpcmm.serve.options import ServeOptions
-from hpcmm.working_directory import check_working_directory
 
 DESCRIPTION = "Serve a trained run as a page: upload an image, ask, and see where it is anomalous."
 EPILOG = """\
@@ -29,26 +29,22 @@ start, 130 after Ctrl-C while waiting for the job, which stays.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.serve") -> int:
     """The command line; returns the exit status."""
-    options = _parser().parse_intermixed_args(arguments)
-    try:
-        check_working_directory()
-        if options.address:
-            return _print_address(options)
-        if options.cluster is None:
-            return _serve_here(options)
-        return _submit(options)
-    except HpcmmError as error:
-        print(f"hpcmm.serve: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command("hpcmm.serve", lambda given: _command(_parser(prog).parse_intermixed_args(given)), arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _command(options: argparse.Namespace) -> int:
+    if options.address:
+        return _print_address(options)
+    if options.cluster is None:
+        return _serve_here(options)
+    return _submit(options)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hpcmm.serve",
+        prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
