@@ -1,4 +1,4 @@
-"""What has to be there before any rank starts: ``python -m hpcmm.worker.prepare RUN_DIR``, once a job, on one node.
+"""What has to be there before any rank starts: ``python -m hpcmm.worker prepare RUN_DIR``, once a job, on one node.
 
 Compiled ops are built and the task's data is made, unless an earlier run left them. A line says which.
 """
@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig, TaskName
-from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir, extensions_dir
-from hpcmm.runs.attempts import begin_attempt
-from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.compiled_ops import build_ops, ops_are_built
 from hpcmm.workloads.anomaly.data_root import ensure_data
 from hpcmm.workloads.anomaly.llm_folder import ensure_llm
@@ -43,21 +38,3 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         yield
-
-
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m hpcmm.worker.prepare RUN_DIR", file=sys.stderr)
-        return 2
-    try:
-        run = RunDir(Path(arguments[0]))
-        prepare(config_file.load(run.config))
-        begin_attempt(run)
-    except HpcmmError as error:
-        print(f"hpcmm: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

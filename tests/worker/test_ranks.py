@@ -61,4 +61,4 @@ def test_a_run_with_all_its_steps_is_not_profiled_once_more(tmp_path, latest, ta
 
 def test_a_wrong_call_is_told_how_to_call(capsys):
     assert main(["somewhere"]) == 2
-    assert "usage: python -m hpcmm.worker RUN_DIR" in capsys.readouterr().err
+    assert "usage: python -m hpcmm.worker prepare RUN_DIR" in capsys.readouterr().err
