@@ -1,5 +1,6 @@
 """The choice of profiled ranks, and the flags of their profiler."""
 
+import json
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from hpcmm.config.schema import RunConfig, TaskConfig, TaskName, TrainConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.nsys.capture import run_under_nsys
 from hpcmm.ranges import profiled_ranks
+from hpcmm.runs import failures
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.__main__ import is_finished, main
 
@@ -57,6 +59,32 @@ def test_a_run_with_all_its_steps_is_not_profiled_once_more(tmp_path, latest, ta
         (run.checkpoints / "latest").write_text(latest)
     config = RunConfig(task=TaskConfig(name=task), train=TrainConfig(steps=10))
     assert is_finished(config, run) is finished
+
+
+@pytest.mark.parametrize(
+    "words", [["rank", "somewhere"], ["rank", "somewhere", "--"], ["prepare"], ["port", "--wait"], ["ranks", "x"], []]
+)
+def test_a_call_without_all_of_its_words_is_told_how_to_call(capsys, words):
+    assert main(words) == 2
+    assert "python -m hpcmm.worker rank RUN_DIR -- COMMAND..." in capsys.readouterr().err
+
+
+def test_a_rank_without_a_configuration_is_one_sentence_and_a_record(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    run = RunDir(tmp_path / "run")
+    run.create()
+    assert main(["rank", str(run.root), "--", "true"]) == 1
+    assert capsys.readouterr().err.startswith("hpcmm: ")
+    record = json.loads(failures.exit_file(failures.attempt_folder(run), 3).read_text(encoding="utf-8"))
+    assert (record["rank"], record["status"], record["signal"]) == (3, 1, None)
+
+
+def test_a_run_that_cannot_be_prepared_is_one_sentence_and_no_attempt(tmp_path, capsys):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    assert main(["prepare", str(run.root)]) == 1
+    assert capsys.readouterr().err.startswith("hpcmm: ")
+    assert not run.attempts.exists()
 
 
 def test_a_wrong_call_is_told_how_to_call(capsys):
