@@ -64,19 +64,19 @@ def run_command(
         if needs_folder and not _HELP & set(given):
             check_working_directory()
         return _with_all_output(command, given)
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise  # of another pipe, whose end is a failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError as error:
+        if _reader_is_gone():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if not isinstance(error, errors):  # another pipe, whose end is a failure
+            raise
+        return _tell(name, error, one_line=one_line)
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):  # so does rich's console end a program
             return 0
         raise
     except errors as error:
-        lines = [str(error)] if one_line else str(error).split("\n")
-        print(f"{name}: " + "\n".join(map(printable, lines)), file=sys.stderr, flush=True)
-        return 1
+        return _tell(name, error, one_line=one_line)
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or interrupted
         if said is not None:
@@ -90,6 +90,12 @@ def check_working_directory() -> None:
         os.getcwd()  # noqa: PTH109 -- pathlib would make an object of it
     except OSError as error:
         raise HpcmmError(f"The working directory is gone ({error.strerror}): change to another folder.") from error
+
+
+def _tell(name: str, error: Exception, *, one_line: bool) -> int:
+    lines = [str(error)] if one_line else str(error).split("\n")
+    print(f"{name}: " + "\n".join(map(printable, lines)), file=sys.stderr, flush=True)
+    return 1
 
 
 def _with_all_output(command: Callable[[list[str]], int], given: list[str]) -> int:

@@ -185,6 +185,8 @@ def test_another_pipe_that_breaks_is_a_failure() -> None:
     done = python(code + "sys.exit(run_command('x', command, []))")
     assert done.returncode == 1
     assert "BrokenPipeError" in done.stderr
+    done = python(code + "sys.exit(run_command('x', command, [], errors=(OSError,)))")
+    assert (done.returncode, done.stderr) == (1, "x: [Errno 32] Broken pipe\n")
 
 
 @pytest.mark.parametrize("module", ["hpcmm.analyze", "hpcmm.jobs", "hpcmm.doctor", "hpcmm.evaluate", "hpcmm.serve"])
