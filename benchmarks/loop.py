@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         run_dir = RunDir(Path(folder) / "run")
         run_dir.create()
         config_file.dump(config, run_dir.config)
-        subprocess.run([sys.executable, "-m", "hpcmm.worker.prepare", str(run_dir.root)], check=True)
+        subprocess.run([sys.executable, "-m", "hpcmm.worker", "prepare", str(run_dir.root)], check=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

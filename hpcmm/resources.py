@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
-_INSTALLED = _PACKAGE / "_resources"
+PACKAGE = Path(__file__).resolve().parent
+"""The folder of hpcmm's package."""
+_INSTALLED = PACKAGE / "_resources"
 
 
 def resource(name: str) -> Path:
     """The file or folder ``name``, relative to the top of the project (``conf``, ``slurm/train.sbatch.j2``)."""
-    return (_INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent) / name
+    return (_INSTALLED if _INSTALLED.is_dir() else PACKAGE.parent) / name

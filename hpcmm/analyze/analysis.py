@@ -24,7 +24,7 @@ from hpcmm.reports.run_record import RunRecord, read_run_record
 from hpcmm.runs.run_dir import path_or_run
 from hpcmm.text import printable
 
-ALL_READ, NOTHING_USABLE, PARTIAL = 0, 1, 2
+ALL_READ, PARTIAL = 0, 2
 
 Paths = str | Path | Sequence[str | Path]
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcmm.analyze.analysis import ALL_READ, NOTHING_USABLE, analyze, as_paths, default_folder
+from hpcmm.analyze.analysis import ALL_READ, analyze, as_paths, default_folder
 from hpcmm.analyze.runs import compare, read_reference
+from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.page.progress import progress_bar
 from hpcmm.reports.find import Found, find_reports
 from hpcmm.text import printable
 
-INTERRUPTED = 130
-"""As a shell has it: 128 and the number of the signal."""
 DESCRIPTION = """\
 Read the Nsight Systems reports of a run and say how many seconds a step loses, to what, and because of which rank.
 
@@ -54,24 +52,28 @@ A folder that is itself called "compare" is analysed as ./compare.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.analyze") -> int:
     """The command line; returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _compare(given[1:]) if given[:1] == ["compare"] else _analyze(given)
-    except (HpcmmError, OSError) as error:
-        print(f"hpcmm.analyze: {printable(str(error))}", file=sys.stderr)
-        return NOTHING_USABLE
-    except KeyboardInterrupt:
-        print("hpcmm.analyze: interrupted; an earlier analysis there is as it was.", file=sys.stderr)
-        return INTERRUPTED
+
+    def command(given: list[str]) -> int:
+        return _compare(given[1:], prog) if given[:1] == ["compare"] else _analyze(given, prog)
+
+    return run_command(
+        "hpcmm.analyze",
+        command,
+        arguments,
+        errors=(HpcmmError, OSError),
+        interrupted="an earlier analysis there is as it was",
+        needs_folder=False,
+        one_line=True,
+    )
 
 
-def _analyze(arguments: Sequence[str]) -> int:
-    parser = _parser("python -m hpcmm.analyze", DESCRIPTION, EPILOG)
+def _analyze(arguments: Sequence[str], prog: str) -> int:
+    parser = _parser(prog, DESCRIPTION, EPILOG)
     parser.usage = (
-        "python -m hpcmm.analyze [--out DIR] [--tables NAME,...] [--reference RUN] [--keep-cache] PATH [PATH ...]\n"
-        "       python -m hpcmm.analyze compare RUN_A RUN_B [--out DIR]"
+        f"{prog} [--out DIR] [--tables NAME,...] [--reference RUN] [--keep-cache] PATH [PATH ...]\n"
+        f"       {prog} compare RUN_A RUN_B [--out DIR]"
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="run directory or nsys reports")
     parser.add_argument("--out", type=_folder, metavar="DIR", help="folder for tables and page")
@@ -135,8 +137,8 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _compare(arguments: Sequence[str]) -> int:
-    parser = _parser("python -m hpcmm.analyze compare", COMPARE_DESCRIPTION, COMPARE_EPILOG)
+def _compare(arguments: Sequence[str], prog: str) -> int:
+    parser = _parser(f"{prog} compare", COMPARE_DESCRIPTION, COMPARE_EPILOG)
     parser.add_argument("run_a", type=Path, metavar="RUN_A", help="the older run")
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help="the newer run")
     parser.add_argument("--out", type=_folder, metavar="DIR", help="folder for compare.csv and compare.parquet")

@@ -60,10 +60,6 @@ class Workload(ABC):
         steps_done = newest.strip().removeprefix("step_")
         return steps_done.isdecimal() and int(steps_done) >= config.train.steps
 
-    def model_label(self, config: Any) -> str:
-        """A word for the model in a table that puts runs side by side. Default: the task's name."""
-        return str(config.task.name)
-
     @abstractmethod
     def training(self, config: Any, device: torch.device) -> Training:
         """Model, data and loss of this rank, for :func:`hpcmm.train.loop.train`: the half with torch.

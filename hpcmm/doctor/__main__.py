@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpcmm.cli import run_command
 from hpcmm.config.compose import compose_run
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.validate import cluster_problems
@@ -23,7 +24,6 @@ from hpcmm.node.cache import cache_dir
 from hpcmm.nsys.probe import nsys_problem
 from hpcmm.slurm.commands import outside_of_jobs
 from hpcmm.slurm.sbatch import check_slurm_conf, on_one_line, remedy
-from hpcmm.working_directory import check_working_directory
 
 _TIME_LIMIT_MIN = 8
 
@@ -38,10 +38,21 @@ docs/doctor.md tells what is checked, and from which value on it counts as bad.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.doctor") -> int:
     """The command line; returns the exit status."""
+    return run_command("hpcmm.doctor", lambda given: _command(_parser(prog).parse_intermixed_args(given)), arguments)
+
+
+def _command(options: argparse.Namespace) -> int:
+    config = compose_run(options.overrides)
+    if problems := list(cluster_problems(config)):
+        raise HpcmmError("\n".join(problems))
+    return _check(config, options)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hpcmm.doctor",
+        prog=prog,
         description="Check this machine, and the nodes of a cluster, for what breaks or slows multi-node training.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -52,16 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wait", type=int, default=120, metavar="S", help="seconds to wait for nodes (default: 120)")
     parser.add_argument("--no-nsys", action="store_true", help="do not record a range with nsys (saves 10 s a node)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        check_working_directory()
-        config = compose_run(options.overrides)
-        if problems := list(cluster_problems(config)):
-            raise HpcmmError("\n".join(problems))
-        return _check(config, options)
-    except HpcmmError as error:
-        print(f"hpcmm.doctor: {error}", file=sys.stderr)
-        return 1
+    return parser
 
 
 def _check(config: RunConfig, options: argparse.Namespace) -> int:

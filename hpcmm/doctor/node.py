@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from hpcmm.cli import run_command
 from hpcmm.doctor.rendezvous import answer_clock, come, gather, measure_offset
 from hpcmm.files import write_whole
 from hpcmm.node.connectivity import job_nodes
@@ -38,7 +40,7 @@ _GPU_FIELDS = (
 _TIMEOUT_S = 30
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     request_file = Path(arguments[0])
     request = json.loads(request_file.read_text(encoding="utf-8"))
     nodes = list(request["nodes"] or job_nodes(os.environ))
@@ -262,4 +264,4 @@ def disk(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("hpcmm.doctor", main, needs_folder=False))

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcmm.cli import run_command
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
 from hpcmm.doctor.checks import bad_nodes, judge
@@ -55,20 +56,16 @@ def choose(config: RunConfig, run: RunDir, nodes: Sequence[str], request: Path) 
     return chosen_nodes(nodes, bad_nodes(findings, nodes), config.cluster.nodes)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     step, run_dir, listed, *request = arguments
     run, nodes = RunDir(Path(run_dir)), listed.split(",")
-    try:
-        config = config_file.load(run.config)
-        if step == "ask":
-            print(ask(config, run, nodes))
-        else:
-            print(",".join(choose(config, run, nodes, Path(request[0]))))
-    except HpcmmError as error:
-        print(f"hpcmm: {error}", file=sys.stderr)
-        return 1
+    config = config_file.load(run.config)
+    if step == "ask":
+        print(ask(config, run, nodes))
+    else:
+        print(",".join(choose(config, run, nodes, Path(request[0]))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("hpcmm", main, needs_folder=False))

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hpcmm.cli import run_command
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.space import shipped_workloads
@@ -48,18 +49,15 @@ class Options:
     own: argparse.Namespace
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.evaluate") -> int:
     """The command line; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        evaluation = _evaluation_of(given)
-        options = _parse(given, evaluation)
-        comparison, unscored = evaluate(options, evaluation)
-    except (HpcmmError, OSError) as error:
-        print(f"hpcmm.evaluate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command("hpcmm.evaluate", lambda given: _command(given, prog), arguments, errors=(HpcmmError, OSError))
+
+
+def _command(given: list[str], prog: str) -> int:
+    evaluation = _evaluation_of(given)
+    options = _parse(given, evaluation, prog)
+    comparison, unscored = evaluate(options, evaluation)
     _print(comparison, options.out)
     for problem in unscored:
         print(f"hpcmm.evaluate: not scored: {problem}", file=sys.stderr)
@@ -151,12 +149,12 @@ def _config_for(evaluation: Evaluation, run: RunDir) -> RunConfig:
     return config
 
 
-def _parse(arguments: Sequence[str], evaluation: Evaluation) -> Options:
+def _parse(arguments: Sequence[str], evaluation: Evaluation, prog: str) -> Options:
     described = DESCRIPTION.format(
         samples=evaluation.samples, columns=evaluation.columns, files=evaluation.files, notes=evaluation.notes
     )
     parser = argparse.ArgumentParser(
-        prog="python -m hpcmm.evaluate",
+        prog=prog,
         description=described,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs import logs
 from hpcmm.jobs.cancel import cancel
@@ -22,7 +23,6 @@ from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.run_dir import RunDir, runs_in
 from hpcmm.slurm.commands import SilentError
 from hpcmm.slurm.jobs import Answer, Job, own_jobs
-from hpcmm.working_directory import check_working_directory
 
 _MOST_RANKS = 1_000_000
 _MOST_RUNS = 20
@@ -43,29 +43,20 @@ exit status: 0 done, 1 not (why: no job failed), 130 after Ctrl-C, which stops t
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.jobs") -> int:
     """The command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        check_working_directory()
-        os.environ.update(default_environment(options.runs_root))
-        command: Callable[[argparse.Namespace], int] = options.command
-        status = command(options)
-        sys.stdout.flush()
-        return status
-    except HpcmmError as error:
-        _complain([str(error)])
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, such as head, has enough
-        return 0
+    return run_command("hpcmm.jobs", lambda given: _command(_parser(prog).parse_args(given)), arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _command(options: argparse.Namespace) -> int:
+    os.environ.update(default_environment(options.runs_root))
+    command: Callable[[argparse.Namespace], int] = options.command
+    return command(options)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hpcmm.jobs",
+        prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
-from hpcmm.working_directory import check_working_directory
 
 if TYPE_CHECKING:
     from hpcmm.config.sweep import Point
@@ -35,28 +34,15 @@ Every key is documented in hpcmm/config/schema.py; a key that does not exist is 
 RESUBMIT = "resubmit"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        status = _command(given)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader, such as head, has enough; the job is queued
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except HpcmmError as error:
-        print(f"hpcmm: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print(f"hpcmm: interrupted; {interrupt}." if str(interrupt) else "hpcmm: interrupted.", file=sys.stderr)
-        return 130
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.launch") -> int:
+    """The command line; returns the exit status."""
+    return run_command("hpcmm", lambda given: _command(given, prog), arguments, interrupted="")
 
 
-def _command(given: list[str]) -> int:
+def _command(given: list[str], prog: str) -> int:
     if {"-h", "--help"} & set(given):
-        print(_help(given))
+        print(_help(given, prog))
         return 0
-    check_working_directory()
     if given[:1] == [RESUBMIT]:
         return _resubmit(given[1:])
     return _launch([word for word in given if word not in ("-m", "--multirun")])
@@ -133,7 +119,7 @@ def _resubmit(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _help(given: Sequence[str]) -> str:
+def _help(given: Sequence[str], prog: str) -> str:
     from hpcmm.config.keys import keys_help  # noqa: PLC0415
     from hpcmm.config.space import groups_help, space_of  # noqa: PLC0415
 
@@ -141,7 +127,7 @@ def _help(given: Sequence[str]) -> str:
     keys = "\n".join(keys_help(space.schema))
 
     return argparse.ArgumentParser(
-        prog="python -m hpcmm.launch",
+        prog=prog,
         usage=f"%(prog)s [KEY=VALUE ...]\n       %(prog)s {RESUBMIT} LEDGER",
         description="Compose a run from conf/, check it, and submit it. Prints the job id, the run directory and what "
         "to run next, and returns at once. Several values of a key (a,b or range(0,5)) are a sweep: one job array.\n\n"

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hpcmm
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.script import python_of
 from hpcmm.launch.snapshot import project_root, revision
+from hpcmm.resources import PACKAGE
 from hpcmm.runs.provenance import write_provenance_record
 from hpcmm.runs.run_dir import RunDir
 
@@ -34,7 +34,7 @@ def write_provenance(
         "config_sha256": _sha256(run.config) if run.config.is_file() else None,
         "script_sha256": _sha256(run.submission_script),
         "code_sha256": code_sha256,
-        "code": {"hpcmm": _origin(Path(hpcmm.__file__).resolve().parent, run, "hpcmm")},
+        "code": {"hpcmm": _origin(PACKAGE, run, "hpcmm")},
         "python": {"job": python_of(config), "launcher": sys.executable, "version": platform.python_version()},
         "packages": installed_packages(),
         "modules": [*filter(None, os.environ.get("LOADEDMODULES", "").split(":"))],

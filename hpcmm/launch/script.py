@@ -105,7 +105,7 @@ def rank_command(config: RunConfig, run: RunDir) -> list[str]:
     """The words that start one rank: hpcmm's wrapper around submitit's entry point."""
     python = python_of(config)
     submitit = [python, "-P", "-u", "-m", "submitit.core._submit", str(run.submitit)]
-    return [python, "-P", "-m", "hpcmm.worker", str(run.root), "--", *submitit]
+    return [python, "-P", "-m", "hpcmm.worker", "rank", str(run.root), "--", *submitit]
 
 
 def python_of(config: RunConfig, launcher: str = sys.executable) -> str:

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import hpcmm
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.resources import resource
+from hpcmm.resources import PACKAGE, resource
 from hpcmm.runs.run_dir import RunDir
 
 _TIMEOUT_S = 60
@@ -104,7 +103,6 @@ def _cannot(root: Path, reason: str) -> str:
 
 
 _MB = 10**6
-_PACKAGE = Path(hpcmm.__file__).resolve().parent
 _RESOURCES = ("conf", "slurm", "profiles/nsys")
 
 
@@ -126,7 +124,7 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path) -> CodePl
     script = _existing_script(task.path, working_directory) if task.name == SCRIPT else None
     if not config.launch.snapshot:
         here = [str(working_directory)] if task.name == FUNCTION else []
-        return CodePlan(None, (str(_PACKAGE.parent), *here), str(script) if script else None)
+        return CodePlan(None, (str(PACKAGE.parent), *here), str(script) if script else None)
     own = str(_hpcmm_copy(run))
     if task._target_ is not None or (task.target or "").startswith("hpcmm."):
         return CodePlan(None, (own,), None)
@@ -191,14 +189,14 @@ def _import_folders(working_directory: Path, task: str) -> Iterator[Path]:
 
 def _own_files() -> Iterator[tuple[Path, Path]]:
     """hpcmm's package and the files that it reads, each with its name in the copy."""
-    for file in _files_under(_PACKAGE):
-        yield file, Path("hpcmm") / file.relative_to(_PACKAGE)
-    if resource("conf").parent != _PACKAGE.parent:
+    for file in _files_under(PACKAGE):
+        yield file, Path("hpcmm") / file.relative_to(PACKAGE)
+    if resource("conf").parent != PACKAGE.parent:
         return  # an installed package holds them itself
     for folder in _RESOURCES:
         for file in _files_under(resource(folder)):
             if "local" not in file.relative_to(resource(folder)).parts:
-                yield file, file.relative_to(_PACKAGE.parent)
+                yield file, file.relative_to(PACKAGE.parent)
 
 
 def _files_under(folder: Path) -> Iterator[Path]:

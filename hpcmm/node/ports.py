@@ -1,14 +1,9 @@
-"""A free TCP port for the rendezvous, kept until it is used: ``python -m hpcmm.node.ports --hold``.
-
-It runs on the node where rank 0 will listen.
-"""
+"""A free TCP port for the rendezvous, kept until it is used, on the node where rank 0 will listen."""
 
 from __future__ import annotations
 
 import random
-import signal
 import socket
-import sys
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -20,7 +15,7 @@ _LOWEST = 10_000
 def find_free_port(host: str = "") -> int:
     """A port on which nothing listens on ``host`` (all addresses by default). Raises HpcmmError when none is free."""
     with hold_free_port(host) as held:
-        return _port_of(held)
+        return port_of(held)
 
 
 def hold_free_port(host: str = "") -> socket.socket:
@@ -44,7 +39,8 @@ def hold_free_port(host: str = "") -> socket.socket:
     raise HpcmmError(f"No free TCP port between {_LOWEST} and {highest} on this node for the ranks to meet at.")
 
 
-def _port_of(held: socket.socket) -> int:
+def port_of(held: socket.socket) -> int:
+    """The port that a socket is bound to."""
     return int(held.getsockname()[1])
 
 
@@ -53,21 +49,3 @@ def _ephemeral_start() -> int:
         return int(_EPHEMERAL_RANGE.read_text(encoding="ascii").split()[0])
     except (OSError, ValueError):
         return 32_768  # Linux' default
-
-
-def main(arguments: list[str]) -> int:
-    """Print a free port, and with ``--hold`` keep it until this process is ended."""
-    try:
-        held = hold_free_port()
-    except HpcmmError as error:
-        print(f"hpcmm: {error}", file=sys.stderr)
-        return 1
-    with held:
-        print(_port_of(held), flush=True)
-        if arguments == ["--hold"]:
-            signal.pause()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -34,7 +34,10 @@ def parts_before(now_s: float, environ: Mapping[str, str] = os.environ) -> Itera
 
 
 def process_began_s() -> float:
-    """When the kernel started this process, in seconds since 1970, to a hundredth."""
+    """When the kernel started this process, in seconds since 1970, to a hundredth.
+
+    psutil's ``create_time`` is up to a second off: it adds the boot time, which the kernel tells in whole seconds.
+    """
     after_name = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     ticks = int(after_name[19])  # field 22, `starttime`, of proc_pid_stat(5)
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

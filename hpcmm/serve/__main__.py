@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+from hpcmm.cli import run_command
 from hpcmm.config import config_file
 from hpcmm.config.space import shipped_workloads
 from hpcmm.config.workload import workload_of
@@ -17,7 +18,6 @@ from hpcmm.errors import HpcmmError
 from hpcmm.serve.address import Address, find_address, find_served_run, this_host
 from hpcmm.serve.options import ServeOptions
 from hpcmm.serve.served import ServedModel
-from hpcmm.working_directory import check_working_directory
 
 PROGRAM = "python -m hpcmm.serve"
 DESCRIPTION = "Serve a trained run as a page: {what}."
@@ -35,25 +35,22 @@ start, 130 after Ctrl-C while waiting for the job, which stays.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.serve") -> int:
     """The command line; returns the exit status."""
-    try:
-        pages = _pages_of(arguments)
-        options = _parser(pages).parse_intermixed_args(arguments)
-        check_working_directory()
-        if options.address:
-            return _print_address(options)
-        if options.cluster is None:
-            return _serve_here(options, pages)
-        return _submit(options, pages)
-    except HpcmmError as error:
-        print(f"hpcmm.serve: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command("hpcmm.serve", lambda given: _command(given, prog), arguments)
 
 
-def _pages_of(arguments: Sequence[str] | None) -> list[ServedModel]:
+def _command(given: list[str], prog: str) -> int:
+    pages = _pages_of(given)
+    options = _parser(pages, prog).parse_intermixed_args(given)
+    if options.address:
+        return _print_address(options)
+    if options.cluster is None:
+        return _serve_here(options, pages)
+    return _submit(options, pages)
+
+
+def _pages_of(arguments: Sequence[str]) -> list[ServedModel]:
     """The page of the named run, before its options can be known; if no run is found, those that hpcmm ships."""
     peek = argparse.ArgumentParser(prog=PROGRAM, add_help=False, exit_on_error=False)
     peek.add_argument("run", nargs="?")
@@ -69,9 +66,9 @@ def _pages_of(arguments: Sequence[str] | None) -> list[ServedModel]:
     return [page for workload in shipped_workloads() if (page := workload.served()) is not None]
 
 
-def _parser(pages: Sequence[ServedModel]) -> argparse.ArgumentParser:
+def _parser(pages: Sequence[ServedModel], prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM,
+        prog=prog,
         description=DESCRIPTION.format(what="; ".join(page.description for page in pages)) if pages else None,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,29 +1,94 @@
-"""``python -m hpcmm.worker RUN_DIR -- COMMAND...``: the start of every rank, in front of submitit's entry point.
+"""``python -m hpcmm.worker``: what the batch script runs on the nodes.
 
-It runs COMMAND, under the profiler where the run's configuration asks for this rank, and records how it ended.
+``prepare RUN_DIR``: build and make what has to be there before any rank starts; once a job, on one node.
+``port [--hold]``: print a free port of this node, and keep it until this process is ended.
+``rank RUN_DIR -- COMMAND...``: the start of every rank, in front of submitit's entry point. It runs COMMAND, under the
+profiler if the run's configuration asks for this rank, and records how it ended.
+
+Each imports only what it needs, since it delays the job's start.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpcmm.config import config_file
-from hpcmm.config.schema import Executor, RunConfig
-from hpcmm.config.workload import workload_of
+from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError, ProfilerUnusableError
-from hpcmm.node import startup
-from hpcmm.node.recorder import rank_of
-from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.environment import RankEnvironment
-from hpcmm.worker.signal_forwarding import end_as, record_exit, run_watched
+
+if TYPE_CHECKING:
+    from hpcmm.config.schema import RunConfig
+
+USAGE = """\
+usage: python -m hpcmm.worker prepare RUN_DIR
+       python -m hpcmm.worker port [--hold]
+       python -m hpcmm.worker rank RUN_DIR -- COMMAND..."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status. A rank that a signal ended ends this process by the same signal."""
+    return run_command("hpcmm", _command, arguments, needs_folder=False)
+
+
+def _command(given: list[str]) -> int:
+    match given:
+        case ["prepare", run_dir]:
+            return _prepare(RunDir(Path(run_dir)))
+        case ["port"] | ["port", "--hold"]:
+            return _port(hold=len(given) == 2)
+        case ["rank", run_dir, "--", _, *_]:
+            return _rank(RunDir(Path(run_dir)), given[3:])
+    print(USAGE, file=sys.stderr)
+    return 2
+
+
+def _prepare(run: RunDir) -> int:
+    from hpcmm.config import config_file  # noqa: PLC0415
+    from hpcmm.node import startup  # noqa: PLC0415
+    from hpcmm.runs.attempts import begin_attempt  # noqa: PLC0415
+    from hpcmm.worker.prepare import prepare  # noqa: PLC0415
+
+    prepare(config_file.load(run.config))
+    began = os.environ.get(startup.SCRIPT_BEGAN)
+    begin_attempt(run, began_s=float(began) if began else None)
+    return 0
+
+
+def _port(*, hold: bool) -> int:
+    from hpcmm.node.ports import hold_free_port, port_of  # noqa: PLC0415
+
+    with hold_free_port() as held:
+        print(port_of(held), flush=True)
+        if hold:
+            signal.pause()
+    return 0
+
+
+def _rank(run: RunDir, command: list[str]) -> int:
+    from hpcmm.node.recorder import rank_of  # noqa: PLC0415
+    from hpcmm.worker.signal_forwarding import end_as, record_exit  # noqa: PLC0415
+
+    try:
+        return end_as(start_rank(run, command))
+    except HpcmmError:
+        record_exit(1, run, rank_of(os.environ))
+        raise
 
 
 def start_rank(run: RunDir, command: list[str]) -> int:
     """Run the rank's command. Returns its exit status, negative for a signal."""
+    from hpcmm.config import config_file  # noqa: PLC0415
+    from hpcmm.config.schema import Executor  # noqa: PLC0415
+    from hpcmm.node import startup  # noqa: PLC0415
+    from hpcmm.worker.environment import RankEnvironment  # noqa: PLC0415
+    from hpcmm.worker.signal_forwarding import run_watched  # noqa: PLC0415
+
     os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
     config = config_file.load(run.config)
     rank = RankEnvironment.read().rank
@@ -46,6 +111,8 @@ def start_rank(run: RunDir, command: list[str]) -> int:
 
 
 def _is_profiled(config: RunConfig, rank: int) -> bool:
+    from hpcmm.ranges import profiled_ranks  # noqa: PLC0415
+
     profile = config.profile
     return profile.tool is not None and rank in profiled_ranks(
         profile.ranks, config.world_size, config.cluster.ranks_per_node
@@ -57,6 +124,8 @@ def is_finished(config: RunConfig, run: RunDir) -> bool:
 
     Its reports would be replaced by empty ones.
     """
+    from hpcmm.config.workload import workload_of  # noqa: PLC0415
+
     workload = workload_of(config)
     return workload is not None and workload.is_finished(config, run)
 
@@ -68,18 +137,5 @@ def _write_to(log: Path) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
 
 
-def main(arguments: list[str]) -> int:
-    if len(arguments) < 3 or arguments[1] != "--":
-        print("usage: python -m hpcmm.worker RUN_DIR -- COMMAND...", file=sys.stderr)
-        return 2
-    run_dir, _, *command = arguments
-    try:
-        return end_as(start_rank(RunDir(Path(run_dir)), command))
-    except HpcmmError as error:
-        print(f"hpcmm: {error}", file=sys.stderr, flush=True)
-        record_exit(1, RunDir(Path(run_dir)), rank_of(os.environ))
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

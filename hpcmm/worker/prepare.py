@@ -1,4 +1,4 @@
-"""What has to be there before any rank starts: ``python -m hpcmm.worker.prepare RUN_DIR``, once a job, on one node.
+"""What has to be there before any rank starts: ``python -m hpcmm.worker prepare RUN_DIR``, once a job, on one node.
 
 Compiled ops are built and the workload's data is made, unless an earlier run left them. A line says which. A file or
 folder that the user named and that cannot be read ends the job here, and not half a minute later in each rank.
@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
-from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload, workload_of
-from hpcmm.errors import HpcmmError, InputError
-from hpcmm.node import startup
+from hpcmm.errors import InputError
 from hpcmm.node.cache import cache_dir, extensions_dir, one_at_a_time
 from hpcmm.node.recorder import node_of
-from hpcmm.runs.attempts import begin_attempt
-from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.compiled_ops import build_ops, ops_are_built
 
 
@@ -61,22 +56,3 @@ def _problem_of(given: str) -> str | None:
         return f"that is not a path ({error})"
     is_readable = os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0))
     return None if is_readable else f"{node} cannot read it (Permission denied)"
-
-
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m hpcmm.worker.prepare RUN_DIR", file=sys.stderr)
-        return 2
-    try:
-        run = RunDir(Path(arguments[0]))
-        prepare(config_file.load(run.config))
-        began = os.environ.get(startup.SCRIPT_BEGAN)
-        begin_attempt(run, began_s=float(began) if began else None)
-    except HpcmmError as error:
-        print(f"hpcmm: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -50,7 +50,7 @@ def test_rank_0_can_listen_on_the_held_port_and_nobody_gets_it_then(three_ports)
 
 
 def test_the_command_keeps_its_port_until_it_is_ended():
-    command = [sys.executable, "-m", "hpcmm.node.ports", "--hold"]
+    command = [sys.executable, "-m", "hpcmm.worker", "port", "--hold"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         port = int(holder.stdout.readline())
         with socket.socket() as other, pytest.raises(OSError, match="in use"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hpcmm.nsys import supervisor
 from hpcmm.nsys.capture import run_under_nsys
 
 PROGRAM = """
@@ -32,7 +33,7 @@ def work(apart):
     (folder / "finished").write_text(str(apart.in_a_hurry))
 
 status = run_supervised(work, rank_pid=pid, ended=lambda end: print("ended", end.status, flush=True),
-                   must_end=(folder / "must_end").exists)
+                        must_end=(folder / "must_end").exists)
 print("status", status)
 """
 FOR_EVER = "print('ready', flush=True)\nwhile True: time.sleep(0.1)"
@@ -93,6 +94,21 @@ def test_a_rank_does_not_outlive_the_process_in_front(start, tmp_path):
     process.kill()
     assert gone(rank)
     assert gone(apart)
+
+
+def test_the_living_below_a_process_are_found_and_no_other():
+    tree = "import os, sys, time\nif os.fork() == 0: os._exit(0)\n"  # it stays a zombie
+    tree += "living = os.fork() or os.fork()\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", tree], stdout=subprocess.PIPE, text=True) as top:
+        pids = {int(top.stdout.readline()) for _ in range(3)}  # a child, and a child of that
+        until = time.monotonic() + 10
+        while sum(each.status() == psutil.STATUS_ZOMBIE for each in psutil.Process(top.pid).children()) < 1:
+            assert time.monotonic() < until
+        assert supervisor._descendants(top.pid) == sorted(pids - {top.pid})
+        assert {top.pid, *pids} <= set(supervisor._descendants(os.getpid()))
+        for pid in pids - {top.pid}:
+            os.kill(pid, signal.SIGKILL)
+        top.kill()
 
 
 def children():

@@ -24,3 +24,19 @@ def test_what_runs_before_the_ranks_loads_nothing_heavy(module: str) -> None:
 
     assert "hpcmm" in loaded
     assert not loaded & HEAVY
+
+
+def test_a_port_is_found_with_the_standard_library() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "hpcmm.worker", "port"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+
+    assert 1024 < int(done.stdout) < 65536
+    assert "hpcmm" in loaded
+    assert not loaded & (HEAVY | {"yaml", "omegaconf", "numpy", "psutil", "rich"})

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hpcmm.slurm.queue import Job
 
 from hpcmm.config import config_file
 from hpcmm.config.schema import ClusterConfig, RunConfig
@@ -16,6 +15,7 @@ from hpcmm.jobs.diagnostics import JobDiagnostics
 from hpcmm.jobs.first_failure import first_failure
 from hpcmm.node.classify import Kind, kind_of_exception, last_logged_error
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.slurm.jobs import Job
 from hpcmm.worker.prepare import prepare
 from hpcmm.workloads.anomaly.data_root import ensure_data
 from hpcmm.workloads.anomaly.schema import DataConfig, LlmConfig, LlmKind, ModelConfig

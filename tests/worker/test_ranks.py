@@ -1,15 +1,18 @@
 """The choice of profiled ranks, and the flags of their profiler."""
 
+import json
 import sys
 
 import pytest
 
-from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig, TrainConfig
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.nsys.capture import run_under_nsys
 from hpcmm.ranges import profiled_ranks
+from hpcmm.runs import failures
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.__main__ import is_finished, main
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, AnomalyTrainConfig
 
 
 @pytest.mark.parametrize(
@@ -41,24 +44,50 @@ def test_the_report_is_whole_and_the_command_s_exit_status_is_kept(tmp_path, nsy
 
 
 @pytest.mark.parametrize(
-    ("latest", "task", "finished"),
+    ("latest", "kind", "finished"),
     [
-        (None, TaskName.anomaly, False),
-        ("step_000009", TaskName.anomaly, False),
-        ("step_000010", TaskName.anomaly, True),
-        ("step_000010", SCRIPT, False),
-        ("nonsense", TaskName.anomaly, False),
+        (None, AnomalyConfig, False),
+        ("step_000009", AnomalyConfig, False),
+        ("step_000010", AnomalyConfig, True),
+        ("step_000010", RunConfig, False),
+        ("nonsense", AnomalyConfig, False),
     ],
 )
-def test_a_run_with_all_its_steps_is_not_profiled_once_more(tmp_path, latest, task, finished):
+def test_a_run_with_all_its_steps_is_not_profiled_once_more(tmp_path, latest, kind, finished):
     run = RunDir(tmp_path / "run")
     run.create()
     if latest is not None:
         (run.checkpoints / "latest").write_text(latest)
-    config = RunConfig(task=TaskConfig(name=task), train=TrainConfig(steps=10))
+    config = kind(train=AnomalyTrainConfig(steps=10))
     assert is_finished(config, run) is finished
+
+
+@pytest.mark.parametrize(
+    "words", [["rank", "somewhere"], ["rank", "somewhere", "--"], ["prepare"], ["port", "--wait"], ["ranks", "x"], []]
+)
+def test_a_call_without_all_of_its_words_is_told_how_to_call(capsys, words):
+    assert main(words) == 2
+    assert "python -m hpcmm.worker rank RUN_DIR -- COMMAND..." in capsys.readouterr().err
+
+
+def test_a_rank_without_a_configuration_is_one_sentence_and_a_record(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    run = RunDir(tmp_path / "run")
+    run.create()
+    assert main(["rank", str(run.root), "--", "true"]) == 1
+    assert capsys.readouterr().err.startswith("hpcmm: ")
+    record = json.loads(failures.exit_file(failures.attempt_folder(run), 3).read_text(encoding="utf-8"))
+    assert (record["rank"], record["status"], record["signal"]) == (3, 1, None)
+
+
+def test_a_run_that_cannot_be_prepared_is_one_sentence_and_no_attempt(tmp_path, capsys):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    assert main(["prepare", str(run.root)]) == 1
+    assert capsys.readouterr().err.startswith("hpcmm: ")
+    assert not run.attempts.exists()
 
 
 def test_a_wrong_call_is_told_how_to_call(capsys):
     assert main(["somewhere"]) == 2
-    assert "usage: python -m hpcmm.worker RUN_DIR" in capsys.readouterr().err
+    assert "usage: python -m hpcmm.worker prepare RUN_DIR" in capsys.readouterr().err

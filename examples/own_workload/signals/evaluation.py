@@ -38,5 +38,6 @@ class SignalsEvaluation(Evaluation):
             right = (model(signals.to(device)).argmax(dim=1).cpu() == labels).float()
         progress(len(labels), len(labels))
         rows = [(name, float(right[labels == number].mean())) for number, name in enumerate(CLASSES)]
-        table = pd.DataFrame([*rows, (MEAN, sum(value for _, value in rows) / len(rows))], columns=["category", "accuracy"])
+        mean = sum(value for _, value in rows) / len(rows)
+        table = pd.DataFrame([*rows, (MEAN, mean)], columns=["category", "accuracy"])
         return Scored(table, trained_on="made signals", scored_on="made signals")

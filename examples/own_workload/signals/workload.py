@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hpcmm.config.parts import part_name
 from hpcmm.config.workload import Workload
 from signals.schema import SignalsConfig
 
@@ -28,10 +27,6 @@ class SignalsWorkload(Workload):
                 f"data.examples is {config.data.examples}, less than one step's {config.global_batch_size}: raise it, "
                 "or lower train.micro_batch_size."
             )
-
-    def model_label(self, config: SignalsConfig) -> str:
-        """The network's name."""
-        return part_name(config.net)
 
     def training(self, config: SignalsConfig, device: torch.device) -> SignalsTraining:
         """The half with torch."""

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from hpcmm.config.parts import part_name
 from hpcmm.evaluate.evaluation import Evaluation, Progress, Published, Scored
 from hpcmm.workloads.anomaly.question_answering import scores
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, Layout
@@ -67,7 +68,7 @@ F1 is the largest over all thresholds, accuracy is the one at that threshold."""
         return replace(config, data=data)
 
     def model_name(self, config: AnomalyConfig) -> str:
-        return config.model.decoder
+        return part_name(config.model.decoder)
 
     def build_model(self, config: AnomalyConfig) -> AnomalyModel:
         from hpcmm.workloads.anomaly.llm_folder import ensure_llm, model_config  # noqa: PLC0415

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from hpcmm.config.parts import part_name
 from hpcmm.config.workload import Workload
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, LlmKind, problems
 
@@ -44,10 +43,6 @@ class AnomalyWorkload(Workload):
 
         ensure_data(config)
         ensure_llm(config)
-
-    def model_label(self, config: AnomalyConfig) -> str:
-        """The decoder's name: what runs of this workload most often differ in."""
-        return part_name(config.model.decoder)
 
     def training(self, config: AnomalyConfig, device: torch.device) -> AnomalyTraining:
         """The detector on this rank."""

@@ -45,13 +45,13 @@ rm -f "$run_dir/stop" "$run_dir/stopped"
     cp "$run_dir/submitit/task.pkl" "$run_dir/submitit/${job_id}_submitted.pkl"
 
 # Compiled ops and generated data: once, on one node, before any rank starts.
-"$python" -P -m hpcmm.worker.prepare "$run_dir"
+"$python" -P -m hpcmm.worker prepare "$run_dir"
 
 # This script runs on the first node, where rank 0 will listen.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 on_first_node=()
 # A port of its own, that is kept for rank 0 until it listens there.
-exec {port}< <("${on_first_node[@]}" "$python" -P -m hpcmm.node.ports --hold)
+exec {port}< <("${on_first_node[@]}" "$python" -P -m hpcmm.worker port --hold)
 port_holder=$!
 read -r MASTER_PORT <&"$port"
 export MASTER_ADDR MASTER_PORT
@@ -61,7 +61,7 @@ export HPCMM_SRUN_BEGAN_S=$EPOCHREALTIME
 # When a rank fails, the others end their captures before srun kills them.
 srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task=1 \
     --output=/shared/runs/demo-1/logs/rank_%4t.log --open-mode=append --unbuffered \
-    "$python" -P -m hpcmm.worker "$run_dir" -- \
+    "$python" -P -m hpcmm.worker rank "$run_dir" -- \
     "$python" -P -u -m submitit.core._submit "$run_dir/submitit" &
 ranks=$!
 
