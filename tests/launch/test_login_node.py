@@ -47,7 +47,7 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(tmp_path):
 def test_a_mistake_is_one_sentence_and_a_non_zero_exit(tmp_path):
     done = run_python("-m", "hpcmm.launch", "train.stepz=1", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("hpcmm: train.stepz is no key of the configuration: did you mean train.steps?")
+    assert done.stderr.startswith("hpcmm: train.stepz is not a configuration key: did you mean train.steps?")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 

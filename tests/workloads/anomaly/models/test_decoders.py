@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
+from hpcmm.config.parts import folders_of, options_of
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.anomaly.models.decoders import DECODERS, build_decoder
+from hpcmm.workloads.anomaly.models.decoders import build_decoder
 from hpcmm.workloads.anomaly.models.decoders.batch_norm import Float32BatchNorm2d
 
 CHANNELS = (24, 40, 16)
@@ -24,7 +25,7 @@ def features() -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("name", sorted(DECODERS))
+@pytest.mark.parametrize("name", options_of("model/decoder", folders_of(None)))
 def test_patch_embeddings_lie_on_the_finest_grid(name: str, features: list[torch.Tensor]):
     decoder = build_decoder(name, CHANNELS, 32)
     patches = decoder(features)

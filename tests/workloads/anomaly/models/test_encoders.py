@@ -15,14 +15,11 @@ from torch import nn
 
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.data.images import normalise, read_image
-from hpcmm.workloads.anomaly.models.image_encoders import (
-    EfficientNetLite0,
-    ImageEncoder,
-    build_image_encoder,
-    packaged_weights,
-)
+from hpcmm.workloads.anomaly.models.image_encoders import ImageEncoder, build_image_encoder
+from hpcmm.workloads.anomaly.models.image_encoders.efficientnet_lite0 import EfficientNetLite0, packaged_weights
 from hpcmm.workloads.anomaly.models.prompt_ensemble import StateTexts
-from hpcmm.workloads.anomaly.models.text_encoders import SentenceEncoder, build_text_encoder, packaged_text_encoder
+from hpcmm.workloads.anomaly.models.text_encoders import build_text_encoder
+from hpcmm.workloads.anomaly.models.text_encoders.sentence import SentenceEncoder, packaged_text_encoder
 from hpcmm.workloads.anomaly.models.weights import read_state_dict
 from hpcmm.workloads.anomaly.schema import ModelConfig
 

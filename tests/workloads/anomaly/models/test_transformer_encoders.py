@@ -14,17 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, ViTConfig, ViTForImageClassification
 
-from hpcmm.config import validate
 from hpcmm.config.compose import compose_run
+from hpcmm.config.parts import folders_of, import_class, options_of, part_name, resolved_part
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models import build_model
-from hpcmm.workloads.anomaly.models.image_encoders import IMAGE_ENCODERS, build_image_encoder
+from hpcmm.workloads.anomaly.models.image_encoders import ImageEncoder, build_image_encoder
 from hpcmm.workloads.anomaly.models.image_encoders.tokens import choose_taps
 from hpcmm.workloads.anomaly.models.imagebind import load_text_tower, load_vision_tower
-from hpcmm.workloads.anomaly.models.text_encoders import TEXT_ENCODERS, build_text_encoder
+from hpcmm.workloads.anomaly.models.text_encoders import TextEncoder, build_text_encoder
 from hpcmm.workloads.anomaly.pixels import CHANNEL_MEAN, CHANNEL_STD
 from hpcmm.workloads.anomaly.schema import ModelConfig
 
+IMAGE_ENCODERS = options_of("model/image_encoder", folders_of(None))
+TEXT_ENCODERS = options_of("model/text_tower", folders_of(None))
 TINY = ("clip_tiny", "vit_tiny", "imagebind_tiny")
 WORDS = ["a", "photo", "of", "grass", "wall"]
 
@@ -339,10 +341,15 @@ def test_every_encoder_has_its_yaml():
     assert {path.stem for path in groups.glob("*.yaml")} >= set(IMAGE_ENCODERS)
     for path in groups.glob("*.yaml"):
         config = compose_run([f"model={path.stem}", "model.image_weights=/somewhere"]).model
-        assert config.image_encoder in IMAGE_ENCODERS
-        assert config.text_tower in TEXT_ENCODERS
+        assert part_name(config.image_encoder) in IMAGE_ENCODERS
+        assert part_name(config.text_tower) in TEXT_ENCODERS
 
 
-def test_the_login_node_knows_the_same_names():
-    assert set(validate.IMAGE_ENCODERS) == set(IMAGE_ENCODERS)
-    assert set(validate.TEXT_TOWERS) == set(TEXT_ENCODERS)
+def test_each_name_is_a_class_of_its_group():
+    for group, names, base in (
+        ("model/image_encoder", IMAGE_ENCODERS, ImageEncoder),
+        ("model/text_tower", TEXT_ENCODERS, TextEncoder),
+    ):
+        assert len(names) >= 5
+        for name in names:
+            assert issubclass(import_class(resolved_part(name, group, folders_of(None))["_target_"]), base)

@@ -1,23 +1,20 @@
-"""Decoders: feature maps of several strides to one map of patch embeddings, chosen by name."""
+"""Decoders: feature maps of several strides to one map of patch embeddings, each named by a file of its own.
+
+A new one is a subclass of :class:`Decoder` and a file ``conf/model/decoder/<name>.yaml``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
+from typing import Any, cast
 
-from hpcmm.errors import HpcmmError
+from hpcmm.config.parts import build_part
 from hpcmm.workloads.anomaly.models.decoders.decoder import Decoder
-from hpcmm.workloads.anomaly.models.decoders.fcn import FcnDecoder
-from hpcmm.workloads.anomaly.models.decoders.mlp import MlpBatchNormDecoder, MlpDecoder
-from hpcmm.workloads.anomaly.models.decoders.resnet import ResNetDecoder
+from hpcmm.workloads.anomaly.schema import DECODER
 
-DECODERS: Mapping[str, type[Decoder]] = MappingProxyType(
-    {"fcn": FcnDecoder, "mlp": MlpDecoder, "mlp_bn": MlpBatchNormDecoder, "resnet": ResNetDecoder}
-)
+__all__ = ["Decoder", "build_decoder"]
 
 
-def build_decoder(name: str, channels: Sequence[int], width: int) -> Decoder:
-    """The decoder called ``name``. Raises HpcmmError for a name that is not in :data:`DECODERS`."""
-    if name not in DECODERS:
-        raise HpcmmError(f"model.decoder={name} is not known; valid: {', '.join(sorted(DECODERS))}.")
-    return DECODERS[name](channels, width)
+def build_decoder(part: Any, channels: Sequence[int], width: int) -> Decoder:
+    """The decoder that ``model.decoder`` says, a name or a part. Raises HpcmmError for an unknown name."""
+    return cast("Decoder", build_part(part, DECODER, channels=channels, width=width))

@@ -27,6 +27,7 @@ class ClipEncoder(ImageEncoder):
     name = "CLIP"
     mean = CLIP_MEAN
     std = CLIP_STD
+    needs_weights = True
 
     def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
         """``weights``: a ``transformers`` CLIP folder. Raises HpcmmError where it is none."""
@@ -72,6 +73,8 @@ class TinyClipEncoder(ClipEncoder):
 
     They come from the global random state; ``weights`` is of no effect.
     """
+
+    needs_weights = False
 
     def _load(self, weights: str | None) -> Any:  # noqa: ARG002 -- every encoder can be given some
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection  # noqa: PLC0415

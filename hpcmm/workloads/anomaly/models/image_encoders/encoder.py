@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class ImageEncoder(nn.Module, ABC):
     mean: Sequence[float] = (CHANNEL_MEAN,) * 3
     std: Sequence[float] = (CHANNEL_STD,) * 3
     """Of each channel, for values from 0 to 1: the scale that the weights were trained with."""
+
+    needs_weights: ClassVar[bool] = False
+    """Whether ``model.image_weights`` has to be given. Read from the source on the login node, so a plain constant."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ class ImageBindEncoder(ImageEncoder):
     name = "ImageBind"
     mean = CLIP_MEAN
     std = CLIP_STD
+    needs_weights = True
 
     def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
         """``weights``: a file in the layout of imagebind_huge.pth. Raises HpcmmError where it is not."""
@@ -55,6 +56,8 @@ class TinyImageBindEncoder(ImageBindEncoder):
 
     They come from the global random state; ``weights`` is of no effect.
     """
+
+    needs_weights = False
 
     def _load(self, weights: str | None) -> VisionTower:  # noqa: ARG002 -- every encoder can be given some
         return VisionTower(width=96, depth=4, patch=8, places=64, embedding_width=TINY_EMBEDDING_WIDTH)

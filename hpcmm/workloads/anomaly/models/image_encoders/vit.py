@@ -27,6 +27,7 @@ class ViTEncoder(ImageEncoder):
     name = "ViT"
     mean: Sequence[float] = (0.5, 0.5, 0.5)
     std: Sequence[float] = (0.5, 0.5, 0.5)
+    needs_weights = True
 
     def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
         """``weights``: a ``transformers`` ViT folder, whose preprocessor_config.json tells the pixel scale.
@@ -64,6 +65,8 @@ class TinyViTEncoder(ViTEncoder):
 
     They come from the global random state; ``weights`` is of no effect.
     """
+
+    needs_weights = False
 
     def _load(self, weights: str | None) -> Any:  # noqa: ARG002 -- every encoder can be given some
         from transformers import ViTConfig, ViTModel  # noqa: PLC0415

@@ -1,37 +1,23 @@
-"""Text encoders: sentences to unit vectors, chosen by name; the towers share a space with the image encoder's."""
+"""Text encoders: sentences to unit vectors, each named by a file of its own; towers share the image encoder's space.
+
+A new one is a subclass of :class:`TextEncoder` and a file ``conf/model/text_tower/<name>.yaml``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from typing import cast
 
-from hpcmm.errors import HpcmmError
-from hpcmm.workloads.anomaly.models.text_encoders.clip import ClipTextEncoder, TinyClipTextEncoder
+from hpcmm.config.parts import build_part
 from hpcmm.workloads.anomaly.models.text_encoders.encoder import TextEncoder
-from hpcmm.workloads.anomaly.models.text_encoders.imagebind import ImageBindTextEncoder, TinyImageBindTextEncoder
-from hpcmm.workloads.anomaly.models.text_encoders.sentence import SentenceEncoder, packaged_text_encoder
-from hpcmm.workloads.anomaly.schema import ModelConfig
+from hpcmm.workloads.anomaly.schema import TEXT_TOWER, ModelConfig
 
-__all__ = ["TEXT_ENCODERS", "SentenceEncoder", "TextEncoder", "build_text_encoder", "packaged_text_encoder"]
-
-
-TEXT_ENCODERS: Mapping[str, Callable[..., TextEncoder]] = MappingProxyType(
-    {
-        "clip": ClipTextEncoder,
-        "clip_tiny": TinyClipTextEncoder,
-        "imagebind": ImageBindTextEncoder,
-        "imagebind_tiny": TinyImageBindTextEncoder,
-        "sentence": SentenceEncoder,
-    }
-)
+__all__ = ["TextEncoder", "build_text_encoder"]
 
 
 def build_text_encoder(config: ModelConfig) -> TextEncoder:
-    """The encoder called ``model.text_tower``.
+    """The encoder that ``model.text_tower`` says.
 
-    Raises HpcmmError for a name that is not in :data:`TEXT_ENCODERS`, and for weights that cannot be used.
+    Raises HpcmmError for an unknown name, and for weights that cannot be used.
     """
-    name = config.text_tower
-    if name not in TEXT_ENCODERS:
-        raise HpcmmError(f"model.text_tower={name} is not known; valid: {', '.join(sorted(TEXT_ENCODERS))}.")
-    return TEXT_ENCODERS[name](folder=config.text_encoder, image_weights=config.image_weights)
+    encoder = build_part(config.text_tower, TEXT_TOWER, folder=config.text_encoder, image_weights=config.image_weights)
+    return cast("TextEncoder", encoder)
