@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import other_writer
 from hpcmm.runs.checkpoints import newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
 
@@ -67,10 +66,8 @@ def _latest(run: RunDir) -> str:
 
 def _refuse_if_others_write(*paths: Path) -> None:
     """A checkpoint is a pickle: whoever can write it can run code as its reader."""
-    for path in paths:
-        facts = path.stat()
-        if facts.st_uid not in {os.getuid(), 0} or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise HpcmmError(
-                f"{path} can be written by another user, and reading a checkpoint runs code from it: "
-                "take it over (chown, chmod go-w) if you trust it."
-            )
+    if (path := other_writer(*paths)) is not None:
+        raise HpcmmError(
+            f"{path} can be written by another user, and reading a checkpoint runs code from it: "
+            "take it over (chown, chmod go-w) if you trust it."
+        )

@@ -9,7 +9,8 @@ import pytest
 
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
 from hpcmm.config.workload import Workload, workload_of
-from hpcmm.workloads.anomaly.schema import ModelConfig
+from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, ModelConfig
 
 
 class Small(Workload):
@@ -25,25 +26,40 @@ def test_a_workload_needs_no_more_than_its_training():
     assert list(small.problems(config)) == []
     assert dict(small.given_paths(config)) == {}
     small.prepare(config)
-    assert small.model_label(config) == config.task.name
+    assert small.evaluation() is None
+    assert small.served() is None
     with pytest.raises(TypeError, match="training"):
         Workload()
 
 
 def test_a_run_s_workload_follows_from_its_task():
-    config = RunConfig(model=ModelConfig(decoder="mlp"))
+    config = AnomalyConfig(model=ModelConfig(decoder="mlp"))
     workload = workload_of(config)
     assert workload is not None
-    assert issubclass(RunConfig, workload.schema)
-    assert workload.model_label(config) == "mlp"
+    assert issubclass(AnomalyConfig, workload.schema)
     for name in (SCRIPT, FUNCTION):
         assert workload_of(RunConfig(task=TaskConfig(name=name))) is None
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("os.system", "os.system is not a class"),
+        ("pathlib.Path", "must be a subclass of hpcmm.config.workload.Workload"),
+        ("hpcmm.nowhere.Workload", "cannot be imported"),
+        ("Workload", "cannot be imported"),
+    ],
+)
+def test_what_is_not_a_workload_is_refused(target: str, said: str):
+    with pytest.raises(HpcmmError, match=said):
+        workload_of(RunConfig(task=TaskConfig("other", target)))
+
+
 def test_finding_it_loads_nothing_heavy():
     code = (
-        "import sys; from hpcmm.config.schema import RunConfig; from hpcmm.config.workload import workload_of\n"
-        "assert workload_of(RunConfig()).given_paths(RunConfig())\n"
+        "import sys; from hpcmm.workloads.anomaly.schema import AnomalyConfig; "
+        "from hpcmm.config.workload import workload_of\n"
+        "assert workload_of(AnomalyConfig()).given_paths(AnomalyConfig())\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
