@@ -6,7 +6,8 @@ import pytest
 
 from hpcmm.config.sweep import compose_points
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.array import plan_sweep, resubmit
+from hpcmm.launch.plan import plan
+from hpcmm.launch.submit import resubmit
 from hpcmm.runs import ledger as ledger_module
 from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
 from hpcmm.runs.run_dir import SweepDir
@@ -63,7 +64,7 @@ def test_points_share_no_list():
 )
 def test_what_cannot_be_one_array_is_refused(overrides, expected):
     with pytest.raises(HpcmmError) as raised:
-        plan_sweep(compose_points(overrides), overrides)
+        plan(compose_points(overrides), overrides)
     assert expected in str(raised.value)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hpcmm.config.schema import RunConfig, TrainConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.prerequisites import note_other_standins, run_to_start_from
+from hpcmm.launch.plan import note_other_standins, run_to_start_from
 from hpcmm.runs.run_dir import RunDir
 
 
