@@ -25,12 +25,13 @@ test: ## Set up, then run the tests; those on the real Slurm one after the other
 test-all: test ## ... and the tests of faults that take a minute each
 	@$(python) -m pytest -m long tests/integration
 
-lint: setup ## Check style, types and import contracts
+lint: setup ## Check style, types, import contracts and the measures of the layout
 	$(python) -m ruff check $(code)
 	$(python) -m ruff format --check $(code)
 	$(python) -m mypy --strict hpcmm
 	MYPYPATH=slurm/local $(python) -m mypy --strict --package cluster
 	$(venv)/lint-imports
+	$(python) scripts/measure_layout.py
 
 cluster-up: ## Start the local four-node Slurm cluster (as root)
 	@slurm/local/up

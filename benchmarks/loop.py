@@ -99,8 +99,8 @@ def open_session(run_dir: RunDir) -> Session:
     """Join the group, and build what a rank's steps need."""
     from hpcmm.node.cache import extensions_dir  # noqa: PLC0415
     from hpcmm.runs.metrics import MetricsWriter  # noqa: PLC0415
-    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
     from hpcmm.worker.compiled_ops import load_ops  # noqa: PLC0415
+    from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415
     from hpcmm.worker.environment import RankEnvironment  # noqa: PLC0415
 
     config = config_file.load(run_dir.config)

@@ -87,8 +87,8 @@ def rank_under_torchrun(run_dir: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from hpcmm.node.cache import extensions_dir  # noqa: PLC0415
     from hpcmm.runs.metrics import MetricsWriter  # noqa: PLC0415
-    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
     from hpcmm.worker.compiled_ops import load_ops  # noqa: PLC0415
+    from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415
     from hpcmm.worker.environment import RankEnvironment  # noqa: PLC0415
 
     run = RunDir(Path(run_dir))

@@ -1,4 +1,4 @@
-"""The one command ``hpcmm``, and what every command makes of errors, of Ctrl-C and of a reader that is gone."""
+"""The command ``hpcmm``, and what every command makes of errors, Ctrl-C, closed pipes and long work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import contextlib
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +25,10 @@ COMMANDS = {
 }
 """Each is also ``python -m hpcmm.NAME``. The value is its line in ``hpcmm --help``."""
 
+QUIET_S = 15.0
+"""Where standard error is no terminal, or one that moves no cursor, long work says this often how far it is."""
+Progress = Callable[[str, int, int], None]
+"""Is called with what is done, how much of it is, and of how much."""
 INTERRUPTED = 130
 """As a shell has it: 128 and the number of the signal."""
 _HELP = frozenset({"-h", "--help"})
@@ -150,3 +155,47 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     for name, line in COMMANDS.items():
         commands.add_parser(name, help=line, add_help=False)
     return parser
+
+
+@contextlib.contextmanager
+def progress_bar(program: str = "hpcmm.analyze") -> Iterator[Progress]:
+    """A callback for standard error: a bar on a terminal that can draw it, elsewhere a line of ``program`` at times."""
+    if not sys.stderr.isatty():
+        yield _progress_lines(program)
+        return
+    # 0.1 s of imports that a pipe can do without.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.progress import Progress as Bar  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    if console.is_dumb_terminal:  # which a bar would leave empty
+        yield _progress_lines(program)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[count]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, count="")
+
+        def show(what: str, done: int, of: int) -> None:
+            total, count = (of, f"{done}/{of}") if of > 1 else (None, "")
+            bar.update(task, description=printable(what), completed=done, total=total, count=count)
+
+        yield show
+
+
+def _progress_lines(program: str) -> Progress:
+    last = time.monotonic()
+
+    def show(what: str, done: int, of: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET_S:
+            last = time.monotonic()
+            print(f"{program}: {printable(what)}" + (f" ({done}/{of})" if of > 1 else ""), file=sys.stderr, flush=True)
+
+    return show

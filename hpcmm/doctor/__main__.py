@@ -15,9 +15,8 @@ from hpcmm.cli import run_command
 from hpcmm.config.compose import compose_run
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.validate import cluster_problems
-from hpcmm.doctor.checks import Finding, Weight, judge
+from hpcmm.doctor.checks import HERE, Finding, Weight, judge, report_lines, report_values
 from hpcmm.doctor.node import node_facts
-from hpcmm.doctor.report import HERE, report_lines, report_values
 from hpcmm.doctor.runner import allocation_options, check_nodes
 from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir

@@ -28,8 +28,7 @@ import psutil
 from hpcmm.cli import run_command
 from hpcmm.doctor.rendezvous import answer_clock, come, gather, measure_offset
 from hpcmm.files import write_whole
-from hpcmm.node.connectivity import job_nodes
-from hpcmm.node.ports import find_free_port
+from hpcmm.node.network import find_free_port, job_nodes
 from hpcmm.nsys.probe import nsys_problem
 
 _MEET_S, _TALK_S, _MEASURE_S, _SHARED_S = 30.0, 120.0, 60.0, 20.0

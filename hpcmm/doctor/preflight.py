@@ -18,8 +18,7 @@ from pathlib import Path
 from hpcmm.cli import run_command
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
-from hpcmm.doctor.checks import bad_nodes, judge
-from hpcmm.doctor.report import report_lines, report_values
+from hpcmm.doctor.checks import bad_nodes, judge, report_lines, report_values
 from hpcmm.doctor.runner import clean_up, read_answers, write_request
 from hpcmm.errors import HpcmmError
 from hpcmm.files import write_json

@@ -22,8 +22,8 @@ from hpcmm.config.space import shipped_workloads
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.evaluation import Evaluation, Scored
-from hpcmm.evaluate.runs import Candidate, find_runs
-from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.ledger import LedgerPoint, read_ledger
+from hpcmm.runs.run_dir import RunDir, SweepDir, path_or_run
 
 if TYPE_CHECKING:
     from hpcmm.evaluate.side_by_side import Comparison
@@ -38,6 +38,8 @@ Load the newest checkpoint of each run, score {samples}, and write to DIR:
 {files}A RUN is a run directory or a run's name in ./runs, or a sweep's folder or ledger for all of its points. {notes}
 """
 _ABOUT = ["run", "model", "seed", "trained_on", "scored_on"]
+_SEED = "train.seed="
+"""It has a column of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +178,9 @@ def _name(candidate: Candidate, config: RunConfig, evaluation: Evaluation, befor
 def _score(run: RunDir, config: RunConfig, evaluation: Evaluation) -> Scored:
     import torch  # noqa: PLC0415 - torch takes seconds, --help needs none
 
-    from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415
-    from hpcmm.page.progress import progress_bar  # noqa: PLC0415
-    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
+    from hpcmm.cli import progress_bar  # noqa: PLC0415
+    from hpcmm.train.trained_weights import load_model  # noqa: PLC0415
+    from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415
 
     device = torch.device(select_accelerator())
     model = load_model(run, lambda: evaluation.build_model(config)).to(device)
@@ -212,6 +214,50 @@ def _view(frame: pd.DataFrame, caption: str) -> Table:
     for row in frame.astype(str).to_numpy():
         view.add_row(*map(escape, row))
     return view
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A run to score. ``settings`` are a sweep's overrides that set its model apart."""
+
+    run: RunDir
+    settings: tuple[str, ...] = ()
+
+
+def find_runs(paths: Sequence[Path], named_by: Sequence[str] = ()) -> tuple[list[Candidate], list[RunDir]]:
+    """Run directories, runs' names, sweep folders, ledgers: to runs with a checkpoint, and the points without one.
+
+    ``named_by`` are beginnings of overrides that a model's own name tells: they are no further settings. Raises
+    HpcmmError where a path is none of these, or no run is left.
+    """
+    found: list[Candidate] = []
+    unfinished: list[RunDir] = []
+    for path in map(path_or_run, paths):
+        if not _is_sweep(path):
+            found.append(Candidate(RunDir(path.resolve())))
+            continue
+        for candidate in _points(path, (_SEED, *named_by)):
+            if candidate.run.has_checkpoint():
+                found.append(candidate)
+            else:
+                unfinished.append(candidate.run)
+    if not found:
+        raise HpcmmError(f"No point of {', '.join(map(str, paths))} has a finished checkpoint: has it trained?")
+    return found, unfinished
+
+
+def _is_sweep(path: Path) -> bool:
+    return path.is_file() or SweepDir(path).ledger.is_file()
+
+
+def _points(path: Path, named_otherwise: tuple[str, ...]) -> Iterator[Candidate]:
+    ledger = read_ledger(path.resolve())
+    for point in ledger.points:
+        yield Candidate(ledger.run(point), _settings(point, named_otherwise))
+
+
+def _settings(point: LedgerPoint, named_otherwise: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(override for override in point.overrides if not override.startswith(named_otherwise))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.plan import Plan
 from hpcmm.launch.script import rank_command
-from hpcmm.node.ports import find_free_port
+from hpcmm.node.network import find_free_port
 from hpcmm.ranges import write_ranges
 from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
 from hpcmm.runs.outcome import COMPLETED, FAILED, IN_QUEUE, states_of_points

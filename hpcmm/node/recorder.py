@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from hpcmm.node.classify import CONSEQUENCES, kind_of_exception
-from hpcmm.node.connectivity import unreachable_nodes
+from hpcmm.node.network import unreachable_nodes
 from hpcmm.runs import failures
 from hpcmm.runs.run_dir import RunDir
 

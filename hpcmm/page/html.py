@@ -30,8 +30,17 @@ from hpcmm.page.headlines import (
     seconds,
     steps_line,
 )
-from hpcmm.page.palette import TRANSFER, WAIT
-from hpcmm.page.step_charts import TRANSFER_NAME, WAIT_NAME, device_bars, efficiency, rank_bars, step_budget, step_plot
+from hpcmm.page.step_charts import (
+    TRANSFER,
+    TRANSFER_NAME,
+    WAIT,
+    WAIT_NAME,
+    device_bars,
+    efficiency,
+    rank_bars,
+    step_budget,
+    step_plot,
+)
 from hpcmm.page.timeline import culprits, timeline, worst_step
 from hpcmm.page.wait_charts import bandwidth, child_waits, wait_matrix
 

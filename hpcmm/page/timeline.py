@@ -15,7 +15,7 @@ from hpcmm.analysis.findings import CAUSES
 from hpcmm.analysis.study import Study
 from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.page.headlines import plain, trace_name
-from hpcmm.page.palette import kinds, ordered
+from hpcmm.page.step_charts import kinds, ordered
 
 
 def worst_step(study: Study, row: dict[Any, Any]) -> int | None:

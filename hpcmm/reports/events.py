@@ -15,17 +15,7 @@ from hpcmm.annotate import schema
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.cuda import read_cuda, shifted
 from hpcmm.reports.identity import read_identity
-from hpcmm.reports.report import (
-    ID_MASK,
-    LOADER_NAME,
-    MARK,
-    PID_SHIFT,
-    PUSH_POP,
-    START_END,
-    Integers,
-    Parts,
-    Report,
-)
+from hpcmm.reports.report import ID_MASK, LOADER_NAME, MARK, PID_SHIFT, PUSH_POP, START_END, Integers, Parts, Report
 from hpcmm.reports.sqlite import MAX_NAME_LENGTH, MAX_NS, ReportDatabase
 
 DOMAIN_CREATE = 75

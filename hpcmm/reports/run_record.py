@@ -10,8 +10,8 @@ from hpcmm.errors import HpcmmError
 from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.metrics import RankStart, starts_of
 from hpcmm.runs.outcome import newest_outcome
-from hpcmm.runs.provenance import package_version
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.submission import package_version
 
 MAX_WORLD_SIZE = 1 << 17
 """More ranks than this are a damaged record."""

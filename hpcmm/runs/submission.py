@@ -1,4 +1,4 @@
-"""Which jobs a run was submitted as: ``submission.json`` at launch, ``job.json`` when a followed job is over."""
+"""How a run was submitted: its jobs (``submission.json``, ``job.json``), and its origin (``provenance.json``)."""
 
 from __future__ import annotations
 
@@ -63,3 +63,14 @@ def job_ids_of(run: RunDir) -> tuple[str, ...]:
     for job_id in filter(JOB_ID.fullmatch, noted):
         ids.setdefault(job_id, 0.0)
     return tuple(sorted(ids, key=lambda each: (ids[each], each)))
+
+
+def write_provenance_record(run: RunDir, record: Mapping[str, Any]) -> None:
+    """Write the file. Raises OSError."""
+    write_json(run.provenance, dict(record))
+
+
+def package_version(run: RunDir, package: str) -> str:
+    """The version of a Python package that the launcher's environment had; empty if it is not known."""
+    packages = read_json_object(run.provenance).get("packages")
+    return str(packages.get(package) or "") if isinstance(packages, dict) else ""

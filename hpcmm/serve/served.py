@@ -9,28 +9,18 @@ imported: ``--help`` asks it too.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.serve.batcher import Batcher
 from hpcmm.serve.options import ServeOptions
-from hpcmm.serve.request_log import RequestLog
+from hpcmm.serve.service import Service
 
 if TYPE_CHECKING:
     import torch
-
-Asked = TypeVar("Asked")
-Answer = TypeVar("Answer")
-Result = TypeVar("Result")
-_PREPARED_AT_ONCE = 4
-"""Uploads that are decoded at once: each may take a few hundred megabytes."""
 
 
 class ServedModel(ABC):
@@ -86,54 +76,3 @@ class ServedPage(ABC):
         The model is asked through ``service`` alone. Files to download go into a new folder within ``cache``, the only
         one of which the guard shows files. Every event is ``api_visibility="private"``.
         """
-
-
-class Service(Generic[Asked, Answer]):
-    """What all users of a page share: the batcher in front of the model, and the log. Close it at the end."""
-
-    def __init__(
-        self, predict: Callable[[Sequence[Asked]], Sequence[Answer]], options: ServeOptions, log: RequestLog
-    ) -> None:
-        self.options = options
-        self._log = log
-        self._batcher: Batcher[Asked, Answer] = Batcher(
-            predict, most=options.max_batch, wait_s=options.max_wait_ms / 1000, waiting=options.max_waiting
-        )
-        self._preparing: asyncio.Semaphore | None = None
-
-    def close(self) -> None:
-        """End the batcher."""
-        self._batcher.close()
-
-    async def prepared(self, work: Callable[[], Result]) -> Result:
-        """What ``work``, such as the decoding of an upload, returns: in a thread, few at once."""
-        if self._preparing is None:
-            self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
-        async with self._preparing:
-            return await asyncio.to_thread(work)
-
-    async def ask(self, request: Asked) -> Answer:
-        """The model's answer. Raises HpcmmError, with a sentence for the user, if too many wait already."""
-        return await asyncio.wrap_future(self._batcher.submit(request))
-
-    async def logged(self, answering: Awaitable[tuple[Result, dict[str, Any]]], **fields: Any) -> Result:
-        """Await a result, and write one line of it into the log of requests, whatever comes of it.
-
-        ``fields`` say what was asked, those beside the result what came of it: short values that JSON has, and never
-        what was uploaded. Raises what ``answering`` raises; an HpcmmError is a sentence for the user.
-        """
-        began = time.monotonic()
-        try:
-            result, found = await answering
-        except HpcmmError as error:
-            self._log.write(**fields, outcome="refused", reason=str(error), seconds=_since(began))
-            raise
-        except Exception as error:
-            self._log.write(**fields, outcome="failed", reason=type(error).__name__, seconds=_since(began))
-            raise
-        self._log.write(**fields, outcome="answered", **found, seconds=_since(began))
-        return result
-
-
-def _since(began: float) -> float:
-    return round(time.monotonic() - began, 4)

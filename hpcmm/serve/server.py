@@ -21,12 +21,12 @@ from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.node.ports import hold_free_port
+from hpcmm.node.network import hold_free_port
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, new_token, this_host
 from hpcmm.serve.options import ServeOptions
-from hpcmm.serve.request_log import RequestLog
-from hpcmm.serve.served import ServedModel, ServedPage, Service
+from hpcmm.serve.served import ServedModel, ServedPage
+from hpcmm.serve.service import RequestLog, Service
 
 LOOPBACK = "127.0.0.1"
 _SESSIONS = 500
@@ -62,8 +62,8 @@ def serve(
 
 def load_page(options: ServeOptions) -> tuple[ServedPage, Service[Any, Any]]:
     """The page of a run with its model, and what its users share. Raises HpcmmError with what is missing."""
-    from hpcmm.evaluate.checkpoint import load_model  # noqa: PLC0415 -- both import torch
-    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415
+    from hpcmm.train.trained_weights import load_model  # noqa: PLC0415 -- both import torch
+    from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415
 
     select_accelerator()
     run = RunDir(Path(options.run))

@@ -61,7 +61,7 @@ def _prepare(run: RunDir) -> int:
 
 
 def _port(*, hold: bool) -> int:
-    from hpcmm.node.ports import hold_free_port, port_of  # noqa: PLC0415
+    from hpcmm.node.network import hold_free_port, port_of  # noqa: PLC0415
 
     with hold_free_port() as held:
         print(port_of(held), flush=True)

@@ -32,7 +32,7 @@ def build_ops(folder: Path) -> None:
     """
     shutil.rmtree(folder, ignore_errors=True)  # an earlier build was cut short
     folder.mkdir(parents=True)
-    from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415 -- imports torch, for a build alone
+    from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415 -- imports torch, for a build alone
 
     if select_accelerator() == "cpu":
         if shutil.which("c++") is None and "CXX" not in os.environ:

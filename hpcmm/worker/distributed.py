@@ -1,4 +1,4 @@
-"""One process group over all ranks of the job: gloo between CPUs, NCCL between GPUs."""
+"""GPU or CPU, and one process group over all ranks of the job: gloo between CPUs, NCCL between GPUs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,8 +19,23 @@ from torch.distributed.distributed_c10d import PrefixStore
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.metrics import MetricsWriter
-from hpcmm.worker.accelerator import select_accelerator
 from hpcmm.worker.environment import RankEnvironment, threads_per_rank
+
+DEVICES = Path("/dev")
+
+
+def select_accelerator() -> str:
+    """``cuda`` where this process sees a GPU that works, else ``cpu``; DeepSpeed is told through DS_ACCELERATOR.
+
+    A scheduler may set CUDA_VISIBLE_DEVICES on nodes whose GPUs PyTorch cannot drive, so PyTorch is asked.
+    """
+    if not any(DEVICES.glob("nvidia[0-9]*")):
+        # PyTorch complains of the driver's library, which nsys brings along on machines without a GPU.
+        warnings.filterwarnings("ignore", message="CUDA initialization", category=UserWarning)
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ["DS_ACCELERATOR"] = accelerator
+    return accelerator
+
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 _LAST_TENSORS_S = 0.1

@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpcmm.annotate.auto_instrument import annotate_collectives_at_init
-from hpcmm.annotate.import_hooks import after_import
+from hpcmm.annotate.auto_instrument import after_import, annotate_collectives_at_init
 from hpcmm.config import config_file
 from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig
 from hpcmm.config.workload import Workload, workload_of
@@ -56,7 +55,7 @@ def _train(workload: Workload, config: RunConfig, run: RunDir, began_s: float) -
             metrics.startup_part(part, duration_s)
         with metrics.startup("imports"):
             from hpcmm.annotate import collectives  # noqa: PLC0415 -- imports torch
-            from hpcmm.worker.accelerator import select_accelerator  # noqa: PLC0415 -- imports torch
+            from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415 -- imports torch
 
             select_accelerator()
             from hpcmm.worker.compiled_ops import load_ops  # noqa: PLC0415

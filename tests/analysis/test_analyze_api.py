@@ -8,7 +8,7 @@ import pytest
 
 from hpcmm.analysis.study import TABLES
 from hpcmm.analyze import Analysis, analyze, compare
-from hpcmm.analyze.command import main
+from hpcmm.analyze.__main__ import main
 from hpcmm.analyze.runs import read_reference, read_run
 from hpcmm.errors import HpcmmError
 
@@ -171,7 +171,7 @@ def test_an_interrupt_is_one_sentence(clean: Analysis, tmp_path: Path, monkeypat
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hpcmm.analyze.command.analyze", interrupted)
+    monkeypatch.setattr("hpcmm.analyze.__main__.analyze", interrupted)
     assert main([str(SAMPLES / "clean"), "--out", str(tmp_path)]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpcmm.analyze import Analysis, analyze
-from hpcmm.analyze.command import main
+from hpcmm.analyze.__main__ import main
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.analyze.command import main
+from hpcmm.analyze.__main__ import main
 from hpcmm.runs.run_dir import RunDir
 
 SAMPLE = Path(__file__).parents[2] / "profiles" / "samples" / "clean"

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from hpcmm.analyze import Analysis, analyze
-from hpcmm.analyze.command import main
+from hpcmm.analyze.__main__ import main
 from hpcmm.page.headlines import steps_line
 
 DRIFT = 'start = start - start * 13 / 1000000, "end" = "end" - "end" * 13 / 1000000'

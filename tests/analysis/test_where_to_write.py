@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.analyze.command import main
+from hpcmm.analyze.__main__ import main
 
 SAMPLE = Path(__file__).parents[2] / "profiles" / "samples" / "clean"
 

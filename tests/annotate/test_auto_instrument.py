@@ -10,7 +10,7 @@ import pytest
 from hpcmm import annotate
 from hpcmm.annotate import auto_instrument
 from hpcmm.annotate import ranges as loops
-from hpcmm.annotate.import_hooks import after_import
+from hpcmm.annotate.auto_instrument import after_import
 
 
 def run_python(code, **environment):

@@ -12,7 +12,7 @@ import pytest
 
 from hpcmm.annotate.schema import COMM_DOMAIN, CollectiveName
 from hpcmm.config.schema import ProfileConfig
-from hpcmm.node.ports import find_free_port
+from hpcmm.node.network import find_free_port
 from hpcmm.nsys.capture import run_under_nsys
 from hpcmm.worker.nsys_rank import profile_flags
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpcmm.doctor.checks import Finding, Weight
-from hpcmm.doctor.report import HERE, report_lines
+from hpcmm.doctor.checks import HERE, Finding, Weight, report_lines
 
 
 @pytest.mark.parametrize(

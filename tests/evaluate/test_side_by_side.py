@@ -13,8 +13,8 @@ from PIL import Image
 
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.evaluate.__main__ import find_runs
 from hpcmm.evaluate.evaluation import MEAN
-from hpcmm.evaluate.runs import find_runs
 from hpcmm.evaluate.side_by_side import COLOURS, Comparison
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.workloads.anomaly.data import mvtec, visa

@@ -10,8 +10,8 @@ import pytest
 
 from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.provenance import installed_packages, write_provenance
 from hpcmm.launch.snapshot import plan_code, take_snapshot
+from hpcmm.launch.write import installed_packages, write_provenance
 from hpcmm.runs.run_dir import RunDir
 
 

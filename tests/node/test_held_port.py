@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from hpcmm.errors import HpcmmError
-from hpcmm.node import ports
-from hpcmm.node.ports import hold_free_port
+from hpcmm.node import network
+from hpcmm.node.network import hold_free_port
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def three_ports(monkeypatch):
                     probes.enter_context(socket.socket()).bind(("", port))
             except OSError:
                 continue
-        monkeypatch.setattr(ports, "_LOWEST", start)
-        monkeypatch.setattr(ports, "_ephemeral_start", lambda start=start: start + 3)
+        monkeypatch.setattr(network, "_LOWEST", start)
+        monkeypatch.setattr(network, "_ephemeral_start", lambda start=start: start + 3)
         return set(range(start, start + 3))
     pytest.fail("no three free ports in a row")
 

@@ -17,8 +17,16 @@ from hpcmm.analyze import Analysis
 from hpcmm.page import timeline as timeline_module
 from hpcmm.page.headlines import rank_list, size
 from hpcmm.page.html import coverage_grid
-from hpcmm.page.palette import kinds, ordered
-from hpcmm.page.step_charts import MAX_POINTS, device_bars, efficiency, rank_bars, step_budget, step_plot
+from hpcmm.page.step_charts import (
+    MAX_POINTS,
+    device_bars,
+    efficiency,
+    kinds,
+    ordered,
+    rank_bars,
+    step_budget,
+    step_plot,
+)
 from hpcmm.page.timeline import timeline, worst_step
 from hpcmm.page.wait_charts import bandwidth, child_waits, wait_matrix
 

@@ -10,9 +10,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from hpcmm.analyze import Analysis
+from hpcmm.cli import progress_bar
 from hpcmm.page import progress as progress_of_work
 from hpcmm.page import terminal
-from hpcmm.page.progress import progress_bar
 from hpcmm.page.terminal import print_study
 
 BOX_DRAWING = {chr(code) for code in range(0x2500, 0x25A0)}

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from hpcmm.errors import HpcmmError
-from hpcmm.reports import load, worker_pool
+from hpcmm.reports import load
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import ReportSource
-from hpcmm.reports.load import read_all
-from hpcmm.reports.worker_pool import WorkerDiedError, map_in_workers, worker_count
+from hpcmm.reports.load import WorkerDiedError, map_in_workers, read_all, worker_count
 
 
 def test_results_come_in_order_from_other_processes() -> None:
@@ -43,8 +42,8 @@ def test_who_wants_no_more_results_does_not_wait_for_them() -> None:
 
 
 def test_workers_are_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_pool, "cores", lambda: 64)
-    monkeypatch.setattr(worker_pool, "available_bytes", lambda: 4 << 30)
+    monkeypatch.setattr(load, "cores", lambda: 64)
+    monkeypatch.setattr(load, "available_bytes", lambda: 4 << 30)
     assert worker_count(1000, 100 << 20) == 5
     assert worker_count(3, 0) == 3
     assert worker_count(3, 100 << 30) == 1

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from hpcmm.serve.batcher import Batcher, BusyError
+from hpcmm.serve.service import Batcher, BusyError
 
 
 class Squares:

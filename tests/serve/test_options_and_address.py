@@ -17,14 +17,7 @@ from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve import __main__ as command
-from hpcmm.serve.address import (
-    Address,
-    find_address,
-    find_served_run,
-    new_token,
-    read_address,
-    write_address,
-)
+from hpcmm.serve.address import Address, find_address, find_served_run, new_token, read_address, write_address
 from hpcmm.serve.options import ServeOptions
 from hpcmm.serve.served import ServedModel
 from hpcmm.workloads.anomaly.page.served import PageOptions

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from hpcmm.errors import HpcmmError
-from hpcmm.serve.request_log import RequestLog
+from hpcmm.serve.service import RequestLog
 
 
 def lines(path):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.node.ports import find_free_port
+from hpcmm.node.network import find_free_port
 from hpcmm.runs.run_dir import RunDir
 
 RANK = '''
 import json, os, sys
 from pathlib import Path
-from hpcmm.worker.accelerator import select_accelerator
+from hpcmm.worker.distributed import select_accelerator
 select_accelerator()
 from hpcmm.config.schema import *
 from hpcmm.node.cache import extensions_dir

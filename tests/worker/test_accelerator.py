@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpcmm.worker import accelerator
+from hpcmm.worker import distributed
 
 COMPLAINT = "CUDA initialization: The NVIDIA driver on your system is too old"
 
@@ -25,11 +25,11 @@ def test_only_where_there_is_a_gpu_its_driver_is_complained_of(
 ):
     for name in devices:
         (tmp_path / name).touch()
-    monkeypatch.setattr(accelerator, "DEVICES", tmp_path)
+    monkeypatch.setattr(distributed, "DEVICES", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", without_a_working_gpu)
     monkeypatch.setenv("DS_ACCELERATOR", "")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert accelerator.select_accelerator() == "cpu"
+        assert distributed.select_accelerator() == "cpu"
     assert len(caught) == complaints
     assert os.environ["DS_ACCELERATOR"] == "cpu"

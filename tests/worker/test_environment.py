@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from hpcmm.errors import HpcmmError
-from hpcmm.node.ports import find_free_port
+from hpcmm.node.network import find_free_port
 from hpcmm.worker.environment import RankEnvironment
 
 SLURM = {

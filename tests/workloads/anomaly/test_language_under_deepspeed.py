@@ -16,7 +16,7 @@ import hashlib, json, os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from hpcmm.worker.accelerator import select_accelerator
+from hpcmm.worker.distributed import select_accelerator
 select_accelerator()
 from hpcmm.node.cache import extensions_dir
 from hpcmm.worker.compiled_ops import load_ops

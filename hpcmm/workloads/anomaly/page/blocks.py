@@ -12,14 +12,9 @@ import gradio as gr
 
 from hpcmm.errors import HpcmmError
 from hpcmm.serve.options import ServeOptions
-from hpcmm.serve.served import Service
+from hpcmm.serve.service import Service
 from hpcmm.workloads.anomaly.page import rendering
-from hpcmm.workloads.anomaly.page.findings import (
-    MOST_CAPTION_CHARACTERS,
-    MOST_QUESTION_CHARACTERS,
-    Inspector,
-    Seen,
-)
+from hpcmm.workloads.anomaly.page.findings import MOST_CAPTION_CHARACTERS, MOST_QUESTION_CHARACTERS, Inspector, Seen
 from hpcmm.workloads.anomaly.page.predictor import Finding, Request
 from hpcmm.workloads.anomaly.page.rendering import Row
 from hpcmm.workloads.anomaly.page.served import DetectorPage

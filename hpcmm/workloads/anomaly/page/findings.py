@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmm.errors import HpcmmError
-from hpcmm.serve.served import Service
+from hpcmm.serve.service import Service
 from hpcmm.workloads.anomaly.data.images import pixels_of
 from hpcmm.workloads.anomaly.page.drawing import LARGEST_SIDE, jpeg, shrunk
 from hpcmm.workloads.anomaly.page.predictor import Finding, Request

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hpcmm.worker.accelerator import select_accelerator
+from hpcmm.worker.distributed import select_accelerator
 from hpcmm.workloads.anomaly.data.images import normalise
 from hpcmm.workloads.anomaly.models import AnomalyModel
 from hpcmm.workloads.anomaly.models.anomaly import Encoded

@@ -13,7 +13,8 @@ from hpcmm.errors import HpcmmError
 from hpcmm.runs.checkpoints import newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.options import ServeOptions, check_size, check_whole_number
-from hpcmm.serve.served import ServedModel, ServedPage, Service
+from hpcmm.serve.served import ServedModel, ServedPage
+from hpcmm.serve.service import Service
 from hpcmm.workloads.anomaly.schema import AnomalyConfig
 
 if TYPE_CHECKING:
