@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.train.trained_weights import read_trained
+from hpcmm.train.checkpoint import read_trained
 from hpcmm.workloads.anomaly.llm_folder import ensure_llm, model_config
 from hpcmm.workloads.anomaly.models import AnomalyModel, build_model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -14,8 +15,15 @@ from hpcmm.config.workload import Workload, workload_of
 class Small(Workload):
     """Only what must be there."""
 
-    def training(self, config, device):
-        raise NotImplementedError
+    def training_class(self):
+        return Pair
+
+
+class Pair(NamedTuple):
+    """In place of a Training, which needs torch."""
+
+    config: RunConfig
+    device: str
 
 
 def test_a_workload_needs_no_more_than_its_training():
@@ -25,7 +33,8 @@ def test_a_workload_needs_no_more_than_its_training():
     assert dict(small.given_paths(config)) == {}
     small.prepare(config)
     assert small.model_label(config) == config.task.name
-    with pytest.raises(TypeError, match="training"):
+    assert small.training(config, "cpu") == (config, "cpu")
+    with pytest.raises(TypeError, match="training_class"):
         Workload()
 
 

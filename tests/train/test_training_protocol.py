@@ -70,8 +70,8 @@ class Line(Training):
         calls.append("finish")
 
 class LineWorkload(Workload):
-    def training(self, config, device):
-        return Line(config, device)
+    def training_class(self):
+        return Line
 
 run = RunDir(Path(sys.argv[1]))
 workload = LineWorkload()

@@ -9,8 +9,6 @@ from hpcmm.config.schema import LlmKind, RunConfig
 from hpcmm.config.workload import Workload
 
 if TYPE_CHECKING:
-    import torch
-
     from hpcmm.workloads.anomaly.training import AnomalyTraining
 
 
@@ -42,8 +40,8 @@ class AnomalyWorkload(Workload):
         """The decoder's name: what runs of this workload most often differ in."""
         return config.model.decoder
 
-    def training(self, config: RunConfig, device: torch.device) -> AnomalyTraining:
-        """The detector on this rank."""
+    def training_class(self) -> type[AnomalyTraining]:
+        """The detector on a rank."""
         from hpcmm.workloads.anomaly.training import AnomalyTraining  # noqa: PLC0415 -- imports torch
 
-        return AnomalyTraining(config, device)
+        return AnomalyTraining
