@@ -61,12 +61,16 @@ class Workload(ABC):
         return steps_done.isdecimal() and int(steps_done) >= config.train.steps
 
     @abstractmethod
+    def training_class(self) -> type[Training]:
+        """Import the half with torch, and return its class. Called on a rank, once DeepSpeed may be imported."""
+
     def training(self, config: Any, device: torch.device) -> Training:
-        """Model, data and loss of this rank, for :func:`hpcmm.train.loop.train`: the half with torch.
+        """Model, data and loss of this rank, for :func:`hpcmm.train.loop.train`.
 
         All ranks call it together, in the process group. ``device`` is the rank's own. Raises HpcmmError for values
         and files that cannot be used.
         """
+        return self.training_class()(config, device)
 
     def evaluation(self) -> Evaluation | None:
         """How ``hpcmm.evaluate`` scores its runs; None if it cannot."""

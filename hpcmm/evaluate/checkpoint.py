@@ -9,7 +9,7 @@ from torch import nn
 
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.train.trained_weights import read_trained
+from hpcmm.train.checkpoint import read_trained
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
+from hpcmm.config.compose import compose_run
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
 from hpcmm.config.workload import Workload, workload_of
-from hpcmm.workloads.anomaly.schema import ModelConfig
 
 
 class Small(Workload):
     """Only what must be there."""
 
-    def training(self, config, device):
-        raise NotImplementedError
+    def training_class(self):
+        return Pair
+
+
+class Pair(NamedTuple):
+    """In place of a Training, which needs torch."""
+
+    config: RunConfig
+    device: str
 
 
 def test_a_workload_needs_no_more_than_its_training():
@@ -25,25 +33,27 @@ def test_a_workload_needs_no_more_than_its_training():
     assert list(small.problems(config)) == []
     assert dict(small.given_paths(config)) == {}
     small.prepare(config)
-    assert small.model_label(config) == config.task.name
-    with pytest.raises(TypeError, match="training"):
+    assert small.training(config, "cpu") == (config, "cpu")
+    with pytest.raises(TypeError, match="training_class"):
         Workload()
 
 
 def test_a_run_s_workload_follows_from_its_task():
-    config = RunConfig(model=ModelConfig(decoder="mlp"))
+    config = compose_run([])
     workload = workload_of(config)
     assert workload is not None
-    assert issubclass(RunConfig, workload.schema)
-    assert workload.model_label(config) == "mlp"
+    assert type(workload).__name__ == "AnomalyWorkload"
+    assert workload.schema is type(config)
+    assert issubclass(workload.schema, RunConfig)
     for name in (SCRIPT, FUNCTION):
         assert workload_of(RunConfig(task=TaskConfig(name=name))) is None
 
 
 def test_finding_it_loads_nothing_heavy():
     code = (
-        "import sys; from hpcmm.config.schema import RunConfig; from hpcmm.config.workload import workload_of\n"
-        "assert workload_of(RunConfig()).given_paths(RunConfig())\n"
+        "import sys; from hpcmm.config.workload import load_workload\n"
+        "workload = load_workload('hpcmm.workloads.anomaly.workload.AnomalyWorkload')\n"
+        "assert workload.given_paths(workload.schema())\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -31,7 +31,7 @@ from hpcmm.workloads.anomaly.models import build_model
 from hpcmm.workloads.anomaly.training import _mean_over_ranks
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import build_engine
-from hpcmm.train.trained_weights import start_from
+from hpcmm.train.checkpoint import start_from
 from hpcmm.workloads.anomaly.question_answering.conversations import Dialogue
 
 torch.set_num_threads(1)
@@ -79,7 +79,7 @@ if rank == 0:
         float((value.float() - model.state_dict()[name].float()).abs().max())
         for name, value in fresh.named_parameters() if name in trained
     )
-    from hpcmm.train.trained_weights import read_trained
+    from hpcmm.train.checkpoint import read_trained
     held = [name for name in read_trained(run) if name not in dict(model.named_buffers())]
     print("FACTS" + json.dumps({
         "text": (total / world).tolist(), "changed": changed, "trained": sorted(trained), "held": sorted(held),
