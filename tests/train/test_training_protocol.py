@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.config.schema import RunConfig, TaskConfig, TaskName
+from hpcmm.config.schema import RunConfig
 from hpcmm.node.ports import find_free_port
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.prepare import prepare
@@ -106,7 +106,7 @@ def train_line(run: RunDir, steps: int) -> dict:
 def test_a_workload_of_a_newcomer_is_trained_scored_saved_and_resumed(tmp_path: Path):
     run = RunDir(tmp_path / "run")
     run.create()
-    prepare(RunConfig(task=TaskConfig(name=TaskName.script)))  # compiled ops alone
+    prepare(RunConfig())  # compiled ops alone
     facts = train_line(run, 3)
     step = ["loss", "loss"]  # two micro-batches a step
     assert facts["calls"] == [
