@@ -21,9 +21,10 @@ from pathlib import Path
 
 from hpcmm.analysis.time_tables import startup_table
 from hpcmm.config import config_file
-from hpcmm.config.compose import compose_run
-from hpcmm.config.validate import validate
-from hpcmm.launch.plan import Plan, plan, queue
+from hpcmm.config.sweep import compose_points
+from hpcmm.launch.plan import Plan, plan
+from hpcmm.launch.submit import submit
+from hpcmm.launch.write import write
 from hpcmm.runs.run_dir import RunDir
 
 CONFIGURATION = ("experiment=anomaly_demo", "profile=off", "train.steps=2", "train.evaluate=false")
@@ -40,15 +41,14 @@ srun --cpus-per-task={cpus} {python} -m torch.distributed.run --nnodes={nodes} -
 
 def begin(overrides: list[str], root: Path) -> Plan:
     given = [*CONFIGURATION, *overrides, f"runs_root={root}"]
-    config = compose_run(given)
-    validate(config)
-    return plan(config, given)
+    return plan(compose_points(given), given)
 
 
 def with_hpcmm(overrides: list[str], root: Path) -> float:
     """Seconds from the script's start to the first step of all ranks."""
     planned = begin(overrides, root)
-    wait_for(queue(planned).job_id)
+    write(planned)
+    wait_for(submit(planned).job_id)
     began_s = json.loads(planned.run.attempts.read_text(encoding="utf-8"))["script_began_s"]
     return first_step_ended_s(planned.run) - began_s
 

@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISREG, S_IWGRP, S_IWOTH
 from typing import IO, Any
 
 Content = str | Callable[[IO[bytes]], None]
@@ -99,3 +99,15 @@ def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]
         return json_object(read_text(path, most_bytes)) or {}
     except (OSError, ValueError):
         return {}
+
+
+def other_writer(*paths: Path) -> Path | None:
+    """The first of ``paths`` that another user than this one and root owns, or could write; None if there is none.
+
+    Raises OSError if one is not there.
+    """
+    for path in paths:
+        facts = path.stat()
+        if facts.st_uid not in {os.getuid(), 0} or facts.st_mode & (S_IWGRP | S_IWOTH):
+            return path
+    return None

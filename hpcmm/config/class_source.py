@@ -70,6 +70,12 @@ def fits(annotation: ast.expr | None, value: Any) -> bool:
     return isinstance(value, types) and not (isinstance(value, bool) and types in ((int,), (int, float)))
 
 
+def source_file(module: str) -> Path | None:
+    """The file of a module, which is not imported; of a package its ``__init__.py``. None if there is none."""
+    spec = _spec(module)
+    return Path(spec.origin).resolve() if spec is not None and spec.origin and spec.has_location else None
+
+
 def _read_class(module: str, name: str, deepest: int) -> ClassSource | None:
     tree = _module_tree(module)
     if tree is None or deepest == 0:

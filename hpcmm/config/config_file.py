@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict
 from enum import StrEnum
 from io import StringIO
@@ -14,10 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from hpcmm.config.compose import with_parts
+from hpcmm.config.parts import TARGET, folders_of, targets_of
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.untyped_config import VERSION, VERSION_KEY, plain_values, values_of_today
+from hpcmm.config.workload import load_workload
 from hpcmm.errors import HpcmmError
-from hpcmm.files import read_text, write_whole
+from hpcmm.files import other_writer, read_text, write_whole
 from hpcmm.text import visible
 
 _MOST_OF_A_REASON = 300
@@ -52,17 +56,44 @@ def _plain(value: Any) -> Any:
 
 
 def load(path: Path) -> RunConfig:
-    """Read a frozen configuration, also of an earlier version. Raises HpcmmError if there is none in the file."""
+    """Read a frozen configuration, also of an earlier version, with the keys of its workload.
+
+    A class that the file names is followed only if nobody else can have written the file, or the class is hpcmm's own.
+    Raises HpcmmError if there is no such configuration in the file.
+    """
     given = _frozen(path)
     try:
-        given = OmegaConf.create(values_of_today(_keys_and_values(given)))
-        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
+        values = values_of_today(_keys_and_values(given))
+        schema = _schema_of(values, path)
+        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise HpcmmError(
             f"{path} is not a configuration of this version of hpcmm: {_reason(error)}.{_of_its_own_time(path.parent)}"
         ) from error
     assert isinstance(loaded, RunConfig)
+    loaded = with_parts(loaded, folders_of(None))
+    _refuse_foreign_classes(targets_of(loaded), path)
     return loaded
+
+
+def _schema_of(values: dict[str, Any], path: Path) -> type[RunConfig]:
+    """The keys of the run's workload."""
+    task = values.get("task")
+    target = task.get(TARGET) if isinstance(task, dict) else None
+    if target is None:
+        return RunConfig
+    _refuse_foreign_classes([str(target)], path)
+    return load_workload(str(target)).schema
+
+
+def _refuse_foreign_classes(targets: Iterable[str], path: Path) -> None:
+    """To import a class runs code: of one that is not hpcmm's own, the file must be the user's, and nobody else's."""
+    foreign = [target for target in targets if not target.startswith("hpcmm.")]
+    if foreign and (writer := other_writer(path.parent, path)) is not None:
+        raise HpcmmError(
+            f"{path} names {visible(foreign[0])[:_MOST_OF_A_REASON]}, which is not hpcmm's, and {writer} can be "
+            "written by another user: take the run over (chown, chmod go-w) if you trust it."
+        )
 
 
 def _frozen(path: Path) -> DictConfig:

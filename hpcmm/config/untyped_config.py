@@ -46,9 +46,24 @@ def values_of_today(values: dict[str, Any]) -> dict[str, Any]:
     return _from_version_1(values) if version == 1 else values
 
 
+_WORKLOADS_OF_1 = {"anomaly": "hpcmm.workloads.anomaly.workload.AnomalyWorkload"}
+_OF_ANOMALY_ALONE = (
+    "words_learning_rate", "focal_gamma", "focal_alpha", "focal_weight", "dice_weight", "text_weight",
+)  # fmt: skip
+
+
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
-    """Today's keys are those of version 1."""
-    return values
+    """Version 1 knew one workload, and gave its keys to every run, scripts of the user's too."""
+    task, train = values.get("task"), values.get("train")
+    if not isinstance(task, dict):
+        return values
+    target = _WORKLOADS_OF_1.get(str(task.get("name")))
+    if target is not None:
+        return {**values, "task": {**task, "_target_": target}}
+    kept = {key: value for key, value in values.items() if key not in ("model", "data")}
+    if isinstance(train, dict):
+        kept["train"] = {key: value for key, value in train.items() if key not in _OF_ANOMALY_ALONE}
+    return kept
 
 
 def read_frozen_config(path: Path) -> dict[str, Any]:

@@ -48,6 +48,13 @@ class Workload(ABC):
         Raises HpcmmError, of data that cannot be used :class:`hpcmm.errors.InputError`; the job then ends.
         """
 
+    def notes_on_start(self, config: Any, before: Mapping[str, Any]) -> Iterator[str]:  # noqa: ARG002
+        """Said at launch of a run that takes another run's trained weights, ``before`` being that run's configuration.
+
+        Each is the rest of a sentence that begins with that run's folder. Its values are untrusted: of any type.
+        """
+        return iter(())
+
     def is_finished(self, config: Any, run: RunDir) -> bool:
         """Whether the run has done all of its steps, so that a profiler would record nothing if it is started again.
 

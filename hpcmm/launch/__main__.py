@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
+from hpcmm.runs.run_dir import SweepDir
 
 if TYPE_CHECKING:
-    from hpcmm.config.sweep import Point
-    from hpcmm.launch.plan import Plan
+    from hpcmm.launch.submit import Submission
 
 EPILOG = """\
 examples:
@@ -49,23 +49,26 @@ def _command(given: list[str], prog: str) -> int:
 
 
 def _launch(overrides: Sequence[str]) -> int:
-    from hpcmm.config.sweep import compose_points  # noqa: PLC0415
-    from hpcmm.config.validate import validate  # noqa: PLC0415
-    from hpcmm.launch.plan import plan, queue  # noqa: PLC0415 -- after --help, which needs none of it
+    from hpcmm.config.sweep import compose_points  # noqa: PLC0415 -- after --help, which needs none of it
+    from hpcmm.launch.plan import dry_run_text, plan  # noqa: PLC0415
 
     options = [word for word in overrides if word.startswith("-")]
     if options:
         raise HpcmmError(f"{options[0]} is no option: everything is given as KEY=VALUE, see --help.")
-    points = compose_points(overrides)
-    if points[0].overrides:
-        return _launch_sweep(points, overrides)
-    config = points[0].config
-    validate(config)
-    planned = plan(config, overrides)
-    if config.dry_run:
-        return _dry_run(planned)
-    submission = queue(planned)
-    run = submission.run
+    planned = plan(compose_points(overrides), overrides)
+    if planned.config.dry_run:
+        print(dry_run_text(planned), end="")
+        return 0
+    from hpcmm.launch.submit import submit  # noqa: PLC0415 -- submitit, which a dry run does not need
+    from hpcmm.launch.write import write  # noqa: PLC0415
+
+    write(planned)
+    submission = submit(planned)
+    return _show_sweep(submission) if planned.is_sweep else _show_run(submission)
+
+
+def _show_run(submission: Submission) -> int:
+    config, run = submission.planned.config, submission.run
     print(f"job id:         {submission.job_id}")
     print(f"run directory:  {run.root}")
     if config.wait:
@@ -80,41 +83,26 @@ def _launch(overrides: Sequence[str]) -> int:
     return 0
 
 
-def _launch_sweep(points: Sequence[Point], overrides: Sequence[str]) -> int:
-    from hpcmm.launch.array import plan_sweep, queue_sweep  # noqa: PLC0415 -- submitit, for a sweep alone
-
-    planned = plan_sweep(points, overrides)
-    if planned.config.dry_run:
-        for index, point in enumerate(points):
-            print(f"# point {index}: {shlex.join(point.overrides)}")
-        return _dry_run(planned)
-    ledger, job_id = queue_sweep(planned, points)
-    print(f"job id:         {job_id}, an array of {len(points)} tasks")
-    print(f"sweep:          {ledger.sweep.root}")
-    print(f"ledger:         {ledger.sweep.ledger}")
-    print(f"failed points:  python -m hpcmm.launch {RESUBMIT} {shlex.quote(str(ledger.sweep.root))}")
-    return 0
-
-
-def _dry_run(planned: Plan) -> int:
-    from hpcmm.launch.plan import rank_comment  # noqa: PLC0415
-    from hpcmm.launch.script import render_script  # noqa: PLC0415
-
-    print(render_script(planned.config, planned.job) + rank_comment(planned), end="")
+def _show_sweep(submission: Submission) -> int:
+    sweep = SweepDir(submission.run.root)
+    print(f"job id:         {submission.job_id}, an array of {len(submission.planned.points)} tasks")
+    print(f"sweep:          {sweep.root}")
+    print(f"ledger:         {sweep.ledger}")
+    print(f"failed points:  python -m hpcmm.launch {RESUBMIT} {shlex.quote(str(sweep.root))}")
     return 0
 
 
 def _resubmit(arguments: Sequence[str]) -> int:
-    from hpcmm.launch.array import resubmit, summary  # noqa: PLC0415
+    from hpcmm.launch.submit import resubmit  # noqa: PLC0415
 
     if len(arguments) != 1:
         raise HpcmmError(f"Give one ledger: python -m hpcmm.launch {RESUBMIT} SWEEP_FOLDER, or its ledger.json.")
-    ledger, points, job_id = resubmit(Path(arguments[0]))
-    if job_id is None:
-        print(f"No point has failed: {summary(ledger)}.")
+    again = resubmit(Path(arguments[0]))
+    if again.job_id is None:
+        print(f"No point has failed: {again.summary()}.")
         return 0
-    print(f"job id:         {job_id}, an array of {len(points)} tasks")
-    for point in points:
+    print(f"job id:         {again.job_id}, an array of {len(again.points)} tasks")
+    for point in again.points:
         print(f"point {point.index:>4}:     {shlex.join(point.overrides)}")
     return 0
 

@@ -1,194 +1,280 @@
-"""One run: overrides -> plan -> run directory -> queued job."""
+"""Points -> a plan: each name, folder and job that a launch needs, resolved once. Nothing is on disk yet.
+
+A single run is a sweep of one point. The steps of every launch, each one function:
+:func:`~hpcmm.config.sweep.compose_points`, :func:`plan`, :func:`~hpcmm.launch.write.write`,
+:func:`~hpcmm.launch.submit.submit`.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcmm.config import config_file
-from hpcmm.config.compose import compose_run
-from hpcmm.config.schema import FUNCTION, SCRIPT, Analyze, Executor, RunConfig
+from hpcmm.config.schema import FUNCTION, SCRIPT, Executor, RunConfig
+from hpcmm.config.sweep import Point, compose_points
+from hpcmm.config.untyped_config import read_frozen_config
 from hpcmm.config.validate import validate
+from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.prerequisites import job_to_wait_for, note_other_standins, run_to_start_from, still_to_wait_for
-from hpcmm.launch.script import Job, python_of, rank_command, render_analysis_script, render_script
-from hpcmm.launch.snapshot import CodePlan, plan_code, take_snapshot
+from hpcmm.launch.script import Job, python_of, rank_command, render_script
+from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import profiled_ranks
-from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.runs.submission import submitted_job
+from hpcmm.slurm.jobs import find_job
+from hpcmm.slurm.sbatch import check_array_size
 
 if TYPE_CHECKING:
     from hpcmm.launch.submit import Submission
 
-    pass
+_JOB_ID = re.compile(r"[1-9][0-9]*(?:_[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class PlannedPoint:
+    """One point: what sets it apart, and what its ranks run."""
+
+    overrides: tuple[str, ...]
+    """Empty for a single run."""
+    run: RunDir
+    config: RunConfig
+    """As the ranks read it: with the script where its copy will lie, and the run to start from by its folder."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is checked and named; nothing is on disk yet."""
+    """A launch that is checked and named."""
 
-    config: RunConfig
-    run: RunDir
-    code: CodePlan
+    points: tuple[PlannedPoint, ...]
     job: Job
+    project: Path | None
+    """The user's project that is to be copied, if one is."""
     overrides: tuple[str, ...]
+    """As they were given."""
+
+    @property
+    def run(self) -> RunDir:
+        """Where script, code and provenance lie: the run directory, or the folder that holds those of the points."""
+        return self.job.run
+
+    @property
+    def config(self) -> RunConfig:
+        """For what all points share."""
+        return self.points[0].config
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether this is a job array with a ledger; a sweep may have a single point too."""
+        return self.job.points is not None
 
 
 def launch(overrides: Sequence[str]) -> Submission:
-    """Compose, validate, write the run directory and submit; returns once the job is accepted.
+    """Compose, plan, write and submit a run or a sweep; returns once the job is accepted.
 
     Raises HpcmmError when anything is wrong. The run directory of a job that Slurm refused is removed again.
     """
-    config = compose_run(overrides)
-    validate(config)
-    return queue(plan(config, overrides))
+    from hpcmm.launch.submit import submit  # noqa: PLC0415 -- submitit, which a dry run does not need
+    from hpcmm.launch.write import write  # noqa: PLC0415
+
+    planned = plan(compose_points(overrides), overrides)
+    write(planned)
+    return submit(planned)
 
 
-def plan(config: RunConfig, overrides: Sequence[str], points: int | None = None) -> Plan:
-    """Name the run directory and the code of a validated run, or of a sweep with ``points`` points.
+def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
+    """Validate every point, and resolve what the job needs; points with overrides of their own are a sweep.
 
-    Nothing is written. Raises HpcmmError for a script, a job to wait for or a run to start from that is not there, or
-    that has no checkpoint.
+    Unless this is a dry run, Slurm is asked for the job to wait for and the size of the array. Raises HpcmmError for
+    values that are wrong, and for a script, a job to wait for or a run to start from that is not there.
     """
-    name = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run = RunDir(Path(config.runs_root).expanduser().absolute() / name)
-    working_directory = Path.cwd()
-    code = plan_code(config, run, working_directory)
-    if any(os.pathsep in folder for folder in code.python_path):
+    starts = _validated(points)
+    first, is_sweep = points[0].config, bool(points[0].overrides)
+    if is_sweep:
+        _check_can_be_array(first)
+    run, here = _named(first), Path.cwd()
+    codes = _codes(points, run, here)
+    python_path = codes[first.task.path].python_path
+    if any(os.pathsep in folder for folder in python_path):
         raise HpcmmError(
             f"{run.root.parent} holds a colon, at which PYTHONPATH is split: set runs_root to another folder."
         )
-    if (start := run_to_start_from(config)) is not None:
-        note_other_standins(config, RunDir(Path(start)))
-    after = None if config.after is None else job_to_wait_for(config.after, run.root.parent)
-    job = Job(run, code.python_path, points=points, after=after, working_directory=working_directory)
-    return Plan(config, run, code, job, tuple(overrides))
-
-
-def frozen(config: RunConfig, code: CodePlan) -> RunConfig:
-    """The configuration that the ranks read: with the script where its copy lies, and other runs by their folder."""
-    train = replace(config.train, init_from=run_to_start_from(config))
-    return replace(config, task=replace(config.task, path=code.script), train=train)
-
-
-def queue(planned: Plan, *, is_latest: bool = True) -> Submission:
-    """Write the run directory and submit its script. ``latest`` points to it then, unless ``is_latest`` is false."""
-    from hpcmm.launch.submit import submit  # noqa: PLC0415 -- submitit, which a dry run does not need
-
-    planned = with_live_dependency(planned)
-    config, run = frozen(planned.config, planned.code), planned.run
-    with writing(run):
-        run.create()
-        config_file.dump(config, run.config)
-        write_shared_files(planned)
-    with removed_if_refused(run):
-        submission = submit(config, run, planned.code.python_path)
-    if is_latest:
-        point_latest_to(run)
-    return submission
-
-
-def with_live_dependency(planned: Plan) -> Plan:
-    """Without the job to wait for where that has completed. Raises HpcmmError where it can complete no more."""
-    # For all that asks Slurm from here on.
-    os.environ.update(planned.config.cluster.submit_environment)
-    if planned.job.after is None or still_to_wait_for(planned.job.after):
-        return planned
-    print(f"hpcmm: job {planned.job.after} has completed, so there is nothing to wait for.", file=sys.stderr)
-    return replace(planned, job=replace(planned.job, after=None))
-
-
-def write_shared_files(planned: Plan) -> None:
-    """The scripts, the code and the provenance: what a run has, and what the points of a sweep share."""
-    from hpcmm.launch.provenance import write_provenance  # noqa: PLC0415 -- not needed by a dry run
-
-    config, run = planned.config, planned.run
-    _write_script(run.submission_script, render_script(config, planned.job))
-    if config.analyze is Analyze.after and config.cluster.executor is Executor.slurm:
-        _write_script(run.analysis_script, render_analysis_script(config, planned.job))
-    code_sha256 = take_snapshot(config, run, planned.code.project) if config.launch.snapshot else None
-    write_provenance(config, run, overrides=planned.overrides, project=planned.code.project, code_sha256=code_sha256)
-
-
-@contextmanager
-def writing(run: RunDir) -> Iterator[None]:
-    """Turn what the disk refuses into one sentence."""
-    try:
-        yield
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise HpcmmError(
-            f"The run directory {run.root} cannot be written ({reason}): free some space there, or set runs_root."
-        ) from error
-
-
-@contextmanager
-def removed_if_refused(run: RunDir) -> Iterator[None]:
-    """Remove the run directory, which this launch has made, where Slurm refuses its job for certain.
-
-    Else it would be the newest run of its name, which never ran. ``dry_run=true`` shows the script.
-    """
-    from hpcmm.slurm.sbatch import RefusedError  # noqa: PLC0415 -- not needed by a dry run
-
-    try:
-        yield
-    except RefusedError:
-        shutil.rmtree(run.root, ignore_errors=True)
-        raise
-
-
-def point_latest_to(run: RunDir) -> None:
-    """Point ``latest`` beside the run directory to it; says so where that cannot be, for the job is queued already."""
-    if not _link_latest(run):
-        print(
-            f"hpcmm: {run.root.parent / 'latest'} does not point to this run; it is no link of ours.", file=sys.stderr
+    if (start := starts[first.train.init_from]) is not None:
+        _note_other_data(first, RunDir(Path(start)))
+    after = None if first.after is None else job_to_wait_for(first.after, run.root.parent)
+    if not first.dry_run:
+        os.environ.update(first.cluster.submit_environment)  # for all that asks Slurm from here on
+        after = after and _still_to_wait_for(after)
+        if is_sweep:
+            check_array_size(len(points))
+    job = Job(run, python_path, points=len(points) if is_sweep else None, after=after, working_directory=here)
+    planned = tuple(
+        PlannedPoint(
+            point.overrides,
+            SweepDir(run.root).point(index) if is_sweep else run,
+            _frozen(point.config, codes[point.config.task.path], starts[point.config.train.init_from]),
         )
+        for index, point in enumerate(points)
+    )
+    return Plan(planned, job, codes[first.task.path].project, tuple(overrides))
 
 
-def _write_script(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    path.chmod(0o700)
+def _validated(points: Sequence[Point]) -> dict[str | None, str | None]:
+    """The folder of each run that a point names to start from. Raises HpcmmError for the first point that is wrong."""
+    starts: dict[str | None, str | None] = {}
+    for point in points:
+        try:
+            validate(point.config)
+            named = point.config.train.init_from
+            if named not in starts:
+                starts[named] = run_to_start_from(point.config)
+        except HpcmmError as error:
+            if not point.overrides:
+                raise
+            raise HpcmmError(f"At the point {', '.join(point.overrides)}: {error}") from error
+    return starts
 
 
-def _link_latest(run: RunDir) -> bool:
-    """Replace an older link in one step. False, and nothing changed, where ``latest`` is something else."""
-    link = run.root.parent / "latest"
-    if link.exists() and not link.is_symlink():
-        return False
-    fresh = run.root.parent / f".latest-{run.root.name}"
-    try:
-        fresh.symlink_to(run.root.name)
-        fresh.replace(link)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        return False
-    return True
+def _check_can_be_array(config: RunConfig) -> None:
+    if config.cluster.executor is Executor.local:
+        raise HpcmmError("A sweep is a Slurm job array, and cluster=local has no Slurm: choose another cluster.")
+    if config.wait:
+        raise HpcmmError("A sweep returns at once: leave wait=true out, and see how it goes with squeue.")
 
 
-def rank_comment(planned: Plan) -> str:
+def _named(config: RunConfig) -> RunDir:
+    """A new run directory, by name and time."""
+    name = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return RunDir(Path(config.runs_root).expanduser().absolute() / name)
+
+
+def _codes(points: Sequence[Point], run: RunDir, working_directory: Path) -> dict[str | None, CodePlan]:
+    """The code of each script that is swept; all must lie in one project, since one copy is made."""
+    codes: dict[str | None, CodePlan] = {}
+    first = points[0].config.task.path
+    for point in points:
+        path = point.config.task.path
+        if path not in codes:
+            codes[path] = plan_code(point.config, run, working_directory)
+            if codes[path].project != codes[first].project:
+                raise HpcmmError(
+                    f"task.path={path} lies in another project than {first}: "
+                    "a sweep shares one copy of the code, so launch these one by one."
+                )
+    return codes
+
+
+def _frozen(config: RunConfig, code: CodePlan, start: str | None) -> RunConfig:
+    task, train = replace(config.task, path=code.script), replace(config.train, init_from=start)
+    return replace(config, task=task, train=train)
+
+
+# The run to start from: train.init_from.
+
+
+def run_to_start_from(config: RunConfig) -> str | None:
+    """The run's absolute folder, with links such as ``latest`` followed now, for they point elsewhere later.
+
+    A name is looked for in ``runs_root`` first. Raises HpcmmError if there is no run directory, or no finished
+    checkpoint in it and ``after`` names no job that may bring one.
+    """
+    named = config.train.init_from
+    if named is None:
+        return None
+    if named and "\0" not in named:
+        for folder in (Path(config.runs_root).expanduser() / named, Path(named).expanduser()):
+            if (folder / "config.yaml").is_file():
+                return str(_trained(RunDir(folder.resolve()), config).root)
+    raise HpcmmError(
+        f"train.init_from={named}: neither {config.runs_root} holds a run of that name, nor is it a run's folder."
+    )
+
+
+def _trained(run: RunDir, config: RunConfig) -> RunDir:
+    if config.after is None and not run.has_checkpoint():
+        raise HpcmmError(
+            f"train.init_from={config.train.init_from}: {run.checkpoints} holds no finished checkpoint: name a run "
+            "that has trained to its end, or, where it still waits or runs, start this one after it with after=JOB."
+        )
+    return run
+
+
+def _note_other_data(config: RunConfig, start: RunDir) -> None:
+    """Say what the workload finds to differ between this run and ``start``, the run to start from."""
+    if (workload := workload_of(config)) is not None:
+        for difference in workload.notes_on_start(config, read_frozen_config(start.config)):
+            print(f"hpcmm: {start.root} {difference}", file=sys.stderr)
+
+
+# What is asked of Slurm before anything is written.
+
+
+def job_to_wait_for(named: str, runs_root: Path) -> str:
+    """The id of the job: ``named`` itself, or what the run directory of that name beside this one was submitted as.
+
+    Raises HpcmmError if there is no such run, or Slurm never accepted it.
+    """
+    if _JOB_ID.fullmatch(named):
+        return named
+    run = RunDir(runs_root / named)
+    if "\0" in named or not run.root.is_dir():
+        raise HpcmmError(f"after={named} is no job id, and {runs_root} holds no run of that name.")
+    job_id = submitted_job(run)
+    if job_id is None:
+        raise HpcmmError(f"after={named}: {run.submission} does not tell that run's job, so it was not submitted.")
+    if not _JOB_ID.fullmatch(job_id):
+        raise HpcmmError(f"after={named}: {run.submission} holds {job_id[:40]!r}, which is no job id.")
+    return job_id
+
+
+def _still_to_wait_for(job_id: str) -> str | None:
+    """``job_id``, or None if that job has completed.
+
+    Slurm 22.05 starts a job at once whose dependency names a job that it does not know (any more), so this asks before.
+    Raises HpcmmError if the job has failed, or nobody knows it.
+    """
+    state = find_job(job_id)
+    if state.active:
+        return job_id
+    if state.state != "COMPLETED":
+        raise HpcmmError(f"after={job_id}: that job ended as {state.state}, so a job after it would never start.")
+    print(f"hpcmm: job {job_id} has completed, so there is nothing to wait for.", file=sys.stderr)
+    return None
+
+
+# What a dry run prints.
+
+
+def dry_run_text(planned: Plan) -> str:
+    """The points of a sweep, the job's script, and what each rank runs."""
+    points = [f"# point {index}: {shlex.join(point.overrides)}\n" for index, point in enumerate(planned.points)]
+    listed = "".join(points) if planned.is_sweep else ""
+    return listed + render_script(planned.config, planned.job) + _rank_comment(planned)
+
+
+def _rank_comment(planned: Plan) -> str:
     """The command of each rank, what it ends in, and which ranks a profiler wraps."""
     config = planned.config
     lines = [
         f"srun starts {config.world_size} ranks, each as:",
         f"  {shlex.join(rank_command(config, planned.run))}",
-        f"which runs, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, {_task(planned)}",
+        f"which runs, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, {_task(config)}",
         f"under a profiler: {_profiled(config)}",
     ]
     return "".join(f"# {printable}\n" for line in lines for printable in line.splitlines())
 
 
-def _task(planned: Plan) -> str:
-    task = planned.config.task
+def _task(config: RunConfig) -> str:
+    task = config.task
     if task.name == SCRIPT:
-        return shlex.join([python_of(planned.config), str(planned.code.script), *task.args])
+        return shlex.join([python_of(config), str(task.path), *task.args])
     if task.name == FUNCTION:
         arguments = ", ".join(f"{key}={value!r}" for key, value in task.kwargs.items())
         return f"{task.target} as a function of ({arguments})"

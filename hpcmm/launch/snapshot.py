@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcmm.config.class_source import source_file
+from hpcmm.config.parts import targets_of
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import PACKAGE, resource
@@ -122,21 +124,39 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path) -> CodePl
     """What a job of ``config`` runs. Raises HpcmmError where the script is not there."""
     task = config.task
     script = _existing_script(task.path, working_directory) if task.name == SCRIPT else None
+    holders = _holders_of_own_classes(config)
     if not config.launch.snapshot:
-        here = [str(working_directory)] if task.name == FUNCTION else []
+        here = [str(working_directory)] if task.name == FUNCTION else list(map(str, holders))
         return CodePlan(None, (str(PACKAGE.parent), *here), str(script) if script else None)
     own = str(_hpcmm_copy(run))
-    if task._target_ is not None or (task.target or "").startswith("hpcmm."):
+    if (task._target_ is not None and not holders) or (task.target or "").startswith("hpcmm."):
         return CodePlan(None, (own,), None)
-    start = script.parent if script else working_directory
+    start = holders[0] if holders else script.parent if script else working_directory
     project = project_root(start) or start
+    for holder in holders:
+        if not holder.is_relative_to(project):
+            raise HpcmmError(
+                f"Classes of this run lie in {holder} and in {project}, and one project is copied: put them together, "
+                "install one of them, or set launch.snapshot=false."
+            )
     copies = [
         str(_project_copy(run) / entry.relative_to(project))
-        for entry in _import_folders(working_directory, task.name)
+        for entry in (*holders, *_import_folders(working_directory, task.name))
         if entry.is_relative_to(project)
     ]
     copied_script = str(_project_copy(run) / script.relative_to(project)) if script else None
     return CodePlan(project, (own, *dict.fromkeys(copies)), copied_script)
+
+
+def _holders_of_own_classes(config: RunConfig) -> list[Path]:
+    """The folders from which the user's own classes are imported: those of the workload, and those of parts.
+
+    None of an installed package, which the nodes have as well.
+    """
+    tops = {target.partition(".")[0] for target in targets_of(config)} - {"hpcmm"}
+    found = [source_file(top) for top in sorted(tops)]
+    folders = [file.parent.parent if file.name == "__init__.py" else file.parent for file in found if file is not None]
+    return [folder for folder in dict.fromkeys(folders) if "site-packages" not in folder.parts]
 
 
 def take_snapshot(config: RunConfig, run: RunDir, project: Path | None) -> str:

@@ -1,34 +1,232 @@
-"""Run directory -> queued job: submitit's task, in hpcmm's script on Slurm or by submitit's local executor."""
+"""A written plan -> a queued job: submitit's task, in hpcmm's script on Slurm or by submitit's local executor.
+
+A sweep's points are one job array, noted in its ledger; those that failed are submitted once more.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import submitit
-from submitit.core.utils import DelayedSubmission
 
+from hpcmm.config import config_file
 from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.plan import Plan
 from hpcmm.launch.script import rank_command
 from hpcmm.node.ports import find_free_port
+from hpcmm.ranges import write_ranges
+from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
+from hpcmm.runs.outcome import COMPLETED, FAILED, IN_QUEUE, states_of_points
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import write_submission
 from hpcmm.slurm.commands import job_variables
-from hpcmm.slurm.sbatch import sbatch, warn_where_it_cannot_start
+from hpcmm.slurm.jobs import ACTIVE, array_states
+from hpcmm.slurm.sbatch import RefusedError, sbatch, warn_where_it_cannot_start
 from hpcmm.worker.task import RankTask
 
 
+@dataclass(frozen=True)
+class Submission:
+    """A job that the scheduler has accepted."""
+
+    planned: Plan
+    job_id: str
+    analysis_job_id: str | None = None
+    """The job that analyses the run when it is over."""
+    local_job: submitit.Job[Any] | None = None
+    """Of submitit's local executor."""
+
+    @property
+    def run(self) -> RunDir:
+        """The run directory; of a sweep the folder that holds those of its points."""
+        return self.planned.run
+
+    @property
+    def job(self) -> submitit.Job[Any]:
+        """submitit's handle, with the ranks' results; of a sweep that of its first point."""
+        return self.jobs[0]
+
+    @cached_property
+    def jobs(self) -> tuple[submitit.Job[Any], ...]:
+        """submitit's handle of each point, with the ranks' results."""
+        if self.local_job is not None:
+            return (self.local_job,)
+        array_task = "_{}" if self.planned.is_sweep else ""
+        return tuple(
+            submitit.SlurmJob(
+                folder=point.run.submitit,
+                job_id=self.job_id + array_task.format(index),
+                tasks=list(range(point.config.world_size)),
+            )
+            for index, point in enumerate(self.planned.points)
+        )
+
+
+@dataclass(frozen=True)
+class Resubmission:
+    """The points of a sweep that had failed, as they were submitted once more."""
+
+    points: Sequence[LedgerPoint]
+    job_id: str | None
+    """None if no point had failed."""
+    states: Sequence[str]
+    """The state of each point of the sweep before."""
+
+    def summary(self) -> str:
+        """How many points were in which state."""
+        return ", ".join(f"{self.states.count(each)} {each.lower()}" for each in (COMPLETED, IN_QUEUE, FAILED))
+
+
+def submit(planned: Plan, *, is_latest: bool = True) -> Submission:
+    """Hand the job over and return at once. ``latest`` points to its run then, unless ``is_latest`` is false.
+
+    Raises HpcmmError if the scheduler does not accept it. If Slurm refuses it for certain, the run directory, which
+    this launch has made, is removed: else it would be the newest run of its name, which never ran.
+    """
+    try:
+        submission = _accepted(planned)
+    except RefusedError:
+        shutil.rmtree(planned.run.root, ignore_errors=True)
+        raise
+    if is_latest and not _link_latest(planned.run):  # the job is queued already, so this is no error
+        link = planned.run.root.parent / "latest"
+        print(f"hpcmm: {link} does not point to this run; it is no link of ours.", file=sys.stderr)
+    return submission
+
+
+def resubmit(path: Path) -> Resubmission:
+    """Submit the failed points of a sweep once more, with the same script, code and configurations.
+
+    Raises HpcmmError if there is no ledger at ``path``, or the scheduler does not accept the job.
+    """
+    with _locked_ledger(path) as ledger:
+        config = config_file.load(ledger.run(ledger.points[0]).config)
+        os.environ.update(config.cluster.submit_environment)
+        states = point_states(ledger)
+        failed = [point for point in ledger.points if states[point.index] == FAILED]
+        job_id = _submit_array(config, ledger, failed)[0] if failed else None
+        return Resubmission(failed, job_id, [*states.values()])
+
+
+def point_states(ledger: Ledger) -> dict[int, str]:
+    """``COMPLETED``, ``FAILED`` or ``ACTIVE`` of each point, by index.
+
+    One question to Slurm for all that it still has in its queue. Raises HpcmmError when Slurm does not answer.
+    """
+    active = {task for task, state in array_states(ledger.newest_arrays()).items() if state in ACTIVE}
+    return states_of_points(ledger, active)
+
+
+def _accepted(planned: Plan) -> Submission:
+    config, run = planned.config, planned.run
+    if config.cluster.executor is Executor.local:
+        job = _submit_locally(planned)
+        return Submission(planned, job.job_id, local_job=job)
+    if not planned.is_sweep:
+        return Submission(planned, *_submit_script(config, run))
+    with _locked_ledger(run.root) as ledger:
+        return Submission(planned, *_submit_array(config, ledger, ledger.points))
+
+
 @contextmanager
-def uninterrupted() -> Iterator[list[str]]:
+def _locked_ledger(path: Path) -> Iterator[Ledger]:
+    """The ledger while nobody else submits points of its sweep."""
+    with read_ledger(path).locked():
+        yield read_ledger(path)  # as it is now that nobody else writes it
+
+
+def _submit_array(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoint]) -> tuple[str, str | None]:
+    """Submit ``points`` as one array, and note it in the ledger."""
+    tasks = f"--array={write_ranges(point.index for point in points)}"
+    if config.launch.parallel_points:
+        tasks += f"%{config.launch.parallel_points}"
+    return _submit_script(config, ledger.sweep.shared, tasks, array=(ledger, points))
+
+
+def _submit_script(
+    config: RunConfig, run: RunDir, *options: str, array: tuple[Ledger, Sequence[LedgerPoint]] | None = None
+) -> tuple[str, str | None]:
+    """Hand the job's script to Slurm, and that of the analysis behind it. Returns the ids of both jobs."""
+    with defer_sigint() as submitted:
+        job_id = sbatch(config, run.submission_script, *options)
+        submitted.append(job_id)
+        if array is not None:
+            _note_array(*array, job_id)
+        _note_submission(run, job_id=job_id, analysis_job_id=None)
+        # Also of a run that failed: its reports may say why. Each point's analysis waits for its own point alone.
+        condition = "afterany" if array is None else "aftercorr"
+        analysis_job_id = _submit_analysis(config, run, job_id, *options, f"--dependency={condition}:{job_id}")
+        submitted.extend([analysis_job_id] if analysis_job_id else [])
+    warn_where_it_cannot_start(config, job_id)
+    return job_id, analysis_job_id
+
+
+def _submit_analysis(config: RunConfig, run: RunDir, job_id: str, *options: str) -> str | None:
+    """Queue the analysis behind job ``job_id``, if one was asked for. Returns its job's id.
+
+    Raises HpcmmError, which also says that job ``job_id`` is queued, when Slurm refuses it.
+    """
+    if not run.analysis_script.is_file():
+        return None
+    try:
+        analysis_job_id = sbatch(config, run.analysis_script, *options)
+    except HpcmmError as error:
+        raise HpcmmError(f"Job {job_id} is submitted and stays, but its analysis is not. {error}") from error
+    _note_submission(run, job_id=job_id, analysis_job_id=analysis_job_id)
+    return analysis_job_id
+
+
+def _note_array(ledger: Ledger, points: Sequence[LedgerPoint], job_id: str) -> None:
+    try:
+        ledger.note_array(job_id, points)
+    except OSError as error:
+        raise HpcmmError(
+            f"Job {job_id} is submitted, but {ledger.sweep.ledger} cannot be written ({error.strerror}): free some "
+            f"space, and take the job back with `python -m hpcmm.jobs cancel {job_id}` before you launch again."
+        ) from error
+
+
+def _note_submission(run: RunDir, **jobs: str | None) -> None:
+    """Write ``submission.json``; says so if that cannot be, for the job is queued already."""
+    try:
+        write_submission(run, **jobs)
+    except OSError as error:
+        print(
+            f"hpcmm: job {jobs['job_id']} is submitted, but {run.submission} cannot be written ({error.strerror}).",
+            file=sys.stderr,
+        )
+
+
+def _link_latest(run: RunDir) -> bool:
+    """Point ``latest`` beside the run directory to it, in one step. False, and nothing changed, if it is no link."""
+    link = run.root.parent / "latest"
+    if link.exists() and not link.is_symlink():
+        return False
+    fresh = run.root.parent / f".latest-{run.root.name}"
+    try:
+        fresh.symlink_to(run.root.name)
+        fresh.replace(link)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        return False
+    return True
+
+
+@contextmanager
+def defer_sigint() -> Iterator[list[str]]:
     """Within, a first SIGINT is kept, and raised as KeyboardInterrupt at the end; a second one is raised at once.
 
     Jobs that were submitted are to be appended to the list, which the KeyboardInterrupt then names.
@@ -56,18 +254,6 @@ def uninterrupted() -> Iterator[list[str]]:
         raise KeyboardInterrupt(f"what is submitted stays; to take it back: {commands}" if commands else "")
 
 
-@dataclass(frozen=True)
-class Submission:
-    """A job that the scheduler has accepted."""
-
-    run: RunDir
-    job_id: str
-    job: submitit.Job[Any]
-    """submitit's handle, with the ranks' results."""
-    analysis_job_id: str | None = None
-    """The job that analyses the run when it is over."""
-
-
 class _WrappedLocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
     """submitit's local executor, with hpcmm's wrapper in front of each rank."""
 
@@ -85,62 +271,14 @@ class _WrappedLocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
         return self._rank_command
 
 
-def submit(config: RunConfig, run: RunDir, python_path: tuple[str, ...] = ()) -> Submission:
-    """Hand the job over and return at once. Raises HpcmmError when the scheduler refuses it."""
-    task = pickle_task(run)
-    if config.cluster.executor is Executor.local:
-        return _submit_locally(config, run, task, python_path)
-    with uninterrupted() as submitted:
-        job_id = sbatch(config, run.submission_script)
-        submitted.append(job_id)
-        note_submission(run, job_id=job_id, analysis_job_id=None)
-        # Also of a run that failed: its reports may say why.
-        analysis_job_id = submit_analysis(config, run, job_id, f"--dependency=afterany:{job_id}")
-        submitted.extend([analysis_job_id] if analysis_job_id else [])
-    warn_where_it_cannot_start(config, job_id)
-    job = submitit.SlurmJob(folder=run.submitit, job_id=job_id, tasks=list(range(config.world_size)))
-    return Submission(run, job_id, job, analysis_job_id)
-
-
-def submit_analysis(config: RunConfig, run: RunDir, job_id: str, *options: str) -> str | None:
-    """Queue the analysis behind job ``job_id``, where one was asked for. Returns its job's id.
-
-    Raises HpcmmError, which also says that job ``job_id`` is queued, when Slurm refuses it.
-    """
-    if not run.analysis_script.is_file():
-        return None
-    try:
-        analysis_job_id = sbatch(config, run.analysis_script, *options)
-    except HpcmmError as error:
-        raise HpcmmError(f"Job {job_id} is submitted and stays, but its analysis is not. {error}") from error
-    note_submission(run, job_id=job_id, analysis_job_id=analysis_job_id)
-    return analysis_job_id
-
-
-def pickle_task(run: RunDir) -> RankTask:
-    """Write, and return, what submitit starts on every rank."""
-    task = RankTask(str(run.root))
-    DelayedSubmission(task).dump(run.submitit / "task.pkl")
-    return task
-
-
-def note_submission(run: RunDir, **jobs: str | None) -> None:
-    """Write ``submission.json``; says so where that cannot be, for the job is queued already."""
-    try:
-        write_submission(run, **jobs)
-    except OSError as error:
-        print(
-            f"hpcmm: job {jobs['job_id']} is submitted, but {run.submission} cannot be written ({error.strerror}).",
-            file=sys.stderr,
-        )
-
-
-def _submit_locally(config: RunConfig, run: RunDir, task: RankTask, python_path: tuple[str, ...]) -> Submission:
+def _submit_locally(planned: Plan) -> submitit.Job[Any]:
+    config, run = planned.config, planned.run
     for name in job_variables(os.environ):  # of a job that this is launched from, whose rank 0 is none of ours
         del os.environ[name]
     os.environ.update(config.cluster.environment)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(find_free_port("127.0.0.1")))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*python_path, os.environ.get("PYTHONPATH")]))
-    job = _WrappedLocalExecutor(config, run).submit(task)
-    note_submission(run, job_id=job.job_id)
-    return Submission(run, job.job_id, job)
+    python_path = [*planned.job.python_path, os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, python_path))
+    job = _WrappedLocalExecutor(config, run).submit(RankTask(str(run.root)))
+    _note_submission(run, job_id=job.job_id)
+    return job

@@ -30,8 +30,10 @@ _MOST_LINES = 10_000
 def submit(options: ServeOptions, cluster: str, overrides: Sequence[str], runs_root: Path) -> Submission:
     """Queue the server; returns once Slurm has accepted it. Raises HpcmmError where it does not."""
     from hpcmm.config.compose import compose_run  # noqa: PLC0415 -- hydra and submitit, which a server does not need
-    from hpcmm.config.validate import validate  # noqa: PLC0415
-    from hpcmm.launch.plan import plan, queue  # noqa: PLC0415
+    from hpcmm.config.sweep import Point  # noqa: PLC0415
+    from hpcmm.launch.plan import plan  # noqa: PLC0415
+    from hpcmm.launch.submit import submit as submit_job  # noqa: PLC0415
+    from hpcmm.launch.write import write  # noqa: PLC0415
 
     words = [f"cluster={cluster}", "name=serve", *overrides]
     config = compose_run(words)
@@ -41,10 +43,12 @@ def submit(options: ServeOptions, cluster: str, overrides: Sequence[str], runs_r
     task = TaskConfig(name=FUNCTION, target=TARGET, kwargs=options.values())
     root = config.runs_root if any(word.startswith("runs_root=") for word in overrides) else str(runs_root)
     config = replace(config, cluster=place, task=task, requeue=Requeue.never, runs_root=root)
-    validate(config)
-    planned = plan(config, words)
+    planned = plan([Point((), config)], words)
     task = replace(task, kwargs={"job_dir": str(planned.run.root), **task.kwargs})
-    return queue(replace(planned, config=replace(config, task=task)), is_latest=False)
+    point = replace(planned.points[0], config=replace(planned.config, task=task))
+    planned = replace(planned, points=(point,))
+    write(planned)
+    return submit_job(planned, is_latest=False)
 
 
 def wait_for_address(submission: Submission) -> Address:

@@ -57,6 +57,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (options / "none.yaml").write_text("_target_: own_package.decoders.NoDecoder\n")
     (options / "needy.yaml").write_text("_target_: own_package.decoders.Needy\n")
     (options / "gone.yaml").write_text("_target_: own_package.decoders.Gone\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "own_package"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path

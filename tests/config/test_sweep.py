@@ -6,8 +6,9 @@ import pytest
 
 from hpcmm.config.sweep import compose_points
 from hpcmm.errors import HpcmmError
-from hpcmm.launch import array
-from hpcmm.launch.array import plan_sweep, resubmit
+from hpcmm.launch import submit
+from hpcmm.launch.plan import plan
+from hpcmm.launch.submit import resubmit
 from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
 from hpcmm.runs.run_dir import SweepDir
 
@@ -63,7 +64,7 @@ def test_points_share_no_list():
 )
 def test_what_cannot_be_one_array_is_refused(overrides, expected):
     with pytest.raises(HpcmmError) as raised:
-        plan_sweep(compose_points(overrides), overrides)
+        plan(compose_points(overrides), overrides)
     assert expected in str(raised.value)
 
 
@@ -80,13 +81,13 @@ def test_the_state_of_a_point_is_that_of_its_latest_job(tmp_path, monkeypatch):
     ledger = ledger_of(tmp_path, [["7"], ["7"], ["7", "9"], ["7", "9"], ["7"], [], ["7"], ["7"]])
     asked = []
     monkeypatch.setattr(
-        array, "array_states", lambda jobs: asked.append(sorted(jobs)) or {"7_4": "RUNNING", "7_0": "COMPLETED"}
+        submit, "array_states", lambda jobs: asked.append(sorted(jobs)) or {"7_4": "RUNNING", "7_0": "COMPLETED"}
     )
     requeued = {6: "7_6 stopped\n7_6 0\n", 7: "7_7 0\n7_7 143\n"}
     for index, text in ({0: "7_0 0\n", 1: "7_1 1\n", 2: "7_2 1\n9_2 0\n", 3: "7_3 0\n"} | requeued).items():
         (tmp_path / f"{index:04d}" / "exit_status").write_text(text)
     done, failed, active = "COMPLETED", "FAILED", "ACTIVE"
-    assert [*array.point_states(ledger).values()] == [done, failed, done, failed, active, failed, done, failed]
+    assert [*submit.point_states(ledger).values()] == [done, failed, done, failed, active, failed, done, failed]
     assert asked == [["7", "9"]]
 
 

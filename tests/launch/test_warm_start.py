@@ -9,7 +9,7 @@ import pytest
 
 from hpcmm.config.schema import RunConfig, TrainConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.prerequisites import note_other_standins, run_to_start_from
+from hpcmm.launch.plan import _note_other_data, run_to_start_from
 from hpcmm.runs.run_dir import RunDir
 
 
@@ -64,7 +64,7 @@ def test_another_seed_whose_standins_are_others_is_noted(runs: Path, capsys: pyt
         ("name: decoder\n", ""),
     ]:
         (runs / "decoder-1" / "config.yaml").write_text(frozen)
-        note_other_standins(config, RunDir(runs / "decoder-1"))
+        _note_other_data(config, RunDir(runs / "decoder-1"))
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == bool(said)
         assert said in "".join(lines)

@@ -6,7 +6,7 @@ import pytest
 
 from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.prerequisites import job_to_wait_for
+from hpcmm.launch.plan import job_to_wait_for
 from hpcmm.slurm.sbatch import refusal
 
 FAILED = "sbatch: error: Batch job submission failed: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpcmm.config.workload import Workload
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, LlmKind, problems
@@ -33,6 +33,18 @@ class AnomalyWorkload(Workload):
             "model.text_encoder": model.text_encoder,
             "model.llm.path": model.llm.path if model.llm.kind is LlmKind.folder else None,
         }
+
+    def notes_on_start(self, config: AnomalyConfig, before: Mapping[str, Any]) -> Iterator[str]:
+        """Whether the run to start from had other stand-in images, for the seed makes them."""
+        data, train = before.get("data"), before.get("train")
+        if config.data.root is not None or not isinstance(data, dict) or data.get("root") is not None:
+            return
+        seed = train.get("seed") if isinstance(train, dict) else None
+        if isinstance(seed, int) and seed != config.train.seed:
+            yield (
+                f"trained with train.seed={seed} and this run has {config.train.seed}, so its stand-in "
+                f"images are others: add train.seed={seed} to go on with the same."
+            )
 
     def prepare(self, config: AnomalyConfig) -> None:
         """Make the stand-in images and convert the packaged language model, as far as the run needs them."""
