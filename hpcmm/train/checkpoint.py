@@ -6,10 +6,8 @@ import contextlib
 import errno
 import json
 import logging
-import os
 import random
 import shutil
-import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import other_writer
 from hpcmm.runs.checkpoints import checkpoint_name, newest_checkpoint, note_newest_checkpoint, steps_of_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.environment import RankEnvironment
@@ -259,10 +258,8 @@ def _latest(run: RunDir) -> str:
 
 def _refuse_if_others_write(*paths: Path) -> None:
     """A checkpoint is a pickle: whoever can write it can run code as its reader."""
-    for path in paths:
-        facts = path.stat()
-        if facts.st_uid not in {os.getuid(), 0} or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise HpcmmError(
-                f"{path} can be written by another user, and reading a checkpoint runs code from it: "
-                "take it over (chown, chmod go-w) if you trust it."
-            )
+    if (path := other_writer(*paths)) is not None:
+        raise HpcmmError(
+            f"{path} can be written by another user, and reading a checkpoint runs code from it: "
+            "take it over (chown, chmod go-w) if you trust it."
+        )
