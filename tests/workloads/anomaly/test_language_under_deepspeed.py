@@ -23,6 +23,7 @@ from hpcmm.worker.compiled_ops import load_ops
 from hpcmm.worker.environment import RankEnvironment
 from hpcmm.worker.distributed import leave_group
 from hpcmm.config.schema import *
+from hpcmm.workloads.anomaly.schema import *
 load_ops(extensions_dir(ClusterConfig(name="test")))
 import deepspeed
 from hpcmm.runs.run_dir import RunDir
@@ -44,11 +45,11 @@ if rank == 0:
     run.create()
 dist.barrier()
 model_config = ModelConfig(decoder_width=32, text_adapter_width=32, llm=LlmConfig(kind=LlmKind.tiny, lora_rank=2))
-config = RunConfig(
+config = AnomalyConfig(
     name="test",
     cluster=ClusterConfig(name="test", nodes=1, ranks_per_node=world),
     model=model_config,
-    train=TrainConfig(micro_batch_size=2 // world, learning_rate=1e-2, warmup_steps=0, gradient_clip=1e9),
+    train=AnomalyTrainConfig(micro_batch_size=2 // world, learning_rate=1e-2, warmup_steps=0, gradient_clip=1e9),
     parallel=ParallelConfig(zero_stage=2, precision=Precision.fp32),
 )
 model = build_model(model_config, 0)
