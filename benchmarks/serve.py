@@ -86,7 +86,7 @@ def measure(users: Sequence[Use], seconds: float) -> Cell:
 def model_users(run: Path) -> Iterator[Callable[[str, int], list[Use]]]:
     """Users of the batcher, each with an image of its own."""
     from hpcmm.serve.service import Batcher  # noqa: PLC0415
-    from hpcmm.train.trained_weights import load_model  # noqa: PLC0415
+    from hpcmm.train.checkpoint import load_model  # noqa: PLC0415
     from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415
     from hpcmm.workloads.anomaly.page.predictor import Predictor, Request  # noqa: PLC0415
     from hpcmm.workloads.anomaly.page.served import ServedDetector  # noqa: PLC0415

@@ -20,7 +20,7 @@ COMMANDS = {
     "analyze": "read the nsys reports of a run: how many seconds a step loses, to what, because of which rank",
     "jobs": "what runs, where, what it says, and why it failed",
     "doctor": "check this machine and the nodes of a cluster for what breaks or slows training",
-    "evaluate": "score trained runs on held-out images, side by side",
+    "evaluate": "score trained runs on held-out data, side by side",
     "serve": "a trained run as a page: upload an image, ask, and see where it is anomalous",
 }
 """Each is also ``python -m hpcmm.NAME``. The value is its line in ``hpcmm --help``."""

@@ -185,7 +185,7 @@ class TrainConfig:
         0, "Steps between checkpoints; 0 saves only at the end, and when the job is asked to stop.", least=0
     )
     keep_checkpoints: int = key(2, "How many of the newest checkpoints stay.", least=1)
-    evaluate: bool = key(True, "Score the held-out images before and after training.")
+    evaluate: bool = key(True, "Score the held-out data before and after training.")
 
 
 @dataclass

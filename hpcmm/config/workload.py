@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
 
     from hpcmm.evaluate.evaluation import Evaluation
-    from hpcmm.runs.run_dir import RunDir
     from hpcmm.serve.served import ServedModel
     from hpcmm.train.workload import Training
 
@@ -55,25 +54,24 @@ class Workload(ABC):
         """
         return iter(())
 
-    def is_finished(self, config: Any, run: RunDir) -> bool:
-        """Whether the run has done all of its steps, so that a profiler would record nothing if it is started again.
+    def is_finished(self, config: Any, steps_done: int) -> bool:
+        """Whether a run with a checkpoint after ``steps_done`` steps has nothing left to do.
 
-        Default: its newest checkpoint is of step ``train.steps``.
+        A profiler would record nothing if it was started again. Default: ``train.steps`` steps are done.
         """
-        try:
-            newest = (run.checkpoints / "latest").read_text(encoding="utf-8")
-        except OSError:
-            return False
-        steps_done = newest.strip().removeprefix("step_")
-        return steps_done.isdecimal() and int(steps_done) >= config.train.steps
+        return steps_done >= int(config.train.steps)
 
     @abstractmethod
+    def training_class(self) -> type[Training]:
+        """Import the half with torch, and return its class. Called on a rank, once DeepSpeed may be imported."""
+
     def training(self, config: Any, device: torch.device) -> Training:
-        """Model, data and loss of this rank, for :func:`hpcmm.train.loop.train`: the half with torch.
+        """Model, data and loss of this rank, for :func:`hpcmm.train.loop.train`.
 
         All ranks call it together, in the process group. ``device`` is the rank's own. Raises HpcmmError for values
         and files that cannot be used.
         """
+        return self.training_class()(config, device)
 
     def evaluation(self) -> Evaluation | None:
         """How ``hpcmm.evaluate`` scores its runs; None if it cannot."""

@@ -179,7 +179,7 @@ def _score(run: RunDir, config: RunConfig, evaluation: Evaluation) -> Scored:
     import torch  # noqa: PLC0415 - torch takes seconds, --help needs none
 
     from hpcmm.cli import progress_bar  # noqa: PLC0415
-    from hpcmm.train.trained_weights import load_model  # noqa: PLC0415
+    from hpcmm.train.checkpoint import load_model  # noqa: PLC0415
     from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415
 
     device = torch.device(select_accelerator())

@@ -76,7 +76,7 @@ def _follow(config: RunConfig, submission: Submission, console: Console) -> int:
     if outcome is not None and outcome.completed:
         if scores := read_scores(submission.run):
             said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
-            console.print(f"on held-out images: {said}")
+            console.print(f"on held-out data: {said}")
         return 0
     _show_failure(submission, console)
     return 1

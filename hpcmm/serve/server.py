@@ -62,7 +62,7 @@ def serve(
 
 def load_page(options: ServeOptions) -> tuple[ServedPage, Service[Any, Any]]:
     """The page of a run with its model, and what its users share. Raises HpcmmError with what is missing."""
-    from hpcmm.train.trained_weights import load_model  # noqa: PLC0415 -- both import torch
+    from hpcmm.train.checkpoint import load_model  # noqa: PLC0415 -- both import torch
     from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415
 
     select_accelerator()

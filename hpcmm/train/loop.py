@@ -147,7 +147,7 @@ def _score(
         scores = training.evaluate(engine, rank_env.rank, rank_env.world_size, final=when == "after")
     if rank_env.rank == 0:
         said = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        log.info("%s training, on held-out images: %s", when, said)
+        log.info("%s training, on held-out data: %s", when, said)
     return {f"{name}_{when}": value for name, value in scores.items()}
 
 

@@ -20,6 +20,7 @@ class Training(ABC):
     The toolkit makes one object a rank, after the rank has joined the process group, by
     :meth:`hpcmm.config.workload.Workload.training`, and then calls, on every rank in the same order::
 
+        __init__(config, device)               once
         parameter_groups()                     once; the toolkit builds the DeepSpeed engine around `model`
         merge_rank_state(), evaluate()         before the first step, unless the run goes on from a checkpoint
         batches()                              once
@@ -28,8 +29,8 @@ class Training(ABC):
         finish()                               after the last step of this job, also if it was asked to stop early
         merge_rank_state(), evaluate()         after the last step of the run
 
-    All ranks make each of these calls together, so each may be collective (``torch.distributed``), ``__init__`` too.
-    A collective is then of all ranks: none may be left out because its own data needs nothing.
+    All ranks make each of these calls together, so each may be collective (``torch.distributed``): then every rank has
+    to take part, also one whose own data needs nothing.
 
     What makes a run repeat bit for bit is the workload's share: weights that depend on ``train.seed`` alone, a
     :meth:`batches` that depends on its arguments and ``train.seed`` alone (:mod:`hpcmm.train.sampling` helps), and
@@ -40,6 +41,14 @@ class Training(ABC):
     model: nn.Module
     """On the rank's device, float32; ``requires_grad`` says which parameters train. DeepSpeed converts it to
     ``parallel.precision``. The names of its parameters are the keys of the run's checkpoints, so they must stay."""
+
+    @abstractmethod
+    def __init__(self, config: Any, device: torch.device) -> None:
+        """Set :attr:`model`, and find the data. ``config``: an object of the workload's schema. ``device``: the rank's.
+
+        If ``train.init_from`` names a run, :func:`hpcmm.train.checkpoint.start_from` gives the model its weights.
+        Raises HpcmmError for values and files that cannot be used.
+        """
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of trained parameters as ``torch.optim`` takes them: ``params``, and what differs from the defaults

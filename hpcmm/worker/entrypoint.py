@@ -61,9 +61,11 @@ def _train(workload: Workload, config: RunConfig, run: RunDir, began_s: float) -
             from hpcmm.worker.compiled_ops import load_ops  # noqa: PLC0415
 
             load_ops(extensions_dir(config.cluster))
-            # Both import deepspeed, which asks for the accelerator.
+            # These import deepspeed, which asks for the accelerator.
             from hpcmm.train.loop import train  # noqa: PLC0415
             from hpcmm.worker.distributed import process_group  # noqa: PLC0415
+
+            workload.training_class()  # its imports belong to this part of the start
         with process_group(rank_env, config, metrics) as device:
             collectives.install()
             return train(workload, config, run, rank_env, device, metrics)

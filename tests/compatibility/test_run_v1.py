@@ -158,7 +158,7 @@ def test_the_points_of_its_sweep_are_scored_with_the_names_of_what_differs(run_v
 
 def test_it_is_served_with_the_findings_of_then(run_v1):
     from hpcmm.runs.run_dir import RunDir
-    from hpcmm.train.trained_weights import load_model
+    from hpcmm.train.checkpoint import load_model
     from hpcmm.workloads.anomaly.page.predictor import Predictor, Request
     from hpcmm.workloads.anomaly.page.served import ServedDetector
 

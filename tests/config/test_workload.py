@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -16,8 +17,15 @@ from hpcmm.workloads.anomaly.schema import AnomalyConfig, ModelConfig
 class Small(Workload):
     """Only what must be there."""
 
-    def training(self, config, device):
-        raise NotImplementedError
+    def training_class(self):
+        return Pair
+
+
+class Pair(NamedTuple):
+    """In place of a Training, which needs torch."""
+
+    config: RunConfig
+    device: str
 
 
 def test_a_workload_needs_no_more_than_its_training():
@@ -28,7 +36,8 @@ def test_a_workload_needs_no_more_than_its_training():
     small.prepare(config)
     assert small.evaluation() is None
     assert small.served() is None
-    with pytest.raises(TypeError, match="training"):
+    assert small.training(config, "cpu") == (config, "cpu")
+    with pytest.raises(TypeError, match="training_class"):
         Workload()
 
 

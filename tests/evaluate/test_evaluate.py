@@ -15,7 +15,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.evaluation import MEAN
 from hpcmm.evaluate.side_by_side import over_seeds, separated
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.train.trained_weights import load_model
+from hpcmm.train.checkpoint import load_model
 from hpcmm.workloads.anomaly import maps_picture
 from hpcmm.workloads.anomaly.evaluation import METRICS, POOLED, AnomalyEvaluation
 from hpcmm.workloads.anomaly.models import AnomalyModel

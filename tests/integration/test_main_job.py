@@ -205,19 +205,24 @@ def test_a_refused_job_is_one_sentence(slurm_cluster, tmp_path, overrides, expec
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_rank_that_fails_ends_the_job_and_its_log_is_shown(slurm_cluster, tmp_path):
-    done = run_module(
-        slurm_cluster,
-        "hpcmm.launch",
-        *SHORT,
-        "profile=off",
-        "data.generate=false",
-        "data.root=/none/such",
-        cwd=tmp_path,
-    )
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.image_taps=[1]"], "EfficientNet-Lite0 gives its four strides"),
+        (
+            ["data.generate=false", "data.root=/none/such"],
+            "before any rank started: Input cannot be used: data.root is /none/such",
+        ),
+    ],
+    ids=["rank", "preparation"],
+)
+def test_a_rank_or_a_preparation_that_fails_ends_the_job_and_its_log_is_shown(
+    slurm_cluster, tmp_path, overrides, expected
+):
+    done = run_module(slurm_cluster, "hpcmm.launch", *SHORT, "profile=off", *overrides, cwd=tmp_path)
     assert done.returncode == 1
     assert "FAILED" in done.stderr
-    assert "/none/such" in done.stderr
+    assert expected in " ".join(done.stderr.split())
     record = json.loads((tmp_path / "runs/latest/job.json").read_text(encoding="utf-8"))
     assert record["state"] == "FAILED"
 

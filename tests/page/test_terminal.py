@@ -9,9 +9,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from hpcmm import cli
 from hpcmm.analyze import Analysis
 from hpcmm.cli import progress_bar
-from hpcmm.page import progress as progress_of_work
 from hpcmm.page import terminal
 from hpcmm.page.terminal import print_study
 
@@ -78,11 +78,11 @@ def test_nothing_essential_is_cut_in_a_pipe(clean: Analysis, capsys) -> None:
 
 
 def test_long_work_says_how_far_it_is_in_a_log(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(progress_of_work, "QUIET_S", 0.0)
+    monkeypatch.setattr(cli, "QUIET_S", 0.0)
     with progress_bar() as progress:
         progress("reading \x1b[31mrank", 3, 64)
     assert capsys.readouterr().err == "hpcmm.analyze: reading \\x1b[31mrank (3/64)\n"
-    monkeypatch.setattr(progress_of_work, "QUIET_S", 60.0)
+    monkeypatch.setattr(cli, "QUIET_S", 60.0)
     with progress_bar() as progress:
         progress("reading", 3, 64)
     assert capsys.readouterr().err == ""
@@ -98,7 +98,7 @@ def test_a_terminal_gets_a_progress_bar(capsys, monkeypatch) -> None:
 def test_a_terminal_that_moves_no_cursor_gets_lines(capsys, monkeypatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(progress_of_work, "QUIET_S", 0.0)
+    monkeypatch.setattr(cli, "QUIET_S", 0.0)
     with progress_bar() as progress:
         progress("reading rank_0003", 3, 64)
     assert capsys.readouterr().err == "hpcmm.analyze: reading rank_0003 (3/64)\n"

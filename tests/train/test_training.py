@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hpcmm.config.schema import RunConfig
 from hpcmm.node.network import find_free_port
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.worker.prepare import prepare
 
 RANK = '''
 import json, os, sys
@@ -68,8 +70,8 @@ class Line(Training):
         calls.append("finish")
 
 class LineWorkload(Workload):
-    def training(self, config, device):
-        return Line(config, device)
+    def training_class(self):
+        return Line
 
 run = RunDir(Path(sys.argv[1]))
 workload = LineWorkload()
@@ -82,12 +84,12 @@ config = RunConfig(
 )
 port = int(sys.argv[3])
 rank_env = RankEnvironment(0, 0, 1, 1, "0", "here", "127.0.0.1", port)
-before = workload.is_finished(config, run)
+before = workload.is_finished(config, steps_in_newest_checkpoint(run) or 0)
 with MetricsWriter(run.rank_metrics(0)) as metrics:
     metrics.start(**rank_env.identity())
     with process_group(rank_env, config, metrics) as device:
         scores = train(workload, config, run, rank_env, device, metrics)
-finished = before, workload.is_finished(config, run)
+finished = before, workload.is_finished(config, steps_in_newest_checkpoint(run) or 0)
 print("FACTS" + json.dumps({"calls": calls, "scores": scores, "finished": finished}))
 '''
 
@@ -104,6 +106,7 @@ def train_line(run: RunDir, steps: int) -> dict:
 def test_a_workload_of_a_newcomer_is_trained_scored_saved_and_resumed(tmp_path: Path):
     run = RunDir(tmp_path / "run")
     run.create()
+    prepare(RunConfig())  # compiled ops alone
     facts = train_line(run, 3)
     step = ["loss", "loss"]  # two micro-batches a step
     assert facts["calls"] == [

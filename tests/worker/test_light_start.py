@@ -10,7 +10,16 @@ import pytest
 HEAVY = {"torch", "deepspeed", "transformers", "pandas", "skimage", "hydra"}
 
 
-@pytest.mark.parametrize("module", ["hpcmm.worker.__main__", "hpcmm.worker.nsys_rank", "hpcmm.worker.prepare"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "hpcmm.worker.__main__",
+        "hpcmm.worker.nsys_rank",
+        "hpcmm.worker.prepare",
+        "hpcmm.worker.task",
+        "hpcmm.workloads.anomaly.workload",
+    ],
+)
 def test_what_runs_before_the_ranks_loads_nothing_heavy(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"],

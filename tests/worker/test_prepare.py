@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpcmm.config import config_file
-from hpcmm.config.schema import ClusterConfig, RunConfig
+from hpcmm.config.schema import ClusterConfig, TaskConfig
 from hpcmm.errors import InputError
 from hpcmm.jobs.diagnostics import JobDiagnostics
 from hpcmm.jobs.first_failure import first_failure
@@ -18,12 +18,16 @@ from hpcmm.runs.run_dir import RunDir
 from hpcmm.slurm.jobs import Job
 from hpcmm.worker.prepare import prepare
 from hpcmm.workloads.anomaly.data_root import ensure_data
-from hpcmm.workloads.anomaly.schema import DataConfig, LlmConfig, LlmKind, ModelConfig
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, DataConfig, LlmConfig, LlmKind, ModelConfig
+
+ANOMALY = TaskConfig(name="anomaly", _target_="hpcmm.workloads.anomaly.workload.AnomalyWorkload")
 
 
-def config(tmp_path: Path, data: DataConfig | None = None, model: ModelConfig | None = None) -> RunConfig:
+def config(tmp_path: Path, data: DataConfig | None = None, model: ModelConfig | None = None) -> AnomalyConfig:
     cluster = ClusterConfig(name="here", cache_dir=str(tmp_path / "cache"))
-    return RunConfig(name="x", cluster=cluster, data=data or DataConfig(), model=model or ModelConfig())
+    return AnomalyConfig(
+        name="x", task=ANOMALY, cluster=cluster, data=data or DataConfig(), model=model or ModelConfig()
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,15 +50,15 @@ def test_each_path_that_cannot_be_read_is_named_by_its_key(tmp_path, data, model
     said = str(refused.value)
     assert said.startswith("Input cannot be used: ")
     assert all(key in said for key in keys)
-    assert said.count(" is ") == len(keys)
+    assert said.count(", but ") == len(keys)
     assert "\n" not in said
     assert not (tmp_path / "cache").exists()  # nothing was built for a run that cannot start
 
 
 def test_a_path_that_is_not_used_is_not_asked_for(tmp_path):
-    given = config(tmp_path, model=ModelConfig(llm=LlmConfig(kind=LlmKind.none, path="/no/llm")))
+    model = ModelConfig(llm=LlmConfig(kind=LlmKind.none, path="/no/llm"))
     with pytest.raises(InputError, match=r"data\.root") as refused:
-        prepare(RunConfig(cluster=given.cluster, model=given.model, data=DataConfig(root="/none")))
+        prepare(config(tmp_path, DataConfig(root="/none"), model))
     assert "llm" not in str(refused.value)
 
 
@@ -69,7 +73,7 @@ def test_the_job_s_log_tells_it_and_jobs_why_names_it(tmp_path):
     run.create()
     config_file.dump(config(tmp_path, DataConfig(root="/none/such")), run.config)
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "hpcmm.worker.prepare", str(run.root)],
+        [sys.executable, "-P", "-m", "hpcmm.worker", "prepare", str(run.root)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -9,8 +9,6 @@ from hpcmm.config.workload import Workload
 from signals.schema import SignalsConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from signals.evaluation import SignalsEvaluation
     from signals.training import SignalsTraining
 
@@ -28,11 +26,11 @@ class SignalsWorkload(Workload):
                 "or lower train.micro_batch_size."
             )
 
-    def training(self, config: SignalsConfig, device: torch.device) -> SignalsTraining:
+    def training_class(self) -> type[SignalsTraining]:
         """The half with torch."""
         from signals.training import SignalsTraining  # noqa: PLC0415 -- imports torch
 
-        return SignalsTraining(config, device)
+        return SignalsTraining
 
     def evaluation(self) -> SignalsEvaluation:
         """How ``hpcmm.evaluate`` scores a run."""

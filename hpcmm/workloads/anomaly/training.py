@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from hpcmm.train.checkpoint import start_from
 from hpcmm.train.sampling import EndlessSampler, even_share
-from hpcmm.train.trained_weights import start_from
 from hpcmm.train.workload import Training
 from hpcmm.workloads.anomaly.data.anomaly import Batch, Item, build_datasets, collate
 from hpcmm.workloads.anomaly.data_root import data_config, data_root

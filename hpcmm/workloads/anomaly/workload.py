@@ -9,8 +9,6 @@ from hpcmm.config.workload import Workload
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, LlmKind, problems
 
 if TYPE_CHECKING:
-    import torch
-
     from hpcmm.evaluate.evaluation import Evaluation
     from hpcmm.serve.served import ServedModel
     from hpcmm.workloads.anomaly.training import AnomalyTraining
@@ -56,11 +54,11 @@ class AnomalyWorkload(Workload):
         ensure_data(config)
         ensure_llm(config)
 
-    def training(self, config: AnomalyConfig, device: torch.device) -> AnomalyTraining:
-        """The detector on this rank."""
+    def training_class(self) -> type[AnomalyTraining]:
+        """The detector on a rank."""
         from hpcmm.workloads.anomaly.training import AnomalyTraining  # noqa: PLC0415 -- imports torch
 
-        return AnomalyTraining(config, device)
+        return AnomalyTraining
 
     def evaluation(self) -> Evaluation:
         from hpcmm.workloads.anomaly.evaluation import AnomalyEvaluation  # noqa: PLC0415 -- for this command alone

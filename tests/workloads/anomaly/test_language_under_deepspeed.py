@@ -23,6 +23,7 @@ from hpcmm.worker.compiled_ops import load_ops
 from hpcmm.worker.environment import RankEnvironment
 from hpcmm.worker.distributed import leave_group
 from hpcmm.config.schema import *
+from hpcmm.workloads.anomaly.schema import *
 load_ops(extensions_dir(ClusterConfig(name="test")))
 import deepspeed
 from hpcmm.runs.run_dir import RunDir
@@ -31,7 +32,7 @@ from hpcmm.workloads.anomaly.models import build_model
 from hpcmm.workloads.anomaly.training import _mean_over_ranks
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import build_engine
-from hpcmm.train.trained_weights import start_from
+from hpcmm.train.checkpoint import start_from
 from hpcmm.workloads.anomaly.question_answering.conversations import Dialogue
 
 torch.set_num_threads(1)
@@ -44,11 +45,11 @@ if rank == 0:
     run.create()
 dist.barrier()
 model_config = ModelConfig(decoder_width=32, text_adapter_width=32, llm=LlmConfig(kind=LlmKind.tiny, lora_rank=2))
-config = RunConfig(
+config = AnomalyConfig(
     name="test",
     cluster=ClusterConfig(name="test", nodes=1, ranks_per_node=world),
     model=model_config,
-    train=TrainConfig(micro_batch_size=2 // world, learning_rate=1e-2, warmup_steps=0, gradient_clip=1e9),
+    train=AnomalyTrainConfig(micro_batch_size=2 // world, learning_rate=1e-2, warmup_steps=0, gradient_clip=1e9),
     parallel=ParallelConfig(zero_stage=2, precision=Precision.fp32),
 )
 model = build_model(model_config, 0)
@@ -79,7 +80,7 @@ if rank == 0:
         float((value.float() - model.state_dict()[name].float()).abs().max())
         for name, value in fresh.named_parameters() if name in trained
     )
-    from hpcmm.train.trained_weights import read_trained
+    from hpcmm.train.checkpoint import read_trained
     held = [name for name in read_trained(run) if name not in dict(model.named_buffers())]
     print("FACTS" + json.dumps({
         "text": (total / world).tolist(), "changed": changed, "trained": sorted(trained), "held": sorted(held),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 
-from hpcmm.config.parts import folders_of, options_of
+from hpcmm.config.parts import folders_of, import_class, options_of, resolved_part
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models.decoders import build_decoder
 from hpcmm.workloads.anomaly.models.decoders.batch_norm import Float32BatchNorm2d
+from hpcmm.workloads.anomaly.models.decoders.decoder import Decoder
 
 CHANNELS = (24, 40, 16)
+DECODERS = options_of("model/decoder", folders_of(None))
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def features() -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("name", options_of("model/decoder", folders_of(None)))
+@pytest.mark.parametrize("name", sorted(DECODERS))
 def test_patch_embeddings_lie_on_the_finest_grid(name: str, features: list[torch.Tensor]):
     decoder = build_decoder(name, CHANNELS, 32)
     patches = decoder(features)
@@ -48,6 +51,29 @@ def test_only_the_perceptrons_judge_each_place_of_the_finest_map_by_itself(
     assert difference[5, 5] > 1e-4
     difference[5, 5] = 0.0
     assert bool(difference.max() < 1e-6) is local
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_each_name_is_a_decoder_s_class_whose_parameters_are_what_the_docstring_says(name: str):
+    decoder = import_class(resolved_part(name, "model/decoder", folders_of(None))["_target_"])
+    assert issubclass(decoder, Decoder)
+    first, second, *more = list(inspect.signature(decoder).parameters.values())
+    assert (first.name, second.name) == ("channels", "width")
+    assert all(each.default is not inspect.Parameter.empty for each in more)
+
+
+PARTS = {
+    "fcn": {"coarsest", "stages", "head"},
+    "mlp": {"layers"},
+    "mlp_bn": {"layers"},
+    "resnet": {"reduce", "blocks", "head"},
+}
+"""Checkpoints hold these names."""
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_the_parts_keep_the_names_that_checkpoints_hold(name: str):
+    assert {key.partition(".")[0] for key in build_decoder(name, CHANNELS, 32).state_dict()} == PARTS[name]
 
 
 def test_an_unknown_decoder_names_the_valid_ones():

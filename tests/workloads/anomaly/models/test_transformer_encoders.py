@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -334,6 +335,43 @@ def test_tiny_text_towers_tell_sentences_apart(name: str):
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
     assert (vectors[0] - vectors[1]).abs().max() > 1e-3
     torch.testing.assert_close(text.encode(["a lawn"])[0], vectors[0], atol=1e-5, rtol=1e-4)  # without padding
+
+
+@pytest.mark.parametrize(
+    ("group", "parameters"),
+    [("model/image_encoder", ["weights", "taps", "frozen"]), ("model/text_tower", ["folder", "image_weights"])],
+)
+def test_each_class_is_built_from_plain_values(group: str, parameters: list[str]):
+    for name in options_of(group, folders_of(None)):
+        encoder = import_class(resolved_part(name, group, folders_of(None))["_target_"])
+        assert list(inspect.signature(encoder).parameters) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("clip_tiny", "tower"),
+        ("vit_tiny", "network"),
+        ("imagebind_tiny", "tower"),
+        ("efficientnet_lite0", "stem blocks"),
+    ],
+)
+def test_the_parts_keep_the_names_that_checkpoints_hold(name: str, part: str):
+    encoder = build_image_encoder(ModelConfig(image_encoder=name))
+    assert {key.partition(".")[0] for key in encoder.state_dict()} == set(part.split())
+
+
+def test_a_text_tower_takes_its_files_from_beside_the_image_encoder_s_or_its_own_folder(
+    clip_folder, imagebind, tmp_path
+):
+    for name, weights in (("clip", clip_folder), ("imagebind", imagebind)):
+        beside = build_text_encoder(ModelConfig(text_tower=name, image_weights=str(weights)))
+        own = tmp_path / name
+        shutil.copytree(clip_folder if name == "clip" else imagebind.parent, own)
+        apart = build_text_encoder(ModelConfig(text_tower=name, image_weights=str(weights), text_encoder=str(own)))
+        assert torch.equal(beside.encode(["a lawn"]), apart.encode(["a lawn"]))
+        with pytest.raises(HpcmmError, match=rf"image_weights is not given.* {name}'s weights.*model={name}_tiny"):
+            build_text_encoder(ModelConfig(text_tower=name))
 
 
 def test_every_encoder_has_its_yaml():
