@@ -180,7 +180,7 @@ def _remove(cluster: SlurmCluster) -> None:
 
 @pytest.fixture(scope="session")
 def compiled_ops() -> None:
-    """DeepSpeed's compiled ops, which ranks load: built here, one process at a time, where no session has left them."""
+    """DeepSpeed's compiled ops, which ranks load: built here, one process at a time, if no session has left them."""
     build = (
         "from hpcmm.config.schema import RunConfig, TaskConfig; from hpcmm.worker.prepare import prepare; "
         "prepare(RunConfig(task=TaskConfig('script')))"

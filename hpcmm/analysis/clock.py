@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 SAME_HOST_ERROR_NS = 100_000
 """Error of nsys's own UTC stamps on one host, when no outlier is found."""
 UNSYNCHRONISED_ERROR_NS = 10_000_000
-"""What NTP leaves between nodes, where no collective tells better."""
+"""What NTP leaves between nodes, if no collective tells better."""
 EPOCH_OUTLIER_NS = 1_000_000
 """A report whose UTC stamp is off by more than this against its own host is corrected."""
 MAX_DRIFT = 500e-6
@@ -276,7 +276,7 @@ class Corridor:
         """How wrong a node's clock can still be when ``offset + slope * at`` has been subtracted.
 
         That is how far the line is from any other line that causality allows with the drift of an oscillator, at
-        either end of the run. Where the line leaves the corridor it is wrong by as much at least.
+        either end of the run. If the line leaves the corridor it is wrong by as much at least.
         """
         line = offset + slope * self.at_ns
         outside = max(abs(float((self.low_ns - line).max())), abs(float((self.high_ns - line).min())))
@@ -319,7 +319,7 @@ class Corridor:
 
 
 def _row_median(values: Floats) -> Floats:
-    """Median over the columns that have a value; NaN where none has."""
+    """Median over the columns that have a value; NaN if none has."""
     result = np.full(len(values), np.nan)
     some = np.isfinite(values).any(axis=1)
     if some.any():

@@ -40,7 +40,7 @@ def match_with_waits(traces: Sequence[RankTrace], clock_error_ns: float) -> pd.D
     One row a rank and instance, times in nanoseconds, with what :func:`match`, :func:`estimate_waits` and
     :func:`expose` give, and bus_bytes_per_s.
     """
-    # Kernels that only their order identifies are no collectives where the times contradict that order.
+    # Kernels that only their order identifies are no collectives if the times contradict that order.
     matched = nccl.confirm_order(match(traces), clock_error_ns)
     rows = estimate_waits(matched, clock_error_ns)
     return expose(rows.assign(bus_bytes_per_s=bus_bandwidth(rows)), traces)
@@ -78,7 +78,7 @@ def estimate_waits(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
     Adds duration_ns, wait_a_ns, wait_b_ns, wait_ns, transfer_ns, blamable, late_rank, lateness_ns,
     lateness_to_median_ns, clock_error_ns, estimators_disagree and last_start_ns.
 
-    ``wait_ns`` is estimator B where the clock's error is below the instance's longest wait by A, else A, which needs no
+    ``wait_ns`` is estimator B if the clock's error is below the instance's longest wait by A, else A, which needs no
     clock. The late arriver is named only where the longest wait by B exceeds the clock's error. Operations in which no
     rank needs all others have NaN waits.
     """

@@ -85,7 +85,7 @@ class Metric:
 def compare(run_a: RunTables, run_b: RunTables) -> Comparison:
     """Compare ``run_b`` with the older ``run_a``: steps, phases, communication, POP efficiencies, bottlenecks.
 
-    Raises HpcmmError where a run has no steps besides warm-up.
+    Raises HpcmmError if a run has no steps besides warm-up.
     """
     for run in (run_a, run_b):
         steps = run.tables["steps"]

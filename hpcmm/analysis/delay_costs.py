@@ -174,7 +174,7 @@ class WorkParts:
     """Indexed [trace][part]."""
 
     def starving(self, traces: Sequence[RankTrace]) -> WorkParts:
-        """The same where a rank's GPUs had nothing to do meanwhile; all of it where no GPU activity was traced."""
+        """The same where a rank's GPUs had nothing to do meanwhile; all of it if no GPU activity was traced."""
         sets = [
             own if trace.starved is None else tuple(part.intersect(trace.starved) for part in own)
             for trace, own in zip(traces, self.sets, strict=True)
@@ -246,7 +246,7 @@ def window_starts(arrivals: GroupArrivals) -> Floats:
 def excess_work(arrivals: GroupArrivals, parts: WorkParts) -> Singles:
     """By how much each part of a rank's work since the last synchronisation exceeds the median over the group's ranks.
 
-    Shape (instances, members, parts), ns; 0 where no synchronisation came before.
+    Shape (instances, members, parts), ns; 0 if no synchronisation came before.
     """
     begin = window_starts(arrivals)
     begin = np.where(np.isnan(begin), arrivals.start, begin)

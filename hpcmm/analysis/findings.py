@@ -111,7 +111,7 @@ class AnalysisContext:
     expected_ranks: int
     """Ranks of the job, read or not."""
     gpu: pd.DataFrame
-    """The table ``gpu``; empty where no GPU activity was traced."""
+    """The table ``gpu``; empty if no GPU activity was traced."""
 
     @property
     def period_s(self) -> float:
@@ -157,7 +157,7 @@ def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
     """One override or command for ``finding``.
 
     ``config`` is what decides how the run's ranks ran: its configuration, of it the section ``cluster`` alone where it
-    ran a script of the user's, or empty where there is none.
+    ran a script of the user's, or empty if there is none.
     """
     trains = bool(config) and set(config) != {"cluster"}
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):

@@ -121,7 +121,7 @@ def device_name(row: Mapping[Any, Any] | pd.Series) -> str:
 
 
 def excess(gpu: pd.DataFrame, rank: int) -> str:
-    """Whether a late rank's GPU computes longer than its peers' or idles longer, in words; empty where neither."""
+    """Whether a late rank's GPU computes longer than its peers' or idles longer, in words; empty if neither."""
     if gpu.empty or not gpu["step"].notna().any():
         return ""
     devices = per_device(gpu)

@@ -130,7 +130,7 @@ def _device_rows(
 
 
 def step_windows(activities: pd.DataFrame, steps: pd.DataFrame) -> tuple[Times, Times]:
-    """Start and end of each step's window on one device. A window is empty where its step had no time on the device."""
+    """Start and end of each step's window on one device. A window is empty if its step had no time on the device."""
     host_start, host_end = steps["start_ns"].to_numpy(np.int64), steps["end_ns"].to_numpy(np.int64)
     if not len(host_start):
         return host_start, host_end

@@ -1,12 +1,12 @@
-"""NCCL kernels as collectives: the true times of annotated ones, and instances where nothing is annotated.
+"""NCCL kernels as collectives: the true times of annotated ones, and instances if nothing is annotated.
 
 On CUDA a range of hpcmm.comm covers the enqueue only. Its kernel is the one that the range launched, by correlation id;
 that gives start and end, while the range's name gives group and sequence.
 
 Without such ranges an instance is known by its place: the k-th kernel of one operation on a communicator. The
-communicator is what NCCL's own ranges carry as payload where nsys exported it, else the stream, counted in the order of
+communicator is what NCCL's own ranges carry as payload if nsys exported it, else the stream, counted in the order of
 the stream ids of a device. That holds while all ranks issue the same collectives and the captures begin together, so
-:func:`confirm_order` checks it against the times and withdraws it where they do not bear it out.
+:func:`confirm_order` checks it against the times and withdraws it if they do not bear it out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _KERNEL_OF = {
     "scatter": {SEND_RECV, "scatter"},
     "barrier": {"all_reduce"},
 }
-"""Kernels that run an operation, where they are not named like it; a generic kernel runs any."""
+"""Kernels that run an operation, if they are not named like it; a generic kernel runs any."""
 _TORCH_OP = re.compile(r"nccl:_?(all_reduce|all_gather|reduce_scatter|broadcast|reduce|all_to_all|gather|scatter)")
 """PyTorch's own range around the launch."""
 CONFIRMED_SHARE = 0.9
@@ -186,7 +186,7 @@ def _torch_op(kernels: pd.DataFrame, events: CudaEvents) -> npt.NDArray[np.objec
 
 
 def with_basis(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with ``basis`` and ``device`` also where no GPU was traced."""
+    """Rows with ``basis`` and ``device`` also if no GPU was traced."""
     basis = rows["basis"].fillna(BY_NAME) if "basis" in rows else BY_NAME
     device = rows["device"].astype("Int64") if "device" in rows else pd.array([None] * len(rows), dtype="Int64")
     return rows.assign(basis=basis, device=device)
@@ -200,7 +200,7 @@ def by_order(rows: pd.DataFrame) -> pd.Series[bool]:
 def confirm_order(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
     """Withdraw matches by order that the times do not bear out; ``rows`` as those of hpcmm.analysis.collectives.match.
 
-    Asked for each operation of each group. Where the clocks are good to half the time between instances, the members of
+    Asked for each operation of each group. If the clocks are good to half the time between instances, the members of
     an instance have to overlap, as they do wherever each needs all others. Where they are not, every member must have
     every instance, and the ends must differ between the members by what changes little from instance to instance. Where
     neither holds, none of the instances counts as complete.

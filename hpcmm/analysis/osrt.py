@@ -51,7 +51,7 @@ OSRT_COLUMNS = [
 
 
 def blocked_intervals(osrt: pd.DataFrame, pid: int, tid: int) -> IntervalSet | None:
-    """When thread ``tid`` waited in the OS for other threads or the network; None where its calls were not traced."""
+    """When thread ``tid`` waited in the OS for other threads or the network; None if its calls were not traced."""
     mine = osrt[(osrt["pid"] == pid) & (osrt["tid"] == tid)]
     if mine.empty:
         return None

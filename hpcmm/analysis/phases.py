@@ -20,7 +20,7 @@ STEP_COLUMNS = ["step", "start_ns", "end_ns", "closed"]
 def find_steps(ranges: pd.DataFrame) -> pd.DataFrame:
     """Steps of one process from its ranges of the annotation's domain: step, start_ns, end_ns, closed.
 
-    The number is the range's payload, and ranges without one are left out; where no range has one, or they do not
+    The number is the range's payload, and ranges without one are left out; if no range has one, or they do not
     increase, it is the ordinal.
     """
     steps = ranges[ranges["name"] == schema.STEP].sort_values("start_ns", kind="stable").reset_index(drop=True)

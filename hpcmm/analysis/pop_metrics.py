@@ -61,11 +61,11 @@ class Reference:
     useful_s: float
     by_phase: Mapping[str, float]
     samples_per_step: int | None = None
-    """Samples of one step over all ranks, where the run's configuration tells."""
+    """Samples of one step over all ranks, if the run's configuration tells."""
 
     @classmethod
     def of(cls, table: pd.DataFrame, samples_per_step: int | None) -> Reference | None:
-        """From the reference run's own efficiency table; None where that has no steps."""
+        """From the reference run's own efficiency table; None if that has no steps."""
         steps = int((table["scope"] == STEP).sum())
         if not steps:
             return None
@@ -76,7 +76,7 @@ class Reference:
 
 
 def samples_per_step(config: Mapping[str, Any]) -> int | None:
-    """Samples that all ranks together train on in one step, by the run's configuration; None where it does not tell."""
+    """Samples that all ranks together train on in one step, by the run's configuration; None if it does not tell."""
     cluster, train = config.get("cluster"), config.get("train")
     if not isinstance(cluster, dict) or not isinstance(train, dict):
         return None

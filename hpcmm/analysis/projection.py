@@ -193,7 +193,7 @@ def _union_by_owner(
 
 
 def innermost(range_start_ns: Integers, range_end_ns: Integers, stretches: Stretches) -> Integers:
-    """For each activity of ``stretches.order`` the range that owns it and began last, -1 where none does.
+    """For each activity of ``stretches.order`` the range that owns it and began last, -1 if none does.
 
     Every range marks two stretches whose length is a power of two; marks are then handed down by halves.
     """

@@ -29,7 +29,7 @@ _RANK_IN_NAME = re.compile(r"rank_([0-9]{1,7})")
 
 
 def _in_this_run(no_ranges: str, record: RunRecord) -> str:
-    """Why a report has no steps, where the run's own record knows better than the report."""
+    """Why a report has no steps, if the run's own record knows better than the report."""
     if no_ranges and record.failed_before_steps:
         return "the run failed before its first step"
     version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", record.nvtx)[:3])
@@ -75,7 +75,7 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
                 rank = -len(nameless)
             claims.setdefault(rank, []).append((fact, replace(trace, rank=rank, node=_node(trace, rank, record))))
     used = _settle_claims(claims, record, rows)
-    # Ranks are numbered from 0: whoever is rank 7 has seven peers, also where nothing tells how many ranks there are.
+    # Ranks are numbered from 0: whoever is rank 7 has seven peers, also if nothing tells how many ranks there are.
     if not record.world_size:
         world_size = max([world_size, *(rank + 1 for rank in claims if rank < MAX_WORLD_SIZE)])
     present = {int(str(row[0])) for row in rows if row[0] is not None and row[2] != WRONG_JOB}
@@ -88,7 +88,7 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
 
 
 def _majority_job(facts: Sequence[ReportFacts], record: RunRecord) -> str | None:
-    """The job of most reports. Between equals the run's record tells; alone it does where no report does."""
+    """The job of most reports. Between equals the run's record tells; alone it does if no report does."""
     jobs = Counter(fact.job_id for fact in facts if fact.job_id)
     return max(jobs, key=lambda job: (jobs[job], job == record.job_id, job)) if jobs else record.job_id
 

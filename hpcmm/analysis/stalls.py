@@ -113,7 +113,7 @@ MIN_CALLS = 20
 
 
 def slow_node(traces: Sequence[RankTrace]) -> tuple[str, str]:
-    """The node behind a slow link and what shows it, in words; both empty where nothing does."""
+    """The node behind a slow link and what shows it, in words; both empty if nothing does."""
     calls = np.array([_receives(trace) for trace in traces], dtype=np.float64)
     usual = float(np.quantile(calls, 0.25)) if len(calls) else 0.0
     if usual < MIN_CALLS:

@@ -177,7 +177,7 @@ def _usual_worst(whole: Floats, index: int) -> float:
 def _with_like(delays: Floats, index: int, events: Mask) -> Mask:
     """``events`` of a trace with its lesser delays in the same part, as long as no other trace has the like there.
 
-    Without any, the largest delays of all are events where they are so many that chance would not give them to one.
+    Without any, the largest delays of all are events if they are so many that chance would not give them to one.
     """
     own, others = delays[:, index], np.delete(delays, index, axis=1)
     apart = own > LIKE_TIMES * float(others.max(initial=0.0))
@@ -294,7 +294,7 @@ VARIED = 0.05
 FOLLOWS = 0.5
 """Correlation of size and computation from which the one is taken for the other's cause."""
 TOGETHER = 0.7
-"""Correlation of forward and backward that stands for unequal batches where no sizes are known."""
+"""Correlation of forward and backward that stands for unequal batches if no sizes are known."""
 MIN_CELLS = 16
 
 
@@ -321,7 +321,7 @@ def explain_by_batches(context: AnalysisContext, straggler: Finding) -> Finding:
 
 
 def find_batch_imbalance(context: AnalysisContext, losses: Floats, among: npt.NDArray[np.bool_]) -> Finding | None:
-    """The loss in computation that comes of unequal batches; None where they are equal, or do not explain it.
+    """The loss in computation that comes of unequal batches; None if they are equal, or do not explain it.
 
     ``losses`` (steps, traces, parts + 1) are those of no straggler; ``among`` (traces,) says who is not blamed.
     """
@@ -360,7 +360,7 @@ def find_batch_imbalance(context: AnalysisContext, losses: Floats, among: npt.ND
 
 
 def _sizes(context: AnalysisContext) -> Floats | None:
-    """Size of each rank's batch in each step, shape (steps, traces); None where any rank has none."""
+    """Size of each rank's batch in each step, shape (steps, traces); None if any rank has none."""
     columns = []
     for trace in context.traces:
         if trace.batches is None or trace.batches.empty:

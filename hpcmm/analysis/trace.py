@@ -52,7 +52,7 @@ class RankTrace:
     segments: pd.DataFrame
     collectives: pd.DataFrame
     blocked: IntervalSet | None
-    """When the step thread waited in the OS; None where OS calls were not traced."""
+    """When the step thread waited in the OS; None if OS calls were not traced."""
     waits: pd.DataFrame
     osrt: pd.DataFrame
     calls: pd.DataFrame
@@ -64,13 +64,13 @@ class RankTrace:
     device: int | None = None
     """The GPU that stands for an unknown rank, in a report without steps."""
     gpu: pd.DataFrame | None = None
-    """As :func:`hpcmm.analysis.gpu_trace.gpu_rows` gives it; None where no GPU activity was traced."""
+    """As :func:`hpcmm.analysis.gpu_trace.gpu_rows` gives it; None if no GPU activity was traced."""
     projection: pd.DataFrame | None = None
     """As :func:`hpcmm.analysis.projection.aggregate` gives it."""
     batches: pd.DataFrame | None = None
-    """step, phase and size of each batch that a phase was told of; None where none was."""
+    """step, phase and size of each batch that a phase was told of; None if none was."""
     starved: IntervalSet | None = None
-    """When its GPUs were idle because the host had not launched more; None where no GPU activity was traced."""
+    """When its GPUs were idle because the host had not launched more; None if no GPU activity was traced."""
     stalled: IntervalSet | None = None
     """When no thread of the process entered or left an OS call, though some do all the time."""
 
@@ -97,5 +97,5 @@ class RankTrace:
 
 
 def nullable_steps(numbers: pd.Series) -> pd.Series:
-    """Step numbers with nothing where there is no step."""
+    """Step numbers with nothing if there is no step."""
     return numbers.astype("Int64").where(numbers != OUTSIDE)

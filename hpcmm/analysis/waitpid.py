@@ -122,7 +122,7 @@ class Family:
 def find_waits(
     osrt: pd.DataFrame, family: Family, step_thread: tuple[int, int], segments: pd.DataFrame
 ) -> pd.DataFrame:
-    """Every call of the waitpid family: WAIT_COLUMNS, sorted by start. ``step`` is OUTSIDE where no step runs."""
+    """Every call of the waitpid family: WAIT_COLUMNS, sorted by start. ``step`` is OUTSIDE if no step runs."""
     roles = family.roles
     waits = _waits_among(osrt).sort_values("start_ns", kind="stable")
     start = waits["start_ns"].to_numpy(np.int64)
@@ -182,7 +182,7 @@ def _verdict(role: str, child_role: str, *, in_step: bool, before_steps: bool, o
 
 
 def _children(family: Family, waits: pd.DataFrame) -> list[str]:
-    """The program waited for, where a traced process ended just before the wait did; its number where it has no name.
+    """The program waited for, where a traced process ended just before the wait did; its number if it has no name.
 
     Reports themselves tell neither the child nor the call's result. Of several such processes it is the last to end
     for which no younger process than the waiting one waited as well.
@@ -210,7 +210,7 @@ def _children(family: Family, waits: pd.DataFrame) -> list[str]:
 
 
 def _youngest_waiting(known: pd.DataFrame, waits: pd.DataFrame) -> list[int]:
-    """The column ``waiter`` of :attr:`Family.lives`, whose others are ``known``; _NOBODY where nobody waited."""
+    """The column ``waiter`` of :attr:`Family.lives`, whose others are ``known``; _NOBODY if nobody waited."""
     ordered = waits.sort_values("end_ns")
     start, end = ordered["start_ns"].to_numpy(), ordered["end_ns"].to_numpy()
     waiter = known["first"].loc[ordered["pid"]].to_numpy()

@@ -119,7 +119,7 @@ def _analyze(arguments: Sequence[str], prog: str) -> int:
 
 
 def _apart_from_inputs(folder: Path, found: Found) -> Path:
-    """``folder``. Raises HpcmmError where it is none that can be written to, or holds reports, which are only read."""
+    """``folder``. Raises HpcmmError if it is none that can be written to, or holds reports, which are only read."""
     if folder.exists() and not folder.is_dir():
         raise HpcmmError(f"{folder} is not a folder: name another with --out.")
     inputs = {path.parent.resolve() for source in found.sources for path in source.candidates}

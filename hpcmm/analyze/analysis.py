@@ -45,19 +45,19 @@ class Analysis:
 
     @property
     def study(self) -> Study:
-        """All that the page is made of. Raises HpcmmError where only some tables were asked for."""
+        """All that the page is made of. Raises HpcmmError if only some tables were asked for."""
         if isinstance(self.made, Study):
             return self.made
         raise HpcmmError(f"only {', '.join(self.tables)} was asked for: analyse without tables= for all that there is.")
 
     @property
     def name(self) -> str:
-        """The run's name; empty where reports came without a run directory."""
+        """The run's name; empty if reports came without a run directory."""
         return self.made.name
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The run's frozen configuration; empty where it is not known."""
+        """The run's frozen configuration; empty if it is not known."""
         return self.record.config
 
     @property

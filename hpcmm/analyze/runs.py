@@ -59,7 +59,7 @@ def read_reference(run: Paths | Analysis, *, progress: Progress | None = None) -
 
 
 def read_run(run: Paths | Analysis, progress: Progress | None = None) -> RunTables:
-    """The tables of ``run``; its reports are read afresh where it has any."""
+    """The tables of ``run``; its reports are read afresh if it has any."""
     if isinstance(run, Analysis):
         return RunTables(run.name or "the run", run.tables, run.config)
     paths = as_paths(run)
@@ -107,7 +107,7 @@ def _read(folder: Path, table: str) -> pd.DataFrame:
 
 
 def _wrong_column(read: pd.DataFrame, numbers: Sequence[str], texts: Sequence[str]) -> str:
-    """What is wrong with a table that anyone may have edited; empty where nothing is."""
+    """What is wrong with a table that anyone may have edited; empty if nothing is."""
     lacking = [name for name in (*numbers, *texts) if name not in read]
     if lacking:
         return f"no column {lacking[0]}"

@@ -40,7 +40,7 @@ class CollectiveName:
 
     @classmethod
     def parse(cls, text: str) -> CollectiveName | None:
-        """The name's parts, or None where ``text`` is not a collective's name."""
+        """The name's parts, or None if ``text`` is not a collective's name."""
         match = _COLLECTIVE.fullmatch(text)
         if match is None:
             return None
@@ -56,6 +56,6 @@ def format_rank(rank: int) -> str:
 
 
 def parse_rank(text: str) -> int | None:
-    """The rank in such a mark's name, or None where ``text`` is another name."""
+    """The rank in such a mark's name, or None if ``text`` is another name."""
     match = _RANK.fullmatch(text)
     return int(match[1]) if match else None

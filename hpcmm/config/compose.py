@@ -174,7 +174,7 @@ def override_text(override: Override, space: ConfigSpace) -> str:
 
 
 def _raw(override: str, space: ConfigSpace) -> str:
-    """``override`` with its words quoted where they are to stay as they are written (``1e-4``, ``true``, ``007``)."""
+    """``override`` with its words quoted if they are to stay as they are written (``1e-4``, ``true``, ``007``)."""
     key, separator, value = override.partition("=")
     return f"{key}{separator}{quote_bare_words(value)}" if _takes_text(space.type_of(key.lstrip("+"))) else override
 

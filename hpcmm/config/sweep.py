@@ -39,7 +39,7 @@ class Point:
 
 
 def compose_points(overrides: Sequence[str]) -> list[Point]:
-    """The points that ``overrides`` span; a single one without overrides of its own where nothing is swept.
+    """The points that ``overrides`` span; a single one without overrides of its own if nothing is swept.
 
     Raises HpcmmError as :func:`~hpcmm.config.compose.compose_run` does, for a sweep without a finite number of points,
     and for points that differ in what the array shares.
@@ -110,7 +110,7 @@ def _points(fixed: list[Override], products: Iterable[tuple[Override, ...]], spa
 class _Family:
     """The points of one composed tree, which differ in the values of some keys.
 
-    Typing the whole tree takes OmegaConf 10 ms or more, so it is done once, and each value is typed alone. Where an
+    Typing the whole tree takes OmegaConf 10 ms or more, so it is done once, and each value is typed alone. If an
     interpolation may carry a value to other keys, each point is typed as a whole.
     """
 

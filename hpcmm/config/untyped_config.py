@@ -67,7 +67,7 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_frozen_config(path: Path) -> dict[str, Any]:
-    """The configuration in ``path``; empty where there is none that can be read, or one beyond :data:`MAX_BYTES`.
+    """The configuration in ``path``; empty if there is none that can be read, or one beyond :data:`MAX_BYTES`.
 
     One of a later version comes as it is: most keys stay what they are.
     """

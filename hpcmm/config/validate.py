@@ -90,7 +90,7 @@ def _shell_words(config: RunConfig) -> Iterator[str]:
             yield f"cluster.environment.{key} holds bytes that a script cannot."
     for key in [*cluster.environment, *cluster.submit_environment]:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            yield f"cluster.environment has {key!r}, which is no name of an environment variable."
+            yield f"cluster.environment has {key!r}, which is not a name of an environment variable."
     for key in cluster.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*", key):
             yield f"cluster.sbatch has {key!r}, which is no long option of sbatch without its dashes."
@@ -198,11 +198,11 @@ def _batch(config: RunConfig) -> Iterator[str]:
     if wanted is not None and wanted != config.global_batch_size:
         per_step = train.gradient_accumulation_steps * config.world_size
         fits = wanted > 0 and wanted % per_step == 0
-        cure = f"set train.micro_batch_size={wanted // per_step}" if fits else f"choose a multiple of {per_step}"
+        remedy = f"set train.micro_batch_size={wanted // per_step}" if fits else f"choose a multiple of {per_step}"
         yield (
             f"train.global_batch_size is {wanted}, but micro_batch_size {train.micro_batch_size} x "
             f"gradient_accumulation_steps {train.gradient_accumulation_steps} x world size {config.world_size} is "
-            f"{config.global_batch_size}: {cure}."
+            f"{config.global_batch_size}: {remedy}."
         )
 
 

@@ -38,7 +38,7 @@ class Finding:
     check: str
     weight: Weight
     said: str
-    cure: str = ""
+    remedy: str = ""
 
 
 Found = Mapping[str, dict[str, Any]]
@@ -74,7 +74,7 @@ def bad_nodes(findings: Sequence[Finding], nodes: Sequence[str]) -> list[str]:
 
 
 def packages_hash(found: dict[str, str]) -> str:
-    """A short word that is the same where all packages are."""
+    """A short word that is the same if all packages are."""
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:12]
 
 
@@ -83,7 +83,7 @@ def _silent(node: str) -> Finding:
 
 
 def _odd_ones(values: Mapping[str, str]) -> tuple[str | None, list[str]]:
-    """What most nodes have, and the nodes that have something else; nobody is odd where there is no majority."""
+    """What most nodes have, and the nodes that have something else; nobody is odd if there is no majority."""
     if not values:
         return None, []
     (common, count), *_ = Counter(values.values()).most_common(1)
@@ -92,14 +92,16 @@ def _odd_ones(values: Mapping[str, str]) -> tuple[str | None, list[str]]:
     return common, [node for node, value in values.items() if value != common]
 
 
-def _differing(check: str, values: Mapping[str, str], said: Callable[[str, str], str], cure: str) -> Iterator[Finding]:
+def _differing(
+    check: str, values: Mapping[str, str], said: Callable[[str, str], str], remedy: str
+) -> Iterator[Finding]:
     common, odd = _odd_ones(values)
     if common is not None:
         for node in odd:
-            yield Finding(node, check, Weight.bad, said(values[node], common), cure)
+            yield Finding(node, check, Weight.bad, said(values[node], common), remedy)
     elif len(set(values.values())) > 1:
         for node, value in values.items():
-            yield Finding(node, check, Weight.bad, f"the nodes differ: here it is {value}", cure)
+            yield Finding(node, check, Weight.bad, f"the nodes differ: here it is {value}", remedy)
 
 
 def _python(found: Found) -> Iterator[Finding]:
@@ -140,8 +142,8 @@ def _names(found: Found) -> Iterator[Finding]:
 def _meeting(found: Found) -> Iterator[Finding]:
     for node, facts in found.items():
         if "problem" in facts:
-            cure = "check its link and firewall; leave it out"
-            yield Finding(node, "network", Weight.bad, str(facts["problem"]), cure)
+            remedy = "check its link and firewall; leave it out"
+            yield Finding(node, "network", Weight.bad, str(facts["problem"]), remedy)
 
 
 def _shared(found: Found) -> Iterator[Finding]:
@@ -157,8 +159,8 @@ def _shared(found: Found) -> Iterator[Finding]:
             # A node with a folder of its own sees nobody, and nobody sees it; with two nodes each blames the other.
             if unseen and (len(unseen) == len(met) - 1 or votes[node] * 2 >= len(met) > 2):
                 said = f"{folder} is not the other nodes': it lacks the files that {', '.join(unseen[:5])} wrote there"
-                cure = "set runs_root and cluster.cache_dir to a file system that all nodes share"
-                yield Finding(node, "shared file system", Weight.bad, said, cure)
+                remedy = "set runs_root and cluster.cache_dir to a file system that all nodes share"
+                yield Finding(node, "shared file system", Weight.bad, said, remedy)
 
 
 def _interfaces(found: Found) -> Iterator[Finding]:
@@ -235,8 +237,8 @@ def _disks(found: Found) -> Iterator[Finding]:
 def _nsys(found: Found) -> Iterator[Finding]:
     for node, facts in found.items():
         if facts.get("nsys") is None:
-            cure = "load its module with cluster.modules, or train with profile=off"
-            yield Finding(node, "nsys", Weight.warning, "nsys is not on the PATH", cure)
+            remedy = "load its module with cluster.modules, or train with profile=off"
+            yield Finding(node, "nsys", Weight.warning, "nsys is not on the PATH", remedy)
         elif problem := facts.get("nsys_problem"):
             yield Finding(node, "nsys", Weight.bad, str(problem), "train with profile=off, or mend it")
 
@@ -277,8 +279,8 @@ def report_lines(nodes: Sequence[str], found: Found, findings: Sequence[Finding]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for finding in findings:
-        cure = f" Do: {finding.cure}." if finding.cure else ""
-        lines.append(f"{finding.weight}: {finding.node}: {finding.check}: {finding.said}.{cure}")
+        remedy = f" Do: {finding.remedy}." if finding.remedy else ""
+        lines.append(f"{finding.weight}: {finding.node}: {finding.check}: {finding.said}.{remedy}")
     bad = bad_nodes(findings, nodes)
     lines.append(_verdict(bad))
     return [visible(line) for line in lines]
@@ -288,8 +290,8 @@ def _verdict(bad: Sequence[str]) -> str:
     if not bad:
         return "No node is bad."
     nodes = [node for node in bad if not node.endswith(HERE)]  # the machine where the doctor was called is no node
-    cure = f" Leave out: --exclude={','.join(nodes)}" if nodes else ""
-    return f"Bad: {', '.join(bad)}.{cure}"
+    remedy = f" Leave out: --exclude={','.join(nodes)}" if nodes else ""
+    return f"Bad: {', '.join(bad)}.{remedy}"
 
 
 def report_values(nodes: Sequence[str], found: Found, findings: Sequence[Finding]) -> dict[str, Any]:

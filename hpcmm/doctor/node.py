@@ -194,7 +194,7 @@ def packages() -> dict[str, str]:
 
 
 def interfaces() -> dict[str, dict[str, Any]]:
-    """Each network interface that is up: addresses, speed in Mbit/s (0 where the driver does not say), MTU, errors."""
+    """Each network interface that is up: addresses, speed in Mbit/s (0 if the driver does not say), MTU, errors."""
     states, counters = psutil.net_if_stats(), psutil.net_io_counters(pernic=True)
     found = {}
     for name, addresses in psutil.net_if_addrs().items():

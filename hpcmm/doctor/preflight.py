@@ -27,7 +27,7 @@ from hpcmm.runs.run_dir import RunDir
 
 
 def chosen_nodes(nodes: Sequence[str], bad: Sequence[str], needed: int) -> list[str]:
-    """The first ``needed`` good nodes. Raises HpcmmError, naming the bad ones, where there are not so many."""
+    """The first ``needed`` good nodes. Raises HpcmmError, naming the bad ones, if there are not so many."""
     good = [node for node in nodes if node not in bad]
     if len(good) < needed:
         raise HpcmmError(
@@ -38,7 +38,7 @@ def chosen_nodes(nodes: Sequence[str], bad: Sequence[str], needed: int) -> list[
 
 
 def ask(config: RunConfig, run: RunDir, nodes: Sequence[str]) -> Path:
-    """The request, as a file in the run directory. Raises HpcmmError where that cannot be written."""
+    """The request, as a file in the run directory. Raises HpcmmError if that cannot be written."""
     return write_request(nodes, [run.root, cache_dir(config.cluster)], nsys=config.profile.tool == "nsys")
 
 

@@ -60,7 +60,7 @@ def check_nodes(
 def write_request(nodes: Sequence[str] | None, folders: Sequence[Path], *, nsys: bool) -> Path:
     """What each node is asked, as a file in a folder that only this user can read, for it holds the nodes' secret.
 
-    Raises HpcmmError where ``folders[0]`` cannot be written.
+    Raises HpcmmError if ``folders[0]`` cannot be written.
     """
     try:
         folders[0].mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def _evaluation(config: RunConfig) -> Evaluation | None:
 
 
 def _config_for(evaluation: Evaluation, run: RunDir) -> RunConfig:
-    """The run's configuration. Raises HpcmmError where the run is not scored by ``evaluation``."""
+    """The run's configuration. Raises HpcmmError if the run is not scored by ``evaluation``."""
     config = config_file.load(run.config)
     own = _evaluation(config)
     if own is None:

@@ -160,7 +160,7 @@ class Comparison:
         canvas.image.save(path)
 
     def _cell(self, model: str, category: str, metric: str) -> str:
-        """``mean [low, high]``, the mean alone of one seed, a dash where there is none."""
+        """``mean [low, high]``, the mean alone of one seed, a dash if there is none."""
         summary = self.summary
         own = (summary["model"] == model) & (summary["category"] == category) & (summary["metric"] == metric)
         if not own.any():
@@ -169,7 +169,7 @@ class Comparison:
         return f"{mean:.3f}" if np.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
     def _ranking(self) -> list[str]:
-        """Which models are better than others, where their intervals do not touch, and nothing on all the rest."""
+        """Which models are better than others, if their intervals do not touch, and nothing on all the rest."""
         said, undecided = [], []
         for metric in self.metrics:
             pairs = separated(self.summary, metric)

@@ -55,7 +55,7 @@ class JobDiagnostics:
     """Which time the job ran, counted from 0; the records are of this one."""
     ranks: dict[int, RankDiagnostics] = field(default_factory=dict)
     node_states: dict[str, str] = field(default_factory=dict)
-    """Slurm's state of the job's nodes now, with its reason where there is one: ``down* (Not responding)``."""
+    """Slurm's state of the job's nodes now, with its reason if there is one: ``down* (Not responding)``."""
     srun_lines: list[str] = field(default_factory=list)
     """srun's words of ranks that ended badly: ``node2: task 1: Killed``."""
     batch_error: LoggedError | None = None

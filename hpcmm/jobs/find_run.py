@@ -34,7 +34,7 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
 
     Runs that were never submitted come last.
 
-    Raises HpcmmError, with the nearest names, where there is none.
+    Raises HpcmmError, with the nearest names, if there is none.
     """
     named = _expanded(asked)
     if is_run(named):
@@ -68,7 +68,7 @@ def run_of_command(job: Job) -> RunDir | None:
 
 
 def settings(run: RunDir) -> dict[str, Any]:
-    """The run's frozen configuration as plain values, of whatever version of hpcmm; empty where there is none."""
+    """The run's frozen configuration as plain values, of whatever version of hpcmm; empty if there is none."""
     return read_frozen_config(run.config)
 
 
@@ -150,4 +150,4 @@ def _no_such_run(asked: str, runs_root: Path, runs: list[RunDir]) -> str:
     names = [run.root.name for run in runs]
     close = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "give a job's number, a run's name or its directory."
-    return f"{asked!r} is no run in {runs_root.absolute()}, no run directory and no job's number: {hint}"
+    return f"{asked!r} is not a run in {runs_root.absolute()}, no run directory and no job's number: {hint}"

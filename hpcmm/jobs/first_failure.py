@@ -28,7 +28,7 @@ class Place:
 
     @property
     def said(self) -> str:
-        """The innermost frame, and the innermost of the user's own code where that is another."""
+        """The innermost frame, and the innermost of the user's own code if that is another."""
         if not self.frames:
             return "an unknown place"
         own = next((frame for frame in self.frames if not _LIBRARY.search(frame)), None)
@@ -36,7 +36,7 @@ class Place:
 
 
 def main_place(stacks: str) -> Place | None:
-    """The place of the thread that runs the training, in the last dump; None where there is none."""
+    """The place of the thread that runs the training, in the last dump; None if there is none."""
     threads: list[list[str]] = []
     for line in stacks.splitlines():
         if _THREAD.match(line):
@@ -196,7 +196,7 @@ def _ended_by_slurm(evidence: JobDiagnostics, kind: Kind) -> Verdict:
 
 
 def _hung(evidence: JobDiagnostics) -> RankDiagnostics | None:
-    """The one rank that was not in a collective when all were told to end, where all others were."""
+    """The one rank that was not in a collective when all were told to end, if all others were."""
     places = {rank: main_place(each.stacks) for rank, each in evidence.ranks.items()}
     away = [rank for rank, place in places.items() if place is not None and not place.in_collective]
     waiting = [rank for rank, place in places.items() if place is not None and place.in_collective]

@@ -200,7 +200,7 @@ def _state_of(record: dict[str, str]) -> str:
 
 
 def _show_analysis(submission: Submission, console: Console) -> None:
-    """Show the analysis: of the job that is queued behind the run, or made here where there is no queue."""
+    """Show the analysis: of the job that is queued behind the run, or made here if there is no queue."""
     run = submission.run
     if submission.analysis_job_id is None:
         # A process of its own: its memory, of gigabytes for a large run, ends with it.

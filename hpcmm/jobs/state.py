@@ -149,8 +149,8 @@ def _changing(states: Sequence[State]) -> list[list[tuple[str, str]]]:
 
 def silence(error: SilentError, environ: Mapping[str, str]) -> str:
     """One sentence for a Slurm that does not answer."""
-    cure = "; make cluster-up starts the local cluster" if is_local_cluster(environ.get("SLURM_CONF", "")) else ""
-    return f"Slurm does not answer ({error.reason}{cure}), so this is what the run directory tells."
+    remedy = "; make cluster-up starts the local cluster" if is_local_cluster(environ.get("SLURM_CONF", "")) else ""
+    return f"Slurm does not answer ({error.reason}{remedy}), so this is what the run directory tells."
 
 
 def recorded_jobs(runs: Sequence[RunDir]) -> list[Job]:

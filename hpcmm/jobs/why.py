@@ -60,7 +60,7 @@ _MOST_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Explanation:
-    """A job's first failure with what belongs to it; no verdict where nothing has failed."""
+    """A job's first failure with what belongs to it; no verdict if nothing has failed."""
 
     evidence: JobDiagnostics
     verdict: Verdict | None
@@ -72,7 +72,7 @@ class Explanation:
 
 
 def explain(target: Target) -> Explanation:
-    """Explain the newest job of ``target``. Raises HpcmmError where nothing is known of it."""
+    """Explain the newest job of ``target``. Raises HpcmmError if nothing is known of it."""
     evidence = gather(target)
     return explanation_of(evidence)
 

@@ -54,7 +54,7 @@ def _launch(overrides: Sequence[str]) -> int:
 
     options = [word for word in overrides if word.startswith("-")]
     if options:
-        raise HpcmmError(f"{options[0]} is no option: everything is given as KEY=VALUE, see --help.")
+        raise HpcmmError(f"{options[0]} is not an option: everything is given as KEY=VALUE, see --help.")
     planned = plan(compose_points(overrides), overrides)
     if planned.config.dry_run:
         print(dry_run_text(planned), end="")

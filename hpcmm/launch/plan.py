@@ -182,7 +182,7 @@ def _frozen(config: RunConfig, code: CodePlan, start: str | None) -> RunConfig:
 def run_to_start_from(config: RunConfig) -> str | None:
     """The run's absolute folder, with links such as ``latest`` followed now, for they point elsewhere later.
 
-    A name is looked for in ``runs_root`` first. Raises HpcmmError if there is no run directory, or no finished
+    A name is looked for in ``runs_root`` first. Raises HpcmmError if there is not a run directory, or no finished
     checkpoint in it and ``after`` names no job that may bring one.
     """
     named = config.train.init_from
@@ -225,12 +225,12 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
         return named
     run = RunDir(runs_root / named)
     if "\0" in named or not run.root.is_dir():
-        raise HpcmmError(f"after={named} is no job id, and {runs_root} holds no run of that name.")
+        raise HpcmmError(f"after={named} is not a job id, and {runs_root} holds no run of that name.")
     job_id = submitted_job(run)
     if job_id is None:
         raise HpcmmError(f"after={named}: {run.submission} does not tell that run's job, so it was not submitted.")
     if not _JOB_ID.fullmatch(job_id):
-        raise HpcmmError(f"after={named}: {run.submission} holds {job_id[:40]!r}, which is no job id.")
+        raise HpcmmError(f"after={named}: {run.submission} holds {job_id[:40]!r}, which is not a job id.")
     return job_id
 
 

@@ -120,7 +120,7 @@ def _render(template: str, config: RunConfig, job: Job, directives: dict[str, st
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 -- a shell script, where the filter `word` quotes
+        autoescape=False,  # noqa: S701 -- a shell script, for which the filter `word` quotes
     )
     environment.filters["word"] = lambda value: shlex.quote(str(value))
     environment.filters["words"] = shlex.join

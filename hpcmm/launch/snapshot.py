@@ -113,7 +113,7 @@ class CodePlan:
     """Where the job's code comes from. Planning it reads no more than where things lie."""
 
     project: Path | None
-    """The user's project; None where the task is hpcmm's own, or where nothing is copied."""
+    """The user's project; None if the task is hpcmm's own, or if nothing is copied."""
     python_path: tuple[str, ...]
     """Folders that the job's Python searches first."""
     script: str | None
@@ -121,7 +121,7 @@ class CodePlan:
 
 
 def plan_code(config: RunConfig, run: RunDir, working_directory: Path) -> CodePlan:
-    """What a job of ``config`` runs. Raises HpcmmError where the script is not there."""
+    """What a job of ``config`` runs. Raises HpcmmError if the script is not there."""
     task = config.task
     script = _existing_script(task.path, working_directory) if task.name == SCRIPT else None
     holders = _holders_of_own_classes(config)

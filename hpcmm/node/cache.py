@@ -26,7 +26,7 @@ def cache_dir(cluster: ClusterConfig) -> Path:
 def one_at_a_time(lock: Path) -> Iterator[None]:
     """Hold a lock file in the cache folder, or in a folder of it, which is made where it is missing.
 
-    Raises HpcmmError where that cannot be written.
+    Raises HpcmmError if that cannot be written.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)

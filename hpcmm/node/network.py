@@ -65,7 +65,7 @@ _THREADS = 64
 
 
 def unreachable_nodes(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Nodes of this Slurm job that do not answer within seconds; none where every one is silent, as behind a firewall.
+    """Nodes of this Slurm job that do not answer within seconds; none if every one is silent, as behind a firewall.
 
     The nodes are this process' own job's, at most 256 of them.
     """

@@ -33,7 +33,7 @@ def run_under_nsys(
 ) -> int:
     """Run ``command`` under ``nsys profile FLAGS...`` and leave its report at ``report``. Returns its exit status.
 
-    nsys writes on the node's own disk; only the finished report is copied to the shared one. Where it cannot be
+    nsys writes on the node's own disk; only the finished report is copied to the shared one. If it cannot be
     finished here, what there is is copied beside ``report`` and the reason is printed. A report that stands there from
     an earlier attempt is moved to the folder ``aside``. A signal to this process reaches the command and not nsys, so
     that the report survives it; ``ended`` and ``must_end`` as in :func:`~hpcmm.nsys.supervisor.run_supervised`.

@@ -1,4 +1,4 @@
-"""From nsys' raw capture (``.qdstrm``) to a report (``.nsys-rep``), where nsys itself does not find its importer.
+"""From nsys' raw capture (``.qdstrm``) to a report (``.nsys-rep``), if nsys itself does not find its importer.
 
 Debian's package of nsys 2022.4 is such a one: the importer is there, in a folder that nsys does not look into. And a
 capture that was cut short is left raw everywhere.

@@ -1,7 +1,7 @@
 """Run a rank's profiler in a process of its own, which Slurm's SIGTERM does not reach and which ends with this one.
 
 A job that is cancelled or out of time gets SIGTERM, and SIGKILL some seconds later (Slurm's KillWait). nsys' agent dies
-of the SIGTERM with all that it has recorded. Where Slurm follows processes by control groups, only the process that it
+of the SIGTERM with all that it has recorded. If Slurm follows processes by control groups, only the process that it
 started itself gets SIGTERM; where it follows them by their parents, every descendant does. So the profiler's ancestor
 leaves the family: it is told of signals by this process alone, passes them to the rank and not to the profiler, and
 kills all that it has started when this process is gone.
@@ -96,7 +96,7 @@ def run_supervised(
 
     ``rank_pid`` tells the rank's process once there is one. ``ended`` is called here as soon as the command is over,
     while ``work`` goes on. ``must_end`` is asked every two seconds: once it is true, the rank is told to end. 1 is
-    returned where the process apart was killed before it could say anything.
+    returned if the process apart was killed before it could say anything.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -136,7 +136,7 @@ def steps_line(study: Study) -> str:
 
 
 def phases_line(study: Study) -> str:
-    """How to see more of a computation that no phase covers; empty where phases cover it."""
+    """How to see more of a computation that no phase covers; empty if phases cover it."""
     if not len(study.steps.numbers) or computation_has_phases(study.traces):
         return ""
     return (
@@ -150,7 +150,7 @@ def clock_line(study: Study) -> str:
 
 
 def efficiency_line(study: Study) -> str:
-    """Parallel efficiency of the run and its factors; empty where there is no table ``efficiency``."""
+    """Parallel efficiency of the run and its factors; empty if there is no table ``efficiency``."""
     table = study.tables.get("efficiency")
     run = table[table["scope"] == "run"] if table is not None and len(table) else None
     if run is None or run.empty:
@@ -164,7 +164,7 @@ def efficiency_line(study: Study) -> str:
 
 
 def startup_line(study: Study) -> str:
-    """The parts of the newest attempt's start; empty where the ranks recorded none."""
+    """The parts of the newest attempt's start; empty if the ranks recorded none."""
     table = study.tables.get("startup")
     if table is None or table.empty:
         return ""
@@ -193,7 +193,7 @@ def gpu_line(study: Study) -> str:
 
 
 def gpu_headline(study: Study) -> str:
-    """The first bottleneck of a capture without steps, or nothing where no GPU was traced."""
+    """The first bottleneck of a capture without steps, or nothing if no GPU was traced."""
     rows, table = _gpu_rows(study), study.tables["bottlenecks"]
     devices = len(rows.drop_duplicates(["rank", "device"]))
     if not devices:
@@ -207,7 +207,7 @@ def gpu_headline(study: Study) -> str:
 
 
 def late_line(study: Study) -> str:
-    """Who arrives last at collectives that only their order on the device identifies; nothing where nobody does."""
+    """Who arrives last at collectives that only their order on the device identifies; nothing if nobody does."""
     table = study.tables["collectives"]
     ordered = table[table["basis"].str.startswith("kernel order") & table["late_rank"].notna()]
     if ordered.empty:
@@ -224,7 +224,7 @@ def late_line(study: Study) -> str:
 
 
 def _gpu_rows(study: Study) -> pd.DataFrame:
-    """Rows of the steps that count; all rows where there are none."""
+    """Rows of the steps that count; all rows if there are none."""
     table = study.tables["gpu"]
     steady = table[table["step"].notna() & ~table["warmup"].astype(bool)]
     return steady if len(steady) else table

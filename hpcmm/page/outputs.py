@@ -35,7 +35,7 @@ from hpcmm.text import printable
 
 
 def write_all(folder: Path, contents: Mapping[str, Content]) -> None:
-    """Make ``folder`` and write all files into it, or none. Raises HpcmmError where that cannot be done."""
+    """Make ``folder`` and write all files into it, or none. Raises HpcmmError if that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_together(folder, contents, mode=0o644)
@@ -124,7 +124,7 @@ def _bottlenecks(rows: pd.DataFrame) -> str:
 
 
 def table(frame: pd.DataFrame) -> str:
-    """A Markdown table, or a word where there are no rows."""
+    """A Markdown table, or a word if there are no rows."""
     if frame.empty:
         return "None."
     header = _line([escape(column) for column in frame.columns])
@@ -152,5 +152,5 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """``compare.csv`` and ``compare.parquet`` into ``folder``. Raises HpcmmError where that cannot be done."""
+    """``compare.csv`` and ``compare.parquet`` into ``folder``. Raises HpcmmError if that cannot be done."""
     write_all(folder, table_files({"compare": comparison.table}))

@@ -157,7 +157,7 @@ def _arguments(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _late_ranks(rows: pd.DataFrame) -> npt.NDArray[np.object_]:
-    """The late rank of each row; None where nobody is blamed."""
+    """The late rank of each row; None if nobody is blamed."""
     late = rows["late_rank"]
     return late.astype(object).where(late.notna(), None).to_numpy(np.object_)
 

@@ -114,7 +114,7 @@ def rank_bars(study: Study) -> BarChart | None:
 
 
 def device_bars(study: Study) -> BarChart | None:
-    """Each GPU's time in its steps (all of it where there are no steps), from table ``gpu``."""
+    """Each GPU's time in its steps (all of it if there are no steps), from table ``gpu``."""
     table = study.tables.get("gpu")
     if table is None or table.empty:
         return None
@@ -139,7 +139,7 @@ _DEVICE_COLUMNS = ["span_s", "compute_s", "overlap_s", "exposed_comm_s", "idle_s
 
 
 def _device_split(row: dict[Hashable, Any]) -> list[float]:
-    """Seconds of each of ``_DEVICE_PARTS``, which add up to the span: copies count where nothing else runs."""
+    """Seconds of each of ``_DEVICE_PARTS``, which add up to the span: copies count if nothing else runs."""
     copies = row["span_s"] - row["idle_s"] - row["compute_s"] - row["exposed_comm_s"]
     idle = row["idle_s"] - row["idle_host_s"]
     return [
@@ -332,7 +332,7 @@ class Efficiency:
 
 
 def efficiency(study: Study) -> Efficiency | None:
-    """None where there is no table, or no row of the whole run."""
+    """None if there is no table, or no row of the whole run."""
     table = study.tables.get("efficiency")
     if table is None or table.empty:
         return None

@@ -79,7 +79,7 @@ def _standard_output() -> Console:
 
 
 def _line(console: Console, text: str, style: str, *, rich: bool) -> None:
-    """A sentence; where nobody looks at the width, it stays one line."""
+    """A sentence; if nobody looks at the width, it stays one line."""
     console.print(Text(text, style=style if rich else ""), soft_wrap=not rich)
 
 

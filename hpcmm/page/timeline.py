@@ -19,7 +19,7 @@ from hpcmm.page.step_charts import kinds, ordered
 
 
 def worst_step(study: Study, row: dict[Any, Any]) -> int | None:
-    """Of a row of ``bottlenecks``: its own column ``worst_step`` where it has one, else the step with the most of it.
+    """Of a row of ``bottlenecks``: its own column ``worst_step`` if it has one, else the step with the most of it.
 
     For a rank or node that is its excess over the median of the others in the row's phases; for transfer and waiting
     the largest sum over ranks; else the largest mean over ranks.
@@ -37,7 +37,7 @@ def worst_step(study: Study, row: dict[Any, Any]) -> int | None:
 
 
 def culprits(study: Study, row: dict[Any, Any]) -> list[int]:
-    """Ranks that a row of ``bottlenecks`` is about; none where it blames nobody."""
+    """Ranks that a row of ``bottlenecks`` is about; none if it blames nobody."""
     if not pd.isna(row["rank"]):
         return [int(row["rank"])]
     return [trace.rank for trace in study.traces if row["node"] and trace.node == row["node"]]
@@ -70,7 +70,7 @@ def _durations(study: Study, phases: list[str]) -> pd.DataFrame:
 
 
 MIN_UNIT_NS = 1000
-"""Times are unsigned 32-bit counts of a unit: a microsecond, or longer where the run is longer than 71 minutes."""
+"""Times are unsigned 32-bit counts of a unit: a microsecond, or longer if the run is longer than 71 minutes."""
 MAX_SEGMENTS = 1_000_000
 """More than this would make the page heavy: the shortest are left out, and the page says so."""
 MAX_COLLECTIVES = 400_000

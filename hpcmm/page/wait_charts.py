@@ -47,7 +47,7 @@ class WaitMatrix:
 
 
 def wait_matrix(study: Study) -> WaitMatrix | None:
-    """The matrix in milliseconds a step; None where nobody waited, or where even the nodes are too many."""
+    """The matrix in milliseconds a step; None if nobody waited, or where even the nodes are too many."""
     values = study.wait_matrix
     if values.size == 0 or not np.any(values > 0):
         return None
@@ -195,7 +195,7 @@ class ChildWaits:
 
 
 def child_waits(study: Study) -> ChildWaits | None:
-    """The bands; None where no wait for a child was recorded."""
+    """The bands; None if no wait for a child was recorded."""
     windows = study.tables["waitpid_windows"]
     if windows.empty:
         return None

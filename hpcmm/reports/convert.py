@@ -53,7 +53,7 @@ class Converter:
     def _convert(self, path: Path) -> Path:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise HpcmmError(f"{path} is no file, although it has the name of a report.")
+            raise HpcmmError(f"{path} is not a file, although it has the name of a report.")
         if status.st_size == 0:
             raise HpcmmError(f"{path} has no bytes: the capture was cut off before anything was written.")
         if path.suffix == ".sqlite":
@@ -73,7 +73,7 @@ class Converter:
                 self._target(candidate).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what workers that died have left, and the cache where nothing is in it any more."""
+        """Remove what workers that died have left, and the cache if nothing is in it any more."""
         for left in self.cache.glob(f"export-{self.owner}-*"):
             shutil.rmtree(left, ignore_errors=True)
         if self.cache.is_dir() and not any(self.cache.iterdir()):

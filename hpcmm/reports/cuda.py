@@ -27,7 +27,7 @@ TABLES = {
     "CUPTI_ACTIVITY_KIND_MEMSET": SET,
     "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": GRAPH,
 }
-"""GRAPH_TRACE holds whole launches of CUDA graphs, where nsys was told to trace graphs as one."""
+"""GRAPH_TRACE holds whole launches of CUDA graphs, if nsys was told to trace graphs as one."""
 RUNTIME = "CUPTI_ACTIVITY_KIND_RUNTIME"
 NAME_COLUMNS = ("shortName", "demangledName", "mangledName")
 IMPORTED_PUSH_POP = 70
@@ -43,7 +43,7 @@ RANGE_COLUMNS = ["start_ns", "end_ns", "pid", "tid", "domain", "name"]
 
 
 def read_cuda(database: ReportDatabase, domains: Mapping[tuple[int, int], str], damage: list[str]) -> CudaEvents | None:
-    """GPU events of an export, or None where it has none. ``domains``: names of NVTX domains by (pid, domainId).
+    """GPU events of an export, or None if it has none. ``domains``: names of NVTX domains by (pid, domainId).
 
     What is lost to damage is told in a sentence each, appended to ``damage``.
     """

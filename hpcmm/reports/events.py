@@ -306,7 +306,7 @@ def _possible(database: ReportDatabase) -> str:
 
 
 def _impossible(database: ReportDatabase, domain_ids: list[int]) -> list[str]:
-    """A sentence on the ranges that are left out for their values; none where all are possible."""
+    """A sentence on the ranges that are left out for their values; none if all are possible."""
     query = f"""
         SELECT COUNT(*) FROM NVTX_EVENTS WHERE {_of_domains(domain_ids)}
         AND NOT ({_possible(database)} AND ("end" IS NULL OR "end" >= start))

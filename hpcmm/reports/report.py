@@ -17,7 +17,7 @@ import pandas as pd
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Rank, node and job of the process that nsys started; None where the report does not tell.
+    """Rank, node and job of the process that nsys started; None if the report does not tell.
 
     ``environment`` has every variable, with REDACTED for the values of those that may not be shown.
     """
@@ -83,7 +83,7 @@ class Report:
     nsys_version: str
     identity: Identity
     epoch_ns: int | None
-    """What to add to a time to get UTC; None where unknown."""
+    """What to add to a time to get UTC; None if unknown."""
     processes: dict[int, str]
     nvtx: pd.DataFrame
     osrt: pd.DataFrame
@@ -96,9 +96,9 @@ class Report:
     """Of ``nvtx``, ``osrt``, ``cuda``: what left events."""
     damage: tuple[str, ...] = field(default=())
     requested: frozenset[str] = frozenset()
-    """Of ``nvtx`` and ``cuda``: what nsys was asked to trace; empty where the report does not say."""
+    """Of ``nvtx`` and ``cuda``: what nsys was asked to trace; empty if the report does not say."""
     cuda: CudaEvents | None = None
-    """What its GPUs did; None where no GPU activity was traced."""
+    """What its GPUs did; None if no GPU activity was traced."""
     ranks: dict[int, int] = field(default_factory=dict)
     """Ranks by pid, of the processes that told theirs in a mark."""
     parts: Parts = Parts.ALL

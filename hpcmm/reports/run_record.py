@@ -19,7 +19,7 @@ MAX_WORLD_SIZE = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """Empty where the reports came without a run directory."""
+    """Empty if the reports came without a run directory."""
 
     world_size: int = 0
     ranks_per_node: int = 0
@@ -34,7 +34,7 @@ class RunRecord:
     failed_before_steps: bool = False
     """The directory notes that the job failed, and no step of any rank."""
     nvtx: str = ""
-    """Version of the Python package nvtx that the run used; empty where it is not known."""
+    """Version of the Python package nvtx that the run used; empty if it is not known."""
 
     @property
     def job_id(self) -> str | None:

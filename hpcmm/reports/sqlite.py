@@ -43,7 +43,7 @@ class UnusualTableError(Exception):
 def integer_columns(path: Path, root_page: int, columns: Sequence[int]) -> Iterator[tuple[list[Integers], Flags]]:
     """The columns numbered ``columns`` of the table that begins at ``root_page``, in pieces of some ten thousand rows.
 
-    Each piece is a list of arrays, one a column, and an array that is true where all of the row's cells are integers.
+    Each piece is a list of arrays, one a column, and an array that is true if all of the row's cells are integers.
     Rows come in the order of their row ids. Raises UnusualTableError, possibly after some pieces.
     """
     page_bytes, usable = _page_bytes(path)

@@ -45,7 +45,7 @@ def begin_attempt(run: RunDir, environ: Mapping[str, str] = os.environ, began_s:
 
 
 def current_attempt(run: RunDir) -> int:
-    """The number of the attempt that runs; 1 where none was noted, as with submitit's local executor."""
+    """The number of the attempt that runs; 1 if none was noted, as with submitit's local executor."""
     try:
         return max(1, run.attempts.read_bytes().count(b"\n"))
     except FileNotFoundError:
@@ -61,5 +61,5 @@ def attempts_of(run: RunDir) -> list[Attempt]:
 
 
 def raw_id_of(run: RunDir, job_id: str) -> str:
-    """Slurm's own number of the job that a user calls ``job_id``; the same where no attempt tells of another."""
+    """Slurm's own number of the job that a user calls ``job_id``; the same if no attempt tells of another."""
     return next((each.raw_id for each in reversed(attempts_of(run)) if each.job_id == job_id), job_id)

@@ -51,7 +51,7 @@ class RankExit:
     node: str
     unix_ns: int
     status: int | None
-    """Exit status; None where a signal ended it."""
+    """Exit status; None if a signal ended it."""
     signal: int | None
 
 
@@ -79,7 +79,7 @@ def failed_file(attempt: Path) -> Path:
 
 
 def write(record: RankError | RankExit, path: Path) -> None:
-    """Write so that ``path`` never exists half-written. Raises OSError where there is no room."""
+    """Write so that ``path`` never exists half-written. Raises OSError if there is no room."""
     path.parent.mkdir(parents=True, exist_ok=True)
     failed_file(path.parent).touch()
     write_json(path, asdict(record), indent=1)
@@ -89,7 +89,7 @@ Record = TypeVar("Record", RankError, RankExit)
 
 
 def read(path: Path, kind: type[Record]) -> Record | None:
-    """The record in a file that others could write to; None where there is none, or it is not one."""
+    """The record in a file that others could write to; None if there is none, or it is not one."""
     return _typed(read_json_object(path), kind)
 
 

@@ -57,7 +57,7 @@ class Ledger:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other launchers from this sweep. Raises HpcmmError where one is at work on it.
+        """Keep other launchers from this sweep. Raises HpcmmError if one is at work on it.
 
         ``flock`` holds between the login nodes of a shared file system too, where that supports it.
         """
@@ -99,7 +99,7 @@ def jobs_of_points(sweep: SweepDir) -> dict[int, list[str]]:
 
 
 def read_ledger(path: Path) -> Ledger:
-    """Read a ledger, or that of a sweep's folder. Raises HpcmmError where it is none."""
+    """Read a ledger, or that of a sweep's folder. Raises HpcmmError if it is none."""
     file = SweepDir(path).ledger if path.is_dir() else path
     if path.is_dir() and RunDir(path).submission_script.is_file() and not file.exists():
         raise HpcmmError(f"{path} is a single run, and no sweep: launch it again, with the overrides that it had.")

@@ -31,7 +31,7 @@ class Outcome:
     state: str
     """``COMPLETED``, ``FAILED``, ``STOPPED`` (before the last step, with a checkpoint), or another word of Slurm's."""
     exit_status: int | None = None
-    """Of the job's script, where its last line tells it."""
+    """Of the job's script, if its last line tells it."""
 
     @property
     def completed(self) -> bool:

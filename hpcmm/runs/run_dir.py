@@ -89,7 +89,7 @@ class RunDir:
 
     @property
     def failures(self) -> Path:
-        """What ranks that ended badly left, a folder for each time that the job ran; absent where none did."""
+        """What ranks that ended badly left, a folder for each time that the job ran; absent if none did."""
         return self.root / "failures"
 
     @property

@@ -25,7 +25,7 @@ class JobRecord:
 
 
 def write_submission(run: RunDir, **jobs: str | None) -> None:
-    """Write ``submission.json``: ``job_id``, and ``analysis_job_id`` where one may be queued. Raises OSError."""
+    """Write ``submission.json``: ``job_id``, and ``analysis_job_id`` if one may be queued. Raises OSError."""
     write_json(run.submission, {**jobs, "submitted_unix_s": time.time()})
 
 

@@ -56,7 +56,7 @@ def write_address(path: Path, address: Address) -> None:
 
 
 def read_address(path: Path) -> Address | None:
-    """The address in the file; None where there is no such file. Raises HpcmmError where it is no address."""
+    """The address in the file; None where there is no such file. Raises HpcmmError if it is no address."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return Address(str(values["node"]), int(values["port"]), str(values["token"]))
@@ -67,7 +67,7 @@ def read_address(path: Path) -> Address | None:
 
 
 def find_served_run(asked: str, runs_root: Path) -> RunDir:
-    """The newest run of that name that has a checkpoint. Raises HpcmmError where there is none."""
+    """The newest run of that name that has a checkpoint. Raises HpcmmError if there is none."""
     within = runs_root / asked  # a sweep's point: SWEEP/0003
     if "/" in asked and not Path(asked).expanduser().is_dir() and within.is_dir():
         asked = str(within)
@@ -84,7 +84,7 @@ def find_served_run(asked: str, runs_root: Path) -> RunDir:
 
 
 def find_address(asked: str, runs_root: Path) -> Address:
-    """Where the server of a job listens. Raises HpcmmError where none does (yet)."""
+    """Where the server of a job listens. Raises HpcmmError if none does (yet)."""
     for target in find_targets(asked, runs_root):
         address = None if target.run is None else read_address(target.run.address)
         if address is not None:

@@ -173,7 +173,7 @@ class Guard:
     def _check_question(self, path: str, body: bytes) -> None:
         """A question names uploaded files by their paths, which gradio would also fetch from other hosts.
 
-        It also names a function of the page by its number, of which gradio fails with a traceback where there is none.
+        It also names a function of the page by its number, of which gradio fails with a traceback if there is none.
         """
         if not body:
             return
@@ -223,7 +223,7 @@ def _cookies(scope: Message) -> dict[str, str]:
 
 
 def _named_files(value: Any) -> Iterator[Any]:
-    """All values of the key ``path``, at any depth, and of ``url`` where no path is given."""
+    """All values of the key ``path``, at any depth, and of ``url`` if no path is given."""
     if isinstance(value, dict):
         if "path" in value:
             yield value["path"]
@@ -324,7 +324,7 @@ class _Outgoing:
         await self._send(message)
 
     def _closing(self, status: int) -> list[tuple[bytes, bytes]]:
-        """After a refusal the connection ends where the request told no length: it may go on being sent for ever."""
+        """After a refusal the connection ends if the request told no length: it may go on being sent for ever."""
         return [] if self._is_sized or status < 400 else [(b"connection", b"close")]
 
     def _headers(self, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

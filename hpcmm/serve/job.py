@@ -28,7 +28,7 @@ _MOST_LINES = 10_000
 
 
 def submit(options: ServeOptions, cluster: str, overrides: Sequence[str], runs_root: Path) -> Submission:
-    """Queue the server; returns once Slurm has accepted it. Raises HpcmmError where it does not."""
+    """Queue the server; returns once Slurm has accepted it. Raises HpcmmError if it does not."""
     from hpcmm.config.compose import compose_run  # noqa: PLC0415 -- hydra and submitit, which a server does not need
     from hpcmm.config.sweep import Point  # noqa: PLC0415
     from hpcmm.launch.plan import plan  # noqa: PLC0415

@@ -69,7 +69,7 @@ def check_whole_number(name: str, value: int, most: int) -> None:
 
 
 def check_size(name: str, value: float) -> None:
-    """Raises HpcmmError, with the option's name, where ``value`` is no size above 0, up to 1000."""
+    """Raises HpcmmError, with the option's name, if ``value`` is no size above 0, up to 1000."""
     if not (0 < value <= 1000 and math.isfinite(value)):
         raise HpcmmError(f"{_option(name)} is {value}, but must lie above 0, up to 1000.")
 

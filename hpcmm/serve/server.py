@@ -48,7 +48,7 @@ def serve(
 ) -> None:
     """Serve until SIGTERM, Ctrl-C or ``asked_to_end``. ``ready`` is told the address once it answers.
 
-    Call it in the main thread. Raises HpcmmError where the run cannot be served.
+    Call it in the main thread. Raises HpcmmError if the run cannot be served.
     """
     with ExitStack() as stack:
         held = stack.enter_context(_listening(options.port))
@@ -77,7 +77,7 @@ def load_page(options: ServeOptions) -> tuple[ServedPage, Service[Any, Any]]:
 
 
 def served_model_of(run: RunDir, config: RunConfig) -> ServedModel:
-    """How the run's workload is served. Raises HpcmmError where its task has no page."""
+    """How the run's workload is served. Raises HpcmmError if its task has no page."""
     workload = workload_of(config)
     served = None if workload is None else workload.served()
     if served is None:

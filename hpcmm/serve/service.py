@@ -57,7 +57,7 @@ class Batcher(Generic[Asked, Answer]):
         self._thread.start()
 
     def submit(self, asked: Asked) -> Future[Answer]:
-        """Put the request into the queue. Raises BusyError where that is full, or closed."""
+        """Put the request into the queue. Raises BusyError if that is full, or closed."""
         future: Future[Answer] = Future()
         with self._door:
             if self._closed.is_set():

@@ -72,7 +72,7 @@ class Job:
     reason: str = ""
     submitted: str = ""
     started: str = ""
-    """Of a job that waits, when it is expected to start; empty where Slurm does not know."""
+    """Of a job that waits, when it is expected to start; empty if Slurm does not know."""
     ended: str = ""
     elapsed: str = ""
     nodes: str = ""
@@ -171,7 +171,7 @@ def own_jobs(user: str | None, since: str | None, environ: Mapping[str, str] = o
 
 
 def account_of(ids: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[Job]:
-    """sacct's rows of these jobs, not of their steps. Raises HpcmmError where sacct does not answer."""
+    """sacct's rows of these jobs, not of their steps. Raises HpcmmError if sacct does not answer."""
     return _sacct([f"--jobs={','.join(ids)}"], environ) if ids else []
 
 

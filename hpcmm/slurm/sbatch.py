@@ -119,7 +119,7 @@ def check_slurm_conf() -> None:
     configuration = os.environ.get("SLURM_CONF")
     if configuration and not Path(configuration).is_file():
         raise RefusedError(
-            f"SLURM_CONF is {configuration}, which is no file: is the cluster up (make cluster-up starts the local)?"
+            f"SLURM_CONF is {configuration}, which is not a file: is the cluster up (make cluster-up starts the local)?"
         )
 
 
@@ -185,7 +185,7 @@ def on_one_line(command: str, complaint: str) -> str:
 
 
 def remedy(config: RunConfig, complaint: str) -> str | None:
-    """What to do about what Slurm said; None where that is not known."""
+    """What to do about what Slurm said; None if that is not known."""
     cluster = config.cluster
     nodes = (
         f"Asked for are {cluster.nodes} nodes with {cluster.ranks_per_node} ranks of {cluster.cpus_per_rank} CPUs and "

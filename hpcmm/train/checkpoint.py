@@ -71,7 +71,7 @@ class Checkpoints:
     def save(self, engine: deepspeed.DeepSpeedEngine, steps_done: int, state: dict[str, Any]) -> None:
         """Save what training needs to go on. The frozen encoders, which come from their own files, are left out.
 
-        Raises HpcmmError where there is no room; the checkpoints before stay as they are.
+        Raises HpcmmError if there is no room; the checkpoints before stay as they are.
         """
         partial = self._folder / f".{checkpoint_name(steps_done)}.part"
         with self._said_clearly(partial, steps_done):
@@ -93,7 +93,7 @@ class Checkpoints:
     def load_newest(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole, and return what was given to ``save``, with ``steps_done``.
 
-        None where there is none. One that any rank finds damaged is put aside, with a warning that says what is wrong.
+        None if there is none. One that any rank finds damaged is put aside, with a warning that says what is wrong.
         """
         candidates = iter(self._newest_first() if self._rank_env.rank == 0 else ())
         while True:
@@ -210,7 +210,7 @@ def _any_rank(claim: bool, device: torch.device) -> bool:
 def read_trained(run: RunDir) -> dict[str, Tensor]:
     """The trained parameters and the buffers of ``checkpoints/latest``, float32, on the CPU.
 
-    Raises HpcmmError where there is no checkpoint, it cannot be read, or another user could have written it.
+    Raises HpcmmError if there is no checkpoint, it cannot be read, or another user could have written it.
     """
     tag = _latest(run)
     folders = (run.root, run.checkpoints, run.checkpoints / tag)
@@ -231,7 +231,7 @@ def read_trained(run: RunDir) -> dict[str, Tensor]:
 def start_from(model: nn.Module, folder: str) -> None:
     """Give ``model`` what the run in ``folder`` trained. What that run did not have stays as it is.
 
-    Raises HpcmmError where that run has no checkpoint, or trained something that ``model`` lacks.
+    Raises HpcmmError if that run has no checkpoint, or trained something that ``model`` lacks.
     """
     run = RunDir(Path(folder))
     state = read_trained(run)

@@ -38,7 +38,7 @@ def train(
     device: torch.device,
     metrics: MetricsWriter,
 ) -> dict[str, float]:
-    """Train ``workload`` until ``config.train.steps`` steps are done, from the newest checkpoint on where there is one.
+    """Train ``workload`` until ``config.train.steps`` steps are done, from the newest checkpoint on if there is one.
 
     Returns the scores before and after training; none when it was asked to stop before its last step.
     """

@@ -28,7 +28,7 @@ def ops_are_built(folder: Path) -> bool:
 def build_ops(folder: Path) -> None:
     """Compile into ``folder`` what this machine's accelerator needs. The caller sees to it that it does so alone.
 
-    Raises HpcmmError where there is no C++ compiler.
+    Raises HpcmmError if there is no C++ compiler.
     """
     shutil.rmtree(folder, ignore_errors=True)  # an earlier build was cut short
     folder.mkdir(parents=True)
@@ -62,11 +62,11 @@ def _compile(folder: Path) -> None:
 
 
 def load_ops(folder: Path) -> None:
-    """Give DeepSpeed the ops in ``folder``, so that it builds none. Raises HpcmmError where one cannot be loaded."""
+    """Give DeepSpeed the ops in ``folder``, so that it builds none. Raises HpcmmError if one cannot be loaded."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     library = folder / _OP / f"{_OP}.so"
     if not library.is_file():
-        return  # built for a GPU, where none is needed
+        return  # built for a GPU, if none is needed
     from deepspeed.ops.op_builder.builder import OpBuilder  # noqa: PLC0415 -- after the accelerator's choice
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder  # noqa: PLC0415
 

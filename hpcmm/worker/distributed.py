@@ -25,7 +25,7 @@ DEVICES = Path("/dev")
 
 
 def select_accelerator() -> str:
-    """``cuda`` where this process sees a GPU that works, else ``cpu``; DeepSpeed is told through DS_ACCELERATOR.
+    """``cuda`` if this process sees a GPU that works, else ``cpu``; DeepSpeed is told through DS_ACCELERATOR.
 
     A scheduler may set CUDA_VISIBLE_DEVICES on nodes whose GPUs PyTorch cannot drive, so PyTorch is asked.
     """

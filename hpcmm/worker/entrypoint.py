@@ -33,7 +33,7 @@ def run_rank(run_dir: str) -> Any:
     """Run the task of ``config.yaml`` in the run directory. Returns a workload's final metrics, or what the user's
     function returned.
 
-    Raises HpcmmError where a script exits with another status than 0, or a function is not there.
+    Raises HpcmmError if a script exits with another status than 0, or a function is not there.
     """
     began_s = time.time()
     run = RunDir(Path(run_dir))
@@ -129,7 +129,7 @@ def _see_own_gpu() -> None:
 
 
 def _offer_compiled_ops(config: RunConfig) -> None:
-    """Give DeepSpeed, where the script imports it, the ops that were built before the ranks started."""
+    """Give DeepSpeed, if the script imports it, the ops that were built before the ranks started."""
     if importlib.util.find_spec("deepspeed") is None:
         return
     folder = extensions_dir(config.cluster)

@@ -41,7 +41,7 @@ class RankEnvironment:
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> RankEnvironment:
-        """Raises HpcmmError, naming the variable, where the environment is not a rank's."""
+        """Raises HpcmmError, naming the variable, if the environment is not a rank's."""
         # A job on submitit's local executor may itself have been started within a Slurm job.
         names = _SUBMITIT_LOCAL if environ.get("SUBMITIT_EXECUTOR") == "local" else _SLURM
         wanted = [*names.values(), "MASTER_ADDR", "MASTER_PORT"]
@@ -76,7 +76,7 @@ class RankEnvironment:
 
 
 def _ranks_on_this_node(environ: Mapping[str, str], world_size: int) -> int:
-    """From Slurm's ``2(x3),1``, three nodes of two tasks and one of one; all ranks where Slurm says nothing."""
+    """From Slurm's ``2(x3),1``, three nodes of two tasks and one of one; all ranks if Slurm says nothing."""
     listed = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")
     if environ.get("SUBMITIT_EXECUTOR") == "local" or not listed:
         return world_size

@@ -33,7 +33,7 @@ def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[st
     """Run ``command`` under nsys and leave the rank's report in the run directory. Returns its exit status,
     which is recorded where it is a bad one.
 
-    Raises ProfilerUnusableError, before anything runs, where this node's nsys is missing or records nothing.
+    Raises ProfilerUnusableError, before anything runs, if this node's nsys is missing or records nothing.
     """
     nsys = shutil.which("nsys")
     if nsys is None:

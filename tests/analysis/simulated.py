@@ -74,7 +74,7 @@ def simulate_run(
 
 
 Group = Callable[[int], str]
-"""Name of the group that a rank belongs to; an empty one where the rank takes no part."""
+"""Name of the group that a rank belongs to; an empty one if the rank takes no part."""
 
 
 def everyone(_rank: int) -> str:

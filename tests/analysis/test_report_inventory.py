@@ -306,5 +306,5 @@ def test_a_pipe_a_folder_and_a_loose_link_cost_their_rank_alone(run_dir: RunDir)
     report(run_dir, 3).symlink_to("gone.sqlite")
     analysis = analyze([run_dir.root])
     assert statuses(analysis) == {0: "found", 1: "truncated", 2: "truncated", 3: "truncated"}
-    assert "is no file" in reason(analysis, 1)
+    assert "is not a file" in reason(analysis, 1)
     assert "No such file" in reason(analysis, 3)

@@ -49,4 +49,4 @@ def test_a_run_is_compared_by_name(runs: Path) -> None:
 
 def test_a_name_of_no_run_says_where_it_was_looked_for(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["other"]) == 1
-    assert f"other does not exist, and is no run in {runs}" in capsys.readouterr().err
+    assert f"other does not exist, and is not a run in {runs}" in capsys.readouterr().err

@@ -38,7 +38,7 @@ NEAR = 0.005
 
 
 def run_module(module: str, *arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command of hpcmm in ``folder``, where no Slurm answers."""
+    """A command of hpcmm in ``folder``, if no Slurm answers."""
     silent = folder / "no slurm"
     silent.mkdir(exist_ok=True)
     for name in ("squeue", "sacct", "sinfo", "scontrol"):

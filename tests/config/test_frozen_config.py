@@ -52,7 +52,7 @@ def test_a_damaged_file_is_told_as_such_and_not_as_another_version_s(frozen, con
 def test_what_is_no_file_is_not_waited_for(frozen):
     frozen.unlink()
     os.mkfifo(frozen)
-    with pytest.raises(HpcmmError, match=r"cannot be read \(it is no file\): is this a run directory"):
+    with pytest.raises(HpcmmError, match=r"cannot be read \(it is not a file\): is this a run directory"):
         load(frozen)
     assert read_frozen_config(frozen) == {}
     frozen.unlink()

@@ -44,4 +44,4 @@ def test_what_slurm_said_is_told_once_with_its_cure(tmp_path, says, told):
 def test_without_slurm_s_configuration_it_does_not_wait_for_it(tmp_path):
     done = doctor(tmp_path, says="", configuration=False)
     assert done.returncode == 1
-    assert "which is no file: is the cluster up" in done.stderr
+    assert "which is not a file: is the cluster up" in done.stderr

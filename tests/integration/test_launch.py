@@ -180,7 +180,7 @@ def test_a_job_that_is_accepted_but_cannot_start_is_told(slurm_cluster, folder, 
         (["train.seed=range(0,2000)"], "MaxArraySize of this cluster allows"),
         (
             ["cluster.submit_environment.SLURM_CONF=/none/slurm.conf"],
-            "SLURM_CONF is /none/slurm.conf, which is no file",
+            "SLURM_CONF is /none/slurm.conf, which is not a file",
         ),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_job_serves_says_how_to_reach_it_and_can_be_cancelled(slurm_cluster, f
     assert tunnel[2] in slurm_cluster.nodes
     assert url.startswith(f"http://127.0.0.1:{tunnel[1]}/")
     assert stat.S_IMODE((job / "address.json").stat().st_mode) == 0o600
-    assert (folder / "runs" / "latest").readlink() == latest  # a server is no run to analyse
+    assert (folder / "runs" / "latest").readlink() == latest  # a server is not a run to analyse
     # What comes through a tunnel comes from the node itself. The login node has another loopback interface.
     job_id = json.loads((job / "submission.json").read_text())["job_id"]
     asked = slurm_cluster.run("srun", f"--jobid={job_id}", "--overlap", "-n1", sys.executable, "-c", VISIT, url)

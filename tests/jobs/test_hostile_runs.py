@@ -51,7 +51,7 @@ def test_a_nested_configuration_without_end_is_no_configuration(run):
 
 
 def test_a_user_without_a_home_is_no_run(tmp_path):
-    with pytest.raises(HpcmmError, match="is no run in"):
+    with pytest.raises(HpcmmError, match="is not a run in"):
         find_targets("~nobody-here", tmp_path)
 
 

@@ -35,7 +35,7 @@ def test_a_job_of_a_user_whose_home_cannot_be_written_says_what_to_set(tmp_path:
 
 def test_a_probe_of_nsys_that_cannot_be_noted_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "nsys").write_text("")
-    (tmp_path / "cache").write_text("a file where the folder should be")
+    (tmp_path / "cache").write_text("a file if the folder should be")
     with pytest.raises(HpcmmError, match=r"set cluster\.cache_dir to"):
         nsys_facts(str(tmp_path / "nsys"), tmp_path / "cache" / "nsys")
 

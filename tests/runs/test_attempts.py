@@ -8,7 +8,7 @@ from hpcmm.runs.run_dir import RunDir
 
 def test_each_start_of_the_script_is_the_next_attempt(tmp_path):
     run = RunDir(tmp_path)
-    assert current_attempt(run) == 1  # none is noted where no script runs
+    assert current_attempt(run) == 1  # none is noted if no script runs
     requeued = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_NODELIST": "node[1-2]"}
     assert begin_attempt(run, {"SLURM_JOB_ID": "7"}) == 1
     assert current_attempt(run) == 1

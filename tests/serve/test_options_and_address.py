@@ -89,8 +89,8 @@ def test_a_run_is_found_by_name_start_path_and_point_of_a_sweep(runs):
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [("demo-3", "has the run trained to its end"), ("nothing", "is no run in"), ("sweep-1", "name one of its points"),
-     ("../../etc", "is no run in"), ("123", "is not known")],
+    [("demo-3", "has the run trained to its end"), ("nothing", "is not a run in"), ("sweep-1", "name one of its points"),
+     ("../../etc", "is not a run in"), ("123", "is not known")],
 )  # fmt: skip
 def test_what_cannot_be_served_is_said(asked, said, runs):
     with pytest.raises(HpcmmError, match=said):
@@ -120,10 +120,10 @@ def test_tokens_are_long_and_never_the_same():
 
 def test_mistakes_on_the_command_line_are_one_sentence(runs):
     for arguments, said in (
-        (["nothing"], "is no run in"),
+        (["nothing"], "is not a run in"),
         (["demo-1", "--port", "99999"], "a port is a number up to 65535"),
         (["demo-1", "cluster.nodes=1"], "is for a Slurm job"),
-        (["demo-1", "--cluster", "nowhere"], "cluster=nowhere is no option of the group cluster"),
+        (["demo-1", "--cluster", "nowhere"], "cluster=nowhere is not an option of the group cluster"),
         (["demo-1", "--cluster", "local"], "has no Slurm"),
         (["demo-1", "--address"], "No server of demo-1 answers"),
     ):

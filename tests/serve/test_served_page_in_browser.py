@@ -184,7 +184,7 @@ def test_many_files_become_a_table_a_gallery_and_a_csv(page, requested, server, 
 
 
 def test_a_wrong_token_shows_a_sentence_and_nothing_else(page, server):
-    other = server.base.replace("127.0.0.1", "localhost")  # where this window has no cookie
+    other = server.base.replace("127.0.0.1", "localhost")  # if this window has no cookie
     for url in (f"{other}/?token=wrong", f"{other}/", f"{other}/config"):
         refused = page.context.new_page()
         refused.goto(url)

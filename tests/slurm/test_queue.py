@@ -432,4 +432,4 @@ def test_what_does_not_exist_is_one_sentence(tmp_path, arguments):
     )
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "is no run in" in done.stderr
+    assert "is not a run in" in done.stderr

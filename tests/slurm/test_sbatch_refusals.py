@@ -1,4 +1,4 @@
-"""Each common refusal of sbatch's gets a cure; a job to wait for is found by its name."""
+"""Each common refusal of sbatch's gets a remedy; a job to wait for is found by its name."""
 
 import json
 
@@ -13,7 +13,7 @@ FAILED = "sbatch: error: Batch job submission failed: "
 
 
 @pytest.mark.parametrize(
-    ("said", "cure"),
+    ("said", "remedy"),
     [
         ("Invalid partition name specified", "cluster.partition is gpu: `sinfo -s`"),
         ("Invalid account or account/partition combination specified", "cluster.account is proj and cluster.partition"),
@@ -37,7 +37,7 @@ FAILED = "sbatch: error: Batch job submission failed: "
         ("Something new", "Change the cluster settings"),
     ],
 )  # fmt: skip
-def test_a_refusal_is_one_sentence_with_its_cure(said, cure):
+def test_a_refusal_is_one_sentence_with_its_cure(said, remedy):
     config = compose_run(
         [
             "cluster=slurm",
@@ -50,7 +50,7 @@ def test_a_refusal_is_one_sentence_with_its_cure(said, cure):
     )
     sentence = refusal(config, FAILED + said + "\n")
     assert said in sentence
-    assert cure in sentence
+    assert remedy in sentence
     assert "\n" not in sentence
 
 
@@ -71,7 +71,7 @@ def test_the_job_of_a_run_is_found_by_the_run_s_name(tmp_path):
         (None, "holds no run of that name"),
         ("", "was not submitted"),
         ("[]", "was not submitted"),
-        ('{"job_id": "1 --wrap=pwn"}', "is no job id"),
+        ('{"job_id": "1 --wrap=pwn"}', "is not a job id"),
     ],
 )
 def test_a_run_without_a_job_is_no_job_to_wait_for(tmp_path, record, expected):

@@ -1,4 +1,4 @@
-"""GPU or CPU, and no complaint of a driver where there is no GPU to drive."""
+"""GPU or CPU, and no complaint of a driver if there is no GPU to drive."""
 
 from __future__ import annotations
 

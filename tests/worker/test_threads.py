@@ -1,4 +1,4 @@
-"""The threads of a rank's libraries are bounded where the user has not said otherwise."""
+"""The threads of a rank's libraries are bounded if the user has not said otherwise."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def data_config(config: AnomalyConfig) -> DataConfig:
 def ensure_data(config: AnomalyConfig) -> None:
     """Make the stand-ins that the run needs and that are not there, and say what it trains on and is scored on.
 
-    Raises InputError where the images are not in the layout that ``config.data`` says.
+    Raises InputError if the images are not in the layout that ``config.data`` says.
     """
     if config.data.generate:
         for standins in _standins(config.data):

@@ -50,7 +50,7 @@ class AnomalyEvaluation(Evaluation):
     named_by = ("model/decoder=", "model.decoder=")
     samples = "the held-out images"
     columns = """image and pixel AUROC, PRO, F1, accuracy,
-                   and how right the words are, where there is a language model"""
+                   and how right the words are, if there is a language model"""
     files = "  maps.png         an image a category with its true defect and each model's heat map\n"
     notes = """A run's
 model is called by its decoder and by what else a sweep set; a second run of one model and seed also by its name.

@@ -10,9 +10,9 @@ from hpcmm.workloads.anomaly.schema import AnomalyConfig, LlmKind, ModelConfig
 
 
 def model_config(config: AnomalyConfig) -> ModelConfig:
-    """``model`` with the language model's folder filled in where that is one in the cache.
+    """``model`` with the language model's folder filled in if that is one in the cache.
 
-    Raises HpcmmError where it is not there, since only the preparation of a run makes it.
+    Raises HpcmmError if it is not there, since only the preparation of a run makes it.
     """
     llm = config.model.llm
     if llm.kind is not LlmKind.smollm2:
@@ -26,7 +26,7 @@ def model_config(config: AnomalyConfig) -> ModelConfig:
 
 
 def ensure_llm(config: AnomalyConfig) -> None:
-    """Convert the packaged language model where the configuration asks for it and it is not there."""
+    """Convert the packaged language model if the configuration asks for it and it is not there."""
     if config.model.llm.kind is not LlmKind.smollm2:
         return
     from hpcmm.workloads.anomaly.models.smollm2 import FOLDER, ensure_smollm2  # noqa: PLC0415 -- imports torch

@@ -83,7 +83,7 @@ class DataConfig:
         "Another data set to score on, such as MVTec-AD after training on VisA. None: the test images of ``root``.",
     )
     test_standins: Standins | None = key(
-        None, "Other stand-ins to score on, where both ``root`` and ``test_root`` are None."
+        None, "Other stand-ins to score on, if both ``root`` and ``test_root`` are None."
     )
     test_layout: Layout | None = key(None, "Layout of ``test_root``; None: ``layout``.")
     test_categories: list[str] = made_by(
@@ -97,7 +97,7 @@ class DataConfig:
     )
     generate: bool = key(
         False,
-        "Make the stand-ins where they are needed and not there. A folder that ``root`` names is never written to.",
+        "Make the stand-ins if they are needed and not there. A folder that ``root`` names is never written to.",
     )
     categories: list[str] = made_by(list, "Categories to use; empty for all that lie under ``root``.")
     image_size: int = key(128, "Side of the square images that the model sees, in pixels.", least=1)

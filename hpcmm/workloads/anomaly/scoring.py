@@ -83,7 +83,7 @@ def score_images(
 def by_category(scored: ImageScores) -> pd.DataFrame:
     """One row a category, one of all images together, and last the mean over categories.
 
-    Columns: category, images, abnormal and the metrics (0 to 1); where there are words, also what answers without a
+    Columns: category, images, abnormal and the metrics (0 to 1); if there are words, also what answers without a
     look at the image would get (``words_grid_constant``, ...). A metric that a category cannot have (no defect, no
     normal image) is nan, and left out of the mean.
     """

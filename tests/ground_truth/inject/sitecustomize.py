@@ -1,4 +1,4 @@
-"""Puts faults into a rank from outside its code. Python imports this at start-up where its folder is on PYTHONPATH.
+"""Puts faults into a rank from outside its code. Python imports this at start-up if its folder is on PYTHONPATH.
 
 ``HPCMM_GROUND_TRUTH`` holds a JSON list of faults, each ``{"at": WHERE, "do": WHAT, "ranks": [..], ...}``:
 

@@ -247,6 +247,6 @@ def test_an_encoder_that_trains_is_refused(config: AnomalyConfig):
 
 def test_a_full_disk_is_named(config: AnomalyConfig, tmp_path: Path):
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "features").write_text("a file where the folder should be")
+    (tmp_path / "cache" / "features").write_text("a file if the folder should be")
     with pytest.raises(HpcmmError, match=r"cannot be written: .*cluster\.cache_dir"):
         keep(config)

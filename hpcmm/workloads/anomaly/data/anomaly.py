@@ -139,7 +139,7 @@ class TrainImages(Dataset[Item]):
             return None
 
     def _read_donor(self, category: str, image: Floats, rng: np.random.Generator) -> Floats:
-        """An image of another category where there is one: a piece of the same texture could not be told apart."""
+        """An image of another category if there is one: a piece of the same texture could not be told apart."""
         donors = self._donors[category]
         pixels = self._try_to_read(donors[int(rng.integers(len(donors)))])
         return image if pixels is None else pixels

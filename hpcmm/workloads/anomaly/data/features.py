@@ -39,7 +39,7 @@ class FeatureStore:
         self.folder = folder
 
     def write(self, number: int, item: Item, maps: list[Tensor]) -> None:
-        """Keep ``item`` with ``maps`` (channels, h, w) in place of its image. Raises HpcmmError where there is no
+        """Keep ``item`` with ``maps`` (channels, h, w) in place of its image. Raises HpcmmError if there is no
         room."""
         path = self._path(number)
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -86,7 +86,7 @@ class FeatureStore:
 
 
 class KeptItems(Dataset[Item]):
-    """A data set's items from a store, where they all are: item ``epoch * length + i`` is kept as one of
+    """A data set's items from a store, if they all are: item ``epoch * length + i`` is kept as one of
     ``variants``."""
 
     def __init__(self, store: FeatureStore, length: int, variants: int = 1) -> None:

@@ -32,7 +32,7 @@ class Flaws:
         return len(self._images)
 
     def sum_up(self, of: int, what: str) -> None:
-        """One line on how many of ``of`` images are concerned; none where all can be used."""
+        """One line on how many of ``of`` images are concerned; none if all can be used."""
         if self._images:
             log.warning("%d of %d %s are %s.", len(self._images), of, what, self._fate)
 

@@ -25,7 +25,7 @@ class MvtecWriter:
         self._root = root
 
     def add(self, category: str, split: str, defect: str | None, pixels: Pixels, mask: Mask | None) -> Path:
-        """Save one image (h, w, 3), and its mask (h, w) where it has a defect; give the image's path."""
+        """Save one image (h, w, 3), and its mask (h, w) if it has a defect; give the image's path."""
         folder = self._root / category / split / (defect or GOOD)
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"{sum(1 for _ in folder.iterdir()):03d}"

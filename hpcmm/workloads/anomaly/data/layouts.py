@@ -15,7 +15,7 @@ from hpcmm.workloads.anomaly.schema import Layout
 
 @dataclass(frozen=True, slots=True)
 class LayoutReader:
-    """How to list what lies under a root in one layout; each raises HpcmmError where the layout is broken.
+    """How to list what lies under a root in one layout; each raises HpcmmError if the layout is broken.
 
     A listed image whose file or mask is missing is noted with the caller's :class:`Flaws`, and left out.
     """

@@ -25,7 +25,7 @@ def blend(image: Floats, piece: Floats, shape: Mask) -> Floats:
     The result may leave the range of 0 to 1. Outside ``shape`` it is ``image``.
     """
     if shape[0].any() or shape[-1].any() or shape[:, 0].any() or shape[:, -1].any():
-        raise ValueError("the shape reaches the image's border, where it has no rim")
+        raise ValueError("the shape reaches the image's border, if it has no rim")
     rows, columns = np.nonzero(shape)
     if not len(rows):
         return image.copy()

@@ -16,7 +16,7 @@ def answer(
     """Answers to one question an image, all at once, each of ``model.llm.max_answer_tokens`` tokens at most.
 
     Images (B, 3, H, W), or encoded, the logits (B, 2, H, W) that ``model`` gave for them, B captions and B questions.
-    Raises HpcmmError where the model has no language model.
+    Raises HpcmmError if the model has no language model.
     """
     if model.language is None:
         raise HpcmmError("This model was trained without a language model, so it has no words: add model/llm=smollm2.")

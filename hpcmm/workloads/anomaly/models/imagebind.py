@@ -146,7 +146,7 @@ class TextTower(nn.Module):
 
 
 def load_vision_tower(path: Path) -> VisionTower:
-    """From a file in the published layout. Raises HpcmmError, naming the tensor, where it is not."""
+    """From a file in the published layout. Raises HpcmmError, naming the tensor, if it is not."""
     state = _own_tensors(path, VISION_NAMES, "vision")
     if state["patches.weight"].ndim == 5:
         # An image counts as a film of two equal frames, so its two kernels add up to one.
@@ -161,7 +161,7 @@ def load_vision_tower(path: Path) -> VisionTower:
 
 
 def load_text_tower(path: Path) -> TextTower:
-    """From a file in the published layout. Raises HpcmmError, naming the tensor, where it is not."""
+    """From a file in the published layout. Raises HpcmmError, naming the tensor, if it is not."""
     state = _own_tensors(path, TEXT_NAMES, "text")
     vocabulary, width = _shape(path, state, "tokens.weight", 2)
     _, longest, _ = _shape(path, state, "positions", 3)

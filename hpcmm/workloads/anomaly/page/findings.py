@@ -33,7 +33,7 @@ class Seen:
     map: NDArray[np.float32]
     score: float
     words: str | None
-    """The language model's; None where a rule speaks."""
+    """The language model's; None if a rule speaks."""
     note: str
 
     def answer(self, threshold: float) -> str:
@@ -52,7 +52,7 @@ class Inspector:
     async def look(
         self, path: Path | None, name: str, caption: str, question: str | None, *, user: str, kind: str = "image"
     ) -> Seen:
-        """Score an uploaded image, and answer the question where the run has a language model.
+        """Score an uploaded image, and answer the question if the run has a language model.
 
         Raises HpcmmError with a sentence for the user; the log tells of both outcomes.
         """

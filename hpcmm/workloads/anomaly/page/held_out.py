@@ -62,7 +62,7 @@ class _Kept:
 
 
 def held_out_images(config: AnomalyConfig) -> TestImages | None:
-    """None, and a line that says so, where the data is not at hand: the model can be served without."""
+    """None, and a line that says so, if the data is not at hand: the model can be served without."""
     try:
         return build_datasets(data_root(config), data_config(config), config.train.seed)[1]
     except (HpcmmError, OSError) as error:

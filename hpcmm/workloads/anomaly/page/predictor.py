@@ -29,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What the model finds in one image: map (side, side) and score from 0 to 1, its words where it has any."""
+    """What the model finds in one image: map (side, side) and score from 0 to 1, its words if it has any."""
 
     map: Floats
     score: float

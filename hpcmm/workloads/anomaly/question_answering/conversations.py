@@ -56,7 +56,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """What an answer says. ``anomalous`` is None where it says neither yes nor no; ``cells`` are of the grid."""
+    """What an answer says. ``anomalous`` is None if it says neither yes nor no; ``cells`` are of the grid."""
 
     anomalous: bool | None
     cells: frozenset[int]

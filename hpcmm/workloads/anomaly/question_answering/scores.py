@@ -17,7 +17,7 @@ METRICS = ("words_detection", "words_grid", "words_overlap")
 answer names exactly the right cells. Overlap: their mean of (cells both have) / (cells one of them has)."""
 
 Statements = NDArray[np.int8]
-"""Of N images (N, 1 + CELLS): 1 for an anomaly, 0 for none, -1 where the answer says neither; then 1 for each cell."""
+"""Of N images (N, 1 + CELLS): 1 for an anomaly, 0 for none, -1 if the answer says neither; then 1 for each cell."""
 
 
 def statements(said: Sequence[ParsedAnswer]) -> Statements:
@@ -33,7 +33,7 @@ def word_scores(said: Statements, truth: Statements) -> dict[str, float]:
     """METRICS of the answers ``said``; and the same of a constant and of shuffled answers, as ``<metric>_constant``...
 
     ``constant`` is the one answer that would get the most over these very images. ``shuffled`` is what the answers get
-    on the mean when they are dealt out to the images anew: they keep their mix and know nothing of the image. Where no
+    on the mean when they are dealt out to the images anew: they keep their mix and know nothing of the image. If no
     damaged image has a place, grid and overlap are nan.
     """
     placed = (truth[:, 0] == 1) & truth[:, 1:].any(axis=1)

@@ -30,7 +30,7 @@ class ClipEncoder(ImageEncoder):
     needs_weights = True
 
     def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
-        """``weights``: a ``transformers`` CLIP folder. Raises HpcmmError where it is none."""
+        """``weights``: a ``transformers`` CLIP folder. Raises HpcmmError if it is none."""
         super().__init__()
         tower = self._load(weights)
         config = tower.config

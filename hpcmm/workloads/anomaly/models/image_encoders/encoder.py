@@ -35,7 +35,7 @@ class ImageEncoder(nn.Module, ABC):
     side_multiple: int
     """H and W must be multiples of it."""
     embedding_width: int | None = None
-    """Length of :meth:`embed`'s vectors; None where the encoder shares no space with texts."""
+    """Length of :meth:`embed`'s vectors; None if the encoder shares no space with texts."""
     mean: Sequence[float] = (CHANNEL_MEAN,) * 3
     std: Sequence[float] = (CHANNEL_STD,) * 3
     """Of each channel, for values from 0 to 1: the scale that the weights were trained with."""
@@ -68,7 +68,7 @@ class ImageEncoder(nn.Module, ABC):
     def embed(self, images: Tensor) -> Tensor:
         """Images to unit vectors (B, embedding_width), float32, in the space of the texts.
 
-        Raises HpcmmError where there is no such space.
+        Raises HpcmmError if there is no such space.
         """
         if self.embedding_width is None:
             raise HpcmmError(
@@ -100,7 +100,7 @@ class ImageEncoder(nn.Module, ABC):
 
 
 def given_weights(weights: str | None, encoder: str) -> Path:
-    """``model.image_weights`` as a path. Raises HpcmmError where ``encoder``, as ``model=`` names it, lacks it."""
+    """``model.image_weights`` as a path. Raises HpcmmError if ``encoder``, as ``model=`` names it, lacks it."""
     if weights is None:
         raise HpcmmError(
             f"model.image_weights is not given: name the folder or file of {encoder}'s weights, or take a "

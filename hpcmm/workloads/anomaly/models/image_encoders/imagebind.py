@@ -25,7 +25,7 @@ class ImageBindEncoder(ImageEncoder):
     needs_weights = True
 
     def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
-        """``weights``: a file in the layout of imagebind_huge.pth. Raises HpcmmError where it is not."""
+        """``weights``: a file in the layout of imagebind_huge.pth. Raises HpcmmError if it is not."""
         super().__init__()
         tower = self._load(weights)
         width, _, patch, _ = tower.patches.weight.shape

@@ -45,7 +45,7 @@ def tokens_to_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def check_square(places: int, name: str) -> int:
-    """The side of a square grid of position embeddings. Raises HpcmmError where it is none."""
+    """The side of a square grid of position embeddings. Raises HpcmmError if it is none."""
     side = math.isqrt(places)
     if side * side != places:
         raise HpcmmError(f"{name} has {places} position embeddings, which make no square grid.")

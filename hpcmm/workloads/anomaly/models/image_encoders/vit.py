@@ -32,7 +32,7 @@ class ViTEncoder(ImageEncoder):
     def __init__(self, weights: str | None = None, taps: Sequence[int] = (), *, frozen: bool = True) -> None:
         """``weights``: a ``transformers`` ViT folder, whose preprocessor_config.json tells the pixel scale.
 
-        Raises HpcmmError where it is none.
+        Raises HpcmmError if it is none.
         """
         super().__init__()
         network = self._load(weights)
@@ -87,7 +87,7 @@ class _WithoutPooler:
 def _pixel_scale(
     folder: Path, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel from the folder, or those given where it does not tell."""
+    """Mean and deviation of each channel from the folder, or those given if it does not tell."""
     path = folder / _PREPROCESSING
     if not path.is_file():
         return tuple(mean), tuple(std)

@@ -23,7 +23,7 @@ class ClipTextEncoder(TextEncoder):
     """From a ``transformers`` CLIP folder with its tokenizer. The weights are read when the first sentence comes."""
 
     def __init__(self, folder: str | None = None, image_weights: str | None = None) -> None:
-        """``folder``: None takes that of the image encoder's weights. Raises HpcmmError where it is none of CLIP's."""
+        """``folder``: None takes that of the image encoder's weights. Raises HpcmmError if it is none of CLIP's."""
         self._folder = Path(folder).expanduser() if folder else given_weights(image_weights, "clip")
         self._config = clip_config(self._folder, _KEY)
         self._tower: Any = None

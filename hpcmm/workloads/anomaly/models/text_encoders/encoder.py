@@ -24,4 +24,4 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def encode(self, sentences: Sequence[str]) -> Tensor:
-        """Sentences to (len(sentences), width), float32, on the CPU. Raises HpcmmError where weights cannot be read."""
+        """Sentences to (len(sentences), width), float32, on the CPU. Raises HpcmmError if weights cannot be read."""

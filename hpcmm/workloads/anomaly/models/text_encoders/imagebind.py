@@ -24,7 +24,7 @@ class ImageBindTextEncoder(TextEncoder):
     def __init__(self, folder: str | None = None, image_weights: str | None = None) -> None:
         """``image_weights``: the file, which holds both towers. ``folder``: the tokenizer's; None takes the file's.
 
-        Raises HpcmmError where either cannot be read.
+        Raises HpcmmError if either cannot be read.
         """
         weights = given_weights(image_weights, "imagebind")
         self._tower = load_text_tower(weights).eval()
