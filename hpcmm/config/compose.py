@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -26,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcmm.config.keys import parts_of
-from hpcmm.config.parts import NAME, folders_of, resolved_part
+from hpcmm.config.parts import NAME, folders_of, with_parts
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.space import ConfigSpace, space_of
 from hpcmm.errors import HpcmmError
@@ -120,15 +118,6 @@ def compose_tree(overrides: Sequence[Override], space: ConfigSpace) -> DictConfi
     OmegaConf.set_struct(tree, True)
     loader._apply_overrides_to_config(defaults.config_overrides, tree)
     return tree
-
-
-def with_parts(config: RunConfig, folders: Sequence[Path]) -> RunConfig:
-    """``config`` with each part that is a name replaced by what the file of that name holds."""
-    for key, group in parts_of(type(config)):
-        section, _, name = key.rpartition(".")
-        holder = functools.reduce(getattr, filter(None, section.split(".")), config)
-        setattr(holder, name, resolved_part(getattr(holder, name), group.group, folders))
-    return config
 
 
 def _note_names(tree: DictConfig, chosen: Sequence[ResultDefault], schema: type[RunConfig]) -> None:

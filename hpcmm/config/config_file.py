@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from hpcmm.config.compose import with_parts
-from hpcmm.config.parts import TARGET, folders_of, targets_of
+from hpcmm.config.parts import TARGET, folders_of, targets_of, with_parts
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.untyped_config import VERSION, VERSION_KEY, plain_values, values_of_today
 from hpcmm.config.workload import load_workload

@@ -12,7 +12,7 @@ import functools
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -21,6 +21,7 @@ from hpcmm.config.keys import PartGroup, parts_of
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import resource
 
+T = TypeVar("T")
 TARGET = "_target_"
 NAME = "name"
 """Key of a resolved part that says what its file is called; no parameter."""
@@ -50,6 +51,15 @@ def resolved_part(value: Any, group: str, folders: Sequence[Path]) -> Any:
 def _contents(file: Path, _changed_ns: int) -> Mapping[str, Any]:
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     return values if isinstance(values, dict) else {}
+
+
+def with_parts(config: T, folders: Sequence[Path]) -> T:
+    """``config`` with each part that is a name replaced by what the file of that name holds."""
+    for key, group in parts_of(type(config)):
+        section, _, name = key.rpartition(".")
+        holder = functools.reduce(getattr, filter(None, section.split(".")), config)
+        setattr(holder, name, resolved_part(getattr(holder, name), group.group, folders))
+    return config
 
 
 def part_name(part: Any) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 from hydra.core.override_parser.types import Glob, Override, RangeSweep, ValueType
 from omegaconf import DictConfig, OmegaConf
 
-from hpcmm.config.compose import compose_tree, explained, override_text, parse_overrides, to_run, with_parts
+from hpcmm.config.compose import compose_tree, explained, override_text, parse_overrides, to_run
+from hpcmm.config.parts import with_parts
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.space import ConfigSpace, space_of
 from hpcmm.errors import HpcmmError

@@ -68,7 +68,8 @@ def find_reports(paths: Sequence[Path]) -> Found:
             files.append(path)
         else:
             raise HpcmmError(
-                f"{path} does not exist, and is not a run in {RUNS.absolute()}: give a run directory or nsys report files."
+                f"{path} does not exist, and is not a run in {RUNS.absolute()}: "
+                "give a run directory or nsys report files."
             )
     return Found(_group(files), run_dirs[0] if len(run_dirs) == 1 else None)
 

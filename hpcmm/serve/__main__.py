@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 
 from hpcmm.cli import run_command
-from hpcmm.config import config_file
 from hpcmm.config.space import shipped_workloads
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
@@ -60,6 +59,8 @@ def _pages_of(arguments: Sequence[str]) -> list[ServedModel]:
         words = [] if given.address else [given.run, *given.overrides]
         for word in (word for word in words if word and "=" not in word):
             with suppress(HpcmmError):  # the value of an unknown option, or a run that is refused later with a sentence
+                from hpcmm.config import config_file  # noqa: PLC0415 -- omegaconf, which --help does not need
+
                 workload = workload_of(config_file.load(find_served_run(word, given.runs_root).config))
                 page = None if workload is None else workload.served()
                 return [] if page is None else [page]

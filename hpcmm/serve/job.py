@@ -35,7 +35,7 @@ def submit(options: ServeOptions, cluster: str, overrides: Sequence[str], runs_r
     from hpcmm.launch.submit import submit as submit_job  # noqa: PLC0415
     from hpcmm.launch.write import write  # noqa: PLC0415
 
-    words = [f"cluster={cluster}", "name=serve", *overrides]
+    words = [f"cluster={cluster}", f"task={FUNCTION}", "name=serve", *overrides]
     config = compose_run(words)
     if config.cluster.executor is Executor.local:
         raise HpcmmError(f"--cluster {cluster} has no Slurm: leave it out, and the server runs here.")

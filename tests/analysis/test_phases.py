@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import make_trace
 
-from hpcmm.analysis import trace as traces
+from hpcmm.analysis import phases
 from hpcmm.analysis.phases import find_steps, flatten
 from hpcmm.analysis.trace import OTHER, OUTSIDE
 
@@ -75,11 +75,11 @@ def test_phases_beyond_a_hundred_names_are_taken_together() -> None:
         return make_trace(rank, "n", segments, [("all_reduce", 0, 4, 5, 6, 0, names[0])])
 
     few = [trace(rank, ["data", "forward"]) for rank in range(2)]
-    assert traces.group_rare_phases(few) == few
-    many = traces.group_rare_phases([trace(rank, [f"phase {at}" for at in range(400)]) for rank in range(2)])
+    assert phases.group_rare_phases(few) == few
+    many = phases.group_rare_phases([trace(rank, [f"phase {at}" for at in range(400)]) for rank in range(2)])
     names = set(many[0].segments["phase"])
-    assert len(names) == traces.MAX_PHASES
-    assert {"phase 399", traces.OTHERS} < names
+    assert len(names) == phases.MAX_PHASES
+    assert {"phase 399", phases.OTHERS} < names
     assert "phase 0" not in names
-    assert set(many[1].collectives["phase"]) == {traces.OTHERS}
+    assert set(many[1].collectives["phase"]) == {phases.OTHERS}
     assert (many[0].segments["end_ns"] - many[0].segments["start_ns"]).sum() == sum(10 + at for at in range(400))

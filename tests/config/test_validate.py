@@ -66,7 +66,7 @@ def test_a_right_global_batch_is_accepted():
         (["name='../up'"], "it names a folder"),
         (["train.steps=0"], "train.steps is 0, but must be at least 1"),
         (["data.anomaly_probability=2"], "data.anomaly_probability is 2.0, but must lie between 0 and 1"),
-        (["cluster.environment={1A: c}"], "no name of an environment variable"),
+        (["cluster.environment={1A: c}"], "not a name of an environment variable"),
         ([f"name={'a' * 300}"], "use at most 200"),
         (["train.steps=99999999999999999999"], "must be at most 2147483647"),
         (["data.shots=0"], "data.shots is 0, but must be at least 1"),

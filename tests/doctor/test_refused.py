@@ -33,7 +33,7 @@ def doctor(tmp_path: Path, *, says: str, configuration: bool = True) -> subproce
         ("", "No node was checked: srun said nothing."),
     ],
 )
-def test_what_slurm_said_is_told_once_with_its_cure(tmp_path, says, told):
+def test_what_slurm_said_is_told_once_with_its_remedy(tmp_path, says, told):
     done = doctor(tmp_path, says=says.replace("\n", "\\n"))
     assert done.returncode == 1
     assert told in done.stderr

@@ -107,6 +107,9 @@ class Losses(Evaluation):
 
 
 class OtherWorkload(Workload):
+    def training_class(self) -> type:
+        raise NotImplementedError
+
     def evaluation(self) -> Evaluation:
         return Losses()
 

@@ -36,7 +36,7 @@ def test_the_command_that_is_told_reads_it(run: RunDir):
     command = shlex.split(told[0])
     code = Path(command[1].removeprefix("PYTHONPATH="))
     assert command[-1] == str(run.root)
-    source = code / "hpcmm" / "config" / "schema.py"
+    source = code / "hpcmm" / "workloads" / "anomaly" / "schema.py"
     source.write_text(source.read_text().replace("class DataConfig:\n", "class DataConfig:\n    dropped: int = 0\n"))
     reads = (
         "import sys, pathlib as p; from hpcmm.config.config_file import load; "

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.config.schema import RunConfig, TrainConfig
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.plan import _note_other_data, run_to_start_from
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.workloads.anomaly.schema import AnomalyConfig, AnomalyTrainConfig
 
 
 @pytest.fixture
@@ -24,8 +25,8 @@ def runs(tmp_path: Path) -> Path:
 
 
 def config_of(named: str | None, runs: Path, after: str | None = None) -> RunConfig:
-    config = RunConfig(name="words", runs_root=str(runs), after=after)
-    return replace(config, train=TrainConfig(init_from=named))
+    config = AnomalyConfig(name="words", runs_root=str(runs), after=after)
+    return replace(config, train=AnomalyTrainConfig(init_from=named))
 
 
 def starting_from(named: str | None, runs: Path, after: str | None = None) -> str | None:

@@ -21,7 +21,7 @@ def test_a_job_of_a_user_whose_home_cannot_be_written_says_what_to_set(tmp_path:
     run.root.mkdir()
     config_file.dump(RunConfig(name="run", cluster=ClusterConfig(name="local")), run.config)
     done = subprocess.run(
-        [sys.executable, "-m", "hpcmm.train.prepare", str(run.root)],
+        [sys.executable, "-m", "hpcmm.worker", "prepare", str(run.root)],
         env=os.environ | {"HOME": home},
         capture_output=True,
         text=True,

@@ -76,7 +76,7 @@ def test_options_go_through_a_configuration_file_unchanged():
 def test_a_job_reads_its_options_from_the_frozen_configuration(tmp_path):
     options = ServeOptions(run="/a b", port=7, page=asdict(PageOptions(max_files=3)))
     task = TaskConfig(name=FUNCTION, target="hpcmm.serve.job:serve_in_job", kwargs=options.values())
-    config_file.dump(replace(compose_run(["cluster=local"]), task=task), tmp_path / "config.yaml")
+    config_file.dump(replace(compose_run(["cluster=local", "task=function"]), task=task), tmp_path / "config.yaml")
     assert ServeOptions.of(config_file.load(tmp_path / "config.yaml").task.kwargs) == options
 
 
@@ -89,7 +89,8 @@ def test_a_run_is_found_by_name_start_path_and_point_of_a_sweep(runs):
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [("demo-3", "has the run trained to its end"), ("nothing", "is not a run in"), ("sweep-1", "name one of its points"),
+    [("demo-3", "has the run trained to its end"), ("nothing", "is not a run in"),
+     ("sweep-1", "name one of its points"),
      ("../../etc", "is not a run in"), ("123", "is not known")],
 )  # fmt: skip
 def test_what_cannot_be_served_is_said(asked, said, runs):
@@ -150,6 +151,9 @@ class Chat(ServedModel):
 
 
 class Talker(Workload):
+    def training_class(self):
+        raise NotImplementedError
+
     def served(self):
         return Chat()
 

@@ -37,7 +37,7 @@ FAILED = "sbatch: error: Batch job submission failed: "
         ("Something new", "Change the cluster settings"),
     ],
 )  # fmt: skip
-def test_a_refusal_is_one_sentence_with_its_cure(said, remedy):
+def test_a_refusal_is_one_sentence_with_its_remedy(said, remedy):
     config = compose_run(
         [
             "cluster=slurm",

@@ -59,7 +59,7 @@ def test_a_checkpoint_loads_into_a_model_of_another_seed(images: torch.Tensor):
 def test_processes_start_from_the_same_weights_and_keep_their_random_state():
     code = (
         "import hashlib, torch\n"
-        "from hpcmm.config.schema import ModelConfig\n"
+        "from hpcmm.workloads.anomaly.schema import ModelConfig\n"
         "from hpcmm.workloads.anomaly.models import build_model\n"
         "torch.manual_seed(7)\n"
         "before = torch.get_rng_state()\n"
@@ -82,7 +82,7 @@ def test_bfloat16_gives_nearly_the_same_map(images: torch.Tensor):
 
 
 def test_unknown_names_are_answered_with_the_valid_ones():
-    with pytest.raises(HpcmmError, match=r"model\.decoder=unet is not known; valid: fcn"):
+    with pytest.raises(HpcmmError, match=r"model/decoder=unet is not known; valid: fcn"):
         build_model(replace(SMALL, decoder="unet"))
     with pytest.raises(HpcmmError, match=r"model\.temperature must be above 0"):
         build_model(replace(SMALL, temperature=0.0))
