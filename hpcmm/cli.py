@@ -21,7 +21,7 @@ COMMANDS = {
     "jobs": "what runs, where, what it says, and why it failed",
     "doctor": "check this machine and the nodes of a cluster for what breaks or slows training",
     "evaluate": "score trained runs on held-out data, side by side",
-    "serve": "a trained run as a page: upload an image, ask, and see where it is anomalous",
+    "serve": "a trained run as a page, for those who have its token",
 }
 """Each is also ``python -m hpcmm.NAME``. The value is its line in ``hpcmm --help``."""
 

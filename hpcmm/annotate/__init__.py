@@ -1,7 +1,8 @@
 """NVTX ranges for training steps, their phases and every collective; usable from any PyTorch script.
 
 >>> from hpcmm import annotate
->>> annotate.collectives.install()      # once, after torch.distributed.init_process_group
+>>> from hpcmm.annotate import collectives
+>>> collectives.install()      # once, after torch.distributed.init_process_group
 >>> with annotate.step(0):
 ...     with annotate.phase("data"):
 ...         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(train, dict):
         kept["train"] = {key: value for key, value in train.items() if key not in _OF_ANOMALY_ALONE}
     return kept
+
+
+def trains_a_workload(values: Mapping[str, Any]) -> bool:
+    """Whether the run is a workload's, whose ranks note their steps; not so a user's script or function."""
+    task = values.get("task")
+    return not isinstance(task, dict) or task.get("name") not in ("script", "function")
 
 
 def read_frozen_config(path: Path) -> dict[str, Any]:

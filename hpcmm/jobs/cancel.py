@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpcmm.config.untyped_config import trains_a_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, settings, slurm_environment
 from hpcmm.jobs.state import State, all_over, is_local, poller_of, states_of
@@ -57,10 +58,10 @@ def cancel(asked: str, targets: Sequence[Target], patience_s: float = 60.0) -> C
 def _stops_when_asked(state: State) -> bool:
     """Whether the ranks look for a wish to stop, and have reports that are worth the wait."""
     given = settings(state.run) if state.run is not None else {}
-    task, profile = given.get("task"), given.get("profile")
+    profile = given.get("profile")
     return (
-        isinstance(task, dict)
-        and task.get("name") == "anomaly"
+        bool(given)
+        and trains_a_workload(given)
         and isinstance(profile, dict)
         and bool(profile.get("tool"))
         and any(not job.pending for job in state.active)

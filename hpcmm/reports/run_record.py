@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpcmm.config.untyped_config import read_frozen_config
+from hpcmm.config.untyped_config import read_frozen_config, trains_a_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.metrics import RankStart, starts_of
@@ -45,9 +45,8 @@ class RunRecord:
     @property
     def tunable(self) -> dict[str, Any]:
         """The configuration as far as it decides how the ranks run: of the user's script or function, the cluster."""
-        task = _section(self.config, "task").get("name", "anomaly")
         cluster = _section(self.config, "cluster")
-        return self.config if task == "anomaly" else {"cluster": cluster} if cluster else {}
+        return self.config if trains_a_workload(self.config) else {"cluster": cluster} if cluster else {}
 
     def rank_of(self, pid: int, node: str | None) -> int | None:
         """The rank that ran as ``pid``, when only one can be meant."""
@@ -77,7 +76,7 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         name=run_dir.root.resolve().name,
         startup={each.last.rank: each.records for each in ranks},
         folder=str(run_dir.root),
-        failed_before_steps=_section(config, "task").get("name", "anomaly") == "anomaly"  # others note no steps
+        failed_before_steps=trains_a_workload(config)  # others note no steps
         and outcome is not None
         and outcome.failed
         and not any(each.stepped for each in ranks),

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import write_whole
+from hpcmm.files import read_text, write_whole
 from hpcmm.jobs.find_run import find_targets
 from hpcmm.runs.run_dir import RunDir, SweepDir
 
@@ -58,7 +58,7 @@ def write_address(path: Path, address: Address) -> None:
 def read_address(path: Path) -> Address | None:
     """The address in the file; None where there is no such file. Raises HpcmmError if it is no address."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
         return Address(str(values["node"]), int(values["port"]), str(values["token"]))
     except FileNotFoundError:
         return None
