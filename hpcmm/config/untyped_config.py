@@ -73,7 +73,7 @@ def trains_a_workload(values: Mapping[str, Any]) -> bool:
     return not isinstance(task, dict) or task.get("name") not in ("script", "function")
 
 
-def read_frozen_config(path: Path) -> dict[str, Any]:
+def read_untyped_config(path: Path) -> dict[str, Any]:
     """The configuration in ``path``; empty if there is none that can be read, or one beyond :data:`MAX_BYTES`.
 
     One of a later version comes as it is: most keys stay what they are.

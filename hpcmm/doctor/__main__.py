@@ -15,7 +15,7 @@ from hpcmm.cli import run_command
 from hpcmm.config.compose import compose_run
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.validate import cluster_problems
-from hpcmm.doctor.checks import HERE, Finding, Weight, judge, report_lines, report_values
+from hpcmm.doctor.checks import HERE, Finding, Weight, check_findings, report_lines, report_values
 from hpcmm.doctor.node import node_facts
 from hpcmm.doctor.runner import allocation_options, check_nodes
 from hpcmm.errors import HpcmmError
@@ -87,7 +87,7 @@ def _check(config: RunConfig, options: argparse.Namespace) -> int:
         if not nodes:
             raise HpcmmError(_refused(config, options.nodes, result.complaint))
     names = [login, *nodes]
-    findings = judge([login], found) + judge(nodes, found, config.cluster.gpus_per_node)
+    findings = check_findings([login], found) + check_findings(nodes, found, config.cluster.gpus_per_node)
     findings += [] if not nodes else _against_nodes(login, found, nodes)
     if options.json:
         print(json.dumps(report_values(names, found, findings), indent=2))
@@ -108,7 +108,11 @@ def _against_nodes(login: str, found: dict[str, dict[str, Any]], nodes: list[str
     if model is None:
         return []
     pair = {name: {key: found[name][key] for key in ("python", "packages", "nsys")} for name in (login, model)}
-    return [each for each in judge([login, model], pair) if each.check in {"Python", "packages"} and each.node == login]
+    return [
+        each
+        for each in check_findings([login, model], pair)
+        if each.check in {"Python", "packages"} and each.node == login
+    ]
 
 
 if __name__ == "__main__":

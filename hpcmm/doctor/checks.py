@@ -44,7 +44,7 @@ class Finding:
 Found = Mapping[str, dict[str, Any]]
 
 
-def judge(nodes: Sequence[str], found: Found, gpus_per_node: int = 0) -> list[Finding]:
+def check_findings(nodes: Sequence[str], found: Found, gpus_per_node: int = 0) -> list[Finding]:
     """All findings about ``nodes``, the bad ones first. ``gpus_per_node``: what the configuration counts on."""
     there = {node: found[node] for node in nodes if found.get(node)}
     silent = [node for node in nodes if node not in there]
@@ -52,7 +52,7 @@ def judge(nodes: Sequence[str], found: Found, gpus_per_node: int = 0) -> list[Fi
         _python,
         _packages,
         _names,
-        _meeting,
+        _rendezvous,
         _shared,
         _interfaces,
         _clocks,
@@ -139,7 +139,7 @@ def _names(found: Found) -> Iterator[Finding]:
             yield Finding(node, "name resolution", Weight.warning, said, "set NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME")
 
 
-def _meeting(found: Found) -> Iterator[Finding]:
+def _rendezvous(found: Found) -> Iterator[Finding]:
     for node, facts in found.items():
         if "problem" in facts:
             remedy = "check its link and firewall; leave it out"

@@ -18,7 +18,7 @@ from pathlib import Path
 from hpcmm.cli import run_command
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
-from hpcmm.doctor.checks import bad_nodes, judge, report_lines, report_values
+from hpcmm.doctor.checks import bad_nodes, check_findings, report_lines, report_values
 from hpcmm.doctor.runner import clean_up, read_answers, write_request
 from hpcmm.errors import HpcmmError
 from hpcmm.files import write_json
@@ -48,7 +48,7 @@ def choose(config: RunConfig, run: RunDir, nodes: Sequence[str], request: Path) 
         result = read_answers(request, nodes)
     finally:
         clean_up(request)
-    findings = judge(nodes, result.found, config.cluster.gpus_per_node)
+    findings = check_findings(nodes, result.found, config.cluster.gpus_per_node)
     print("\n".join(report_lines(nodes, result.found, findings)), file=sys.stderr, flush=True)
     facts = report_values(nodes, result.found, findings)
     write_json(run.preflight, facts, indent=1)

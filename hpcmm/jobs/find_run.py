@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcmm.config.untyped_config import read_frozen_config
+from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import resource
 from hpcmm.runs.run_dir import JOB_ID, RunDir, is_run, runs_in
@@ -69,7 +69,7 @@ def run_of_command(job: Job) -> RunDir | None:
 
 def settings(run: RunDir) -> dict[str, Any]:
     """The run's frozen configuration as plain values, of whatever version of hpcmm; empty if there is none."""
-    return read_frozen_config(run.config)
+    return read_untyped_config(run.config)
 
 
 def slurm_environment(run: RunDir | None, environ: dict[str, str] | None = None) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from hpcmm.config.untyped_config import read_frozen_config
+from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.jobs.find_run import Target, is_local_cluster, run_of_command, settings, slurm_environment
 from hpcmm.runs.attempts import raw_id_of
 from hpcmm.runs.ledger import jobs_of_points
@@ -27,7 +27,7 @@ def record_of(run: RunDir, job_id: str) -> Job | None:
     outcome = outcome_of(run, job_id)
     if outcome is None or outcome.state == STOPPED:
         return None
-    name = str(read_frozen_config(run.config).get("name", ""))
+    name = str(read_untyped_config(run.config).get("name", ""))
     exit_code = "" if outcome.exit_status is None else f"{outcome.exit_status}:0"
     command, raw_id = str(run.submission_script), raw_id_of(run, job_id)
     return Job(job_id, raw_id, name, state=outcome.state, exit_code=exit_code, command=command, source="run directory")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from hpcmm.config.schema import FUNCTION, SCRIPT, Executor, RunConfig
 from hpcmm.config.sweep import Point, compose_points
-from hpcmm.config.untyped_config import read_frozen_config
+from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.config.validate import validate
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
@@ -209,7 +209,7 @@ def _trained(run: RunDir, config: RunConfig) -> RunDir:
 def _note_other_data(config: RunConfig, start: RunDir) -> None:
     """Say what the workload finds to differ between this run and ``start``, the run to start from."""
     if (workload := workload_of(config)) is not None:
-        for difference in workload.notes_on_start(config, read_frozen_config(start.config)):
+        for difference in workload.notes_on_start(config, read_untyped_config(start.config)):
             print(f"hpcmm: {start.root} {difference}", file=sys.stderr)
 
 

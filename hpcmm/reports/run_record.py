@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpcmm.config.untyped_config import read_frozen_config, trains_a_workload
+from hpcmm.config.untyped_config import read_untyped_config, trains_a_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.metrics import RankStart, starts_of
@@ -62,7 +62,7 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         return RunRecord()
     ranks = starts_of(run_dir)
     outcome = newest_outcome(run_dir)
-    config = read_frozen_config(run_dir.config)
+    config = read_untyped_config(run_dir.config)
     cluster = _section(config, "cluster")
     nodes, ranks_per_node = _positive(cluster.get("nodes")), _positive(cluster.get("ranks_per_node"))
     world_size = nodes * ranks_per_node

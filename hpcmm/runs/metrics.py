@@ -36,7 +36,7 @@ class MetricsWriter:
     """Appends records; a job that is requeued goes on in the same file, under the next attempt's number."""
 
     def __init__(self, path: Path, attempt: int = 1) -> None:
-        """Raises HpcmmError where the file cannot be written, as every method here that writes."""
+        """Raises HpcmmError if the file cannot be written, as every method here that writes."""
         self._path = path
         self._attempt = attempt
         with self._clear_errors():

@@ -21,7 +21,7 @@ from hpcmm.worker.compiled_ops import build_ops, ops_are_built
 def prepare(config: RunConfig) -> None:
     """Build and make what is missing, one process at a time. Cheap when nothing is.
 
-    Raises HpcmmError where that fails, InputError for files and folders of the user's that cannot be used.
+    Raises HpcmmError if that fails, InputError for files and folders of the user's that cannot be used.
     """
     workload = workload_of(config)
     if workload is not None:

@@ -7,7 +7,7 @@ import pytest
 
 from hpcmm.config.compose import compose_run
 from hpcmm.config.config_file import dump, load
-from hpcmm.config.untyped_config import MAX_BYTES, VERSION, read_frozen_config
+from hpcmm.config.untyped_config import MAX_BYTES, VERSION, read_untyped_config
 from hpcmm.errors import HpcmmError
 
 NESTED = zip("abcdefgh", "bcdefghi", strict=True)
@@ -45,7 +45,7 @@ def test_a_damaged_file_is_told_as_such_and_not_as_another_version_s(frozen, con
     with pytest.raises(HpcmmError, match=rf"config.yaml is damaged \(.*{said}.*\): put back what") as refused:
         load(frozen)
     assert "PYTHONPATH" not in str(refused.value)
-    assert read_frozen_config(frozen) in ({}, {"name": "y"})
+    assert read_untyped_config(frozen) in ({}, {"name": "y"})
 
 
 @pytest.mark.timeout(60)
@@ -54,7 +54,7 @@ def test_what_is_no_file_is_not_waited_for(frozen):
     os.mkfifo(frozen)
     with pytest.raises(HpcmmError, match=r"cannot be read \(it is not a file\): is this a run directory"):
         load(frozen)
-    assert read_frozen_config(frozen) == {}
+    assert read_untyped_config(frozen) == {}
     frozen.unlink()
     frozen.symlink_to(frozen.name)
     with pytest.raises(HpcmmError, match="symbolic links"):
@@ -82,16 +82,16 @@ def test_a_whole_one_is_read(frozen):
 
 def test_the_first_line_says_the_version(frozen):
     assert frozen.read_text().splitlines()[0] == f"version: {VERSION}"
-    assert "version" not in read_frozen_config(frozen)
+    assert "version" not in read_untyped_config(frozen)
 
 
 def test_a_file_without_a_version_is_of_the_first_and_both_are_read(frozen):
-    today = load(frozen), read_frozen_config(frozen)
+    today = load(frozen), read_untyped_config(frozen)
     text = frozen.read_text().split("\n", 1)[1]
     frozen.write_text(text)
-    assert (load(frozen), read_frozen_config(frozen)) == today
+    assert (load(frozen), read_untyped_config(frozen)) == today
     frozen.write_text(f"version: 1\n{text}")
-    assert (load(frozen), read_frozen_config(frozen)) == today
+    assert (load(frozen), read_untyped_config(frozen)) == today
 
 
 @pytest.mark.parametrize(
@@ -111,4 +111,4 @@ def test_a_later_version_is_refused_and_told_with_the_code_that_reads_it(frozen,
     ) as refused:
         load(frozen)
     assert str(refused.value).isprintable()
-    assert read_frozen_config(frozen)["cluster"]["executor"] == "local"
+    assert read_untyped_config(frozen)["cluster"]["executor"] == "local"

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from hpcmm.doctor.checks import Weight, bad_nodes, bandwidths, judge
+from hpcmm.doctor.checks import Weight, bad_nodes, bandwidths, check_findings
 from hpcmm.doctor.node import parse_gpus
 from hpcmm.doctor.preflight import chosen_nodes
 from hpcmm.errors import HpcmmError
@@ -38,7 +38,7 @@ def found():
 
 
 def findings_of(found, **options):
-    return [(each.node, each.check, each.weight) for each in judge(NODES, found, **options)]
+    return [(each.node, each.check, each.weight) for each in check_findings(NODES, found, **options)]
 
 
 def test_equal_nodes_are_good(found):
@@ -95,7 +95,7 @@ def test_a_clock_that_is_off_beyond_its_error_is_a_warning(found):
 def test_of_two_different_nodes_both_are_told(found):
     del found["c"], found["d"]
     found["b"]["python"]["version"] = "3.12.0"
-    assert [(each.node, each.check) for each in judge(["a", "b"], found)] == [("a", "Python"), ("b", "Python")]
+    assert [(each.node, each.check) for each in check_findings(["a", "b"], found)] == [("a", "Python"), ("b", "Python")]
 
 
 def test_a_node_s_bandwidth_is_that_of_its_best_pair(found):
@@ -105,7 +105,7 @@ def test_a_node_s_bandwidth_is_that_of_its_best_pair(found):
 
 def test_spare_nodes_replace_bad_ones(found):
     slow(found)
-    bad = bad_nodes(judge(NODES, found), NODES)
+    bad = bad_nodes(check_findings(NODES, found), NODES)
     assert chosen_nodes(NODES, bad, 3) == ["a", "c", "d"]
     assert chosen_nodes(NODES, bad, 2) == ["a", "c"]
     with pytest.raises(HpcmmError, match=r"b failed .* 3 of 4 nodes.*cluster\.exclude=\"b\".*spare_nodes=1"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError, InputError
 from hpcmm.node.cache import data_dir
-from hpcmm.workloads.anomaly.data.flaws import Flaws
+from hpcmm.workloads.anomaly.data.bad_samples import BadSamples
 from hpcmm.workloads.anomaly.data.layouts import READERS
 from hpcmm.workloads.anomaly.data.standins import default_root, generate
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, DataConfig
@@ -67,15 +67,15 @@ def _folder(config: AnomalyConfig, data: DataConfig) -> Path:
 
 
 def _contents(root: Path, data: DataConfig) -> Iterator[str]:
-    flaws = Flaws(data.on_error, "left out")
+    bad_samples = BadSamples(data.on_error, "left out")
     reader = READERS[data.layout]
     categories = reader.categories(root, data.categories)
-    train = sum(len(reader.train(root, category, flaws)) for category in categories)
+    train = sum(len(reader.train(root, category, bad_samples)) for category in categories)
     yield f"To train on: {train} normal images of {len(categories)} categories in {root}."
     if data.test_root is not None:
         root, reader = Path(data.test_root).expanduser(), READERS[data.test_layout or data.layout]
         categories = reader.categories(root, data.test_categories)
-    labels = Counter(sample.label for category in categories for sample in reader.test(root, category, flaws))
+    labels = Counter(sample.label for category in categories for sample in reader.test(root, category, bad_samples))
     yield (
         f"To be scored on: {labels[0]} normal and {labels[1]} damaged images of {len(categories)} categories in {root}."
     )

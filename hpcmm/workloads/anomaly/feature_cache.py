@@ -59,7 +59,7 @@ def keep_features(
     """Both data sets with the encoder's features in place of images. All ranks call this together.
 
     Of the training images those variants are computed that the run gets to see. Features are computed in float32, and
-    kept in the run's number format. Raises HpcmmError where the encoder is not frozen or a file cannot be written.
+    kept in the run's number format. Raises HpcmmError if the encoder is not frozen or a file cannot be written.
     """
     if not encoder.frozen:
         raise HpcmmError("data.feature_cache needs a frozen image encoder: set model.freeze_image_encoder=true.")

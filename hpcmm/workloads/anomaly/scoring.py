@@ -19,7 +19,7 @@ from hpcmm.workloads.anomaly.models.anomaly import AnomalyModel
 from hpcmm.workloads.anomaly.models.answers import answer
 from hpcmm.workloads.anomaly.models.scores import best_decision, image_auroc, pixel_auroc, region_overlap
 from hpcmm.workloads.anomaly.question_answering.conversations import parse_answer
-from hpcmm.workloads.anomaly.question_answering.scores import Statements, statements, word_scores
+from hpcmm.workloads.anomaly.question_answering.scores import Statements, answer_scores, statements
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _row(name: str, scored: ImageScores, own: NDArray[np.bool_]) -> dict[str, ob
     decision = best_decision(score, label)
     words = {}
     if scored.said is not None and scored.truth is not None:
-        words = word_scores(scored.said[own], scored.truth[own])
+        words = answer_scores(scored.said[own], scored.truth[own])
     return {
         "category": name,
         "images": int(own.sum()),

@@ -28,7 +28,7 @@ from hpcmm.workloads.anomaly.models.language import TextLoss
 from hpcmm.workloads.anomaly.models.losses import LossLearner
 from hpcmm.workloads.anomaly.models.scores import image_auroc, pixel_auroc
 from hpcmm.workloads.anomaly.question_answering.conversations import parse_answer
-from hpcmm.workloads.anomaly.question_answering.scores import statements, word_scores
+from hpcmm.workloads.anomaly.question_answering.scores import answer_scores, statements
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, AnomalyTrainConfig, OnError
 
 log = logging.getLogger("hpcmm.train")
@@ -145,7 +145,7 @@ class AnomalyTraining(Training):
             if area.reason:
                 log.warning("no %s: %s", name, area.reason)
         scores = {name: area.value for name, area in areas.items()}
-        return scores | word_scores(columns["said"], columns["truth"]) if "said" in columns else scores
+        return scores | answer_scores(columns["said"], columns["truth"]) if "said" in columns else scores
 
     def _score(self, engine: deepspeed.DeepSpeedEngine, batch: Batch, *, words: bool) -> dict[str, np.ndarray]:
         images = self._images(batch)

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hpcmm.errors import HpcmmError
+from hpcmm.workloads.anomaly.data.bad_samples import BadSamples, SkippedImages
 from hpcmm.workloads.anomaly.data.captions import read_captions
-from hpcmm.workloads.anomaly.data.flaws import Flaws
 from hpcmm.workloads.anomaly.data.images import normalise, read_image, read_pair
 from hpcmm.workloads.anomaly.data.layouts import READERS
 from hpcmm.workloads.anomaly.data.samples import Sample
 from hpcmm.workloads.anomaly.data.simulate import simulate_anomaly
-from hpcmm.workloads.anomaly.data.skipped import SkippedImages
 from hpcmm.workloads.anomaly.question_answering.conversations import TEMPLATES, Dialogue, converse
 from hpcmm.workloads.anomaly.schema import DataConfig, OnError
 
@@ -193,14 +192,14 @@ class TestImages(Dataset[Item]):
         return [[(sample.category, sample.label) for sample in self._samples], self._captions]
 
     def _usable(self, samples: Sequence[Sample], on_error: OnError) -> list[Sample]:
-        flaws, usable = Flaws(on_error, "left out of the scores"), []
+        bad_samples, usable = BadSamples(on_error, "left out of the scores"), []
         for sample in samples:
             try:
                 read_pair(sample, self._side)
                 usable.append(sample)
             except HpcmmError as error:
-                flaws.note(sample.image, error)
-        flaws.sum_up(len(samples), "test images")
+                bad_samples.note(sample.image, error)
+        bad_samples.sum_up(len(samples), "test images")
         return usable
 
 
@@ -215,13 +214,13 @@ def build_datasets(root: Path, data: DataConfig, seed: int) -> tuple[TrainImages
         raise HpcmmError(f"data.anomaly_probability must lie in 0 to 1, not {data.anomaly_probability}.")
     if not data.anomaly_kinds:
         raise HpcmmError("data.anomaly_kinds is empty: name kinds, or set data.anomaly_probability=0.")
-    reader, flaws = READERS[data.layout], Flaws(data.on_error, "left out")
+    reader, bad_samples = READERS[data.layout], BadSamples(data.on_error, "left out")
     categories = reader.categories(root, data.categories)
     train = [
         sample
         for category in categories
         for sample in draw_shots(
-            reader.train(root, category, flaws), category, data.shots, [seed, zlib.crc32(category.encode())]
+            reader.train(root, category, bad_samples), category, data.shots, [seed, zlib.crc32(category.encode())]
         )
     ]
     if not train:
@@ -235,8 +234,8 @@ def build_datasets(root: Path, data: DataConfig, seed: int) -> tuple[TrainImages
         test_root = Path(data.test_root).expanduser()
         test_reader = READERS[data.test_layout or data.layout]
         test_categories = test_reader.categories(test_root, data.test_categories)
-    test = [sample for category in test_categories for sample in test_reader.test(test_root, category, flaws)]
-    flaws.sum_up(len(train) + len(test) + len(flaws), "images")
+    test = [sample for category in test_categories for sample in test_reader.test(test_root, category, bad_samples)]
+    bad_samples.sum_up(len(train) + len(test) + len(bad_samples), "images")
     test_images = TestImages(test, read_captions(test_root, test_categories), data)
     if not len(test_images):
         raise HpcmmError(f"No image to score in {test_root} can be used; see the warnings before.")

@@ -60,7 +60,7 @@ class FeatureStore:
             ) from error
 
     def read(self, number: int) -> Item:
-        """The item, with ``features`` and without ``image``. Raises HpcmmError where its file is missing or damaged."""
+        """The item, with ``features`` and without ``image``. Raises HpcmmError if its file is missing or damaged."""
         path = self._path(number)
         try:
             item = _read(path)
@@ -98,7 +98,7 @@ class KeptItems(Dataset[Item]):
         return self._length
 
     def __getitem__(self, index: int) -> Item:
-        """Raises HpcmmError where the item's file is missing or damaged."""
+        """Raises HpcmmError if the item's file is missing or damaged."""
         return self._store.read(self.number(index))
 
     def number(self, index: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from hpcmm.workloads.anomaly.data import mvtec, visa
-from hpcmm.workloads.anomaly.data.flaws import Flaws
+from hpcmm.workloads.anomaly.data.bad_samples import BadSamples
 from hpcmm.workloads.anomaly.data.samples import Sample
 from hpcmm.workloads.anomaly.schema import Layout
 
@@ -17,12 +17,12 @@ from hpcmm.workloads.anomaly.schema import Layout
 class LayoutReader:
     """How to list what lies under a root in one layout; each raises HpcmmError if the layout is broken.
 
-    A listed image whose file or mask is missing is noted with the caller's :class:`Flaws`, and left out.
+    A listed image whose file or mask is missing is noted with the caller's :class:`BadSamples`, and left out.
     """
 
     categories: Callable[[Path, Sequence[str]], list[str]]
-    train: Callable[[Path, str, Flaws], list[Sample]]
-    test: Callable[[Path, str, Flaws], list[Sample]]
+    train: Callable[[Path, str, BadSamples], list[Sample]]
+    test: Callable[[Path, str, BadSamples], list[Sample]]
 
 
 READERS: Mapping[Layout, LayoutReader] = MappingProxyType(

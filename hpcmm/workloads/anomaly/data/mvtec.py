@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.anomaly.data.flaws import REFUSED, Flaws
+from hpcmm.workloads.anomaly.data.bad_samples import REFUSED, BadSamples
 from hpcmm.workloads.anomaly.data.samples import GOOD, Sample
 
 CATEGORIES = frozenset(
@@ -55,13 +55,13 @@ def list_categories(root: Path, wanted: Sequence[str] = ()) -> list[str]:
     return sorted(set(wanted)) or present
 
 
-def train_samples(root: Path, category: str, _flaws: Flaws = REFUSED) -> list[Sample]:
+def train_samples(root: Path, category: str, _flaws: BadSamples = REFUSED) -> list[Sample]:
     """The normal images to train on, sorted by name. Raises HpcmmError when there are none."""
     folder = root / category / "train" / GOOD
     return [Sample(image, category, GOOD, None) for image in _list_images(folder)]
 
 
-def test_samples(root: Path, category: str, flaws: Flaws = REFUSED) -> list[Sample]:
+def test_samples(root: Path, category: str, bad_samples: BadSamples = REFUSED) -> list[Sample]:
     """The images to score, sorted by defect and name; one without its mask is a flaw.
 
     Raises HpcmmError when the test folder is missing or empty.
@@ -76,7 +76,7 @@ def test_samples(root: Path, category: str, flaws: Flaws = REFUSED) -> list[Samp
             try:
                 samples.append(Sample(image, category, defect.name, _find_mask(root / category, defect.name, image)))
             except HpcmmError as error:
-                flaws.note(image, error)
+                bad_samples.note(image, error)
     return samples
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.anomaly.data.flaws import REFUSED, Flaws
+from hpcmm.workloads.anomaly.data.bad_samples import REFUSED, BadSamples
 from hpcmm.workloads.anomaly.data.samples import GOOD, Sample
 
 CATEGORIES = frozenset(
@@ -53,23 +53,23 @@ def list_categories(root: Path, wanted: Sequence[str] = ()) -> list[str]:
     return sorted(set(wanted)) or present
 
 
-def train_samples(root: Path, category: str, flaws: Flaws = REFUSED) -> list[Sample]:
+def train_samples(root: Path, category: str, bad_samples: BadSamples = REFUSED) -> list[Sample]:
     """The normal images to train on, in the split's order; a missing one is a flaw.
 
     Raises HpcmmError when the split lists none.
     """
-    return _samples(root, category, "train", flaws)
+    return _samples(root, category, "train", bad_samples)
 
 
-def test_samples(root: Path, category: str, flaws: Flaws = REFUSED) -> list[Sample]:
+def test_samples(root: Path, category: str, bad_samples: BadSamples = REFUSED) -> list[Sample]:
     """The images to score, in the split's order; one that is missing, or whose mask is, is a flaw.
 
     Raises HpcmmError when the split lists none.
     """
-    return _samples(root, category, "test", flaws)
+    return _samples(root, category, "test", bad_samples)
 
 
-def _samples(root: Path, category: str, split: str, flaws: Flaws) -> list[Sample]:
+def _samples(root: Path, category: str, split: str, bad_samples: BadSamples) -> list[Sample]:
     rows = [row for row in _split(root) if row["object"] == category and row["split"] == split]
     if not rows:
         raise HpcmmError(f"{root / SPLIT} lists no {split} image of {category}.")
@@ -78,7 +78,7 @@ def _samples(root: Path, category: str, split: str, flaws: Flaws) -> list[Sample
         try:
             samples.append(_sample(root, row))
         except HpcmmError as error:
-            flaws.note(root / row["image"], error)
+            bad_samples.note(root / row["image"], error)
     return samples
 
 

@@ -13,7 +13,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models.decoders import build_decoder
 from hpcmm.workloads.anomaly.models.image_encoders import build_image_encoder
 from hpcmm.workloads.anomaly.models.language import LanguageHead, TextLoss
-from hpcmm.workloads.anomaly.models.prompt_ensemble import StateTexts
+from hpcmm.workloads.anomaly.models.prompt_ensemble import PromptEnsemble
 from hpcmm.workloads.anomaly.models.text_encoders import build_text_encoder
 from hpcmm.workloads.anomaly.question_answering.conversations import Dialogue
 from hpcmm.workloads.anomaly.schema import LlmKind, ModelConfig
@@ -42,7 +42,7 @@ class AnomalyModel(nn.Module):
         if config.temperature <= 0:
             raise HpcmmError(f"model.temperature must be above 0, not {config.temperature}.")
         self.image_encoder = build_image_encoder(config)
-        self._state_texts = StateTexts(build_text_encoder(config))
+        self._state_texts = PromptEnsemble(build_text_encoder(config))
         self.text_adapter = _text_adapter(self._state_texts.width, config.text_adapter_width, config.decoder_width)
         self.decoder = build_decoder(config.decoder, self.image_encoder.channels, config.decoder_width)
         self._temperature = config.temperature

@@ -25,7 +25,7 @@ ABNORMAL_TEMPLATES = (
 """``{}`` is the caption, a noun phrase such as "a brick wall", so that no noun has to be found in it."""
 
 
-class StateTexts:
+class PromptEnsemble:
     """Embeds the two states of captions, each the normalised mean over its templates; keeps what it embedded.
 
     Source of averaging prompts over templates: A. Radford et al., "CLIP", ICML 2021, section 3.1.4.

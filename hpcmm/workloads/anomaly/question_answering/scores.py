@@ -29,7 +29,7 @@ def statements(said: Sequence[ParsedAnswer]) -> Statements:
     return table
 
 
-def word_scores(said: Statements, truth: Statements) -> dict[str, float]:
+def answer_scores(said: Statements, truth: Statements) -> dict[str, float]:
     """METRICS of the answers ``said``; and the same of a constant and of shuffled answers, as ``<metric>_constant``...
 
     ``constant`` is the one answer that would get the most over these very images. ``shuffled`` is what the answers get

@@ -17,7 +17,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.data.images import normalise, read_image
 from hpcmm.workloads.anomaly.models.image_encoders import ImageEncoder, build_image_encoder
 from hpcmm.workloads.anomaly.models.image_encoders.efficientnet_lite0 import EfficientNetLite0, packaged_weights
-from hpcmm.workloads.anomaly.models.prompt_ensemble import StateTexts
+from hpcmm.workloads.anomaly.models.prompt_ensemble import PromptEnsemble
 from hpcmm.workloads.anomaly.models.text_encoders import build_text_encoder
 from hpcmm.workloads.anomaly.models.text_encoders.sentence import SentenceEncoder, packaged_text_encoder
 from hpcmm.workloads.anomaly.models.weights import read_state_dict
@@ -159,7 +159,7 @@ def test_state_texts_are_unit_vectors_made_once_a_caption(
     calls: list[list[str]] = []
     original = text_encoder.encode
     monkeypatch.setattr(text_encoder, "encode", lambda texts: calls.append(list(texts)) or original(texts))
-    states = StateTexts(text_encoder)
+    states = PromptEnsemble(text_encoder)
     first = states.embed(["a lawn", "gravel", "a lawn"])
     second = states.embed(["gravel"])
     assert first.shape == (3, 2, 384)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcmm.workloads.anomaly.question_answering.conversations import ParsedAnswer
-from hpcmm.workloads.anomaly.question_answering.scores import METRICS, statements, word_scores
+from hpcmm.workloads.anomaly.question_answering.scores import METRICS, answer_scores, statements
 
 SAID = st.builds(
     lambda verdict, cells: ParsedAnswer(verdict, cells if verdict else frozenset()),
@@ -38,7 +38,7 @@ def by_definition(pairs: list[tuple[ParsedAnswer, ParsedAnswer]]) -> dict[str, f
 @given(st.lists(st.tuples(SAID, TRUE), min_size=1, max_size=6))
 def test_scores_are_their_definitions(pairs: list[tuple[ParsedAnswer, ParsedAnswer]]):
     said, true = zip(*pairs, strict=True)
-    scores = word_scores(statements(said), statements(true))
+    scores = answer_scores(statements(said), statements(true))
     for metric, value in by_definition(pairs).items():
         assert scores[metric] == pytest.approx(value, nan_ok=True)
 
@@ -46,7 +46,7 @@ def test_scores_are_their_definitions(pairs: list[tuple[ParsedAnswer, ParsedAnsw
 @given(st.lists(st.tuples(SAID, TRUE), min_size=1, max_size=5))
 def test_shuffled_is_the_mean_over_all_orders(pairs: list[tuple[ParsedAnswer, ParsedAnswer]]):
     said, true = zip(*pairs, strict=True)
-    scores = word_scores(statements(said), statements(true))
+    scores = answer_scores(statements(said), statements(true))
     orders = [by_definition(list(zip(order, true, strict=True))) for order in itertools.permutations(said)]
     assert scores["words_detection_shuffled"] == pytest.approx(np.mean([each["words_detection"] for each in orders]))
     placed = [(each, right) for each, right in pairs if right.cells]
@@ -61,7 +61,7 @@ def test_shuffled_is_the_mean_over_all_orders(pairs: list[tuple[ParsedAnswer, Pa
 def test_no_constant_answer_of_a_true_place_beats_the_constant(
     truth: list[ParsedAnswer], verdict: bool, cells: frozenset[int]
 ):
-    scores = word_scores(statements(truth), statements(truth))
+    scores = answer_scores(statements(truth), statements(truth))
     places = {each.cells for each in truth if each.cells}
     for place in places or {cells}:
         said = ParsedAnswer(verdict, place if verdict else frozenset())
@@ -72,9 +72,9 @@ def test_no_constant_answer_of_a_true_place_beats_the_constant(
 
 def test_right_answers_score_one_and_unreadable_ones_none():
     truth = [ParsedAnswer(True, frozenset({0, 1})), ParsedAnswer(False, frozenset())]
-    right = word_scores(statements(truth), statements(truth))
+    right = answer_scores(statements(truth), statements(truth))
     assert [right[metric] for metric in METRICS] == [1, 1, 1]
-    nothing = word_scores(statements([ParsedAnswer(None, frozenset())] * 2), statements(truth))
+    nothing = answer_scores(statements([ParsedAnswer(None, frozenset())] * 2), statements(truth))
     assert [nothing[metric] for metric in METRICS] == [0, 0, 0]
     assert nothing["words_detection_constant"] == 0.5
 
@@ -84,4 +84,4 @@ def test_the_order_of_the_ranks_changes_no_score():
     truth = statements([ParsedAnswer(bool(n % 2), frozenset({n % 9}) if n % 2 else frozenset()) for n in range(31)])
     said = truth[rng.permutation(31)]
     order = np.concatenate([np.arange(rank, 31, 4) for rank in range(4)])  # as ranks with an uneven share gather them
-    assert word_scores(said[order], truth[order]) == pytest.approx(word_scores(said, truth))
+    assert answer_scores(said[order], truth[order]) == pytest.approx(answer_scores(said, truth))
