@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_origin
@@ -19,6 +20,9 @@ from hpcmm.config.workload import Workload, load_workload
 from hpcmm.errors import HpcmmError
 
 CONFIG_DIR = "launch.config_dir"
+MOST_ENTRIES = 10_000
+DEEPEST = 3
+"""Levels of config groups below a group, such as the one of ``model/decoder``."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,8 @@ class ConfigSpace:
         """The groups, such as ``model`` and ``model/decoder``, with their options, both sorted."""
         found: dict[str, set[str]] = {}
         for root in self.folders:
-            for group in root.rglob("*"):
-                if group.is_dir():
-                    options = found.setdefault(group.relative_to(root).as_posix(), set())
-                    options.update(option.stem for option in group.glob("*.yaml"))
+            for group, options in _groups_in(root):
+                found.setdefault(group, set()).update(options)
         return {group: sorted(found[group]) for group in sorted(found)}
 
     def type_of(self, key: str) -> Any:
@@ -157,9 +159,25 @@ def _refuse_same_names(folders: Sequence[Path]) -> None:
     """A user's file that has the name of one of hpcmm's own would silently not be read."""
     own, *others = folders
     for folder in others:
-        for file in folder.rglob("*.yaml"):
-            if (own / (name := file.relative_to(folder))).is_file():
-                raise HpcmmError(f"{file}: hpcmm has a {name} of its own, so give yours another name.")
+        names = [f"{group}/{option}.yaml" for group, options in _groups_in(folder) for option in options]
+        for name in ("config.yaml", *names):
+            if (folder / name).is_file() and (own / name).is_file():
+                raise HpcmmError(f"{folder / name}: hpcmm has a {name} of its own, so give yours another name.")
+
+
+def _groups_in(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each config group below ``root`` with its options. Raises HpcmmError for a folder that holds far more."""
+    seen = 0
+    for folder, folders, files in os.walk(root):
+        seen += len(folders) + len(files)
+        if seen > MOST_ENTRIES:
+            raise HpcmmError(
+                f"{CONFIG_DIR} is {root}, which holds more than {MOST_ENTRIES} files: name a folder with config groups."
+            )
+        group = Path(folder).relative_to(root).as_posix()
+        folders[:] = [each for each in folders if not each.startswith(".")] if group.count("/") < DEEPEST else []
+        if group != ".":
+            yield group, [file.removesuffix(".yaml") for file in files if file.endswith(".yaml")]
 
 
 def groups_help(space: ConfigSpace) -> str:

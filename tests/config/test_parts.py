@@ -137,6 +137,15 @@ def test_a_config_folder_hides_none_of_hpcmms_own_files(own: Path):
     assert "there is no such folder" in problems("launch.config_dir=nowhere")[0]
 
 
+def test_a_folder_that_is_not_one_of_config_groups_is_refused_soon(own: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hpcmm.config.space.MOST_ENTRIES", 20)
+    many = own / "many"
+    many.mkdir()
+    for number in range(30):
+        (many / f"{number}.txt").touch()
+    assert "which holds more than 20 files" in problems("launch.config_dir=many")[0]
+
+
 def test_a_sweep_over_a_users_decoder_resolves_each_point(own: Path):
     from hpcmm.config.sweep import compose_points
 
