@@ -1,6 +1,7 @@
 """How long the analysis of large reports takes, and how much memory, beside the installed nsys.
 
     python benchmarks/analysis.py [--repeats 5] [--parts report,projection,curve] [--curve 1,4,16,64] [--out FILE]
+        [--json FILE]
 
 Makes reports of a made-up run in a temporary folder (1.6 GB for the whole curve), runs ours and the rivals by turns,
 each in a fresh process, and prints Markdown tables of medians.
@@ -8,7 +9,6 @@ each in a fresh process, and prints Markdown tables of medians.
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import shutil
@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import measuring
 import psutil
+from measuring import Row, ratio, summary
 from synthetic import RunShape, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,17 +111,30 @@ def median(costs: Sequence[Cost]) -> Cost:
     )
 
 
-def by_turns(commands: dict[str, Callable[[], Cost]], repeats: int) -> dict[str, Cost]:
-    """Medians; the commands take turns, so that a slow spell of the machine hits all of them."""
+def row(part: str, name: str, costs: Sequence[Cost]) -> Row:
+    """What the runs of one command cost."""
+    return {
+        "part": part,
+        "name": name,
+        "runs": len(costs),
+        "finished": all(cost.finished for cost in costs),
+        **summary([cost.wall_s for cost in costs], "s", "wall"),
+        **summary([cost.cpu_s for cost in costs], "s", "cpu"),
+        **summary([cost.peak_bytes / 1e6 for cost in costs], "mb", "peak"),
+    }
+
+
+def by_turns(commands: dict[str, Callable[[], Cost]], repeats: int) -> dict[str, list[Cost]]:
+    """Costs of each; the commands take turns, so that a slow spell of the machine hits all of them."""
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
             costs[name].append(command())
-    return {name: median(found) for name, found in costs.items()}
+    return costs
 
 
-def one_report(folder: Path, repeats: int) -> Iterator[str]:
-    """The OSRT table alone, and everything, of one large report."""
+def one_report(folder: Path, repeats: int, rows: list[Row]) -> Iterator[str]:
+    """The OSRT table alone, and everything, of one large report; its results are added to ``rows``."""
     report = write_run(folder / "large", LARGE)[0]
     out = folder / "out"
     commands = {
@@ -140,16 +155,19 @@ def one_report(folder: Path, repeats: int) -> Iterator[str]:
         stats = ["nsys", "stats", "--report", "osrtsum", "--force-overwrite", "true", "-o", str(folder / "nsys")]
         commands[rival] = lambda: run([*stats, str(nsys_input)])
     costs = by_turns(commands, repeats)
-    base = costs.get(rival)
+    base = median(costs[rival]) if rival in costs else None
     yield f"One report of 2 million OS calls on 64 threads and 200 thousand ranges, medians of {repeats}:\n"
     yield "| | seconds | on a core | peak MB | times as fast as nsys |\n|---|---|---|---|---|"
-    for name, cost in costs.items():
-        ratio = f"{base.wall_s / cost.wall_s:.1f}" if base else ""
+    for name, found in costs.items():
+        cost = median(found)
+        times = ratio(base and base.wall_s, cost.wall_s)
+        rows.append({**row("report", name, found), "times_as_fast_as_nsys": times})
+        shown = "" if times is None else f"{times:.1f}"
         peak_mb = cost.peak_bytes / 1e6
-        yield f"| {name} | {cost.wall_s:.2f} | {cost.cpu_s:.2f} | {peak_mb:.0f} | {ratio} |"
+        yield f"| {name} | {cost.wall_s:.2f} | {cost.cpu_s:.2f} | {peak_mb:.0f} | {shown} |"
 
 
-def curve(folder: Path, counts: Sequence[int], repeats: int) -> Iterator[str]:
+def curve(folder: Path, counts: Sequence[int], repeats: int, rows: list[Row]) -> Iterator[str]:
     """The whole analysis of ever more reports."""
     reports = write_run(folder / "curve", replace(OF_CURVE, ranks=max(counts)))
     yield "\nReports of 500 thousand OS calls, 50 thousand ranges, 1,000 steps and 20 thousand collectives each:\n"
@@ -158,8 +176,10 @@ def curve(folder: Path, counts: Sequence[int], repeats: int) -> Iterator[str]:
     for count in counts:
         times = repeats if count <= 4 else 1
         command = [sys.executable, "-m", "hpcmm.analyze", *map(str, reports[:count]), "--out", str(folder / "out")]
-        cost = median([run_partial(command) for _ in range(times)])
+        costs = [run_partial(command) for _ in range(times)]
+        cost = median(costs)
         each = cost.wall_s / count
+        rows.append({**row("curve", "hpcmm", costs), "reports": count, "a_report_s": each})
         peak_mb = cost.peak_bytes / 1e6
         yield f"| {count} | {cost.wall_s:.1f} | {cost.cpu_s:.1f} | {each:.2f} | {peak_mb:.0f} | {times} |"
 
@@ -169,11 +189,15 @@ def run_partial(command: Sequence[str]) -> Cost:
     return run(["sh", "-c", '"$@" || test $? = 2', "sh", *command])
 
 
-def projection(folder: Path, repeats: int) -> Iterator[str]:
+def projection(folder: Path, repeats: int, rows: list[Row]) -> Iterator[str]:
     """Which kernels each NVTX range launched: ours, and a sweep in plain Python, on the same arrays."""
     report = write_run(folder / "gpu", GPU)[0]
-    ours = [float(_script("ours", report)) for _ in range(repeats)]
-    plain = [float(_script("plain", report)) for _ in range(repeats)]
+    pairs = [(float(_script("ours", report)), float(_script("plain", report))) for _ in range(repeats)]
+    ours, plain = zip(*pairs, strict=True)
+    for name, seconds in (("hpcmm", ours), ("plain Python", plain)):
+        times = ratio(statistics.median(plain), statistics.median(seconds))
+        found = {"part": "projection", "name": name, "runs": repeats, **summary(seconds, "s")}
+        rows.append({**found, "times_as_fast_as_plain_python": times})
     yield f"\nProjection of 200 thousand ranges onto 300 thousand kernels, medians of {repeats}:\n"
     yield "| | seconds |\n|---|---|"
     yield f"| hpcmm | {statistics.median(ours):.2f} |"
@@ -182,30 +206,42 @@ def projection(folder: Path, repeats: int) -> Iterator[str]:
         nsys_input = folder / "gpu.sqlite"
         shutil.copyfile(report, nsys_input)
         stats = ["nsys", "stats", "--report", "nvtxkernsum", "--force-overwrite", "true", "-o", str(folder / "kern")]
-        cost = run([*stats, str(nsys_input)], RIVAL_LIMIT_S)
+        costs = up_to_limit([*stats, str(nsys_input)], repeats)
+        rows.append(row("projection", "nsys stats --report nvtxkernsum", costs))
+        cost = median(costs)
         told = f"{cost.wall_s:.1f}" if cost.finished else f"more than {RIVAL_LIMIT_S}, stopped there"
-        yield f"| nsys stats --report nvtxkernsum (with reading, once) | {told} |"
+        once = ", once" if len(costs) == 1 else ""
+        yield f"| nsys stats --report nvtxkernsum (with reading{once}) | {told} |"
+
+
+def up_to_limit(command: Sequence[str], repeats: int) -> list[Cost]:
+    """A rival's runs; none after one that was stopped."""
+    costs: list[Cost] = []
+    while len(costs) < repeats and all(cost.finished for cost in costs):
+        costs.append(run(command, RIVAL_LIMIT_S))
+    return costs
 
 
 def _script(kind: str, report: Path) -> str:
-    command = [sys.executable, str(Path(__file__).with_name("projection.py")), kind, str(report)]
+    command = [sys.executable, str(Path(__file__).with_name("projection.py")), kind, str(report), "--repeats=1"]
     return subprocess.run(
         command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     ).stdout
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = measuring.parser(__doc__)
+    parser.add_argument("--repeats", type=measuring.positive, default=5)
     parser.add_argument("--parts", default="report,projection,curve", help="which tables to make")
     parser.add_argument("--curve", default="1,4,16,64", help="numbers of reports")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
     counts = [int(count) for count in options.curve.split(",")]
+    rows: list[Row] = []
     makers: dict[str, Callable[[Path], Iterator[str]]] = {
-        "report": lambda folder: one_report(folder, options.repeats),
-        "projection": lambda folder: projection(folder, options.repeats),
-        "curve": lambda folder: curve(folder, counts, options.repeats),
+        "report": lambda folder: one_report(folder, options.repeats, rows),
+        "projection": lambda folder: projection(folder, options.repeats, rows),
+        "curve": lambda folder: curve(folder, counts, options.repeats, rows),
     }
     lines = []
     with tempfile.TemporaryDirectory() as name:
@@ -215,6 +251,7 @@ def main() -> None:
                 lines.append(line)
     if options.out:
         options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    measuring.write(options.json, "analysis", rows)
 
 
 if __name__ == "__main__":

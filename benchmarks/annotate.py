@@ -1,6 +1,6 @@
 """What annotation adds to a training step of 20 ms, without a profiler and under nsys: medians over fresh processes.
 
-    python benchmarks/annotate.py [--runs 5]
+    python benchmarks/annotate.py [--runs 5] [--json FILE]
 
 A step is the step range, four phases and four gloo all-reduces, of one process, so that nothing waits. In each process
 the medians of many steps without annotation and of many with it are compared. Under nsys, with the flags of
@@ -19,6 +19,9 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+
+import measuring
+from measuring import Row, summary
 
 STEP_S = 0.020
 BOUNDS = {"without a profiler": 0.005, "under nsys": 0.02}
@@ -80,25 +83,34 @@ def nsys_prefix(folder: Path) -> list[str]:
     return ["nsys", "profile", *words, "--force-overwrite=true", f"--output={folder / 'report'}"]
 
 
+def row(name: str, added: list[float]) -> Row:
+    """What each process's annotation added to a step, and the median's share of a step of 20 ms."""
+    found = {"name": name, "runs": len(added), **summary(added, "s", "added"), "step_s": STEP_S}
+    return {**found, "share_of_step": statistics.median(added) / STEP_S, "bound_of_share": BOUNDS[name]}
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
+    parser = measuring.parser(__doc__)
+    parser.add_argument("--runs", type=measuring.positive, default=5)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         print("added", added_s())
         return 0
-    worst = 0
+    worst, rows = 0, []
     with tempfile.TemporaryDirectory() as folder:
         prefixes = {"without a profiler": []}
         if shutil.which("nsys"):
             prefixes["under nsys"] = nsys_prefix(Path(folder))
         for name, prefix in prefixes.items():
-            added = statistics.median(of_a_fresh_process(prefix) for _ in range(options.runs))
+            all_added = [of_a_fresh_process(prefix) for _ in range(options.runs)]
+            added = statistics.median(all_added)
             share, bound = added / STEP_S, BOUNDS[name]
             said = f"{added * 1e6:.1f} us a step, {share:.3%} of 20 ms"
             print(f"{name}: {said} (median of {options.runs}, bound {bound:.1%})")
+            rows.append(row(name, all_added))
             worst |= share > bound
+    measuring.write(options.json, "annotate", rows)
     return worst
 
 

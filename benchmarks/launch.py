@@ -1,6 +1,6 @@
 """How long launching takes on the login node, beside its rivals: medians over fresh processes, taken in turns.
 
-    python benchmarks/launch.py [--runs 5] [--points 1000] [--rivals FOLDER]
+    python benchmarks/launch.py [--runs 5] [--points 1000] [--rivals FOLDER] [--json FILE]
 
 FOLDER is a virtual environment with the rivals: python -m venv FOLDER; FOLDER/bin/pip install nemo-run
 hydra-submitit-launcher 'hydra-core<1.4'. Without it only hpcmm and the import of hydra and submitit alone, which no
@@ -12,15 +12,17 @@ A stand-in sbatch on the PATH notes when it is called; no job is submitted.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import measuring
+from measuring import Row, ratio, summary
 
 PROJECT = Path(__file__).resolve().parents[1]
 SBATCH = """#!/bin/sh
@@ -34,6 +36,7 @@ from hpcmm.config.schema import RunConfig
 ConfigStore.instance().store(name="schema", node=RunConfig)
 hydra.main(config_path={conf!r}, config_name="config", version_base="1.3")(lambda config: None)()
 """
+IMPORT = "import hydra, submitit"
 LAUNCH = [sys.executable, "-m", "hpcmm.launch", "experiment=anomaly_demo"]
 
 
@@ -71,7 +74,7 @@ class Bench:
     def measures(self) -> dict[str, Callable[[], float]]:
         """What is measured, by its name."""
         own = {
-            "import hydra, submitit": lambda: self.seconds(sys.executable, "-c", "import hydra, submitit"),
+            IMPORT: lambda: self.seconds(sys.executable, "-c", IMPORT),
             "dry_run=true": lambda: self.seconds(*LAUNCH, "dry_run=true"),
             "until sbatch is called": self.seconds_to_sbatch,
         }
@@ -95,9 +98,21 @@ def runs_here(name: str, measure: Callable[[], float]) -> bool:
     return True
 
 
+def rows(seconds: dict[str, list[float]]) -> Iterator[Row]:
+    """Of each command, beside the import that all of them need."""
+    base_s = statistics.median(seconds[IMPORT])
+    for name, found in seconds.items():
+        times = ratio(statistics.median(found), base_s)
+        yield {"name": name, "runs": len(found), **summary(found, "s"), "times_the_import": times}
+
+
+def sweep_row(points: int, seconds: float) -> Row:
+    return {"name": "a sweep, until sbatch is called", "points": points, "runs": 1, **summary([seconds], "s")}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
+    parser = measuring.parser(__doc__)
+    parser.add_argument("--runs", type=measuring.positive, default=5)
     parser.add_argument("--points", type=int, default=1000)
     parser.add_argument("--rivals", type=Path)
     arguments = parser.parse_args()
@@ -105,12 +120,14 @@ def main() -> None:
         bench = Bench(Path(folder), arguments.rivals)
         measures = {name: measure for name, measure in bench.measures().items() if runs_here(name, measure)}
         rounds = [{name: measure() for name, measure in measures.items()} for _ in range(arguments.runs)]
-        medians = {name: statistics.median(each[name] for each in rounds) for name in measures}
+        seconds = {name: [each[name] for each in rounds] for name in measures}
+        medians = {name: statistics.median(found) for name, found in seconds.items()}
         for name, median in medians.items():
             print(f"{name:<36} {median:6.3f} s (median of {arguments.runs})")
-        print(f"dry_run=true / import: {medians['dry_run=true'] / medians['import hydra, submitit']:.2f}")
+        print(f"dry_run=true / import: {medians['dry_run=true'] / medians[IMPORT]:.2f}")
         sweep_s = bench.seconds_to_sbatch(f"train.seed=range(0,{arguments.points})")
         print(f"a sweep of {arguments.points} points, until its one sbatch is called: {sweep_s:.2f} s")
+    measuring.write(arguments.json, "launch", [*rows(seconds), sweep_row(arguments.points, sweep_s)])
 
 
 if __name__ == "__main__":

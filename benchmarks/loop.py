@@ -1,6 +1,6 @@
 """hpcmm's training loop beside bare DeepSpeed calls: the same engine, the same data, the same model, by turns.
 
-    python benchmarks/loop.py [--ranks 2] [--steps 30] [--turns 5] [KEY=VALUE ...]
+    python benchmarks/loop.py [--ranks 2] [--steps 30] [--turns 5] [--json FILE] [KEY=VALUE ...]
 
 Each rank builds model, data and one engine, and then runs ``--steps`` steps of hpcmm's loop (annotation, agreement on a
 stop, metrics file, progress line) and as many of a bare loop (next batch, forward, backward, step), by turns. A turn's
@@ -20,6 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import measuring
+from measuring import Row, summary
 
 from hpcmm.config import config_file
 from hpcmm.config.compose import compose_run
@@ -55,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         program = [sys.executable, __file__, f"--steps={options.steps}", f"--turns={options.turns}"]
+        program += [f"--json={options.json}"] if options.json else []
         ranks = [
             subprocess.Popen(
                 [*program, f"--rank-of={run_dir.root}"],
@@ -76,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def run_rank(options: argparse.Namespace) -> None:
-    """One rank: both loops by turns; rank 0 prints."""
+    """One rank: both loops by turns; rank 0 prints, and writes the file."""
     session = open_session(RunDir(Path(options.rank_of)))
     with session.metrics:
         session.metrics.start(**session.rank_env.identity())
@@ -89,6 +93,7 @@ def run_rank(options: argparse.Namespace) -> None:
             turns.append((times[bare], times[in_hpcmm]))
     if session.rank_env.rank == 0:
         report(turns, options.steps - 1)
+        measuring.write(options.json, "loop", rows(turns, options.steps - 1))
     session.engine.destroy()
     from hpcmm.worker.distributed import leave_group  # noqa: PLC0415
 
@@ -194,11 +199,23 @@ def report(turns: list[tuple[Times, Times]], steps: int) -> None:
         )
 
 
+def rows(turns: list[tuple[Times, Times]], steps: int) -> list[Row]:
+    """The same as numbers: seconds a step, and hpcmm's speed as a share of the bare loop's."""
+    found: list[Row] = []
+    for which, clock in enumerate(("clock", "processor")):
+        bare_s, ours_s = ([times[loop][which] / steps for times in turns] for loop in (0, 1))
+        shares = [theirs / ours for theirs, ours in zip(bare_s, ours_s, strict=True)]
+        row: Row = {"by": clock, "turns": len(turns), "steps": steps}
+        row |= summary(bare_s, "s", "bare_step") | summary(ours_s, "s", "hpcmm_step")
+        found.append(row | {"times_as_fast": statistics.median(shares), "least": min(shares), "most": max(shares)})
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring.parser(__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=measuring.positive, default=5)
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()

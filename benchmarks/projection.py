@@ -1,14 +1,23 @@
-"""Seconds of one projection of ranges onto kernels: ``python benchmarks/projection.py ours|plain REPORT``."""
+"""Seconds of one projection of ranges onto kernels, ours or a sweep in plain Python: the median of some.
+
+    python benchmarks/projection.py ours|plain REPORT [--repeats 5] [--json FILE]
+
+REPORT is an SQLite export of nsys with CUDA's kernels. Reading it is not measured.
+"""
 
 from __future__ import annotations
 
-import sys
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import measuring
 import pandas as pd
+from measuring import summary
 
 from hpcmm.analysis.projection import project
+from hpcmm.errors import HpcmmError
 from hpcmm.reports.events import read_report
 
 
@@ -36,16 +45,30 @@ def plain(ranges: pd.DataFrame, activities: pd.DataFrame) -> list[tuple[int, int
     return found
 
 
-def main() -> None:
-    kind, report = sys.argv[1], Path(sys.argv[2])
-    cuda = read_report(report, report).cuda
-    assert cuda is not None
+def seconds(projection: Callable[[pd.DataFrame, pd.DataFrame], object], *tables: pd.DataFrame) -> float:
     began = time.perf_counter()
-    if kind == "ours":
-        project(cuda.ranges, cuda.activities)
-    else:
-        plain(cuda.ranges, cuda.activities)
-    print(time.perf_counter() - began)
+    projection(*tables)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = measuring.parser(__doc__)
+    parser.add_argument("kind", choices=("ours", "plain"))
+    parser.add_argument("report", type=Path, metavar="REPORT")
+    parser.add_argument("--repeats", type=measuring.positive, default=5)
+    options = parser.parse_args()
+    try:
+        cuda = read_report(options.report, options.report).cuda
+    except (HpcmmError, OSError) as error:
+        parser.error(str(error))
+    if cuda is None:
+        parser.error(f"{options.report} holds no kernels")
+    projection = project if options.kind == "ours" else plain
+    taken = [seconds(projection, cuda.ranges, cuda.activities) for _ in range(options.repeats)]
+    print(statistics.median(taken))
+    sizes = {"ranges": len(cuda.ranges), "kernels": len(cuda.activities)}
+    row = {"name": options.kind, **sizes, "runs": len(taken), **summary(taken, "s")}
+    measuring.write(options.json, "projection", [row])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training on 1, 2 and 4 nodes: samples a second, efficiencies, and what the analysis says takes the rest; as Markdown.
 
-    python benchmarks/scaling.py [--nodes 1 2 4] [--steps 20] [KEY=VALUE ...]
+    python benchmarks/scaling.py [--nodes 1 2 4] [--steps 20] [--json FILE] [KEY=VALUE ...]
 
 Each run is a real job under nsys, launched and analysed by hpcmm, the smallest one as the others' reference. Every rank
 keeps its micro-batch, so the work grows with the nodes (weak scaling). Speed-up is samples a second over the smallest
@@ -11,7 +11,6 @@ cores: the table then shows that the nodes do not add cores, and what the ranks 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -20,27 +19,32 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import measuring
 import pandas as pd
+from measuring import Row, ratio, summary
 
 from hpcmm.config import config_file
 from hpcmm.runs.run_dir import RunDir
 
+FACTORS = ("parallel_efficiency", "load_balance", "serialisation_efficiency", "transfer_efficiency")
+OF_REFERENCE = ("computation_scaling", "global_efficiency")
 CONFIGURATION = ("experiment=anomaly_demo", "train.evaluate=false", "wait=true")
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A run: its nodes and ranks, samples a second, and the tables of its analysis."""
+    """A run: its nodes and ranks, its steps' seconds, samples a second, and the tables of its analysis."""
 
     nodes: int
     ranks: int
+    step_s: list[float]
     samples_per_s: float
     efficiency: pd.Series
     bottlenecks: pd.DataFrame
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring.parser(__doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
@@ -54,6 +58,7 @@ def main() -> None:
             reference = reference or analysis
             measured.append(measure(run, analysis))
     print("\n".join(table(measured)))
+    measuring.write(options.json, "scaling", [row(run, measured[0]) for run in measured])
 
 
 def launch(nodes: int, steps: int, overrides: list[str], folder: Path) -> RunDir:
@@ -81,6 +86,7 @@ def measure(run: RunDir, analysis: Path) -> Measured:
     return Measured(
         nodes=config.cluster.nodes,
         ranks=config.world_size,
+        step_s=step_s,
         samples_per_s=config.global_batch_size / statistics.median(step_s),
         efficiency=efficiency[efficiency["scope"] == "run"].iloc[0],
         bottlenecks=pd.read_csv(analysis / "bottlenecks.csv"),
@@ -95,14 +101,28 @@ def table(measured: list[Measured]) -> list[str]:
     ]
     smallest = measured[0]
     for run in measured:
-        factors = ["parallel_efficiency", "load_balance", "serialisation_efficiency", "transfer_efficiency"]
-        shown = [f"{run.efficiency[name]:.0%}" for name in factors]
-        shown += [percent(run.efficiency[name]) for name in ("computation_scaling", "global_efficiency")]
+        shown = [f"{run.efficiency[name]:.0%}" for name in FACTORS]
+        shown += [percent(run.efficiency[name]) for name in OF_REFERENCE]
         reasons = [f"{row.cause} {row.step_share:.0%}" for row in run.bottlenecks.head(3).itertuples()]
         speed_up = run.samples_per_s / smallest.samples_per_s
         cells = [run.nodes, run.ranks, f"{run.samples_per_s:.1f}", f"{speed_up:.2f}", *shown, ", ".join(reasons) or "-"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
+
+
+def row(run: Measured, smallest: Measured) -> Row:
+    """The same as numbers; the medians and minima are those of the run's steps."""
+    causes = [{"cause": each.cause, "step_share": each.step_share} for each in run.bottlenecks.head(3).itertuples()]
+    return {
+        "nodes": run.nodes,
+        "ranks": run.ranks,
+        "steps": len(run.step_s),
+        **summary(run.step_s, "s", "step"),
+        "samples_per_s": run.samples_per_s,
+        "speed_up": ratio(run.samples_per_s, smallest.samples_per_s),
+        **{name: float(run.efficiency[name]) for name in (*FACTORS, *OF_REFERENCE)},
+        "causes": causes,
+    }
 
 
 def percent(share: float) -> str:

@@ -1,6 +1,6 @@
 """Throughput and latency of a served run, batched against unbatched, with 1, 4 and 16 users who ask without a pause.
 
-    python benchmarks/serve.py RUN [--rounds 5] [--seconds 4] [--users 1,4,16]
+    python benchmarks/serve.py RUN [--rounds 5] [--seconds 4] [--users 1,4,16] [--json FILE]
 
 Two views: `model` is the batcher with the model behind it, in one process; `page` is a whole server, whose users upload
 an image and ask over HTTP as the page does, from a process on the same machine. Batched is --max-batch 8, unbatched
@@ -9,7 +9,6 @@ an image and ask over HTTP as the page does, from a process on the same machine.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import measuring
 import numpy as np
+from measuring import Row, ratio, summary
 from PIL import Image
 
 from hpcmm.config import config_file
@@ -140,14 +141,26 @@ def _asked(page: str) -> None:
         raise RuntimeError(page[:200])
 
 
+def numbers(cells: Sequence[Cell], unbatched_per_s: float) -> Row:
+    """Of all rounds; ``times_unbatched`` by answers a second."""
+    return {
+        "rounds": len(cells),
+        **summary([cell.per_s for cell in cells], "per_s", "answers"),
+        **summary([cell.p50_ms / 1000 for cell in cells], "s", "p50"),
+        **summary([cell.p95_ms / 1000 for cell in cells], "s", "p95"),
+        "times_unbatched": ratio(statistics.median(cell.per_s for cell in cells), unbatched_per_s),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring.parser(__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=measuring.positive, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--users", default="1,4,16")
     options = parser.parse_args()
     counts = [int(count) for count in options.users.split(",")]
+    rows: list[Row] = []
     print("| view | users | | answers a second | p50 ms | p95 ms | times unbatched |")
     print("|---|---|---|---|---|---|---|")
     for view, opened in (("model", model_users), ("page", page_users)):
@@ -165,7 +178,9 @@ def main() -> None:
                     statistics.median(getattr(cell, field) for cell in own) for field in ("per_s", "p50_ms", "p95_ms")
                 )
                 gain = f"{per_s / alone:.2f}"
+                rows.append({"view": view, "users": count, "name": name, **numbers(own, alone)})
                 print(f"| {view} | {count} | {name} | {per_s:.1f} | {p50:.0f} | {p95:.0f} | {gain} |", flush=True)
+    measuring.write(options.json, "serve", rows)
 
 
 if __name__ == "__main__":

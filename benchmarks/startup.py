@@ -1,6 +1,6 @@
 """From a Slurm job's start to the end of its first step: hpcmm beside `torchrun` by hand, same nodes, same training.
 
-    python benchmarks/startup.py [--runs 5] [KEY=VALUE ...]
+    python benchmarks/startup.py [--runs 5] [--json FILE] [KEY=VALUE ...]
 
 Both jobs train the same configuration on the local cluster (slurm/local/up) and note their times in the same files. The
 rival's script is what one writes by hand: one torchrun a node, which starts its ranks and lets them meet. The clock
@@ -17,7 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import measuring
+import pandas as pd
+from measuring import Row, ratio, summary
 
 from hpcmm.analysis.time_tables import startup_table
 from hpcmm.config import config_file
@@ -28,6 +33,9 @@ from hpcmm.launch.write import write
 from hpcmm.runs.run_dir import RunDir
 
 CONFIGURATION = ("experiment=anomaly_demo", "profile=off", "train.steps=2", "train.evaluate=false")
+
+LAST_RUNS = {"hpcmm": "latest", "torchrun": "torchrun"}
+"""What leads to each one's last run, in the folder of the runs."""
 
 TORCHRUN_SCRIPT = """#!/bin/bash
 #SBATCH --nodes={nodes} --ntasks-per-node=1 --cpus-per-task={cpus} --gpus-per-node={gpus}
@@ -152,9 +160,23 @@ def wait_for(job_id: str) -> None:
         time.sleep(0.5)
 
 
+def row(name: str, seconds: Sequence[float], rival_s: float, parts: pd.DataFrame) -> Row:
+    """Until the first step's end: each run's time beside torchrun's median, and the parts of the last run."""
+    median_s = statistics.median(seconds)
+    return {
+        "name": name,
+        "runs": len(seconds),
+        **summary(seconds, "s"),
+        "each_s": list(seconds),
+        "more_than_torchrun_s": median_s - rival_s,
+        "times_torchrun": ratio(median_s, rival_s),
+        "parts_of_last_run": parts.to_dict("records"),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
+    parser = measuring.parser(__doc__)
+    parser.add_argument("--runs", type=measuring.positive, default=5)
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
@@ -167,14 +189,19 @@ def main() -> None:
         pairs = [
             (with_hpcmm(options.overrides, root), with_torchrun(options.overrides, root)) for _ in range(options.runs)
         ]
-        ours, theirs = (statistics.median(values) for values in zip(*pairs, strict=True))
+        seconds = dict(zip(LAST_RUNS, zip(*pairs, strict=True), strict=True))
+        ours, theirs = (statistics.median(values) for values in seconds.values())
         print(f"hpcmm:    {ours:.2f} s from the script's start to the end of the first step (median of {options.runs})")
         print(f"torchrun: {theirs:.2f} s")
         print(f"difference: {ours - theirs:+.2f} s (at most +1 s is the aim)")
         print(f"pairs: {', '.join(f'{mine:.1f} and {other:.1f}' for mine, other in pairs)}")
-        for name, link in (("hpcmm", "latest"), ("torchrun", "torchrun")):
+        rows = []
+        for name, link in LAST_RUNS.items():
+            parts = startup_table(metrics_of(RunDir((root / link).resolve())))
             print(f"the last run of {name}:")
-            print(startup_table(metrics_of(RunDir((root / link).resolve()))).to_string(index=False))
+            print(parts.to_string(index=False))
+            rows.append(row(name, seconds[name], theirs, parts))
+    measuring.write(options.json, "startup", rows)
 
 
 if __name__ == "__main__":

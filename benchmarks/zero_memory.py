@@ -1,6 +1,6 @@
 """Memory of a language model's weights, gradients and optimizer state under each ZeRO stage, as Markdown.
 
-    python benchmarks/zero_memory.py [--nodes 1] [--gpus-per-node 8] [--lora-rank 32] [CONFIG]
+    python benchmarks/zero_memory.py [--nodes 1] [--gpus-per-node 8] [--lora-rank 32] [--json FILE] [CONFIG]
 
 CONFIG is a transformers config.json or its folder; the default is LLaMA-7B's shape. The model is made on the meta
 device, so that no weight is held. ZeRO-2 and ZeRO-3 with all weights trained are DeepSpeed's own estimators. It has
@@ -11,14 +11,16 @@ in each case.
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+import measuring
+from measuring import Row
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 GIB = 2**30
 WEIGHT, GRADIENT, STATE = 2, 2, 4 + 4 + 8
@@ -37,6 +39,9 @@ class Model:
 
 
 def measure(config: PretrainedConfig, lora_rank: int) -> Model:
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     largest = max(
@@ -64,6 +69,9 @@ def from_formula(stage: int, trained: int, frozen: int, ranks: int, largest_laye
 
 def estimated(stage: int, model: Model, nodes: int, gpus: int, *, offload: bool) -> tuple[float, float]:
     """DeepSpeed's estimate: GiB a CPU node, and GiB a GPU."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs  # noqa: PLC0415
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs  # noqa: PLC0415
+
     if stage == 2:
         cpu, gpu = estimate_zero2_model_states_mem_needs(
             total_params=model.parameters, num_gpus_per_node=gpus, num_nodes=nodes, cpu_offload=offload
@@ -81,41 +89,57 @@ def estimated(stage: int, model: Model, nodes: int, gpus: int, *, offload: bool)
     return cpu / GIB, gpu / GIB
 
 
-def table(model: Model, nodes: int, gpus: int) -> list[str]:
+def memory(model: Model, nodes: int, gpus: int) -> Iterator[Row]:
+    """Each stage's need of a GPU, then with offload that of a GPU and of a node's CPU."""
     ranks = nodes * gpus
-    lines = [
-        "| ZeRO | all trained, GiB a GPU | by | frozen + LoRA, GiB a GPU |",
-        "|---|---|---|---|",
-    ]
     for stage in range(4):
         lora = from_formula(stage, model.lora, model.parameters, ranks, model.largest_layer)
         if stage < 2:
             full, source = from_formula(stage, model.parameters, 0, ranks), "the same bytes"
         else:
             full, source = estimated(stage, model, nodes, gpus, offload=False)[1], "DeepSpeed's estimator"
-        lines.append(f"| {stage} | {full:.1f} | {source} | {lora:.1f} |")
+        yield {"stage": stage, "by": source, "on_the_cpu": None, "gpu_gib": full, "gpu_with_lora_gib": lora}
     for stage in (2, 3):
         cpu, gpu = estimated(stage, model, nodes, gpus, offload=True)
         what = "optimizer" if stage == 2 else "optimizer and weights"
-        lines.append(f"| {stage}, {what} on the CPU | {gpu:.1f}, and {cpu:.0f} a node | DeepSpeed's estimator | - |")
+        row: Row = {"stage": stage, "by": "DeepSpeed's estimator", "on_the_cpu": what}
+        yield row | {"gpu_gib": gpu, "node_gib": cpu}
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| ZeRO | all trained, GiB a GPU | by | frozen + LoRA, GiB a GPU |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        stage, gpu, source = row["stage"], row["gpu_gib"], row["by"]
+        if row["on_the_cpu"] is None:
+            lines.append(f"| {stage} | {gpu:.1f} | {source} | {row['gpu_with_lora_gib']:.1f} |")
+        else:
+            node = f"{row['node_gib']:.0f} a node"
+            lines.append(f"| {stage}, {row['on_the_cpu']} on the CPU | {gpu:.1f}, and {node} | {source} | - |")
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring.parser(__doc__)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--lora-rank", type=int, default=32)
     parser.add_argument("config", nargs="?", type=Path)
     options = parser.parse_args()
+    from transformers import AutoConfig, LlamaConfig  # noqa: PLC0415
+
     config = AutoConfig.from_pretrained(options.config, local_files_only=True) if options.config else LlamaConfig()
     model = measure(config, options.lora_rank)
+    rows = list(memory(model, options.nodes, options.gpus_per_node))
     print(
         f"{model.parameters / 1e9:.2f} billion parameters, {model.largest_layer / 1e6:.0f} million in the largest; "
         f"LoRA of rank {options.lora_rank} on {', '.join(LORA_TARGETS)}: {model.lora / 1e6:.1f} million. "
         f"{options.nodes} x {options.gpus_per_node} GPUs.\n"
     )
-    print("\n".join(table(model, options.nodes, options.gpus_per_node)))
+    print("\n".join(table(rows)))
+    measuring.write(options.json, "zero_memory", rows)
 
 
 if __name__ == "__main__":
