@@ -56,7 +56,7 @@ def launched(folder: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(project: Path, compiled_ops: None, nsys: str) -> Path:
-    return launched(project, "task=signals", "profile=nsys", "train.steps=20")
+    return launched(project, "task=signals", "profile=nsys")
 
 
 @pytest.mark.nsys
@@ -76,14 +76,14 @@ def test_its_steps_are_analysed(project: Path, trained: Path):
     assert done.returncode == 0, done.stderr
     steps = pd.read_csv(trained / "analysis" / "steps.csv")
     assert set(steps["rank"]) == {0, 1}
-    assert set(steps["step"]) == set(range(20))
+    assert set(steps["step"]) == set(range(60))
     phases = set(pd.read_csv(trained / "analysis" / "phases_summary.csv")["phase"])
     assert {"data", "forward", "backward", "optimizer"} <= phases
 
 
 @pytest.mark.nsys
 def test_it_is_evaluated_beside_a_run_with_another_net(project: Path, trained: Path):
-    other = launched(project, "task=signals", "net=perceptron", "train.steps=20")
+    other = launched(project, "task=signals", "net=perceptron")
     done = run("hpcmm.evaluate", str(trained), str(other), "--out", "scores", folder=project)
     assert done.returncode == 0, done.stderr
     summary = pd.read_csv(project / "scores" / "summary.csv")
