@@ -70,6 +70,20 @@ def fits(annotation: ast.expr | None, value: Any) -> bool:
     return isinstance(value, types) and not (isinstance(value, bool) and types in ((int,), (int, float)))
 
 
+def syntax_problem(module: str) -> str | None:
+    """What keeps a module's source from being parsed; None if nothing does, or there is none."""
+    file = source_file(module)
+    if file is None or file.suffix != ".py":
+        return None
+    try:
+        ast.parse(file.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        return f"{file} has a syntax error in line {error.lineno}: {error.msg}"
+    except (OSError, ValueError) as error:
+        return f"{file} cannot be read: {error}"
+    return None
+
+
 def source_file(module: str) -> Path | None:
     """The file of a module, which is not imported; of a package its ``__init__.py``. None if there is none."""
     spec = _spec(module)

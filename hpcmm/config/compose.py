@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_origin
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcmm.config.keys import parts_of
-from hpcmm.config.parts import NAME, folders_of, with_parts
+from hpcmm.config.parts import NAME, folders_of, with_parts, yaml_problem
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.space import ConfigSpace, space_of
 from hpcmm.errors import HpcmmError
@@ -148,6 +149,8 @@ def explained(space: ConfigSpace) -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise HpcmmError(_explain(error, space)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise HpcmmError(f"{_unreadable_file(error, space)} cannot be read: {yaml_problem(error)}.") from error
     except RecursionError:
         raise HpcmmError("The configuration is nested too deeply, or refers to itself.") from None
 
@@ -196,12 +199,34 @@ def _explain(error: Exception, space: ConfigSpace) -> str:
     if group and group[1] in (groups := space.groups):
         options = ", ".join(groups[group[1]])
         return f"{group[1]}={group[2]} is not an option of the group {group[1]}: choose one of {options}."
+    if unused := re.search(r"Could not override '([\w/]+)(?:@[^']*)?'", text):
+        return (
+            f"{unused[1]} is a config group, but the chosen task has no use for it: choose a task that has, or leave "
+            f"{unused[1]} out."
+        )
     if key and "not in" in text:
         parent, _, part = key[1].rpartition(".")
         return space.unknown(parent, part)
+    if in_file := re.match(r"In '([^']+)': \w+ raised while composing config:\n(.+)", text):
+        said = in_file[2].strip().rstrip(".")
+        return f"{key[1] if key else 'The configuration'}: {said} (in {in_file[1]}.yaml)."
     if key:
         return f"{key[1]}: {_first_line(cause)}"
     return _first_line(cause)
+
+
+def _unreadable_file(error: Exception, space: ConfigSpace) -> str:
+    """The file that an error of YAML names, or else the first one of the config folders that is not UTF-8."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None and mark.name:
+        return str(mark.name)
+    for folder in space.folders:
+        for file in sorted(folder.rglob("*.yaml")):
+            try:
+                file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                return str(file)
+    return "A file of the configuration"
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from hpcmm.config.class_source import class_source, fits
+from hpcmm.config.class_source import class_source, fits, syntax_problem
 from hpcmm.config.keys import PartGroup, parts_of
 from hpcmm.errors import HpcmmError
+from hpcmm.files import read_text
 from hpcmm.resources import resource
 
 T = TypeVar("T")
@@ -49,8 +51,29 @@ def resolved_part(value: Any, group: str, folders: Sequence[Path]) -> Any:
 
 @functools.lru_cache(maxsize=1000)
 def _contents(file: Path, _changed_ns: int) -> Mapping[str, Any]:
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return values if isinstance(values, dict) else {}
+    return read_config_yaml(file)
+
+
+def read_config_yaml(file: Path) -> dict[str, Any]:
+    """The values of a file of a config group. Raises HpcmmError that names file, line and what is wrong there."""
+    try:
+        values = yaml.safe_load(read_text(file))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
+    if values is not None and not isinstance(values, dict):
+        raise HpcmmError(f"{file} holds no keys: write KEY: VALUE, one a line.")
+    return {str(key): value for key, value in (values or {}).items()}
+
+
+def yaml_problem(error: BaseException) -> str:
+    """What is wrong with a YAML file, and in which line, in a few words."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def with_parts(config: T, folders: Sequence[Path]) -> T:
@@ -117,14 +140,27 @@ def import_class(target: str) -> type:
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ModuleNotFoundError, ValueError) as error:
         raise HpcmmError(
             f"{target} cannot be imported ({error}): start hpcmm in the folder that holds its "
             "package, or set PYTHONPATH."
         ) from error
+    except AttributeError as error:
+        raise HpcmmError(f"{target} cannot be imported: {error}.") from error
+    except Exception as error:  # whatever the module's own code raises when it runs
+        raise HpcmmError(f"{target} cannot be imported: its module failed with {own_error(error)}.") from error
     if not isinstance(found, type):
         raise HpcmmError(f"{target} is not a class.")
     return found
+
+
+def own_error(error: BaseException) -> str:
+    """An exception of the user's own code: its class, its words, and the last place in a file that it came from."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError in {error.filename}, line {error.lineno}: {error.msg}"
+    places = traceback.extract_tb(error.__traceback__)
+    place = f" in {places[-1].filename}, line {places[-1].lineno}" if places else ""
+    return f"{type(error).__name__}{place}: {' '.join(str(error).split())}"
 
 
 def _value(config: Any, key: str) -> Any:
@@ -137,14 +173,27 @@ def class_attribute(part: Mapping[str, Any], name: str) -> Any:
     return None if source is None else source.attributes.get(name)
 
 
+def _why_unknown(target: str, group: PartGroup) -> str:
+    """Why nothing is known of a class from its source."""
+    if target.partition(".")[0] == "torch":  # whose sources are not read: none of its classes is any group's
+        return f"that is not a {group.base.rpartition('.')[2]} ({group.base})."
+    module = target.rpartition(".")[0]
+    if (problem := syntax_problem(module)) is not None:
+        return f"{problem}."
+    return (
+        "there is no such class: write package.module.Class, and start hpcmm in the folder that holds the package, or "
+        "set PYTHONPATH."
+    )
+
+
 def _class_problems(key: str, part: Mapping[str, Any], group: PartGroup) -> Iterator[str]:
     target = str(part[TARGET])
     source = class_source(target)
     if source is None:
-        yield (
-            f"{key}.{TARGET} is {target!r}, but there is no such class: write package.module.Class, and start hpcmm in "
-            "the folder that holds the package, or set PYTHONPATH."
-        )
+        yield f"{key}.{TARGET} is {target!r}, but {_why_unknown(target, group)}"
+        return
+    if target == group.base:
+        yield f"{key}.{TARGET} is {target!r}, which only says what a {group.group} is: name a subclass of it."
         return
     if source.is_whole and group.base not in source.bases:
         yield f"{key}.{TARGET} is {target!r}, which is not a {group.base.rpartition('.')[2]} ({group.base})."

@@ -11,10 +11,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
-
 from hpcmm.config.keys import parts_of, type_hints
-from hpcmm.config.parts import TARGET, folders_of, options_of
+from hpcmm.config.parts import TARGET, folders_of, options_of, read_config_yaml
 from hpcmm.config.schema import SCRIPT, RunConfig
 from hpcmm.config.workload import Workload, load_workload
 from hpcmm.errors import HpcmmError
@@ -87,7 +85,12 @@ class ConfigSpace:
         valid += [] if parent else list(self.groups)
         prefix = f"{parent}." if parent else ""
         names = sorted({prefix + name for name in valid})
-        close = difflib.get_close_matches(prefix + part, names, n=1)
+        close = [name for name in difflib.get_close_matches(prefix + part, names, n=2) if name != prefix + part][:1]
+        if not parent and part in self.groups:
+            return (
+                f"{part} is a config group, but the chosen task has no such key: choose a task that has it, or leave "
+                f"{part} out."
+            )
         hint = f"did you mean {close[0]}? " if close else ""
         where = f"Keys of {parent}" if parent else "Keys"
         return f"{prefix}{part} is not a configuration key: {hint}{where}: {', '.join(names)}."
@@ -147,11 +150,7 @@ def _yaml_of(folders: Sequence[Path], name: str) -> dict[str, Any]:
     """The values of a file of the config folders; empty if there is none, which Hydra says better."""
     for folder in folders:
         if ".." not in name and (file := folder / name).is_file():
-            try:
-                values = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise HpcmmError(f"{file} cannot be read: {str(error).strip().partition(chr(10))[0]}") from error
-            return values if isinstance(values, dict) else {}
+            return read_config_yaml(file)
     return {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcmm.config.keys import out_of_bounds
-from hpcmm.config.parts import part_problems
+from hpcmm.config.parts import own_error, part_problems
 from hpcmm.config.schema import FUNCTION, SCRIPT, Analyze, Executor, RunConfig
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
@@ -153,12 +153,25 @@ def validate(config: RunConfig) -> None:
         *_handover(config),
         *_parallel(config),
         *part_problems(config),
-        *(workload.problems(config) if (workload := workload_of(config)) is not None else ()),
+        *_workload(config),
         *_profile(config),
         *_launch(config),
     ]
     if problems:
         raise HpcmmError("\n".join(problems))
+
+
+def _workload(config: RunConfig) -> list[str]:
+    """What the run's workload finds wrong."""
+    workload = workload_of(config)
+    if workload is None:
+        return []
+    try:
+        return list(workload.problems(config))
+    except HpcmmError:
+        raise
+    except Exception as error:  # whatever the workload's own code raises
+        raise HpcmmError(f"{config.task._target_}.problems failed: {own_error(error)}.") from error
 
 
 def _lists(config: Any, parent: str = "") -> Iterator[str]:

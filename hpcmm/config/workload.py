@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hpcmm.config.parts import import_class
+from hpcmm.config.parts import import_class, own_error
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 
@@ -92,7 +93,23 @@ def load_workload(target: str) -> Workload:
 
     Raises HpcmmError if there is no such class, or it is not a subclass of :class:`Workload`.
     """
+    had_torch = "torch" in sys.modules
     found = import_class(target)
+    if "torch" in sys.modules and not had_torch:
+        print(
+            f"hpcmm: {found.__module__} imports torch at its top, so every command waits for that: import it in the "
+            "methods that need it.",
+            file=sys.stderr,
+        )
     if not issubclass(found, Workload):
         raise HpcmmError(f"{target} is not a workload: it must be a subclass of hpcmm.config.workload.Workload.")
-    return found()
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise HpcmmError(f"{target} lacks {', '.join(missing)}, which each workload must have: see docs/workloads.md.")
+    try:
+        workload = found()
+    except Exception as error:  # whatever the user's own code raises
+        raise HpcmmError(f"{target} cannot be made: {own_error(error)}.") from error
+    schema = workload.schema
+    if not (isinstance(schema, type) and issubclass(schema, RunConfig) and "__dataclass_fields__" in vars(schema)):
+        raise HpcmmError(f"{target}.schema must be a subclass of hpcmm.config.schema.RunConfig, and a @dataclass.")
+    return workload

@@ -13,10 +13,12 @@ from typing import Any, Self
 import deepspeed
 import torch
 from rich.progress import Progress as Bar
+from torch import nn
 
 from hpcmm import annotate
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload
+from hpcmm.errors import HpcmmError
 from hpcmm.ranges import step_window
 from hpcmm.runs.metrics import MetricsWriter, write_scores
 from hpcmm.runs.run_dir import RunDir
@@ -43,7 +45,7 @@ def train(
     Returns the scores before and after training; none when it was asked to stop before its last step.
     """
     with metrics.startup("model and data"):
-        training = workload.training(config, device)
+        training = _checked(workload.training(config, device))
     with metrics.startup("engine"):
         engine = build_engine(training.model, config, training.parameter_groups())
     try:
@@ -135,6 +137,22 @@ def _step(
 def _checkpoint_due(step: int, config: RunConfig) -> bool:
     every = config.train.checkpoint_every
     return step + 1 == config.train.steps or (every > 0 and (step + 1) % every == 0)
+
+
+def _checked(training: object) -> Training:
+    """Raises HpcmmError if a workload's half with torch is not what the loop drives."""
+    if not isinstance(training, Training):
+        raise HpcmmError(
+            f"{_full_name(training)} is not a subclass of hpcmm.train.workload.Training, which training_class() must "
+            "return."
+        )
+    if not isinstance(getattr(training, "model", None), nn.Module):
+        raise HpcmmError(f"{_full_name(training)}.__init__ must set self.model to a torch.nn.Module.")
+    return training
+
+
+def _full_name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def _score(

@@ -101,7 +101,7 @@ def test_a_parameter_of_a_part_is_an_override(own: Path):
         (["model.decoder.kernel=1.5"], "model.decoder.kernel is 1.5, but WideDecoder takes int."),
         (["model.decoder.bias=1"], "model.decoder.bias is 1, but WideDecoder takes bool."),
         (["model.decoder.width=4"], "model.decoder.width cannot be given: the workload sets it."),
-        (["model.decoder._target_=torch.nn.Linear"], "there is no such class"),
+        (["model.decoder._target_=torch.nn.Linear"], "that is not a Decoder"),
         (["model.decoder._target_=os.system"], "there is no such class"),
         (["model/decoder=none"], "which is not a Decoder"),
         (["model/decoder=gone"], "there is no such class"),
