@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -30,6 +31,8 @@ class Parameter:
 
     annotation: ast.expr | None
     required: bool
+    nullable: bool = False
+    """Whether its default is None, whatever its type says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,10 @@ def fits(annotation: ast.expr | None, value: Any) -> bool:
     if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
         return fits(annotation.left, value) or fits(annotation.right, value)
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        return fits(ast.parse(annotation.value, mode="eval").body, value)
+        try:
+            return fits(ast.parse(annotation.value, mode="eval").body, value)
+        except SyntaxError:  # free text
+            return True
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
         if annotation.value.id == "Optional":
             return value is None or fits(annotation.slice, value)
@@ -84,6 +90,17 @@ def syntax_problem(module: str) -> str | None:
     return None
 
 
+def holder_of(package: str) -> Path | None:
+    """The folder that a top-level package or module is imported from; None if it is not there as a file or folder."""
+    spec = _spec(package)
+    if spec is None:
+        return None
+    if spec.submodule_search_locations is not None:  # also of a package without an __init__.py
+        folders = [Path(each) for each in spec.submodule_search_locations]
+        return folders[0].resolve().parent if folders and folders[0].is_dir() else None
+    return Path(spec.origin).resolve().parent if spec.has_location and spec.origin else None
+
+
 def source_file(module: str) -> Path | None:
     """The file of a module, which is not imported; of a package its ``__init__.py``. None if there is none."""
     spec = _spec(module)
@@ -94,17 +111,44 @@ def _read_class(module: str, name: str, deepest: int) -> ClassSource | None:
     tree = _module_tree(module)
     if tree is None or deepest == 0:
         return None
-    for node in tree.body:
+    for node in _statements(tree.body):
         if isinstance(node, ast.ClassDef) and node.name == name:
             return _of_definition(module, node, tree, deepest)
-    imported = _imports(tree, module).get(name)  # re-exported
-    return _read_class(*_halves(imported), deepest - 1) if imported else None
+    imported = _imports(module).get(name)  # re-exported
+    if imported:
+        return _read_class(*_halves(imported), deepest - 1)
+    return ClassSource({}, True, frozenset(), {}, is_whole=False) if _may_define(tree, name) else None
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module that run when it is imported, those within ``if`` and ``try`` too."""
+    for node in body:
+        yield node
+        for inner in ("body", "orelse", "finalbody"):
+            if isinstance(node, ast.If | ast.Try | ast.With):
+                yield from _statements(getattr(node, inner, []))
+        if isinstance(node, ast.Try):
+            for handler in node.handlers:
+                yield from _statements(handler.body)
+
+
+def _may_define(tree: ast.Module, name: str) -> bool:
+    """Whether a module gives a name in a way that its source alone does not tell: then a rank will see."""
+    for node in _statements(tree.body):
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+            return True
+        if isinstance(node, ast.FunctionDef) and node.name == "__getattr__":
+            return True
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return True
+    return False
 
 
 def _of_definition(module: str, node: ast.ClassDef, tree: ast.Module, deepest: int) -> ClassSource:
     """The class ``node``, and all that can be found of its bases."""
-    names = _imports(tree, module) | {
-        each.name: f"{module}.{each.name}" for each in tree.body if isinstance(each, ast.ClassDef)
+    names = dict(_imports(module)) | {
+        each.name: f"{module}.{each.name}" for each in _statements(tree.body) if isinstance(each, ast.ClassDef)
     }
     found: list[ClassSource] = []
     bases, whole = {f"{module}.{node.name}"}, True
@@ -115,19 +159,26 @@ def _of_definition(module: str, node: ast.ClassDef, tree: ast.Module, deepest: i
         if source is not None:
             found.append(source)
             bases |= source.bases
-        # torch's own classes have no base that could be a group's
-        whole &= source.is_whole if source is not None else bool(target and target.split(".")[0] == "torch")
+        whole &= source.is_whole if source is not None else _is_no_part(target, base)
     own = next((each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
     if own is not None:
         parameters, takes_any = _parameters(own), own.args.kwarg is not None
     elif any("dataclass" in ast.unparse(each) for each in node.decorator_list):
-        parameters, takes_any = _fields(node), False
+        inherited = {name: each for source in reversed(found) for name, each in source.parameters.items()}
+        parameters, takes_any = inherited | _fields(node), any(source.takes_any for source in found)
     elif found:
         parameters, takes_any = dict(found[0].parameters), found[0].takes_any
     else:
         parameters, takes_any = {}, True
     attributes = {name: value for source in reversed(found) for name, value in source.attributes.items()}
     return ClassSource(parameters, takes_any, frozenset(bases), attributes | _constants(node), whole)
+
+
+def _is_no_part(target: str | None, base: ast.expr) -> bool:
+    """Whether a base class whose source is not read can have no group's base among its own: Python's and torch's."""
+    if target is None:
+        return isinstance(base, ast.Name) and base.id in vars(builtins)
+    return target.partition(".")[0] in {"torch", "abc", "typing", "typing_extensions"}
 
 
 def _constants(node: ast.ClassDef) -> dict[str, Any]:
@@ -143,32 +194,42 @@ def _constants(node: ast.ClassDef) -> dict[str, Any]:
 def _parameters(function: ast.FunctionDef) -> dict[str, Parameter]:
     spec = function.args
     positional = [*spec.posonlyargs, *spec.args]
-    first_default = len(positional) - len(spec.defaults)
-    found = {
-        argument.arg: Parameter(argument.annotation, at < first_default) for at, argument in enumerate(positional) if at
-    }
-    keyword = zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
-    return found | {argument.arg: Parameter(argument.annotation, default is None) for argument, default in keyword}
+    defaults = [*[None] * (len(positional) - len(spec.defaults)), *spec.defaults]
+    pairs = [*list(zip(positional, defaults, strict=True))[1:], *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]
+    return {argument.arg: _parameter(argument.annotation, default) for argument, default in pairs}
+
+
+def _parameter(annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
+    return Parameter(annotation, default is None, isinstance(default, ast.Constant) and default.value is None)
 
 
 def _fields(node: ast.ClassDef) -> dict[str, Parameter]:
     """Of a dataclass."""
     return {
-        each.target.id: Parameter(each.annotation, each.value is None)
+        each.target.id: _parameter(each.annotation, each.value)
         for each in node.body
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
     }
 
 
-def _imports(tree: ast.Module, module: str) -> dict[str, str]:
-    """What each imported name stands for, as a dotted path."""
+def _imports(module: str) -> Mapping[str, str]:
+    """What each name that a module imports stands for, as a dotted path."""
+    spec = _spec(module)
+    if spec is None or _module_tree(module) is None:
+        return {}
+    return _imports_of(module, str(spec.origin), _changed_ns(str(spec.origin)))
+
+
+@functools.lru_cache(maxsize=1000)
+def _imports_of(module: str, origin: str, changed_ns: int) -> Mapping[str, str]:
+    tree = _parsed(origin, changed_ns)
     package = module if _is_package(module) else module.rpartition(".")[0]
     found: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in _statements(tree.body if tree is not None else []):
         if isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {each.asname or each.name: f"{source}.{each.name}" for each in node.names}
+            found |= {each.asname or each.name: f"{source}.{each.name}" for each in node.names if each.name != "*"}
         elif isinstance(node, ast.Import):
             found |= {each.asname or each.name.split(".")[0]: _bound(each) for each in node.names}
     return found
@@ -198,7 +259,15 @@ def _module_tree(module: str) -> ast.Module | None:
     spec = _spec(module)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return None
-    return _parsed(spec.origin, Path(spec.origin).stat().st_mtime_ns)
+    return _parsed(spec.origin, _changed_ns(spec.origin))
+
+
+def _changed_ns(file: str) -> int:
+    """When a file was changed; 0 for one that is not there as such, such as in a zip file."""
+    try:
+        return Path(file).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 @functools.lru_cache(maxsize=1000)

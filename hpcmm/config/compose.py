@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
-import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
 from hydra._internal.defaults_list import create_defaults_list
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from hpcmm.config.keys import parts_of
-from hpcmm.config.parts import NAME, folders_of, with_parts, yaml_problem
+from hpcmm.config.parts import NAME, folders_of, with_parts
 from hpcmm.config.schema import RunConfig
-from hpcmm.config.space import ConfigSpace, space_of
+from hpcmm.config.space import ConfigSpace, elements_of, explained, first_line, space_of
 from hpcmm.errors import HpcmmError
 
 _PIECES = re.compile(
@@ -74,7 +63,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         if override.is_sweep_override():
             raise HpcmmError(f"{override.input_line} is a sweep, and one run was asked for.")
     with explained(space):
-        return to_run(compose_tree(parsed, space))
+        return to_run(compose_tree(parsed, space, once=True))
 
 
 def parse_overrides(overrides: Sequence[str], space: ConfigSpace) -> list[Override]:
@@ -86,31 +75,35 @@ def parse_overrides(overrides: Sequence[str], space: ConfigSpace) -> list[Overri
 def _parsed(parser: OverridesParser, override: str, space: ConfigSpace) -> Override:
     shown = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
     try:
-        return _known(parser.parse_override(_raw(override, space)), space)
+        return _as_group(_known(parser.parse_override(_raw(override, space)), space), parser, space)
     except (HydraException, ValueError) as error:
         raise HpcmmError(
-            f"Not a Hydra override: {shown!r}: {_first_line(error)} Write KEY=VALUE, or GROUP=OPTION."
+            f"Not a Hydra override: {shown!r}: {first_line(error)} Write KEY=VALUE, or GROUP=OPTION."
         ) from error
     except RecursionError:
         raise HpcmmError(f"{shown!r} is nested too deeply.") from None
 
 
-def compose_tree(overrides: Sequence[Override], space: ConfigSpace) -> DictConfig:
+def _as_group(override: Override, parser: OverridesParser, space: ConfigSpace) -> Override:
+    """``model.decoder=mlp`` as ``model/decoder=mlp``, if these are options, so that both mean the same in all."""
+    for key, group in parts_of(space.schema):
+        if override.key_or_group != key or group.group not in space.chosen or override.type is not OverrideType.CHANGE:
+            continue
+        each = elements_of(override, space) if override.is_sweep_override() else [override]
+        names = [element.value() for element in each]
+        if names and all(name in space.groups.get(group.group, []) for name in names):
+            return parser.parse_override(f"{group.group}={','.join(map(str, names))}")
+    return override
+
+
+def compose_tree(overrides: Sequence[Override], space: ConfigSpace, *, once: bool = False) -> DictConfig:
     """The merged tree, its interpolations unresolved. Raises Hydra's errors: use within :func:`explained`.
 
+    ``once``: nothing else is composed in this space, so its files need no copies.
     The parts that ``hydra.compose`` is made of, without Hydra's own configuration of jobs and loggers, which takes as
     long as all of ``conf/`` and is thrown away.
     """
-    setbase("1.3")
-    for source in (FileConfigSource, StructuredConfigSource):
-        SourcesRegistry.instance().register(source)
-    ConfigStore.instance().store(name="schema", node=space.schema)
-    search = ConfigSearchPathImpl()
-    for folder in space.folders:
-        search.append("main", f"file://{folder}")
-    search.append("schema", "structured://")
-    loader = ConfigLoaderImpl(search)
-    repository = CachingConfigRepository(loader.repository)
+    loader, repository = space.loader, space.repository if once else space.files_to_merge()
     parser = OverridesParser.create()
     parsed = [parser.parse_override(override_text(override, space)) for override in overrides]
     defaults = create_defaults_list(repository, "config", parsed, prepend_hydra=False, skip_missing=False)
@@ -142,19 +135,6 @@ def to_run(composed: DictConfig) -> RunConfig:
     return with_parts(run, folders_of(run.launch.config_dir))
 
 
-@contextmanager
-def explained(space: ConfigSpace) -> Iterator[None]:
-    """Turn Hydra's and OmegaConf's errors into one sentence each."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise HpcmmError(_explain(error, space)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HpcmmError(f"{_unreadable_file(error, space)} cannot be read: {yaml_problem(error)}.") from error
-    except RecursionError:
-        raise HpcmmError("The configuration is nested too deeply, or refers to itself.") from None
-
-
 def override_text(override: Override, space: ConfigSpace) -> str:
     """The override as Hydra is to read it."""
     text = override.input_line
@@ -184,51 +164,7 @@ def _known(override: Override, space: ConfigSpace) -> Override:
         raise HpcmmError(f"{key} is a setting of Hydra's, which hpcmm makes itself: leave it out.")
     if key not in space.groups:
         space.check_key(key)
-    elif override.value() is None:
+    elif not override.is_sweep_override() and not isinstance(override.value(), str | list):
         without = ", or leave it out" if key == "experiment" else ""
         raise HpcmmError(f"{key} needs an option: choose one of {', '.join(space.groups[key])}{without}.")
     return override
-
-
-def _explain(error: Exception, space: ConfigSpace) -> str:
-    """One sentence from Hydra's and OmegaConf's errors, which come in several lines."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = str(cause)
-    key = re.search(r"full_key: (\S+)", text)
-    group = re.search(r"Could not (?:find|load) '?([\w/]+)/([^'\s/]+?)'?[\s.]", text + " ")
-    if group and group[1] in (groups := space.groups):
-        options = ", ".join(groups[group[1]])
-        return f"{group[1]}={group[2]} is not an option of the group {group[1]}: choose one of {options}."
-    if unused := re.search(r"Could not override '([\w/]+)(?:@[^']*)?'", text):
-        return (
-            f"{unused[1]} is a config group, but the chosen task has no use for it: choose a task that has, or leave "
-            f"{unused[1]} out."
-        )
-    if key and "not in" in text:
-        parent, _, part = key[1].rpartition(".")
-        return space.unknown(parent, part)
-    if in_file := re.match(r"In '([^']+)': \w+ raised while composing config:\n(.+)", text):
-        said = in_file[2].strip().rstrip(".")
-        return f"{key[1] if key else 'The configuration'}: {said} (in {in_file[1]}.yaml)."
-    if key:
-        return f"{key[1]}: {_first_line(cause)}"
-    return _first_line(cause)
-
-
-def _unreadable_file(error: Exception, space: ConfigSpace) -> str:
-    """The file that an error of YAML names, or else the first one of the config folders that is not UTF-8."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is not None and mark.name:
-        return str(mark.name)
-    for folder in space.folders:
-        for file in sorted(folder.rglob("*.yaml")):
-            try:
-                file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
-                return str(file)
-    return "A file of the configuration"
-
-
-def _first_line(error: BaseException) -> str:
-    line = str(error).strip().splitlines()[0].strip()
-    return line if line.endswith(".") else line + "."

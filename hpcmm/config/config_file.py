@@ -131,8 +131,8 @@ def _reason(error: Exception) -> str:
 def _of_its_own_time(run: Path) -> str:
     """How to read a run that another version of hpcmm wrote: with the code that it keeps."""
     code = run / "code" / "hpcmm"  # as hpcmm.launch.snapshot lays it out
-    if not (code / "hpcmm").is_dir():
-        return ""
+    if not (code / "hpcmm").is_dir() or other_writer(run, run / "code", code, code / "hpcmm") is not None:
+        return ""  # nobody is told to run what another user could have written
     paths = shlex.quote(f"PYTHONPATH={code.absolute()}"), shlex.quote(str(run.absolute()))
     return " The run keeps the code that wrote it: env {} python -P -m hpcmm.evaluate {} (or hpcmm.serve).".format(
         *paths

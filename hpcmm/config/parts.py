@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +30,31 @@ NAME = "name"
 """Key of a resolved part that says what its file is called; no parameter."""
 
 
+_LONGEST_NAME = 200
+"""Of an option; a file's name has 255 characters at most."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e-4`` as a number, as OmegaConf does, and YAML 1.1 does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*|\.[0-9]+(?:[eE][-+]?[0-9]+)?)$"
+    ),
+    list("-+0123456789."),
+)
+
+
 def folders_of(config_dir: str | None) -> tuple[Path, ...]:
     """The folders that config groups are searched in: hpcmm's own, then the user's ``launch.config_dir``."""
-    return (resource("conf"), *([Path(config_dir).expanduser().absolute()] if config_dir else []))
+    if not config_dir:
+        return (resource("conf"),)
+    try:
+        return (resource("conf"), Path(config_dir).expanduser().absolute())
+    except RuntimeError as error:
+        raise HpcmmError(f"launch.config_dir is {config_dir}, but there is no such user's home.") from error
 
 
 def options_of(group: str, folders: Sequence[Path]) -> list[str]:
@@ -41,7 +64,7 @@ def options_of(group: str, folders: Sequence[Path]) -> list[str]:
 
 def resolved_part(value: Any, group: str, folders: Sequence[Path]) -> Any:
     """The mapping that the name ``value`` selects; ``value`` itself if it is a mapping, or no such file exists."""
-    if not isinstance(value, str) or Path(value).name != value:
+    if not isinstance(value, str) or Path(value).name != value or len(value) > _LONGEST_NAME:
         return value
     for folder in folders:
         if (file := folder / group / f"{value}.yaml").is_file():
@@ -57,7 +80,7 @@ def _contents(file: Path, _changed_ns: int) -> Mapping[str, Any]:
 def read_config_yaml(file: Path) -> dict[str, Any]:
     """The values of a file of a config group. Raises HpcmmError that names file, line and what is wrong there."""
     try:
-        values = yaml.safe_load(read_text(file))
+        values = yaml.load(read_text(file), _Loader)  # noqa: S506 - a SafeLoader
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
     if values is not None and not isinstance(values, dict):
@@ -81,8 +104,18 @@ def with_parts(config: T, folders: Sequence[Path]) -> T:
     for key, group in parts_of(type(config)):
         section, _, name = key.rpartition(".")
         holder = functools.reduce(getattr, filter(None, section.split(".")), config)
-        setattr(holder, name, resolved_part(getattr(holder, name), group.group, folders))
+        part = resolved_part(getattr(holder, name), group.group, folders)
+        setattr(holder, name, _truly_named(part, group.group, folders))
     return config
+
+
+def _truly_named(part: Any, group: str, folders: Sequence[Path]) -> Any:
+    """``part`` without its name if the file of that name holds another class: it is called by its class then."""
+    if isinstance(part, Mapping) and NAME in part:
+        named = resolved_part(part[NAME], group, folders)
+        if isinstance(named, Mapping) and named.get(TARGET) != part.get(TARGET):
+            return {key: value for key, value in part.items() if key != NAME}
+    return part
 
 
 def part_name(part: Any) -> str:
@@ -111,6 +144,8 @@ def part_problems(config: Any) -> Iterator[str]:
             yield f"{key} is {part!r}, but hpcmm has {', '.join(options_of(group.group, folders))}."
         elif not isinstance(part.get(TARGET), str):
             yield f"{key} has no {TARGET}, which names its class: choose {group.group}=NAME, or give it."
+        elif NAME in part and part[NAME] not in options_of(group.group, folders):
+            yield f"{key}.{NAME} is {part[NAME]!r}, but it is given by {group.group}=NAME alone: leave it out."
         else:
             yield from _class_problems(key, part, group)
 
@@ -138,16 +173,20 @@ def build_part(part: Any, group: PartGroup, **given: Any) -> Any:
 def import_class(target: str) -> type:
     """The class ``package.module.Class``. Raises HpcmmError, in one sentence, if there is none."""
     module, _, name = target.rpartition(".")
+    if not all(each.isidentifier() for each in target.split(".")) or not module:
+        raise HpcmmError(f"{target[:_LONGEST_NAME]} cannot be imported: write package.module.Class.")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{target}.".startswith(f"{error.name}."):
+            raise HpcmmError(f"{target} cannot be imported: its module failed with {own_error(error)}.") from error
         raise HpcmmError(
             f"{target} cannot be imported ({error}): start hpcmm in the folder that holds its "
             "package, or set PYTHONPATH."
         ) from error
     except AttributeError as error:
         raise HpcmmError(f"{target} cannot be imported: {error}.") from error
-    except Exception as error:  # whatever the module's own code raises when it runs
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises when it runs
         raise HpcmmError(f"{target} cannot be imported: its module failed with {own_error(error)}.") from error
     if not isinstance(found, type):
         raise HpcmmError(f"{target} is not a class.")
@@ -207,7 +246,11 @@ def _class_problems(key: str, part: Mapping[str, Any], group: PartGroup) -> Iter
             if not source.takes_any:
                 known = ", ".join(settable) or "none"
                 yield f"{key}.{name} is not a parameter of {target.rpartition('.')[2]}; its parameters: {known}."
-        elif not fits(source.parameters[name].annotation, value):
+        elif isinstance(value, str) and "${" in value:
+            yield f"{key}.{name} is {value!r}: choose the part as {group.group}=NAME, for only so is this filled in."
+        elif not (value is None and source.parameters[name].nullable) and not fits(
+            source.parameters[name].annotation, value
+        ):
             wanted = ast.unparse(source.parameters[name].annotation or ast.Constant(None))
             yield f"{key}.{name} is {value!r}, but {target.rpartition('.')[2]} takes {wanted}."
     for name in settable:

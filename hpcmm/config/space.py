@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_origin
 
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
+from hydra._internal.defaults_list import create_defaults_list
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, ValueType
+from hydra.errors import HydraException
+from hydra.version import setbase
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from hpcmm.config.keys import parts_of, type_hints
-from hpcmm.config.parts import TARGET, folders_of, options_of, read_config_yaml
-from hpcmm.config.schema import SCRIPT, RunConfig
-from hpcmm.config.workload import Workload, load_workload
+from hpcmm.config.parts import TARGET, folders_of, yaml_problem
+from hpcmm.config.schema import RunConfig
+from hpcmm.config.workload import load_workload
 from hpcmm.errors import HpcmmError
 
+TASK_CLASS = f"task.{TARGET}"
 CONFIG_DIR = "launch.config_dir"
 MOST_ENTRIES = 10_000
 DEEPEST = 3
@@ -30,6 +50,17 @@ class ConfigSpace:
     folders: tuple[Path, ...]
     """Folders with config groups: hpcmm's own, then the user's."""
     schema: type[RunConfig]
+    loader: ConfigLoaderImpl = field(repr=False)
+    repository: CachingConfigRepository = field(repr=False)
+    """The files that have been read, so that no one is read twice."""
+    chosen: frozenset[str] = frozenset()
+    """Groups of which an option is chosen, so that an override can choose another."""
+
+    def files_to_merge(self) -> CachingConfigRepository:
+        """The files that have been read, as copies: merging changes what it merges."""
+        repository = copy.copy(self.repository)
+        repository.cache = copy.deepcopy(self.repository.cache)
+        return repository
 
     @functools.cached_property
     def groups(self) -> dict[str, list[str]]:
@@ -82,7 +113,7 @@ class ConfigSpace:
         for each in filter(None, parent.split(".")):
             node = type_hints(node)[each]
         valid = [field.name for field in fields(node) if field.name[0] != "_"] if is_dataclass(node) else []
-        valid += [] if parent else list(self.groups)
+        valid += [] if parent else [group for group in self.groups if "/" not in group or group in self.chosen]
         prefix = f"{parent}." if parent else ""
         names = sorted({prefix + name for name in valid})
         close = [name for name in difflib.get_close_matches(prefix + part, names, n=2) if name != prefix + part][:1]
@@ -97,61 +128,135 @@ class ConfigSpace:
 
 
 def space_of(overrides: Sequence[str]) -> ConfigSpace:
-    """The space of a run, from ``launch.config_dir=`` and ``task=`` among its overrides and in its experiment.
+    """The space of a run: the folders that ``launch.config_dir=`` adds, and the keys of the task that is chosen.
 
-    Raises HpcmmError if the folder or the task's class is not there.
+    The task is chosen as Hydra does it, by overrides, experiments and the defaults of files. Raises HpcmmError if the
+    folder, the task or its class is not there, and for a sweep over tasks of different keys.
     """
-    given = dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word)
-    config_dir = given.get(CONFIG_DIR) or None
+    parsed = _group_overrides(overrides)
+    folders = _folders(parsed)
+    loader, repository = _repository(folders)
+    bare = ConfigSpace(folders, RunConfig, loader, repository)
+    with explained(bare):
+        choices = [_chosen(bare, each) for each in _points(bare, parsed)]
+    schemas = {schema for schema, _ in choices}
+    if len(schemas) > 1:
+        raise HpcmmError("This sweep is over tasks that have different keys: launch one after the other.")
+    del repository.cache["config_path=schema"]  # that without keys
+    for source in repository.get_sources():
+        if isinstance(source, StructuredConfigSource):
+            source.store.store(name="schema", node=choices[0][0])  # a copy of Hydra's own store
+    return ConfigSpace(folders, choices[0][0], loader, repository, choices[0][1])
+
+
+@contextmanager
+def explained(space: ConfigSpace) -> Iterator[None]:
+    """Turn Hydra's, OmegaConf's and YAML's errors into one sentence each."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise HpcmmError(_explain(error, space)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise HpcmmError(f"{_unreadable_file(error, space)} cannot be read: {yaml_problem(error)}.") from error
+    except RecursionError:
+        raise HpcmmError("The configuration is nested too deeply, or refers to itself.") from None
+
+
+def _group_overrides(words: Sequence[str]) -> dict[str, Override]:
+    """The overrides that may choose the task or the folders, by their key; what does not parse is refused later."""
+    parser = OverridesParser.create()
+    found: dict[str, Override] = {}
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        if key in (CONFIG_DIR, TASK_CLASS) or ("." not in key and "=" in word):
+            with suppress(HydraException, ValueError, RecursionError):
+                found[key] = parser.parse_override(word)
+    return found
+
+
+def _folders(parsed: Mapping[str, Override]) -> tuple[Path, ...]:
+    """Where config groups lie, by ``launch.config_dir``. Raises HpcmmError if that cannot be used."""
+    given = parsed.get(CONFIG_DIR)
+    if given is not None and given.is_sweep_override():
+        raise HpcmmError(f"{CONFIG_DIR} cannot be swept: name one folder.")
+    config_dir = None if given is None else given.value()
+    if config_dir is None:
+        return folders_of(None)
+    if not isinstance(config_dir, str) or "${" in config_dir:
+        raise HpcmmError(f"{CONFIG_DIR} is {config_dir}, but must be the plain name of a folder.")
     folders = folders_of(config_dir)
-    if config_dir and not folders[-1].is_dir():
+    if not folders[-1].is_dir():
         raise HpcmmError(f"{CONFIG_DIR} is {config_dir}, but there is no such folder.")
     _refuse_same_names(folders)
-    task = given.get("task") or _task_of(folders, given.get("experiment")) or _task_of(folders, None) or SCRIPT
-    if re.search(r"[,(]", task):
-        raise HpcmmError(
-            f"task={task} cannot be swept, since each task has keys of its own: launch one after the other."
-        )
-    return ConfigSpace(folders, _schema_of(folders, task))
+    return folders
 
 
-def shipped_workloads() -> list[Workload]:
-    """Every workload that a task of hpcmm's own ``conf/task`` names."""
-    folders = folders_of(None)
-    targets = [_target_of(folders, task) for task in options_of("task", folders)]
-    return [load_workload(target) for target in targets if target is not None]
-
-
-def _task_of(folders: Sequence[Path], experiment: str | None) -> str | None:
-    """The task that ``conf/config.yaml`` chooses, or that an experiment chooses instead."""
-    name = "config.yaml" if experiment is None else f"experiment/{experiment}.yaml"
-    for entry in _yaml_of(folders, name).get("defaults") or []:
-        if isinstance(entry, dict):
-            for group, option in entry.items():
-                if str(group).removeprefix("override ").lstrip("/") == "task":
-                    return str(option)
-    return None
-
-
-def _schema_of(folders: Sequence[Path], task: str) -> type[RunConfig]:
-    target = _target_of(folders, task)
-    return RunConfig if target is None else load_workload(target).schema
-
-
-def _target_of(folders: Sequence[Path], task: str) -> str | None:
-    """The class of the workload that ``conf/task/<task>.yaml`` names; None for a script or a function."""
-    values = _yaml_of(folders, f"task/{task}.yaml")
-    section = values.get("task") if isinstance(values.get("task"), dict) else values
-    target = section.get(TARGET) if isinstance(section, dict) else None
-    return None if target is None else str(target)
-
-
-def _yaml_of(folders: Sequence[Path], name: str) -> dict[str, Any]:
-    """The values of a file of the config folders; empty if there is none, which Hydra says better."""
+def _repository(folders: Sequence[Path]) -> tuple[ConfigLoaderImpl, CachingConfigRepository]:
+    """Hydra's loader over the folders, and the files that it has read."""
+    setbase("1.3")
+    for source in (FileConfigSource, StructuredConfigSource):
+        SourcesRegistry.instance().register(source)
+    ConfigStore.instance().store(name="schema", node={})  # its keys follow, once the task is known
+    search = ConfigSearchPathImpl()
     for folder in folders:
-        if ".." not in name and (file := folder / name).is_file():
-            return read_config_yaml(file)
-    return {}
+        search.append("main", f"file://{folder}")
+    search.append("schema", "structured://")
+    loader = ConfigLoaderImpl(search)
+    return loader, CachingConfigRepository(loader.repository)
+
+
+def _points(space: ConfigSpace, parsed: Mapping[str, Override]) -> Iterator[list[Override]]:
+    """The group choices of each combination of swept tasks and experiments; of other sweeps the first value."""
+    choices: list[list[Override]] = []
+    for key, override in parsed.items():
+        if key == TASK_CLASS or key not in space.groups or not _names_options(override):
+            continue  # the class of the task comes last, and what is no option is refused later
+        values = elements_of(override, space) if override.is_sweep_override() else [override]
+        choices.append(values if key in ("task", "experiment") else values[:1])
+    given = [parsed[TASK_CLASS]] if TASK_CLASS in parsed else []
+    for point in itertools.product(*choices):
+        yield [*point, *given]
+
+
+def _names_options(override: Override) -> bool:
+    return override.is_sweep_override() or isinstance(override.value(), str)
+
+
+def elements_of(override: Override, space: ConfigSpace) -> list[Override]:
+    """An override for each value of a sweep over options."""
+    swept = override._value
+    names: Iterable[Any]
+    if isinstance(swept, Glob):
+        names = swept.filter(space.groups.get(override.key_or_group, []))
+    else:
+        names = override.sweep_iterator() if override.is_discrete_sweep() else []
+    return [
+        replace(
+            override,
+            value_type=ValueType.ELEMENT,
+            _value=name,
+            # Made of the parsed values and not parsed again: that takes the grammar a millisecond for each.
+            input_line=f"{override.get_key_element()}={Override._get_value_element_as_str(name)}",
+        )
+        for name in names
+    ]
+
+
+def _chosen(space: ConfigSpace, point: Sequence[Override]) -> tuple[type[RunConfig], frozenset[str]]:
+    """The keys of the task that a point chooses, and all groups that it chooses an option of."""
+    groups = [override for override in point if override.key_or_group != TASK_CLASS]
+    defaults = create_defaults_list(space.repository, "config", groups, prepend_hydra=False, skip_missing=False)
+    target: Any = None
+    for default in defaults.defaults:
+        loaded = space.repository.load_config(default.config_path) if default.config_path else None
+        if loaded is not None and default.package in ("", "task") and default.config_path != "schema":
+            values: Any = loaded.config
+            section = values if default.package == "task" else values.get("task")
+            target = (section.get(TARGET) if OmegaConf.is_dict(section) else None) or target
+    for override in point:
+        target = override.value() if override.key_or_group == TASK_CLASS else target
+    names = {default.config_path.rpartition("/")[0] for default in defaults.defaults if default.config_path}
+    return RunConfig if target is None else load_workload(str(target)).schema, frozenset(names)
 
 
 def _refuse_same_names(folders: Sequence[Path]) -> None:
@@ -182,3 +287,47 @@ def _groups_in(root: Path) -> Iterator[tuple[str, list[str]]]:
 def groups_help(space: ConfigSpace) -> str:
     """A line for each config group with its options."""
     return "\n".join(f"  {name + '=':<12} {', '.join(options)}" for name, options in space.groups.items())
+
+
+def _explain(error: Exception, space: ConfigSpace) -> str:
+    """One sentence from Hydra's and OmegaConf's errors, which come in several lines."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(cause)
+    key = re.search(r"full_key: (\S+)", text)
+    group = re.search(r"Could not (?:find|load) '?([\w/]+)/([^'\s/]+?)'?[\s.]", text + " ")
+    if group and group[1] in (groups := space.groups):
+        options = ", ".join(groups[group[1]])
+        return f"{group[1]}={group[2]} is not an option of the group {group[1]}: choose one of {options}."
+    if unused := re.search(r"Could not override '([\w/]+)(?:@[^']*)?'", text):
+        return (
+            f"{unused[1]} is a config group, but the chosen task has no use for it: choose a task that has, or leave "
+            f"{unused[1]} out."
+        )
+    if key and "not in" in text:
+        parent, _, part = key[1].rpartition(".")
+        return space.unknown(parent, part)
+    if in_file := re.match(r"In '([^']+)': \w+ raised while composing config:\n(.+)", text):
+        said = in_file[2].strip().rstrip(".")
+        return f"{key[1] if key else 'The configuration'}: {said} (in {in_file[1]}.yaml)."
+    if key:
+        return f"{key[1]}: {first_line(cause)}"
+    return first_line(cause)
+
+
+def _unreadable_file(error: Exception, space: ConfigSpace) -> str:
+    """The file that an error of YAML names, or else the first one of the config folders that is not UTF-8."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None and mark.name:
+        return str(mark.name)
+    for folder in space.folders:
+        for file in sorted(folder.rglob("*.yaml")):
+            try:
+                file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                return str(file)
+    return "A file of the configuration"
+
+
+def first_line(error: BaseException) -> str:
+    line = str(error).strip().splitlines()[0].strip()
+    return line if line.endswith(".") else line + "."

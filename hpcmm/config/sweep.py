@@ -12,16 +12,16 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.override_parser.types import Glob, Override, RangeSweep, ValueType
+from hydra.core.override_parser.types import Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
-from hpcmm.config.compose import compose_tree, explained, override_text, parse_overrides, to_run
+from hpcmm.config.compose import compose_tree, override_text, parse_overrides, to_run
 from hpcmm.config.parts import with_parts
 from hpcmm.config.schema import RunConfig
-from hpcmm.config.space import ConfigSpace, space_of
+from hpcmm.config.space import ConfigSpace, elements_of, explained, space_of
 from hpcmm.errors import HpcmmError
 
 MOST_POINTS = 100_000
@@ -51,7 +51,7 @@ def compose_points(overrides: Sequence[str]) -> list[Point]:
     fixed = [override for override in parsed if not override.is_sweep_override()]
     if not swept:
         with explained(space):
-            return [Point((), to_run(compose_tree(fixed, space)))]
+            return [Point((), to_run(compose_tree(fixed, space, once=True)))]
     values = [_values(override, space) for override in swept]
     count = 1
     for choices in values:
@@ -70,20 +70,7 @@ def _values(override: Override, space: ConfigSpace) -> list[Override]:
         raise HpcmmError(f"{override.input_line} has no end: write values, choice(...) or range(...).")
     if isinstance(override._value, RangeSweep):
         _check_range(override, override._value)
-    if isinstance(override._value, Glob):
-        values: Iterable[Any] = override._value.filter(space.groups.get(override.key_or_group, []))
-    else:
-        values = override.sweep_iterator()
-    # Made of the parsed values and not parsed again: that takes the grammar a millisecond for each.
-    return [
-        replace(
-            override,
-            value_type=ValueType.ELEMENT,
-            _value=value,
-            input_line=f"{override.get_key_element()}={Override._get_value_element_as_str(value)}",
-        )
-        for value in values
-    ]
+    return elements_of(override, space)
 
 
 def _check_range(override: Override, swept: RangeSweep) -> None:

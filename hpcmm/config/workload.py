@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hpcmm.config.parts import import_class, own_error
+from hpcmm.config.parts import TARGET, folders_of, import_class, options_of, own_error, read_config_yaml
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 
@@ -88,6 +88,14 @@ def workload_of(config: RunConfig) -> Workload | None:
     return None if config.task._target_ is None else load_workload(config.task._target_)
 
 
+def shipped_workloads() -> list[Workload]:
+    """Every workload that a task of hpcmm's own ``conf/task`` names."""
+    (folder,) = folders_of(None)
+    tasks = [read_config_yaml(folder / "task" / f"{name}.yaml") for name in options_of("task", [folder])]
+    targets = [task["task"][TARGET] for task in tasks if isinstance(task.get("task"), dict)]
+    return [load_workload(target) for target in targets]
+
+
 def load_workload(target: str) -> Workload:
     """The workload whose class is ``package.module.Class``.
 
@@ -107,7 +115,7 @@ def load_workload(target: str) -> Workload:
         raise HpcmmError(f"{target} lacks {', '.join(missing)}, which each workload must have: see docs/workloads.md.")
     try:
         workload = found()
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         raise HpcmmError(f"{target} cannot be made: {own_error(error)}.") from error
     schema = workload.schema
     if not (isinstance(schema, type) and issubclass(schema, RunConfig) and "__dataclass_fields__" in vars(schema)):

@@ -18,8 +18,7 @@ from rich.table import Table
 from hpcmm.cli import run_command
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
-from hpcmm.config.space import shipped_workloads
-from hpcmm.config.workload import workload_of
+from hpcmm.config.workload import shipped_workloads, workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.evaluation import Evaluation, Scored
 from hpcmm.runs.ledger import LedgerPoint, read_ledger

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpcmm.config.parts import targets_of
 from hpcmm.config.schema import FUNCTION, SCRIPT, Executor, RunConfig
 from hpcmm.config.sweep import Point, compose_points
 from hpcmm.config.untyped_config import read_untyped_config
@@ -159,10 +160,11 @@ def _codes(points: Sequence[Point], run: RunDir, working_directory: Path) -> dic
     """The code of each script that is swept; all must lie in one project, since one copy is made."""
     codes: dict[str | None, CodePlan] = {}
     first = points[0].config.task.path
+    targets = {target for point in points for target in targets_of(point.config)}
     for point in points:
         path = point.config.task.path
         if path not in codes:
-            codes[path] = plan_code(point.config, run, working_directory)
+            codes[path] = plan_code(point.config, run, working_directory, targets)
             if codes[path].project != codes[first].project:
                 raise HpcmmError(
                     f"task.path={path} lies in another project than {first}: "

@@ -8,12 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcmm.config.class_source import source_file
-from hpcmm.config.parts import targets_of
+from hpcmm.config.class_source import holder_of
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import PACKAGE, resource
@@ -120,11 +119,14 @@ class CodePlan:
     """The script that the ranks run."""
 
 
-def plan_code(config: RunConfig, run: RunDir, working_directory: Path) -> CodePlan:
-    """What a job of ``config`` runs. Raises HpcmmError if the script is not there."""
+def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: Collection[str] = ()) -> CodePlan:
+    """What a job of ``config`` runs, whose points name the classes ``targets``.
+
+    Raises HpcmmError if the script is not there, or classes lie in several projects.
+    """
     task = config.task
     script = _existing_script(task.path, working_directory) if task.name == SCRIPT else None
-    holders = _holders_of_own_classes(config)
+    holders = _holders_of(targets)
     if not config.launch.snapshot:
         here = [str(working_directory)] if task.name == FUNCTION else list(map(str, holders))
         return CodePlan(None, (str(PACKAGE.parent), *here), str(script) if script else None)
@@ -148,15 +150,19 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path) -> CodePl
     return CodePlan(project, (own, *dict.fromkeys(copies)), copied_script)
 
 
-def _holders_of_own_classes(config: RunConfig) -> list[Path]:
+def _holders_of(targets: Iterable[str]) -> list[Path]:
     """The folders from which the user's own classes are imported: those of the workload, and those of parts.
 
-    None of an installed package, which the nodes have as well.
+    None of an installed package, which the nodes have as well. Raises HpcmmError for a package that is not there.
     """
-    tops = {target.partition(".")[0] for target in targets_of(config)} - {"hpcmm"}
-    found = [source_file(top) for top in sorted(tops)]
-    folders = [file.parent.parent if file.name == "__init__.py" else file.parent for file in found if file is not None]
-    return [folder for folder in dict.fromkeys(folders) if "site-packages" not in folder.parts]
+    found: list[Path] = []
+    for top in sorted({target.partition(".")[0] for target in targets} - {"hpcmm"}):
+        holder = holder_of(top)
+        if holder is None:
+            raise HpcmmError(f"The package {top} of this run's classes is not a folder or file here: set PYTHONPATH.")
+        if "site-packages" not in holder.parts:
+            found.append(holder)
+    return list(dict.fromkeys(found))
 
 
 def take_snapshot(config: RunConfig, run: RunDir, project: Path | None) -> str:
@@ -228,7 +234,7 @@ def _project_files(project: Path) -> list[Path]:
         return listed_files(project)
     # No git: the Python files beside the script, and the packages there, without hidden files such as .env.
     modules = [entry for entry in project.glob("*.py") if entry.is_file()]
-    packages = [entry.parent for entry in project.glob("*/__init__.py")]
+    packages = [entry for entry in project.iterdir() if entry.is_dir() and any(entry.glob("*.py"))]
     inside = (file for package in packages for file in _files_under(package))
     return [*modules, *(file for file in inside if not _is_hidden(file.relative_to(project)))]
 

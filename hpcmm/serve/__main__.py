@@ -11,8 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from hpcmm.cli import run_command
-from hpcmm.config.space import shipped_workloads
-from hpcmm.config.workload import workload_of
+from hpcmm.config.workload import shipped_workloads, workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.serve.address import Address, find_address, find_served_run, this_host
 from hpcmm.serve.options import ServeOptions

@@ -71,7 +71,7 @@ def test_a_right_one_is_accepted(own: Path):
         ("task/twice.yaml", "name: a\nname: b\n", ["task=twice"], "found duplicate key name"),
         ("task/open.yaml", "train: {\n", ["task=open"], "open.yaml cannot be read: line 2"),
         ("task/tab.yaml", "train:\n\tsteps: 3\n", ["task=tab"], "tab.yaml cannot be read: line 2"),
-        ("task/plain.yaml", "hello\n", ["task=plain"], "plain.yaml holds no keys"),
+        ("task/plain.yaml", "hello\n", ["task=plain"], "task.hello is not a configuration key"),
         ("cluster/typed.yaml", "name: typed\nnodes: four\n", ["cluster=typed"], "Value 'four' of type 'str'"),
     ],
 )

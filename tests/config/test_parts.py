@@ -38,6 +38,10 @@ class NoDecoder(nn.Module):
         super().__init__()
 
 
+class Starred(WideDecoder):
+    pass
+
+
 class Needy(Decoder):
     def __init__(self, channels, width, depth: int) -> None:
         super().__init__()
@@ -102,7 +106,7 @@ def test_a_parameter_of_a_part_is_an_override(own: Path):
         (["model.decoder.bias=1"], "model.decoder.bias is 1, but WideDecoder takes bool."),
         (["model.decoder.width=4"], "model.decoder.width cannot be given: the workload sets it."),
         (["model.decoder._target_=torch.nn.Linear"], "that is not a Decoder"),
-        (["model.decoder._target_=os.system"], "there is no such class"),
+        (["model.decoder._target_=pathlib.Path"], "which is not a Decoder"),
         (["model/decoder=none"], "which is not a Decoder"),
         (["model/decoder=gone"], "there is no such class"),
         (["model/decoder=needy"], "model.decoder.depth is not given, but Needy needs it."),
@@ -163,3 +167,77 @@ def test_checking_parts_imports_no_torch(own: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=own, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def composed(*overrides: str):
+    config = compose_run(["cluster=local", "launch.config_dir=conf", *overrides])
+    validate(config)
+    return config.model.decoder
+
+
+def test_a_part_means_the_same_as_a_value_and_as_a_group(own: Path):
+    wide = own / "conf" / "model" / "decoder" / "fine.yaml"
+    wide.write_text("_target_: own_package.decoders.Rated\nrate: 1e-4\nwarm: ${train.learning_rate}\n")
+    (own / "own_package" / "decoders.py").write_text(
+        OWN_DECODER + "\nclass Rated(WideDecoder):\n"
+        "    def __init__(self, channels, width, rate: float, warm: float, kernel: int = 1) -> None: ...\n"
+    )
+    by_group, by_value = composed("model/decoder=fine"), composed("model.decoder=fine")
+    assert by_group == by_value
+    assert (by_value["rate"], by_value["warm"]) == (1e-4, 1e-3)
+    assert composed("model.decoder=fine", "model.decoder.kernel=7")["kernel"] == 7
+    assert composed("model.decoder.kernel=7", "model.decoder=fine")["kernel"] == 7
+
+
+def test_another_class_takes_the_names_place(own: Path):
+    given = composed("model/decoder=resnet", "model.decoder={_target_: own_package.decoders.WideDecoder, kernel: 3}")
+    assert part_name(given) == "WideDecoder"
+    assert "leave it out" in problems("model/decoder=wide", "model.decoder.name=other")[0]
+
+
+def test_what_the_source_does_not_tell_is_left_to_the_rank(own: Path):
+    (own / "own_package" / "many.py").write_text(
+        "from own_package.decoders import WideDecoder\nfrom own_package.decoders import *\nAlias = WideDecoder\n"
+        "if True:\n    class Within(WideDecoder):\n"
+        "        def __init__(self, channels, width, depth: int = None, note: 'a free text' = 3) -> None: ...\n"
+    )
+    for name in ("Alias", "WideDecoder", "Starred"):
+        assert composed(f"model.decoder={{_target_: own_package.many.{name}, kernel: 3}}")["kernel"] == 3
+    within = composed("model.decoder={_target_: own_package.many.Within, depth: null, note: 4}")
+    assert within["depth"] is None
+
+
+def test_the_task_is_chosen_as_hydra_does_it(own: Path):
+    task = own / "conf" / "task"
+    task.mkdir()
+    (task / "again.yaml").write_text("# @package _global_\ndefaults:\n  - anomaly\n  - _self_\n")
+    (own / "conf" / "experiment").mkdir()
+    (own / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /task: again\n  - override /model/decoder: wide\n"
+    )
+    for words in (["task='anomaly'"], ["task=again"], ["experiment=mine"], ["experiment='mine'"]):
+        assert "kernel" in composed(*words, "model/decoder=wide")
+    assert part_name(composed("experiment=mine")) == "wide"
+    assert "again, anomaly" in problems("task=nope", "data.generate=true")[0]
+    assert "launch.config_dir is ???" not in problems("launch.config_dir='conf'")
+
+
+def test_a_class_given_as_a_value_brings_its_keys(own: Path):
+    target = "task._target_=hpcmm.workloads.anomaly.workload.AnomalyWorkload"
+    config = compose_run(["cluster=local", "task=script", "task.path=a.py", target])
+    assert config.model.decoder_width == 256
+
+
+def test_the_points_of_a_sweep_share_one_copy_of_all_their_classes(own: Path):
+    from hpcmm.config.sweep import compose_points
+    from hpcmm.launch.plan import plan
+
+    bare = own / "bare_package"
+    bare.mkdir()
+    (bare / "d.py").write_text(OWN_DECODER)
+    (own / "conf" / "model" / "decoder" / "bare.yaml").write_text("_target_: bare_package.d.WideDecoder\n")
+    for swept in ("fcn,wide", "wide,fcn", "fcn,bare"):
+        words = ["cluster=slurm", "launch.config_dir=conf", f"model/decoder={swept}", "dry_run=true"]
+        planned = plan(compose_points(words), words)
+        assert planned.project == own
+        assert any(folder.endswith("code/project") for folder in planned.job.python_path)
