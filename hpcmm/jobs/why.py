@@ -16,7 +16,7 @@ from hpcmm.slurm.jobs import Job
 
 _ADVICE = {
     Kind.out_of_memory: "Use less: a smaller train.micro_batch_size with more train.gradient_accumulation_steps, a "
-    "higher parallel.zero_stage, fewer data.num_workers; or ask for more with cluster.memory_gb.",
+    "higher parallel.zero_stage, fewer loader processes; or ask for more with cluster.memory_gb.",
     Kind.gpu_error: "Run `nvidia-smi -q` on the node, or `python -m hpcmm.doctor`; tell the site if errors are counted "
     "there.",
     Kind.disk_full: "Free space where the message says, or set runs_root and cluster.cache_dir to another file system; "
@@ -28,8 +28,8 @@ _ADVICE = {
     Kind.peer_lost: "The lost rank left no record: see its log's end and Slurm's word of its node.",
     Kind.import_failed: "Install what is missing into the Python that the job uses, or load its module with "
     "cluster.modules; `python -m hpcmm.doctor` compares the nodes' packages.",
-    Kind.data: "See that the file or folder in the message exists and can be read on the named node: data.root names "
-    "the data set's folder.",
+    Kind.data: "See that the file or folder in the message exists and can be read on the named node, and "
+    "that the key which names it is right.",
     Kind.exception: "The program itself raised this: its last lines are shown, the rest is in the rank's log.",
     Kind.killed: "Something outside of the job sent SIGKILL: most often the kernel, when a node's memory is full (its "
     "administrator sees it in dmesg), else a person. Ask for memory with cluster.memory_gb.",

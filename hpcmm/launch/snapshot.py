@@ -1,4 +1,8 @@
-"""What git says of a project: its files, its commit, and the changes that are not committed."""
+"""The code of a run, copied when it is submitted: a job that queues for a day runs what was submitted.
+
+Copied are hpcmm itself, and the project of a script, a function or classes of the user's: what git tracks there and
+what it would track (new files that are not ignored), as it lies on disk, uncommitted changes included.
+"""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def finished_step(line: str) -> FinishedStep | None:
 
 
 def write_scores(run: RunDir, scores: Mapping[str, float]) -> None:
-    """Write ``evaluation.json``: scores on held-out images before and after training."""
+    """Write ``evaluation.json``: scores on held-out data before and after training."""
     write_json(run.evaluation, dict(scores))
 
 

@@ -108,7 +108,7 @@ class RunDir:
 
     @property
     def evaluation(self) -> Path:
-        """Scores on held-out images before and after training, as JSON."""
+        """Scores on held-out data before and after training, as JSON."""
         return self.metrics / "evaluation.json"
 
     @property
@@ -138,7 +138,7 @@ class RunDir:
 
     @property
     def threshold(self) -> Path:
-        """The threshold that was chosen on held-out images, as JSON."""
+        """The threshold that was chosen on held-out data, as JSON."""
         return self.serving / "threshold.json"
 
     @property

@@ -239,8 +239,8 @@ def start_from(model: nn.Module, folder: str) -> None:
     wrong = sorted(name for name, value in state.items() if name not in own or own[name].shape != value.shape)
     if wrong:
         raise HpcmmError(
-            f"train.init_from={folder}: that run's {wrong[0]} does not fit this model: choose the same encoders, "
-            "decoder and widths."
+            f"train.init_from={folder}: that run's {wrong[0]} does not fit this model: choose the same parts and "
+            "sizes of the model."
         )
     model.load_state_dict(state, strict=False)
 

@@ -71,7 +71,7 @@ class Training(ABC):
     def loss(self, engine: deepspeed.DeepSpeedEngine, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch, a scalar with gradients, and its named parts for the metrics, scalars without.
 
-        ``engine`` wraps ``model`` and is called in its place: ``engine(images)``. The toolkit averages gradients over
+        ``engine`` wraps ``model`` and is called in its place: ``engine(inputs)``. The toolkit averages gradients over
         the ranks, and over the micro-batches of a step. Every rank must run through the model equally often: under
         ZeRO stage 3 each run is a collective.
         """
@@ -111,9 +111,9 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 def merge_batch_statistics(model: nn.Module) -> None:
     """Put each batch normalisation's running statistics of all ranks together, the same on each afterwards.
 
-    A rank's statistics are of its own images, and only rank 0's reach the checkpoint. Of R ranks with mean m_r and
+    A rank's statistics are of its own samples, and only rank 0's reach the checkpoint. Of R ranks with mean m_r and
     variance v_r the merged mean is mean(m_r), and the variance mean(v_r) + mean(m_r^2) - mean(m_r)^2, that of their
-    images together. A collective: every rank has to call it. Free for models without trained batch normalisation.
+    samples together. A collective: every rank has to call it. Free for models without trained batch normalisation.
     """
     norms = [
         module

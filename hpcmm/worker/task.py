@@ -26,10 +26,6 @@ class RankTask:
             return run_rank(self.run_dir)
 
 
-UserTask = RankTask
-"""The name in the pickles of jobs that an earlier version queued."""
-
-
 def _keep_files_private() -> None:
     """Let nobody else write what the rank writes: nsys starts its target with a umask of 0."""
     os.umask(os.umask(0o022) | 0o022)
