@@ -17,8 +17,8 @@ from hpcmm.jobs.find_run import Target
 from hpcmm.jobs.logs import Log
 from hpcmm.jobs.state import record_of
 from hpcmm.jobs.why import explain, lines_of
+from hpcmm.runs.exit_status import outcome_of
 from hpcmm.runs.metrics import FinishedStep, finished_step, read_scores
-from hpcmm.runs.outcome import outcome_of
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import write_job_record
 from hpcmm.slurm.commands import SilentError

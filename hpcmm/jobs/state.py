@@ -13,8 +13,8 @@ import psutil
 from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.jobs.find_run import Target, is_local_cluster, run_of_command, settings, slurm_environment
 from hpcmm.runs.attempts import raw_id_of
+from hpcmm.runs.exit_status import STOPPED, outcome_of
 from hpcmm.runs.ledger import jobs_of_points
-from hpcmm.runs.outcome import STOPPED, outcome_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.commands import SilentError

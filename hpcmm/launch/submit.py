@@ -28,8 +28,8 @@ from hpcmm.launch.plan import Plan
 from hpcmm.launch.script import rank_command
 from hpcmm.node.network import find_free_port
 from hpcmm.ranges import write_ranges
+from hpcmm.runs.exit_status import COMPLETED, FAILED, IN_QUEUE, states_of_points
 from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
-from hpcmm.runs.outcome import COMPLETED, FAILED, IN_QUEUE, states_of_points
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import write_submission
 from hpcmm.slurm.commands import job_variables

@@ -8,8 +8,8 @@ from typing import Any
 from hpcmm.config.untyped_config import read_untyped_config, trains_a_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.ranges import profiled_ranks
+from hpcmm.runs.exit_status import newest_outcome
 from hpcmm.runs.metrics import RankStart, starts_of
-from hpcmm.runs.outcome import newest_outcome
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import package_version
 

@@ -13,9 +13,9 @@ from hpcmm.jobs.why import explain
 from hpcmm.reports.run_record import read_run_record
 from hpcmm.runs import failures
 from hpcmm.runs.attempts import attempts_of, begin_attempt
+from hpcmm.runs.exit_status import Outcome, newest_outcome, outcome_of, states_of_points
 from hpcmm.runs.ledger import Ledger, LedgerPoint
 from hpcmm.runs.metrics import MetricsWriter
-from hpcmm.runs.outcome import Outcome, newest_outcome, outcome_of, states_of_points
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import write_job_record
 from hpcmm.slurm.commands import SilentError
