@@ -130,7 +130,7 @@ def test_its_classes_are_not_followed_if_another_user_could_have_named_them(proj
         (["task=signals", "data.noise=-1"], "data.noise is -1.0, but must be a finite number, 0 or above."),
         (["task=signals", "data.examples=3"], "data.examples is 3, less than one step's 64"),
         (["task=signals", "data.lenght=3"], "data.lenght is not a configuration key: did you mean data.length?"),
-        (["task=signals", "model.decoder=fcn"], "model is not a configuration key"),
+        (["task=signals", "model.decoder=fcn"], "model is a config group, but the chosen task has no such key"),
         (["task=signal"], "choose one of anomaly, function, script, signals"),
     ],
 )
