@@ -107,17 +107,26 @@ def source_file(module: str) -> Path | None:
     return Path(spec.origin).resolve() if spec is not None and spec.origin and spec.has_location else None
 
 
+@dataclass(frozen=True)
+class _ModuleSource:
+    """What the source of a module tells: read once, and again if the file changes."""
+
+    tree: ast.Module
+    classes: Mapping[str, ast.ClassDef]
+    """The module's own; the first of each name."""
+    names: Mapping[str, str]
+    """What each name stands for that the module imports or gives to a class, as a dotted path."""
+
+
 def _read_class(module: str, name: str, deepest: int) -> ClassSource | None:
-    tree = _module_tree(module)
-    if tree is None or deepest == 0:
+    source = _module_source(module)
+    if source is None or deepest == 0:
         return None
-    for node in _statements(tree.body):
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return _of_definition(module, node, tree, deepest)
-    imported = _imports(module).get(name)  # re-exported
-    if imported:
-        return _read_class(*_halves(imported), deepest - 1)
-    return ClassSource({}, True, frozenset(), {}, is_whole=False) if _may_define(tree, name) else None
+    if name in source.classes:
+        return _of_definition(module, source, name, deepest)
+    if name in source.names:  # re-exported
+        return _read_class(*_halves(source.names[name]), deepest - 1)
+    return ClassSource({}, True, frozenset(), {}, is_whole=False) if _may_define(source.tree, name) else None
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -145,15 +154,13 @@ def _may_define(tree: ast.Module, name: str) -> bool:
     return False
 
 
-def _of_definition(module: str, node: ast.ClassDef, tree: ast.Module, deepest: int) -> ClassSource:
-    """The class ``node``, and all that can be found of its bases."""
-    names = dict(_imports(module)) | {
-        each.name: f"{module}.{each.name}" for each in _statements(tree.body) if isinstance(each, ast.ClassDef)
-    }
+def _of_definition(module: str, read: _ModuleSource, name: str, deepest: int) -> ClassSource:
+    """The class ``name`` of a module, and all that can be found of its bases."""
+    node = read.classes[name]
     found: list[ClassSource] = []
-    bases, whole = {f"{module}.{node.name}"}, True
+    bases, whole = {f"{module}.{name}"}, True
     for base in node.bases:
-        target = _dotted(base, names)
+        target = _dotted(base, read.names)
         source = _read_class(*_halves(target), deepest - 1) if target else None
         bases |= {target} if target else set()
         if source is not None:
@@ -212,20 +219,11 @@ def _fields(node: ast.ClassDef) -> dict[str, Parameter]:
     }
 
 
-def _imports(module: str) -> Mapping[str, str]:
+def _imports(module: str, tree: ast.Module) -> dict[str, str]:
     """What each name that a module imports stands for, as a dotted path."""
-    spec = _spec(module)
-    if spec is None or _module_tree(module) is None:
-        return {}
-    return _imports_of(module, str(spec.origin), _changed_ns(str(spec.origin)))
-
-
-@functools.lru_cache(maxsize=1000)
-def _imports_of(module: str, origin: str, changed_ns: int) -> Mapping[str, str]:
-    tree = _parsed(origin, changed_ns)
     package = module if _is_package(module) else module.rpartition(".")[0]
     found: dict[str, str] = {}
-    for node in _statements(tree.body if tree is not None else []):
+    for node in _statements(tree.body):
         if isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
@@ -255,11 +253,11 @@ def _halves(target: str) -> tuple[str, str]:
     return module, name
 
 
-def _module_tree(module: str) -> ast.Module | None:
+def _module_source(module: str) -> _ModuleSource | None:
     spec = _spec(module)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return None
-    return _parsed(spec.origin, _changed_ns(spec.origin))
+    return _source_in(spec.origin, _changed_ns(spec.origin), module)
 
 
 def _changed_ns(file: str) -> int:
@@ -271,11 +269,16 @@ def _changed_ns(file: str) -> int:
 
 
 @functools.lru_cache(maxsize=1000)
-def _parsed(file: str, _changed_ns: int) -> ast.Module | None:
+def _source_in(file: str, _changed_ns: int, module: str) -> _ModuleSource | None:
     try:
-        return ast.parse(Path(file).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
         return None
+    classes: dict[str, ast.ClassDef] = {}
+    for node in _statements(tree.body):
+        if isinstance(node, ast.ClassDef):
+            classes.setdefault(node.name, node)
+    return _ModuleSource(tree, classes, _imports(module, tree) | {name: f"{module}.{name}" for name in classes})
 
 
 def _is_package(module: str) -> bool:
