@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from enum import StrEnum
 from io import StringIO
 from pathlib import Path
@@ -29,9 +29,24 @@ _MOST_OF_A_REASON = 300
 
 def dump(config: RunConfig, path: Path) -> None:
     """Write the frozen configuration: read-only, for whoever runs this job has to run this."""
-    values = {VERSION_KEY: VERSION, **_plain(asdict(config))}
-    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    write_whole(path, text, mode=0o444)
+    sections = {VERSION_KEY: VERSION, **{each.name: getattr(config, each.name) for each in fields(config)}}
+    write_whole(path, "".join(_section_text(key, value) for key, value in sections.items()), mode=0o444)
+
+
+_MOST_TEXTS = 256
+_texts: dict[str, str] = {}
+"""The YAML of sections that were written, by their values: a sweep's points have most of them in common."""
+
+
+def _section_text(key: str, value: Any) -> str:
+    """A top-level key with what it holds, as YAML."""
+    said = f"{key}={value!r}"  # equal words are equal values, unlike 1 and True
+    if said not in _texts:
+        if len(_texts) >= _MOST_TEXTS:
+            _texts.clear()
+        values = {key: _plain(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value)}
+        _texts[said] = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return _texts[said]
 
 
 class _Dumper(yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper):  # type: ignore[misc]

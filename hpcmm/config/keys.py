@@ -83,17 +83,39 @@ def _metadata(words: str, bounds: Bounds, part: PartGroup | None) -> dict[str, A
 
 def out_of_bounds(section: Any, prefix: str = "") -> Iterator[str]:
     """A sentence for each number of ``section``, a dataclass, and of the sections within it that is out of bounds."""
-    for each in fields(section):
-        value, name = getattr(section, each.name), prefix + each.name
-        if is_dataclass(value):
-            yield from out_of_bounds(value, f"{name}.")
-            continue
-        bounds = each.metadata.get("bounds")
+    for key, value, bounds in leaves(section, prefix):
         if bounds is None or isinstance(value, bool):
             continue
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and (problem := bounds.problem(name, number)):
+        for number in value if isinstance(value, list) else (value,):
+            if isinstance(number, int | float) and (problem := bounds.problem(key, number)):
                 yield problem
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Bounds | None]]:
+    """Dotted name, value and bounds of each key of ``section``, a dataclass, that is no section itself."""
+    schema: Any = type(section)
+    for name, bounds in _keys_of(schema):
+        value = getattr(section, name)
+        if hasattr(type(value), "__dataclass_fields__"):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value, bounds
+
+
+def copied(value: T) -> T:
+    """A copy of a section, or of a key's value, that shares no list with it: several times faster than deepcopy."""
+    if hasattr(type(value), "__dataclass_fields__"):
+        copy = object.__new__(type(value))
+        copy.__dict__.update({name: copied(each) for name, each in vars(value).items()})
+        return copy
+    if isinstance(value, dict):
+        return type(value)((key, copied(each)) for key, each in value.items())
+    return type(value)(map(copied, value)) if isinstance(value, list) else value
+
+
+@functools.cache
+def _keys_of(schema: Any) -> tuple[tuple[str, Bounds | None], ...]:
+    return tuple((each.name, each.metadata.get("bounds")) for each in fields(schema))
 
 
 def parts_of(schema: Any) -> tuple[tuple[str, PartGroup], ...]:

@@ -118,6 +118,10 @@ def _truly_named(part: Any, group: str, folders: Sequence[Path]) -> Any:
     return part
 
 
+def _is_option(name: Any, group: str, folders: Sequence[Path]) -> bool:
+    return isinstance(name, str) and isinstance(resolved_part(name, group, folders), Mapping)
+
+
 def part_name(part: Any) -> str:
     """What tables call the part: its name, else its class."""
     if isinstance(part, Mapping):
@@ -144,7 +148,7 @@ def part_problems(config: Any) -> Iterator[str]:
             yield f"{key} is {part!r}, but hpcmm has {', '.join(options_of(group.group, folders))}."
         elif not isinstance(part.get(TARGET), str):
             yield f"{key} has no {TARGET}, which names its class: choose {group.group}=NAME, or give it."
-        elif NAME in part and part[NAME] not in options_of(group.group, folders):
+        elif NAME in part and not _is_option(part[NAME], group.group, folders):
             yield f"{key}.{NAME} is {part[NAME]!r}, but it is given by {group.group}=NAME alone: leave it out."
         else:
             yield from _class_problems(key, part, group)

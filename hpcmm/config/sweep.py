@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
 from hpcmm.config.compose import compose_tree, override_text, parse_overrides, to_run
+from hpcmm.config.keys import copied
 from hpcmm.config.parts import with_parts
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.space import ConfigSpace, elements_of, explained, space_of
@@ -114,10 +115,10 @@ class _Family:
     def point(self, values: Sequence[Override]) -> RunConfig:
         if self._base is None:
             return self._typed(values)
-        run = copy.deepcopy(self._base)
+        run = copied(self._base)
         for override in values:
             *path, name = self._space.field_of(override.key_or_group)
-            setattr(functools.reduce(getattr, path, run), name, copy.deepcopy(self._value(override)))
+            setattr(functools.reduce(getattr, path, run), name, copied(self._value(override)))
         return with_parts(run, self._space.folders)
 
     def _typed(self, values: Sequence[Override]) -> RunConfig:

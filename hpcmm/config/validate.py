@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
-from hpcmm.config.keys import out_of_bounds
+from hpcmm.config.keys import leaves, out_of_bounds
 from hpcmm.config.parts import own_error, part_problems
 from hpcmm.config.schema import FUNCTION, SCRIPT, Analyze, Executor, RunConfig
 from hpcmm.config.workload import workload_of
@@ -174,14 +172,11 @@ def _workload(config: RunConfig) -> list[str]:
         raise HpcmmError(f"{config.task._target_}.problems failed: {own_error(error)}.") from error
 
 
-def _lists(config: Any, parent: str = "") -> Iterator[str]:
+def _lists(config: RunConfig) -> Iterator[str]:
     """Lists within lists, which OmegaConf lets pass."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from _lists(value, f"{parent}{field.name}.")
-        elif isinstance(value, list) and any(isinstance(each, (list, dict)) for each in value):
-            yield f"{parent}{field.name} is {value}, but must be a plain list: quote what holds brackets."
+    for key, value, _ in leaves(config):
+        if isinstance(value, list) and any(isinstance(each, (list, dict)) for each in value):
+            yield f"{key} is {value}, but must be a plain list: quote what holds brackets."
 
 
 def _task(config: RunConfig) -> Iterator[str]:
