@@ -7,6 +7,8 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from stat import S_ISREG, S_IWGRP, S_IWOTH
 from typing import IO, Any
@@ -16,6 +18,11 @@ Content = str | Callable[[IO[bytes]], None]
 
 MOST_BYTES = 1 << 20
 """Of a small file; a longer one is damage."""
+
+MOST_NAMES = 1 << 18
+"""Of a folder's that are looked at; more are another user's trap."""
+
+_TO_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 def write_whole(path: Path, content: Content, mode: int | None = None) -> None:
@@ -56,32 +63,136 @@ def write_json(path: Path, values: object, indent: int | None = 2) -> None:
     write_whole(path, json.dumps(values, indent=indent) + "\n")
 
 
-def open_regular(path: Path) -> IO[bytes]:
-    """Open to read. Raises OSError, also if it is no regular file: to open a pipe would wait for who writes to it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not S_ISREG(os.fstat(descriptor).st_mode):
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A regular file that is open to read, and who else could have written what it holds."""
+
+    file: IO[bytes]
+    writer: Path | None
+    """The first of its folder, the folders between and the file that another user than this one and root owns, or
+    could write; None if there is none."""
+
+
+def open_checked(path: Path, *, within: Path | None = None) -> Opened:
+    """Open a file of the folder ``within`` (None: the one it lies in) to read, and check what was opened.
+
+    What lies there may be another user's trap. So no link is followed below ``within``, everything below it must belong
+    to the owner of ``within`` or to root, and only a regular file is opened: a pipe would make the reader wait. All of
+    this is asked of what is open, so that nothing can be put in its place between the check and the reading.
+
+    Raises OSError, also if ``path`` does not lie in ``within``.
+    """
+    folder, writer = _open_folder(path.parent, path.parent if within is None else within)
+    try:
+        try:
+            descriptor = os.open(path.name, _TO_READ, dir_fd=folder.descriptor)
+        except OSError as error:
+            raise OSError(errno.ELOOP, "it is a link") if error.errno == errno.ELOOP else error from error
+    finally:
+        os.close(folder.descriptor)
+    try:
+        facts = os.fstat(descriptor)
+        if not S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")
+        folder.check_owner(facts)
+    except OSError:
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a file")
-    return os.fdopen(descriptor, "rb")
+        raise
+    return Opened(os.fdopen(descriptor, "rb"), writer or (path if _others_write(facts) else None))
 
 
-def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
-    """All of a small file. Raises OSError, or ValueError for a file that is larger or holds no UTF-8."""
-    with open_regular(path) as file:
+def open_regular(path: Path, *, within: Path | None = None) -> IO[bytes]:
+    """Open to read, as :func:`open_checked` does. Raises OSError."""
+    return open_checked(path, within=within).file
+
+
+def names_in(folder: Path, *, within: Path | None = None, most: int = MOST_NAMES) -> list[str]:
+    """The names in a folder, at most so many of them; none if it cannot be read. Links as in :func:`open_checked`."""
+    try:
+        opened, _ = _open_folder(folder, folder if within is None else within, os.O_RDONLY)
+    except OSError:
+        return []
+    try:
+        with os.scandir(opened.descriptor) as entries:
+            return [entry.name for entry in islice(entries, most)]
+    except OSError:
+        return []
+    finally:
+        os.close(opened.descriptor)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a file is there, and no link to one; False also if that cannot be seen."""
+    try:
+        return S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(path: Path, most_bytes: int = MOST_BYTES, *, within: Path | None = None) -> str:
+    """All of a small file, opened as by :func:`open_checked`.
+
+    Raises OSError, or ValueError for a file that is larger or holds no UTF-8.
+    """
+    return read_checked(path, most_bytes, within=within)[0]
+
+
+def read_checked(path: Path, most_bytes: int = MOST_BYTES, *, within: Path | None = None) -> tuple[str, Path | None]:
+    """As :func:`read_text`, and beside it :attr:`Opened.writer`."""
+    opened = open_checked(path, within=within)
+    with opened.file as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise ValueError(f"it is larger than {most_bytes} bytes")
-    return content.decode("utf-8")
+    return content.decode("utf-8"), opened.writer
 
 
-def read_tail(path: Path, most_bytes: int) -> str:
-    """The end of a file; empty if it cannot be read."""
+def read_tail(path: Path, most_bytes: int, *, within: Path | None = None) -> str:
+    """The end of a file, opened as by :func:`open_checked`; empty if it cannot be read."""
     try:
-        with open_regular(path) as file:
+        with open_regular(path, within=within) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - most_bytes))
             return file.read(most_bytes).decode(errors="replace")
     except OSError:
         return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    descriptor: int
+    owner: int
+    """Of the folder where the walk began."""
+
+    def check_owner(self, facts: os.stat_result) -> None:
+        if facts.st_uid not in {self.owner, 0}:
+            raise OSError(errno.EPERM, "it belongs to another user than its folder")
+
+
+def _open_folder(path: Path, within: Path, access: int = os.O_PATH) -> tuple[_Folder, Path | None]:
+    """Open ``path``, which is ``within`` or lies below it, step by step; and :attr:`Opened.writer` so far."""
+    try:
+        names = path.relative_to(within).parts
+    except ValueError:
+        names = ("..",)
+    if ".." in names:
+        raise OSError(errno.EINVAL, f"it does not lie in {within}")
+    descriptor = os.open(within, (os.O_PATH if names else access) | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(descriptor)
+        folder = _Folder(descriptor, facts.st_uid)
+        writer = within if _others_write(facts) else None
+        for depth, name in enumerate(names, 1):
+            flags = (access if depth == len(names) else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            above, descriptor = descriptor, os.open(name, flags, dir_fd=descriptor)
+            os.close(above)
+            folder = replace(folder, descriptor=descriptor)
+            facts = os.fstat(descriptor)
+            folder.check_owner(facts)
+            writer = writer or (within.joinpath(*names[:depth]) if _others_write(facts) else None)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return folder, writer
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -93,10 +204,10 @@ def json_object(text: str) -> dict[str, Any] | None:
     return given if isinstance(given, dict) else None
 
 
-def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object in a small file; empty if there is none."""
+def read_json_object(path: Path, most_bytes: int = MOST_BYTES, *, within: Path | None = None) -> dict[str, Any]:
+    """The JSON object in a small file, opened as by :func:`open_checked`; empty if there is none."""
     try:
-        return json_object(read_text(path, most_bytes)) or {}
+        return json_object(read_text(path, most_bytes, within=within)) or {}
     except (OSError, ValueError):
         return {}
 
@@ -106,8 +217,8 @@ def other_writer(*paths: Path) -> Path | None:
 
     Raises OSError if one is not there.
     """
-    for path in paths:
-        facts = path.stat()
-        if facts.st_uid not in {os.getuid(), 0} or facts.st_mode & (S_IWGRP | S_IWOTH):
-            return path
-    return None
+    return next((path for path in paths if _others_write(path.stat())), None)
+
+
+def _others_write(facts: os.stat_result) -> bool:
+    return facts.st_uid not in {os.getuid(), 0} or facts.st_mode & (S_IWGRP | S_IWOTH) != 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import read_tail
+from hpcmm.files import is_regular, read_tail
 from hpcmm.jobs.find_run import Target, run_of_command, settings, slurm_environment
 from hpcmm.jobs.state import states_of
 from hpcmm.node.classify import LoggedError, last_logged_error
@@ -74,7 +74,7 @@ def gather(target: Target) -> JobDiagnostics:
     if not state.jobs:
         raise HpcmmError(f"No job of {target.asked} is known to Slurm or noted in a run directory.")
     run, notes, newest = state.run, list(state.notes), state.jobs[-1]
-    if state.silent and run is not None and SweepDir(run.root).ledger.is_file():
+    if state.silent and run is not None and is_regular(SweepDir(run.root).ledger):
         newest = next((job for job in reversed(state.jobs) if job.state != "COMPLETED"), newest)
         run = run_of_command(newest)  # of the point, whose records tell more than the sweep's folder
     environ = slurm_environment(run)
@@ -83,7 +83,7 @@ def gather(target: Target) -> JobDiagnostics:
     if run is None:
         return JobDiagnostics(job, None, node_states=node_states(job.nodes, environ), notes=notes)
     attempt, restart = failures.newest_attempt(run, job.raw_id) or (None, 0)
-    batch_log = _of_job(read_tail(run.batch_log, _TAIL_BYTES), job.raw_id)
+    batch_log = _of_job(read_tail(run.batch_log, _TAIL_BYTES, within=run.root), job.raw_id)
     return JobDiagnostics(
         job,
         run,
@@ -146,10 +146,11 @@ def _ranks(run: RunDir, raw_id: str, attempt: Path | None) -> dict[int, RankDiag
         error = failures.read(failures.error_file(attempt, rank), RankError) if attempt else None
         ended = failures.read(failures.exit_file(attempt, rank), RankExit) if attempt else None
         unexplained = error is None and ended is not None
-        logged = last_logged_error(read_tail(run.rank_log(rank), _TAIL_BYTES)) if unexplained else None
+        log = read_tail(run.rank_log(rank), _TAIL_BYTES, within=run.root) if unexplained else ""
+        logged = last_logged_error(log) if unexplained else None
         here = progress.get(rank)
         node = error.node if error else ended.node if ended else here.node if here else ""
-        stacks = read_tail(failures.stacks_file(attempt, rank), _TAIL_BYTES) if attempt else ""
+        stacks = read_tail(failures.stacks_file(attempt, rank), _TAIL_BYTES, within=run.root) if attempt else ""
         found[rank] = RankDiagnostics(rank, node, error, ended, logged, stacks, here)
     return found
 

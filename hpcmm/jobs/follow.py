@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hpcmm.config.schema import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.files import read_tail
 from hpcmm.jobs.find_run import Target
 from hpcmm.jobs.logs import Log
 from hpcmm.jobs.state import record_of
@@ -28,6 +29,8 @@ from hpcmm.slurm.polling import Poller
 _FIRST_S, _LONGEST_S = 1.0, 5.0
 """First and longest pause between two questions to the scheduler."""
 _RECORD_WAIT_S = 30
+_MOST_BYTES = 1 << 20
+"""Of the analysis' output."""
 
 
 class Submission(Protocol):
@@ -209,8 +212,7 @@ def _show_analysis(submission: Submission, console: Console) -> None:
         return
     analysis_job_id = submission.analysis_job_id
     job = _poller(lambda: find_job(analysis_job_id)).wait(lambda job: not job.active)
-    if run.analysis_log.is_file():
-        print(run.analysis_log.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
+    print(read_tail(run.analysis_log, _MOST_BYTES, within=run.root), end="", flush=True)
     if job.state != "COMPLETED":
         console.print(f"analysis job {job.job_id}: {job.state}", markup=False)
 

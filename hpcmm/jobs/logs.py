@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import open_regular
+from hpcmm.files import names_in, open_regular
 from hpcmm.ranges import write_ranges
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.text import visible
@@ -28,6 +28,7 @@ class Log:
 
     label: str
     path: Path
+    """In a folder of the run directory."""
     _offset: int = 0
     _half: bytes = field(default=b"", repr=False)
 
@@ -35,7 +36,7 @@ class Log:
         """Its last whole lines, and the position from which ``new_lines`` goes on."""
         self._offset, self._half = 0, b""
         try:
-            with open_regular(self.path) as file:
+            with open_regular(self.path, within=self.path.parent.parent) as file:
                 end = file.seek(0, 2)
                 begin, data = end, b""
                 while begin > 0 and data.count(b"\n") <= lines and end - begin < _MOST_TAIL_BYTES:
@@ -51,7 +52,7 @@ class Log:
     def new_lines(self) -> list[str]:
         """The lines that became whole since the last look. A log that was cut short is read from its start."""
         try:
-            with open_regular(self.path) as file:
+            with open_regular(self.path, within=self.path.parent.parent) as file:
                 if file.seek(0, 2) < self._offset:
                     self._offset, self._half = 0, b""
                 file.seek(self._offset)
@@ -83,7 +84,7 @@ def logs_of(run: RunDir, ranks: frozenset[int] | None) -> list[Log]:
 
     Raises HpcmmError for a rank that left no log, while others did.
     """
-    there = sorted(int(match[1]) for entry in _entries(run.logs) if (match := _RANK_LOG.fullmatch(entry.name)))
+    there = sorted(int(match[1]) for name in names_in(run.logs, within=run.root) if (match := _RANK_LOG.fullmatch(name)))
     if ranks is None:
         return [Log("batch", run.batch_log)] + [Log(str(rank), run.rank_log(rank)) for rank in there]
     absent = sorted(ranks - set(there))
@@ -116,10 +117,3 @@ def follow(
         if over:
             return
         time.sleep(_READ_S)
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []

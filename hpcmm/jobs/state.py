@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from hpcmm.config.untyped_config import read_untyped_config
+from hpcmm.files import is_regular
 from hpcmm.jobs.find_run import Target, is_local_cluster, run_of_command, settings, slurm_environment
 from hpcmm.runs.attempts import raw_id_of
 from hpcmm.runs.exit_status import STOPPED, outcome_of
@@ -35,7 +36,7 @@ def record_of(run: RunDir, job_id: str) -> Job | None:
 
 def records_of(run: RunDir, job_id: str) -> list[Job]:
     """The job as :func:`record_of` has it; of a sweep's array, those of its points whose end is noted."""
-    if not SweepDir(run.root).ledger.is_file():
+    if not is_regular(SweepDir(run.root).ledger):
         record = record_of(run, job_id)
         return [record] if record is not None else []
     points = {

@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hpcmm.files import json_object, read_tail
+from hpcmm.files import is_regular, json_object, open_regular, read_tail
 from hpcmm.runs.run_dir import JOB_ID, RunDir
 
 _TAIL_BYTES = 1 << 20
+_MOST_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ def begin_attempt(run: RunDir, environ: Mapping[str, str] = os.environ, began_s:
 
     Returns the attempt's number, from 1.
     """
-    attempt = current_attempt(run) + 1 if run.attempts.exists() else 1
+    attempt = current_attempt(run) + 1 if is_regular(run.attempts) else 1
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     record = {
         "attempt": attempt,
@@ -47,14 +48,15 @@ def begin_attempt(run: RunDir, environ: Mapping[str, str] = os.environ, began_s:
 def current_attempt(run: RunDir) -> int:
     """The number of the attempt that runs; 1 if none was noted, as with submitit's local executor."""
     try:
-        return max(1, run.attempts.read_bytes().count(b"\n"))
+        with open_regular(run.attempts, within=run.root) as file:
+            return max(1, file.read(_MOST_BYTES).count(b"\n"))
     except FileNotFoundError:
         return 1
 
 
 def attempts_of(run: RunDir) -> list[Attempt]:
     """The attempts that name their job, newest last."""
-    records = [json_object(line) or {} for line in read_tail(run.attempts, _TAIL_BYTES).splitlines()]
+    records = [json_object(line) or {} for line in read_tail(run.attempts, _TAIL_BYTES, within=run.root).splitlines()]
     raw_ids = [str(record.get("job_id")) for record in records]
     named = [str(record.get("array_task", raw_id)) for record, raw_id in zip(records, raw_ids, strict=True)]
     return [Attempt(*ids) for ids in zip(named, raw_ids, strict=True) if all(map(JOB_ID.fullmatch, ids))]

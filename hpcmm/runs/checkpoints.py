@@ -29,7 +29,7 @@ def note_newest_checkpoint(run: RunDir, name: str) -> None:
 def newest_checkpoint(run: RunDir) -> str:
     """The name of the newest checkpoint that is whole; empty if it cannot be read. Raises OSError if there is none."""
     try:
-        return read_text(run.newest_checkpoint).strip()
+        return read_text(run.newest_checkpoint, within=run.root).strip()
     except ValueError:
         return ""
 

@@ -96,12 +96,12 @@ def _newest_job(run: RunDir) -> str | None:
 
 def _written_ns(run: RunDir) -> int:
     try:
-        return run.exit_status.stat().st_mtime_ns
+        return run.exit_status.lstat().st_mtime_ns
     except OSError:
         return 0
 
 
 def _exit_lines(run: RunDir) -> list[tuple[str, str]]:
     """Job and outcome of each time that a script ended, the latest last."""
-    lines = (line.partition(" ") for line in read_tail(run.exit_status, _TAIL_BYTES).splitlines())
+    lines = (line.partition(" ") for line in read_tail(run.exit_status, _TAIL_BYTES, within=run.root).splitlines())
     return [(job, outcome) for job, _, outcome in lines]

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpcmm.files import read_json_object, write_json
+from hpcmm.files import names_in, read_json_object, write_json
 from hpcmm.runs.run_dir import RunDir
 
 MOST_LINES = 60
@@ -90,7 +90,7 @@ Record = TypeVar("Record", RankError, RankExit)
 
 def read(path: Path, kind: type[Record]) -> Record | None:
     """The record in a file that others could write to; None if there is none, or it is not one."""
-    return _typed(read_json_object(path), kind)
+    return _typed(read_json_object(path, within=_root_of(path.parent)), kind)
 
 
 def newest_attempt(run: RunDir, raw_id: str) -> tuple[Path, int] | None:
@@ -104,16 +104,16 @@ def newest_attempt(run: RunDir, raw_id: str) -> tuple[Path, int] | None:
 
 def ranks_with_records(attempt: Path) -> set[int]:
     """The ranks that left a record or stacks in an attempt's folder."""
-    return {int(match[1]) for name in _names(attempt) if (match := _RANK_FILE.fullmatch(name))}
+    return {int(match[1]) for name in names_in(attempt, within=_root_of(attempt)) if (match := _RANK_FILE.fullmatch(name))}
 
 
 def last_record_ns(run: RunDir, raw_id: str) -> int | None:
     """When a rank of job ``raw_id`` last left a record of a bad end, by its file system; None if none did."""
     times = [
-        (folder / name).stat().st_mtime_ns
+        (folder / name).lstat().st_mtime_ns
         for job, _, folder in _attempts(run)
         if job == raw_id
-        for name in _names(folder)
+        for name in names_in(folder, within=run.root)
         if (match := _RANK_FILE.fullmatch(name)) and match[2] != "stacks"
     ]
     return max(times, default=None)
@@ -125,15 +125,13 @@ def jobs_with_records(run: RunDir) -> tuple[str, ...]:
 
 
 def _attempts(run: RunDir) -> list[tuple[str, int, Path]]:
-    found = [(_ATTEMPT.fullmatch(name), run.failures / name) for name in _names(run.failures)]
+    found = [(_ATTEMPT.fullmatch(name), run.failures / name) for name in names_in(run.failures, within=run.root)]
     return [(match[1], int(match[2]), folder) for match, folder in found if match]
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return [entry.name for entry in folder.iterdir()]
-    except OSError:
-        return []
+def _root_of(attempt: Path) -> Path:
+    """The run directory of an attempt's folder."""
+    return attempt.parent.parent
 
 
 def _typed(given: dict[str, Any], kind: type[Record]) -> Record | None:

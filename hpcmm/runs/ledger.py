@@ -89,7 +89,7 @@ def _is_whole(point: LedgerPoint) -> bool:
 
 def jobs_of_points(sweep: SweepDir) -> dict[int, list[str]]:
     """Ids of the arrays of each point, the latest last, by index; of whoever's ledger, without what is damaged."""
-    points = read_json_object(sweep.ledger, _MOST_BYTES).get("points")
+    points = read_json_object(sweep.ledger, _MOST_BYTES, within=sweep.root).get("points")
     found = {}
     for point in points if isinstance(points, list) else []:
         index, jobs = (point.get("index"), point.get("jobs")) if isinstance(point, dict) else (None, None)

@@ -18,12 +18,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import json_object, open_regular, read_json_object, read_tail, write_json
+from hpcmm.files import json_object, names_in, open_regular, read_json_object, read_tail, write_json
 from hpcmm.runs.run_dir import RunDir
 
 MAX_LINE_BYTES = 1 << 20
 """Of a line of metrics; what is longer is damage."""
 _TAIL_BYTES = 64 * 1024
+_MOST_BYTES = 1 << 30
+"""Of a rank's records that are read."""
 _RANK_FILE = re.compile(r"rank_([0-9]{1,9})\.jsonl")
 _STEPPED = ("step", "lost")
 """Events of a rank that came as far as a step."""
@@ -40,7 +42,7 @@ class MetricsWriter:
         self._path = path
         self._attempt = attempt
         with self._clear_errors():
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._end = _end_of_the_last_whole_line(self._fd)
             os.ftruncate(self._fd, self._end)
 
@@ -173,12 +175,12 @@ class FinishedStep:
 
 def starts_of(run: RunDir) -> list[RankStarts]:
     """The starts of each rank that says which one it is, by the names of the files in ``RUN/metrics``."""
-    return [found for path in _rank_files(run).values() if (found := _starts(path)) is not None]
+    return [found for path in _rank_files(run).values() if (found := _starts(run, path)) is not None]
 
 
 def progress_of(run: RunDir) -> dict[int, RankProgress]:
     """How far each rank came, by its number; from the ends of the files, however long these are."""
-    found = {rank: _progress(path, rank) for rank, path in _rank_files(run).items()}
+    found = {rank: _progress(run, path, rank) for rank, path in _rank_files(run).items()}
     return {rank: progress for rank, progress in found.items() if progress is not None}
 
 
@@ -200,22 +202,27 @@ def write_scores(run: RunDir, scores: Mapping[str, float]) -> None:
 
 def read_scores(run: RunDir) -> dict[str, float]:
     """What :func:`write_scores` wrote; empty if there is none, without what is no number."""
-    return {name: value for name, value in read_json_object(run.evaluation).items() if isinstance(value, float)}
+    found = read_json_object(run.evaluation, within=run.root)
+    return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def _rank_files(run: RunDir) -> dict[int, Path]:
-    found = {path: _RANK_FILE.fullmatch(path.name) for path in sorted(run.metrics.glob("rank_*.jsonl"))}
-    return {int(match[1]): path for path, match in found.items() if match}
+    found = {name: _RANK_FILE.fullmatch(name) for name in sorted(names_in(run.metrics, within=run.root))}
+    return {int(match[1]): run.metrics / name for name, match in found.items() if match}
 
 
-def _starts(path: Path) -> RankStarts | None:
+def _starts(run: RunDir, path: Path) -> RankStarts | None:
     """None if no record says which rank wrote the file."""
     start: RankStart | None = None
     records: list[dict[str, Any]] = []
     before_first_step = True
     try:
-        with open_regular(path) as file:
+        with open_regular(path, within=run.root) as file:
+            most = min(os.fstat(file.fileno()).st_size, _MOST_BYTES)  # it may grow for ever while it is read
             for line in iter(partial(file.readline, MAX_LINE_BYTES), b""):
+                most -= len(line)
+                if most < 0:
+                    break
                 if b'"start' in line or before_first_step:
                     record = json_object(line.decode(errors="replace")) or {}
                     start = _as_start(record) or start
@@ -236,11 +243,11 @@ def _as_start(record: dict[str, Any]) -> RankStart | None:
         return None
 
 
-def _progress(path: Path, rank: int) -> RankProgress | None:
-    records = _records(read_tail(path, _TAIL_BYTES))
+def _progress(run: RunDir, path: Path, rank: int) -> RankProgress | None:
+    records = _records(read_tail(path, _TAIL_BYTES, within=run.root))
     began = [number for number, record in enumerate(records) if record.get("event") == "start"]
     since = records[began[-1] :] if began else records
-    start = since[0] if began else _first_start(path)  # of a long file the tail may hold no start, but the head does
+    start = since[0] if began else _first_start(run, path)  # of a long file the tail may hold no start, but the head does
     if start is None or not since:
         return None
     steps = [record["step"] for record in since if record.get("event") == "step" and _is_count(record.get("step"))]
@@ -255,9 +262,9 @@ def _progress(path: Path, rank: int) -> RankProgress | None:
     )
 
 
-def _first_start(path: Path) -> dict[str, Any] | None:
+def _first_start(run: RunDir, path: Path) -> dict[str, Any] | None:
     try:
-        with open_regular(path) as file:
+        with open_regular(path, within=run.root) as file:
             head = file.read(_TAIL_BYTES).decode(errors="replace")
     except OSError:
         return None

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from hpcmm.files import read_json_object, write_json
+from hpcmm.files import names_in, read_json_object, write_json
 from hpcmm.runs.ledger import jobs_of_points
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 
 _SUBMITTED = re.compile(rf"({JOB_ID.pattern})_submitted\.pkl")
 _STATE = re.compile(r"[A-Z_]{1,32}")
+_MOST_JOBS = 1000
+"""Of one directory that Slurm is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ def write_submission(run: RunDir, **jobs: str | None) -> None:
 
 def submitted_job(run: RunDir) -> str | None:
     """What ``submission.json`` gives as the job's id, which may be anything; None if it gives none."""
-    given = read_json_object(run.submission).get("job_id")
+    given = read_json_object(run.submission, within=run.root).get("job_id")
     return None if given is None else str(given)
 
 
@@ -42,7 +45,7 @@ def write_job_record(run: RunDir, record: Mapping[str, Any]) -> None:
 
 def read_job_record(run: RunDir) -> JobRecord | None:
     """None if there is no record, or it names no job."""
-    record = read_json_object(run.job_record)
+    record = read_json_object(run.job_record, within=run.root)
     job_id, state = str(record.get("job_id")), str(record.get("state"))
     return JobRecord(job_id, state if _STATE.fullmatch(state) else "UNKNOWN") if JOB_ID.fullmatch(job_id) else None
 
@@ -50,19 +53,16 @@ def read_job_record(run: RunDir) -> JobRecord | None:
 def job_ids_of(run: RunDir) -> tuple[str, ...]:
     """Numbers of all jobs that ran, or wait to run, in this directory, newest last."""
     ids: dict[str, float] = {}
-    try:
-        for entry in run.submitit.iterdir():
-            match = _SUBMITTED.fullmatch(entry.name)
-            if match:
-                ids[match[1]] = entry.stat().st_mtime
-    except OSError:
-        pass  # not made by submitit, or not ours to read
+    for name in names_in(run.submitit, within=run.root):  # none if not made by submitit, or not ours to read
+        if match := _SUBMITTED.fullmatch(name):
+            with suppress(OSError):  # removed meanwhile
+                ids[match[1]] = (run.submitit / name).lstat().st_mtime
     noted = [job for jobs in jobs_of_points(SweepDir(run.root)).values() for job in jobs]
     record = read_job_record(run)
     noted += [submitted_job(run) or "", record.job_id if record is not None else ""]
     for job_id in filter(JOB_ID.fullmatch, noted):
         ids.setdefault(job_id, 0.0)
-    return tuple(sorted(ids, key=lambda each: (ids[each], each)))
+    return tuple(sorted(ids, key=lambda each: (ids[each], each)))[-_MOST_JOBS:]
 
 
 def write_provenance_record(run: RunDir, record: Mapping[str, Any]) -> None:
@@ -72,5 +72,5 @@ def write_provenance_record(run: RunDir, record: Mapping[str, Any]) -> None:
 
 def package_version(run: RunDir, package: str) -> str:
     """The version of a Python package that the launcher's environment had; empty if it is not known."""
-    packages = read_json_object(run.provenance).get("packages")
+    packages = read_json_object(run.provenance, within=run.root).get("packages")
     return str(packages.get(package) or "") if isinstance(packages, dict) else ""
