@@ -221,4 +221,4 @@ def other_writer(*paths: Path) -> Path | None:
 
 
 def _others_write(facts: os.stat_result) -> bool:
-    return facts.st_uid not in {os.getuid(), 0} or facts.st_mode & (S_IWGRP | S_IWOTH) != 0
+    return facts.st_uid not in {os.geteuid(), 0} or facts.st_mode & (S_IWGRP | S_IWOTH) != 0

@@ -13,6 +13,7 @@ from hpcmm.analysis.compare import compare as compare_tables
 from hpcmm.analysis.pop_metrics import EFFICIENCIES, STEP, Reference, samples_per_step
 from hpcmm.analyze.analysis import Analysis, Paths, analyze, as_paths
 from hpcmm.errors import HpcmmError
+from hpcmm.files import is_regular
 from hpcmm.reports.find import find_reports
 from hpcmm.reports.report import Progress
 from hpcmm.reports.run_record import read_run_record
@@ -88,7 +89,7 @@ def _file(folder: Path, table: str) -> Path | None:
 
 def _written(folder: Path) -> RunTables:
     run_dir = RunDir(folder.resolve().parent)
-    record = read_run_record(run_dir if run_dir.config.is_file() else None)
+    record = read_run_record(run_dir if is_regular(run_dir.config) else None)
     return RunTables(record.name or str(folder), {name: _read(folder, name) for name in _NUMBERS}, record.config)
 
 

@@ -16,11 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from hpcmm.config.parts import TARGET, folders_of, targets_of, with_parts
-from hpcmm.config.schema import RunConfig
+from hpcmm.config.schema import RunConfig, cluster_variables
 from hpcmm.config.untyped_config import VERSION, VERSION_KEY, plain_values, values_of_today
 from hpcmm.config.workload import load_workload
 from hpcmm.errors import HpcmmError
-from hpcmm.files import other_writer, read_text, write_whole
+from hpcmm.files import other_writer, read_checked, write_whole
 from hpcmm.text import visible
 
 _MOST_OF_A_REASON = 300
@@ -75,10 +75,10 @@ def load(path: Path) -> RunConfig:
     A class that the file names is followed only if nobody else can have written the file, or the class is hpcmm's own.
     Raises HpcmmError if there is no such configuration in the file.
     """
-    given = _frozen(path)
+    given, writer = _frozen(path)
     try:
-        values = values_of_today(_keys_and_values(given))
-        schema = _schema_of(values, path)
+        values = _of_the_cluster_alone(values_of_today(_keys_and_values(given)))
+        schema = _schema_of(values, path, writer)
         loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise HpcmmError(
@@ -86,34 +86,43 @@ def load(path: Path) -> RunConfig:
         ) from error
     assert isinstance(loaded, RunConfig)
     loaded = with_parts(loaded, folders_of(None))
-    _refuse_foreign_classes(targets_of(loaded), path)
+    _refuse_foreign_classes(targets_of(loaded), path, writer)
     return loaded
 
 
-def _schema_of(values: dict[str, Any], path: Path) -> type[RunConfig]:
+def _schema_of(values: dict[str, Any], path: Path, writer: Path | None) -> type[RunConfig]:
     """The keys of the run's workload."""
     task = values.get("task")
     target = task.get(TARGET) if isinstance(task, dict) else None
     if target is None:
         return RunConfig
-    _refuse_foreign_classes([str(target)], path)
+    _refuse_foreign_classes([str(target)], path, writer)
     return load_workload(str(target)).schema
 
 
-def _refuse_foreign_classes(targets: Iterable[str], path: Path) -> None:
+def _refuse_foreign_classes(targets: Iterable[str], path: Path, writer: Path | None) -> None:
     """To import a class runs code: of one that is not hpcmm's own, the file must be the user's, and nobody else's."""
     foreign = [target for target in targets if not target.startswith("hpcmm.")]
-    if foreign and (writer := other_writer(path.parent, path)) is not None:
+    if foreign and writer is not None:
         raise HpcmmError(
             f"{path} names {visible(foreign[0])[:_MOST_OF_A_REASON]}, which is not hpcmm's, and {writer} can be "
             "written by another user: take the run over (chown, chmod go-w) if you trust it."
         )
 
 
-def _frozen(path: Path) -> DictConfig:
-    """The values of a configuration of whatever version of hpcmm."""
+def _of_the_cluster_alone(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what an earlier version let ``cluster.submit_environment`` set beside how the cluster is found."""
+    cluster = values.get("cluster")
+    given = cluster.get("submit_environment") if isinstance(cluster, dict) else None
+    if isinstance(cluster, dict) and isinstance(given, dict):
+        return {**values, "cluster": {**cluster, "submit_environment": cluster_variables(given)}}
+    return values
+
+
+def _frozen(path: Path) -> tuple[DictConfig, Path | None]:
+    """The values of a configuration of whatever version of hpcmm, and who else could have written them."""
     try:
-        text = read_text(path)
+        text, writer = read_checked(path)
         plain_values(text)  # refuses what would have OmegaConf work without end
         given = OmegaConf.load(StringIO(text))
     except OSError as error:
@@ -123,7 +132,7 @@ def _frozen(path: Path) -> DictConfig:
             f"{path} is damaged ({_reason(error)}): put back what hpcmm.launch wrote, which nothing changes later."
         ) from error
     assert isinstance(given, DictConfig)
-    return given
+    return given, writer
 
 
 def _keys_and_values(given: DictConfig) -> dict[str, Any]:

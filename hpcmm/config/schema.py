@@ -6,6 +6,7 @@ Hydra merges ``conf/`` into :class:`RunConfig`; a key that is not a field here i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -24,6 +25,15 @@ SCRIPT = "script"
 """``task.name`` of a Python script of the user's."""
 FUNCTION = "function"
 """``task.name`` of a Python function of the user's."""
+
+
+SUBMIT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
+"""What ``cluster.submit_environment`` may set. Any other variable would change more than which cluster is asked."""
+
+
+def cluster_variables(given: Mapping[Any, Any]) -> dict[str, str]:
+    """Those of ``given`` that ``cluster.submit_environment`` may set, which older configurations did not keep to."""
+    return {name: str(given[name]) for name in SUBMIT_VARIABLES if name in given}
 
 
 class ContainerEngine(StrEnum):
@@ -145,10 +155,14 @@ class ClusterConfig:
         dict, "Environment variables of every rank; quoted when they are written into the script."
     )
     submit_environment: dict[str, str] = made_by(
-        dict, "Environment variables of ``sbatch``, ``squeue`` and ``sacct`` on the login node (``SLURM_CONF``)."
+        dict,
+        "How ``sbatch``, ``squeue`` and ``sacct`` find the cluster: ``SLURM_CONF``, ``SLURM_CLUSTERS``. No other "
+        "variable can be set; ``SLURM_JWT`` is taken from the shell, and written nowhere.",
     )
     cache_dir: str | None = key(
-        None, "Shared folder that outlives runs: compiled ops, generated data. None: the user's cache folder."
+        None,
+        "Folder that outlives runs: compiled ops, generated data. In one that other users can write, a folder of your "
+        "own within, ``hpcmm-UID``, is used. None: the user's cache folder.",
     )
     kill_wait_s: int = key(60, "Seconds that the other ranks of a step may live once one has ended.", least=1)
     stop_warning_s: int | None = key(

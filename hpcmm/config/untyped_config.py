@@ -8,26 +8,57 @@ from typing import Any
 
 import yaml
 
-from hpcmm.files import MOST_BYTES, read_text
+from hpcmm.files import read_checked
 
 VERSION = 2
 """Of the files that are written today; a file that names none is of version 1."""
 VERSION_KEY = "version"
-MAX_BYTES = MOST_BYTES
+_MOST_DEPTH, _MOST_VALUES, _MOST_DIGITS = 100, 100_000, 100
+MAX_BYTES = 1 << 18
+"""Of a configuration; a long one takes a second to be understood, and anybody may leave one."""
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Of YAML without aliases, which hpcmm never writes: with them a small file can stand for one without end."""
+class _PlainLoader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
+    """Of numbers as a configuration has them: those of many digits, or to the base 60, take long to compute."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(super().construct_yaml_int(_short(node)))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        return float(super().construct_yaml_float(_short(node)))
+
+
+def _short(node: yaml.ScalarNode) -> yaml.ScalarNode:
+    if len(node.value) > _MOST_DIGITS:
+        raise yaml.YAMLError("it has a number of too many digits")
+    return node
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_yaml_float)
+
+
+def _refuse_traps(text: str) -> None:
+    """Raises YAMLError for what takes its reader much longer than its size says, none of which hpcmm writes.
+
+    With aliases a small file can stand for one without end.
+    """
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, _PlainLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("it has YAML aliases")
-        return super().compose_node(parent, index)
+        if depth > _MOST_DEPTH or count > _MOST_VALUES:
+            raise yaml.YAMLError("it has too many values, or values within values")
 
 
 def plain_values(text: str) -> dict[str, Any]:
-    """What the text of a configuration holds. Raises ValueError, RecursionError or YAMLError where it is none."""
-    values = yaml.load(text, _PlainLoader)  # noqa: S506 - a SafeLoader
+    """What the text of a configuration holds. Raises ValueError or YAMLError where it is none."""
+    _refuse_traps(text)
+    try:
+        values = yaml.load(text, _PlainLoader)  # noqa: S506 - a SafeLoader
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # a tag on a value that it does not fit
+        raise ValueError(f"it has a value that cannot be understood: {error}") from error
     if not isinstance(values, dict):
         raise ValueError("it holds no keys")
     return values
@@ -73,13 +104,15 @@ def trains_a_workload(values: Mapping[str, Any]) -> bool:
     return not isinstance(task, dict) or task.get("name") not in ("script", "function")
 
 
-def read_untyped_config(path: Path) -> dict[str, Any]:
+def read_untyped_config(path: Path, *, own: bool = False) -> dict[str, Any]:
     """The configuration in ``path``; empty if there is none that can be read, or one beyond :data:`MAX_BYTES`.
 
-    One of a later version comes as it is: most keys stay what they are.
+    One of a later version comes as it is: most keys stay what they are. ``own``: empty also if another user than this
+    one and root owns the file or its folder, or could write to it.
     """
     try:
-        values = plain_values(read_text(path, MAX_BYTES))
+        text, writer = read_checked(path, MAX_BYTES)
+        values = {} if own and writer is not None else plain_values(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     try:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from hpcmm.config.keys import leaves, out_of_bounds
 from hpcmm.config.parts import own_error, part_problems
-from hpcmm.config.schema import FUNCTION, SCRIPT, Analyze, Executor, RunConfig
+from hpcmm.config.schema import FUNCTION, SCRIPT, SUBMIT_VARIABLES, Analyze, Executor, RunConfig
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.ranges import profiled_ranks, step_window
 from hpcmm.resources import resource
 
 _MOST_MEMORY_GB = 1e6
+_TOKEN = "SLURM_JWT"  # noqa: S105 -- the name of the variable that holds it
 _LONGEST_NAME = 200
 """A folder's name has 255 characters at most, and this one gets the time appended."""
 _OF_THE_RANKS = "hpcmm writes it from cluster.nodes, ranks_per_node and cpus_per_rank"
@@ -86,7 +87,14 @@ def _shell_words(config: RunConfig) -> Iterator[str]:
     for key, value in {**cluster.environment, **cluster.submit_environment}.items():
         if is_unwritable(value):
             yield f"cluster.environment.{key} holds bytes that a script cannot."
-    for key in [*cluster.environment, *cluster.submit_environment]:
+    yield from _credentials(config)
+    for key in cluster.submit_environment:
+        if key not in SUBMIT_VARIABLES:
+            yield (
+                f"cluster.submit_environment.{key} cannot be set: it takes {' and '.join(SUBMIT_VARIABLES)} alone, so "
+                "set the variable in your shell, or give sbatch's option in cluster.sbatch."
+            )
+    for key in cluster.environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             yield f"cluster.environment has {key!r}, which is not a name of an environment variable."
     for key in cluster.sbatch:
@@ -94,6 +102,15 @@ def _shell_words(config: RunConfig) -> Iterator[str]:
             yield f"cluster.sbatch has {key!r}, which is no long option of sbatch without its dashes."
         elif key in _NOT_OPTIONS_OF_A_SITE:
             yield f"cluster.sbatch.{key} cannot be given: {_NOT_OPTIONS_OF_A_SITE[key]}."
+
+
+def _credentials(config: RunConfig) -> Iterator[str]:
+    """A token in the configuration would be written into the run's files, and into the job's script."""
+    cluster = config.cluster
+    variables = [*cluster.environment, *cluster.submit_environment]
+    texts = [*cluster.sbatch.values(), *cluster.srun, *cluster.setup, *cluster.container.arguments]
+    if _TOKEN in variables or any(f"{_TOKEN}=" in text for text in texts):
+        yield f"{_TOKEN} would be written into the run's files: set it in the shell that you launch from."
 
 
 def _warning(config: RunConfig) -> Iterator[str]:

@@ -21,6 +21,7 @@ from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import shipped_workloads, workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.evaluation import Evaluation, Scored
+from hpcmm.files import is_regular
 from hpcmm.runs.ledger import LedgerPoint, read_ledger
 from hpcmm.runs.run_dir import RunDir, SweepDir, path_or_run
 
@@ -246,7 +247,7 @@ def find_runs(paths: Sequence[Path], named_by: Sequence[str] = ()) -> tuple[list
 
 
 def _is_sweep(path: Path) -> bool:
-    return path.is_file() or SweepDir(path).ledger.is_file()
+    return path.is_file() or is_regular(SweepDir(path).ledger)
 
 
 def _points(path: Path, named_otherwise: tuple[str, ...]) -> Iterator[Candidate]:

@@ -20,6 +20,7 @@ from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import Target, default_environment, find_targets, run_of_command
 from hpcmm.jobs.state import State, all_over, poller_of, recorded_jobs, silence, states_of
 from hpcmm.ranges import profiled_ranks
+from hpcmm.runs.ownership import other_user
 from hpcmm.runs.run_dir import RunDir, runs_in
 from hpcmm.slurm.commands import SilentError
 from hpcmm.slurm.jobs import Answer, Job, own_jobs
@@ -110,6 +111,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     targets = [find_targets(each, options.runs_root)[0] for each in options.jobs]
+    _complain(map(_whose, targets))
     if options.follow:
         return _follow_states(targets)
     states = states_of(targets, needs_slurm=False)
@@ -143,6 +145,7 @@ def _follow_states(targets: list[Target]) -> int:
 
 def _logs(options: argparse.Namespace) -> int:
     target = _with_run(options.job, options.runs_root)
+    _complain([_whose(target)])
     run = target.run
     assert run is not None
     ranks = None if options.ranks in {None, "all"} else profiled_ranks(options.ranks, _MOST_RANKS, 1)
@@ -172,7 +175,9 @@ def _cancel(options: argparse.Namespace) -> int:
 def _why(options: argparse.Namespace) -> int:
     from hpcmm.jobs.why import explain, lines_of, values_of  # noqa: PLC0415 -- only here
 
-    explanation = explain(find_targets(options.job, options.runs_root)[0])
+    target = find_targets(options.job, options.runs_root)[0]
+    _complain([_whose(target)])
+    explanation = explain(target)
     if options.json:
         _print_json(values_of(explanation))
     else:
@@ -196,8 +201,15 @@ def _print_logs(lines: Iterable[tuple[str, str]]) -> None:
         print(f"[{label}] {line}", flush=True)
 
 
+def _whose(target: Target) -> str:
+    """A sentence on what another user's run is worth; empty for one's own."""
+    if target.user is None or target.run is None:
+        return ""
+    return f"{target.run.root} is of user {target.user}, who may have written anything there."
+
+
 def _complain(notes: Iterable[str]) -> None:
-    for note in notes:
+    for note in filter(None, notes):
         lines = [logs.printable(line.encode(errors="replace")) for line in note.splitlines()]
         print("hpcmm.jobs: " + "\n".join(lines), file=sys.stderr)
 
@@ -270,7 +282,9 @@ def _row(job: Job, run: RunDir | None) -> tuple[str, ...]:
         since = f"ended {job.ended}" if job.ended else ""
     reason = job.reason if job.pending or job.state.startswith(("CANC", "NODE", "TIME", "PREE", "OUT")) else ""
     where = job.nodes or (f"{job.node_count} nodes" if job.node_count and job.node_count != "1" else "")
-    cells = (_short(job.job_id), job.name, job.state, where, since, reason, str(run.root) if run else "")
+    user = other_user(run.root) if run else None
+    folder = f"{run.root} (of user {user})" if run and user else str(run.root) if run else ""
+    cells = (_short(job.job_id), job.name, job.state, where, since, reason, folder)
     return tuple(logs.printable(cell.encode()) for cell in cells)
 
 

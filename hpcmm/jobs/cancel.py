@@ -12,6 +12,7 @@ from hpcmm.config.untyped_config import trains_a_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, settings, slurm_environment
 from hpcmm.jobs.state import State, all_over, is_local, poller_of, states_of
+from hpcmm.runs.ownership import is_mine, require_mine
 from hpcmm.slurm.commands import ask
 
 _LONGEST_PAUSE_S = 5.0
@@ -32,8 +33,11 @@ def cancel(asked: str, targets: Sequence[Target], patience_s: float = 60.0) -> C
 
     A profiled run of hpcmm's own task is asked to stop first and has ``patience_s`` for that. Other ranks under a
     profiler get Slurm's KillWait to finish their reports. Raises HpcmmError when nothing of it is active, when several
-    runs are meant, and when Slurm refuses.
+    runs are meant, when a run is another user's, and when Slurm refuses.
     """
+    for target in targets:
+        if target.run is not None:
+            require_mine(target.run.root, "give the job's number, if it is yours to cancel")
     states = states_of(targets)
     active = [state for state in states if state.active]
     if not active:
@@ -57,7 +61,7 @@ def cancel(asked: str, targets: Sequence[Target], patience_s: float = 60.0) -> C
 
 def _stops_when_asked(state: State) -> bool:
     """Whether the ranks look for a wish to stop, and have reports that are worth the wait."""
-    given = settings(state.run) if state.run is not None else {}
+    given = settings(state.run) if state.run is not None and is_mine(state.run.root) else {}
     profile = given.get("profile")
     return (
         bool(given)

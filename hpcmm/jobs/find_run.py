@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcmm.config.schema import cluster_variables
 from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.errors import HpcmmError
+from hpcmm.files import is_regular, other_writer
 from hpcmm.resources import resource
+from hpcmm.runs.ownership import exchangeable, is_mine, other_user
 from hpcmm.runs.run_dir import JOB_ID, RunDir, is_run, runs_in
 from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.jobs import Job
@@ -28,6 +31,11 @@ class Target:
     """Newest last; a run that was submitted again by hand has several."""
     run: RunDir | None
 
+    @property
+    def user(self) -> str | None:
+        """The other user whose run this is; None if it is this user's, or no run is known."""
+        return other_user(self.run.root) if self.run is not None else None
+
 
 def find_targets(asked: str, runs_root: Path) -> list[Target]:
     """The runs or the job that ``asked`` names, newest first; several where it is the common start of runs' names.
@@ -36,17 +44,19 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
 
     Raises HpcmmError, with the nearest names, if there is none.
     """
-    named = _expanded(asked)
-    if is_run(named):
-        return [_target(asked, named.resolve())]
+    named, within = _expanded(asked), runs_root / asked
+    is_plain = asked not in {"", ".", ".."} and "/" not in asked
+    if is_run(named) and (is_mine(named) or not is_plain):
+        return [_target(asked, named)]
     if JOB_ID.fullmatch(asked):
         run = run_of_job(asked, runs_root)
         return [Target(asked, (asked,), run)]
-    within = runs_root / asked
-    if asked not in {"", ".", ".."} and "/" not in asked and is_run(within):
-        return [_target(asked, within.resolve())]
+    if is_plain and is_mine(within) and is_run(within):
+        return [_target(asked, within)]
     runs = runs_in(runs_root)
     found = [run for run in runs if run.root.name.startswith(f"{asked}-")]
+    if not found:  # what other users named like that comes after all that is this user's
+        found = _of_others(asked, runs_root, named, within if is_plain else named)
     if not found:
         raise HpcmmError(_no_such_run(asked, runs_root, runs))
     targets = [_target(asked, run.root) for run in found]
@@ -54,7 +64,7 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
 
 
 def run_of_job(job_id: str, runs_root: Path) -> RunDir | None:
-    """The run in ``runs_root`` that this job belongs to."""
+    """The user's own run in ``runs_root`` that this job belongs to; what other users' runs claim counts for nothing."""
     return next((run for run in runs_in(runs_root) if job_id in job_ids_of(run)), None)
 
 
@@ -73,20 +83,16 @@ def settings(run: RunDir) -> dict[str, Any]:
 
 
 def slurm_environment(run: RunDir | None, environ: dict[str, str] | None = None) -> dict[str, str]:
-    """This process' environment, and in it what the run's configuration gives to Slurm's commands.
+    """This process' environment, and in it how the run's configuration finds the cluster.
 
-    Only the user's own configuration counts: whoever sets SLURM_CONF chooses the code that squeue loads.
+    Only a configuration that no other user can have written counts: SLURM_CONF chooses the code that squeue loads.
     """
     environ = dict(os.environ) if environ is None else environ
     if run is None:
         return environ
-    try:
-        trusted = run.config.stat().st_uid in {0, os.geteuid()}
-    except OSError:
-        return environ
-    cluster = settings(run).get("cluster") if trusted else None
+    cluster = read_untyped_config(run.config, own=True).get("cluster")
     given = cluster.get("submit_environment") if isinstance(cluster, dict) else None
-    return environ | {str(key): str(value) for key, value in given.items()} if isinstance(given, dict) else environ
+    return environ | cluster_variables(given) if isinstance(given, dict) else environ
 
 
 def default_environment(runs_root: Path, environ: dict[str, str] | None = None) -> dict[str, str]:
@@ -113,8 +119,8 @@ def is_local_cluster(slurm_conf: str) -> bool:
     if not slurm_conf:
         return False
     try:
-        made_by_us = (Path(slurm_conf).parent.parent / "cluster.json").is_file()
-    except (OSError, ValueError):
+        made_by_us = is_regular(Path(slurm_conf).parent.parent / "cluster.json")
+    except ValueError:
         made_by_us = False
     return made_by_us or Path(slurm_conf) == _local_cluster_conf()
 
@@ -129,7 +135,7 @@ def _local_cluster_conf() -> Path:
 def _local_slurm_conf() -> Path | None:
     conf = _local_cluster_conf()
     try:
-        return conf if conf.stat().st_uid in {0, os.geteuid()} else None
+        return conf if other_writer(conf, conf.parent) is None and exchangeable(conf) is None else None
     except OSError:
         return None
 
@@ -141,8 +147,15 @@ def _expanded(asked: str) -> Path:
         return Path(asked)
 
 
+def _of_others(asked: str, runs_root: Path, *exact: Path) -> list[RunDir]:
+    """The runs of other users that a name may mean, newest first."""
+    there = [RunDir(folder) for folder in dict.fromkeys(exact) if is_run(folder)]
+    return there or [run for run in runs_in(runs_root, of_others=True) if run.root.name.startswith(f"{asked}-")]
+
+
 def _target(asked: str, folder: Path) -> Target:
-    run = RunDir(folder)
+    """Links to the run are followed, but for one of another user, by which the run is shown as theirs."""
+    run = RunDir(folder.resolve() if other_user(folder) is None else folder.absolute())
     return Target(asked, job_ids_of(run), run)
 
 

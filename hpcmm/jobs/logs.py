@@ -84,7 +84,9 @@ def logs_of(run: RunDir, ranks: frozenset[int] | None) -> list[Log]:
 
     Raises HpcmmError for a rank that left no log, while others did.
     """
-    there = sorted(int(match[1]) for name in names_in(run.logs, within=run.root) if (match := _RANK_LOG.fullmatch(name)))
+    there = sorted(
+        int(match[1]) for name in names_in(run.logs, within=run.root) if (match := _RANK_LOG.fullmatch(name))
+    )
     if ranks is None:
         return [Log("batch", run.batch_log)] + [Log(str(rank), run.rank_log(rank)) for rank in there]
     absent = sorted(ranks - set(there))

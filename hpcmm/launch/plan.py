@@ -25,9 +25,11 @@ from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.config.validate import validate
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
+from hpcmm.files import is_regular, other_writer
 from hpcmm.launch.script import Job, python_of, rank_command, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import profiled_ranks
+from hpcmm.runs.ownership import is_mine, is_trusted, require_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import submitted_job
 from hpcmm.slurm.jobs import find_job
@@ -191,12 +193,25 @@ def run_to_start_from(config: RunConfig) -> str | None:
     if named is None:
         return None
     if named and "\0" not in named:
-        for folder in (Path(config.runs_root).expanduser() / named, Path(named).expanduser()):
-            if (folder / "config.yaml").is_file():
-                return str(_trained(RunDir(folder.resolve()), config).root)
+        places = (Path(config.runs_root).expanduser() / named, Path(named).expanduser())
+        # Another user may have left a run of the same name.
+        for folder in sorted(places, key=lambda place: not is_mine(place)):
+            if is_regular(folder / "config.yaml"):
+                return str(_trained(_readable(RunDir(folder.resolve()), folder, config), config).root)
     raise HpcmmError(
         f"train.init_from={named}: neither {config.runs_root} holds a run of that name, nor is it a run's folder."
     )
+
+
+def _readable(run: RunDir, named: Path, config: RunConfig) -> RunDir:
+    """A checkpoint is a pickle, which the ranks refuse to read if another user than root could have written it."""
+    writer = other_writer(*(each for each in (run.root, run.checkpoints) if each.exists()))
+    if writer is not None or not is_trusted(named):
+        raise HpcmmError(
+            f"train.init_from={config.train.init_from}: {writer or named} can be written by another user, and reading "
+            "a checkpoint runs code from it: take it over (chown, chmod go-w) if you trust it."
+        )
+    return run
 
 
 def _trained(run: RunDir, config: RunConfig) -> RunDir:
@@ -228,6 +243,7 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
     run = RunDir(runs_root / named)
     if "\0" in named or not run.root.is_dir():
         raise HpcmmError(f"after={named} is not a job id, and {runs_root} holds no run of that name.")
+    require_mine(run.root, f"after={named} waits for a run of yours, or for a job's number")
     job_id = submitted_job(run)
     if job_id is None:
         raise HpcmmError(f"after={named}: {run.submission} does not tell that run's job, so it was not submitted.")

@@ -6,6 +6,7 @@ A sweep's points are one job array, noted in its ledger; those that failed are s
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -24,6 +25,7 @@ import submitit
 from hpcmm.config import config_file
 from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.files import is_regular, open_checked
 from hpcmm.launch.plan import Plan
 from hpcmm.launch.script import rank_command
 from hpcmm.node.network import find_free_port
@@ -114,11 +116,29 @@ def resubmit(path: Path) -> Resubmission:
     """
     with _locked_ledger(path) as ledger:
         config = config_file.load(ledger.run(ledger.points[0]).config)
+        _check_scripts(ledger.sweep.shared)
         os.environ.update(config.cluster.submit_environment)
         states = point_states(ledger)
         failed = [point for point in ledger.points if states[point.index] == FAILED]
         job_id = _submit_array(config, ledger, failed)[0] if failed else None
         return Resubmission(failed, job_id, [*states.values()])
+
+
+def _check_scripts(run: RunDir) -> None:
+    """Raises HpcmmError unless what Slurm is given is this user's own, and no link to something else."""
+    for script in (run.submission_script, run.analysis_script):
+        try:
+            opened = open_checked(script, within=run.root)
+        except FileNotFoundError:
+            continue  # no analysis; without a script for the job, sbatch says so
+        except OSError as error:
+            raise HpcmmError(f"{script} is not a script of this sweep ({error.strerror}): launch it anew.") from error
+        opened.file.close()
+        if opened.writer is not None:
+            raise HpcmmError(
+                f"{opened.writer} can be written by another user, and the job runs it as you: take it over (chown, "
+                "chmod go-w) if you trust it."
+            )
 
 
 def point_states(ledger: Ledger) -> dict[int, str]:
@@ -179,7 +199,7 @@ def _submit_analysis(config: RunConfig, run: RunDir, job_id: str, *options: str)
 
     Raises HpcmmError, which also says that job ``job_id`` is queued, when Slurm refuses it.
     """
-    if not run.analysis_script.is_file():
+    if not is_regular(run.analysis_script):
         return None
     try:
         analysis_job_id = sbatch(config, run.analysis_script, *options)
@@ -215,10 +235,13 @@ def _link_latest(run: RunDir) -> bool:
     link = run.root.parent / "latest"
     if link.exists() and not link.is_symlink():
         return False
-    fresh = run.root.parent / f".latest-{run.root.name}"
+    fresh = run.root.parent / f".latest-{secrets.token_hex(8)}"
     try:
         fresh.symlink_to(run.root.name)
-        fresh.replace(link)
+    except OSError:
+        return False
+    try:
+        fresh.replace(link)  # in a folder like /tmp another user's link stays
     except OSError:
         fresh.unlink(missing_ok=True)
         return False

@@ -17,12 +17,13 @@ from submitit.core.utils import DelayedSubmission
 from hpcmm.config import config_file
 from hpcmm.config.schema import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.files import is_regular
 from hpcmm.launch.plan import Plan, PlannedPoint
 from hpcmm.launch.script import python_of, render_analysis_script, render_script
 from hpcmm.launch.snapshot import project_root, revision, take_snapshot
 from hpcmm.resources import PACKAGE
 from hpcmm.runs.ledger import Ledger, LedgerPoint
-from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.runs.run_dir import RunDir, SweepDir, make_private
 from hpcmm.runs.submission import write_provenance_record
 from hpcmm.worker.task import RankTask
 
@@ -37,7 +38,7 @@ def write_provenance(
         "user": getpass.getuser(),
         "host": platform.node(),
         "working_directory": str(Path.cwd()),
-        "config_sha256": _sha256(run.config) if run.config.is_file() else None,
+        "config_sha256": _sha256(run.config) if is_regular(run.config) else None,
         "script_sha256": _sha256(run.submission_script),
         "code_sha256": code_sha256,
         "code": {"hpcmm": _origin(PACKAGE, run, "hpcmm")},
@@ -91,7 +92,7 @@ def write(planned: Plan) -> None:
     """Write all that the job reads. Raises HpcmmError if the disk refuses it, or the code cannot be copied."""
     try:
         if planned.is_sweep:
-            planned.run.root.mkdir(mode=0o700, parents=True)
+            make_private(planned.run.root)
             planned.run.logs.mkdir()
         for point in planned.points:
             _write_point(point)

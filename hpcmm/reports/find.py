@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import is_regular
 from hpcmm.runs.run_dir import RUNS, RunDir, SweepDir
 
 PREFERENCE = (".nsys-rep", ".sqlite", ".qdstrm")
@@ -57,7 +58,7 @@ def find_reports(paths: Sequence[Path]) -> Found:
         if path.is_dir():
             run_dir = _as_run_dir(path)
             reports = _reports_in(run_dir.nsys if run_dir is not None else path)
-            if not reports and SweepDir(path).ledger.is_file():
+            if not reports and is_regular(SweepDir(path).ledger):
                 raise HpcmmError(f"{path} is a sweep: give one of its points, such as {_a_point(path)}.")
             if run_dir is not None:
                 run_dirs.append(run_dir)
@@ -77,7 +78,7 @@ def find_reports(paths: Sequence[Path]) -> Found:
 def _as_run_dir(path: Path) -> RunDir | None:
     """``path`` as a run directory, when it holds a run's configuration or its reports folder."""
     run_dir = RunDir(path)
-    return run_dir if run_dir.config.is_file() or run_dir.nsys.is_dir() else None
+    return run_dir if is_regular(run_dir.config) or run_dir.nsys.is_dir() else None
 
 
 def _a_point(sweep: Path) -> Path:

@@ -104,7 +104,9 @@ def newest_attempt(run: RunDir, raw_id: str) -> tuple[Path, int] | None:
 
 def ranks_with_records(attempt: Path) -> set[int]:
     """The ranks that left a record or stacks in an attempt's folder."""
-    return {int(match[1]) for name in names_in(attempt, within=_root_of(attempt)) if (match := _RANK_FILE.fullmatch(name))}
+    return {
+        int(match[1]) for name in names_in(attempt, within=_root_of(attempt)) if (match := _RANK_FILE.fullmatch(name))
+    }
 
 
 def last_record_ns(run: RunDir, raw_id: str) -> int | None:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import read_json_object, read_text, write_json
+from hpcmm.files import is_regular, read_json_object, read_text, write_json
+from hpcmm.runs.ownership import is_link, require_mine
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 
 _MOST_BYTES = 1 << 26
@@ -61,7 +62,8 @@ class Ledger:
 
         ``flock`` holds between the login nodes of a shared file system too, where that supports it.
         """
-        with self.sweep.lock.open("a") as lock:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(self.sweep.lock, flags, 0o600), "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -99,21 +101,21 @@ def jobs_of_points(sweep: SweepDir) -> dict[int, list[str]]:
 
 
 def read_ledger(path: Path) -> Ledger:
-    """Read a ledger, or that of a sweep's folder. Raises HpcmmError if it is none."""
+    """Read a ledger, or that of a sweep's folder. Raises HpcmmError if it is none, or another user's."""
     file = SweepDir(path).ledger if path.is_dir() else path
-    if path.is_dir() and RunDir(path).submission_script.is_file() and not file.exists():
+    if is_link(file):
+        raise HpcmmError(f"{file} is a link, which may lead to another sweep's ledger: give the sweep's own folder.")
+    require_mine(file.parent, "launch the sweep yourself, for its scripts would run as you")
+    if path.is_dir() and is_regular(RunDir(path).submission_script) and not file.exists():
         raise HpcmmError(f"{path} is a single run, and no sweep: launch it again, with the overrides that it had.")
     try:
-        record = json.loads(read_text(file, _MOST_BYTES))
+        record = json.loads(read_text(file, _MOST_BYTES, within=file.parent))
         points = [LedgerPoint(**point) for point in record["points"]]
         whole = [point.index for point in points] == [*range(len(points))] and all(map(_is_whole, points))
-        foreign = file.stat().st_uid != os.geteuid()
     except OSError as error:
         raise HpcmmError(f"{file} cannot be read ({error.strerror}): give the ledger of a sweep.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise HpcmmError(f"{file} is no ledger of a sweep: {error}.") from error
-    if foreign:
-        raise HpcmmError(f"{file} is another user's, whose scripts would run as you: launch the sweep yourself.")
     if not whole or not points:
         raise HpcmmError(f"{file} is no ledger of a sweep: its points are damaged.")
     return Ledger(SweepDir(Path(os.path.abspath(file)).parent), points)  # noqa: PTH100 -- links stay as they are

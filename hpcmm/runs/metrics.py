@@ -247,7 +247,9 @@ def _progress(run: RunDir, path: Path, rank: int) -> RankProgress | None:
     records = _records(read_tail(path, _TAIL_BYTES, within=run.root))
     began = [number for number, record in enumerate(records) if record.get("event") == "start"]
     since = records[began[-1] :] if began else records
-    start = since[0] if began else _first_start(run, path)  # of a long file the tail may hold no start, but the head does
+    start = (
+        since[0] if began else _first_start(run, path)
+    )  # of a long file the tail may hold no start, but the head does
     if start is None or not since:
         return None
     steps = [record["step"] for record in since if record.get("event") == "step" and _is_count(record.get("step"))]

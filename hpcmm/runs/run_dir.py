@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from hpcmm.files import is_regular
+from hpcmm.runs.ownership import is_mine
 
 JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
 """A job's number, or that of an array's task, as a run's files name it."""
@@ -163,17 +167,14 @@ class RunDir:
 
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint is finished; False also where that cannot be seen."""
-        try:
-            return self.newest_checkpoint.is_file()
-        except OSError:
-            return False
+        return is_regular(self.newest_checkpoint)
 
     def create(self) -> None:
         """Make the folders, closed to other users since submitit's pickles lie within.
 
         Raises FileExistsError when the run directory is there already.
         """
-        self.root.mkdir(mode=0o700, parents=True)
+        make_private(self.root)
         for folder in (self.submitit, self.logs, self.nsys, self.metrics, self.checkpoints):
             folder.mkdir()
 
@@ -210,19 +211,33 @@ RUNS = Path("runs")
 
 def is_run(folder: Path) -> bool:
     """Whether this is the directory of a run or the folder of a sweep."""
-    try:
-        return (folder / "config.yaml").is_file() or (folder / "submission.sh").is_file()
-    except OSError:
-        return False
+    return is_regular(folder / "config.yaml") or is_regular(folder / "submission.sh")
 
 
-def runs_in(runs_root: Path) -> list[RunDir]:
-    """The runs in a folder, newest first."""
+def runs_in(runs_root: Path, *, of_others: bool = False) -> list[RunDir]:
+    """This user's runs in a folder, newest first; with ``of_others`` those of other users instead.
+
+    Theirs are apart, for they name and date them as they like.
+    """
     try:
-        folders = [entry for entry in runs_root.iterdir() if not entry.is_symlink() and is_run(entry)]
+        with os.scandir(runs_root) as entries:
+            # Of who owns it first: the folders of others, however many, are not looked into.
+            named = [runs_root / each.name for each in entries if each.is_dir(follow_symlinks=False)]
     except OSError:
         return []
+    folders = [folder for folder in named if is_mine(folder) != of_others and is_run(folder)]
     return [RunDir(folder.absolute()) for folder in sorted(folders, key=_made_at, reverse=True)]
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that other users cannot enter, and those above it that are missing, which they cannot write.
+
+    Raises FileExistsError if the folder is there already, and OSError.
+    """
+    missing = [] if folder.parent.is_dir() else [above for above in folder.parents if not above.is_dir()]
+    for above in reversed(missing):
+        above.mkdir(mode=0o755, exist_ok=True)
+    folder.mkdir(mode=0o700)
 
 
 def path_or_run(given: Path) -> Path:
@@ -236,13 +251,17 @@ def path_or_run(given: Path) -> Path:
         return given
     if exists or given.is_absolute():
         return given
-    if is_run(RUNS / given):
-        return RUNS / given
-    return next((RUNS / run.root.name for run in runs_in(RUNS) if run.root.name.startswith(f"{given}-")), given)
+    named = RUNS / given
+    if is_mine(named) and is_run(named):
+        return named
+    start = f"{given}-"
+    found = (RUNS / run.root.name for run in runs_in(RUNS) if run.root.name.startswith(start))
+    theirs = (RUNS / run.root.name for run in runs_in(RUNS, of_others=True) if run.root.name.startswith(start))
+    return next(found, None) or (named if is_run(named) else next(theirs, given))
 
 
 def _made_at(folder: Path) -> int:
     try:
-        return RunDir(folder).submission_script.stat().st_mtime_ns
+        return RunDir(folder).submission_script.lstat().st_mtime_ns
     except OSError:
         return 0

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import read_text, write_whole
+from hpcmm.files import is_regular, read_text, write_whole
 from hpcmm.jobs.find_run import find_targets
+from hpcmm.runs.ownership import require_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
+
+_NODE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252})")
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +64,13 @@ def read_address(path: Path) -> Address | None:
     """The address in the file; None where there is no such file. Raises HpcmmError if it is no address."""
     try:
         values = json.loads(read_text(path))
-        return Address(str(values["node"]), int(values["port"]), str(values["token"]))
+        address = Address(str(values["node"]), int(values["port"]), str(values["token"]))
+        if not (_NODE.fullmatch(address.node) and 0 < address.port < 1 << 16 and _TOKEN.fullmatch(address.token)):
+            raise ValueError("it holds no node, port and token")  # all are to be pasted into a shell
+        return address
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise HpcmmError(f"{path} does not tell where a server listens: {error}.") from error
 
 
@@ -78,7 +86,7 @@ def find_served_run(asked: str, runs_root: Path) -> RunDir:
     if trained:
         return trained[0]
     first = runs[0]
-    if SweepDir(first.root).ledger.is_file():
+    if is_regular(SweepDir(first.root).ledger):
         raise HpcmmError(f"{first.root} is a sweep: name one of its points, such as {first.root.name}/0000.")
     raise HpcmmError(f"{first.checkpoints} holds no finished checkpoint: has the run trained to its end?")
 
@@ -86,6 +94,8 @@ def find_served_run(asked: str, runs_root: Path) -> RunDir:
 def find_address(asked: str, runs_root: Path) -> Address:
     """Where the server of a job listens. Raises HpcmmError if none does (yet)."""
     for target in find_targets(asked, runs_root):
+        if target.run is not None:
+            require_mine(target.run.root, "what listens there is theirs, and would get all that you upload")
         address = None if target.run is None else read_address(target.run.address)
         if address is not None:
             return address

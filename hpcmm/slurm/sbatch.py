@@ -99,7 +99,7 @@ def _say_what_is_ignored(variables: Sequence[str]) -> None:
     if options:
         print(
             f"hpcmm: {', '.join(options)} of your environment {'is' if len(options) == 1 else 'are'} not used, for the "
-            "configuration alone decides: set keys of cluster, or name the variable in cluster.submit_environment.",
+            "configuration alone decides: set keys of cluster, such as cluster.sbatch.",
             file=sys.stderr,
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import write_json
+from hpcmm.files import read_text, write_json
 from hpcmm.runs.checkpoints import newest_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.workloads.anomaly.data.anomaly import TestImages, build_datasets
@@ -115,7 +115,7 @@ def _chosen(checkpoint: str, predictor: Predictor, test: TestImages) -> _Kept:
 
 def _read(path: Path) -> _Kept | None:
     try:
-        kept = _Kept(**json.loads(path.read_text(encoding="utf-8")))
+        kept = _Kept(**json.loads(read_text(path, within=path.parent.parent)))
         return kept if 0 <= kept.value <= 1 else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
