@@ -8,14 +8,13 @@ from typing import Any
 
 import yaml
 
-from hpcmm.files import read_checked
+from hpcmm.files import MOST_BYTES, read_checked
 
 VERSION = 2
 """Of the files that are written today; a file that names none is of version 1."""
 VERSION_KEY = "version"
 _MOST_DEPTH, _MOST_VALUES, _MOST_DIGITS = 100, 100_000, 100
-MAX_BYTES = 1 << 18
-"""Of a configuration; a long one takes a second to be understood, and anybody may leave one."""
+MAX_BYTES = MOST_BYTES
 
 
 class _PlainLoader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
@@ -49,7 +48,7 @@ def _refuse_traps(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("it has YAML aliases")
         if depth > _MOST_DEPTH or count > _MOST_VALUES:
-            raise yaml.YAMLError("it has too many values, or values within values")
+            raise yaml.YAMLError("it has more values, or values within values, than expected")
 
 
 def plain_values(text: str) -> dict[str, Any]:

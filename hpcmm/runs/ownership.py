@@ -58,7 +58,7 @@ def require_mine(folder: Path, refused: str) -> None:
     """Raises HpcmmError, whose sentence ends in ``refused``, if another user owns a run's folder or could write it."""
     user = other_user(folder)
     if user is not None:
-        raise HpcmmError(f"{visible(str(folder))} belongs to user {user}: {refused}.")
+        raise HpcmmError(f"{visible(str(folder))} is another user's ({user}): {refused}.")
     if other_writer(folder) is not None:
         raise HpcmmError(
             f"{visible(str(folder))} can be written by other users, so it is not acted upon: take it for yourself "
