@@ -87,7 +87,9 @@ def open_checked(path: Path, *, within: Path | None = None) -> Opened:
         try:
             descriptor = os.open(path.name, _TO_READ, dir_fd=folder.descriptor)
         except OSError as error:
-            raise OSError(errno.ELOOP, "no symbolic links are followed here") if error.errno == errno.ELOOP else error from error
+            raise (
+                OSError(errno.ELOOP, "no symbolic links are followed here") if error.errno == errno.ELOOP else error
+            ) from error
     finally:
         os.close(folder.descriptor)
     try:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import psutil
@@ -37,6 +38,8 @@ _GPU_FIELDS = (
     "pcie.link.width.current,pcie.link.width.max"
 )
 _TIMEOUT_S = 30
+_MOST_BYTES = 1024
+"""Of a name of a node."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -116,7 +119,10 @@ def _leave_token(folder: Path, request_id: str, node: str, found: dict[str, Any]
     """Write a file that the other nodes look for; whoever asked removes all, once every node has looked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        token_file(folder, request_id, node).write_text(node, encoding="utf-8")
+        # The folder may be one that others write, and the request's id is seen by all once one node has left its file.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(token_file(folder, request_id, node), flags, 0o600), "w", encoding="utf-8") as file:
+            file.write(node)
     except OSError as error:
         found.setdefault("unwritable", {})[str(folder)] = str(error.strerror)
 
@@ -143,7 +149,9 @@ def _shared(request: dict[str, Any], members: list[str]) -> dict[str, list[str]]
 def _sees(token: Path, node: str) -> bool:
     try:
         os.listdir(token.parent)  # noqa: PTH208 -- makes NFS look again
-        return token.read_text(encoding="utf-8") == node
+        descriptor = os.open(token, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            return S_ISREG(os.fstat(descriptor).st_mode) and file.read(_MOST_BYTES) == node.encode()
     except OSError:
         return False
 

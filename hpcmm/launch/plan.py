@@ -29,7 +29,7 @@ from hpcmm.files import is_regular, other_writer
 from hpcmm.launch.script import Job, python_of, rank_command, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import profiled_ranks
-from hpcmm.runs.ownership import is_mine, is_trusted, require_mine
+from hpcmm.runs.ownership import check_runs_root, is_mine, is_trusted, require_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import submitted_job
 from hpcmm.slurm.jobs import find_job
@@ -103,6 +103,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
     if is_sweep:
         _check_can_be_array(first)
     run, here = _named(first), Path.cwd()
+    _check_folders(first, run)
     codes = _codes(points, run, here)
     python_path = codes[first.task.path].python_path
     if any(os.pathsep in folder for folder in python_path):
@@ -127,6 +128,15 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         for index, point in enumerate(points)
     )
     return Plan(planned, job, codes[first.task.path].project, tuple(overrides))
+
+
+def _check_folders(config: RunConfig, run: RunDir) -> None:
+    """Raises HpcmmError for folders in which another user could exchange what the job runs or loads."""
+    check_runs_root(run.root)
+    if config.cluster.cache_dir is not None:
+        from hpcmm.node.cache import check_cache_dir  # noqa: PLC0415 -- importlib.metadata, 20 ms
+
+        check_cache_dir(config.cluster)
 
 
 def _validated(points: Sequence[Point]) -> dict[str | None, str | None]:

@@ -31,9 +31,9 @@ class Container:
         container = config.cluster.container
         if container.engine is None:
             return cls(container)
-        from hpcmm.node.cache import cache_dir  # noqa: PLC0415 -- importlib.metadata, 20 ms of every dry run
+        from hpcmm.node.cache import given_cache_dir  # noqa: PLC0415 -- importlib.metadata, 20 ms of every dry run
 
-        folders = (str(run.root), str(cache_dir(config.cluster)), str(working_directory), *container.mounts)
+        folders = (str(run.root), str(given_cache_dir(config.cluster)), str(working_directory), *container.mounts)
         return cls(container, folders, str(working_directory))
 
     def inside(self) -> list[str]:

@@ -4,41 +4,86 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from stat import S_IWGRP, S_IWOTH
 
 import platformdirs
 
 from hpcmm.config.schema import ClusterConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.runs.ownership import Reach, exchangeable, is_closed, other_user, owner_above
+
+
+def given_cache_dir(cluster: ClusterConfig) -> Path:
+    """``cluster.cache_dir``, or the user's own cache folder."""
+    return Path(cluster.cache_dir or platformdirs.user_cache_dir("hpcmm", appauthor=False)).expanduser().absolute()
 
 
 def cache_dir(cluster: ClusterConfig) -> Path:
-    """``cluster.cache_dir``, or the user's own cache folder."""
-    return Path(cluster.cache_dir or platformdirs.user_cache_dir("hpcmm", appauthor=False)).expanduser().absolute()
+    """The given folder, or, if other users can write that, a folder of this user alone in it.
+
+    What is compiled there is loaded into every rank, so that users of one group need a folder each.
+    """
+    given = given_cache_dir(cluster)
+    return given if _is_private(given) else given / f"hpcmm-{os.geteuid()}"
+
+
+def _is_private(folder: Path) -> bool:
+    try:
+        facts = folder.stat()
+    except OSError:
+        return True  # it is to be made, or will be said to be missing
+    return facts.st_uid == os.geteuid() and (not facts.st_mode & (S_IWGRP | S_IWOTH) or is_closed(folder))
+
+
+def check_cache_dir(cluster: ClusterConfig) -> None:
+    """Raises HpcmmError if another user could put a folder of their own in the place of the one that is used."""
+    given, used = given_cache_dir(cluster), cache_dir(cluster)
+    found, owner, user = exchangeable(used), owner_above(given), other_user(used)
+    remedy = "set cluster.cache_dir to a folder of your own"
+    if found is not None and found.reach is Reach.everybody:
+        problem, remedy = found.why, f"{remedy}, or chmod +t {found.above}"
+    elif owner is not None:
+        problem = f"that belongs to user {owner}"
+    elif user is not None:
+        problem = f"{used} is another user's ({user})"
+    else:
+        return
+    raise HpcmmError(f"The cache folder is {given}, but {problem}, and what lies there would run as you: {remedy}.")
 
 
 @contextmanager
 def one_at_a_time(lock: Path) -> Iterator[None]:
     """Hold a lock file in the cache folder, or in a folder of it, which is made where it is missing.
 
-    Raises HpcmmError if that cannot be written.
+    Raises HpcmmError if that cannot be written, or is another user's.
     """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = lock.open("w")
+        _make(lock.parent)
+        descriptor = os.open(lock, flags, 0o600)
     except OSError as error:
         raise HpcmmError(
             f"The cache folder {lock.parent} cannot be written ({error.strerror}): "
             "set cluster.cache_dir to a folder that all nodes share and can write."
         ) from error
-    with held:
+    with os.fdopen(descriptor, "w") as held:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise HpcmmError(f"{lock} is another user's: set cluster.cache_dir to a folder of your own.")
         fcntl.flock(held, fcntl.LOCK_EX)
         yield
+
+
+def _make(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, which other users cannot write."""
+    for above in reversed([each for each in (folder, *folder.parents) if not each.is_dir()]):
+        above.mkdir(mode=0o755, exist_ok=True)
 
 
 def data_dir(cluster: ClusterConfig) -> Path:

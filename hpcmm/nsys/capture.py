@@ -73,10 +73,20 @@ def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Pa
 
 @contextlib.contextmanager
 def one_start_at_a_time() -> Iterator[None]:
-    """Keep others of this user and machine from starting nsys meanwhile (see ``start_under_nsys``)."""
-    lock = Path(tempfile.gettempdir()) / f"hpcmm-nsys-start-{os.getuid()}.lock"
-    with os.fdopen(os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    """Keep others of this user and machine from starting nsys meanwhile (see ``start_under_nsys``).
+
+    If another user has taken the lock's name, nobody is kept: they could hold such a lock for ever.
+    """
+    lock = Path(tempfile.gettempdir()) / f"hpcmm-nsys-start-{os.geteuid()}.lock"
+    try:
+        descriptor = os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        print(f"hpcmm: {lock} cannot be locked ({error.strerror}); nsys starts without.", file=sys.stderr, flush=True)
+        yield
+        return
+    with os.fdopen(descriptor, "w") as held:
+        if os.fstat(descriptor).st_uid == os.geteuid():
+            fcntl.flock(held, fcntl.LOCK_EX)
         yield
 
 

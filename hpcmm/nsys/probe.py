@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import write_whole
+from hpcmm.files import read_text, write_whole
 from hpcmm.node.cache import one_at_a_time
 from hpcmm.nsys.capture import START_ATTEMPTS, one_start_at_a_time
 from hpcmm.nsys.importer import import_qdstrm
@@ -156,7 +156,7 @@ def _installation(nsys: Path) -> str:
 
 def _read(record: Path) -> NsysFacts | None:
     try:
-        values = json.loads(record.read_text(encoding="utf-8"))
+        values = json.loads(read_text(record))
         return NsysFacts(str(values["version"]), tuple(map(str, values["flags"])), None)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

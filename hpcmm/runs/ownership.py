@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -103,6 +104,10 @@ class Exchangeable:
         return f"{above} can be written by {'everybody' if self.reach is Reach.everybody else 'its group'}"
 
 
+def _lets_nobody_in(facts: os.stat_result) -> bool:
+    return facts.st_uid == os.geteuid() and facts.st_mode & 0o077 == 0
+
+
 def exchangeable(folder: Path) -> Exchangeable | None:
     """The worst way in which another user than root could put a folder of their own in the place of ``folder``.
 
@@ -110,25 +115,85 @@ def exchangeable(folder: Path) -> Exchangeable | None:
     owner always can. Folders that are not there yet are passed over. None if nobody can.
     """
     absolute = Path(os.path.abspath(folder))  # noqa: PTH100 -- links stay, for who can exchange one counts too
-    above = dict.fromkeys([*absolute.parents, *Path(os.path.realpath(folder)).parents])
-    found = [each for parent in above if (each := _allowed_by(parent)) is not None]
+    found = []
+    for path in {absolute, Path(os.path.realpath(folder))}:
+        for above in reversed(path.parents):  # from the root of the file system
+            try:
+                facts = above.stat()
+            except OSError:
+                break
+            found += [each for each in [_allowed_by(above, facts)] if each is not None]
+            if _lets_nobody_in(facts):
+                break  # nobody else can come to what lies below
     return max(found, key=lambda each: each.reach, default=None)
 
 
-def _allowed_by(parent: Path) -> Exchangeable | None:
+def owner_above(folder: Path) -> str | None:
+    """The name of the user who owns ``folder`` and could exchange what is in it; None if that is not to be feared."""
     try:
-        facts = parent.stat()
+        uid = folder.stat().st_uid
     except OSError:
         return None
+    return None if uid in _trusted_above() or _has_no_name_here(uid) else name_of(uid)
+
+
+def check_runs_root(run: Path) -> None:
+    """Say who could exchange the directory of a new run before its job starts.
+
+    Raises HpcmmError if everybody could, or the owner of the folder that it is made in.
+    """
+    found, runs_root = exchangeable(run), run.parent
+    owner = owner_above(runs_root)
+    if owner is not None or (found is not None and found.reach is Reach.everybody):
+        why = f"it belongs to user {owner}" if found is None or owner is not None else found.why
+        sticky = "" if found is None or owner is not None else f", or chmod +t {visible(str(found.above))}"
+        raise HpcmmError(
+            f"runs_root is {visible(str(runs_root))}, but {why}: another user could put a run in the place of yours, "
+            f"and its script would run as you. Set runs_root to a folder of your own{sticky}."
+        )
+    if found is not None:
+        remedy = f": chmod +t {visible(str(found.above))} prevents it" if found.reach is Reach.group else ""
+        said = f"{found.why}, so another user could put a run in the place of this one before its job starts{remedy}."
+        print(f"hpcmm: {said}", file=sys.stderr)
+
+
+def is_closed(folder: Path) -> bool:
+    """Whether other users cannot come to ``folder``: it, or a folder above, is this user's and lets nobody else in."""
+    real = Path(os.path.realpath(folder))
+    try:
+        return any(_lets_nobody_in(each.stat()) for each in (real, *real.parents) if each.exists())
+    except OSError:
+        return False
+
+
+def _allowed_by(parent: Path, facts: os.stat_result) -> Exchangeable | None:
     sticky = facts.st_mode & S_ISVTX
     reach = None
     if facts.st_mode & S_IWOTH and not sticky:
         reach = Reach.everybody
-    elif facts.st_mode & S_IWGRP and not sticky:
+    elif facts.st_mode & S_IWGRP and not sticky and not _is_group_of_one(facts.st_gid):
         reach = Reach.group
-    elif facts.st_uid not in {0, os.geteuid()} and not _has_no_name_here(facts.st_uid):
+    elif owner_above(parent) is not None:
         reach = Reach.owner
     return None if reach is None else Exchangeable(reach, parent, facts.st_uid)
+
+
+def _is_group_of_one(gid: int) -> bool:
+    """Whether this is the group that many systems make for each user: of the same name, with no other member."""
+    import grp  # noqa: PLC0415 -- as above
+    import pwd  # noqa: PLC0415
+
+    try:
+        own, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except (KeyError, OverflowError):
+        return False
+    return own.pw_gid == gid and group.gr_name == own.pw_name and set(group.gr_mem) <= {own.pw_name}
+
+
+def _trusted_above() -> set[int]:
+    """Who may own a folder above a run: root, this user, and who became root by sudo, in a folder of their own."""
+    sudo = os.environ.get("SUDO_UID", "")
+    return {0, os.geteuid()} | ({int(sudo)} if os.geteuid() == 0 and sudo.isdecimal() else set())
 
 
 def _has_no_name_here(uid: int) -> bool:

@@ -11,9 +11,12 @@ import shlex
 import shutil
 import subprocess
 import time
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import is_regular, open_checked
+from hpcmm.runs.ownership import is_closed
 
 _OP = "deepspeed_shm_comm"
 """Shared-memory communication, which DeepSpeed loads with every process group on CPUs."""
@@ -22,7 +25,7 @@ _STAMP = "hpcmm-ops-built"
 
 
 def ops_are_built(folder: Path) -> bool:
-    return (folder / _STAMP).exists()
+    return is_regular(folder / _STAMP)
 
 
 def build_ops(folder: Path) -> None:
@@ -31,6 +34,7 @@ def build_ops(folder: Path) -> None:
     Raises HpcmmError if there is no C++ compiler.
     """
     shutil.rmtree(folder, ignore_errors=True)  # an earlier build was cut short
+    os.umask(os.umask(0o022) | 0o022)  # what others could write is not loaded
     folder.mkdir(parents=True)
     from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415 -- imports torch, for a build alone
 
@@ -62,22 +66,39 @@ def _compile(folder: Path) -> None:
 
 
 def load_ops(folder: Path) -> None:
-    """Give DeepSpeed the ops in ``folder``, so that it builds none. Raises HpcmmError if one cannot be loaded."""
+    """Give DeepSpeed the ops in ``folder``, so that it builds none.
+
+    Raises HpcmmError if one cannot be loaded, or another user could have written it, for to load it is to run it.
+    """
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     library = folder / _OP / f"{_OP}.so"
-    if not library.is_file():
+    try:
+        opened = open_checked(library, within=folder)
+    except FileNotFoundError:
         return  # built for a GPU, if none is needed
+    except OSError as error:
+        raise HpcmmError(_unfit(library, error.strerror or str(error), folder)) from error
+    with opened.file as file:
+        if opened.writer is not None and not is_closed(folder):
+            raise HpcmmError(_unfit(library, f"another user could have written {opened.writer}", folder))
+        _load_op(library, file.fileno(), folder)
+
+
+def _unfit(library: Path, reason: str, folder: Path) -> str:
+    return f"{library} does not load here ({reason}): remove {folder}, and the next run builds it anew."
+
+
+def _load_op(library: Path, descriptor: int, folder: Path) -> None:
+    """Load what is open, and not what lies at ``library`` by now."""
     from deepspeed.ops.op_builder.builder import OpBuilder  # noqa: PLC0415 -- after the accelerator's choice
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder  # noqa: PLC0415
 
-    spec = importlib.util.spec_from_file_location(_OP, library)
+    loader = ExtensionFileLoader(_OP, f"/proc/self/fd/{descriptor}")
+    spec = importlib.util.spec_from_loader(_OP, loader)
     assert spec is not None
-    assert spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except ImportError as error:
-        raise HpcmmError(
-            f"{library} does not load here ({error}): remove {folder}, and the next run builds it anew."
-        ) from error
+        raise HpcmmError(_unfit(library, str(error), folder)) from error
     OpBuilder._loaded_ops[ShareMemCommBuilder.NAME] = module

@@ -13,7 +13,7 @@ from pathlib import Path
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload, workload_of
 from hpcmm.errors import InputError
-from hpcmm.node.cache import cache_dir, extensions_dir, one_at_a_time
+from hpcmm.node.cache import cache_dir, check_cache_dir, extensions_dir, one_at_a_time
 from hpcmm.node.recorder import node_of
 from hpcmm.worker.compiled_ops import build_ops, ops_are_built
 
@@ -28,6 +28,7 @@ def prepare(config: RunConfig) -> None:
         _check_given_paths(workload, config)
     if importlib.util.find_spec("deepspeed") is None:
         return  # a script of the user's, in an environment without it
+    check_cache_dir(config.cluster)
     with one_at_a_time(cache_dir(config.cluster) / "prepare.lock"):
         ops = extensions_dir(config.cluster)
         if not ops_are_built(ops):
