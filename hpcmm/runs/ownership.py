@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from stat import S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
+from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import other_writer
@@ -169,6 +169,8 @@ def is_closed(folder: Path) -> bool:
 def _allowed_by(parent: Path, facts: os.stat_result) -> Exchangeable | None:
     sticky = facts.st_mode & S_ISVTX
     reach = None
+    if not S_ISDIR(facts.st_mode):
+        return None
     if facts.st_mode & S_IWOTH and not sticky:
         reach = Reach.everybody
     elif facts.st_mode & S_IWGRP and not sticky and not _is_group_of_one(facts.st_gid):
