@@ -15,6 +15,7 @@ from typing import Any
 
 from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
+from hpcmm.files import is_regular
 from hpcmm.jobs import logs
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import Target, default_environment, find_targets, run_of_command
@@ -154,7 +155,7 @@ def _logs(options: argparse.Namespace) -> int:
     if options.follow:
         poller = poller_of([target])
         _print_logs(logs.follow(run, ranks, found, lambda: all_over(poller.poll())))
-    if not any(log.path.is_file() for log in found):
+    if not any(is_regular(log.path) for log in found):
         why = "its job has not started" if target.job_ids else "it was never submitted"
         raise HpcmmError(f"{run.root} holds no logs: {why}.")
     return 0

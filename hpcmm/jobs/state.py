@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from hpcmm.config.untyped_config import read_untyped_config
-from hpcmm.files import is_regular
+from hpcmm.files import is_regular, names_in
 from hpcmm.jobs.find_run import Target, is_local_cluster, run_of_command, settings, slurm_environment
 from hpcmm.runs.attempts import raw_id_of
 from hpcmm.runs.exit_status import STOPPED, outcome_of
@@ -39,9 +39,8 @@ def records_of(run: RunDir, job_id: str) -> list[Job]:
     if not is_regular(SweepDir(run.root).ledger):
         record = record_of(run, job_id)
         return [record] if record is not None else []
-    points = {
-        int(folder.name): RunDir(folder) for folder in run.root.glob("[0-9][0-9][0-9][0-9]*") if _is_point(folder)
-    }
+    folders = map(run.root.joinpath, names_in(run.root, within=run.root))
+    points = {int(folder.name): RunDir(folder) for folder in folders if _is_point(folder)}
     found = (record_of(points[index], f"{job_id}_{index}") for index in sorted(points))
     return [record for record in found if record is not None]
 

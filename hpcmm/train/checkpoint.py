@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import other_writer
+from hpcmm.files import other_writer, read_text
 from hpcmm.runs.checkpoints import checkpoint_name, newest_checkpoint, note_newest_checkpoint, steps_of_checkpoint
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.environment import RankEnvironment
@@ -136,7 +136,7 @@ class Checkpoints:
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with this rank's share of the files; the ranks share them out."""
         try:
-            sizes: dict[str, int] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+            sizes: dict[str, int] = json.loads(read_text(folder / _MANIFEST, within=self._run.root))
         except (OSError, ValueError) as error:
             return f"{_MANIFEST}: {error}"
         for name, size in sorted(sizes.items())[self._rank_env.rank :: self._rank_env.world_size]:

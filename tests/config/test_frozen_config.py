@@ -35,9 +35,12 @@ def frozen(tmp_path):
         (b"name: [\n", "line 2: .*expected"),
         (b"[" * 5000, "than expected"),
         (BOMB.encode(), "it has YAML aliases"),
+        (b"a: 1" + b":59" * 50_000, "a number of too many digits"),
+        (b"a: [" + b"[]," * 150_000 + b"]", "than expected"),
+        (b"a: !!float ''", "a value that cannot be understood"),
         (b"#" * (MAX_BYTES + 1), "it is larger than"),
     ],
-    ids=["empty", "number", "list", "bytes", "twice", "cut", "deep", "aliases", "huge"],
+    ids=["empty", "number", "list", "bytes", "twice", "cut", "deep", "aliases", "base 60", "many", "tag", "huge"],
 )
 @pytest.mark.timeout(60)
 def test_a_damaged_file_is_told_as_such_and_not_as_another_version_s(frozen, content, said):
@@ -46,6 +49,14 @@ def test_a_damaged_file_is_told_as_such_and_not_as_another_version_s(frozen, con
         load(frozen)
     assert "PYTHONPATH" not in str(refused.value)
     assert read_untyped_config(frozen) in ({}, {"name": "y"})
+
+
+def test_of_an_older_configuration_s_variables_only_those_that_find_the_cluster_are_kept(frozen):
+    text = frozen.read_text()
+    assert "submit_environment: {}" in text
+    given = "submit_environment: {SLURM_CONF: /site/slurm.conf, PATH: /x, LD_PRELOAD: /x.so}"
+    frozen.write_text(text.replace("submit_environment: {}", given))
+    assert load(frozen).cluster.submit_environment == {"SLURM_CONF": "/site/slurm.conf"}
 
 
 @pytest.mark.timeout(60)

@@ -79,6 +79,10 @@ def test_a_right_global_batch_is_accepted():
         (["cluster.sbatch.array=0-5"], "cluster.sbatch.array cannot be given: sweep a key"),
         (["cluster.sbatch.parsable="], "would not learn which job was submitted"),
         (["cluster.sbatch.nodes=9"], "cluster.nodes"),
+        (["cluster.submit_environment.PATH=/x"], "it takes SLURM_CONF and SLURM_CLUSTERS alone"),
+        (["cluster.environment.SLURM_JWT=x"], "set it in the shell that you launch from"),
+        (["cluster.sbatch.export='ALL,SLURM_JWT=x'"], "SLURM_JWT would be written into the run's files"),
+        (["cluster.setup=['export SLURM_JWT=x']"], "SLURM_JWT would be written into the run's files"),
     ],
 )
 def test_each_mistake_is_named(overrides, expected):

@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import another_user
 import pytest
 
 from hpcmm.config import config_file
 from hpcmm.config.schema import ClusterConfig, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.node.cache import cache_dir, one_at_a_time
+from hpcmm.node.cache import cache_dir, check_cache_dir, one_at_a_time
 from hpcmm.nsys.probe import nsys_facts
 from hpcmm.runs.run_dir import RunDir
 
@@ -46,3 +49,105 @@ def test_the_cache_folder_is_made_where_it_is_missing(tmp_path: Path, monkeypatc
     assert folder == tmp_path / "a new home" / ".cache" / "hpcmm"
     with one_at_a_time(folder / "lock"):
         assert folder.is_dir()
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that other users can enter, unlike those of pytest."""
+    with tempfile.TemporaryDirectory(prefix="hpcmm-", dir="/tmp") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+def cluster(folder: Path) -> ClusterConfig:
+    return ClusterConfig(name="x", cache_dir=str(folder))
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o2775, 0o1777, 0o777])
+def test_in_a_folder_that_others_can_write_each_user_gets_a_folder_within(shared: Path, mode: int) -> None:
+    folder = shared / "cache"
+    assert cache_dir(cluster(folder)) == folder
+    folder.mkdir()
+    assert cache_dir(cluster(folder)) == folder
+    folder.chmod(mode)
+    assert cache_dir(cluster(folder)) == folder / f"hpcmm-{os.geteuid()}"
+
+
+def test_a_folder_to_which_nobody_else_can_come_is_used_as_it_is(shared: Path) -> None:
+    (shared / "cache").mkdir()
+    (shared / "cache").chmod(0o775)
+    shared.chmod(0o700)
+    assert cache_dir(cluster(shared / "cache")) == shared / "cache"
+
+
+def test_a_cache_folder_that_all_can_exchange_is_refused_before_anything_is_made(shared: Path) -> None:
+    (shared / "cache").mkdir()
+    (shared / "cache").chmod(0o777)
+    with pytest.raises(HpcmmError, match=r"cache can be written by everybody.*run as you.*chmod \+t"):
+        check_cache_dir(cluster(shared / "cache"))
+    (shared / "cache").chmod(0o1777)
+    check_cache_dir(cluster(shared / "cache"))
+    assert [*(shared / "cache").iterdir()] == []
+
+
+def test_another_user_s_cache_folder_is_refused(shared: Path) -> None:
+    folder = shared / "cache"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    (folder / f"hpcmm-{os.geteuid()}").mkdir()
+    another_user.give(folder / f"hpcmm-{os.geteuid()}")
+    with pytest.raises(HpcmmError, match=rf"hpcmm-{os.geteuid()} is another user's"):
+        check_cache_dir(cluster(folder))
+    another_user.give(folder)
+    with pytest.raises(HpcmmError, match="belongs to user 54321"):
+        check_cache_dir(cluster(folder))
+
+
+def test_a_lock_that_is_a_link_truncates_nothing(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("mine")
+    (tmp_path / "prepare.lock").symlink_to("thesis")
+    with pytest.raises(HpcmmError, match="cannot be written"), one_at_a_time(tmp_path / "prepare.lock"):
+        pass
+    (tmp_path / "prepare.lock").unlink()
+    (tmp_path / "prepare.lock").hardlink_to(tmp_path / "thesis")
+    with one_at_a_time(tmp_path / "prepare.lock"):
+        pass
+    assert (tmp_path / "thesis").read_text() == "mine"
+
+
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(HpcmmError, match="cannot be written"), one_at_a_time(tmp_path / "lock"):
+        pass
+
+
+_LOAD = """
+import sys
+from pathlib import Path
+from hpcmm.errors import HpcmmError
+from hpcmm.worker.compiled_ops import load_ops
+try:
+    load_ops(Path(sys.argv[1]))
+except HpcmmError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("mode", ["writable", "link", "foreign"])
+def test_an_op_that_another_user_could_have_written_is_not_loaded(shared: Path, mode: str) -> None:
+    library = shared / "ops" / "deepspeed_shm_comm" / "deepspeed_shm_comm.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"code")
+    if mode == "writable":
+        library.chmod(0o777)
+    elif mode == "link":
+        library.rename(shared / "elsewhere.so")
+        library.symlink_to(shared / "elsewhere.so")
+    else:
+        another_user.give(library)
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(shared / "ops")], capture_output=True, text=True, check=True, timeout=120
+    )
+    said = {"writable": "another user could have written", "link": "no symbolic links", "foreign": "another user than"}
+    assert said[mode] in done.stdout
+    assert f"remove {shared / 'ops'}, and the next run builds it anew" in done.stdout

@@ -1,0 +1,144 @@
+"""Folders of other users are told from one's own, and so is a place where others could exchange one's own."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import another_user
+import pytest
+
+from hpcmm.errors import HpcmmError
+from hpcmm.runs.ownership import (
+    Reach,
+    check_runs_root,
+    exchangeable,
+    is_closed,
+    is_mine,
+    is_trusted,
+    other_user,
+    require_mine,
+)
+
+
+@pytest.fixture
+def open_place():
+    """A folder that others can enter, as those of pytest are not."""
+    with tempfile.TemporaryDirectory(prefix="hpcmm-", dir="/tmp") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+def test_one_s_own_folder_is_told_from_another_user_s(tmp_path):
+    (tmp_path / "mine").mkdir()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    another_user.give(theirs)
+    assert is_mine(tmp_path / "mine")
+    assert not is_mine(theirs)
+    assert other_user(theirs) == str(another_user.UID)
+    assert other_user(tmp_path / "mine") is None
+    assert not is_mine(tmp_path / "none")
+    require_mine(tmp_path / "mine", "do it yourself")
+    with pytest.raises(HpcmmError, match=r"theirs is another user's \(54321\): do it yourself\."):
+        require_mine(theirs, "do it yourself")
+
+
+def test_another_user_s_link_to_one_s_own_folder_is_theirs(tmp_path):
+    (tmp_path / "mine").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("mine")
+    assert is_mine(link)
+    another_user.give(link)
+    assert not is_mine(link)
+    assert not is_trusted(link)
+    (tmp_path / "mine" / "0000").mkdir()
+    assert not is_mine(link / "0000")
+
+
+def test_what_others_can_write_is_not_acted_upon(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine").chmod(0o770)
+    with pytest.raises(HpcmmError, match=r"mine can be written by other users.*chmod go-w"):
+        require_mine(tmp_path / "mine", "x")
+
+
+@pytest.mark.parametrize(
+    ("mode", "reach"),
+    [(0o755, None), (0o1777, None), (0o777, Reach.everybody), (0o2775, Reach.group), (0o3775, None)],
+)
+def test_the_folder_above_decides_who_can_exchange_one(open_place, mode, reach):
+    above = open_place / "above"
+    (above / "runs").mkdir(parents=True)
+    if os.geteuid() == 0:
+        os.chown(above, 0, another_user.UID)
+    elif reach is Reach.group:
+        pytest.skip("a group of one's own has no other members")
+    above.chmod(mode)
+    found = exchangeable(above / "runs" / "demo-1")
+    assert (found and found.reach) == reach
+
+
+def test_within_a_closed_folder_nothing_can_be_exchanged(open_place):
+    closed = open_place / "closed"
+    (closed / "open" / "runs").mkdir(parents=True)
+    (closed / "open").chmod(0o777)
+    assert exchangeable(closed / "open" / "runs") is not None
+    assert not is_closed(closed / "open")
+    closed.chmod(0o700)
+    assert exchangeable(closed / "open" / "runs") is None
+    assert is_closed(closed / "open")
+
+
+def test_the_folder_of_a_link_counts_too(open_place):
+    (open_place / "shared").mkdir()
+    (open_place / "mine").mkdir()
+    (open_place / "shared" / "runs").symlink_to(open_place / "mine")
+    (open_place / "shared").chmod(0o777)
+    found = exchangeable(open_place / "shared" / "runs" / "demo-1")
+    assert found is not None
+    assert found.above == open_place / "shared"
+
+
+def test_runs_are_not_made_where_everybody_could_exchange_them(open_place, capsys):
+    shared = open_place / "shared"
+    shared.mkdir()
+    check_runs_root(shared / "demo-1")
+    shared.chmod(0o1777)
+    check_runs_root(shared / "demo-1")
+    shared.chmod(0o777)
+    with pytest.raises(HpcmmError, match=r"shared can be written by everybody.*own, or chmod \+t .*shared\.$"):
+        check_runs_root(shared / "demo-1")
+    assert capsys.readouterr().err == ""
+
+
+def test_runs_are_not_made_in_another_user_s_folder(open_place):
+    shared = open_place / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    another_user.give(shared)
+    with pytest.raises(HpcmmError, match="it belongs to user 54321"):
+        check_runs_root(shared / "demo-1")
+
+
+def test_who_became_root_by_sudo_may_use_a_folder_of_theirs(open_place, monkeypatch):
+    shared = open_place / "shared"
+    shared.mkdir()
+    another_user.give(shared)
+    monkeypatch.setenv("SUDO_UID", str(another_user.UID))
+    check_runs_root(shared / "demo-1")
+
+
+def test_a_group_that_could_exchange_a_run_is_said_with_what_prevents_it(open_place, capsys):
+    project = open_place / "project"
+    project.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("a group of one's own has no other members")
+    os.chown(project, 0, another_user.UID)
+    project.chmod(0o2775)
+    check_runs_root(project / "runs" / "demo-1")
+    said = capsys.readouterr().err
+    assert said.startswith(f"hpcmm: {project} can be written by its group")
+    assert said.endswith(f"chmod +t {project} prevents it.\n")
+    project.chmod(0o3775)
+    check_runs_root(project / "runs" / "demo-1")
+    assert capsys.readouterr().err == ""
