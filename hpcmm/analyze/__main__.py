@@ -12,6 +12,7 @@ from hpcmm.analyze.runs import compare, read_reference
 from hpcmm.cli import progress_bar, run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import Found, find_reports
+from hpcmm.runs.ownership import other_user
 from hpcmm.text import printable
 
 DESCRIPTION = """\
@@ -97,7 +98,7 @@ def _analyze(arguments: Sequence[str], prog: str) -> int:
     )
     options = parser.parse_args(arguments)
     found = find_reports(as_paths(options.paths))
-    folder = default_folder(found) if options.out is None else _apart_from_inputs(options.out, found)
+    folder = _own(default_folder(found)) if options.out is None else _apart_from_inputs(options.out, found)
     with progress_bar() as progress:
         reference = read_reference(options.reference, progress=progress) if options.reference is not None else None
         analysis = analyze(
@@ -130,6 +131,16 @@ def _apart_from_inputs(folder: Path, found: Found) -> Path:
     return folder
 
 
+def _own(folder: Path) -> Path:
+    """``folder``, which nobody named. Raises HpcmmError if it, or the run that it lies in, is another user's."""
+    for each in (folder, folder.parent if folder.name != str(folder) else folder):
+        if (user := other_user(each)) is not None:
+            raise HpcmmError(
+                f"{each} is another user's ({user}), and nothing is written there: name a folder with --out."
+            )
+    return folder
+
+
 def _folder(text: str) -> Path:
     """An option's folder; an empty word, as of a variable that is not set, is none."""
     if not text:
@@ -157,8 +168,8 @@ def _compare(arguments: Sequence[str], prog: str) -> int:
 def _folder_of(run: Path) -> Path:
     """Where the analysis of ``run`` lies or would lie."""
     if run.is_dir() and (run / "efficiency.csv").is_file():
-        return run
-    return default_folder(find_reports(as_paths(run)))
+        return _own(run)
+    return _own(default_folder(find_reports(as_paths(run))))
 
 
 def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:

@@ -23,6 +23,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.evaluation import Evaluation, Scored
 from hpcmm.files import is_regular
 from hpcmm.runs.ledger import LedgerPoint, read_ledger
+from hpcmm.runs.ownership import is_trusted, other_user
 from hpcmm.runs.run_dir import RunDir, SweepDir, path_or_run
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def evaluate(options: Options, evaluation: Evaluation) -> tuple[Comparison, list
     if unfinished:
         names = ", ".join(run.root.name for run in unfinished)
         print(f"Left out, for they have no finished checkpoint: {names}", file=sys.stderr)
-    options.out.mkdir(parents=True, exist_ok=True)
+    _make_own(options.out)
     frames: list[pd.DataFrame] = []
     shown: list[tuple[str, Scored]] = []
     unscored: list[str] = []
@@ -109,6 +110,13 @@ def evaluate(options: Options, evaluation: Evaluation) -> tuple[Comparison, list
     _write(comparison, options.out)
     evaluation.draw(options.out, shown)
     return comparison, unscored
+
+
+def _make_own(out: Path) -> None:
+    """Make the folder, unless it is there. Raises HpcmmError if it is another user's, who may have left links in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not is_trusted(out):
+        raise HpcmmError(f"{out} is another user's ({other_user(out)}): name a folder of your own with --out.")
 
 
 def _evaluation_of(arguments: Sequence[str]) -> Evaluation:

@@ -17,6 +17,8 @@ from pathlib import Path
 from hpcmm.errors import HpcmmError
 from hpcmm.nsys.importer import import_qdstrm
 from hpcmm.reports.find import ReportSource
+from hpcmm.runs.ownership import require_mine
+from hpcmm.runs.run_dir import make_private
 
 EXPORT_TIMEOUT_S = 3600
 
@@ -58,6 +60,8 @@ class Converter:
             raise HpcmmError(f"{path} has no bytes: the capture was cut off before anything was written.")
         if path.suffix == ".sqlite":
             return path
+        if self.cache.exists():
+            require_mine(self.cache, "name a folder of your own with --out, for exports hold the ranks' environment")
         target = self._target(path)
         if not target.exists():
             self._prepare_cache()
@@ -83,8 +87,10 @@ class Converter:
         return self.cache / f"{path.stem}-{_cache_key(path)}.sqlite"
 
     def _prepare_cache(self) -> None:
-        self.cache.mkdir(parents=True, exist_ok=True)
-        self.cache.chmod(0o700)
+        try:
+            make_private(self.cache)
+        except FileExistsError:  # of an earlier analysis, or of another worker of this one
+            self.cache.chmod(0o700)
 
     def _import(self, qdstrm: Path, scratch: Path) -> Path:
         """The ``.nsys-rep`` of a raw capture, which nsys leaves where it was killed or finds no importer."""
