@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -137,9 +137,11 @@ class _View:
         self._bar.console.print(line, markup=False)
 
 
-def _new_lines(log: Log, job: Job) -> list[str]:
+def _new_lines(log: Log, job: Job) -> Iterator[str]:
     """With what stands after the last line break if the job is over, and nothing more will come."""
-    return log.new_lines() + ([] if job.active else log.rest())
+    yield from log.new_lines()
+    if not job.active:
+        yield from log.rest()
 
 
 def _poller(ask: Callable[[], Job]) -> Poller[Job]:

@@ -6,7 +6,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import names_in, open_regular
@@ -16,10 +18,91 @@ from hpcmm.text import visible
 
 _READ_S = 0.5
 _BLOCK_BYTES = 64 * 1024
-_MOST_TAIL_BYTES = 16 * 1024**2
+_MOST_NEW_BYTES = 16 * 1024**2
+"""Read at one look; what is left is for the next."""
+_MOST_SOUGHT_BYTES = 512 * 1024**2
+"""Looked through from the end of a log for the last lines."""
 _MOST_LINE_BYTES = 64 * 1024
+_MOST_ROWS_BACK = 256
+"""A program may go back over as many lines."""
 _RANK_LOG = re.compile(r"rank_(\d+)\.log")
-_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)")
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~]|)")
+_MOVE = re.compile(rb"(\n|\x1b\[[0-9]{0,4}[AF])")
+_CUT_MOVE = re.compile(rb"\x1b(?:\[[0-9]{0,4})?\Z")
+_CONTROLS = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x20]")
+_CUT_CHARACTER = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
+
+
+class _Rows:
+    """Lines as a terminal would show them: of what is drawn over itself, such as a progress bar, the last state.
+
+    Programs draw over a line after a carriage return, and over lines above after they moved the cursor up. Of a line
+    that is longer than 64 KiB the rest is left out, so that memory is bounded.
+    """
+
+    def __init__(self) -> None:
+        self._rows = [b""]
+        self._at = 0
+        self._is_over = False
+        """What comes next is drawn over the row."""
+        self._cut = b""
+
+    def feed(self, data: bytes) -> None:
+        data = self._cut + data
+        cut = _CUT_MOVE.search(data[-8:])
+        self._cut = cut[0] if cut else b""
+        text, *others = _MOVE.split(data[: len(data) - len(self._cut)])
+        self._draw(text)
+        for move, text in zip(others[::2], others[1::2], strict=True):
+            if move == b"\n":
+                self._down()
+            else:
+                self._at = max(0, self._at - int(move[2:-1] or 1))
+                self._is_over = True
+            self._draw(text)
+
+    def _down(self) -> None:
+        self._at += 1
+        self._is_over = self._at < len(self._rows)
+        if not self._is_over:
+            self._rows.append(b"")
+
+    def _draw(self, text: bytes) -> None:
+        if not text:
+            return
+        first, *states = text.split(b"\r")
+        if not _is_blank(first) or not self._is_over:
+            self._rows[self._at] = (b"" if self._is_over else self._rows[self._at]) + first[:_MOST_LINE_BYTES]
+            self._is_over = False
+        last = next((state for state in reversed(states) if not _is_blank(state)), None)
+        if last is not None:
+            self._rows[self._at] = last
+        self._rows[self._at] = self._rows[self._at][:_MOST_LINE_BYTES]
+        self._is_over = self._is_over or (bool(states) and _is_blank(states[-1]))
+
+    def take(self) -> list[bytes]:
+        """The rows above the cursor, which are gone from here then."""
+        taken, self._rows = self._rows[: self._at], self._rows[self._at :]
+        self._at = 0
+        return taken
+
+    def forget(self, rows: int) -> None:
+        """Keep so many rows above the cursor."""
+        dropped = max(0, self._at - rows)
+        del self._rows[:dropped]
+        self._at -= dropped
+
+    def pending(self) -> list[bytes]:
+        """The rows from the cursor on, which may still be drawn over; without empty ones at the end."""
+        rows = list(self._rows[self._at :])
+        while rows and not rows[-1]:
+            rows.pop()
+        return rows
+
+
+def _is_blank(text: bytes) -> bool:
+    left = text.strip(b" \t\r\0\x08")
+    return not left or (left.startswith(b"\x1b") and not _CONTROLS.sub(b"", left))
 
 
 @dataclass
@@ -30,53 +113,118 @@ class Log:
     path: Path
     """In a folder of the run directory."""
     _offset: int = 0
-    _half: bytes = field(default=b"", repr=False)
+    _rows: _Rows = field(default_factory=_Rows, repr=False)
+    _told: list[str] = field(default_factory=list, repr=False)
+    """Unfinished lines as they were shown."""
 
     def tail(self, lines: int) -> list[str]:
-        """Its last whole lines, and the position from which ``new_lines`` goes on."""
-        self._offset, self._half = 0, b""
+        """Its last lines, also one that no line break ends yet. ``new_lines`` goes on from there."""
+        self._offset, self._rows, self._told = 0, _Rows(), []
+        wanted = lines
         try:
             with open_regular(self.path, within=self.path.parent.parent) as file:
                 end = file.seek(0, 2)
-                begin, data = end, b""
-                while begin > 0 and data.count(b"\n") <= lines and end - begin < _MOST_TAIL_BYTES:
-                    begin = max(0, begin - _BLOCK_BYTES)
-                    file.seek(begin)
-                    data = file.read(end - begin)
+                while True:
+                    begin = _start_of_lines(file, end, wanted)
+                    rows = self._read_rows(file, begin, end, lines)
+                    # Lines that were drawn over each other are fewer than line breaks.
+                    if len(rows) >= lines or begin == 0 or end - begin >= _MOST_SOUGHT_BYTES:
+                        break
+                    wanted *= 8
         except OSError:
             return []
-        self._offset = end
-        whole, _, self._half = data.rpartition(b"\n")
-        return [printable(line) for line in whole.split(b"\n")[-lines:]] if lines and whole else []
+        self._told = [_shown(row) for row in self._rows.pending()] if lines else []
+        return [*map(_shown, rows), *self._told][-lines:] if lines else []
+
+    def _read_rows(self, file: IO[bytes], begin: int, end: int, lines: int) -> list[bytes]:
+        """The rows above the cursor, as many as are wanted."""
+        self._rows = _Rows()
+        file.seek(begin)
+        while begin < end and (block := file.read(min(_BLOCK_BYTES, end - begin))):
+            self._rows.feed(block)
+            self._rows.forget(lines + _MOST_ROWS_BACK)
+            begin += len(block)
+        self._offset = begin
+        return self._rows.take()[-lines:] if lines else self._rows.take()[:0]
 
     def new_lines(self) -> list[str]:
         """The lines that became whole since the last look. A log that was cut short is read from its start."""
         try:
             with open_regular(self.path, within=self.path.parent.parent) as file:
-                if file.seek(0, 2) < self._offset:
-                    self._offset, self._half = 0, b""
-                file.seek(self._offset)
-                new = file.read()
+                end = file.seek(0, 2)
+                if end < self._offset:
+                    self._offset, self._rows, self._told = 0, _Rows(), []
+                return self._new_lines(file, min(end, self._offset + _MOST_NEW_BYTES))
         except OSError:
             return []
-        self._offset += len(new)
-        *whole, self._half = (self._half + new).split(b"\n")
-        if len(self._half) > _MOST_LINE_BYTES:
-            whole.append(self._half)
-            self._half = b""
-        return [printable(line) for line in whole]
 
-    def rest(self) -> list[str]:
-        """What stands after the last line break, once nothing more will come."""
-        half, self._half = self._half, b""
-        return [printable(half)] if half else []
+    def _new_lines(self, file: IO[bytes], end: int) -> list[str]:
+        found: list[str] = []
+        file.seek(self._offset)
+        while self._offset < end and (block := file.read(min(_BLOCK_BYTES, end - self._offset))):
+            self._offset += len(block)
+            self._rows.feed(block)
+            found += self._not_told(map(_shown, self._rows.take()))
+        return found
+
+    def _not_told(self, lines: Iterable[str]) -> list[str]:
+        """Without those that stood there before a line break ended them."""
+        told = self._told
+        return [line for line in lines if not (told and told.pop(0) == line)]
+
+    def rest(self) -> Iterator[str]:
+        """All that is left, also a line that no line break ends: for a log to which nothing more will come."""
+        while True:
+            before = self._offset
+            yield from self.new_lines()
+            if self._offset <= before:
+                break
+        rows, self._rows = self._rows.pending(), _Rows()
+        yield from self._not_told(_shown(row, is_whole=True) for row in rows)
+
+
+def _start_of_lines(file: IO[bytes], end: int, lines: int) -> int:
+    """From where to read for the last lines: the place of a line break that stands before them, or the file's start."""
+    begin, found = end, 0
+    while begin > 0 and found <= lines and end - begin < _MOST_SOUGHT_BYTES:
+        begin = max(0, begin - _BLOCK_BYTES)
+        file.seek(begin)
+        found += file.read(min(_BLOCK_BYTES, end - begin)).count(b"\n")
+    return begin
+
+
+def lines_in(text: str) -> list[str]:
+    """The lines of a log's text as a terminal would show them, without what a terminal would obey."""
+    rows = _Rows()
+    rows.feed(text.encode(errors="replace"))
+    return [_shown(row, is_whole=True) for row in (*rows.take(), *rows.pending())]
+
+
+def _shown(row: bytes, *, is_whole: bool = False) -> str:
+    """``is_whole``: it does not grow any more. Else its last bytes may be the beginning of a character."""
+    more = " … and more" if len(row) >= _MOST_LINE_BYTES else ""
+    return printable(row if is_whole and not more else _CUT_CHARACTER.sub(b"", row)) + more
 
 
 def printable(line: bytes) -> str:
     """A line without what a terminal would obey; of a progress bar that was drawn over itself, the last state."""
-    text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
-    text = _ESCAPE.sub("", text)
+    states = line.replace(b"\0", b"").split(b"\r")
+    state = next((each for each in reversed(states) if not _is_blank(each)), b"" if len(states) > 1 else states[0])
+    text = _ESCAPE.sub("", state.decode(errors="replace"))
+    if "\x08" in text:
+        text = _without_deleted(text)
     return "\t".join(visible(part) for part in text.split("\t"))
+
+
+def _without_deleted(text: str) -> str:
+    """Without characters that a backspace takes back, as some progress bars do."""
+    kept: list[str] = []
+    for each in text:
+        if each != "\x08":
+            kept.append(each)
+        elif kept:
+            kept.pop()
+    return "".join(kept)
 
 
 def logs_of(run: RunDir, ranks: frozenset[int] | None) -> list[Log]:
@@ -114,7 +262,7 @@ def follow(
         known = {log.label for log in logs}
         logs += [log for log in logs_of(run, ranks) if log.label not in known]
         for log in logs:
-            for line in log.new_lines() + (log.rest() if over else []):
+            for line in chain(log.new_lines(), log.rest() if over else ()):
                 yield log.label, line
         if over:
             return

@@ -103,7 +103,7 @@ def _node() -> str:
 def _ended(submission: Submission, state: str) -> str:
     tail: list[str] = []
     for log in (Log("0", submission.run.rank_log(0)), Log("batch", submission.run.batch_log)):
-        lines = log.tail(_MOST_LINES) + log.rest()
+        lines = log.tail(_MOST_LINES)
         tail = [line for line in lines if line.startswith("hpcmm")][-1:] or lines[-_LOG_LINES:]
         if tail:
             break

@@ -34,11 +34,12 @@ def test_a_long_log_is_read_from_its_end(tmp_path):
     path = tmp_path / "log"
     path.write_text("".join(f"{number:07d}\n" for number in range(100_000)) + "half")
     log = Log("0", path)
-    assert log.tail(3) == ["0099997", "0099998", "0099999"]
+    assert log.tail(3) == ["0099998", "0099999", "half"]
     with path.open("a") as file:
         file.write(" a line\nnext\nunfin")
     assert log.new_lines() == ["half a line", "next"]
-    assert log.rest() == ["unfin"]
+    assert list(log.rest()) == ["unfin"]
+    assert list(log.rest()) == []
 
 
 def test_following_takes_up_new_logs_and_ends_with_the_job(run):
@@ -70,3 +71,89 @@ def test_what_a_terminal_would_obey_is_not_printed():
     assert printable(b"10%\r50%\r100%\r") == "100%"
     assert "\x07" not in printable(b"bell\x07")
     assert printable(b"tab\tstays \xff") == "tab\tstays \ufffd"
+    assert printable(b"\x1b(B\x1b[mplain\x1b") == "plain"
+    assert printable(b"\xc2\x9b31m c1 \x9b \xe2\x80\xae") == "\ufffd31m c1 \ufffd \ufffd"
+
+
+def written(tmp_path, *parts):
+    path = tmp_path / "log"
+    path.write_bytes(b"".join(parts))
+    return Log("0", path)
+
+
+def test_the_last_line_counts_though_no_newline_ends_it(tmp_path):
+    assert written(tmp_path, b"one\ntwo").tail(1) == ["two"]
+    assert written(tmp_path, b"one\ntwo\n").tail(1) == ["two"]
+    assert written(tmp_path, b"one\n\n").tail(2) == ["one", ""]
+    assert written(tmp_path, b"two").tail(5) == ["two"]
+    assert written(tmp_path, b"").tail(5) == []
+
+
+def test_a_newline_that_comes_later_does_not_repeat_the_line(tmp_path):
+    log = written(tmp_path, b"one\ntwo")
+    assert log.tail(5) == ["one", "two"]
+    log.path.open("a").write("\nthree\n")
+    assert log.new_lines() == ["three"]
+    log = written(tmp_path, b"one\ntwo")
+    log.tail(5)
+    assert list(log.rest()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (b"10%\r20%\r30%", ["30%"]),
+        (b"10%\r20%\r", ["20%"]),
+        (b"\r10%\r\x1b[K\r20%\x1b[K\rthe loss is NaN", ["the loss is NaN"]),
+        (b"10%\r     \r", ["10%"]),
+        (b"10%\r     \rdone\nnext", ["done", "next"]),
+        (b"windows\r\nlines\r\n", ["windows", "lines"]),
+        (b"spin |\x08/\x08-\n", ["spin -"]),
+        (
+            b"outer 0\n\rinner 0\x1b[A\n\rinner 1\x1b[A\router 1\n\rinner 2\x1b[A\n\nend\n",
+            ["outer 1", "inner 2", "end"],
+        ),
+        (b"a\r\x1b[2K\x1b[1A\x1b[2Kb\n", ["b"]),
+    ],
+)
+def test_what_is_drawn_over_itself_shows_its_last_state(tmp_path, text, lines):
+    assert written(tmp_path, text).tail(10) == lines
+    log = written(tmp_path, b"")
+    log.tail(10)
+    seen = []
+    for at in range(len(text)):  # however the file grows, its end is the same
+        log.path.open("ab").write(text[at : at + 1])
+        seen += log.new_lines()
+    assert [*seen, *log.rest()][-1] == lines[-1]
+
+
+def test_an_hour_of_a_progress_bar_is_one_line_and_does_not_hide_those_before(tmp_path):
+    bar = b"".join(b"\r%6d/36000 %s" % (step, b"#" * 200) for step in range(36_000))
+    log = written(tmp_path, b"before\nstarts\n", bar, b"\rstopped")
+    assert log.tail(3) == ["before", "starts", "stopped"]
+    log = written(tmp_path, b"")
+    log.tail(3)
+    log.path.write_bytes(bar)
+    assert log.new_lines() == []
+    assert list(log.rest()) == [f" 35999/36000 {'#' * 200}"]
+
+
+def test_as_many_real_lines_as_asked_for_come_though_two_bars_draw_over_each_other(tmp_path):
+    bars = b"".join(b"\router %d\n\rinner %d\x1b[A" % (step, step) for step in range(20_000))
+    assert written(tmp_path, b"first\nsecond\n", bars).tail(4) == ["first", "second", "outer 19999", "inner 19999"]
+
+
+def test_a_line_of_many_megabytes_is_cut(tmp_path):
+    line, last = written(tmp_path, b"x" * 5_000_000, b"\nlast\n").tail(2)
+    assert (len(line), line[-10:], last) == (64 * 1024 + 11, "x … and more"[-10:], "last")
+
+
+def test_a_character_that_is_half_written_is_waited_for(tmp_path):
+    log = written(tmp_path, "Größ".encode()[:-1])
+    assert log.tail(1) == ["Grö"]
+    log.path.open("ab").write("ße\n".encode()[1:])
+    assert log.new_lines() == ["Größe"]
+
+
+def test_what_a_hole_in_a_file_reads_as_is_not_shown(tmp_path):
+    assert written(tmp_path, b"\0" * 5000, b"after\0 a log was cut\n").tail(5) == ["after a log was cut"]
