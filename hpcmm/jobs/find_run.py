@@ -70,11 +70,15 @@ def run_of_job(job_id: str, runs_root: Path) -> RunDir | None:
 
 def run_of_command(job: Job) -> RunDir | None:
     """The run whose script this job was submitted with, by what Slurm noted of it."""
+    run = folder_of_command(job)
+    return run if run is not None and is_run(run.root) else None
+
+
+def folder_of_command(job: Job) -> RunDir | None:
+    """As :func:`run_of_command`, also if the folder is gone."""
     start = job.command.find("/")
     script = Path(job.command[start:]) if start >= 0 else None
-    if script is None or script.name != "submission.sh" or not is_run(script.parent):
-        return None
-    return RunDir(script.parent)
+    return RunDir(script.parent) if script is not None and script.name == "submission.sh" else None
 
 
 def settings(run: RunDir) -> dict[str, Any]:

@@ -7,15 +7,26 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 
-from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics, srun_words
-from hpcmm.node.classify import CONSEQUENCES, Kind, kind_of_exception, kind_of_signal, signal_name
+from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics, srun_words, why_it_waits
+from hpcmm.node.classify import (
+    CONSEQUENCES,
+    Kind,
+    LoggedError,
+    complaint_in,
+    kind_of_exception,
+    kind_of_signal,
+    kind_of_status,
+    signal_name,
+)
 
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.+)')
 _THREAD = re.compile(r"(?:Current t|T)hread 0x[0-9a-f]+.*\(most recent call first\):")
 _WAITING = re.compile(r"/(?:torch/distributed/|deepspeed/comm/|hpcmm/annotate/collectives)")
 _LIBRARY = re.compile(r"/(?:site|dist)-packages/|/lib/python\d|<frozen ")
+_RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
 _INNERMOST = 12
 """Frames from the top in which a wait for other ranks must show."""
+_MOST_FRAMES = 20
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,11 @@ _ENDED_BY_SLURM = {
     "PREEMPTED": Kind.preempted,
     "CANCELLED": Kind.cancelled,
 }
+_KILLED_FOR_MEMORY = "the kernel killed a process of the job for want of memory"
+_LINES_THAT_TELL = 3
+"""Of a log, from its end: what stands before need not be why the program ended."""
+_LINES_NEAR = 20
+"""Lines behind a traceback that may belong to it, such as those of other threads."""
 _TOLD_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 _NODE_DOWN = ("down", "fail", "drain", "inval", "reboot")
 
@@ -71,6 +87,7 @@ class Event:
     kind: Kind
     what: str
     traceback: list[str] = field(default_factory=list)
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,8 @@ class Verdict:
     traceback: list[str] = field(default_factory=list)
     bad_nodes: list[str] = field(default_factory=list)
     """Nodes that a new run had better leave out."""
+    remedy: str = ""
+    """What to do about just this failure; empty if there is only what helps against its kind."""
 
 
 def events_of(evidence: JobDiagnostics) -> list[Event]:
@@ -107,7 +126,7 @@ def first_failure(evidence: JobDiagnostics) -> Verdict:
     if roots:
         return _of_event(_with_memory(roots[0], evidence))
     if evidence.job.state == "OUT_OF_MEMORY":
-        return Verdict(Kind.out_of_memory, "the kernel killed a process of the job for want of memory")
+        return Verdict(Kind.out_of_memory, _KILLED_FOR_MEMORY)
     if by_slurm is not None:
         return _ended_by_slurm(evidence, by_slurm)
     return _between_ranks(evidence, later) if later else _without_failed_ranks(evidence)
@@ -138,15 +157,30 @@ def _event(rank: RankDiagnostics) -> Event | None:
         if rank.exit.signal in _TOLD_TO_END:
             return None
         return Event(*place, kind_of_signal(rank.exit.signal), signal_name(rank.exit.signal))
-    if rank.logged is not None:
+    if rank.logged is not None and _ended_it(rank.logged, rank.exit.status):
         kind = kind_of_exception(rank.logged.kind, rank.logged.message, rank.logged.lines)
         return Event(*place, kind, f"{rank.logged.kind}: {rank.logged.message}", rank.logged.lines)
-    return Event(*place, Kind.unknown, f"exit status {rank.exit.status}")
+    said = complaint_in(rank.last_lines[-_LINES_THAT_TELL:])
+    kind = kind_of_status(rank.exit.status)
+    kind = said.kind if said is not None and kind is Kind.unknown else kind
+    what = f"exit status {rank.exit.status}{_log_ends(rank.last_lines)}"
+    return Event(*place, kind, what, rank.last_lines[:-1], said.remedy if said is not None else "")
+
+
+def _ended_it(logged: LoggedError, status: int | None) -> bool:
+    """Whether what a log tells of is what ended its program: that may have gone on after it, and failed otherwise."""
+    if len(logged.lines) == 1:  # a sentence of hpcmm's, which may be a mere note
+        return status == 1 and logged.lines_after <= _LINES_THAT_TELL
+    return status == 1 or logged.lines_after <= _LINES_NEAR
+
+
+def _log_ends(lines: list[str]) -> str:
+    return f'; its log ends: "{lines[-1].strip()}"' if lines else ""
 
 
 def _of_event(event: Event) -> Verdict:
     bad = [event.node] if event.kind is Kind.gpu_error and event.node else []
-    return Verdict(event.kind, event.what, event.rank, event.node, event.unix_ns, event.traceback, bad)
+    return Verdict(event.kind, event.what, event.rank, event.node, event.unix_ns, event.traceback, bad, event.remedy)
 
 
 def _with_memory(event: Event, evidence: JobDiagnostics) -> Event:
@@ -186,13 +220,20 @@ def _ended_by_slurm(evidence: JobDiagnostics, kind: Kind) -> Verdict:
         Kind.preempted: "another job took the nodes",
         Kind.cancelled: f"the job was cancelled{by}",
     }
+    what, remedy = said[kind], ""
+    if evidence.job.state == "DEADLINE":
+        what = "the job could not end before its deadline"
+        remedy = "Launch it again with a later deadline in cluster.sbatch, or with a shorter cluster.time_limit_min."
+    if not evidence.ranks and not evidence.job.nodes and evidence.job.source != "run directory":
+        meant = why_it_waits(evidence.job)
+        return Verdict(kind, f"{what} before it started{f': {meant}' if meant else ''}", remedy=remedy)
     hung = _hung(evidence)
-    if kind is Kind.time_limit and hung is not None:
+    if kind is not Kind.preempted and hung is not None:
         place = main_place(hung.stacks)
         assert place is not None
-        what = f"{said[kind]} while all ranks but this one waited in a collective; it was at {place.said}"
-        return Verdict(kind, what, hung.rank, hung.node)
-    return Verdict(kind, said[kind])
+        what = f"{what} while all ranks but this one waited in a collective; it was at {place.said}"
+        return Verdict(kind, what, hung.rank, hung.node, remedy=remedy)
+    return Verdict(kind, what, remedy=remedy)
 
 
 def _hung(evidence: JobDiagnostics) -> RankDiagnostics | None:
@@ -200,7 +241,10 @@ def _hung(evidence: JobDiagnostics) -> RankDiagnostics | None:
     places = {rank: main_place(each.stacks) for rank, each in evidence.ranks.items()}
     away = [rank for rank, place in places.items() if place is not None and not place.in_collective]
     waiting = [rank for rank, place in places.items() if place is not None and place.in_collective]
-    told = [rank for rank, each in evidence.ranks.items() if each.error is not None]
+    # One that was ended while it recorded how it lost another has raised, too.
+    raising = {rank for rank in away if any(_RECORDING.search(frame) for frame in _frames(evidence.ranks[rank]))}
+    away = [rank for rank in away if rank not in raising]
+    told = [rank for rank, each in evidence.ranks.items() if each.error is not None or rank in raising]
     if len(away) == 1 and len(away) + len(waiting) + len(told) == len(places) > 1:
         return evidence.ranks[away[0]]
     return None
@@ -263,7 +307,7 @@ def _behind(evidence: JobDiagnostics, complained: set[int]) -> RankDiagnostics |
 
 def _frames(rank: RankDiagnostics) -> list[str]:
     place = main_place(rank.stacks)
-    return [f"  {frame}" for frame in place.frames[:20]] if place else []
+    return [f"  {frame}" for frame in place.frames[:_MOST_FRAMES]] if place else []
 
 
 def _lost_peer(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
@@ -288,16 +332,93 @@ def _without_failed_ranks(evidence: JobDiagnostics) -> Verdict:
 
 
 def _without_ranks(evidence: JobDiagnostics) -> Verdict:
-    words = srun_words(evidence.srun_lines)
+    """No rank left a record: Slurm, the batch script's log and srun's words tell what there is to tell."""
+    began = any(rank.progress or rank.last_lines for rank in evidence.ranks.values())
+    found = None if began else _of_script(evidence, "before any rank started")
+    return (
+        (None if evidence.batch_lines else _not_started(evidence))
+        or found
+        or _by_srun(evidence)
+        or (_of_script(evidence, "in the job's script, beside its ranks") if began else None)
+        or _by_slurm_alone(evidence)
+    )
+
+
+_SHARED = "Is runs_root on a file system that all nodes share, and is there room? Set it to a folder that they all see."
+_GONE = "Launch again, and leave the run directory where it is until the job is over."
+
+
+def _not_started(evidence: JobDiagnostics) -> Verdict | None:
+    """Slurm could not open the log or could not start the script; neither leaves more than an exit code."""
+    job = evidence.job
+    no_log = job.exit_code == "0:53" or job.reason == "RaisedSignal:53"
+    if no_log and evidence.gone:
+        return Verdict(Kind.not_started, f"{evidence.gone} is gone, so Slurm could not write there", remedy=_GONE)
+    if no_log:
+        log = evidence.run.batch_log if evidence.run else "the file of the job's output"
+        return Verdict(Kind.not_started, f"{_node(job.nodes)} could not write {log}", remedy=_SHARED)
+    if job.state == "BOOT_FAIL":
+        said = "Run again; if that fails too, tell the site, and leave the node out with cluster.exclude."
+        return Verdict(Kind.node_failure, f"{_node(job.nodes)} did not start", remedy=said)
+    if not job.nodes and (meant := why_it_waits(job)):
+        return Verdict(Kind.not_started, f"the job was over before it started ({job.reason}): {meant}", remedy=meant)
+    if job.reason == "JobLaunchFailure" and _signal_of(job.exit_code) is None:
+        return Verdict(Kind.not_started, f"Slurm could not start the job's script on {_node(job.nodes)}")
+    return None
+
+
+def _node(hosts: str) -> str:
+    return f"node {hosts}" if hosts and "[" not in hosts and "," not in hosts else f"a node of {hosts or 'the job'}"
+
+
+def _signal_of(exit_code: str) -> int | None:
+    """The signal in ``status:signal`` that ended a job's script."""
+    number = exit_code.partition(":")[2]
+    return int(number) if number.isdecimal() and int(number) in set(signal.Signals) else None
+
+
+def _of_script(evidence: JobDiagnostics, when: str) -> Verdict | None:
+    """What the script's own log says, if that is a failure's word and not only output."""
+    said = complaint_in(evidence.batch_lines)
     batch = evidence.batch_error
-    if batch is not None and not words:
-        kind = kind_of_exception(batch.kind, batch.message, batch.lines)
-        what = f"before any rank started: {batch.message or batch.kind}"
-        return Verdict(kind, what, traceback=batch.lines if len(batch.lines) > 1 else [])
-    for rank, (node, said) in words.items():
-        kind = Kind.killed if said == "Killed" else Kind.unknown
-        return Verdict(kind, f"srun says: {said}", rank, node)
-    if evidence.job.state == "BOOT_FAIL":
-        return Verdict(Kind.node_failure, "a node did not start", bad_nodes=[])
-    status = f", exit code {evidence.job.exit_code}" if evidence.job.exit_code else ""
-    return Verdict(Kind.unknown, f"no rank left a word of its end{status}")
+    sentences = [line for line in evidence.batch_lines if line.startswith("hpcmm: ")]
+    lines = said.lines if said is not None and (len(said.lines) > 1 or said.line not in said.lines) else []
+    if evidence.oom_kill:
+        return Verdict(Kind.out_of_memory, f"{when}: {_KILLED_FOR_MEMORY}", traceback=said.lines if said else [])
+    if batch is None:
+        if said is None or (said.kind is Kind.unknown and srun_words(evidence.srun_lines)):
+            return None
+        status = f" with exit code {evidence.job.exit_code}" if evidence.job.exit_code else ""
+        what = f'{when}, the job\'s script ended{status}; its log says: "{said.line}"'
+        return Verdict(said.kind, what, traceback=lines, remedy=said.remedy)
+    kind = kind_of_exception(batch.kind, batch.message, batch.lines)
+    message = sentences[-1].removeprefix("hpcmm: ") if sentences else batch.message or batch.kind
+    if len(batch.lines) > 1:
+        return Verdict(kind, f"{when}: {message}", traceback=batch.lines)
+    if kind is Kind.exception and said is not None and said.kind is not Kind.unknown:
+        return Verdict(said.kind, f"{when}: {message}", traceback=lines, remedy=said.remedy)
+    return Verdict(kind, f"{when}: {message}", traceback=lines)
+
+
+def _by_srun(evidence: JobDiagnostics) -> Verdict | None:
+    for rank, (node, said) in srun_words(evidence.srun_lines).items():
+        log = evidence.ranks[rank].last_lines if rank in evidence.ranks else []
+        complaint = complaint_in(log[-_LINES_THAT_TELL:])
+        kind = Kind.killed if said == "Killed" else complaint.kind if complaint else Kind.unknown
+        remedy = complaint.remedy if complaint else ""
+        return Verdict(kind, f"srun says: {said}{_log_ends(log)}", rank, node, traceback=log[:-1], remedy=remedy)
+    return None
+
+
+def _by_slurm_alone(evidence: JobDiagnostics) -> Verdict:
+    job = evidence.job
+    if job.state == "NODE_FAIL":
+        return Verdict(Kind.node_failure, f"Slurm gave up {_node(job.nodes)}")
+    if evidence.gone:
+        return Verdict(Kind.data, f"{evidence.gone} is gone, with all that the job wrote there", remedy=_GONE)
+    status = f", exit code {job.exit_code}" if job.exit_code else ""
+    number = _signal_of(job.exit_code)
+    if number:
+        return Verdict(kind_of_status(128 + number), f"{signal_name(number)} ended the job's script")
+    log = [line for line in evidence.batch_lines if line.strip()]
+    return Verdict(Kind.unknown, f"no rank left a word of its end{status}{_log_ends(log)}")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcmm.jobs.diagnostics import JobDiagnostics, gather
+from hpcmm.jobs.diagnostics import JobDiagnostics, gather, why_it_waits
 from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.first_failure import Event, Verdict, events_of, first_failure
 from hpcmm.jobs.logs import printable
@@ -35,6 +35,8 @@ _ADVICE = {
     "administrator sees it in dmesg), else a person. Ask for memory with cluster.memory_gb.",
     Kind.crashed: "Native code crashed: the stacks file in the failures folder shows where; compare package versions "
     "with `python -m hpcmm.doctor`.",
+    Kind.not_started: "See what Slurm says of the node with `scontrol show node`; if it says nothing, ask the site: "
+    "the log of the node's slurmd tells more.",
     Kind.node_failure: "Run again without the node, and tell the site.",
     Kind.time_limit: "Raise cluster.time_limit_min, or go on from the last checkpoint.",
     Kind.preempted: "Submit again: it goes on from the last checkpoint where one was saved.",
@@ -45,7 +47,7 @@ _ADVICE = {
 
 def advice(verdict: Verdict, job_id: str, excluded: str = "") -> list[str]:
     """Sentences, and for bad nodes the line that leaves them out. ``excluded``: nodes that the run left out already."""
-    lines = [_ADVICE[verdict.kind].replace("JOB", job_id)]
+    lines = [verdict.remedy or _ADVICE[verdict.kind].replace("JOB", job_id)]
     if verdict.bad_nodes:
         nodes = ",".join([*([excluded] if excluded else []), *verdict.bad_nodes])
         lines.append(f"Leave it out: 'cluster.exclude=\"{nodes}\"' for hpcmm.launch, --exclude={nodes} for sbatch.")
@@ -106,9 +108,10 @@ def lines_of(explanation: Explanation) -> list[str]:
         lines.append(f"then:     {', '.join(others[:_MOST_RANKS])}{more_ranks}")
     lines.append(f"Slurm:    {_slurm(job)}{_restarts(evidence)}")
     lines += [f"do:       {line}" for line in _advice(explanation)]
-    if evidence.run is not None:
-        log = evidence.run.rank_log(verdict.rank) if verdict.rank is not None else evidence.run.batch_log
-        lines.append(f"log:      {log}")
+    if evidence.run is not None and verdict.rank is not None:
+        lines.append(f"log:      {evidence.run.rank_log(verdict.rank)}")
+    elif evidence.run is not None and evidence.batch_lines:
+        lines.append(f"log:      {evidence.run.batch_log}")
     return [_printable(line) for line in [*lines, *notes]]
 
 
@@ -122,6 +125,7 @@ def values_of(explanation: Explanation) -> dict[str, Any]:
         "failed": explanation.failed,
         "state": job.state,
         "reason": job.reason,
+        "waits": _waiting(job) if verdict is None and job.pending else "",
         "exit_code": job.exit_code,
         "derived_exit_code": job.derived_exit_code,
         "restart": evidence.restart,
@@ -151,7 +155,8 @@ def _advice(explanation: Explanation) -> list[str]:
     excluded = cluster.get("exclude") if isinstance(cluster, dict) else None
     said = advice(verdict, evidence.job.job_id, str(excluded or ""))
     if evidence.job.active and evidence.job.pending:
-        said.append("Slurm has queued the job again; it needs nothing now.")
+        meant = why_it_waits(evidence.job)
+        said.append(f"Slurm has queued the job again. {meant or 'It needs nothing now.'}")
     return said
 
 
@@ -183,7 +188,15 @@ def _last_step(evidence: JobDiagnostics, rank: int) -> str:
     progress = evidence.ranks[rank].progress if rank in evidence.ranks else None
     if progress is None:
         return ""
-    return "no step yet" if progress.last_step is None else f"finished step {progress.last_step}"
+    if progress.last_step is not None:
+        return f"finished step {progress.last_step}"
+    return "no step yet" if _is_workload(evidence) else ""
+
+
+def _is_workload(evidence: JobDiagnostics) -> bool:
+    """Whether the ranks tell of their steps, as those of a user's script do not."""
+    task = settings(evidence.run).get("task") if evidence.run else None
+    return isinstance(task, dict) and task.get("_target_") is not None
 
 
 def _slurm(job: Job) -> str:
@@ -200,9 +213,11 @@ def _restarts(evidence: JobDiagnostics) -> str:
 def _progress(evidence: JobDiagnostics) -> str:
     if evidence.job.state == "COMPLETED":
         return "Nothing has failed."
+    if evidence.job.pending:
+        return _waiting(evidence.job)
     known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
     if not known:
-        return "Nothing has failed so far; no step is finished yet."
+        return f"Nothing has failed so far{'; no step is finished yet' if _is_workload(evidence) else ''}."
     steps = [each.last_step for each in known if each.last_step is not None]
     ago_s = max(0.0, time.time() - max(each.last_unix_ns for each in known) / 1e9)
     slowest = min(known, key=lambda each: (each.last_step or 0, each.rank)).rank
@@ -210,3 +225,9 @@ def _progress(evidence: JobDiagnostics) -> str:
         f"Nothing has failed so far: {len(known)} ranks finished step {min(steps)} to {max(steps)}, rank {slowest} the "
         f"fewest, the last one {ago_s:.0f} s ago."
     )
+
+
+def _waiting(job: Job) -> str:
+    reason = f"Slurm's reason is {job.reason}." if job.reason else "Slurm tells no reason yet."
+    start = f" It is expected to start at {job.started}." if job.started else ""
+    return f"Nothing has failed so far. {why_it_waits(job) or reason}{start}"

@@ -1,10 +1,10 @@
-"""From an exception's words, a signal or a log's traceback to the kind of failure that it is."""
+"""From an exception's words, a signal, a log's traceback or its last lines to the kind of failure that it is."""
 
 from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -24,6 +24,7 @@ class Kind(StrEnum):
     killed = "killed"
     crashed = "crashed"
     node_failure = "node failure"
+    not_started = "not started"
     time_limit = "time limit"
     preempted = "preempted"
     cancelled = "cancelled"
@@ -91,6 +92,128 @@ class LoggedError:
     kind: str
     message: str
     lines: list[str]
+    lines_after: int = 0
+    """Lines with text that stand behind it in the log."""
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """What a shell, Slurm or a program said when something failed, as it stands in a log."""
+
+    kind: Kind
+    line: str
+    """The one that tells most."""
+    lines: list[str]
+    """The last ones that complain, this one among them."""
+    remedy: str = ""
+    """What to do about just this; empty if nothing is known beyond what helps against its kind."""
+
+
+_NO_PROGRAM = (
+    "The program is not on the node's PATH: load its module with cluster.modules, or set PATH in cluster.setup."
+)
+_NOT_SHARED = "It is not there on the node: use a file system that all nodes share."
+_CONSOLE: tuple[tuple[Kind, str, str], ...] = (
+    (
+        Kind.out_of_memory,
+        r"oom[-_ ]kill|out of memory|exceeded .{0,20}memory limit|cannot allocate memory|can't allocate memory"
+        r"|std::bad_alloc|MemoryError",
+        "",
+    ),
+    (Kind.disk_full, r"No space left on device|quota exceeded|PytorchStreamWriter failed", ""),
+    (Kind.time_limit, r"DUE TO TIME LIMIT", ""),
+    (Kind.node_failure, r"DUE TO NODE FAILURE|Node failure on ", ""),
+    (
+        Kind.not_started,
+        r"Unable to (?:create step|allocate resources|confirm allocation)|Job credential|launch failed|Task launch for"
+        r"|Memory required by task is not available|Requested node configuration is not available"
+        r"|More processors requested than permitted",
+        "",
+    ),
+    (
+        Kind.data,
+        r"\^M\b|\^M:|\$'[^']*\\r'|DOS line breaks",
+        "The file has the line ends of Windows: convert it with dos2unix, or with sed -i 's/\\r$//'.",
+    ),
+    (
+        Kind.import_failed,
+        r"\bmodule: (?:command )?not found",
+        "The node's shell has no module command: source the site's own script for it in cluster.setup, or leave "
+        "cluster.modules empty.",
+    ),
+    (
+        Kind.import_failed,
+        r"Lmod has detected the following error|Unable to locate a modulefile|\bmodule\(s\) .*(?:unknown|cannot)",
+        "See the names with `module avail` on a node of the job, and set cluster.modules.",
+    ),
+    (Kind.import_failed, r"command not found|: not found$", _NO_PROGRAM),
+    (Kind.import_failed, r"execve\(\): .*No such file or directory|bad interpreter: No such file", _NOT_SHARED),
+    (
+        Kind.import_failed,
+        r"ModuleNotFoundError|ImportError|No module named|error while loading shared libraries|undefined symbol"
+        r"|cannot open shared object|version .(?:GLIBC|GLIBCXX|CXXABI)_",
+        "",
+    ),
+    (
+        Kind.crashed,
+        r"Illegal instruction",
+        "A program or library is built for another kind of CPU than the node has: build it on such a node, or choose "
+        "nodes with cluster.constraint.",
+    ),
+    (Kind.crashed, r"Segmentation fault|Bus error|Floating point exception|core dumped", ""),
+    (Kind.killed, r"(?:^|\d )Killed\b", ""),
+    (Kind.rendezvous, r"Address already in use|Name or service not known|failure in name resolution", ""),
+    (
+        Kind.data,
+        r"couldn't chdir to",
+        "The folder that the job was launched in is not there on the node: launch in one that all nodes share.",
+    ),
+    (
+        Kind.data,
+        r"No such file or directory|Permission denied|Is a directory|Not a directory|Read-only file system"
+        r"|Stale file handle|Input/output error",
+        "",
+    ),
+)
+"""Kinds by what consoles say, with what to do if that is known; of several that fit a line, the first counts."""
+
+_COMPLAINS = re.compile(
+    r"\berror\b|\bfatal\b|: line \d+: |cannot |can't |couldn't |unable to |failed|not found|denied|No such file"
+    r"|No module named|[a-z]Error\b|Exception\b|quota|Killed\b|core dumped|Illegal instruction|unbound variable",
+    re.IGNORECASE,
+)
+_SAYS_NOTHING = re.compile(
+    r"srun: (?:launch/slurm: |Job step aborted|forcing job termination|got SIG|interrupt)"
+    r"|srun: error: [\w.-]+: tasks? [\d,-]+: "
+    r"|(?:slurmstepd|srun)[\w.-]*: (?:error: )?\*\*\* (?:STEP|JOB) \S+ ON \S+ CANCELLED AT \S+ \*\*\*"
+)
+"""Slurm's words of what follows from another failure."""
+_COPY_OF_SCRIPT = re.compile(r"^\S*/slurm_script: ")
+_MOST_COMPLAINTS = 5
+_LAST_LINES = 3
+
+
+def complaint_in(lines: Sequence[str]) -> Complaint | None:
+    """What the end of a log complains of; None if it says nothing. ``lines`` as :func:`hpcmm.jobs.logs.lines_in`."""
+    said = [
+        _COPY_OF_SCRIPT.sub("submission.sh: ", line).strip()
+        for line in lines
+        if line.strip() and not _SAYS_NOTHING.match(line)
+    ]
+    if not said:
+        return None
+    complaints = [line for line in said if _COMPLAINS.search(line)][-_MOST_COMPLAINTS:] or said[-_LAST_LINES:]
+    known = [(line, kind, remedy) for line in reversed(complaints) for kind, remedy in _by_console(line)]
+    memory = [found for found in known if found[1] is Kind.out_of_memory]  # whatever came of it
+    line, kind, remedy = (memory or known or [(complaints[-1], Kind.unknown, "")])[0]
+    return Complaint(kind, line, complaints, remedy)
+
+
+def _by_console(line: str) -> Iterator[tuple[Kind, str]]:
+    for kind, pattern, remedy in _CONSOLE:
+        if re.search(pattern, line, re.IGNORECASE):
+            yield kind, remedy
+            return
 
 
 def kind_of_exception(kind: str, message: str, traceback: Sequence[str] = ()) -> Kind:
@@ -127,19 +250,34 @@ def kind_of_signal(number: int) -> Kind:
     return Kind.killed
 
 
+def kind_of_status(status: int | None) -> Kind:
+    """The kind of an exit status: above 128, a shell says so of a program that a signal ended."""
+    number = (status or 0) - 128
+    return kind_of_signal(number) if number in _CRASHES or number == signal.SIGKILL else Kind.unknown
+
+
 def last_logged_error(text: str) -> LoggedError | None:
     """The last traceback, or the last sentence of hpcmm's own, in a rank's log."""
     lines = [_LOG_PREFIX.sub("", line) for line in text.splitlines()]
-    starts = [index for index, line in enumerate(lines) if line.startswith(_TRACEBACK)]
+    starts = [index for index, line in enumerate(lines) if _TRACEBACK in line]
     for start in reversed(starts):
         for end in range(start + 1, len(lines)):
             if lines[end][:1].strip():  # the first line that is not indented ends the traceback
                 match = _LAST_LINE.match(lines[end])
                 if match:
-                    return LoggedError(match["kind"], match["message"] or "", lines[start : end + 1])
+                    shown = [_TRACEBACK, *lines[start + 1 : end + 1]]  # a progress bar may stand before the first
+                    return LoggedError(match["kind"], match["message"] or "", shown, _with_text(lines[end + 1 :]))
                 break
-    said = [line for line in lines if line.startswith("hpcmm: ")]
-    return LoggedError("hpcmm.errors.HpcmmError", said[-1].removeprefix("hpcmm: "), said[-1:]) if said else None
+    said = [index for index, line in enumerate(lines) if line.startswith("hpcmm: ")]
+    if not said:
+        return None
+    sentence = lines[said[-1]]
+    after = _with_text(lines[said[-1] + 1 :])
+    return LoggedError("hpcmm.errors.HpcmmError", sentence.removeprefix("hpcmm: "), [sentence], after)
+
+
+def _with_text(lines: Sequence[str]) -> int:
+    return sum(1 for line in lines if line.strip())
 
 
 def signal_name(number: int) -> str:
