@@ -19,3 +19,12 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
     )
+
+
+def printable_lines(text: str) -> str:
+    """As :func:`printable`, but line breaks and tabs stay.
+
+    >>> printable_lines("one\\ttwo\\n\\x1b[31mred")
+    'one\\ttwo\\n\\\\x1b[31mred'
+    """
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))

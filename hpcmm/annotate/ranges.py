@@ -28,6 +28,7 @@ def profiler_attached() -> bool:
 
 
 _ATTACHED = profiler_attached()
+_begun: int | None = None
 
 
 class _Range:
@@ -48,6 +49,8 @@ class _Range:
 
 def step(number: int) -> AbstractContextManager[None]:
     """One training step. ``number`` counts from 0 over the whole training, resumed runs included."""
+    global _begun  # noqa: PLW0603 -- a store is all that a step may cost
+    _begun = number
     if not _ATTACHED:
         return _NOTHING
     _tell_rank()
@@ -60,6 +63,11 @@ def _tell_rank() -> None:
     rank = next((os.environ[key] for key in _RANK_KEYS if os.environ.get(key, "").isdecimal()), None)
     if rank is not None:
         nvtx.mark(schema.format_rank(int(rank)), domain=schema.DOMAIN)
+
+
+def step_begun() -> int | None:
+    """The number of the last step that began in this process; None before the first."""
+    return _begun
 
 
 def phase(name: str, batch: Any = None) -> AbstractContextManager[None]:

@@ -25,6 +25,7 @@ from hpcmm.files import is_regular
 from hpcmm.runs.ledger import LedgerPoint, read_ledger
 from hpcmm.runs.ownership import is_trusted, other_user
 from hpcmm.runs.run_dir import RunDir, SweepDir, path_or_run
+from hpcmm.text import printable
 
 if TYPE_CHECKING:
     from hpcmm.evaluate.side_by_side import Comparison
@@ -63,7 +64,7 @@ def _command(given: list[str], prog: str) -> int:
     comparison, unscored = evaluate(options, evaluation)
     _print(comparison, options.out)
     for problem in unscored:
-        print(f"hpcmm.evaluate: not scored: {problem}", file=sys.stderr)
+        print(f"hpcmm.evaluate: not scored: {printable(problem)}", file=sys.stderr)
     return 1 if unscored else 0
 
 
@@ -77,7 +78,7 @@ def evaluate(options: Options, evaluation: Evaluation) -> tuple[Comparison, list
     candidates, unfinished = find_runs(options.runs, evaluation.named_by)
     if unfinished:
         names = ", ".join(run.root.name for run in unfinished)
-        print(f"Left out, for they have no finished checkpoint: {names}", file=sys.stderr)
+        print(f"Left out, for they have no finished checkpoint: {printable(names)}", file=sys.stderr)
     _make_own(options.out)
     frames: list[pd.DataFrame] = []
     shown: list[tuple[str, Scored]] = []
@@ -211,17 +212,22 @@ def _print(comparison: Comparison, out: Path) -> None:
     console.print(_view(comparison.means(), "all metrics"))
     beside = comparison.published()
     if beside is not None:
-        console.print(_view(beside[1], f"beside the published {beside[0]}"))
+        console.print(_view(beside[1], f"beside the published {_plain(beside[0])}"))
     for remark in comparison.remarks():
-        console.print(escape(remark), soft_wrap=True)
-    console.print(f"Tables and pictures: {escape(str(out))}", soft_wrap=True)
+        console.print(_plain(remark), soft_wrap=True)
+    console.print(f"Tables and pictures: {_plain(str(out))}", soft_wrap=True)
 
 
 def _view(frame: pd.DataFrame, caption: str) -> Table:
-    view = Table(*map(escape, frame.columns), title=caption)
+    view = Table(*map(_plain, frame.columns), title=caption)
     for row in frame.astype(str).to_numpy():
-        view.add_row(*map(escape, row))
+        view.add_row(*map(_plain, row))
     return view
+
+
+def _plain(text: str) -> str:
+    """Text that neither rich nor a terminal obeys; names of runs may hold anything."""
+    return escape(printable(text))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from hpcmm.runs.ownership import other_user
 from hpcmm.runs.run_dir import RunDir, runs_in
 from hpcmm.slurm.commands import SilentError
 from hpcmm.slurm.jobs import Answer, Job, own_jobs
+from hpcmm.text import printable
 
 _MOST_RANKS = 1_000_000
 _MOST_RUNS = 20
@@ -229,17 +230,18 @@ def _job_lines(jobs: Sequence[Job], runs: dict[str, RunDir | None] | None = None
 
 def _state_lines(state: State) -> list[str]:
     """A target's jobs, with how far its ranks came."""
+    asked = printable(state.target.asked)
     if not state.jobs and state.silent:
-        return [f"{state.target.asked}: no end of it is noted: it waits, runs, or was killed with its script."]
+        return [f"{asked}: no end of it is noted: it waits, runs, or was killed with its script."]
     if not state.jobs:
-        return [f"{state.target.asked}: no job of it is known here: it was never queued, or Slurm has forgotten it."]
+        return [f"{asked}: no job of it is known here: it was never queued, or Slurm has forgotten it."]
     run = state.run
     lines = _job_lines(state.jobs, {job.raw_id: run for job in state.jobs})
     counts: Counter[str] = Counter()
     for job in state.jobs:
         counts[job.state] += job.tasks
     if sum(counts.values()) > 1:
-        lines.append(", ".join(f"{count} {name}" for name, count in counts.most_common()))
+        lines.append(", ".join(f"{count} {printable(name)}" for name, count in counts.most_common()))
     return lines
 
 

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hpcmm.config.schema import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.files import read_tail
 from hpcmm.jobs.find_run import Target
 from hpcmm.jobs.logs import Log
 from hpcmm.jobs.state import record_of
@@ -25,12 +24,20 @@ from hpcmm.runs.submission import write_job_record
 from hpcmm.slurm.commands import SilentError
 from hpcmm.slurm.jobs import ACTIVE, Job, UnknownJobError, find_job, job_records
 from hpcmm.slurm.polling import Poller
+from hpcmm.text import printable_lines
 
 _FIRST_S, _LONGEST_S = 1.0, 5.0
 """First and longest pause between two questions to the scheduler."""
 _RECORD_WAIT_S = 30
-_MOST_BYTES = 1 << 20
+_MOST_LINES = 10_000
 """Of the analysis' output."""
+
+
+class _PlainConsole(Console):
+    """Prints text as it is, but for what a terminal would obey: logs, files and Slurm's answers may hold anything."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable_lines(each) if isinstance(each, str) else each for each in objects), **options)
 
 
 class Submission(Protocol):
@@ -50,7 +57,7 @@ class Submission(Protocol):
 
 def follow(config: RunConfig, submission: Submission) -> int:
     """Watch until the job is over. Returns the exit status: 0 when it completed, 1 when it failed, 130 on Ctrl-C."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = _PlainConsole(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     try:
         return _follow(config, submission, console)
     except OSError:
@@ -214,7 +221,8 @@ def _show_analysis(submission: Submission, console: Console) -> None:
         return
     analysis_job_id = submission.analysis_job_id
     job = _poller(lambda: find_job(analysis_job_id)).wait(lambda job: not job.active)
-    print(read_tail(run.analysis_log, _MOST_BYTES, within=run.root), end="", flush=True)
+    for line in Log("analysis", run.analysis_log).tail(_MOST_LINES):
+        print(line, flush=True)
     if job.state != "COMPLETED":
         console.print(f"analysis job {job.job_id}: {job.state}", markup=False)
 

@@ -185,12 +185,14 @@ def _utc(unix_ns: int) -> str:
 
 
 def _last_step(evidence: JobDiagnostics, rank: int) -> str:
-    progress = evidence.ranks[rank].progress if rank in evidence.ranks else None
-    if progress is None:
+    known = evidence.ranks.get(rank)
+    if known is None:
         return ""
-    if progress.last_step is not None:
-        return f"finished step {progress.last_step}"
-    return "no step yet" if _is_workload(evidence) else ""
+    if known.progress is not None and known.progress.last_step is not None:
+        return f"finished step {known.progress.last_step}"
+    if known.error is not None and known.error.step is not None:
+        return f"step {known.error.step}"
+    return "no step yet" if known.progress is not None and _is_workload(evidence) else ""
 
 
 def _is_workload(evidence: JobDiagnostics) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import SweepDir
+from hpcmm.text import printable
 
 if TYPE_CHECKING:
     from hpcmm.launch.submit import Submission
@@ -70,26 +71,31 @@ def _launch(overrides: Sequence[str]) -> int:
 def _show_run(submission: Submission) -> int:
     config, run = submission.planned.config, submission.run
     print(f"job id:         {submission.job_id}")
-    print(f"run directory:  {run.root}")
+    print(f"run directory:  {printable(str(run.root))}")
     if config.wait:
         from hpcmm.jobs.follow import follow  # noqa: PLC0415 -- rich, which a submission alone does not need
 
         return follow(config, submission)
-    print(f"follow rank 0:  tail -F {shlex.quote(str(run.rank_log(0)))}")
+    print(f"follow rank 0:  tail -F {_word(run.rank_log(0))}")
     if submission.analysis_job_id is None and config.profile.tool is not None:
-        print(f"then, analyse:  python -m hpcmm.analyze {shlex.quote(str(run.root))}")
+        print(f"then, analyse:  python -m hpcmm.analyze {_word(run.root)}")
     elif submission.analysis_job_id is not None:
-        print(f"analysis:       job {submission.analysis_job_id}, which writes {run.analysis_log}")
+        print(f"analysis:       job {submission.analysis_job_id}, which writes {printable(str(run.analysis_log))}")
     return 0
 
 
 def _show_sweep(submission: Submission) -> int:
     sweep = SweepDir(submission.run.root)
     print(f"job id:         {submission.job_id}, an array of {len(submission.planned.points)} tasks")
-    print(f"sweep:          {sweep.root}")
-    print(f"ledger:         {sweep.ledger}")
-    print(f"failed points:  python -m hpcmm.launch {RESUBMIT} {shlex.quote(str(sweep.root))}")
+    print(f"sweep:          {printable(str(sweep.root))}")
+    print(f"ledger:         {printable(str(sweep.ledger))}")
+    print(f"failed points:  python -m hpcmm.launch {RESUBMIT} {_word(sweep.root)}")
     return 0
+
+
+def _word(path: Path) -> str:
+    """A path as a word for a shell, without what a terminal would obey."""
+    return printable(shlex.quote(str(path)))
 
 
 def _resubmit(arguments: Sequence[str]) -> int:
@@ -103,7 +109,7 @@ def _resubmit(arguments: Sequence[str]) -> int:
         return 0
     print(f"job id:         {again.job_id}, an array of {len(again.points)} tasks")
     for point in again.points:
-        print(f"point {point.index:>4}:     {shlex.join(point.overrides)}")
+        print(f"point {point.index:>4}:     {printable(shlex.join(point.overrides))}")
     return 0
 
 

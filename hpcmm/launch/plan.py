@@ -34,6 +34,7 @@ from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import submitted_job
 from hpcmm.slurm.jobs import find_job
 from hpcmm.slurm.sbatch import check_array_size
+from hpcmm.text import printable
 
 if TYPE_CHECKING:
     from hpcmm.launch.submit import Submission
@@ -237,7 +238,7 @@ def _note_other_data(config: RunConfig, start: RunDir) -> None:
     """Say what the workload finds to differ between this run and ``start``, the run to start from."""
     if (workload := workload_of(config)) is not None:
         for difference in workload.notes_on_start(config, read_untyped_config(start.config)):
-            print(f"hpcmm: {start.root} {difference}", file=sys.stderr)
+            print(f"hpcmm: {printable(f'{start.root} {difference}')}", file=sys.stderr)
 
 
 # What is asked of Slurm before anything is written.
@@ -296,7 +297,7 @@ def _rank_comment(planned: Plan) -> str:
         f"which runs, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, {_task(config)}",
         f"under a profiler: {_profiled(config)}",
     ]
-    return "".join(f"# {printable}\n" for line in lines for printable in line.splitlines())
+    return "".join(f"# {printable(each)}\n" for line in lines for each in line.splitlines())
 
 
 def _task(config: RunConfig) -> str:

@@ -234,7 +234,15 @@ def _log_pattern(job: Job, log: Path) -> str:
 
 
 def _slurm_pattern(path: Path) -> str:
-    """``path`` where Slurm expects a file name pattern, so that a % in it stays as it is."""
+    """``path`` where Slurm expects a file name pattern, so that a % in it stays as it is.
+
+    Raises HpcmmError for a backslash, after which Slurm expands nothing and takes the backslash itself away.
+    """
+    if "\\" in str(path):
+        raise HpcmmError(
+            f"Slurm cannot write logs below {path}, for it takes a backslash in a path for something else: set "
+            "runs_root to a folder without one."
+        )
     return str(path).replace("%", "%%")
 
 

@@ -37,6 +37,7 @@ from hpcmm.runs.submission import write_submission
 from hpcmm.slurm.commands import job_variables
 from hpcmm.slurm.jobs import ACTIVE, array_states
 from hpcmm.slurm.sbatch import RefusedError, sbatch, warn_where_it_cannot_start
+from hpcmm.text import printable
 from hpcmm.worker.task import RankTask
 
 
@@ -105,7 +106,7 @@ def submit(planned: Plan, *, is_latest: bool = True) -> Submission:
         raise
     if is_latest and not _link_latest(planned.run):  # the job is queued already, so this is no error
         link = planned.run.root.parent / "latest"
-        print(f"hpcmm: {link} does not point to this run; it is no link of ours.", file=sys.stderr)
+        print(f"hpcmm: {printable(str(link))} does not point to this run; it is no link of ours.", file=sys.stderr)
     return submission
 
 
@@ -225,7 +226,8 @@ def _note_submission(run: RunDir, **jobs: str | None) -> None:
         write_submission(run, **jobs)
     except OSError as error:
         print(
-            f"hpcmm: job {jobs['job_id']} is submitted, but {run.submission} cannot be written ({error.strerror}).",
+            f"hpcmm: job {jobs['job_id']} is submitted, but {printable(str(run.submission))} cannot be written "
+            f"({error.strerror}).",
             file=sys.stderr,
         )
 

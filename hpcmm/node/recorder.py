@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import operator
 import os
 import signal
 import socket
@@ -97,6 +98,15 @@ def _record(error: Exception, path: Path, rank: int, node: str) -> None:
     lines = [*cut[-failures.MOST_LINES :], *lines[-failures.MOST_LINES :]]
     unreachable = unreachable_nodes() if kind_of_exception(kind, message, lines) in CONSEQUENCES else []
     try:
-        failures.write(failures.RankError(rank, node, now_ns, kind, message, lines, unreachable), path)
+        failures.write(failures.RankError(rank, node, now_ns, kind, message, lines, unreachable, _step()), path)
     except OSError as problem:
         print(f"hpcmm: {path} cannot be written ({problem.strerror}).", file=sys.stderr)
+
+
+def _step() -> int | None:
+    """The step of ``hpcmm.annotate`` that the program was in last, if it has imported that."""
+    ranges = sys.modules.get("hpcmm.annotate.ranges")
+    try:
+        return None if ranges is None else operator.index(ranges.step_begun())
+    except TypeError:  # it was in none, or gave it another name than a number
+        return None

@@ -36,6 +36,7 @@ from hpcmm.page.headlines import (
     startup_line,
     steps_line,
 )
+from hpcmm.text import printable
 
 TABLE_WIDTH = 100
 """A narrower terminal gets a few lines for each bottleneck instead of a table."""
@@ -68,7 +69,7 @@ def print_study(study: Study, out: Path, console: Console | None = None) -> None
         _line(console, f"{told[:1].upper()}{told[1:]}.", "", rich=rich)
     for gap in _gaps(study.tables["coverage"]):
         _line(console, f"  {gap}", "yellow", rich=rich)
-    console.print(Text(f"Report: {out / 'report.html'}"), soft_wrap=True)
+    console.print(Text(f"Report: {printable(str(out / 'report.html'))}"), soft_wrap=True)
 
 
 def _standard_output() -> Console:
@@ -206,7 +207,7 @@ def print_comparison(comparison: Comparison, out: Path, console: Console | None 
         say(f"  {plain(note)}", "yellow")
     if len(comparison.notes) > MAX_NOTES:
         say(f"  and {len(comparison.notes) - MAX_NOTES} more keys differ", "yellow")
-    console.print(Text(f"Table: {out / 'compare.csv'}"), soft_wrap=True)
+    console.print(Text(f"Table: {printable(str(out / 'compare.csv'))}"), soft_wrap=True)
 
 
 def _cells(row: dict[Any, Any]) -> tuple[str, ...]:

@@ -41,6 +41,8 @@ class RankError:
     traceback: list[str] = field(default_factory=list)
     unreachable: list[str] = field(default_factory=list)
     """Nodes of the job that this node could not reach when a peer was lost or a collective timed out."""
+    step: int | None = None
+    """The step of ``hpcmm.annotate`` that it was in, or had been in last."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _root_of(attempt: Path) -> Path:
 def _typed(given: dict[str, Any], kind: type[Record]) -> Record | None:
     names = {each.name for each in fields(kind)}
     values = {name: value for name, value in given.items() if name in names}
-    integers = {"rank": False, "unix_ns": False, "status": True, "signal": True}
+    integers = {"rank": False, "unix_ns": False, "status": True, "signal": True, "step": True}
     for name, value in values.items():
         if name in integers:
             right = (integers[name] and value is None) or (isinstance(value, int) and not isinstance(value, bool))

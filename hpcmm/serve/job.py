@@ -16,7 +16,7 @@ from hpcmm.jobs.logs import Log
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, read_address, write_address
 from hpcmm.serve.options import ServeOptions
-from hpcmm.text import visible
+from hpcmm.text import printable, visible
 
 if TYPE_CHECKING:
     from hpcmm.launch.submit import Submission
@@ -66,7 +66,7 @@ def wait_for_address(submission: Submission) -> Address:
         nonlocal shown, address
         if job.state != shown:
             reason = f" ({job.reason})" if job.active and job.reason else ""
-            print(f"job {submission.job_id}: {job.state}{reason}", file=sys.stderr, flush=True)
+            print(printable(f"job {submission.job_id}: {job.state}{reason}"), file=sys.stderr, flush=True)
             shown = job.state
         address = read_address(submission.run.address)
         return address is not None or not job.active

@@ -27,6 +27,7 @@ from hpcmm.serve.address import Address, new_token, this_host
 from hpcmm.serve.options import ServeOptions
 from hpcmm.serve.served import ServedModel, ServedPage
 from hpcmm.serve.service import RequestLog, Service
+from hpcmm.text import printable
 
 LOOPBACK = "127.0.0.1"
 _SESSIONS = 500
@@ -69,7 +70,7 @@ def load_page(options: ServeOptions) -> tuple[ServedPage, Service[Any, Any]]:
     run = RunDir(Path(options.run))
     config = config_file.load(run.config)
     served = served_model_of(run, config)
-    print(f"hpcmm.serve: loading the model of {run.root.name}.", file=sys.stderr, flush=True)
+    print(f"hpcmm.serve: loading the model of {printable(run.root.name)}.", file=sys.stderr, flush=True)
     model = load_model(run, lambda: served.build_model(config))
     log = RequestLog(run.requests_log)
     page = served.load(model, run, config, options)

@@ -44,6 +44,8 @@ _NO_CONFIGURATION = (
     "No Slurm configuration is found: set SLURM_CONF to your cluster's, or launch with cluster=local_slurm, which "
     "knows that of the local cluster (make cluster-up starts it)."
 )
+_USUAL_SCRIPT_BYTES = 4 * 1024**2
+_TOO_LONG = re.compile("too long|too large|max_script_size", re.IGNORECASE)
 _UNKNOWN = "Change the cluster settings and try again."
 _UNCERTAIN = (
     "timed out",
@@ -83,7 +85,7 @@ def sbatch(config: RunConfig, script: Path, *options: str) -> str:
     complaint, answer = done.stderr, done.stdout
     if done.returncode != 0:
         kind = RefusedError if _is_certain(done.returncode, complaint, answer) else HpcmmError
-        raise kind(refusal(config, complaint))
+        raise kind(refusal(config, complaint, script))
     if complaint.strip():
         print(visible(complaint.strip(), " "), file=sys.stderr)
     accepted = re.search(r"Submitted batch job ([0-9]+)", answer)
@@ -97,8 +99,9 @@ def _say_what_is_ignored(variables: Sequence[str]) -> None:
     """Of those that a user sets; what an outer job left is nobody's wish."""
     options = [name for name in variables if name.startswith(("SBATCH_", "SRUN_"))]
     if options:
+        named = visible(", ".join(options))
         print(
-            f"hpcmm: {', '.join(options)} of your environment {'is' if len(options) == 1 else 'are'} not used, for the "
+            f"hpcmm: {named} of your environment {'is' if len(options) == 1 else 'are'} not used, for the "
             "configuration alone decides: set keys of cluster, such as cluster.sbatch.",
             file=sys.stderr,
         )
@@ -169,10 +172,23 @@ def _is_certain(returncode: int, complaint: str, answer: str) -> bool:
     )
 
 
-def refusal(config: RunConfig, complaint: str) -> str:
+def refusal(config: RunConfig, complaint: str, script: Path | None = None) -> str:
     """sbatch's own words, on one line and without control characters, and the remedy."""
     said = on_one_line("sbatch", complaint)
-    return f"Slurm refused the job ({said}). {remedy(config, said) or _UNKNOWN}"
+    long = _too_long(script) if script is not None and _TOO_LONG.search(said) else None
+    return f"Slurm refused the job ({said}). {long or remedy(config, said) or _UNKNOWN}"
+
+
+def _too_long(script: Path) -> str:
+    """Slurm has one sentence for a script that is too large and for a path that is too long."""
+    size_bytes = script.stat().st_size
+    if size_bytes > _USUAL_SCRIPT_BYTES // 2:
+        return (
+            f"The job's script has {size_bytes / 1e6:.1f} MB; Slurm takes {_USUAL_SCRIPT_BYTES / 1e6:.0f} MB unless "
+            "max_script_size in `scontrol show config` says otherwise: put long cluster.setup lines and long texts in "
+            "cluster.environment into files, and name these."
+        )
+    return f"{script.parent} is too long for Slurm: set runs_root to a shorter path."
 
 
 def on_one_line(command: str, complaint: str) -> str:
@@ -225,6 +241,12 @@ def remedy(config: RunConfig, complaint: str) -> str | None:
         "job array": (
             "The sweep has more points than MaxArraySize in `scontrol show config` allows: split it into smaller ones."
         ),
+        "begin and deadline": (
+            "cluster.sbatch.begin and cluster.sbatch.deadline leave too little time for cluster.time_limit_min, "
+            f"which is {cluster.time_limit_min}."
+        ),
+        "dos line breaks": f"slurm/{cluster.template} has the line ends of Windows: convert it with dos2unix.",
+        "not look like a batch script": f"slurm/{cluster.template} must begin with a line such as #!/bin/bash.",
         "reservation": "cluster.sbatch.reservation names none that is open to you: `scontrol show reservation`.",
         "license": "cluster.sbatch.licenses names none that there is: `scontrol show licenses`.",
         "node count": nodes,

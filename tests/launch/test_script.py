@@ -129,3 +129,8 @@ def test_a_path_with_blanks_quotes_and_percent_signs_stays_one_word():
 def test_a_line_break_in_a_directive_is_refused():
     with pytest.raises(HpcmmError, match="cannot hold a line break"):
         rendered(root="/shared/a\n#SBATCH --wrap=pwn")
+
+
+def test_a_folder_that_slurm_cannot_write_logs_in_is_refused():
+    with pytest.raises(HpcmmError, match=r"Slurm cannot write logs below /shared/a\\b/.*: set runs_root to a folder"):
+        rendered(root="/shared/a\\b")

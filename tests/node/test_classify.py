@@ -2,7 +2,15 @@
 
 import pytest
 
-from hpcmm.node.classify import Kind, kind_of_exception, kind_of_signal, last_logged_error, signal_name
+from hpcmm.node.classify import (
+    Kind,
+    complaint_in,
+    kind_of_exception,
+    kind_of_signal,
+    kind_of_status,
+    last_logged_error,
+    signal_name,
+)
 
 PEER = "[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.14]:5245. Check the logs"
 
@@ -105,3 +113,51 @@ def test_the_last_exception_of_a_log_is_read_without_torch_s_prefix():
     assert last_logged_error("all is well\n") is None
     assert last_logged_error("hpcmm: nsys is not on the PATH.\n").message == "nsys is not on the PATH."
     assert last_logged_error("Traceback (most recent call last):\n  File") is None
+
+
+def test_the_line_that_tells_most_is_quoted_with_the_last_ones_that_complain():
+    lines = ["loading", "warning: cannot open display", "", "/x/slurm_script: line 3: foo: command not found", "bye"]
+    found = complaint_in(lines)
+    assert (found.kind, found.line) == (Kind.import_failed, "submission.sh: line 3: foo: command not found")
+    assert found.lines == ["warning: cannot open display", found.line]
+    assert "cluster.modules" in found.remedy
+
+
+def test_a_log_without_complaints_is_quoted_by_its_end():
+    found = complaint_in(["one", "two", "three", "four", ""])
+    assert (found.kind, found.line, found.lines) == (Kind.unknown, "four", ["two", "three", "four"])
+
+
+def test_slurm_s_words_of_what_follows_from_a_failure_are_no_complaint():
+    follows = [
+        "srun: error: n1: tasks 0-3: Exited with exit code 1",
+        "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.",
+        "srun: launch/slurm: _step_signal: Terminating StepId=7.0",
+        "slurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***",
+    ]
+    assert complaint_in(follows) is None
+    assert complaint_in(["foo: command not found", *follows]).line == "foo: command not found"
+    late = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***"
+    assert complaint_in([late]).kind is Kind.time_limit
+
+
+def test_memory_that_ran_out_counts_before_what_came_of_it():
+    oom = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.batch cgroup."
+    assert complaint_in([oom, "tar: x: No such file or directory"]).kind is Kind.out_of_memory
+
+
+def test_a_traceback_is_found_behind_a_progress_bar_and_what_follows_it_is_counted():
+    text = ' 50%|###   | 1/2Traceback (most recent call last):\n  File "a.py", line 1, in f\nKeyError: 1\nbye\n\nbye\n'
+    found = last_logged_error(text)
+    assert (found.kind, found.message, found.lines_after) == ("KeyError", "1", 2)
+    assert found.lines[0] == "Traceback (most recent call last):"
+
+
+def test_a_status_above_128_is_the_signal_that_a_shell_means():
+    assert [kind_of_status(status) for status in (137, 139, 143, 42, None)] == [
+        Kind.killed,
+        Kind.crashed,
+        Kind.unknown,
+        Kind.unknown,
+        Kind.unknown,
+    ]

@@ -102,6 +102,14 @@ def test_of_a_long_traceback_the_end_and_the_causes_are_kept(job):
     process.stderr.close()
 
 
+def test_the_annotated_step_in_which_an_exception_came_is_recorded(job):
+    loop = "from hpcmm import annotate\nfor n in annotate.steps(range(9)):\n    if n == 4: raise ValueError(n)"
+    process = job.start(f"exec({loop!r})")
+    assert process.wait(20) == 1
+    assert job.error().step == 4
+    process.stderr.close()
+
+
 def test_a_rank_that_ends_well_leaves_nothing(job):
     process = job.start("pass")
     assert process.wait(20) == 0

@@ -34,6 +34,9 @@ FAILED = "sbatch: error: Batch job submission failed: "
         ("Unable to contact slurm controller (connect failure)", "The Slurm controller does not answer"),
         ("Socket timed out on send/recv operation", "busy or down"),
         ("resolve_ctls_from_dns_srv: Could not establish a configuration source", "or launch with cluster=local_slurm"),
+        ("Incompatible begin and deadline time specification", "cluster.sbatch.deadline leave too little time"),
+        ("This does not look like a batch script", "must begin with a line such as #!/bin/bash"),
+        ("Batch script contains DOS line breaks (\\r\\n)", "dos2unix"),
         ("Something new", "Change the cluster settings"),
     ],
 )  # fmt: skip
@@ -52,6 +55,16 @@ def test_a_refusal_is_one_sentence_with_its_remedy(said, remedy):
     assert said in sentence
     assert remedy in sentence
     assert "\n" not in sentence
+
+
+def test_what_is_too_long_for_slurm_is_named_the_script_or_the_path(tmp_path):
+    config = compose_run(["cluster=slurm"])
+    said = FAILED + "Pathname of a file, directory or other parameter too long\n"
+    script = tmp_path / "submission.sh"
+    script.write_text("x" * 5_000_000)
+    assert "The job's script has 5.0 MB; Slurm takes 4 MB" in refusal(config, said, script)
+    script.write_text("x")
+    assert f"{tmp_path} is too long for Slurm: set runs_root" in refusal(config, said, script)
 
 
 def test_the_job_of_a_run_is_found_by_the_run_s_name(tmp_path):
