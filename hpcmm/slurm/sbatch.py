@@ -241,12 +241,7 @@ def remedy(config: RunConfig, complaint: str) -> str | None:
         "job array": (
             "The sweep has more points than MaxArraySize in `scontrol show config` allows: split it into smaller ones."
         ),
-        "begin and deadline": (
-            "cluster.sbatch.begin and cluster.sbatch.deadline leave too little time for cluster.time_limit_min, "
-            f"which is {cluster.time_limit_min}."
-        ),
-        "dos line breaks": f"slurm/{cluster.template} has the line ends of Windows: convert it with dos2unix.",
-        "not look like a batch script": f"slurm/{cluster.template} must begin with a line such as #!/bin/bash.",
+        **_of_the_script(cluster),
         "reservation": "cluster.sbatch.reservation names none that is open to you: `scontrol show reservation`.",
         "license": "cluster.sbatch.licenses names none that there is: `scontrol show licenses`.",
         "node count": nodes,
@@ -261,6 +256,17 @@ def remedy(config: RunConfig, complaint: str) -> str | None:
     }
     lowered = complaint.lower()
     return next((each for said, each in remedies.items() if said in lowered), None)
+
+
+def _of_the_script(cluster: ClusterConfig) -> dict[str, str]:
+    return {
+        "begin and deadline": (
+            "cluster.sbatch.begin and cluster.sbatch.deadline leave too little time for cluster.time_limit_min, "
+            f"which is {cluster.time_limit_min}."
+        ),
+        "dos line breaks": f"slurm/{cluster.template} has the line ends of Windows: convert it with dos2unix.",
+        "not look like a batch script": f"slurm/{cluster.template} must begin with a line such as #!/bin/bash.",
+    }
 
 
 def _gpus(cluster: ClusterConfig) -> str:
