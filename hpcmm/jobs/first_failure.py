@@ -327,6 +327,8 @@ def _lost_peer(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
 
 def _without_failed_ranks(evidence: JobDiagnostics) -> Verdict:
     if evidence.ranks and all(_was_told_to_end(rank) for rank in evidence.ranks.values()):
+        if (_signal_of(evidence.job.exit_code) or signal.SIGTERM) not in _TOLD_TO_END:
+            return _by_slurm_alone(evidence)  # the script was ended, and the ranks with it
         return Verdict(Kind.cancelled, "all ranks were told to end, and none of them had failed")
     return _without_ranks(evidence)
 
@@ -418,6 +420,8 @@ def _by_slurm_alone(evidence: JobDiagnostics) -> Verdict:
         return Verdict(Kind.data, f"{evidence.gone} is gone, with all that the job wrote there", remedy=_GONE)
     status = f", exit code {job.exit_code}" if job.exit_code else ""
     number = _signal_of(job.exit_code)
+    if number and evidence.oom_kill:
+        return Verdict(Kind.out_of_memory, _KILLED_FOR_MEMORY)
     if number:
         return Verdict(kind_of_status(128 + number), f"{signal_name(number)} ended the job's script")
     log = [line for line in evidence.batch_lines if line.strip()]

@@ -74,7 +74,10 @@ def _follow(config: RunConfig, submission: Submission, console: Console) -> int:
         record = _record(config, submission, job, console)
     except KeyboardInterrupt:
         job_id = submission.job_id
-        console.print(f"Following stopped; job {job_id} goes on. To end it: python -m hpcmm.jobs cancel {job_id}")
+        if config.cluster.executor is Executor.local:  # a terminal sends Ctrl-C to all that was started from it
+            console.print(f"Following stopped; Ctrl-C reached job {job_id} too, which runs on this machine.")
+        else:
+            console.print(f"Following stopped; job {job_id} goes on. To end it: python -m hpcmm.jobs cancel {job_id}")
         return 130
     except HpcmmError as error:
         console.print(f"hpcmm: {error}", markup=False)

@@ -93,6 +93,8 @@ def lines_of(explanation: Explanation) -> list[str]:
     name = evidence.run.root.name if evidence.run else job.name
     title = f"job {job.job_id} ({name})" if name else f"job {job.job_id}"
     notes = [f"note: {note}" for note in evidence.notes]
+    if evidence.gone and (verdict is None or evidence.gone not in verdict.what):
+        notes.append(f"note: {evidence.gone} is gone, with what the job wrote there.")
     if verdict is None:
         return [_printable(line) for line in [f"{title}: {job.state}. {_progress(evidence)}", *notes]]
     lines = [f"{title}: {verdict.kind}"]

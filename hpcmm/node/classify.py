@@ -179,7 +179,8 @@ _CONSOLE: tuple[tuple[Kind, str, str], ...] = (
 
 _COMPLAINS = re.compile(
     r"\berror\b|\bfatal\b|: line \d+: |cannot |can't |couldn't |unable to |failed|not found|denied|No such file"
-    r"|No module named|[a-z]Error\b|Exception\b|quota|Killed\b|core dumped|Illegal instruction|unbound variable",
+    r"|No module named|unrecognized|invalid |[a-z]Error\b|Exception\b|quota|Killed\b|core dumped"
+    r"|Illegal instruction|unbound variable",
     re.IGNORECASE,
 )
 _SAYS_NOTHING = re.compile(

@@ -181,6 +181,7 @@ def jobs(request, slurm_cluster, tmp_path_factory):
         jobs.start("memory", elsewhere, ALONE, fault="memory")
         jobs.start("cancel", elsewhere, ALONE)
         jobs.start("data", elsewhere, ALONE, "data.generate=false", "data.root=/none/such")
+        jobs.start("setup", elsewhere, ALONE, "cluster.setup=[no_such_command]")
         jobs.await_rank("sigkill", 1, "step")
         jobs.signal_rank("sigkill", 1, signal.SIGKILL)
         # Not before the first step: within a lazy import, transformers makes an ImportError of any exception.
@@ -250,6 +251,14 @@ def test_the_kind_of_an_exception_is_told(jobs, name, kind, said):
     assert told["class"] == kind
     assert said in told["first"]["what"]
     assert told["first"]["rank"] == {"memory": 0, "import": 1, "data": None}[name]  # of data the preparation complains
+
+
+def test_what_ended_the_script_before_its_ranks_is_quoted_from_its_log(jobs):
+    told = jobs.why("setup")
+    assert told["class"] == "import"
+    assert "before any rank started" in told["first"]["what"]
+    assert "no_such_command" in told["first"]["what"]
+    assert told["exit_code"] == "127:0"
 
 
 def test_a_dead_node_is_named_with_the_line_that_leaves_it_out(jobs):

@@ -86,6 +86,7 @@ def why(run):
         (SLURMSTEPD_OOM, "out of memory", "want of memory", "cluster.memory_gb"),
         ("srun: error: Unable to create step for job 7: Memory required by task is not available", "not started",
          "Unable to create step", "scontrol show node"),
+        ("srun: unrecognized option '--x'\nTry srun --help", "unknown", "log says: \"srun: unrecognized", "logs'"),
         ("{spool}line 5: FOO: unbound variable", "unknown", "FOO: unbound variable", "logs' last lines"),
         ("half a line that no newline ends", "unknown", "half a line that no newline ends", "logs' last lines"),
     ],
@@ -210,6 +211,22 @@ def test_a_run_directory_that_vanished_is_said(run):
     lines = lines_of(explanation_of(gather(find_targets("7", run.root.parent)[0])))
     assert lines[0] == "job 7 (demo): not started"
     assert f"{run.root} is gone" in lines[1]
+
+
+def test_a_script_that_was_killed_beside_its_ranks_was_not_cancelled(run):
+    queue(run, exit_code="0:9", reason="JobLaunchFailure")
+    for rank in range(2):
+        write(RankExit(rank, "n1", 5, None, 15), exit_file(run.failures / "7.0", rank))
+    assert "what:     SIGKILL ended the job's script" in why(run)
+    run.batch_log.write_text(SLURMSTEPD_OOM, encoding="utf-8")
+    assert why(run).startswith("job 7 (demo-1): out of memory")
+
+
+def test_a_folder_that_is_gone_is_noted_whatever_ended_the_job(run):
+    queue(run, state="CANCELLED", exit_code="0:0")
+    run.root.rename(run.root.parent.parent / "elsewhere")
+    lines = lines_of(explanation_of(gather(find_targets("7", run.root.parent)[0])))
+    assert lines[-1] == f"note: {run.root} is gone, with what the job wrote there."
 
 
 @pytest.mark.parametrize(
