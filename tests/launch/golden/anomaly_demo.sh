@@ -12,6 +12,7 @@
 #SBATCH --signal=B:USR1@120
 
 set -eo pipefail
+unset SLURM_CLUSTERS # scontrol and srun ask the job's own cluster, whatever the shell that submitted it asks
 export HPCMM_SCRIPT_BEGAN_S=$EPOCHREALTIME
 set -u  # only now, for not every site's own lines bear it
 export PYTHONPATH=/shared/runs/demo-1/code/hpcmm${PYTHONPATH:+:$PYTHONPATH}

@@ -15,6 +15,7 @@
 #SBATCH --mem=0
 
 set -eo pipefail
+unset SLURM_CLUSTERS # scontrol and srun ask the job's own cluster, whatever the shell that submitted it asks
 export HPCMM_SCRIPT_BEGAN_S=$EPOCHREALTIME
 ulimit -l unlimited
 set -u  # only now, for not every site's own lines bear it

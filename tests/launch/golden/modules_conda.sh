@@ -13,6 +13,7 @@
 #SBATCH --signal=B:USR1@120
 
 set -eo pipefail
+unset SLURM_CLUSTERS # scontrol and srun ask the job's own cluster, whatever the shell that submitted it asks
 export HPCMM_SCRIPT_BEGAN_S=$EPOCHREALTIME
 type module >/dev/null 2>&1 || source /etc/profile
 module load gcc/12
