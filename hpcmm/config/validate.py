@@ -23,6 +23,7 @@ _OF_THE_CALL = "hpcmm would not learn which job was submitted"
 _NOT_OPTIONS_OF_A_SITE = {
     "array": "sweep a key, such as train.seed=1,2,3",
     "dependency": "use after=JOB",
+    "cluster": "use cluster.sbatch.clusters=NAME",
     "job-name": "use name=NAME",
     "output": "hpcmm writes all logs below runs_root",
     "time": "use cluster.time_limit_min",
@@ -99,7 +100,10 @@ def _shell_words(config: RunConfig) -> Iterator[str]:
             yield f"cluster.environment has {key!r}, which is not a name of an environment variable."
     for key in cluster.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*", key):
-            yield f"cluster.sbatch has {key!r}, which is no long option of sbatch without its dashes."
+            yield (
+                f"cluster.sbatch has {key!r}, which is no long option of sbatch without its dashes"
+                + (": write cluster.sbatch.clusters." if key == "M" else ".")
+            )
         elif key in _NOT_OPTIONS_OF_A_SITE:
             yield f"cluster.sbatch.{key} cannot be given: {_NOT_OPTIONS_OF_A_SITE[key]}."
 

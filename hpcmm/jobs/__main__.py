@@ -141,7 +141,7 @@ def _follow_states(targets: list[Target]) -> int:
             shown = text
         return all_over(states)
 
-    states = poller_of(targets).wait(show)
+    states = poller_of(targets, tell=_tell_silence).wait(show)
     return 0 if all(state.jobs for state in states) else 1
 
 
@@ -154,8 +154,8 @@ def _logs(options: argparse.Namespace) -> int:
     found = logs.logs_of(run, ranks)
     _print_logs(logs.last_lines(found, max(0, options.lines)))
     if options.follow:
-        poller = poller_of([target])
-        _print_logs(logs.follow(run, ranks, found, lambda: all_over(poller.poll())))
+        poller = poller_of([target], tell=_tell_silence)
+        _print_logs(logs.follow(run, ranks, found, lambda: poller.is_done(all_over)))
     if not any(is_regular(log.path) for log in found):
         why = "its job has not started" if target.job_ids else "it was never submitted"
         raise HpcmmError(f"{run.root} holds no logs: {why}.")
@@ -190,12 +190,21 @@ def _why(options: argparse.Namespace) -> int:
 def _with_run(asked: str, runs_root: Path) -> Target:
     """The target with its run directory, which Slurm is asked for where only a job's number is known."""
     target = find_targets(asked, runs_root)[0]
-    if target.run is not None:
+    if target.run is not None and not target.by_number:
         return target
     run = states_of([target], needs_slurm=False)[0].run
+    if run is None and target.run is not None:
+        raise HpcmmError(
+            f"Slurm's job {asked} is another job now, and its run directory is not known: for the run that had this "
+            f"number, name {target.run.root}."
+        )
     if run is None:
         raise HpcmmError(f"The run directory of job {asked} is not known: name the directory, or give --runs-root.")
     return Target(target.asked, target.job_ids, run)
+
+
+def _tell_silence(complaint: str) -> None:
+    _complain([f"{complaint} It is asked again."])
 
 
 def _print_logs(lines: Iterable[tuple[str, str]]) -> None:

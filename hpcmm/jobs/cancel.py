@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from hpcmm.config.untyped_config import trains_a_workload
 from hpcmm.errors import HpcmmError
-from hpcmm.jobs.find_run import Target, settings, slurm_environment
-from hpcmm.jobs.state import State, all_over, is_local, poller_of, states_of
+from hpcmm.jobs.find_run import Target, settings
+from hpcmm.jobs.state import State, all_over, environment_of_job, is_local, poller_of, states_of
 from hpcmm.runs.ownership import is_mine, require_mine
 from hpcmm.slurm.commands import ask
 
@@ -55,7 +55,7 @@ def cancel(asked: str, targets: Sequence[Target], patience_s: float = 60.0) -> C
     elif patience_s > 0 and _stops_when_asked(state):
         return Cancelled(ids, _stop(state, ids, patience_s))
     else:
-        ask("scancel", *ids, environ=slurm_environment(state.run))
+        ask("scancel", *ids, environ=_environment_of(state))
     return Cancelled(ids, in_peace=False)
 
 
@@ -74,7 +74,7 @@ def _stops_when_asked(state: State) -> bool:
 
 def _stop(state: State, ids: Sequence[str], patience_s: float) -> bool:
     """Ask the running jobs to stop, cancel what is left in the end. Returns whether nothing was left."""
-    environ = slurm_environment(state.run)
+    environ = _environment_of(state)
     waiting = [_cancellable(job.job_id, job.raw_id) for job in state.active if job.pending]
     if waiting:
         ask("scancel", "--state=PENDING", *waiting, environ=environ)
@@ -84,6 +84,18 @@ def _stop(state: State, ids: Sequence[str], patience_s: float) -> bool:
         return True
     ask("scancel", *ids, environ=environ)
     return False
+
+
+def _environment_of(state: State) -> dict[str, str]:
+    """In which scancel reaches the cluster of the active jobs. Raises HpcmmError if that is not one cluster."""
+    cluster = ",".join(sorted({job.cluster for job in state.active}))
+    job_ids = [job.job_id for job in state.active]
+    if "," in cluster or cluster == "all":
+        raise HpcmmError(
+            f"Job {', '.join(job_ids)} may be on any of the clusters {cluster}, on which these numbers may be others' "
+            "jobs: find it with squeue, and use scancel --clusters=NAME."
+        )
+    return environment_of_job(state.run, state.active[0])
 
 
 def _end_locally(pid: int, patience_s: float) -> None:
@@ -116,4 +128,5 @@ def _nothing_to_cancel(asked: str, states: Sequence[State]) -> str:
             last = state.jobs[-1]
             when = f" since {last.ended}" if last.ended else ""
             return f"Nothing to cancel: job {last.job_id} of {asked} is over ({last.state}{when})."
-    return f"Nothing to cancel: Slurm knows no job of {asked}."
+    others = [note.partition(", so this")[0] for state in states for note in state.notes if "is another job" in note]
+    return f"Nothing to cancel: {others[0] if others else f'Slurm knows no job of {asked}'}."

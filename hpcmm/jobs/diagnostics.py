@@ -10,9 +10,9 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, read_tail
-from hpcmm.jobs.find_run import Target, folder_of_command, run_of_command, settings, slurm_environment
+from hpcmm.jobs.find_run import Target, folder_of_command, run_of_command, settings
 from hpcmm.jobs.logs import lines_in
-from hpcmm.jobs.state import states_of
+from hpcmm.jobs.state import environment_of_job, states_of
 from hpcmm.node.classify import LoggedError, last_logged_error
 from hpcmm.ranges import ranks_in
 from hpcmm.runs import failures
@@ -88,7 +88,7 @@ def gather(target: Target) -> JobDiagnostics:
     if state.silent and run is not None and is_regular(SweepDir(run.root).ledger):
         newest = next((job for job in reversed(state.jobs) if job.state != "COMPLETED"), newest)
         run = run_of_command(newest)  # of the point, whose records tell more than the sweep's folder
-    environ = slurm_environment(run)
+    environ = environment_of_job(run, newest)
     job, complaint = _accounted(newest, environ)
     job = job if job.active else replace(job, reason=reason_of_end(job))
     notes += [complaint] if complaint and not notes else []
@@ -159,7 +159,7 @@ def _accounted(job: Job, environ: Mapping[str, str]) -> tuple[Job, str | None]:
     if job.source != "squeue":
         return job, None
     try:
-        rows = [row for row in account_of([job.raw_id], environ) if row.raw_id == job.raw_id]
+        rows = [row for row in account_of(job, environ) if row.raw_id == job.raw_id]
     except HpcmmError as error:
         return job, f"sacct gives no answer, so exit codes are missing: {error}"
     if not rows:

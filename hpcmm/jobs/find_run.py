@@ -30,6 +30,8 @@ class Target:
     job_ids: tuple[str, ...]
     """Newest last; a run that was submitted again by hand has several."""
     run: RunDir | None
+    by_number: bool = False
+    """A number was given: the job that Slurm knows by it now is meant, and ``run`` is only one that had it too."""
 
     @property
     def user(self) -> str | None:
@@ -50,7 +52,7 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
         return [_target(asked, named)]
     if JOB_ID.fullmatch(asked):
         run = run_of_job(asked, runs_root)
-        return [Target(asked, (asked,), run)]
+        return [Target(asked, (asked,), run, by_number=True)]
     if is_plain and is_mine(within) and is_run(within):
         return [_target(asked, within)]
     runs = runs_in(runs_root)

@@ -20,9 +20,9 @@ from hpcmm.jobs.why import explain, lines_of
 from hpcmm.runs.exit_status import outcome_of
 from hpcmm.runs.metrics import FinishedStep, finished_step, read_scores
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.runs.submission import write_job_record
+from hpcmm.runs.submission import JobIdentity, identity_of, write_job_record
 from hpcmm.slurm.commands import SilentError
-from hpcmm.slurm.jobs import ACTIVE, Job, UnknownJobError, find_job, job_records
+from hpcmm.slurm.jobs import ACTIVE, Job, find_job, job_records
 from hpcmm.slurm.polling import Poller
 from hpcmm.text import printable_lines
 
@@ -99,10 +99,8 @@ def _watch(config: RunConfig, submission: Submission, console: Console) -> Job:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
     shows_a_bar = console.is_terminal and not console.is_dumb_terminal
     hidden = not shows_a_bar or config.task._target_ is None
-    poller = _poller(lambda: _job(config, submission))
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=hidden) as bar:
-        view = _View(config, submission, bar)
-        return poller.wait(lambda job: view.show(job, poller.complaint))
+        return _poller(lambda: _job(config, submission), console).wait(_View(config, submission, bar).show)
 
 
 class _View:
@@ -119,13 +117,9 @@ class _View:
         if config.task._target_ is None:  # a workload tells of its steps in its metrics
             self._logs.append(Log("0", run.rank_log(0)))
         self._state = ("", "")
-        self._complaint: str | None = None
 
-    def show(self, job: Job, complaint: str | None) -> bool:
+    def show(self, job: Job) -> bool:
         """Show the job's state and what its files gained. Returns whether the job is over."""
-        if complaint is not None and complaint != self._complaint:
-            self._say(f"hpcmm: {complaint} It is asked again.")
-        self._complaint = complaint
         state = (job.state, job.reason if job.active else "")
         if state != self._state:
             self._state = state
@@ -154,17 +148,23 @@ def _new_lines(log: Log, job: Job) -> Iterator[str]:
         yield from log.rest()
 
 
-def _poller(ask: Callable[[], Job]) -> Poller[Job]:
-    """Of one job. A question to Slurm that fails is asked again."""
-    return Poller(ask, lambda job: (job.state, job.reason), first_s=_FIRST_S, longest_s=_LONGEST_S)
+def _poller(ask: Callable[[], Job], console: Console) -> Poller[Job]:
+    """Of one job. A question to Slurm that gets no answer is asked again, also the first one."""
+
+    def tell(complaint: str) -> None:
+        console.print(f"hpcmm: {complaint} It is asked again.", markup=False)
+
+    return Poller(ask, lambda job: (job.state, job.reason), first_s=_FIRST_S, longest_s=_LONGEST_S, tell=tell)
 
 
 def _job(config: RunConfig, submission: Submission) -> Job:
     job_id = submission.job_id
     if config.cluster.executor is Executor.slurm:
         try:
-            return find_job(job_id)
-        except UnknownJobError:
+            return find_job(identity_of(submission.run, job_id))
+        except SilentError:
+            raise
+        except HpcmmError:  # Slurm knows it no longer, or keeps no accounts
             if (record := record_of(submission.run, job_id)) is not None:
                 return record
             raise
@@ -190,7 +190,8 @@ def _record(config: RunConfig, submission: Submission, job: Job, console: Consol
     if config.cluster.executor is Executor.local:
         return record
     # The accounting daemon hears of a job's end a little after the queue.
-    poller = Poller(lambda: _records(submission.job_id), len, first_s=_FIRST_S, longest_s=_LONGEST_S)
+    known = identity_of(submission.run, submission.job_id)
+    poller = Poller(lambda: _records(known), len, first_s=_FIRST_S, longest_s=_LONGEST_S)
     try:
         records = poller.wait(_all_ended, _RECORD_WAIT_S)
     except HpcmmError as error:  # a cluster without accounting
@@ -199,9 +200,9 @@ def _record(config: RunConfig, submission: Submission, job: Job, console: Consol
     return record | {"state": _state_of(records[0]), "sacct": records} if _all_ended(records) else record
 
 
-def _records(job_id: str) -> list[dict[str, str]]:
+def _records(known: JobIdentity) -> list[dict[str, str]]:
     try:
-        return job_records(job_id)
+        return job_records(known)
     except SilentError:
         return []  # it is asked again
 
@@ -222,8 +223,8 @@ def _show_analysis(submission: Submission, console: Console) -> None:
         command = [sys.executable, "-m", "hpcmm.analyze", str(run.root)]
         subprocess.run(command, check=False)
         return
-    analysis_job_id = submission.analysis_job_id
-    job = _poller(lambda: find_job(analysis_job_id)).wait(lambda job: not job.active)
+    known = identity_of(run, submission.analysis_job_id)
+    job = _poller(lambda: find_job(known), console).wait(lambda job: not job.active)
     for line in Log("analysis", run.analysis_log).tail(_MOST_LINES):
         print(line, flush=True)
     if job.state != "COMPLETED":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from hpcmm.runs.attempts import raw_id_of
 from hpcmm.runs.exit_status import STOPPED, outcome_of
 from hpcmm.runs.ledger import jobs_of_points
 from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.runs.submission import job_ids_of
-from hpcmm.slurm.commands import SilentError
-from hpcmm.slurm.jobs import Answer, Job, find_jobs
+from hpcmm.runs.submission import identity_of, job_ids_of
+from hpcmm.slurm.commands import SilentError, on_cluster
+from hpcmm.slurm.jobs import Answer, Job, Wanted, find_jobs, is_same_job, other_job, rows_of
 from hpcmm.slurm.polling import LONGEST_S, Poller
 
 
@@ -114,28 +114,43 @@ def states_of(
     Raises HpcmmError when squeue does not answer; unless ``needs_slurm``, what run directories tell is taken then,
     which is nothing of a job that waits or runs.
     """
-    clusters: dict[str, dict[str, str]] = {}
-    asked: dict[str, list[str]] = {}
+    clusters: dict[tuple[str, str], dict[str, str]] = {}
+    asked: dict[tuple[str, str], list[Wanted]] = {}
+    parts: list[list[tuple[Wanted, tuple[str, str]]]] = []
+    """Of each target its jobs, each with the key of the cluster that has it."""
     for target in targets:
-        if not is_local(target.run):
-            mine = slurm_environment(target.run, dict(environ))
-            key = mine.get("SLURM_CONF", "")
+        parts.append([])
+        found = {} if is_local(target.run) else slurm_environment(target.run, dict(environ))
+        for job_id in () if is_local(target.run) else target.job_ids:
+            known = None if target.run is None else identity_of(target.run, job_id)
+            mine = on_cluster(known.cluster, found) if known is not None else found
+            key = (mine.get("SLURM_CONF", ""), mine.get("SLURM_CLUSTERS", ""))
+            wanted = job_id if known is None or target.by_number else known
             clusters[key] = mine
-            asked.setdefault(key, []).extend(target.job_ids)
+            asked.setdefault(key, []).append(wanted)
+            parts[-1].append((wanted, key))
     answers = {key: _answer(asked[key], clusters[key], needs_slurm=needs_slurm) for key in asked}
     return [
         _local_state(target)
         if is_local(target.run)
-        else _state(target, answers[slurm_environment(target.run, dict(environ)).get("SLURM_CONF", "")])
-        for target in targets
+        else _state(target, [(wanted, answers[key]) for wanted, key in part])
+        for target, part in zip(targets, parts, strict=True)
     ]
 
 
+def environment_of_job(run: RunDir | None, job: Job) -> dict[str, str]:
+    """This process' environment, in which Slurm's commands ask the cluster that has this job of ``run``."""
+    return on_cluster(job.cluster, slurm_environment(run))
+
+
 def poller_of(
-    targets: Sequence[Target], known: list[State] | None = None, longest_s: float = LONGEST_S
+    targets: Sequence[Target],
+    known: list[State] | None = None,
+    longest_s: float = LONGEST_S,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Poller[list[State]]:
     """The states of all targets, to be asked for again and again, at least every ``longest_s`` seconds."""
-    return Poller(lambda: states_of(targets), _changing, known=known, longest_s=longest_s)
+    return Poller(lambda: states_of(targets), _changing, known=known, longest_s=longest_s, tell=tell)
 
 
 def all_over(states: Sequence[State]) -> bool:
@@ -164,24 +179,31 @@ class _Silent(Answer):
     """No answer, with a note that says why."""
 
 
-def _answer(ids: Sequence[str], environ: Mapping[str, str], *, needs_slurm: bool) -> Answer:
+def _answer(wanted: Sequence[Wanted], environ: Mapping[str, str], *, needs_slurm: bool) -> Answer:
     try:
-        return find_jobs(ids, environ)
+        return find_jobs(wanted, environ)
     except SilentError as error:
         if needs_slurm:
             raise
         return _Silent([], [silence(error, environ)])
 
 
-def _state(target: Target, answer: Answer) -> State:
+def _state(target: Target, answers: Sequence[tuple[Wanted, Answer]]) -> State:
+    """The target with each of its jobs, as the answer of the cluster that has it tells."""
     jobs: dict[str, Job] = {}
-    for job_id in target.job_ids:
-        found = [job for job in answer.jobs if job_id in {job.job_id, job.raw_id, job.job_id.split("_")[0]}]
+    notes = list(dict.fromkeys(note for _, answer in answers for note in answer.notes))
+    for wanted, answer in answers:
+        job_id = wanted if isinstance(wanted, str) else wanted.job_id
+        found = rows_of(wanted, answer.jobs)
+        if found and target.by_number and target.run is not None:
+            known = identity_of(target.run, job_id)
+            target = target if all(is_same_job(known, job) for job in found) else replace(target, run=None)
+        if (other := other_job(wanted, answer.jobs)) is not None:
+            notes.append(f"{other}, so this is what the run directory of {target.asked} tells.")
         if not found and target.run is not None:
             found = records_of(target.run, job_id)
         jobs |= {job.job_id: job for job in found}
-    silent = isinstance(answer, _Silent)
-    notes = list(answer.notes)
+    silent = any(isinstance(answer, _Silent) for _, answer in answers)
     if silent and jobs and target.run is not None and (unknown := points_without_end(target.run)):
         named = ", ".join(unknown[:_MOST_POINTS]) + (" and more" if len(unknown) > _MOST_POINTS else "")
         points = "point" if len(unknown) == 1 else "points"

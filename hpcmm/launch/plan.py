@@ -29,11 +29,13 @@ from hpcmm.files import is_regular, other_writer
 from hpcmm.launch.script import Job, python_of, rank_command, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import profiled_ranks
+from hpcmm.runs.exit_status import outcome_of
 from hpcmm.runs.ownership import check_runs_root, is_mine, is_trusted, require_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.runs.submission import submitted_job
+from hpcmm.runs.submission import identity_of, submitted_job
+from hpcmm.slurm.commands import SilentError, clusters_asked
 from hpcmm.slurm.jobs import find_job
-from hpcmm.slurm.sbatch import check_array_size
+from hpcmm.slurm.sbatch import check_array_size, enter_cluster
 from hpcmm.text import printable
 
 if TYPE_CHECKING:
@@ -115,8 +117,8 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         _note_other_data(first, RunDir(Path(start)))
     after = None if first.after is None else job_to_wait_for(first.after, run.root.parent)
     if not first.dry_run:
-        os.environ.update(first.cluster.submit_environment)  # for all that asks Slurm from here on
-        after = after and _still_to_wait_for(after)
+        enter_cluster(first)
+        after = after and _still_to_wait_for(after, str(first.after), run.root.parent)
         if is_sweep:
             check_array_size(len(points))
     job = Job(run, python_path, points=len(points) if is_sweep else None, after=after, working_directory=here)
@@ -263,19 +265,40 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
     return job_id
 
 
-def _still_to_wait_for(job_id: str) -> str | None:
-    """``job_id``, or None if that job has completed.
+def _still_to_wait_for(job_id: str, named: str, runs_root: Path) -> str | None:
+    """``job_id``, or None if that job has completed. ``named``: the number itself, or its run's name in ``runs_root``.
 
     Slurm 22.05 starts a job at once whose dependency names a job that it does not know (any more), so this asks before.
-    Raises HpcmmError if the job has failed, or nobody knows it.
+    Raises HpcmmError if the job has failed, nobody knows it, or another job has its number.
     """
-    state = find_job(job_id)
-    if state.active:
+    state = find_job(job_id) if named == job_id else None
+    ended = state.state if state is not None else _end_of_run(job_id, named, RunDir(runs_root / named))
+    if ended is None or (state is not None and state.active):
         return job_id
-    if state.state != "COMPLETED":
-        raise HpcmmError(f"after={job_id}: that job ended as {state.state}, so a job after it would never start.")
+    if ended != "COMPLETED":
+        raise HpcmmError(f"after={named}: that job ended as {ended}, so a job after it would never start.")
     print(f"hpcmm: job {job_id} has completed, so there is nothing to wait for.", file=sys.stderr)
     return None
+
+
+def _end_of_run(job_id: str, named: str, run: RunDir) -> str | None:
+    """How the run's own job ended, by Slurm, else by its run directory; None if it waits or runs."""
+    known, here = identity_of(run, job_id), clusters_asked(os.environ)
+    if known.cluster and here and not {*known.cluster.split(",")} & {*here.split(",")}:
+        raise HpcmmError(
+            f"after={named}: job {job_id} is on cluster {known.cluster}, and this launch goes to {here}: no job can "
+            "wait for one of another cluster."
+        )
+    try:
+        job = find_job(known)
+    except SilentError:
+        raise
+    except HpcmmError as error:  # Slurm knows it no longer, or keeps no accounts
+        outcome = outcome_of(run, job_id)
+        if outcome is None:
+            raise HpcmmError(f"after={named}: {error} {run.root} notes no end of it either.") from error
+        return outcome.state
+    return None if job.active else job.state
 
 
 # What a dry run prints.

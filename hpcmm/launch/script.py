@@ -187,6 +187,7 @@ def _analysis_directives(config: RunConfig, job: Job) -> dict[str, str | None]:
             "time": _ANALYSIS_TIME_MIN,
             **_site(config),
             "reservation": config.cluster.sbatch.get("reservation"),
+            "clusters": config.cluster.sbatch.get("clusters"),
             "array": _array(config, job),
             "kill-on-invalid-dep": "yes",
             "output": _log_pattern(job, job.run.analysis_log),

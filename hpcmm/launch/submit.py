@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,10 +34,17 @@ from hpcmm.ranges import write_ranges
 from hpcmm.runs.exit_status import COMPLETED, FAILED, IN_QUEUE, states_of_points
 from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.runs.submission import write_submission
-from hpcmm.slurm.commands import job_variables
+from hpcmm.runs.submission import JobIdentity, identity_of, write_submission
+from hpcmm.slurm.commands import clusters_asked, job_variables
 from hpcmm.slurm.jobs import ACTIVE, array_states
-from hpcmm.slurm.sbatch import RefusedError, sbatch, warn_where_it_cannot_start
+from hpcmm.slurm.sbatch import (
+    RefusedError,
+    as_slurm_has_it,
+    enter_cluster,
+    identity_at_launch,
+    sbatch,
+    warn_where_it_cannot_start,
+)
 from hpcmm.text import printable
 from hpcmm.worker.task import RankTask
 
@@ -118,7 +126,7 @@ def resubmit(path: Path) -> Resubmission:
     with _locked_ledger(path) as ledger:
         config = config_file.load(ledger.run(ledger.points[0]).config)
         _check_scripts(ledger.sweep.shared)
-        os.environ.update(config.cluster.submit_environment)
+        enter_cluster(config)
         states = point_states(ledger)
         failed = [point for point in ledger.points if states[point.index] == FAILED]
         job_id = _submit_array(config, ledger, failed)[0] if failed else None
@@ -147,7 +155,8 @@ def point_states(ledger: Ledger) -> dict[int, str]:
 
     One question to Slurm for all that it still has in its queue. Raises HpcmmError when Slurm does not answer.
     """
-    active = {task for task, state in array_states(ledger.newest_arrays()).items() if state in ACTIVE}
+    arrays = {job_id: identity_of(ledger.sweep.shared, job_id) for job_id in ledger.newest_arrays()}
+    active = {task for task, state in array_states(arrays).items() if state in ACTIVE}
     return states_of_points(ledger, active)
 
 
@@ -182,32 +191,44 @@ def _submit_script(
 ) -> tuple[str, str | None]:
     """Hand the job's script to Slurm, and that of the analysis behind it. Returns the ids of both jobs."""
     with defer_sigint() as submitted:
-        job_id = sbatch(config, run.submission_script, *options)
+        known = _submitted(config, run.submission_script, config.name, *options)
+        job_id = known.job_id
         submitted.append(job_id)
         if array is not None:
             _note_array(*array, job_id)
-        _note_submission(run, job_id=job_id, analysis_job_id=None)
+        _note_submission(run, known, job_id=job_id, analysis_job_id=None)
         # Also of a run that failed: its reports may say why. Each point's analysis waits for its own point alone.
         condition = "afterany" if array is None else "aftercorr"
-        analysis_job_id = _submit_analysis(config, run, job_id, *options, f"--dependency={condition}:{job_id}")
+        analysis_job_id = _submit_analysis(config, run, known, *options, f"--dependency={condition}:{job_id}")
         submitted.extend([analysis_job_id] if analysis_job_id else [])
-    warn_where_it_cannot_start(config, job_id)
+    known, job = as_slurm_has_it(known)
+    if job is not None:
+        _note_submission(run, known, job_id=job_id, analysis_job_id=analysis_job_id)
+        warn_where_it_cannot_start(config, job)
     return job_id, analysis_job_id
 
 
-def _submit_analysis(config: RunConfig, run: RunDir, job_id: str, *options: str) -> str | None:
-    """Queue the analysis behind job ``job_id``, if one was asked for. Returns its job's id.
+def _submitted(config: RunConfig, script: Path, name: str, *options: str) -> JobIdentity:
+    began_s = time.time()
+    return identity_at_launch(sbatch(config, script, *options), script, name, began_s)
 
-    Raises HpcmmError, which also says that job ``job_id`` is queued, when Slurm refuses it.
+
+def _submit_analysis(config: RunConfig, run: RunDir, known: JobIdentity, *options: str) -> str | None:
+    """Queue the analysis behind the job that is ``known``, if one was asked for. Returns its job's id.
+
+    Raises HpcmmError, which also says that the job is queued, when Slurm refuses it.
     """
+    job_id = known.job_id
     if not is_regular(run.analysis_script):
         return None
+    if "," in clusters_asked(os.environ) and "," not in known.cluster:
+        options = (*options, f"--clusters={known.cluster}")  # of several the one that has the job to wait for
     try:
-        analysis_job_id = sbatch(config, run.analysis_script, *options)
+        analysis = _submitted(config, run.analysis_script, f"{config.name}-analysis", *options)
     except HpcmmError as error:
         raise HpcmmError(f"Job {job_id} is submitted and stays, but its analysis is not. {error}") from error
-    _note_submission(run, job_id=job_id, analysis_job_id=analysis_job_id)
-    return analysis_job_id
+    _note_submission(run, analysis, job_id=job_id, analysis_job_id=analysis.job_id)
+    return analysis.job_id
 
 
 def _note_array(ledger: Ledger, points: Sequence[LedgerPoint], job_id: str) -> None:
@@ -220,10 +241,10 @@ def _note_array(ledger: Ledger, points: Sequence[LedgerPoint], job_id: str) -> N
         ) from error
 
 
-def _note_submission(run: RunDir, **jobs: str | None) -> None:
+def _note_submission(run: RunDir, *known: JobIdentity, **jobs: str | None) -> None:
     """Write ``submission.json``; says so if that cannot be, for the job is queued already."""
     try:
-        write_submission(run, **jobs)
+        write_submission(run, *known, **jobs)
     except OSError as error:
         print(
             f"hpcmm: job {jobs['job_id']} is submitted, but {printable(str(run.submission))} cannot be written "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from hpcmm.files import names_in, read_json_object, write_json
+from hpcmm.files import is_regular, names_in, read_json_object, write_json
 from hpcmm.runs.ledger import jobs_of_points
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 
@@ -17,6 +19,11 @@ _SUBMITTED = re.compile(rf"({JOB_ID.pattern})_submitted\.pkl")
 _STATE = re.compile(r"[A-Z_]{1,32}")
 _MOST_JOBS = 1000
 """Of one directory that Slurm is asked for."""
+_CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(?:,[A-Za-z0-9][A-Za-z0-9_.-]{0,63})*")
+_MOST_CHARACTERS = 4096
+"""Of a path, the longest text that identifies a job."""
+_MOST_S = 1e12
+"""Of a time in seconds since 1970; a larger one is damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +34,106 @@ class JobRecord:
     state: str
 
 
-def write_submission(run: RunDir, **jobs: str | None) -> None:
-    """Write ``submission.json``: ``job_id``, and ``analysis_job_id`` if one may be queued. Raises OSError."""
-    write_json(run.submission, {**jobs, "submitted_unix_s": time.time()})
+@dataclass(frozen=True, slots=True)
+class JobIdentity:
+    """What tells a run's job from another one with the same number. What is not known is empty.
+
+    Numbers are given anew after a controller has lost its state, and each cluster of a site counts by itself.
+    """
+
+    job_id: str
+    """As a user writes it: ``12``, or ``12_7`` for a task of an array."""
+    cluster: str = ""
+    """Slurm's name of the cluster that has the job; several with commas if sbatch did not say which one took it."""
+    user: str = ""
+    name: str = ""
+    scripts: tuple[str, ...] = ()
+    """The job's script by each path that may name it; it is nearly unique, since a run directory's name is."""
+    submitted_unix_s: float | None = None
+    """Seconds since 1970, by the clock of who submitted it."""
+    slurm_submitted_unix_s: float | None = None
+    """The same by Slurm's own record; a requeue makes Slurm's time later."""
+
+
+def write_submission(run: RunDir, *jobs: JobIdentity, **job_ids: str | None) -> None:
+    """Write ``submission.json``: ``job_id``, ``analysis_job_id`` if one may be queued, and what identifies ``jobs``.
+
+    What identifies earlier jobs of the run stays. Raises OSError.
+    """
+    kept = read_json_object(run.submission, within=run.root).get("jobs")
+    known = kept if isinstance(kept, dict) else {}
+    known |= {job.job_id: {key: value for key, value in _values(job).items() if value} for job in jobs}
+    write_json(run.submission, {**job_ids, "submitted_unix_s": time.time(), "jobs": known})
+
+
+def identity_of(run: RunDir, job_id: str) -> JobIdentity:
+    """What identifies the run's job ``job_id``, a number or a task of an array.
+
+    Of a job that was submitted by hand, and of one of an older version, that is little more than the path of the run's
+    script. The points of a sweep share what their sweep notes.
+    """
+    shared = RunDir(run.root.parent) if _is_point(run) else run
+    record = read_json_object(shared.submission, within=shared.root)
+    number = job_id.split("_", maxsplit=1)[0]
+    jobs = record.get("jobs")
+    known = jobs.get(number) if isinstance(jobs, dict) else None
+    noted = known if isinstance(known, dict) else {}
+    is_analysis = number == str(record.get("analysis_job_id"))
+    script = shared.analysis_script if is_analysis else shared.submission_script
+    cluster = _text(noted, "cluster")
+    first = [record.get(key) for key in ("job_id", "analysis_job_id")]
+    return JobIdentity(
+        job_id,
+        cluster if _CLUSTER.fullmatch(cluster) else "",
+        _text(noted, "user"),
+        _text(noted, "name"),
+        _paths(_text(noted, "script"), _text(noted, "slurm_script"), str(script), _real(script)),
+        _number(noted or (record if number in map(str, first) else {}), "submitted_unix_s"),
+        _number(noted, "slurm_submitted_unix_s"),
+    )
+
+
+def _values(job: JobIdentity) -> dict[str, str | float | None]:
+    script, *others = [*job.scripts, ""]
+    return {
+        "cluster": job.cluster,
+        "user": job.user,
+        "name": job.name,
+        "script": script,
+        "slurm_script": others[0] if others else "",
+        "submitted_unix_s": job.submitted_unix_s,
+        "slurm_submitted_unix_s": job.slurm_submitted_unix_s,
+    }
+
+
+def _is_point(run: RunDir) -> bool:
+    """Whether this is a point of a sweep, and the sweep's folder that of the same user."""
+    sweep = SweepDir(run.root.parent)
+    if not run.root.name.isdecimal() or not is_regular(sweep.ledger):
+        return False
+    try:
+        return run.root.stat().st_uid == sweep.root.stat().st_uid
+    except OSError:
+        return False
+
+
+def _real(script: Path) -> str:
+    """As Slurm may show it if links lead to the run's folder; a link in its own place counts for nothing."""
+    return str(Path(os.path.realpath(script.parent)) / script.name)
+
+
+def _paths(*given: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, given)))
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    return value[:_MOST_CHARACTERS] if isinstance(value, str) else ""
+
+
+def _number(record: Mapping[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) and abs(value) < _MOST_S else None
 
 
 def submitted_job(run: RunDir) -> str | None:

@@ -56,10 +56,15 @@ def wait_for_address(submission: Submission) -> Address:
 
     Raises HpcmmError, with the last lines of its log, where it ends before.
     """
+    from hpcmm.runs.submission import identity_of  # noqa: PLC0415
     from hpcmm.slurm.jobs import Job, find_job  # noqa: PLC0415
     from hpcmm.slurm.polling import Poller  # noqa: PLC0415
 
-    poller = Poller(lambda: find_job(submission.job_id), lambda job: (job.state, job.reason), longest_s=_LONGEST_S)
+    def tell(complaint: str) -> None:
+        print(f"hpcmm: {complaint} It is asked again.", file=sys.stderr, flush=True)
+
+    known = identity_of(submission.run, submission.job_id)
+    poller = Poller(lambda: find_job(known), lambda job: (job.state, job.reason), longest_s=_LONGEST_S, tell=tell)
     shown, address = "", None
 
     def answers(job: Job) -> bool:

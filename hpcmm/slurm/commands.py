@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import MOST_BYTES
+from hpcmm.text import visible
 
 _TIMEOUT_S = 30
 _DEFAULTS_OF_COMMANDS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SCONTROL_")
@@ -15,15 +19,31 @@ _OF_THE_CLUSTER = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
 """How Slurm's commands find and enter the cluster."""
 
 
-class SilentError(HpcmmError):
-    """Slurm cannot be asked at all: no command, no daemon, no answer in time."""
+_CLUSTERS = "SLURM_CLUSTERS"
+_OF_ANY_CLUSTER = frozenset({"squeue", "sacct", "scancel", "scontrol", "sinfo"})
+"""Commands that take ``--clusters``; sacct does not heed the variable."""
+_CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
+_CLUSTER_NAME = re.compile(r"^\s*ClusterName\s*=\s*([\w.-]+)", re.IGNORECASE | re.MULTILINE)
 
-    def __init__(self, sentence: str, reason: str) -> None:
+
+class SilentError(HpcmmError):
+    """Slurm gives no answer: no command, no daemon, none in time, or a failure that is no refusal of the question."""
+
+    def __init__(self, sentence: str, reason: str, *, lasting: bool = False) -> None:
         super().__init__(sentence)
         self.reason = reason
         """A few words, for a sentence of one's own."""
+        self.lasting = lasting
+        """It does not help to ask again."""
 
 
+_NO_CLUSTER = re.compile(r"no cluster '([^']*)'", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\b(invalid|unrecogni[sz]ed|ambiguous|denied|disabled|requires an argument|not (permitted|allowed|supported))\b"
+    r"|\b(unknown|no such) (option|field|format|job|user|group|account|partition|reservation|qos)\b|\busage:|--help\b",
+    re.IGNORECASE,
+)
+"""Words by which Slurm's commands refuse the question itself. Any other failure means that there was no answer."""
 _SILENCE = {
     "munge": "munge does not answer here",
     "unable to contact": "Unable to contact slurm controller",
@@ -32,8 +52,10 @@ _SILENCE = {
     "timed out": "the Slurm controller timed out",
     "connection refused": "the connection was refused",
     "authentication error": "its authentication does not work here",
+    "can't be reached": "that cluster cannot be reached",
 }
 """Words by which Slurm's commands, on several lines, complain of a cluster that is down, and what they come to."""
+_LASTING_SILENCE = "no Slurm configuration is found"
 
 
 def run_command(
@@ -62,18 +84,21 @@ def ask(
 ) -> str:
     """The command's output; nothing if it complains of what ``absent`` says.
 
-    Raises SilentError when Slurm cannot be asked, and another HpcmmError when the command fails otherwise.
+    SLURM_CLUSTERS in ``environ`` says which clusters are asked. Raises SilentError when Slurm gives no answer, and
+    another HpcmmError when it refuses the question.
     """
     # The commands take defaults, such as for their formats, from the user's environment, and these must not apply.
     clean = {name: value for name, value in environ.items() if not name.startswith(_DEFAULTS_OF_COMMANDS)}
+    clusters = clean.pop(_CLUSTERS, "") if command[0] in _OF_ANY_CLUSTER else ""
+    options = [f"--clusters={clusters}"] if clusters else []
     try:
-        done = run_command(command, clean | {"SLURM_TIME_FORMAT": ""}, timeout_s)
+        done = run_command([command[0], *options, *command[1:]], clean | {"SLURM_TIME_FORMAT": ""}, timeout_s)
     except FileNotFoundError as error:
         sentence = f"{command[0]} not found: run this on a Slurm login node."
-        raise SilentError(sentence, f"{command[0]} is not found here") from error
+        raise SilentError(sentence, f"{command[0]} is not found here", lasting=True) from error
     except (OSError, ValueError) as error:  # no program, or an environment that no program can be given
-        reason = f"{command[0]} cannot be run"
-        raise SilentError(f"{reason} ({error}): see `which {command[0]}`.", reason) from error
+        reason, lasting = f"{command[0]} cannot be run", not isinstance(error, BlockingIOError)
+        raise SilentError(f"{reason} ({error}): see `which {command[0]}`.", reason, lasting=lasting) from error
     except subprocess.TimeoutExpired as error:
         reason = f"{command[0]} gave no answer within {timeout_s:g} s"
         raise SilentError(f"{reason}; the job itself is not affected.", reason) from error
@@ -81,11 +106,45 @@ def ask(
         return done.stdout
     if absent is not None and absent in done.stderr:
         return ""
-    complaint = " ".join(done.stderr.split())
+    raise _failure(command[0], visible(" ".join(done.stderr.split()), " "))
+
+
+def _failure(command: str, complaint: str) -> HpcmmError:
+    """Of which kind a failure is: what Slurm says of itself comes before what it says of the question."""
+    if (unknown := _NO_CLUSTER.search(complaint)) is not None:
+        reason = f"it knows no cluster {unknown[1]}"
+        return SilentError(f"{command} failed ({reason}); the job itself is not affected.", reason, lasting=True)
     silence = next((reason for words, reason in _SILENCE.items() if words in complaint.lower()), None)
-    if silence is not None:
-        raise SilentError(f"{command[0]} failed ({silence}); the job itself is not affected.", silence)
-    raise HpcmmError(f"{command[0]} failed ({complaint}); the job itself is not affected.")
+    if silence is None and _REFUSAL.search(complaint):
+        return HpcmmError(f"{command} failed ({complaint}); the job itself is not affected.")
+    reason = silence or complaint or f"{command} said nothing"
+    sentence = f"{command} failed ({reason}); the job itself is not affected."
+    return SilentError(sentence, reason, lasting=silence == _LASTING_SILENCE)
+
+
+def cluster_here(environ: Mapping[str, str]) -> str:
+    """Slurm's name of the cluster that its commands ask by themselves; empty if no configuration here tells it."""
+    for path in map(Path, [environ["SLURM_CONF"]] if environ.get("SLURM_CONF") else _CONFIGURATIONS):
+        try:
+            if path.is_file():  # the site's own, which may be a link and of whatever user: squeue reads it too
+                with path.open(encoding="utf-8", errors="replace") as file:
+                    found = _CLUSTER_NAME.search(file.read(MOST_BYTES))
+                return found[1].lower() if found else ""
+        except (OSError, ValueError):
+            continue
+    return ""
+
+
+def on_cluster(cluster: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` in which Slurm's commands ask ``cluster``; as it is if that is the one they ask anyway, or empty."""
+    if not cluster or (not environ.get(_CLUSTERS) and cluster == cluster_here(environ)):
+        return dict(environ)
+    return {**environ, _CLUSTERS: cluster}
+
+
+def clusters_asked(environ: Mapping[str, str]) -> str:
+    """The clusters that Slurm's commands ask, with commas; empty if that is not known."""
+    return environ.get(_CLUSTERS) or cluster_here(environ)
 
 
 def job_variables(environ: Mapping[str, str], keep: Collection[str] = ()) -> list[str]:

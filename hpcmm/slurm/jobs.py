@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 
 from hpcmm.errors import HpcmmError
-from hpcmm.slurm.commands import ask
+from hpcmm.runs.submission import JobIdentity
+from hpcmm.slurm.commands import ask, clusters_asked, on_cluster
+from hpcmm.text import visible
 
 PENDING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
 ACTIVE = PENDING | {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
@@ -50,8 +54,20 @@ _SACCT = {
 _EMPTY = frozenset({"", "N/A", "Unknown", "None", "None assigned", "(null)"})
 _RECORD_FIELDS = (
     "JobID,JobName,State,ExitCode,DerivedExitCode,Reason,NNodes,NTasks,NodeList,"
-    "AllocTRES,Submit,Start,End,ElapsedRaw,MaxRSS"
+    "AllocTRES,Submit,Start,End,ElapsedRaw,MaxRSS,User,SubmitLine"
 )
+_REVOKED = "REVOKED"
+"""Of a job in a federation, at a cluster that did not get it."""
+_CLUSTER_LINE = re.compile(r"CLUSTER: *(\S+)\s*")
+"""What squeue and sinfo print before the rows of each cluster, also without a header."""
+_CLOCKS_S = 900
+"""The most by which a login node's clock may be ahead of the controller's."""
+_DAYLIGHT_SAVING_S = 3600
+_RUN_NAME = re.compile(r".+-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+"""A run directory's name as the launcher makes it, which no other run has."""
+
+Wanted = str | JobIdentity
+"""A job by its number, which means whatever job has it now, or one job that is known."""
 
 
 class UnknownJobError(HpcmmError):
@@ -84,6 +100,8 @@ class Job:
     derived_exit_code: str = ""
     """The highest of its steps."""
     source: str = "squeue"
+    cluster: str = ""
+    """Slurm's name of the cluster that told of it; empty if that is not known."""
 
     @property
     def active(self) -> bool:
@@ -92,6 +110,14 @@ class Job:
     @property
     def pending(self) -> bool:
         return self.state in PENDING
+
+    @property
+    def submitted_unix_s(self) -> float | None:
+        """When Slurm took it, or put it back into the queue, in seconds since 1970; None if that is not told."""
+        try:
+            return time.mktime(time.strptime(self.submitted, "%Y-%m-%dT%H:%M:%S"))
+        except (ValueError, OverflowError):
+            return None
 
     @property
     def tasks(self) -> int:
@@ -122,33 +148,96 @@ def count_tasks(job_id: str) -> int:
     return max(total, 1)
 
 
-def find_job(job_id: str, environ: Mapping[str, str] = os.environ) -> Job:
-    """The job: squeue is asked, and sacct if squeue does not know it.
+def is_same_job(known: JobIdentity, row: Job) -> bool:
+    """Whether a row of squeue's or sacct's is of the job that is ``known``, and of no other with its number.
+
+    The script decides if the row names one. If it does not, neither user nor name may differ, and the job must not
+    have been submitted before the known one. A later time is no objection, for a requeue sets it anew.
+    """
+    if not _has_number(known.job_id, row) or _differ(known.user, row.user):
+        return False
+    named = _names_script(known.scripts, row)
+    if named:
+        return True
+    if _differ(known.name, row.name):
+        return False
+    submitted_s = row.submitted_unix_s
+    if named is False:  # a site's own sbatch may hand over a copy of the script: the second tells that it is the same
+        is_copy = PurePosixPath(row.command).name not in {PurePosixPath(script).name for script in known.scripts}
+        return is_copy and bool(known.user) and _is_same_second(known.slurm_submitted_unix_s, submitted_s)
+    return not _is_before(submitted_s, known)
+
+
+def rows_of(wanted: Wanted, rows: Sequence[Job]) -> list[Job]:
+    """The rows of a job and of its tasks: squeue's if there are any, else sacct's newest of each."""
+    if isinstance(wanted, JobIdentity):
+        mine = [row for row in rows if is_same_job(wanted, row)]
+    else:
+        mine = [row for row in rows if _has_number(wanted, row)]
+    if any(row.source == "squeue" for row in mine):
+        return [row for row in mine if row.source == "squeue"]
+    # sacct has a row for each time that a job was requeued, and for each job that had the number.
+    return list({row.job_id: row for row in sorted(mine, key=lambda row: row.submitted)}.values())
+
+
+def other_job(wanted: Wanted, rows: Sequence[Job]) -> str | None:
+    """A clause that says that another job has the number now; None if no row shows one, or one shows the job itself."""
+    if not isinstance(wanted, JobIdentity) or rows_of(wanted, rows):
+        return None
+    others = rows_of(wanted.job_id, rows)
+    if not others:
+        return None
+    return f"Slurm's job {wanted.job_id} is another job now ({who_has(others[-1])})"
+
+
+def who_has(job: Job) -> str:
+    """A job's name and user, for a sentence."""
+    return visible(f"{job.name or 'without a name'}, of {job.user or 'a user not told'}", " ")
+
+
+def find_job(wanted: Wanted, environ: Mapping[str, str] = os.environ) -> Job:
+    """The job: squeue is asked, and sacct if squeue does not know it; of a known job, those of its cluster.
 
     An array as a whole is represented by a task that is active, else by one that did not complete. Raises
     UnknownJobError if neither knows the job, and another HpcmmError if one of them does not answer.
     """
-    tasks = _squeue([f"--jobs={job_id}", "--states=all"], environ) or _sacct([f"--jobs={job_id}"], environ)
+    job_id = _number_of(wanted)
+    if isinstance(wanted, JobIdentity):
+        environ = on_cluster(wanted.cluster, environ)
+    rows = _squeue([f"--jobs={job_id}", "--states=all"], environ)
+    if not rows_of(wanted, rows):
+        rows += _sacct([f"--jobs={job_id}", "--duplicates"], environ)
+    tasks = rows_of(wanted, rows)
     if not tasks:
+        other = other_job(wanted, rows)
         raise UnknownJobError(
-            f"Neither squeue nor sacct knows job {job_id}: was it of another cluster, or too long ago?"
+            f"{other}, and neither squeue nor sacct knows the one that is meant."
+            if other
+            else f"Neither squeue nor sacct knows job {job_id}: was it of another cluster, or too long ago?"
         )
     return min(tasks, key=lambda task: (not task.active, task.state == "COMPLETED"))
 
 
-def find_jobs(ids: Sequence[str], environ: Mapping[str, str] = os.environ) -> Answer:
-    """The jobs with these numbers: squeue first, sacct for those that have left the queue.
+def find_jobs(wanted: Sequence[Wanted], environ: Mapping[str, str] = os.environ) -> Answer:
+    """Rows of all jobs with these numbers: squeue first, sacct for those that squeue does not know.
 
-    Raises HpcmmError when squeue does not answer. Without sacct, what the queue forgot is missing, and a note says so.
+    :func:`rows_of` tells which of them are of a job. Raises HpcmmError when squeue does not answer. Without sacct, what
+    the queue forgot is missing, and a note says so.
     """
-    ids = list(dict.fromkeys(ids))
+    ids = list(dict.fromkeys(map(_number_of, wanted)))
     queued = _squeue([f"--jobs={','.join(ids)}", "--states=all"], environ) if ids else []
-    known = {name for job in queued for name in (job.raw_id, job.job_id.split("_")[0], job.job_id)}
-    missing = [each for each in ids if each not in known]
+    by_number = _by_number(queued)
+    missing = list(
+        dict.fromkeys(
+            job_id
+            for each in wanted
+            if not rows_of(each, by_number.get(job_id := _number_of(each), []))  # also if it is another job's now
+        )
+    )
     if not missing:
         return Answer(queued)
     try:
-        return Answer(queued + _sacct([f"--jobs={','.join(missing)}"], environ))
+        return Answer(queued + _sacct([f"--jobs={','.join(missing)}", "--duplicates"], environ))
     except HpcmmError as error:
         return Answer(queued, [_without_sacct(error)])
 
@@ -170,30 +259,45 @@ def own_jobs(user: str | None, since: str | None, environ: Mapping[str, str] = o
     return Answer(active + [job for job in over if job.raw_id not in listed and not job.active], notes)
 
 
-def account_of(ids: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[Job]:
-    """sacct's rows of these jobs, not of their steps. Raises HpcmmError if sacct does not answer."""
-    return _sacct([f"--jobs={','.join(ids)}"], environ) if ids else []
+def account_of(job: Job, environ: Mapping[str, str] = os.environ) -> list[Job]:
+    """sacct's rows of a job that squeue told of, not of its steps. Raises HpcmmError if sacct does not answer."""
+    scripts = (job.command,) if job.command else ()
+    known = JobIdentity(job.raw_id, user=job.user, name=job.name, scripts=scripts)
+    return [row for row in _sacct([f"--jobs={job.raw_id}"], environ) if is_same_job(known, row)]
 
 
-def array_states(job_ids: Iterable[str]) -> dict[str, str]:
-    """States of the array tasks that Slurm has in its queue, by ``job_task``; one question for all arrays.
+def array_states(arrays: Mapping[str, JobIdentity]) -> dict[str, str]:
+    """States of the array tasks that Slurm has in its queue, by ``job_task``; one question a cluster for all arrays.
 
-    Tasks that have left the queue are not in it. Raises HpcmmError when squeue does not answer.
+    Tasks that have left the queue, and those of other jobs with these numbers, are not in it. Raises HpcmmError when
+    squeue does not answer.
     """
-    wanted = ",".join(sorted(job_ids))
-    if not wanted:
-        return {}
-    listed = ask(
-        "squeue", "--noheader", "--array", "--states=all", f"--jobs={wanted}", "--format=%i|%T", absent="Invalid job id"
-    )
-    return dict(line.strip().split("|", 1) for line in listed.splitlines() if "|" in line)
+    found: dict[str, str] = {}
+    for cluster in sorted({known.cluster for known in arrays.values()}):
+        mine = {job_id: known for job_id, known in arrays.items() if known.cluster == cluster}
+        options = ["--array", "--states=all", f"--jobs={','.join(sorted(mine))}"]
+        rows = _by_number(_squeue(options, on_cluster(cluster, os.environ)))
+        for job_id, known in mine.items():
+            found |= {row.job_id: row.state for row in rows.get(job_id, []) if is_same_job(known, row)}
+    return found
 
 
-def job_records(job_id: str) -> list[dict[str, str]]:
-    """sacct's records: of the job first, then of its steps. Keys are sacct's names of the fields."""
-    listed = ask("sacct", "--parsable2", "--delimiter=\t", f"--jobs={job_id}", f"--format={_RECORD_FIELDS}")
+def job_records(known: JobIdentity, environ: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
+    """sacct's records: of the job first, then of its steps. Keys are sacct's names of the fields.
+
+    Empty if sacct does not know it (yet), also if it knows another job with its number. Raises HpcmmError if sacct
+    gives no answer.
+    """
+    options = ("--parsable2", "--delimiter=\t", f"--jobs={known.job_id}", f"--format={_RECORD_FIELDS}")
+    listed = ask("sacct", *options, environ=on_cluster(known.cluster, environ))
     names, *rows = [line.split("\t") for line in listed.splitlines()] or [[]]
-    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+    records = [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+    return records if records and is_same_job(known, _job_of_record(records[0])) else []
+
+
+def _job_of_record(record: Mapping[str, str]) -> Job:
+    given = {name: record.get(of_sacct, "") for name, of_sacct in _SACCT.items()}
+    return Job(**{name: "" if value in _EMPTY else value for name, value in given.items()}, source="sacct")
 
 
 def node_states(nodes: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -206,6 +310,8 @@ def node_states(nodes: str, environ: Mapping[str, str] = os.environ) -> dict[str
     listed = ask("sinfo", "-hN", f"--nodes={nodes}", "--format=%N\x1f%T\x1f%E", environ=environ)
     states = {}
     for line in listed.splitlines():
+        if _CLUSTER_LINE.fullmatch(line):
+            continue
         name, _, rest = line.partition("\x1f")
         state, _, reason = rest.partition("\x1f")
         states[name.strip()] = state if reason.strip() in {"", "none"} else f"{state} ({reason.strip()})"
@@ -219,28 +325,45 @@ def _without_sacct(error: HpcmmError) -> str:
 def _squeue(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
     wanted = _SEPARATOR.join(_SQUEUE.values())
     whole_ranges = {**environ, "SLURM_BITSTR_LEN": "0"}
-    listed = ask("squeue", "--noheader", *options, f"--format={wanted}", absent="Invalid job id", environ=whole_ranges)
-    return _rows(listed, list(_SQUEUE), "squeue")
+
+    def rows(*more: str) -> list[Job]:
+        asked = ["--noheader", *more, *options, f"--format={wanted}"]
+        listed = ask("squeue", *asked, absent="Invalid job id", environ=whole_ranges)
+        return _rows(listed, list(_SQUEUE), "squeue", clusters_asked(environ))
+
+    return _of_federation(rows, environ)
 
 
 def _sacct(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
     wanted = ",".join(_SACCT.values())
     whole_ranges = {**environ, "SLURM_BITSTR_LEN": "0"}
-    listed = ask(
-        "sacct",
-        "--noheader",
-        "--allocations",
-        "--parsable2",
-        f"--delimiter={_SEPARATOR}",
-        *options,
-        f"--format={wanted}",
-        environ=whole_ranges,
-    )
-    return _rows(listed, list(_SACCT), "sacct")
+    layout = ["--noheader", "--allocations", "--parsable2", f"--delimiter={_SEPARATOR}", f"--format={wanted}"]
+
+    def rows(*more: str) -> list[Job]:
+        listed = ask("sacct", *layout, *more, *options, environ=whole_ranges)
+        return _rows(listed, list(_SACCT), "sacct", clusters_asked(environ))
+
+    return _of_federation(rows, environ)
 
 
-def _rows(listed: str, names: Sequence[str], source: str) -> list[Job]:
-    return [job for line in listed.split("\n") for job in _row(line, names, source)]
+def _of_federation(rows: Callable[..., list[Job]], environ: Mapping[str, str]) -> list[Job]:
+    """The rows; those of the whole federation if a job went to another cluster of it than the one that was asked."""
+    here = rows()
+    revoked = {job.job_id for job in here if job.state == _REVOKED}
+    if not revoked or environ.get("SLURM_CLUSTERS"):
+        return here
+    elsewhere = [replace(job, cluster="") for job in rows("--federation") if job.state != _REVOKED]
+    found = {job.job_id for job in elsewhere}
+    return [job for job in here if job.job_id not in found] + [job for job in elsewhere if job.job_id in revoked]
+
+
+def _rows(listed: str, names: Sequence[str], source: str, cluster: str) -> list[Job]:
+    found: list[Job] = []
+    for line in listed.split("\n"):
+        if (heading := _CLUSTER_LINE.fullmatch(line)) is not None:
+            cluster = heading[1]
+        found += [replace(job, cluster=cluster) for job in _row(line, names, source)]
+    return found
 
 
 def _row(line: str, names: Sequence[str], source: str) -> Iterable[Job]:
@@ -254,3 +377,68 @@ def _row(line: str, names: Sequence[str], source: str) -> Iterable[Job]:
     if job.active and source == "squeue" and not job.pending:
         job = Job(**{**vars(job), "ended": ""})  # squeue gives the time limit's end
     yield job
+
+
+# Whether two records are of one job.
+
+
+def _number_of(wanted: Wanted) -> str:
+    return wanted.job_id if isinstance(wanted, JobIdentity) else wanted
+
+
+def _numbers(row: Job) -> set[str]:
+    return {row.job_id, row.raw_id, row.job_id.split("_")[0]}
+
+
+def _has_number(job_id: str, row: Job) -> bool:
+    return job_id in _numbers(row)
+
+
+def _by_number(rows: Iterable[Job]) -> dict[str, list[Job]]:
+    found: dict[str, list[Job]] = {}
+    for row in rows:
+        for number in _numbers(row):
+            found.setdefault(number, []).append(row)
+    return found
+
+
+def _differ(known: str, given: str) -> bool:
+    """Whether both are known and are not the same; Slurm shows a user without a name by number."""
+    return bool(known and given) and known != given and not given.isdecimal()
+
+
+def _names_script(scripts: Sequence[str], row: Job) -> bool | None:
+    """Whether the row names one of ``scripts``; None if it names no script, or one by a path that does not tell."""
+    command = row.command
+    if not scripts or not command:
+        return None
+    if any(f" {script} " in f" {command} " for script in scripts):
+        return True
+    paths = [PurePosixPath(script) for script in scripts]
+    tails = {f"/{path.parent.name}/{path.name} " for path in paths if _RUN_NAME.fullmatch(path.parent.name)}
+    if any(tail in f"{command} " for tail in tails):  # another path to the same folder
+        return True
+    if row.source == "sacct":
+        submitter, *words = command.split()
+        if not words and PurePosixPath(submitter).name == "sbatch":
+            return None  # from the standard input
+    return None if any(command.split()[-1] in {path.name, f"./{path.name}"} for path in paths) else False
+
+
+def _is_before(submitted_s: float | None, known: JobIdentity) -> bool:
+    if submitted_s is None:
+        return False
+    if known.slurm_submitted_unix_s is not None:
+        return submitted_s < known.slurm_submitted_unix_s - 1 and not _is_same_second(
+            known.slurm_submitted_unix_s, submitted_s
+        )
+    return known.submitted_unix_s is not None and submitted_s < known.submitted_unix_s - _CLOCKS_S
+
+
+def _is_same_second(known_s: float | None, submitted_s: float | None) -> bool:
+    """Slurm's times are local, so that one hour of a year comes twice."""
+    return (
+        known_s is not None
+        and submitted_s is not None
+        and any(abs(abs(known_s - submitted_s) - shift_s) <= 1 for shift_s in (0, _DAYLIGHT_SAVING_S))
+    )

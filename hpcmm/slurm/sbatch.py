@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 from hpcmm.config.schema import ClusterConfig, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.slurm.commands import ask, job_variables, outside_of_jobs, run_command
-from hpcmm.slurm.jobs import find_job
+from hpcmm.runs.submission import JobIdentity
+from hpcmm.slurm.commands import (
+    SilentError,
+    ask,
+    clusters_asked,
+    job_variables,
+    on_cluster,
+    outside_of_jobs,
+    run_command,
+)
+from hpcmm.slurm.jobs import Job, find_jobs, is_same_job, rows_of, who_has
 from hpcmm.text import visible
 
 _TIMEOUT_S = 120
@@ -46,6 +57,8 @@ _NO_CONFIGURATION = (
 )
 _USUAL_SCRIPT_BYTES = 4 * 1024**2
 _TOO_LONG = re.compile("too long|too large|max_script_size", re.IGNORECASE)
+_CLUSTERS = "clusters"
+"""sbatch's option, which an ``#SBATCH`` line may hold too."""
 _UNKNOWN = "Change the cluster settings and try again."
 _UNCERTAIN = (
     "timed out",
@@ -60,22 +73,39 @@ _UNCERTAIN = (
 """Words of an answer that was lost on its way: the controller may have queued the job all the same."""
 
 
+_ACCEPTED = re.compile(r"Submitted batch job ([1-9][0-9]*)\b(?: on cluster ([\w.-]+))?")
+_PARSABLE = re.compile(r"([1-9][0-9]{0,9})(?:;([\w.-]+))?")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
 class RefusedError(HpcmmError):
     """Nothing was queued, for certain."""
 
 
-def sbatch(config: RunConfig, script: Path, *options: str) -> str:
-    """Submit ``script``. Returns the job's id. Raises RefusedError, with a remedy, when Slurm refuses it, and another
-    HpcmmError where the job may be queued all the same.
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What sbatch says of a job that it took."""
+
+    job_id: str
+    cluster: str = ""
+    """The cluster that has it; empty if sbatch did not say."""
+
+
+def sbatch(config: RunConfig, script: Path, *options: str) -> Accepted:
+    """Submit ``script``. Raises RefusedError, with a remedy, when Slurm refuses it, and another HpcmmError where the
+    job may be queued all the same.
 
     The job is what the script says: variables of the user's shell that would change it do not reach sbatch.
     """
     check_slurm_is_here()
     keep = config.cluster.submit_environment
     _say_what_is_ignored(job_variables(os.environ, keep))
+    environ = outside_of_jobs(os.environ, keep)
+    if _CLUSTERS in config.cluster.sbatch and "SLURM_CLUSTERS" not in keep:
+        environ.pop("SLURM_CLUSTERS", None)  # it would outweigh the script's own line
     try:
         command = ["sbatch", *options, str(script)]
-        done = run_command(command, outside_of_jobs(os.environ, keep), _TIMEOUT_S, process_group=0)
+        done = run_command(command, environ, _TIMEOUT_S, process_group=0)
     except subprocess.TimeoutExpired as error:
         raise HpcmmError(
             f"sbatch gave no answer within {_TIMEOUT_S} s: see in squeue whether the job is there."
@@ -88,11 +118,41 @@ def sbatch(config: RunConfig, script: Path, *options: str) -> str:
         raise kind(refusal(config, complaint, script))
     if complaint.strip():
         print(visible(complaint.strip(), " "), file=sys.stderr)
-    accepted = re.search(r"Submitted batch job ([0-9]+)", answer)
+    accepted = accepted_by(answer)
     if accepted is None:
         said = visible(answer.strip().splitlines()[0], " ") if answer.strip() else "nothing was said"
         raise HpcmmError(f"sbatch gave no job id, so the job may or may not run, see squeue ({said}).")
-    return accepted[1]
+    return accepted
+
+
+def accepted_by(answer: str) -> Accepted | None:
+    """The job that sbatch's output tells of, among a site's banner lines; None if it tells of no job, or of several.
+
+    That is ``Submitted batch job 85``, also with ``on cluster NAME``, else a line that is ``85`` or ``85;NAME``.
+    """
+    lines = [_COLOURS.sub("", line).strip() for line in answer.splitlines()]
+    for match in (_ACCEPTED.match, _ACCEPTED.search, _PARSABLE.fullmatch):
+        found = {Accepted(each[1], each[2] or "") for each in map(match, lines) if each is not None}
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None
+
+
+def enter_cluster(config: RunConfig) -> None:
+    """From here on, all that asks Slurm asks where ``config`` submits: by its environment and its clusters."""
+    os.environ.update(config.cluster.submit_environment)
+    if _CLUSTERS in config.cluster.sbatch and "SLURM_CLUSTERS" not in config.cluster.submit_environment:
+        os.environ["SLURM_CLUSTERS"] = config.cluster.sbatch[_CLUSTERS]
+
+
+def identity_at_launch(accepted: Accepted, script: Path, name: str, submitted_unix_s: float) -> JobIdentity:
+    """What is known of a job once sbatch has accepted it. ``submitted_unix_s``: when sbatch was called."""
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # as in some containers
+        user = ""
+    cluster = accepted.cluster or clusters_asked(os.environ)
+    return JobIdentity(accepted.job_id, cluster, user, name, (str(script),), submitted_unix_s)
 
 
 def _say_what_is_ignored(variables: Sequence[str]) -> None:
@@ -142,12 +202,50 @@ def check_array_size(tasks: int) -> None:
             )
 
 
-def warn_where_it_cannot_start(config: RunConfig, job_id: str) -> None:
-    """Say so when Slurm has accepted a job that breaks a limit: many sites let such a job wait for ever."""
+def as_slurm_has_it(known: JobIdentity) -> tuple[JobIdentity, Job | None]:
+    """A job that was accepted just now: what identifies it, with Slurm's own words of that, and the job itself.
+
+    None if Slurm does not show it, and a line says so if it shows another job with the number.
+    """
+    asked = known
     try:
-        job = find_job(job_id)
+        rows = find_jobs([asked], on_cluster(asked.cluster, os.environ)).jobs
+    except HpcmmError as error:
+        if not (isinstance(error, SilentError) and error.lasting) or asked.cluster == clusters_asked(os.environ):
+            return known, None  # it is accepted, which is what counts
+        # Nothing here knows the cluster that sbatch named: a site's own sbatch may name it otherwise.
+        asked = replace(known, cluster="")
+        rows = _asked_here(asked)
+    rows = [row for row in rows if row.source == "squeue"]  # accounting may still show an older job
+    shown = (rows_of(asked, rows) or rows_of(asked.job_id, rows))[:1]
+    if not shown:
+        return known, None
+    (job,) = shown
+    script = PurePosixPath(known.scripts[0])
+    copied = job.command.startswith("/") and PurePosixPath(job.command).name != script.name
+    if not is_same_job(asked, job) and not (copied and is_same_job(replace(asked, scripts=()), job)):
+        print(
+            f"hpcmm: sbatch accepted job {known.job_id}, but squeue shows another job by that number "
+            f"({who_has(job)}): is yours on another cluster? Name it in cluster.sbatch.clusters.",
+            file=sys.stderr,
+        )
+        return known, None
+    known = asked
+    scripts = (*known.scripts, job.command) if copied else known.scripts
+    cluster = known.cluster if known.cluster and "," not in known.cluster else job.cluster
+    return replace(known, cluster=cluster, scripts=scripts, slurm_submitted_unix_s=job.submitted_unix_s), job
+
+
+def _asked_here(known: JobIdentity) -> list[Job]:
+    try:
+        return find_jobs([known]).jobs
     except HpcmmError:
-        return  # it is accepted, which is what counts
+        return []
+
+
+def warn_where_it_cannot_start(config: RunConfig, job: Job) -> None:
+    """Say so when Slurm has accepted a job that breaks a limit: many sites let such a job wait for ever."""
+    job_id = job.job_id.split("_")[0]
     if job.state == "PENDING" and job.reason in _CANNOT_START:
         print(
             f"hpcmm: job {job_id} is queued but cannot start as it is ({job.reason}). "
@@ -224,6 +322,7 @@ def remedy(config: RunConfig, complaint: str) -> str | None:
             "format=name,maxtres,maxwall,maxsubmit` shows it; ask for less, or wait for others to end."
         ),
         "maxsubmit": "You have as many jobs queued as your account or QOS allows: wait for some to end.",
+        "no cluster '": "`sacctmgr show clusters format=cluster` lists what cluster.sbatch.clusters may name.",
         "invalid partition": f"cluster.partition is {cluster.partition}: `sinfo -s` lists the partitions.",
         "partition not available": f"Partition {cluster.partition} is closed at present: see `sinfo -s`.",
         "no partition specified": "The cluster has no default partition: name one with cluster.partition.",

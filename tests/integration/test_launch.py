@@ -188,3 +188,40 @@ def test_a_refusal_says_what_to_do(slurm_cluster, folder, overrides, expected):
     done = launch(slurm_cluster, folder, *overrides, expected=1)
     assert expected in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_whose_number_another_job_has_by_now_is_told_apart_from_it(slurm_cluster, folder):
+    (folder / "tell.py").write_text(TELLS_WHERE_IT_IS)
+    launch(
+        slurm_cluster, folder, "task=script", "task.path=tell.py", "name=new", "cluster.sbatch.hold=''",
+        "cluster.sbatch.clusters=hpcmm",
+    )  # fmt: skip
+    new = latest(folder)
+    noted = json.loads((new / "submission.json").read_text())
+    job_id = noted["job_id"]
+    assert noted["jobs"][job_id]["cluster"] == "hpcmm"
+    assert noted["jobs"][job_id]["slurm_submitted_unix_s"] > 0
+    # A run from before the controller began to count anew.
+    old = folder / "runs" / "old-20260101-000000-1a2b"
+    old.mkdir()
+    for name in ("config.yaml", "submission.sh"):
+        (old / name).write_text((new / name).read_text())
+    (old / "submission.json").write_text(json.dumps({"job_id": job_id, "submitted_unix_s": 1}))
+
+    def jobs(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "hpcmm.jobs", *arguments],
+            env=slurm_cluster.env, cwd=folder, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    said = f"Slurm's job {job_id} is another job now (new, of "
+    assert said in jobs("status", "old").stderr
+    assert (
+        said
+        in launch(slurm_cluster, folder, "task=script", "task.path=tell.py", f"after={old.name}", expected=1).stderr
+    )
+    assert said in jobs("cancel", "old").stderr
+    for asked in ("new", job_id):
+        shown = json.loads(jobs("status", "--json", asked).stdout)["targets"][0]["jobs"]
+        assert [(job["state"], job["cluster"], job["run_dir"]) for job in shown] == [("PENDING", "hpcmm", str(new))]
+    assert jobs("cancel", "new").stdout == f"Cancelled job {job_id}.\n"

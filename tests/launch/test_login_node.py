@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import shlex
 import signal
 import subprocess
@@ -143,7 +144,7 @@ def test_an_accepted_job_s_id_is_told_whatever_stands_at_latest(tmp_path):
     [
         ("#!/bin/sh\nexit 1\n", "Slurm refused the job (sbatch said nothing)"),
         ("#!/bin/sh\nprintf 'error: \\033[31mInvalid \\377 qos' >&2; exit 1\n", "`sacctmgr show associations"),
-        ("#!/bin/sh\necho '123;c1'\n", "sbatch gave no job id"),
+        ("#!/bin/sh\necho 'Welcome, you are user 123'\n", "sbatch gave no job id"),
     ],
 )
 def test_what_sbatch_answers_becomes_one_clean_sentence(tmp_path, answer, expected):
@@ -262,9 +263,12 @@ def test_the_doctor_refuses_a_folder_of_nobody(tmp_path):
     assert "no such user's home" in done.stderr
 
 
-def squeue_row(state, reason):
+USER = pwd.getpwuid(os.geteuid()).pw_name
+
+
+def squeue_row(state, reason, user=USER, command="(null)"):
     """Job 7 as squeue lists it."""
-    return "\x1f".join(["7", "7", "run", "me", state, reason, *["N/A"] * 3, "0:10", "n1", "1", "x"])
+    return "\x1f".join(["7", "7", "run", user, state, reason, *["N/A"] * 3, "0:10", "n1", "1", command])
 
 
 FAILING_JOB = f"""\

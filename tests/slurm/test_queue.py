@@ -23,7 +23,7 @@ from hpcmm.slurm.polling import LONGEST_S, Poller
 SEPARATOR = "\x1f"
 
 
-def squeue_row(job_id="7", raw_id="7", state="RUNNING", command="/x/submission.sh", started="2026-01-01T00:00:00"):
+def squeue_row(job_id="7", raw_id="7", state="RUNNING", command="(null)", started="2026-01-01T00:00:00"):
     values = [job_id, raw_id, "run", "me", state, "None", "N/A", started, "N/A", "0:10", "n[1-2]", "2", command]
     return SEPARATOR.join(values)
 
@@ -377,7 +377,7 @@ def test_waiting_ends_with_the_answer_that_was_waited_for_or_with_its_time(clock
 
 def test_an_answer_that_is_known_already_outlives_a_first_question_that_fails(clock):
     def ask():
-        raise HpcmmError("squeue gave no answer")
+        raise HpcmmError("squeue gave no answer")  # by whatever kind of failure
 
     poller = Poller(ask, lambda job: job.state, known=Job("7", "7", state="RUNNING"), clock=clock)
     assert poller.wait(lambda job: not job.active, timeout_s=60).state == "RUNNING"
