@@ -118,6 +118,9 @@ class LaunchConfig:
         "Folder with config groups of your own, beside hpcmm's: ``task/``, ``model/decoder/`` and so on. Give it on "
         "the command line.",
     )
+    check_rendezvous: bool = key(
+        True, "Check on each node, before its ranks start, that MASTER_ADDR resolves there and can be reached."
+    )
     preflight: bool = key(False, "Check all nodes of the job before the ranks start, and train on good ones only.")
     spare_nodes: int = key(
         0, "Nodes that the job holds beyond ``cluster.nodes``, to replace those that the check finds bad.", least=0
@@ -153,6 +156,11 @@ class ClusterConfig:
     container: ContainerConfig = made_by(ContainerConfig)
     environment: dict[str, str] = made_by(
         dict, "Environment variables of every rank; quoted when they are written into the script."
+    )
+    environment_from: list[str] = made_by(
+        list,
+        "Names of variables of the launching shell that every rank gets. Their values, such as an access token, are "
+        "written nowhere.",
     )
     submit_environment: dict[str, str] = made_by(
         dict,

@@ -20,6 +20,7 @@ _LONGEST_NAME = 200
 """A folder's name has 255 characters at most, and this one gets the time appended."""
 _OF_THE_RANKS = "hpcmm writes it from cluster.nodes, ranks_per_node and cpus_per_rank"
 _OF_THE_CALL = "hpcmm would not learn which job was submitted"
+_ONE_COMPONENT = "the ranks of a run are alike, on the nodes of one component, so launch one run for each"
 _NOT_OPTIONS_OF_A_SITE = {
     "array": "sweep a key, such as train.seed=1,2,3",
     "dependency": "use after=JOB",
@@ -31,8 +32,11 @@ _NOT_OPTIONS_OF_A_SITE = {
     "ntasks": _OF_THE_RANKS,
     "ntasks-per-node": _OF_THE_RANKS,
     "cpus-per-task": _OF_THE_RANKS,
+    **dict.fromkeys(("hetjob", "packjob", "het-group", "pack-group"), _ONE_COMPONENT),
     **dict.fromkeys(("parsable", "quiet", "test-only", "wait", "wrap", "help", "usage", "version"), _OF_THE_CALL),
 }
+_SLURM_S_OWN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_")
+_OF_THE_SCRIPT = frozenset({"MASTER_ADDR", "MASTER_PORT", "SUBMITIT_EXECUTOR"})
 
 
 def cluster_problems(config: RunConfig) -> Iterator[str]:
@@ -98,6 +102,12 @@ def _shell_words(config: RunConfig) -> Iterator[str]:
     for key in cluster.environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             yield f"cluster.environment has {key!r}, which is not a name of an environment variable."
+    for word in cluster.srun:
+        if word == ":" or word.startswith(("--het-group", "--pack-group")):
+            yield f"cluster.srun has {word!r}, which belongs to a heterogeneous job: {_ONE_COMPONENT}."
+        if word.startswith("--export=") and not {"ALL", "MASTER_ADDR"} & set(word.removeprefix("--export=").split(",")):
+            yield f"cluster.srun has {word}, so that no rank would see MASTER_ADDR: begin its list with ALL."
+    yield from _environment_from(config)
     for key in cluster.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*", key):
             yield (
@@ -115,6 +125,25 @@ def _credentials(config: RunConfig) -> Iterator[str]:
     texts = [*cluster.sbatch.values(), *cluster.srun, *cluster.setup, *cluster.container.arguments]
     if _TOKEN in variables or any(f"{_TOKEN}=" in text for text in texts):
         yield f"{_TOKEN} would be written into the run's files: set it in the shell that you launch from."
+
+
+def _environment_from(config: RunConfig) -> Iterator[str]:
+    cluster = config.cluster
+    for given in cluster.environment_from:
+        name, _, value = given.partition("=")
+        if value:  # it may be a secret, so that it is not repeated
+            yield (
+                f"cluster.environment_from has a value for {name!r}: give the name alone, and set the variable in the "
+                "shell that you launch from."
+            )
+        elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", given):
+            yield f"cluster.environment_from has {given!r}, which is not a name of an environment variable."
+        elif given in cluster.environment:
+            yield f"{given} is in cluster.environment and in cluster.environment_from: leave it out of one of them."
+        elif given.startswith(_SLURM_S_OWN):
+            yield f"cluster.environment_from has {given}, but Slurm's own variables do not go from job to job."
+        elif given in _OF_THE_SCRIPT:
+            yield f"cluster.environment_from has {given}, which the job's script sets itself: leave it out."
 
 
 def _warning(config: RunConfig) -> Iterator[str]:

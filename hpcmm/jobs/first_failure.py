@@ -22,6 +22,11 @@ from hpcmm.node.classify import (
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.+)')
 _THREAD = re.compile(r"(?:Current t|T)hread 0x[0-9a-f]+.*\(most recent call first\):")
 _WAITING = re.compile(r"/(?:torch/distributed/|deepspeed/comm/|hpcmm/annotate/collectives)")
+_MEETING = re.compile(
+    r"/torch/distributed/rendezvous\.py\"|/torch/distributed/distributed_c10d\.py\", line \d+ in init_process_group"
+    r"|/hpcmm/worker/distributed\.py\", line \d+ in _rendezvous"
+)
+"""Where a rank waits to meet the others at MASTER_ADDR."""
 _LIBRARY = re.compile(r"/(?:site|dist)-packages/|/lib/python\d|<frozen ")
 _RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
 _INNERMOST = 12
@@ -36,6 +41,7 @@ class Place:
     frames: list[str]
     """Innermost first, such as ``File "train.py", line 3 in load``."""
     in_collective: bool
+    in_rendezvous: bool = False
 
     @property
     def said(self) -> str:
@@ -59,7 +65,12 @@ def main_place(stacks: str) -> Place | None:
     frames = mains[-1] if mains else threads[-1] if threads else []
     if not frames:
         return None
-    return Place(frames, any(_WAITING.search(frame) for frame in frames[:_INNERMOST]))
+    near = frames[:_INNERMOST]
+    return Place(
+        frames,
+        in_collective=any(_WAITING.search(frame) for frame in near),
+        in_rendezvous=any(_MEETING.search(frame) for frame in near),
+    )
 
 
 _ENDED_BY_SLURM = {
@@ -220,6 +231,13 @@ def _ended_by_slurm(evidence: JobDiagnostics, kind: Kind) -> Verdict:
         Kind.preempted: "another job took the nodes",
         Kind.cancelled: f"the job was cancelled{by}",
     }
+    if kind is Kind.time_limit and (meeting := _all_in_rendezvous(evidence)):
+        first = meeting[0]
+        place = main_place(first.stacks)
+        assert place is not None
+        waited = f"all {len(meeting)} ranks" if len(meeting) > 1 else "the rank"
+        what = f"{said[kind]} while {waited} waited to meet at MASTER_ADDR; rank {first.rank} was at {place.said}"
+        return Verdict(Kind.rendezvous, what, first.rank, first.node)
     what, remedy = said[kind], ""
     if evidence.job.state == "DEADLINE":
         what = "the job could not end before its deadline"
@@ -248,6 +266,12 @@ def _hung(evidence: JobDiagnostics) -> RankDiagnostics | None:
     if len(away) == 1 and len(away) + len(waiting) + len(told) == len(places) > 1:
         return evidence.ranks[away[0]]
     return None
+
+
+def _all_in_rendezvous(evidence: JobDiagnostics) -> list[RankDiagnostics]:
+    """The ranks, if all that left stacks waited for the rendezvous when they were told to end; else none."""
+    places = [(rank, place) for rank in evidence.ranks.values() if (place := main_place(rank.stacks)) is not None]
+    return [rank for rank, _ in places] if all(place.in_rendezvous for _, place in places) else []
 
 
 def _cut_off_nodes(evidence: JobDiagnostics) -> list[str]:

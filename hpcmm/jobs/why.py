@@ -21,6 +21,7 @@ _ADVICE = {
     "there.",
     Kind.disk_full: "Free space where the message says, or set runs_root and cluster.cache_dir to another file system; "
     "`python -m hpcmm.doctor` shows what is free.",
+    Kind.setup: "Run the named line on a node of the same partition (`srun --pty bash`), and mend it or what it calls.",
     Kind.rendezvous: "See whether all ranks started (their logs), whether the first node's name resolves on the others "
     "and its ports are open: `python -m hpcmm.doctor` checks both.",
     Kind.collective_timeout: "See what the named rank did at the place shown. If all ranks only needed longer, raise "

@@ -117,6 +117,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         _note_other_data(first, RunDir(Path(start)))
     after = None if first.after is None else job_to_wait_for(first.after, run.root.parent)
     if not first.dry_run:
+        check_environment_from(first)
         enter_cluster(first)
         after = after and _still_to_wait_for(after, str(first.after), run.root.parent)
         if is_sweep:
@@ -241,6 +242,22 @@ def _note_other_data(config: RunConfig, start: RunDir) -> None:
     if (workload := workload_of(config)) is not None:
         for difference in workload.notes_on_start(config, read_untyped_config(start.config)):
             print(f"hpcmm: {printable(f'{start.root} {difference}')}", file=sys.stderr)
+
+
+def check_environment_from(config: RunConfig) -> None:
+    """Raises HpcmmError that names each variable of ``cluster.environment_from`` that this process does not have."""
+    missing = [name for name in config.cluster.environment_from if name not in os.environ]
+    if missing:
+        raise HpcmmError(
+            f"{', '.join(missing)} of cluster.environment_from is not set in this shell: export it before you launch, "
+            "or leave it out."
+        )
+    if config.cluster.environment_from and config.profile.tool is not None:
+        print(
+            f"hpcmm: {config.profile.tool} writes the environment of the processes that it sees into its raw reports, "
+            f"so {', '.join(config.cluster.environment_from)} may be in them: give the run's nsys folder to nobody.",
+            file=sys.stderr,
+        )
 
 
 # What is asked of Slurm before anything is written.

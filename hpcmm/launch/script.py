@@ -54,7 +54,8 @@ class Container:
     def on_first_node(self) -> list[str]:
         """What stands in front of a command of the batch script itself, which runs outside of any container."""
         if self.config.engine is ContainerEngine.pyxis:
-            return ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--relative=0", *self.srun_arguments()]
+            one_task = ["--export=ALL", "--overlap", "--nodes=1", "--ntasks=1", "--relative=0"]
+            return ["srun", *one_task, *self.srun_arguments()]
         return self.inside()
 
     def _image(self) -> str:
@@ -129,6 +130,7 @@ def _render(template: str, config: RunConfig, job: Job, directives: dict[str, st
     container = Container.of(config, job.run, job.working_directory)
     return environment.get_template(template).render(
         cluster=config.cluster,
+        module_lines=len(config.cluster.modules) + bool(config.cluster.modules),
         launch=config.launch,
         profile=config.profile,
         requeue=config.requeue,
@@ -175,7 +177,18 @@ def _directives(config: RunConfig, job: Job) -> dict[str, str | None]:
             "signal": _stop_warning(config),
         }
     )
-    return given | {key: value or None for key, value in cluster.sbatch.items()}
+    return given | {key: value or None for key, value in cluster.sbatch.items()} | _export(config)
+
+
+def _export(config: RunConfig) -> dict[str, str | None]:
+    """The site's ``--export``, with the names of ``cluster.environment_from``, whose values sbatch takes itself.
+
+    Names alone do to the rest of the environment what NONE does, beside which sbatch takes no names.
+    """
+    given, names = config.cluster.sbatch.get("export"), config.cluster.environment_from
+    if given is None or not names:
+        return {}
+    return {"export": ",".join([*([] if given.upper() in ("NONE", "NIL") else [given]), *names])}
 
 
 def _analysis_directives(config: RunConfig, job: Job) -> dict[str, str | None]:

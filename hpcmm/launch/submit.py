@@ -27,7 +27,7 @@ from hpcmm.config import config_file
 from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, open_checked
-from hpcmm.launch.plan import Plan
+from hpcmm.launch.plan import Plan, check_environment_from
 from hpcmm.launch.script import rank_command
 from hpcmm.node.network import find_free_port
 from hpcmm.ranges import write_ranges
@@ -129,6 +129,8 @@ def resubmit(path: Path) -> Resubmission:
         enter_cluster(config)
         states = point_states(ledger)
         failed = [point for point in ledger.points if states[point.index] == FAILED]
+        if failed:
+            check_environment_from(config)
         job_id = _submit_array(config, ledger, failed)[0] if failed else None
         return Resubmission(failed, job_id, [*states.values()])
 
@@ -208,9 +210,9 @@ def _submit_script(
     return job_id, analysis_job_id
 
 
-def _submitted(config: RunConfig, script: Path, name: str, *options: str) -> JobIdentity:
+def _submitted(config: RunConfig, script: Path, name: str, *options: str, without: Sequence[str] = ()) -> JobIdentity:
     began_s = time.time()
-    return identity_at_launch(sbatch(config, script, *options), script, name, began_s)
+    return identity_at_launch(sbatch(config, script, *options, without=without), script, name, began_s)
 
 
 def _submit_analysis(config: RunConfig, run: RunDir, known: JobIdentity, *options: str) -> str | None:
@@ -224,7 +226,8 @@ def _submit_analysis(config: RunConfig, run: RunDir, known: JobIdentity, *option
     if "," in clusters_asked(os.environ) and "," not in known.cluster:
         options = (*options, f"--clusters={known.cluster}")  # of several the one that has the job to wait for
     try:
-        analysis = _submitted(config, run.analysis_script, f"{config.name}-analysis", *options)
+        without = config.cluster.environment_from
+        analysis = _submitted(config, run.analysis_script, f"{config.name}-analysis", *options, without=without)
     except HpcmmError as error:
         raise HpcmmError(f"Job {job_id} is submitted and stays, but its analysis is not. {error}") from error
     _note_submission(run, analysis, job_id=job_id, analysis_job_id=analysis.job_id)

@@ -15,6 +15,7 @@ class Kind(StrEnum):
     out_of_memory = "out of memory"
     gpu_error = "GPU error"
     disk_full = "disk full"
+    setup = "setup"
     rendezvous = "rendezvous"
     collective_timeout = "collective timeout"
     peer_lost = "peer lost"
@@ -36,6 +37,10 @@ CONSEQUENCES = frozenset({Kind.collective_timeout, Kind.peer_lost})
 
 _BY_WORDS: tuple[tuple[Kind, str], ...] = (
     (
+        Kind.setup,
+        r"^hpcmm\.errors\.HpcmmError: cluster\.(?:setup|modules)\b.* (?:failed with|ended the job with) status",
+    ),
+    (
         Kind.out_of_memory,
         r"out of memory|OutOfMemoryError|MemoryError|can't allocate memory|cannot allocate memory|std::bad_alloc"
         r"|DefaultCPUAllocator|oom[-_ ]kill|DataLoader worker .* killed by signal: Bus error",
@@ -48,7 +53,8 @@ _BY_WORDS: tuple[tuple[Kind, str], ...] = (
     ),
     (
         Kind.rendezvous,
-        r"did not meet the other ranks|DistStoreError|DistNetworkError|waiting for clients|client socket has"
+        r"MASTER_ADDR \S+ (?:does not resolve|resolves to|cannot be reached)"
+        r"|did not meet the other ranks|DistStoreError|DistNetworkError|waiting for clients|client socket has"
         r"|Address already in use|EADDRINUSE|Name or service not known|failure in name resolution|RendezvousError",
     ),
     (

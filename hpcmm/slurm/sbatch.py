@@ -91,16 +91,17 @@ class Accepted:
     """The cluster that has it; empty if sbatch did not say."""
 
 
-def sbatch(config: RunConfig, script: Path, *options: str) -> Accepted:
+def sbatch(config: RunConfig, script: Path, *options: str, without: Sequence[str] = ()) -> Accepted:
     """Submit ``script``. Raises RefusedError, with a remedy, when Slurm refuses it, and another HpcmmError where the
     job may be queued all the same.
 
-    The job is what the script says: variables of the user's shell that would change it do not reach sbatch.
+    The job is what the script says: variables of the user's shell that would change it do not reach sbatch,
+    nor do those in ``without``.
     """
     check_slurm_is_here()
     keep = config.cluster.submit_environment
     _say_what_is_ignored(job_variables(os.environ, keep))
-    environ = outside_of_jobs(os.environ, keep)
+    environ = {name: value for name, value in outside_of_jobs(os.environ, keep).items() if name not in without}
     if _CLUSTERS in config.cluster.sbatch and "SLURM_CLUSTERS" not in keep:
         environ.pop("SLURM_CLUSTERS", None)  # it would outweigh the script's own line
     try:

@@ -1,6 +1,7 @@
 """``python -m hpcmm.worker``: what the batch script runs on the nodes.
 
 ``prepare RUN_DIR``: build and make what has to be there before any rank starts; once a job, on one node.
+``nodes``: print the names of the job's nodes, with commas between.
 ``port [--hold]``: print a free port of this node, and keep it until this process is ended.
 ``rank RUN_DIR -- COMMAND...``: the start of every rank, in front of submitit's entry point. It runs COMMAND, under the
 profiler if the run's configuration asks for this rank, and records how it ended.
@@ -24,9 +25,11 @@ from hpcmm.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from hpcmm.config.schema import RunConfig
+    from hpcmm.worker.environment import RankEnvironment
 
 USAGE = """\
 usage: python -m hpcmm.worker prepare RUN_DIR
+       python -m hpcmm.worker nodes
        python -m hpcmm.worker port [--hold]
        python -m hpcmm.worker rank RUN_DIR -- COMMAND..."""
 
@@ -40,6 +43,8 @@ def _command(given: list[str]) -> int:
     match given:
         case ["prepare", run_dir]:
             return _prepare(RunDir(Path(run_dir)))
+        case ["nodes"]:
+            return _nodes()
         case ["port"] | ["port", "--hold"]:
             return _port(hold=len(given) == 2)
         case ["rank", run_dir, "--", _, *_]:
@@ -57,6 +62,13 @@ def _prepare(run: RunDir) -> int:
     prepare(config_file.load(run.config))
     began = os.environ.get(startup.SCRIPT_BEGAN)
     begin_attempt(run, began_s=float(began) if began else None)
+    return 0
+
+
+def _nodes() -> int:
+    from hpcmm.node.network import job_nodes  # noqa: PLC0415
+
+    print(",".join(job_nodes(os.environ)))
     return 0
 
 
@@ -91,12 +103,15 @@ def start_rank(run: RunDir, command: list[str]) -> int:
 
     os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
     config = config_file.load(run.config)
-    rank = RankEnvironment.read().rank
+    rank_env = RankEnvironment.read()
+    rank = rank_env.rank
     if config.cluster.executor is Executor.local:
         _write_to(run.rank_log(rank))
         from hpcmm.worker.prepare import prepare  # noqa: PLC0415 -- its imports would delay every rank on Slurm
 
         prepare(config)  # on Slurm the batch script does it before the ranks start
+    elif config.launch.check_rendezvous:
+        check_rendezvous(rank_env, config)
     if _is_profiled(config, rank) and not is_finished(config, run):
         from hpcmm.worker.nsys_rank import run_profiled  # noqa: PLC0415 -- only where a profiler runs
 
@@ -108,6 +123,32 @@ def start_rank(run: RunDir, command: list[str]) -> int:
             print(f"hpcmm: {unusable}; rank {rank} trains without.", file=sys.stderr)
     os.environ[startup.COMMAND_BEGAN] = f"{time.time():.3f}"
     return run_watched(command, run, rank)
+
+
+def check_rendezvous(rank_env: RankEnvironment, config: RunConfig) -> None:
+    """By the first rank of each node: that it could reach rank 0, for PyTorch would try for up to half an hour.
+
+    Raises HpcmmError if the name of rank 0's node does not resolve here, or its port is not reached.
+    """
+    if rank_env.local_rank != 0 or rank_env.world_size == 1:
+        return
+    from hpcmm.node.network import rendezvous_problem  # noqa: PLC0415
+
+    problem = rendezvous_problem(
+        rank_env.master_addr,
+        rank_env.master_port,
+        on_its_node=os.environ.get("SLURM_NODEID") == "0",
+        patience_s=min(_RENDEZVOUS_PATIENCE_S, config.parallel.rendezvous_timeout_s),
+    )
+    if problem is not None:
+        raise HpcmmError(
+            f"rank {rank_env.rank} on {rank_env.node}: MASTER_ADDR {problem}, so the ranks cannot meet. See `getent "
+            f"ahosts {rank_env.master_addr}` on {rank_env.node}, and tell the site. launch.check_rendezvous=false "
+            "starts ranks that do not need to meet."
+        )
+
+
+_RENDEZVOUS_PATIENCE_S = 20.0
 
 
 def _is_profiled(config: RunConfig, rank: int) -> bool:

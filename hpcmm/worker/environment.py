@@ -48,7 +48,8 @@ class RankEnvironment:
         missing = [name for name in wanted if name not in environ]
         if missing:
             raise HpcmmError(
-                f"{', '.join(missing)} not set: a rank starts through the run's submission.sh, or with cluster=local."
+                f"{', '.join(missing)} not set: a rank starts through the run's submission.sh, whose environment "
+                "srun must pass on (see --export in cluster.srun), or with cluster=local."
             )
         return cls(
             rank=int(environ[names["rank"]]),

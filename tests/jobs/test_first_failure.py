@@ -21,6 +21,9 @@ Current thread 0x00007f29d4443b80 (most recent call first):
   File "/home/me/train.py", line 4 in step
   File "<frozen runpy>", line 198 in _run_module_as_main
 """
+MEETING = WAITING.replace(
+    'distributed_c10d.py", line 3252 in all_reduce', 'rendezvous.py", line 199 in _create_c10d_store'
+)
 SLEEPING = WAITING.replace("/env/site-packages/torch/distributed/distributed_c10d.py", "/home/me/load.py")
 
 
@@ -131,6 +134,40 @@ def test_a_job_at_its_time_limit_names_the_rank_that_hung():
     found = first_failure(job(*ranks, state="TIMEOUT"))
     assert (found.kind, found.rank) == (Kind.time_limit, 1)
     assert "load.py" in found.what
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_that_wait_for_each_other_until_the_time_limit_did_not_meet(ranks):
+    found = first_failure(job(*(signalled(rank, 9, 15, stacks=MEETING) for rank in range(ranks)), state="TIMEOUT"))
+    assert (found.kind, found.rank, found.node) == (Kind.rendezvous, 0, "n0")
+    assert "time limit" in found.what
+    assert "MASTER_ADDR" in found.what
+
+
+def test_a_rank_that_does_not_come_to_the_rendezvous_is_the_one_that_hung():
+    ranks = [signalled(0, 9, 15, stacks=SLEEPING), signalled(1, 9, 15, stacks=MEETING)]
+    found = first_failure(job(*ranks, state="TIMEOUT"))
+    assert (found.kind, found.rank) == (Kind.time_limit, 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("rank 1 on n1: MASTER_ADDR n0 does not resolve (Name or service not known), so", Kind.rendezvous),
+        ("rank 1 on n1: MASTER_ADDR n0 cannot be reached at port 5 (10.0.0.1: no answer), so", Kind.rendezvous),
+        ("rank 1 on n1: MASTER_ADDR n0 resolves to 127.0.1.1, which is this node itself, so", Kind.rendezvous),
+    ],
+)
+def test_a_rank_that_cannot_reach_rank_0_s_node_says_so(said, kind):
+    logged = LoggedError("hpcmm.errors.HpcmmError", said, [f"hpcmm: {said}"])
+    rank = RankDiagnostics(1, "n1", exit=RankExit(1, "n1", 5 * SECOND, 1, None), logged=logged)
+    assert first_failure(job(signalled(0, 6, 9), rank)).kind is kind
+
+
+def test_a_setup_line_that_fails_is_a_failure_of_the_setup():
+    said = "cluster.setup line 2 (`source memory.sh # out of memory`) failed with status 1, at line 5 of memory.sh"
+    found = first_failure(job(batch_error=LoggedError("hpcmm.errors.HpcmmError", said, [f"hpcmm: {said}"])))
+    assert (found.kind, found.what) == (Kind.setup, f"before any rank started: {said}")
 
 
 def test_an_exception_counts_though_the_job_was_cancelled_later():

@@ -81,6 +81,141 @@ def test_the_setup_lines_run_before_all_else(tmp_path):
     assert shown.stdout.split() == ["1", "2", "/shared/runs/demo-1/code/hpcmm:/already"]
 
 
+def run_setup(folder, *setup):
+    """Run the script's head, as Slurm would from a file, with these setup lines."""
+    config = compose_run(["cluster=slurm"])
+    config.cluster.setup[:] = setup
+    text = render_script(config, job_of())
+    script = folder / "slurm_script"
+    script.write_text(text[: text.index("run_dir=")] + "echo reached the end; trap -p EXIT ERR", encoding="utf-8")
+    return subprocess.run(
+        ["bash", str(script)], capture_output=True, text=True, check=False, cwd=folder,
+        env={"PATH": "/bin:/usr/bin", "LC_ALL": "C"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setup", "status", "said"),
+    [
+        (["true", "false"], 1, "cluster.setup line 2 (`false`) failed with status 1"),
+        (
+            ["source ./env.sh"],
+            2,
+            "cluster.setup line 1 (`source ./env.sh`) failed with status 2, at line 3 of ./env.sh",
+        ),
+        (["source ./fn.sh", "f"], 7, "cluster.setup line 2 (`f`) failed with status 7, at line 2 of ./fn.sh"),
+        (
+            ["true", "source ./ends.sh"],
+            3,
+            "cluster.setup line 2 (`source ./ends.sh`) failed with status 3, in ./ends.sh",
+        ),
+        (["true", "exit 3"], 3, "cluster.setup line 2 (`exit 3`) failed with status 3"),
+        (["exit 0"], 0, "cluster.setup line 1 (`exit 0`) ended the job with status 0"),
+        (["true | false"], 1, "cluster.setup line 1 (`true | false`) failed with status 1"),
+        (["no_such_command x"], 127, "cluster.setup line 1 (`no_such_command x`) failed with status 127"),
+        (["source ./absent.sh"], 1, "cluster.setup line 1 (`source ./absent.sh`) failed with status 1"),
+        (["set -u; echo $UNKNOWN"], 1, "cluster.setup line 1 (`set -u; echo $UNKNOWN`) failed with status 1"),
+        (["if true; then", "false", "fi"], 1, "cluster.setup line 2 (`false`) failed with status 1"),
+        (["cat <<END", "text", "END", "false"], 1, "cluster.setup line 4 (`false`) failed with status 1"),
+        (["exit 5", "true; exit 5"], 5, "cluster.setup at `exit 5` failed with status 5"),
+        (["if ; then"], 2, "cluster.setup (its syntax, see above) failed with status 2"),
+    ],
+)
+def test_a_setup_line_that_fails_or_ends_the_job_is_named_with_its_status(tmp_path, setup, status, said):
+    (tmp_path / "env.sh").write_text("export A=1\nfalse || true\n(exit 2)\necho never\n")
+    (tmp_path / "fn.sh").write_text("f() {\n    (exit 7)\n}\n")
+    (tmp_path / "ends.sh").write_text("exit 3\n")
+    done = run_setup(tmp_path, *setup)
+    assert done.returncode == status
+    assert done.stderr.splitlines()[-1] == f"hpcmm: {said}"
+    assert "reached" not in done.stdout
+
+
+def test_a_module_that_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "module.sh").write_text("module() { return 4; }\nexport -f module\n")
+    config = compose_run(["cluster=slurm"])
+    config.cluster.modules.append("cuda/12")
+    text = render_script(config, job_of())
+    script = tmp_path / "slurm_script"
+    script.write_text(text[: text.index("run_dir=")], encoding="utf-8")
+    done = subprocess.run(
+        ["bash", "-c", f". {tmp_path}/module.sh && exec bash {script}"], capture_output=True, text=True, check=False,
+        env={"PATH": "/bin:/usr/bin"},
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert done.stderr.startswith("hpcmm: cluster.modules (`module load cuda/12`) failed with status 4")
+
+
+def test_setup_lines_that_only_ask_go_on_and_leave_no_trap(tmp_path):
+    asking = [
+        "[ -e absent ] && source absent",
+        "false || true",
+        "if false; then",
+        "false",
+        "fi",
+        "export A=1 \\",
+        "B=2",
+    ]
+    done = run_setup(tmp_path, *asking)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "reached the end\n", "")
+
+
+def test_a_trap_of_the_site_s_own_stays(tmp_path):
+    done = run_setup(tmp_path, "trap 'echo cleaned up' EXIT")
+    assert done.stdout.splitlines() == ["reached the end", "trap -- 'echo cleaned up' EXIT", "cleaned up"]
+
+
+def test_each_srun_passes_the_script_s_environment_on_unless_the_site_says_otherwise():
+    for overrides in ([], ["launch.preflight=true", "requeue=on_node_failure"], ["cluster=h100_pyxis"]):
+        text = rendered(*overrides, 'cluster.srun=["--export=ALL,MINE=1"]')
+        calls = [line for line in text.splitlines() if "srun --" in line and not line.lstrip().startswith("#")]
+        assert calls
+        assert all("srun --export=ALL " in line for line in calls)
+        assert text.rindex("--export=ALL,MINE=1") > text.rindex("srun --export=ALL --kill-on-bad-exit")
+
+
+def test_no_node_needs_scontrol_before_its_ranks_start():
+    text = rendered("launch.preflight=true")
+    assert "scontrol show" not in text
+    before_the_ranks = text[: text.index("srun --export=ALL --kill-on-bad-exit")]
+    assert "scontrol" not in before_the_ranks.replace("scontrol update", "")
+
+
+@pytest.mark.parametrize(
+    ("export", "line"),
+    [
+        (None, None),
+        ("NONE", "#SBATCH --export=A,B"),
+        ("NIL", "#SBATCH --export=A,B"),
+        ("ALL", "#SBATCH --export=ALL,A,B"),
+        ("C,D=1", "#SBATCH --export=C,D=1,A,B"),
+    ],
+)
+def test_variables_that_are_passed_by_name_are_added_to_the_site_s_export(export, line):
+    given = [] if export is None else [f'cluster.sbatch.export="{export}"']
+    text = rendered("cluster.environment_from=[A,B]", *given)
+    assert [each for each in text.splitlines() if each.startswith("#SBATCH --export")] == ([line] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"A": "x"}, "hpcmm: B of cluster.environment_from did not reach the job"),
+        ({"A": "x", "B": ""}, ""),
+        ({"A": "x", "B": "y", "SLURM_HET_SIZE": "2"}, "hpcmm: job 7 is a heterogeneous job"),
+    ],
+)
+def test_a_job_without_its_variables_or_of_several_components_ends_before_anything_runs(tmp_path, environment, said):
+    text = rendered("cluster.environment_from=[A,B]")
+    head = text[text.index('if [ -n "${SLURM_HET_SIZE') : text.index("# Compiled ops")]
+    done = subprocess.run(
+        ["bash", "-euc", head], env={"PATH": "/bin:/usr/bin", "SLURM_JOB_ID": "7", **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == (1 if said else 0)
+    assert done.stderr.startswith(said)
+
+
 @pytest.mark.parametrize(
     ("ending", "noted"), [("exit 3", "3"), ("true; kill -TERM $$; sleep 1", "143"), ("outcome=stopped", "stopped")]
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 
@@ -40,3 +41,80 @@ def test_sbatch_sees_no_option_of_the_shell_and_the_user_is_told(tmp_path):
     assert "SBATCH_PARTITION" in done.stderr
     assert "SRUN_CPU_BIND" in done.stderr
     assert "SLURM_JOB_ID" not in done.stderr
+
+
+VALUE = secrets.token_hex(16)
+
+
+@pytest.fixture
+def with_a_token(tmp_path):
+    """A launch from a shell that has MY_TOKEN: what it prints, and the environment of each call of sbatch."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    dump = (
+        "import json, os, sys; name = os.path.basename(sys.argv[-1]); "
+        f"json.dump(dict(os.environ), open(os.path.join({str(tmp_path)!r}, name + '.json'), 'w')); "
+        "print('Submitted batch job 1')"
+    )
+    (binaries / "sbatch").write_text(f"#!{sys.executable}\n{dump}\n", encoding="utf-8")
+    for name in ("srun", "squeue", "sacct"):
+        (binaries / name).write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    for name in binaries.iterdir():
+        name.chmod(0o755)
+    (tmp_path / "train.py").write_text("", encoding="utf-8")
+
+    def launched(*overrides, token=VALUE):
+        environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"} | ({"MY_TOKEN": token} if token else {})
+        environment.pop("SLURM_CONF", None)
+        command = [sys.executable, "-m", "hpcmm.launch", "task=script", "task.path=train.py", *overrides]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    return launched
+
+
+def test_a_variable_that_is_passed_by_name_reaches_the_job_alone_and_is_written_nowhere(tmp_path, with_a_token):
+    passed = ["cluster=slurm", "cluster.environment_from=[MY_TOKEN]", "profile=nsys", "analyze=after"]
+    done = with_a_token(*passed)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "submission.sh.json").read_text())["MY_TOKEN"] == VALUE
+    assert "MY_TOKEN" not in json.loads((tmp_path / "analysis.sh.json").read_text())
+    assert "MY_TOKEN may be in them" in done.stderr  # nsys' raw reports hold the environment
+    written = [
+        path for path in (tmp_path / "runs").rglob("*") if path.is_file() and VALUE.encode() in path.read_bytes()
+    ]
+    assert written == []
+    assert VALUE not in done.stdout + done.stderr + with_a_token(*passed, "dry_run=true").stdout
+
+
+def test_a_variable_that_the_shell_does_not_have_is_named_before_anything_is_written(tmp_path, with_a_token):
+    for cluster in ("slurm", "local"):
+        done = with_a_token(f"cluster={cluster}", "cluster.environment_from=[MY_TOKEN]", token=None)
+        assert done.returncode == 1
+        assert done.stderr.startswith("hpcmm: MY_TOKEN of cluster.environment_from is not set in this shell")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_value_in_place_of_a_name_is_refused_and_not_repeated(with_a_token):
+    done = with_a_token("cluster=slurm", f'cluster.environment_from=["MY_TOKEN={VALUE}"]')
+    assert done.returncode == 1
+    assert "give the name alone" in done.stderr
+    assert VALUE not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["cluster.environment_from=[MY_TOKEN]", "+cluster.environment.MY_TOKEN=x"], "leave it out of one of them"),
+        (["cluster.environment_from=['a b']"], "is not a name of an environment variable"),
+        (["cluster.environment_from=[SLURM_JWT]"], "Slurm's own variables"),
+        (["cluster.environment_from=[MASTER_ADDR]"], "which the job's script sets itself"),
+        (["+cluster.sbatch.hetjob=''"], "launch one run for each"),
+        (['cluster.srun=["--mpi=none",":","-n1"]'], "heterogeneous job"),
+        (['cluster.srun=["--het-group=0"]'], "heterogeneous job"),
+        (['cluster.srun=["--export=MINE"]'], "no rank would see MASTER_ADDR"),
+    ],
+)
+def test_what_no_rank_could_run_with_is_refused(with_a_token, overrides, said):
+    done = with_a_token("cluster=slurm", *overrides, "dry_run=true")
+    assert done.returncode == 1
+    assert said in done.stderr

@@ -7,11 +7,13 @@ import pytest
 
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.node import network
 from hpcmm.nsys.capture import run_under_nsys
 from hpcmm.ranges import profiled_ranks
 from hpcmm.runs import failures
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.__main__ import is_finished, main
+from hpcmm.worker.__main__ import check_rendezvous, is_finished, main
+from hpcmm.worker.environment import RankEnvironment
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, AnomalyTrainConfig
 
 
@@ -91,3 +93,34 @@ def test_a_run_that_cannot_be_prepared_is_one_sentence_and_no_attempt(tmp_path, 
 def test_a_wrong_call_is_told_how_to_call(capsys):
     assert main(["somewhere"]) == 2
     assert "usage: python -m hpcmm.worker prepare RUN_DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "world_size", "node_id", "asked"),
+    [(0, 4, "1", [("n0", 23456, False)]), (0, 4, "0", [("n0", 23456, True)]), (1, 4, "1", []), (0, 1, "0", [])],
+)
+def test_the_first_rank_of_each_node_sees_whether_it_reaches_rank_0(
+    monkeypatch, local_rank, world_size, node_id, asked
+):
+    seen = []
+
+    def reaches(host, port, *, on_its_node, patience_s):
+        seen.append((host, port, on_its_node))
+        assert 0 < patience_s <= 20
+
+    monkeypatch.setattr(network, "rendezvous_problem", reaches)
+    monkeypatch.setenv("SLURM_NODEID", node_id)
+    check_rendezvous(RankEnvironment(2, local_rank, world_size, 2, "7", "n1", "n0", 23456), RunConfig())
+    assert seen == asked
+
+
+def test_a_rank_that_cannot_reach_rank_0_says_rank_node_and_address(monkeypatch):
+    monkeypatch.setattr(network, "rendezvous_problem", lambda host, *_, **__: f"{host} does not resolve (unknown)")
+    with pytest.raises(HpcmmError, match=r"^rank 2 on n1: MASTER_ADDR n0 does not resolve \(unknown\), so"):
+        check_rendezvous(RankEnvironment(2, 0, 4, 2, "7", "n1", "n0", 23456), RunConfig())
+
+
+def test_the_job_s_nodes_are_printed_with_commas(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[08-10],m1")
+    assert main(["nodes"]) == 0
+    assert capsys.readouterr().out == "n08,n09,n10,m1\n"

@@ -51,11 +51,15 @@ rm -f "$run_dir/stop" "$run_dir/stopped"
 [ -e "$run_dir/submitit/${job_id}_submitted.pkl" ] ||
     cp "$run_dir/submitit/task.pkl" "$run_dir/submitit/${job_id}_submitted.pkl"
 
+if [ -n "${SLURM_HET_SIZE:-}" ]; then
+    echo "hpcmm: job $SLURM_JOB_ID is a heterogeneous job, whose ranks would be on the nodes of one component alone: submit it without the others." >&2
+    exit 1
+fi
 # Compiled ops and generated data: once, on one node, before any rank starts.
 "$python" -P -m hpcmm.worker prepare "$run_dir"
 
 # This script runs on the first node, where rank 0 will listen.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=${SLURMD_NODENAME:-$(hostname)}
 on_first_node=()
 # A port of its own, that is kept for rank 0 until it listens there.
 exec {port}< <("${on_first_node[@]}" "$python" -P -m hpcmm.worker port --hold)
@@ -63,9 +67,10 @@ port_holder=$!
 read -r MASTER_PORT <&"$port"
 export MASTER_ADDR MASTER_PORT
 
-# srun takes no --cpus-per-task from the job since Slurm 22.05, so it is said again.
+# srun takes no --cpus-per-task from the job since Slurm 22.05, so it is said again. Without --export=ALL the ranks of a job
+# that was submitted with --export=NONE, as some sites do by default, would not see what this script has exported.
 export HPCMM_SRUN_BEGAN_S=$EPOCHREALTIME
-srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task=8 \
+srun --export=ALL --kill-on-bad-exit=1 --wait=60 --cpus-per-task=8 \
     --output=/shared/runs/demo-1/logs/rank_%4t.log --open-mode=append --unbuffered \
     --cpu-bind=cores --gpu-bind=none \
     "$python" -P -m hpcmm.worker rank "$run_dir" -- \

@@ -17,7 +17,43 @@
 set -eo pipefail
 unset SLURM_CLUSTERS # scontrol and srun ask the job's own cluster, whatever the shell that submitted it asks
 export HPCMM_SCRIPT_BEGAN_S=$EPOCHREALTIME
+# The site's own lines. One that fails, or ends the job, is named at the end of the log.
+site_line= site_place=
+on_site_error() { # `set -e` ends the script next; at its end bash no longer tells the line of a sourced file
+    [[ $- == *e* ]] || return 0
+    site_line=${BASH_LINENO[-2]}
+    [ "${BASH_SOURCE[1]}" = "$0" ] || site_place=", at line ${BASH_LINENO[0]} of ${BASH_SOURCE[1]}"
+}
+on_site_exit() {
+    local status=$? command=$1 line number what found= lines=()
+    set +e
+    [ "$status" != 0 ] || [[ $command == exit* ]] || return 0 # a signal ends the script
+    mapfile -t -O 1 lines < "$0"
+    if [ -z "$site_line" ] && [ -n "${BASH_LINENO[2]-}" ]; then
+        site_line=${BASH_LINENO[-2]} site_place=", in ${BASH_SOURCE[1]}"
+    elif [ -z "$site_line" ]; then # bash tells the command alone
+        for ((line = site_began + 1; line <= site_began + 1; line++)); do
+            [[ ${lines[line]-} != *"$command"* ]] || found+=" $line"
+        done
+        [[ $found == *' '*' '* ]] || site_line=${found# }
+    fi
+    number=$((${site_line:-0} - site_began - 0))
+    what="cluster.setup line $number (\`${lines[${site_line:-0}]-$command}\`)"
+    [ "$number" -gt 0 ] || what="cluster.modules (\`${lines[${site_line:-0}]-$command}\`)"
+    [ -n "$site_line" ] || what="cluster.setup at \`$command\`"
+    [[ $command != *site_* ]] || what="cluster.setup (its syntax, see above)"
+    [ "$status" = 0 ] && what+=" ended the job with status 0" || what+=" failed with status $status"
+    echo "hpcmm: $what$site_place" >&2
+}
+trap on_site_error ERR
+trap 'on_site_exit "$BASH_COMMAND"' EXIT
+set -E # the trap for errors holds within functions too
+site_began=$LINENO
 ulimit -l unlimited
+set +E
+for site_trap in ERR EXIT; do # what those lines have set stays
+    [[ $(trap -p "$site_trap") != *on_site_* ]] || trap - "$site_trap"
+done
 set -u  # only now, for not every site's own lines bear it
 export NCCL_DEBUG=WARN
 export NCCL_IB_HCA=mlx5
@@ -53,11 +89,15 @@ rm -f "$run_dir/stop" "$run_dir/stopped"
 [ -e "$run_dir/submitit/${job_id}_submitted.pkl" ] ||
     cp "$run_dir/submitit/task.pkl" "$run_dir/submitit/${job_id}_submitted.pkl"
 
+if [ -n "${SLURM_HET_SIZE:-}" ]; then
+    echo "hpcmm: job $SLURM_JOB_ID is a heterogeneous job, whose ranks would be on the nodes of one component alone: submit it without the others." >&2
+    exit 1
+fi
 # Compiled ops and generated data: once, on one node, before any rank starts.
 "$python" -P -m hpcmm.worker prepare "$run_dir"
 
 # This script runs on the first node, where rank 0 will listen.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=${SLURMD_NODENAME:-$(hostname)}
 on_first_node=()
 # A port of its own, that is kept for rank 0 until it listens there.
 exec {port}< <("${on_first_node[@]}" "$python" -P -m hpcmm.worker port --hold)
@@ -65,9 +105,10 @@ port_holder=$!
 read -r MASTER_PORT <&"$port"
 export MASTER_ADDR MASTER_PORT
 
-# srun takes no --cpus-per-task from the job since Slurm 22.05, so it is said again.
+# srun takes no --cpus-per-task from the job since Slurm 22.05, so it is said again. Without --export=ALL the ranks of a job
+# that was submitted with --export=NONE, as some sites do by default, would not see what this script has exported.
 export HPCMM_SRUN_BEGAN_S=$EPOCHREALTIME
-srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task=12 \
+srun --export=ALL --kill-on-bad-exit=1 --wait=60 --cpus-per-task=12 \
     --output=/shared/runs/demo-1/logs/rank_%4t.log --open-mode=append --unbuffered \
     --cpu-bind=cores --mem-bind=local --gpu-bind=none \
     "$python" -P -m hpcmm.worker rank "$run_dir" -- \
