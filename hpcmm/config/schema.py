@@ -76,6 +76,14 @@ class Requeue(StrEnum):
     """Then, and when Slurm takes a node away without warning: it failed, or a preemption gives no time."""
 
 
+class StageCheck(StrEnum):
+    """What is compared of a copied file."""
+
+    sizes = "sizes"
+    checksum = "checksum"
+    """Also what the disk holds, read again, with what was read from the source."""
+
+
 @dataclass
 class TaskConfig:
     """What every rank runs, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment."""
@@ -118,6 +126,10 @@ class LaunchConfig:
         "Folder with config groups of your own, beside hpcmm's: ``task/``, ``model/decoder/`` and so on. Give it on "
         "the command line.",
     )
+    stage: list[str] = made_by(
+        list, "Files and folders to copy to each node's own disk before the ranks start; HPCMM_STAGE_DIR tells where."
+    )
+    stage_check: StageCheck = key(StageCheck.sizes, "``sizes``, or ``checksum`` to read each copy again.")
     check_rendezvous: bool = key(
         True, "Check on each node, before its ranks start, that MASTER_ADDR resolves there and can be reached."
     )
@@ -171,6 +183,11 @@ class ClusterConfig:
         None,
         "Folder that outlives runs: compiled ops, generated data. In one that other users can write, a folder of your "
         "own within, ``hpcmm-UID``, is used. None: the user's cache folder.",
+    )
+    scratch_dir: str | None = key(
+        None,
+        "Folder on the nodes' own disks for launch.stage; variables of the job in it are replaced. None: SLURM_TMPDIR, "
+        "TMPDIR or /tmp.",
     )
     kill_wait_s: int = key(60, "Seconds that the other ranks of a step may live once one has ended.", least=1)
     stop_warning_s: int | None = key(

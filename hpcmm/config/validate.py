@@ -309,5 +309,27 @@ def _launch(config: RunConfig) -> Iterator[str]:
     launch = config.launch
     if launch.preflight and config.cluster.executor is Executor.local:
         yield "launch.preflight checks the nodes of a Slurm job: set it to false with cluster=local."
+    yield from _stage(config)
     if launch.spare_nodes > 0 and not launch.preflight:
         yield f"launch.spare_nodes is {launch.spare_nodes}, but only launch.preflight=true uses spare nodes."
+
+
+def _stage(config: RunConfig) -> Iterator[str]:
+    cluster, sources = config.cluster, config.launch.stage
+    if sources and cluster.executor is Executor.local:
+        yield "launch.stage copies data to the nodes of a Slurm job, and cluster=local has none: leave it out."
+    for source in sources:
+        if not Path(source).name or Path(source).name == ".." or is_unwritable(source):
+            yield f"launch.stage has {source!r}: name a file or a folder that has a name."
+    names = [Path(source).name for source in sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        same = " and ".join(source for source in sources if Path(source).name == name)
+        yield f"launch.stage has {same}, whose copies would both be named {name}: stage the folder that holds both."
+    scratch = cluster.scratch_dir
+    if scratch is not None and (not scratch.startswith(("/", "$")) or is_unwritable(scratch)):
+        yield f"cluster.scratch_dir is {scratch!r}, but must be an absolute path, which may begin with a $VARIABLE."
+    if sources and cluster.container.engine is not None and (scratch is None or "$" in scratch):
+        yield (
+            "launch.stage in a container needs a folder that is mounted into it: set cluster.scratch_dir to a folder "
+            "of the nodes, without variables."
+        )

@@ -191,7 +191,8 @@ def _codes(points: Sequence[Point], run: RunDir, working_directory: Path) -> dic
 
 def _frozen(config: RunConfig, code: CodePlan, start: str | None) -> RunConfig:
     task, train = replace(config.task, path=code.script), replace(config.train, init_from=start)
-    return replace(config, task=task, train=train)
+    stage = [str(Path(source).expanduser().absolute()) for source in config.launch.stage]
+    return replace(config, task=task, train=train, launch=replace(config.launch, stage=stage))
 
 
 # The run to start from: train.init_from.

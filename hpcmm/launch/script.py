@@ -33,7 +33,9 @@ class Container:
             return cls(container)
         from hpcmm.node.cache import given_cache_dir  # noqa: PLC0415 -- importlib.metadata, 20 ms of every dry run
 
-        folders = (str(run.root), str(given_cache_dir(config.cluster)), str(working_directory), *container.mounts)
+        scratch = [config.cluster.scratch_dir] if config.launch.stage and config.cluster.scratch_dir else []
+        own = (str(run.root), str(given_cache_dir(config.cluster)), str(working_directory), *scratch)
+        folders = (*own, *container.mounts)
         return cls(container, folders, str(working_directory))
 
     def inside(self) -> list[str]:

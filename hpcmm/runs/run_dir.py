@@ -66,6 +66,11 @@ class RunDir:
         return self.root / "preflight.json"
 
     @property
+    def staged(self) -> Path:
+        """Where the copies of ``launch.stage`` lie on each node, and how long they took, as JSON."""
+        return self.root / "staged.json"
+
+    @property
     def submitit(self) -> Path:
         """submitit's own folder: the pickled task and each rank's result."""
         return self.root / "submitit"

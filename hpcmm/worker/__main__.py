@@ -2,6 +2,8 @@
 
 ``prepare RUN_DIR``: build and make what has to be there before any rank starts; once a job, on one node.
 ``nodes``: print the names of the job's nodes, with commas between.
+``stage RUN_DIR``: copy ``launch.stage`` to this node's disk, and remove the copy when the input ends.
+``staged RUN_DIR NODES``: wait until so many nodes have said on the input that they have their copy.
 ``port [--hold]``: print a free port of this node, and keep it until this process is ended.
 ``rank RUN_DIR -- COMMAND...``: the start of every rank, in front of submitit's entry point. It runs COMMAND, under the
 profiler if the run's configuration asks for this rank, and records how it ended.
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: python -m hpcmm.worker prepare RUN_DIR
        python -m hpcmm.worker nodes
+       python -m hpcmm.worker stage RUN_DIR
+       python -m hpcmm.worker staged RUN_DIR NODES
        python -m hpcmm.worker port [--hold]
        python -m hpcmm.worker rank RUN_DIR -- COMMAND..."""
 
@@ -41,10 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(given: list[str]) -> int:
     match given:
-        case ["prepare", run_dir]:
-            return _prepare(RunDir(Path(run_dir)))
+        case ["prepare" | "stage" as step, run_dir]:
+            return (_prepare if step == "prepare" else _stage)(RunDir(Path(run_dir)))
         case ["nodes"]:
             return _nodes()
+        case ["staged", run_dir, nodes] if nodes.isdecimal():
+            return _staged(RunDir(Path(run_dir)), int(nodes))
         case ["port"] | ["port", "--hold"]:
             return _port(hold=len(given) == 2)
         case ["rank", run_dir, "--", _, *_]:
@@ -70,6 +76,19 @@ def _nodes() -> int:
 
     print(",".join(job_nodes(os.environ)))
     return 0
+
+
+def _stage(run: RunDir) -> int:
+    from hpcmm.config import config_file  # noqa: PLC0415
+    from hpcmm.worker.stage import stage  # noqa: PLC0415
+
+    return stage(config_file.load(run.config))
+
+
+def _staged(run: RunDir, nodes: int) -> int:
+    from hpcmm.worker.stage import collect  # noqa: PLC0415
+
+    return 0 if collect(run, nodes, iter(sys.stdin.readline, "")) else 1
 
 
 def _port(*, hold: bool) -> int:
@@ -98,7 +117,7 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     from hpcmm.config import config_file  # noqa: PLC0415
     from hpcmm.config.schema import Executor  # noqa: PLC0415
     from hpcmm.node import startup  # noqa: PLC0415
-    from hpcmm.worker.environment import RankEnvironment  # noqa: PLC0415
+    from hpcmm.worker.environment import RankEnvironment, use_copies  # noqa: PLC0415
     from hpcmm.worker.signal_forwarding import run_watched  # noqa: PLC0415
 
     os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
@@ -110,8 +129,11 @@ def start_rank(run: RunDir, command: list[str]) -> int:
         from hpcmm.worker.prepare import prepare  # noqa: PLC0415 -- its imports would delay every rank on Slurm
 
         prepare(config)  # on Slurm the batch script does it before the ranks start
-    elif config.launch.check_rendezvous:
-        check_rendezvous(rank_env, config)
+    else:
+        if config.launch.check_rendezvous:
+            check_rendezvous(rank_env, config)
+        if config.launch.stage:
+            use_copies(run)
     if _is_profiled(config, rank) and not is_finished(config, run):
         from hpcmm.worker.nsys_rank import run_profiled  # noqa: PLC0415 -- only where a profiler runs
 

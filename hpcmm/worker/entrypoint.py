@@ -26,7 +26,7 @@ from hpcmm.node.startup import parts_before
 from hpcmm.runs.attempts import current_attempt
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.environment import RankEnvironment, bound_threads
+from hpcmm.worker.environment import RankEnvironment, bound_threads, with_local_paths
 
 
 def run_rank(run_dir: str) -> Any:
@@ -37,7 +37,7 @@ def run_rank(run_dir: str) -> Any:
     """
     began_s = time.time()
     run = RunDir(Path(run_dir))
-    config = config_file.load(run.config)
+    config = with_local_paths(config_file.load(run.config))
     workload = workload_of(config)
     if workload is None:
         return _run_users_code(config, run)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import re
 import socket
-from collections.abc import Mapping
+import stat
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from pathlib import Path
+from typing import IO, Any
 
 from hpcmm.config.schema import RunConfig
+from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
+from hpcmm.files import open_regular, read_json_object
+from hpcmm.runs.run_dir import RunDir
 
 _SLURM = {
     "rank": "SLURM_PROCID",
@@ -85,6 +93,88 @@ def _ranks_on_this_node(environ: Mapping[str, str], world_size: int) -> int:
     for tasks, repeated in re.findall(r"([0-9]+)(?:\(x([0-9]+)\))?", listed):
         counts += [int(tasks)] * int(repeated or 1)
     return counts[int(environ.get("SLURM_NODEID", "0"))]
+
+
+def scratch_dir(given: str | None, environ: Mapping[str, str] = os.environ) -> Path:
+    """``cluster.scratch_dir`` with its variables, else the first of SLURM_TMPDIR, TMPDIR and /tmp that can be used.
+
+    Raises HpcmmError if it cannot be written, or others could replace what lies in it.
+    """
+    named = [environ.get("SLURM_TMPDIR"), environ.get("TMPDIR"), "/tmp"] if given is None else [given]  # noqa: S108
+    problems = []
+    for each in filter(None, named):
+        folder = _VARIABLE.sub(lambda found: environ.get(found[1] or found[2], found[0]), each)
+        problem = "names a variable that the job does not have" if "$" in folder else _problem_of(folder)
+        if problem is None:
+            return Path(os.path.realpath(folder))
+        problems.append(f"{folder} {problem}")
+    raise HpcmmError(f"launch.stage has no folder to copy to: {'; '.join(problems)}. Set cluster.scratch_dir.")
+
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+
+
+def _problem_of(folder: str) -> str | None:
+    try:
+        facts = Path(folder).stat()
+    except OSError as error:
+        return f"is not there ({error.strerror})"
+    if not folder.startswith("/") or not stat.S_ISDIR(facts.st_mode):
+        return "is not the absolute path of a folder"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "cannot be written"
+    if facts.st_uid not in {os.getuid(), 0}:
+        return "belongs to another user, who could replace the copy"
+    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not facts.st_mode & stat.S_ISVTX:
+        return "can be written by others and has no sticky bit, so they could replace the copy"
+    return None
+
+
+STAGE_DIR, STAGED = "HPCMM_STAGE_DIR", "HPCMM_STAGED"
+"""Variables of a rank: the folder with this node's copies of ``launch.stage``, each under its source's name, and a JSON
+object that has the copy of each source."""
+
+_MOST_BYTES = 64 << 20
+_held: list[IO[bytes]] = []
+
+
+def use_copies(run: RunDir, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell the rank, by its environment, of this node's copies, and hold these as long as this process lives.
+
+    Raises HpcmmError if this node has none.
+    """
+    from hpcmm.worker.stage import LOCK  # noqa: PLC0415 -- few runs stage
+
+    node = environ.get("SLURMD_NODENAME") or socket.gethostname()
+    nodes = read_json_object(run.staged, _MOST_BYTES, within=run.root).get("nodes")
+    found = nodes.get(node) if isinstance(nodes, dict) else None
+    try:
+        if found is None:
+            raise HpcmmError(f"{run.staged} names no copy of launch.stage on {node}: launch the run again.")
+        folder, places = Path(found["folder"]), found["places"]
+        held = open_regular(folder / LOCK)
+        if not folder.stat().st_uid == os.fstat(held.fileno()).st_uid == os.getuid():
+            raise HpcmmError(f"The copy of launch.stage in {folder} on {node} is not yours: launch the run again.")
+        fcntl.flock(held, fcntl.LOCK_SH)
+    except OSError as error:
+        raise HpcmmError(
+            f"The copy of launch.stage is gone from {node} ({error.strerror}): did something clean its scratch folder?"
+        ) from error
+    _held.append(held)
+    environ.update({STAGE_DIR: str(folder / "data"), STAGED: json.dumps(places)})
+
+
+def with_local_paths(config: RunConfig, environ: Mapping[str, str] = os.environ) -> RunConfig:
+    """``config`` with the copy of each file or folder that the user named for a workload and that is staged."""
+    workload, copies = workload_of(config), json.loads(environ.get(STAGED, "{}"))
+    given = workload.given_paths(config) if workload is not None else {}
+    for key, path in given.items():
+        named = path and str(Path(path).expanduser().absolute())
+        for source, copy in copies.items():
+            if named and (named == source or named.startswith(f"{source}/")):
+                *sections, name = key.split(".")
+                setattr(reduce(getattr, sections, config), name, copy + named.removeprefix(source))
+    return config
 
 
 def threads_per_rank(config: RunConfig) -> int:

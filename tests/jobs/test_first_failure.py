@@ -190,6 +190,14 @@ def test_a_batch_script_that_fails_before_the_ranks_is_told():
     assert first_failure(job()).kind is Kind.unknown
 
 
+def test_a_step_before_the_ranks_that_says_why_it_failed_counts_before_srun_s_words():
+    said = LoggedError(
+        "hpcmm.errors.HpcmmError", "n1: launch.stage has /x, which cannot be read (gone).", ["hpcmm: n1"]
+    )
+    found = first_failure(job(batch_error=said, srun=["n1: task 0: Exited with exit code 1"]))
+    assert found.what.startswith("before any rank started: n1: launch.stage has /x")
+
+
 def test_a_job_that_runs_or_completed_has_not_failed():
     assert not explanation_of(job(silent(0), state="RUNNING")).failed
     done = explanation_of(job(state="COMPLETED"))

@@ -64,6 +64,20 @@ def test_the_nodes_are_checked_and_the_port_is_held_where_the_ranks_run(engine):
     assert word in next(line for line in text.splitlines() if line.startswith("on_first_node="))
 
 
+@pytest.mark.parametrize("preset", ["slurm", "h100_pyxis", "h100_apptainer"])
+def test_data_is_copied_by_one_process_a_node_where_the_ranks_will_run_and_see_it(preset):
+    given = [f"cluster={preset}", "cluster.cache_dir=/shared/cache", "cluster.nodes=3", "launch.preflight=true"]
+    config = compose_run([*given, "launch.stage=[/data/set]", "cluster.scratch_dir=/local"])
+    text = render_script(config, job_of())
+    assert is_bash(text)
+    step = text[text.index("coproc") : text.index("hpcmm.worker stage")]
+    assert "--nodes=3 --ntasks=3 --ntasks-per-node=1" in step
+    assert '--nodelist="$good_nodes"' in step
+    shown = {"h100_pyxis": "/local:/local", "h100_apptainer": "--bind /local"}
+    assert shown.get(preset, "") in step
+    assert text.index("hpcmm.worker staged") < text.index("hpcmm.worker port") < text.index("hpcmm.worker rank")
+
+
 def test_the_analysis_script_is_as_recorded():
     text = render_analysis_script(compose_run(["cluster=a30", "profile=nsys"]), job_of())
     assert is_bash(text)
