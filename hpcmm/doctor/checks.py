@@ -134,8 +134,9 @@ def _names(found: Found) -> Iterator[Finding]:
         if unknown:
             said = f"the names {', '.join(unknown[:5])} do not resolve here"
             yield Finding(node, "name resolution", Weight.bad, said, "tell the site: DNS or /etc/hosts of the node")
-        if str(facts.get("names", {}).get(node) or "").startswith("127."):
-            said = f"its own name resolves to {facts['names'][node]}"
+        address = str(facts.get("names", {}).get(node) or "")
+        if address.startswith("127.") or address == "::1":
+            said = f"its own name resolves to {address}"
             yield Finding(node, "name resolution", Weight.warning, said, "set NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME")
 
 

@@ -29,7 +29,7 @@ import psutil
 from hpcmm.cli import run_command
 from hpcmm.doctor.rendezvous import answer_clock, come, gather, measure_offset
 from hpcmm.files import write_whole
-from hpcmm.node.network import find_free_port, job_nodes
+from hpcmm.node.network import find_free_port, job_nodes, listening_socket
 from hpcmm.nsys.probe import nsys_problem
 
 _MEET_S, _TALK_S, _MEASURE_S, _SHARED_S = 30.0, 120.0, 60.0, 20.0
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 def _with_others(request: dict[str, Any], folder: Path, nodes: list[str], place: int, found: dict[str, Any]) -> None:
     port_file = folder / "port"
     if place == 0:
-        with socket.create_server(("", 0), backlog=4096) as server:
+        with listening_socket(backlog=4096) as server:
             _write(server.getsockname()[1], port_file)
             came = gather(server, request["secret"], nodes[1:], _MEET_S, _TALK_S)
         present = [nodes[0], *(node for node in nodes[1:] if node in came)]

@@ -77,7 +77,8 @@ class Line:
 
     @property
     def own_address(self) -> str:
-        return str(self.connection.getsockname()[0])
+        """Without what IPv6 puts in front of an IPv4 address."""
+        return str(self.connection.getsockname()[0]).removeprefix("::ffff:")
 
 
 def measure_offset(line: Line) -> ClockOffset:

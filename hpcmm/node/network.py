@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import math
@@ -61,6 +62,14 @@ def _bound(host: str, port: int) -> socket.socket | None:
             continue  # IPv6 may be switched off
         return held
     return None
+
+
+def listening_socket(backlog: int) -> socket.socket:
+    """A socket that listens on a free port of all addresses, IPv6 and IPv4 if the node has both."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # IPv6 may be switched off
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 def port_of(held: socket.socket) -> int:

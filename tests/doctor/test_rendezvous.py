@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcmm.doctor.rendezvous import Line, answer_clock, best_of_each, come, gather, measure_offset, rounds_of_pairs
+from hpcmm.node.network import listening_socket
 
 
 @given(st.integers(2, 17))
@@ -37,6 +38,19 @@ def test_nodes_that_come_are_gathered_and_strangers_are_not():
         assert list(came) == ["b"]
         for line in [*lines, *(line for line, _ in came.values())]:
             line.connection.close()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6"))],
+)
+def test_nodes_come_over_ipv4_and_over_ipv6_and_know_their_address(address):
+    with listening_socket(backlog=1) as server:
+        line = come((address, server.getsockname()[1]), {"secret": "s", "node": "b"}, 5, 5)
+        came = gather(server, "s", ["b"], wait_s=5, talk_s=5)
+        assert line.own_address == came["b"][0].own_address == address
+        for each in (line, came["b"][0]):
+            each.connection.close()
 
 
 def test_the_clock_s_offset_is_measured_within_its_error():
