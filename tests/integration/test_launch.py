@@ -16,6 +16,13 @@ import json, os, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GREETING")
 print(json.dumps({name: os.environ.get(name) for name in names} | {"argv": sys.argv[1:], "version": 1}))
 """
+TELLS_WHAT_IT_WAS_GIVEN = """\
+import json, os, pathlib, sys, time
+staged = pathlib.Path(os.environ["HPCMM_STAGE_DIR"], "set", "x.txt")
+given = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MY_TOKEN", "NOT_PASSED", "RANK")}
+print(json.dumps(given | {"staged": staged.read_text()}), flush=True)
+time.sleep(float(sys.argv[1]))
+"""
 FAILS_UNTIL_MENDED = """\
 import pathlib, sys
 if sys.argv[1] == "odd" and not pathlib.Path("mended").exists():
@@ -84,6 +91,79 @@ def test_a_queued_job_runs_what_was_submitted_and_nothing_that_was_not_asked_for
     assert not list(folder.rglob("pwned"))
 
 
+@pytest.fixture
+def scratch(folder):
+    """What stands in for the nodes' own disks; and a data set and a script that wants it."""
+    (folder / "set").mkdir()
+    (folder / "set" / "x.txt").write_text("the data")
+    (folder / "give.py").write_text(TELLS_WHAT_IT_WAS_GIVEN)
+    (folder.parent / "scratch").mkdir(mode=0o700)
+    return folder.parent / "scratch"
+
+
+def two_nodes_with_data(scratch, seconds):
+    return [
+        "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.gpus_per_node=0", "task=script", "task.path=give.py",
+        f"task.args=['{seconds}']", "launch.stage=[set]", f"cluster.scratch_dir={scratch}",
+    ]  # fmt: skip
+
+
+def lines_of_json(run, rank):
+    log = run / "logs" / f"rank_{rank:04d}.log"
+    return [json.loads(line) for line in log.read_text().splitlines() if line[0] == "{"] if log.exists() else []
+
+
+def test_nodes_without_scontrol_of_a_site_that_passes_nothing_on_start_all_the_same(
+    slurm_cluster, folder, scratch, monkeypatch
+):
+    (folder / "site.sh").write_text("scontrol() { return 127; }\n")
+    monkeypatch.setenv("MY_TOKEN", "a; $(touch pwned)")
+    monkeypatch.setenv("NOT_PASSED", "x")
+    launch(
+        slurm_cluster, folder, *two_nodes_with_data(scratch, 0), "launch.preflight=true", "cluster.sbatch.export=NONE",
+        "cluster.environment_from=[MY_TOKEN]", "cluster.setup=['source ./site.sh']", "requeue=on_node_failure",
+    )  # fmt: skip
+    run = latest(folder)
+    wait_for(slurm_cluster, job_id_of(run))
+    log = (run / "logs" / "batch.log").read_text()
+    told = [each for rank in (0, 1) for each in lines_of_json(run, rank)]
+    assert [each["RANK"] for each in told] == ["0", "1"], log
+    assert {each["MY_TOKEN"] for each in told} == {"a; $(touch pwned)"}
+    assert {(each["NOT_PASSED"], each["staged"]) for each in told} == {(None, "the data")}
+    assert len({each["MASTER_ADDR"] for each in told}) == 1
+    assert "in 1 files on each of 2 nodes; the slowest" in log
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_cancelled_job_leaves_no_copy_on_any_node(slurm_cluster, folder, scratch):
+    launch(slurm_cluster, folder, *two_nodes_with_data(scratch, 600))
+    run = latest(folder)
+    until = time.monotonic() + 120
+    while not all(lines_of_json(run, rank) for rank in (0, 1)):
+        assert time.monotonic() < until, (run / "logs" / "batch.log").read_text()
+        time.sleep(0.2)
+    assert len(list(scratch.iterdir())) == 2  # the test's nodes share a disk
+    slurm_cluster.run("scancel", job_id_of(run))
+    wait_for(slurm_cluster, job_id_of(run))
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_setup_line_that_fails_in_a_sourced_file_is_what_why_tells(slurm_cluster, folder):
+    (folder / "give.py").write_text("")
+    (folder / "site.sh").write_text("true\n(exit 9)\n")
+    launch(
+        slurm_cluster, folder, "cluster.nodes=1", "task=script", "task.path=give.py",
+        "cluster.setup=['true','source ./site.sh']",
+    )  # fmt: skip
+    job_id = job_id_of(latest(folder))
+    wait_for(slurm_cluster, job_id)
+    told = launch_module(slurm_cluster, folder, "why", job_id, module="hpcmm.jobs")
+    assert "cluster.setup line 2 (`source ./site.sh`) failed with status 9, at line 2 of ./site.sh" in told
+    assert f"job {job_id} (run-" in told
+    assert told.splitlines()[0].endswith(": setup")
+    assert "exit code 9:0" in told
+
+
 def test_a_sweep_is_one_array_whose_failed_points_alone_run_again(slurm_cluster, folder):
     (folder / "work.py").write_text(FAILS_UNTIL_MENDED)
     one_rank = ("cluster.nodes=1", "cluster.ranks_per_node=1", "cluster.gpus_per_node=1")
@@ -113,9 +193,9 @@ def test_a_sweep_is_one_array_whose_failed_points_alone_run_again(slurm_cluster,
     )
 
 
-def launch_module(cluster, folder, *arguments):
+def launch_module(cluster, folder, *arguments, module="hpcmm.launch"):
     return subprocess.run(
-        [sys.executable, "-m", "hpcmm.launch", *arguments],
+        [sys.executable, "-m", module, *arguments],
         env=cluster.env, cwd=folder, capture_output=True, text=True, timeout=120, check=True,
     ).stdout  # fmt: skip
 
