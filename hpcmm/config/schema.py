@@ -118,6 +118,11 @@ class LaunchConfig:
 
     snapshot: bool = key(True, "Copy the code into the run directory, so that a queued job runs what was submitted.")
     snapshot_limit_mb: int = key(200, "A snapshot above this size is refused.", least=1)
+    include: list[str] = made_by(
+        list,
+        "Files and folders of the project to copy though git ignores them, by paths from the working directory or the "
+        "project; ``*`` and ``**`` stand for any name.",
+    )
     parallel_points: int | None = key(
         None, "Most points of a sweep that run at once; None leaves it to the scheduler.", least=1
     )

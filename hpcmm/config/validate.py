@@ -312,6 +312,9 @@ def _launch(config: RunConfig) -> Iterator[str]:
     yield from _stage(config)
     if launch.spare_nodes > 0 and not launch.preflight:
         yield f"launch.spare_nodes is {launch.spare_nodes}, but only launch.preflight=true uses spare nodes."
+    for entry in launch.include:
+        if not entry.strip() or is_unwritable(entry):
+            yield f"launch.include has {entry!r}: name a file or folder of your project, such as assets/vocab.txt."
 
 
 def _stage(config: RunConfig) -> Iterator[str]:

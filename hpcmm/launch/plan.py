@@ -61,8 +61,8 @@ class Plan:
 
     points: tuple[PlannedPoint, ...]
     job: Job
-    project: Path | None
-    """The user's project that is to be copied, if one is."""
+    code: CodePlan
+    """What is to be copied."""
     overrides: tuple[str, ...]
     """As they were given."""
 
@@ -75,6 +75,11 @@ class Plan:
     def config(self) -> RunConfig:
         """For what all points share."""
         return self.points[0].config
+
+    @property
+    def project(self) -> Path | None:
+        """The user's project that is to be copied, if one is."""
+        return self.code.project
 
     @property
     def is_sweep(self) -> bool:
@@ -131,7 +136,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         )
         for index, point in enumerate(points)
     )
-    return Plan(planned, job, codes[first.task.path].project, tuple(overrides))
+    return Plan(planned, job, codes[first.task.path], tuple(overrides))
 
 
 def _check_folders(config: RunConfig, run: RunDir) -> None:
@@ -186,6 +191,7 @@ def _codes(points: Sequence[Point], run: RunDir, working_directory: Path) -> dic
                     f"task.path={path} lies in another project than {first}: "
                     "a sweep shares one copy of the code, so launch these one by one."
                 )
+    codes[first] = codes[first].joined(codes.values(), (point.config.task for point in points))
     return codes
 
 

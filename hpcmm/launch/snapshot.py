@@ -1,114 +1,55 @@
 """The code of a run, copied when it is submitted: a job that queues for a day runs what was submitted.
 
-Copied are hpcmm itself, and the project of a script, a function or classes of the user's: what git tracks there and
-what it would track (new files that are not ignored), as it lies on disk, uncommitted changes included.
+Copied are hpcmm itself, and the project of a script, a function or classes of the user's, as it lies on disk; which
+files that are, :mod:`hpcmm.launch.project_files` says. The copy comes first where the job's Python looks for packages.
+What is read where it lies all the same, is named when it is launched.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
-import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpcmm.config.class_source import holder_of
-from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig
+from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.job_imports import (
+    INSTALLED,
+    Editable,
+    import_roots,
+    importable,
+    live_packages,
+    read_editable,
+    site_folders,
+)
+from hpcmm.launch.project_files import (
+    CODE,
+    SETTINGS,
+    ProjectFiles,
+    entries_of,
+    files_of,
+    is_file_here,
+    is_folder_here,
+    is_secret,
+    marked_root,
+    project_root,
+    syntax_tree,
+)
 from hpcmm.resources import PACKAGE, resource
 from hpcmm.runs.run_dir import RunDir
 
-_TIMEOUT_S = 60
-_CREDENTIALS = re.compile(
-    r"\.env(\..+)?|\.netrc|\.pypirc|\.git-credentials|id_(rsa|dsa|ecdsa|ed25519)|.+\.(pem|key|p12|pfx)|credentials(\.json)?",
-    re.IGNORECASE,
-)
-
-
-@dataclass(frozen=True)
-class Revision:
-    """The state of a project. ``commit`` is None before its first commit."""
-
-    commit: str | None
-    changes: bytes
-    """A patch against the commit, binary files included; new files that were never added are not in it."""
-
-
-def project_root(folder: Path) -> Path | None:
-    """The work tree that ``folder`` lies in, or None."""
-    return next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), None)
-
-
-def listed_files(root: Path) -> list[Path]:
-    """The files that git tracks, and new ones that are not ignored; those of submodules too. Deleted ones are left out.
-
-    So are new files that hold credentials by their names, and a line on stderr says which. Raises HpcmmError when git
-    cannot tell.
-    """
-    tracked = _names(_git(root, "ls-files", "-z", "--cached"))
-    new = _names(_git(root, "ls-files", "-z", "--others", "--exclude-standard")) - tracked
-    secret = sorted(name for name in new if _CREDENTIALS.fullmatch(Path(name).name))
-    if secret:
-        print(
-            f"hpcmm: not copied, for they look like credentials: {', '.join(map(ascii, secret))}. `git add` one that "
-            "the job needs, or name it in .gitignore.",
-            file=sys.stderr,
-        )
-    names = sorted((tracked | new).difference(secret))
-    files: list[Path] = []
-    for path in (root / name for name in names):
-        if path.is_symlink() or path.is_file():
-            files.append(path)
-        elif (path / ".git").exists():
-            files += listed_files(path)
-    return files
-
-
-def _names(listed: bytes) -> set[str]:
-    return {os.fsdecode(name) for name in listed.split(b"\0") if name}
-
-
-def revision(root: Path) -> Revision:
-    """Commit and changes. Raises HpcmmError when git cannot tell."""
-    try:
-        commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD").decode("ascii").strip()
-    except HpcmmError:
-        _git(root, "status", "--porcelain")  # so that only a repository without a commit passes
-        return Revision(None, b"")
-    return Revision(commit, _git(root, "diff", "--binary", "--no-ext-diff", "--no-color", "HEAD"))
-
-
-def _git(root: Path, *arguments: str) -> bytes:
-    # Variables such as GIT_DIR, which git sets for its hooks, would name another repository.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "-c", "core.fsmonitor=false", *arguments],
-            capture_output=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-            env=environment,
-        )
-    except FileNotFoundError as error:
-        raise HpcmmError(_cannot(root, "git is not installed")) from error
-    except subprocess.TimeoutExpired as error:
-        raise HpcmmError(_cannot(root, f"no answer within {_TIMEOUT_S} s")) from error
-    if done.returncode != 0:
-        reason = done.stderr.decode(errors="replace").strip().splitlines() or ["it failed"]
-        raise HpcmmError(_cannot(root, reason[0]))
-    return done.stdout
-
-
-def _cannot(root: Path, reason: str) -> str:
-    return f"git cannot read {root} ({reason}): put that right, or launch with launch.snapshot=false."
-
-
 _MB = 10**6
+_MOST_FILES = 50_000
+_MOST_LINKS = 1000
 _RESOURCES = ("conf", "slurm", "profiles/nsys")
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -121,6 +62,19 @@ class CodePlan:
     """Folders that the job's Python searches first."""
     script: str | None
     """The script that the ranks run."""
+    scripts: tuple[Path, ...] = ()
+    """The script, or the module of the function or class, as it lies in the project; of a sweep those of all points."""
+    words: tuple[str, ...] = ()
+    """The command line of the script, or what the function is given; of a sweep those of all points."""
+    working_directory: Path = field(default_factory=Path.cwd)
+    packages: dict[str, Path] = field(default_factory=dict)
+    """Packages and modules of the project that are importable by themselves, by their names as paths."""
+
+    def joined(self, codes: Iterable[CodePlan], tasks: Iterable[TaskConfig]) -> CodePlan:
+        """With what the tasks of all points of a sweep read, whose plans are ``codes``."""
+        scripts = dict.fromkeys(script for code in codes for script in code.scripts)
+        words = dict.fromkeys(word for task in tasks for word in (*task.args, *map(str, task.kwargs.values())))
+        return replace(self, scripts=tuple(scripts), words=tuple(words))
 
 
 def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: Collection[str] = ()) -> CodePlan:
@@ -136,22 +90,33 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: 
         return CodePlan(None, (str(PACKAGE.parent), *here), str(script) if script else None)
     own = str(_hpcmm_copy(run))
     if (task._target_ is not None and not holders) or (task.target or "").startswith("hpcmm."):
+        if config.launch.include:
+            raise HpcmmError("launch.include names files of a project, but this task runs none of yours: leave it out.")
         return CodePlan(None, (own,), None)
+    installed = read_editable(site_folders(config.cluster, working_directory))
+    if task.name == FUNCTION and not holders:
+        holders = [_holder_of_function(task.target or "", working_directory, installed)]
+    modules = [script] if script else [*_modules({*targets, task.target or ""}, holders)]
     start = holders[0] if holders else script.parent if script else working_directory
-    project = project_root(start) or start
+    project = project_root(start) or marked_root(start) or start
     for holder in holders:
         if not holder.is_relative_to(project):
             raise HpcmmError(
                 f"Classes of this run lie in {holder} and in {project}, and one project is copied: put them together, "
                 "install one of them, or set launch.snapshot=false."
             )
-    copies = [
-        str(_project_copy(run) / entry.relative_to(project))
-        for entry in (*holders, *_import_folders(working_directory, task.name))
-        if entry.is_relative_to(project)
-    ]
-    copied_script = str(_project_copy(run) / script.relative_to(project)) if script else None
-    return CodePlan(project, (own, *dict.fromkeys(copies)), copied_script)
+    first = [working_directory.resolve(), *holders] if task.name == FUNCTION else holders
+    roots = import_roots(config, project, working_directory, installed, first)
+    imports = [_imports_copy(run)] if roots.packages else []
+    copies = (_project_copy(run) / folder.relative_to(project) for folder in roots.folders)
+    return CodePlan(
+        project,
+        (own, *map(str, (*imports, *copies))),
+        str(_project_copy(run) / script.relative_to(project)) if script else None,
+        scripts=tuple(modules),
+        working_directory=working_directory.resolve(),
+        packages=roots.packages,
+    )
 
 
 def _holders_of(targets: Iterable[str]) -> list[Path]:
@@ -164,28 +129,186 @@ def _holders_of(targets: Iterable[str]) -> list[Path]:
         holder = holder_of(top)
         if holder is None:
             raise HpcmmError(f"The package {top} of this run's classes is not a folder or file here: set PYTHONPATH.")
-        if "site-packages" not in holder.parts:
+        if not INSTALLED & set(holder.parts):
             found.append(holder)
     return list(dict.fromkeys(found))
 
 
-def take_snapshot(config: RunConfig, run: RunDir, project: Path | None) -> str:
+def _holder_of_function(target: str, working_directory: Path, installed: Editable) -> Path:
+    """The folder that the module of a function is imported from: the folder of the launch before all others."""
+    here, top = working_directory.resolve(), target.partition(":")[0].partition(".")[0]
+    if (here / top).is_dir() or (here / f"{top}.py").is_file():
+        return here
+    if top in installed.packages:
+        return installed.packages[top].parent
+    roots = [root for root in installed.roots if top in importable(root)]
+    holder = roots[0] if roots else holder_of(top)
+    return here if holder is None or INSTALLED & set(holder.parts) else holder
+
+
+def _modules(targets: Iterable[str], holders: Iterable[Path]) -> Iterator[Path]:
+    """The files of the user's own modules that hold functions or classes."""
+    for target in sorted(targets):
+        module = target.partition(":")[0] if ":" in target else target.rpartition(".")[0]
+        for holder in holders if module else ():
+            path = holder.joinpath(*module.split("."))
+            yield from (file for file in (path.with_suffix(".py"), path / "__init__.py") if is_file_here(file))
+
+
+def take_snapshot(config: RunConfig, run: RunDir, code: CodePlan | None) -> str:
     """Copy the code to ``run.code``. Returns the SHA-256 of all names and contents.
 
-    Raises HpcmmError when git cannot list the project or the code is above ``launch.snapshot_limit_mb``.
+    What is not copied is named on stderr. Raises HpcmmError when git cannot list the project, ``launch.include`` names
+    what is not there, or the code is above ``launch.snapshot_limit_mb``.
     """
-    files = [(source, _hpcmm_copy(run) / name) for source, name in _own_files()]
-    if project is not None:
+    files = {_hpcmm_copy(run) / name: source for source, name in _own_files()}
+    found = ProjectFiles(set(), set(), set())
+    if code is not None and (project := code.project) is not None:
         runs_root = Path(config.runs_root).expanduser().absolute()
-        listed = [file for file in _project_files(project) if not file.is_relative_to(runs_root)]
-        _check_size(project, listed, config.launch.snapshot_limit_mb)
-        files += [(file, _project_copy(run) / file.relative_to(project)) for file in listed]
-    digest = hashlib.sha256()
-    for folder in {target.parent for _, target in files}:
+        found = files_of(project, code.scripts, config.launch.include, code.working_directory, runs_root.resolve())
+        _check_size(project, found.copied, config.launch.snapshot_limit_mb)
+        files |= {_project_copy(run) / file.relative_to(project): file for file in found.copied}
+    digest, closed = hashlib.sha256(), []
+    for folder in {target.parent for target in files}:
         folder.mkdir(parents=True, exist_ok=True)
-    for source, target in sorted(files, key=lambda pair: pair[1]):
-        digest.update(f"{target.relative_to(run.code)}\0{_copy(source, target)}\0".encode(errors="surrogateescape"))
+    for target, source in sorted(files.items()):
+        try:
+            what = _copy(source, target, run, code.project if code else None)
+        except (PermissionError, FileNotFoundError):  # closed to us, or deleted since it was listed
+            if os.access(source, os.R_OK):
+                raise
+            closed.append(source)
+            continue
+        digest.update(f"{target.relative_to(run.code)}\0{what}\0".encode(errors="surrogateescape"))
+    if code is not None:
+        _link(code, found, run)
+        _say_what_is_not_copied(config, code, found, closed)
     return digest.hexdigest()
+
+
+def _link(code: CodePlan, found: ProjectFiles, run: RunDir) -> None:
+    """Link what is not copied to where it lies, and single packages to their copies."""
+    project = code.project
+    if project is None:
+        return
+    for path in sorted(found.linked, key=lambda each: (len(each.parts), each))[:_MOST_LINKS]:
+        target = _project_copy(run) / path.relative_to(project)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+    for name, path in code.packages.items():
+        target = _imports_copy(run) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(_project_copy(run) / path.relative_to(project))
+
+
+def _say_what_is_not_copied(config: RunConfig, code: CodePlan, found: ProjectFiles, closed: list[Path]) -> None:
+    project = code.project or Path()
+    said: list[str] = []
+    if found.secret:
+        names = _named(found.secret, project, most=len(found.secret))
+        said.append(
+            f"not copied, for they look like credentials: {names}. Name one that the job needs in launch.include."
+        )
+    if closed:
+        said.append(f"not copied, for they cannot be read: {_named(closed, project)}.")
+    if linked := found.linked | {file for file in found.copied if _leads_out(file, project)}:
+        said.append(
+            f"not copied, but linked, so that the job reads them as they are when it runs: {_named(linked, project)}. "
+            "launch.include=[...] copies what the job needs as it is now."
+        )
+    if (lost := len(found.linked) - _MOST_LINKS) > 0:
+        said.append(
+            f"{lost} more files that are not copied are not linked either: the job finds none where its code lies."
+        )
+    if code.project and (opened := _read_in_working_directory(code)):
+        said.append(
+            f"the job runs in {_shown(code.working_directory)}, so a relative path leads to what lies there "
+            f"when it runs, and not to the copy: {', '.join(map(ascii, opened[:_MOST_NAMED]))}{_and_more(opened)}."
+        )
+    installed = read_editable(site_folders(config.cluster, code.working_directory))
+    live = live_packages(config, code.project, code.working_directory, installed)
+    if code.project:
+        live |= _not_in_the_copy(code.project, found, installed)
+    for folder, packages in live.items():
+        names = ", ".join(packages[:_MOST_NAMED]) + _and_more(packages)
+        are = f"package {names} is" if len(packages) == 1 else f"packages {names} are"
+        said.append(f"{are} read live from {_shown(folder)} when the job runs.")
+    for sentence in said:
+        print(f"hpcmm: {sentence}", file=sys.stderr)
+
+
+def _not_in_the_copy(project: Path, found: ProjectFiles, installed: Editable) -> dict[Path, list[str]]:
+    """Packages of the project itself, such as one that git ignores, that the job imports from where they lie."""
+    copied = {parent for file in found.copied for parent in (file, *file.parents)}
+    there = {path: [name] for name, path in installed.packages.items()}
+    there |= {root: names for root in installed.roots if (names := sorted(importable(root)))}
+    return {path: names for path, names in there.items() if path.is_relative_to(project) and path not in copied}
+
+
+def _named(paths: Collection[Path], project: Path, most: int = _MOST_NAMED) -> str:
+    """The first of them, as they are named in the project; a folder that holds one file by that."""
+    names = []
+    for path in sorted(paths, key=lambda each: (len(each.parts), each))[:most]:
+        inside = entries_of(path, 2)
+        shown = inside[0] if len(inside) == 1 and is_file_here(inside[0]) else path
+        name = shown.relative_to(project) if shown.is_relative_to(project) else shown
+        names.append(ascii(f"{name}/" if entries_of(shown, 1) else str(name)))
+    return ", ".join(names) + _and_more(paths, most)
+
+
+def _shown(path: Path) -> str:
+    return ascii(str(path))[1:-1]
+
+
+def _and_more(names: Collection[object], most: int = _MOST_NAMED) -> str:
+    return f" and {len(names) - most} more" if len(names) > most else ""
+
+
+def _read_in_working_directory(code: CodePlan) -> list[str]:
+    """Code and settings that a script or its command line names by a relative path, in the order of their names.
+
+    The job runs in the folder that it was launched from, so such a path leads to the original and not to the copy.
+    """
+    named, searched = {word.rpartition("=")[2] for word in code.words}, set[str]()
+    for tree in map(syntax_tree, code.scripts):
+        named |= set(_plain_texts(tree))
+        searched |= set(_search_path_entries(tree))
+    here = code.working_directory
+    files = {name for name in named if Path(name).suffix in CODE | SETTINGS and _is_there(name, here)}
+    return sorted(files | {f"{name}/" for name in searched if _is_there(name, here, is_folder=True)})
+
+
+def _is_there(name: str, working_directory: Path, *, is_folder: bool = False) -> bool:
+    if not 0 < len(name) < 500 or "\0" in name or Path(name).is_absolute():
+        return False
+    path = working_directory / name
+    return is_folder_here(path) if is_folder else is_file_here(path)
+
+
+def _search_path_entries(tree: ast.AST) -> Iterator[str]:
+    """What a script puts on ``sys.path`` that does not depend on where the script lies."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="append" | "insert", value=holder), args=[*_, entry]):
+                text = ast.unparse(entry)
+                if ast.unparse(holder) == "sys.path" and "__file__" not in text:
+                    yield from _plain_texts(entry)
+                    if "cwd()" in text:
+                        texts = [each.value for each in ast.walk(entry) if isinstance(each, ast.Constant)]
+                        yield from [each for each in texts if isinstance(each, str)] or ["."]
+
+
+def _plain_texts(tree: ast.AST) -> Iterator[str]:
+    """Each text of a script that is not joined to a folder, as in ``folder / "name"`` or ``join(folder, "name")``."""
+    joined: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.BinOp(op=ast.Div() | ast.Add(), right=right):
+                joined.add(right)
+            case ast.Call(func=ast.Attribute(attr="join" | "joinpath" | "with_name"), args=arguments):
+                joined.update(arguments)
+            case ast.Constant(value=str(text)) if node not in joined:
+                yield text
 
 
 def _hpcmm_copy(run: RunDir) -> Path:
@@ -194,6 +317,10 @@ def _hpcmm_copy(run: RunDir) -> Path:
 
 def _project_copy(run: RunDir) -> Path:
     return run.code / "project"
+
+
+def _imports_copy(run: RunDir) -> Path:
+    return run.code / "imports"
 
 
 def _existing_script(path: str | None, working_directory: Path) -> Path:
@@ -205,16 +332,6 @@ def _existing_script(path: str | None, working_directory: Path) -> Path:
     except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed, another's home
         raise HpcmmError(f"task.path is {path[:200]}, which cannot be looked up ({error}).") from error
     raise HpcmmError(f"task.path is {path}, but there is no such file in {working_directory}.")
-
-
-def _import_folders(working_directory: Path, task: str) -> Iterator[Path]:
-    """The folders from which Python imports here, and would in a script of the project."""
-    if task == FUNCTION:
-        yield working_directory.resolve()
-    for entry in sys.path:
-        folder = Path(entry or working_directory).resolve()
-        if entry and folder.is_dir() and "site-packages" not in folder.parts:
-            yield folder
 
 
 def _own_files() -> Iterator[tuple[Path, Path]]:
@@ -230,42 +347,47 @@ def _own_files() -> Iterator[tuple[Path, Path]]:
 
 
 def _files_under(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return (
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts and not is_secret(folder, str(file.relative_to(folder)))
+    )
 
 
-def _project_files(project: Path) -> list[Path]:
-    if project_root(project) == project:
-        return listed_files(project)
-    # No git: the Python files beside the script, and the packages there, without hidden files such as .env.
-    modules = [entry for entry in project.glob("*.py") if entry.is_file()]
-    packages = [entry for entry in project.iterdir() if entry.is_dir() and any(entry.glob("*.py"))]
-    inside = (file for package in packages for file in _files_under(package))
-    return [*modules, *(file for file in inside if not _is_hidden(file.relative_to(project)))]
-
-
-def _is_hidden(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts)
-
-
-def _check_size(project: Path, files: Sequence[Path], limit_mb: int) -> None:
-    sizes = {file: file.lstat().st_size for file in files}
+def _check_size(project: Path, files: Collection[Path], limit_mb: int) -> None:
+    if len(files) > _MOST_FILES:
+        counts = Counter(file.relative_to(project).parts[0] for file in files)
+        (largest, count), *_ = counts.most_common(1)
+        raise HpcmmError(
+            f"The code under {project} has {len(files)} files, above {_MOST_FILES}; {largest} has {count} of them: "
+            "list data in .gitignore, or set launch.snapshot=false to run the code as it is when the job starts."
+        )
+    sizes = {file: file.lstat().st_size for file in files if os.path.lexists(file)}
     total_mb = sum(sizes.values()) / _MB
     if total_mb > limit_mb:
-        largest = max(sizes, key=lambda file: sizes[file])
+        largest_file = max(sizes, key=lambda file: sizes[file])
         raise HpcmmError(
             f"The code under {project} has {total_mb:.0f} MB, above launch.snapshot_limit_mb of {limit_mb}; its "
-            f"largest file is {largest.relative_to(project)} ({sizes[largest] / _MB:.0f} MB): list data in .gitignore, "
-            "raise the limit, or set launch.snapshot=false to run the code as it is when the job starts."
+            f"largest file is {largest_file.relative_to(project)} ({sizes[largest_file] / _MB:.0f} MB): list data in "
+            ".gitignore, raise the limit, or set launch.snapshot=false to run the code as it is when the job starts."
         )
 
 
-def _copy(source: Path, target: Path) -> str:
+def _leads_out(file: Path, project: Path) -> bool:
+    return file.is_symlink() and not Path(os.path.realpath(file)).is_relative_to(project)
+
+
+def _copy(source: Path, target: Path, run: RunDir, project: Path | None) -> str:
     """Copy a file or link. Returns a digest of what it holds."""
     if source.is_symlink():
         pointed = source.readlink()
         # os.path's, for pathlib's raises where links lead in a circle.
-        inside = Path(os.path.realpath(source.parent / pointed)).is_relative_to(source.parent.resolve())
-        target.symlink_to(pointed if inside or pointed.is_absolute() else (source.parent / pointed).absolute())
+        end = Path(os.path.realpath(source))
+        if project is not None and end.is_relative_to(project):  # to the copy, which may hold a link there in turn
+            copy = _project_copy(run) / end.relative_to(project)
+            target.symlink_to(pointed if end == source else os.path.relpath(copy, target.parent))
+        else:
+            target.symlink_to(pointed if pointed.is_absolute() else (source.parent / pointed).absolute())
         return str(pointed)
     shutil.copyfile(source, target)
     shutil.copymode(source, target)

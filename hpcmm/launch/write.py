@@ -19,8 +19,9 @@ from hpcmm.config.schema import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular
 from hpcmm.launch.plan import Plan, PlannedPoint
+from hpcmm.launch.project_files import project_root, revision
 from hpcmm.launch.script import python_of, render_analysis_script, render_script
-from hpcmm.launch.snapshot import project_root, revision, take_snapshot
+from hpcmm.launch.snapshot import take_snapshot
 from hpcmm.resources import PACKAGE
 from hpcmm.runs.ledger import Ledger, LedgerPoint
 from hpcmm.runs.run_dir import RunDir, SweepDir, make_private
@@ -119,7 +120,7 @@ def _write_shared_files(planned: Plan) -> None:
     _write_script(run.submission_script, render_script(config, planned.job))
     if config.analyze is Analyze.after and config.cluster.executor is Executor.slurm:
         _write_script(run.analysis_script, render_analysis_script(config, planned.job))
-    code_sha256 = take_snapshot(config, run, planned.project) if config.launch.snapshot else None
+    code_sha256 = take_snapshot(config, run, planned.code) if config.launch.snapshot else None
     write_provenance(config, run, overrides=planned.overrides, project=planned.project, code_sha256=code_sha256)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,13 +51,18 @@ def planned(project, *overrides, task=("task=script", "task.path=train.py")):
     return config, run, plan_code(config, run, project)
 
 
-def test_tracked_changed_and_new_files_are_copied_and_ignored_ones_and_runs_are_not(project):
+def test_tracked_changed_and_new_files_are_copied_and_ignored_ones_and_runs_are_not(project, capsys):
     config, run, code = planned(project)
-    take_snapshot(config, run, code.project)
+    take_snapshot(config, run, code)
     copied = run.code / "project"
     assert {str(path.relative_to(copied)) for path in copied.rglob("*") if not path.is_dir()} == {
-        "train.py", "lib/helper.py", ".gitignore", "new.py", "link.py",
+        "train.py", "lib/helper.py", ".gitignore", "new.py", "link.py", "data.bin",
     }  # fmt: skip
+    assert (copied / "data.bin").readlink() == project / "data.bin"
+    assert capsys.readouterr().err == (
+        "hpcmm: not copied, but linked, so that the job reads them as they are when it runs: 'data.bin'. "
+        "launch.include=[...] copies what the job needs as it is now.\n"
+    )
     assert (copied / "lib" / "helper.py").read_text() == "VERSION = 2\n"
     assert (copied / "link.py").is_symlink()
     assert code.script == str(copied / "train.py")
@@ -64,7 +70,7 @@ def test_tracked_changed_and_new_files_are_copied_and_ignored_ones_and_runs_are_
 
 def test_the_copy_of_hpcmm_launches_by_itself(project):
     config, run, code = planned(project)
-    take_snapshot(config, run, code.project)
+    take_snapshot(config, run, code)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     code_of_a_copy = (
         "import hpcmm.launch.plan, hpcmm.resources as r; "
@@ -79,11 +85,12 @@ def test_the_copy_of_hpcmm_launches_by_itself(project):
 
 def test_the_hash_follows_the_code(project):
     config, run, code = planned(project)
-    first = take_snapshot(config, run, code.project)
+    first = take_snapshot(config, run, code)
     again = RunDir(project / "runs" / "again")
-    assert take_snapshot(config, again, code.project) == first
+    (project / "results.bin").write_text("")  # only linked
+    assert take_snapshot(config, again, code) == first
     (project / "train.py").write_text("import helper  # changed\n")
-    assert take_snapshot(config, RunDir(project / "runs" / "third"), code.project) != first
+    assert take_snapshot(config, RunDir(project / "runs" / "third"), code) != first
 
 
 def test_folders_that_python_imports_from_are_those_of_the_copy(project, monkeypatch):
@@ -104,9 +111,9 @@ def test_without_git_the_modules_beside_the_script_are_copied(tmp_path):
     for name in ("train.py", "helper.py", "package/__init__.py", "package/a.py", "data.csv"):
         (tmp_path / name).write_text("")
     config, run, code = planned(tmp_path)
-    take_snapshot(config, run, code.project)
+    take_snapshot(config, run, code)
     copied = run.code / "project"
-    assert {str(path.relative_to(copied)) for path in copied.rglob("*.*")} == {
+    assert {str(path.relative_to(copied)) for path in copied.rglob("*.*") if not path.is_symlink()} == {
         "train.py", "helper.py", "package/__init__.py", "package/a.py",
     }  # fmt: skip
 
@@ -115,7 +122,7 @@ def test_too_much_code_is_refused_with_its_largest_file(project):
     (project / "weights.pt").write_bytes(b"0" * 2_000_000)
     config, run, code = planned(project, "launch.snapshot_limit_mb=1")
     with pytest.raises(HpcmmError, match=r"has 2 MB, above .* largest file is weights.pt \(2 MB\)"):
-        take_snapshot(config, run, code.project)
+        take_snapshot(config, run, code)
 
 
 def test_a_script_that_is_not_there_is_named(project):
@@ -151,15 +158,91 @@ def test_new_files_with_credentials_are_not_copied_and_are_named(project, capsys
     (project / ".env").write_text("TOKEN=1")
     (project / "id_rsa").write_text("1")
     config, run, code = planned(project)
-    take_snapshot(config, run, code.project)
+    take_snapshot(config, run, code)
+    git(project, "add", "id_rsa")
     assert not {".env", "id_rsa"} & {path.name for path in run.code.rglob("*")}
     assert "not copied, for they look like credentials: '.env', 'id_rsa'." in capsys.readouterr().err
+
+
+def test_links_within_the_project_lead_to_the_copy_and_others_are_named(project, tmp_path, capsys):
+    (tmp_path / "outside").mkdir()
+    links = {
+        "lib/up.py": "../train.py", "whole.py": str(project / "lib" / "helper.py"), "folder": "lib",
+        "lib/data": str(tmp_path / "outside"), "to_ignored": "data.bin",
+    }  # fmt: skip
+    for name, target in links.items():
+        (project / name).symlink_to(target)
+    config, run, code = planned(project)
+    take_snapshot(config, run, code)
+    copied = run.code / "project"
+    assert (copied / "lib" / "up.py").resolve() == copied / "train.py"
+    assert (copied / "whole.py").resolve() == copied / "lib" / "helper.py"
+    assert (copied / "folder").resolve() == copied / "lib"
+    assert (copied / "lib" / "data").resolve() == tmp_path / "outside"
+    assert (copied / "to_ignored").resolve() == project / "data.bin"
+    assert "'data.bin', 'lib/data'." in capsys.readouterr().err
+
+
+def test_what_a_script_opens_by_a_relative_path_is_named_since_the_job_reads_it_where_it_lies(project, capsys):
+    (project / "config").mkdir()
+    for name in ("configurator.py", "config/train_small.py", "beside.yaml", "joined.json", "words.txt"):
+        (project / name).write_text("")
+    (project / "train.py").write_text(
+        "import sys, os\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
+        "exec(open('configurator.py').read())\n"
+        "open(here / 'beside.yaml'), open(os.path.join(here, 'joined.json')), open('results.json', 'w')\n"
+        "sys.path.insert(0, 'lib')\nsys.path.append(str(here / 'lib'))\n"
+    )
+    config, run, code = planned(project, "task.args=[config/train_small.py,--words=words.txt]")
+    take_snapshot(config, run, code.joined([code], [config.task]))
+    assert (
+        f"hpcmm: the job runs in {project}, so a relative path leads to what lies there when it runs, and not to the "
+        "copy: 'config/train_small.py', 'configurator.py', 'lib/', 'words.txt'.\n"
+    ) in capsys.readouterr().err
+
+
+def test_a_file_that_vanishes_or_is_closed_to_us_is_named_and_the_launch_goes_on(project, monkeypatch, capsys):
+    (project / "closed.py").write_text("")
+    copyfile = shutil.copyfile
+
+    def refusing(source, target):
+        if source.name == "closed.py":
+            source.unlink()
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", refusing)
+    config, run, code = planned(project)
+    take_snapshot(config, run, code)
+    assert "hpcmm: not copied, for they cannot be read: 'closed.py'.\n" in capsys.readouterr().err
+    assert (run.code / "project" / "train.py").is_file()
+
+
+def test_too_many_files_are_refused_with_the_folder_that_holds_them(project, monkeypatch):
+    monkeypatch.setattr("hpcmm.launch.snapshot._MOST_FILES", 20)
+    (project / "notes").mkdir()
+    for number in range(30):
+        (project / "notes" / f"{number}.md").write_text("")
+    config, run, code = planned(project)
+    with pytest.raises(HpcmmError, match=r"has 35 files, above 20; notes has 30 of them: list data in \.gitignore"):
+        take_snapshot(config, run, code)
+
+
+def test_included_files_are_copied(project):
+    config, run, code = planned(project, "launch.include=[data.bin]")
+    take_snapshot(config, run, code)
+    assert not (run.code / "project" / "data.bin").is_symlink()
+    assert (run.code / "project" / "data.bin").stat().st_size == 1000
+
+
+def test_files_cannot_be_included_of_a_task_without_a_project(project):
+    with pytest.raises(HpcmmError, match=r"launch\.include names files of a project, but this task runs none of yours"):
+        planned(project, "launch.include=[data.bin]", task=())
 
 
 def test_links_that_lead_in_a_circle_are_copied_as_they_are(project):
     (project / "circle").symlink_to("circle")
     config, run, code = planned(project)
-    take_snapshot(config, run, code.project)
+    take_snapshot(config, run, code)
     assert (run.code / "project" / "circle").is_symlink()
 
 
@@ -175,5 +258,5 @@ def test_what_is_named_like_a_module_and_is_no_file_is_not_copied(tmp_path, monk
     (tmp_path / "folder.py").mkdir()
     os.mkfifo(tmp_path / "pipe.py")
     config, run, code = planned(tmp_path, f"runs_root='{tmp_path}/runs'")
-    take_snapshot(config, run, code.project)
+    take_snapshot(config, run, code)
     assert [path.name for path in (run.code / "project").iterdir()] == ["train.py"]

@@ -1,0 +1,258 @@
+"""What the job's Python imports from elsewhere than its own folders, and from where in the copy it does instead.
+
+Editable installs are read from the files that make them, of the Python that runs the job. None of it is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
+from hpcmm.launch.project_files import entries_of, holds_python, is_file_here, project_root, syntax_tree
+from hpcmm.resources import PACKAGE
+
+INSTALLED = frozenset({"site-packages", "dist-packages"})
+"""Names of the folders that packages are installed in."""
+_NEVER_IMPORTED = frozenset(
+    ("hpcmm", "setup", "conftest", "noxfile", "test", "tests", "docs", "examples", "benchmarks", "scripts", "tools")
+)
+"""Names at the top of a project or of an installation that no program imports from there."""
+_MOST_BESIDE = 5000
+_SITE_KINDS = ("lib*/python3*/site-packages", "lib/python3*/dist-packages", "local/lib/python3*/dist-packages")
+_ADDED_SITE = re.compile(r"addsitedir\(\s*r?[\"']([^\"']+)")
+_IMPORTED = re.compile(r"(?:^|;)\s*import\s+([\w.]+)")
+
+
+@dataclass(frozen=True)
+class Editable:
+    """What a Python reads from elsewhere than its own folders, as files in those say. None of it is run."""
+
+    sites: tuple[Path, ...] = ()
+    """Its own folders; empty if they are not known."""
+    roots: tuple[Path, ...] = ()
+    """Folders that it searches after its own."""
+    packages: Mapping[str, Path] = field(default_factory=dict)
+    """Packages and modules that a finder maps, after all folders were searched."""
+    names: frozenset[str] = frozenset()
+    """Of packages and modules in its own folders."""
+
+
+def read_editable(sites: Sequence[Path]) -> Editable:
+    """What was installed with ``pip install -e`` and the like for the Python whose packages lie in ``sites``."""
+    roots: list[Path] = []
+    packages: dict[str, Path] = {}
+    names: set[str] = set()
+    queue = list(sites)
+    for folder in queue:
+        entries = sorted(os.listdir(folder)) if os.access(folder, os.R_OK) and folder.is_dir() else []  # noqa: PTH208 -- names are enough, and quicker
+        names |= {name.partition(".")[0] for name in entries if not name.endswith((".pth", ".dist-info"))}
+        for file in (folder / name for name in entries if name.endswith(".pth")):
+            for line in _lines(file):
+                if not line.startswith(("import ", "import\t")):
+                    roots.append(Path(os.path.realpath(folder / line)))
+                    continue
+                queue += [each for each in map(Path, _ADDED_SITE.findall(line)) if each not in queue]
+                for module in _IMPORTED.findall(line):
+                    packages |= _mapping(folder / f"{module}.py")
+    elsewhere = [root for root in roots if root.is_dir() and not INSTALLED & set(root.parts)]
+    return Editable(tuple(queue), tuple(dict.fromkeys(elsewhere)), packages, frozenset(names))
+
+
+def _unknown_finders(installed: Editable) -> dict[Path, list[str]]:
+    """Distributions that were installed editable in a way that is not known here, by their projects.
+
+    Their finders may come before all folders.
+    """
+    found: dict[Path, list[str]] = {}
+    known = [*installed.roots, *installed.packages.values()]
+    for record in (record for folder in installed.sites for record in folder.glob("*.dist-info/direct_url.json")):
+        project = _editable_project(record)
+        if project is not None and not any(each.is_relative_to(project) for each in known):
+            found.setdefault(project, []).append(record.parent.name.partition("-")[0])
+    return found
+
+
+def _mapping(finder: Path) -> dict[str, Path]:
+    """What a finder maps that setuptools wrote (``MAPPING``), or the package editables (calls of ``map_module``)."""
+    found: dict[str, Path] = {}
+    for node in ast.walk(syntax_tree(finder)):
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id="MAPPING")], value=ast.Dict() as mapping)
+                | ast.AnnAssign(target=ast.Name(id="MAPPING"), value=ast.Dict() as mapping)
+            ):
+                pairs = list(zip(mapping.keys, mapping.values, strict=True))
+            case ast.Call(func=ast.Attribute(attr="map_module"), args=[name, path]):
+                pairs = [(name, path)]
+            case _:
+                continue
+        for key, value in pairs:
+            match key, value:
+                case ast.Constant(value=str(package)), ast.Constant(value=str(where)):
+                    file = Path(where)
+                    found[package] = file.parent if file.name == "__init__.py" else file
+    there = {name: path if path.exists() else path.with_suffix(".py") for name, path in found.items()}
+    return {name: Path(os.path.realpath(path)) for name, path in there.items()}
+
+
+def _editable_project(direct_url: Path) -> Path | None:
+    """The project of a distribution that was installed editable, from PEP 610's record; None for other ones."""
+    import json  # noqa: PLC0415 -- a dry run needs neither
+    from urllib.parse import unquote, urlsplit  # noqa: PLC0415
+
+    try:
+        record = json.loads(direct_url.read_bytes())
+        if record["dir_info"]["editable"]:
+            return Path(unquote(urlsplit(record["url"]).path))
+    except (OSError, ValueError, KeyError, TypeError):  # no such record
+        pass
+    return None
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError):  # Python itself skips it with a warning
+        return []
+    return [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
+
+
+def site_folders(cluster: ClusterConfig, working_directory: Path) -> list[Path]:
+    """Where the packages of the job's Python lie, from how it is laid out; empty if that cannot be told from here."""
+    python = cluster.python or sys.executable
+    if cluster.container.engine is not None:
+        return []
+    if os.sep not in python:
+        # Modules and lines of shell may put another one first.
+        found = None if cluster.setup or cluster.modules else shutil.which(python)
+        if found is None:
+            return []
+        python = found
+    given = working_directory / os.path.expanduser(python)  # noqa: PTH111 -- pathlib's raises for an unknown user
+    folders, sees_users = [given.parent.parent], False
+    lines = "\n".join(_lines(folders[0] / "pyvenv.cfg"))
+    settings = dict(re.findall(r"(?m)^([\w-]+)\s*=\s*(.*)$", lines))
+    if settings.get("include-system-site-packages", "true").lower() == "true":
+        real = Path(os.path.realpath(given))
+        folders = [
+            *(folders if settings else ()),
+            Path(settings["home"]).parent if "home" in settings else real.parent.parent,
+        ]
+        sees_users = "PYTHONNOUSERSITE" not in os.environ
+    sites = [site for folder in dict.fromkeys(folders) for kind in _SITE_KINDS for site in sorted(folder.glob(kind))]
+    if sees_users:
+        home = Path(os.path.expanduser("~"), ".local", "lib")  # noqa: PTH111
+        users = (home / version / "site-packages" for version in sorted({site.parent.name for site in sites}))
+        sites += [site for site in users if site.is_dir()]
+    return sites
+
+
+def importable(root: Path) -> dict[str, Path]:
+    """Modules and packages that Python finds in a folder, also packages without an ``__init__.py``, by their names."""
+    found: dict[str, Path] = {}
+    for entry in entries_of(root, _MOST_BESIDE):
+        name, _, suffix = entry.name.partition(".")
+        is_module = entry.suffix in (".py", ".so") or (not suffix and holds_python(entry))
+        if is_module and name.isidentifier() and name not in _NEVER_IMPORTED:
+            found[name] = entry
+    return found
+
+
+def _is_regular(path: Path) -> bool:
+    """Whether it stands for its name alone: packages without an ``__init__.py`` hide none of the same name."""
+    return is_file_here(path) or is_file_here(path / "__init__.py")
+
+
+@dataclass
+class ImportRoots:
+    """Where in a project the job imports from, which comes before all that is installed."""
+
+    folders: list[Path] = field(default_factory=list)
+    packages: dict[str, Path] = field(default_factory=dict)
+    """Those that are importable by themselves, by their names as paths: their folder would hide others."""
+
+    def add(self, root: Path, taken: frozenset[str]) -> None:
+        """Let the job import from ``root`` what is not ``taken`` by an installed module."""
+        found = importable(root)
+        if any(name in taken and _is_regular(path) for name, path in found.items()):
+            for name in found.keys() - taken:
+                self.packages.setdefault(found[name].name, found[name])
+        elif root not in self.folders:
+            self.folders.append(root)
+
+
+def import_roots(
+    config: RunConfig, project: Path, working_directory: Path, installed: Editable, first: Sequence[Path]
+) -> ImportRoots:
+    """The folders of ``project`` that the job imports from: ``first``, those of PYTHONPATH, then those of the project.
+
+    It is the same from whichever folder a script is launched. The project's own folders hide nothing that is installed.
+    """
+    roots = ImportRoots(
+        [
+            *dict.fromkeys(
+                path for path in (*first, *_searched(config, working_directory)) if path.is_relative_to(project)
+            )
+        ]
+    )
+    names = installed.names if installed.sites else read_editable([Path(each) for each in sys.path]).names
+    taken = (names | sys.stdlib_module_names) - _NEVER_IMPORTED
+    for root in installed.roots:
+        if root.is_relative_to(project):
+            roots.add(root, taken)
+    for name, path in installed.packages.items():
+        if not path.is_relative_to(project) or name.partition(".")[0] in taken:
+            continue
+        parts = name.split(".")
+        if path.with_suffix("").parts[-len(parts) :] == tuple(parts):
+            roots.add(path.parents[len(parts) - 1], taken)
+        else:
+            roots.packages.setdefault(name.replace(".", "/") + path.suffix, path)
+    roots.add(project, taken)
+    if (project / "src").is_dir():
+        roots.add(project / "src", taken)
+    return roots
+
+
+def _searched(config: RunConfig, working_directory: Path) -> Iterator[Path]:
+    """The folders from which Python imports here, and would in the job, but for installed packages."""
+    asked, here = list(_asked(config, working_directory)), working_directory.resolve()
+    yield from asked
+    library = Path(os.__file__).parent.resolve()
+    for folder in (Path(entry).resolve() for entry in sys.path if entry):
+        # `python -m` puts the folder of the launch first, which a script is not run with.
+        is_of_the_launch = folder == here and config.task.name != FUNCTION
+        is_installed = bool(INSTALLED & set(folder.parts)) or folder.is_relative_to(library)
+        if folder.is_dir() and not is_of_the_launch and not is_installed:
+            yield folder
+
+
+def _asked(config: RunConfig, working_directory: Path) -> Iterator[Path]:
+    """The folders of PYTHONPATH, here and in the job."""
+    for path in (os.environ.get("PYTHONPATH"), config.cluster.environment.get("PYTHONPATH")):
+        for entry in path.split(os.pathsep) if path else ():
+            folder = (working_directory / entry).resolve()
+            if folder.is_dir() and not INSTALLED & set(folder.parts):
+                yield folder
+
+
+def live_packages(
+    config: RunConfig, project: Path | None, working_directory: Path, installed: Editable
+) -> dict[Path, list[str]]:
+    """Packages outside of ``project`` that the job reads where they lie, by the folder or file that holds them."""
+    live = {path: [name] for name, path in installed.packages.items()}
+    checkouts = (folder for folder in _asked(config, working_directory) if project_root(folder))
+    for root in (*installed.roots, *checkouts):
+        found = importable(root)
+        regular = [name for name, path in found.items() if _is_regular(path)]
+        if not (root / PACKAGE.name / "__init__.py").is_file() and found:
+            live[root] = sorted(regular or found)
+    outside = {path: names for path, names in live.items() if project is None or not path.is_relative_to(project)}
+    return {path: names for path, names in (outside | _unknown_finders(installed)).items() if names != [PACKAGE.name]}

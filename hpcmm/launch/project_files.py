@@ -1,0 +1,434 @@
+"""Which files of a project a run's copy holds, and which it does not.
+
+Copied: what git tracks and what it would track, Python code though git ignores it, and what ``launch.include`` names.
+Never copied: what looks like credentials. All else that git ignores lies in the copy as a link to the original.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from hpcmm.errors import HpcmmError
+
+_TIMEOUT_S = 60
+CODE = frozenset({".py", ".pyi", ".so", ".pyd", ".cu", ".cuh", ".c", ".cc", ".cpp", ".h", ".hpp", ".sh"})
+"""How the names of code end."""
+SETTINGS = frozenset({".txt", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".md", ".j2", ".jinja"})
+"""How the names of small texts end that programs read."""
+_LARGEST_BYTES = 10**7
+"""Of a file that git does not vouch for: a larger one is data."""
+_MOST_LINKS = 1000
+_MOST_ENTRIES = 20_000
+"""Files and folders that are looked at in a project without git."""
+_NO_CODE = frozenset({"__pycache__", "node_modules", "site-packages"})
+
+# Credentials. The patterns are compiled when they are first used, for that takes a tenth of a dry run.
+
+_DATA = r"(json|ya?ml|toml|ini|cfg|conf|txt|csv|xml)"
+_ISSUER = r"(hf|hugging_?face|wandb|github|gh|gitlab|api|auth|access|refresh|bearer|slack|openai|aws|azure|gcp|jwt)"
+_SECRET_NAME = (
+    r"\.env([._-].*)?|.+\.env|\.envrc"
+    r"|[._]netrc|\.pypirc|\.git-credentials|\.pgpass|\.my\.cnf|\.npmrc|\.htpasswd|\.boto|\.s3cfg|\.docker(cfg|configjson)"
+    r"|\.vault[._-]?token|kaggle\.json|\.?rclone\.conf|(.*[._-])?kubeconfig(\.ya?ml)?|krb5cc.*"
+    r"|id_(rsa|dsa|ecdsa|ed25519|xmss)(?!.*\.pub)([._-].*)?"
+    r"|.+\.(pem|key|p8|p12|pfx|kdbx?|jks|keystore|ppk|keytab|ovpn|token|kubeconfig)"
+    rf"|(.*[._-])?(credentials?|secrets?|api[._-]?keys?|passwords?|passwd)(\.{_DATA})?"
+    r"|(.*[._-])?sa\.json|(.*[._-])?service[._-]?account.*\.json|client_secrets?.*\.json"
+    rf"|(.*[._-])?token|({_ISSUER}[._-])*token\.{_DATA}"
+)
+_CREDENTIAL_PATH = (
+    r"(.*/)?(wandb/settings|\.docker/config\.json|\.(aws|kube|ssh|gnupg|azure|huggingface)/.*"
+    r"|gcloud/.*|gh/hosts\.ya?ml)"
+)
+_SAVED = r"(~|\.(bak|old|orig|save|swp))+$"
+"""What editors append to the name of a file that they keep."""
+_PRIVATE_WORDS = r"(^|[._-])(secrets?|credentials?|passwords?|tokens?|api_?keys?)([._-]|$)"
+_SECRET_TEXT = (
+    rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY"
+    rb'|"private_key(_id)?"\s*:\s*"[^"]|"(client_secret|refresh_token)"\s*:\s*"[^"]|"type"\s*:\s*"service_account"'
+    rb"|\bhf_[A-Za-z0-9]{30}|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{30}|\bglpat-[\w-]{20}|\bxox[baprs]-[\w-]{20}"
+    rb"|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bsk-[\w-]{32}|\bwandb_v1_\w{20}"
+    rb"|(?m:^\s*(export\s+)?[A-Z0-9_]*(API_KEY|SECRET|ACCESS_KEY|TOKEN|PASSWORD)[A-Z0-9_]*\s*=\s*[\"']?[\w+/-]{16})"
+)
+_ANY = re.IGNORECASE | re.DOTALL  # a name may hold a line break
+_READ_FOR_SECRETS = SETTINGS - {".md"} | {"", ".xml", ".properties", ".asc", ".crt", ".cert"}
+_SECRET_TEXT_BYTES = 65_536
+
+
+def is_secret(root: Path, name: str) -> bool:
+    """Whether ``name`` below ``root`` looks like credentials: by its name, or a small text by what it holds."""
+    file = root / re.sub(_SAVED, "", name, flags=re.IGNORECASE)
+    if _has_secret_name(file.name) or re.fullmatch(_CREDENTIAL_PATH, name, _ANY):
+        return True
+    if file.suffix.lower() not in _READ_FOR_SECRETS:
+        return False
+    try:
+        if not (root / name).is_file() or (root / name).stat().st_size > _SECRET_TEXT_BYTES:
+            return False
+        return re.search(_SECRET_TEXT, (root / name).read_bytes()) is not None
+    except OSError:  # closed to us, so it is not copied either
+        return False
+
+
+def _has_secret_name(name: str) -> bool:
+    name = re.sub(_SAVED, "", name, flags=re.IGNORECASE)
+    return re.fullmatch(_SECRET_NAME, name, _ANY) is not None
+
+
+# What git tells.
+
+
+@dataclass(frozen=True)
+class Revision:
+    """The state of a project. ``commit`` is None before its first commit."""
+
+    commit: str | None
+    changes: bytes
+    """A patch against the commit, binary files included; without new files that were never added, and credentials."""
+
+
+def project_root(folder: Path) -> Path | None:
+    """The work tree that ``folder`` lies in, or None. A home is no project, though its settings may be in git."""
+    for parent in (folder, *folder.parents):
+        if (parent / ".git").exists():
+            return None if _is_shared_ground(parent) else parent
+    return None
+
+
+def revision(root: Path) -> Revision:
+    """Commit and changes. Raises HpcmmError when git cannot tell."""
+    try:
+        commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD").decode("ascii").strip()
+    except HpcmmError:
+        _git(root, "status", "--porcelain")  # so that only a repository without a commit passes
+        return Revision(None, b"")
+    changed = _names(_git(root, "diff", "--name-only", "-z", "--no-renames", "HEAD"))
+    if not changed:
+        return Revision(commit, b"")
+    # Settings of the user's may show a submodule by its changes, or name files without a/ and b/.
+    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--submodule=short", "--src-prefix=a/", "--dst-prefix=b/")
+    left_out = [f":(top,exclude,literal){name}" for name in sorted(changed) if is_secret(root, name)]
+    return Revision(commit, _git(root, "diff", "--binary", *plain, "HEAD", "--", ".", *left_out))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Names of files below a work tree. ``ignored`` may be folders as well."""
+
+    tracked: set[str]
+    new: set[str]
+    changed: set[str]
+    """Tracked ones that are not as in the last commit, or may not be."""
+    ignored: set[str]
+
+
+def _listed_by_git(root: Path, left_out: Path) -> _Listed:
+    index = [entry.partition(" ")[::2] for entry in _names(_git(root, "ls-files", "-z", "--cached", "-v"))]
+    # Of files that are marked so, git does not look whether they are changed.
+    changed = {name for flag, name in index if flag == "S" or flag.islower()}
+    new, ignored = set[str](), set[str]()
+    not_runs = (
+        [f":(top,exclude,literal){left_out.relative_to(root)}"]
+        if left_out != root and left_out.is_relative_to(root)
+        else []
+    )
+    how = (
+        "--porcelain=v1",
+        "-z",
+        "--ignored=matching",
+        "--untracked-files=all",
+        "--no-renames",
+        "--ignore-submodules=all",
+    )
+    for entry in _names(_git(root, "status", *how, "--", ".", *not_runs)):
+        state, name = entry[:2], entry[3:]
+        {"??": new, "!!": ignored}.get(state, changed).add(name)
+    return _Listed({name for _, name in index}, new, changed, ignored)
+
+
+def _names(listed: bytes) -> set[str]:
+    return {os.fsdecode(name) for name in listed.split(b"\0") if name}
+
+
+def _git(root: Path, *arguments: str) -> bytes:
+    # Variables such as GIT_DIR, which git sets for its hooks, would name another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(root), "-c", "core.fsmonitor=false", *arguments],
+            capture_output=True,
+            check=False,
+            timeout=_TIMEOUT_S,
+            env=environment,
+        )
+    except FileNotFoundError as error:
+        raise HpcmmError(_cannot(root, "git is not installed")) from error
+    except subprocess.TimeoutExpired as error:
+        raise HpcmmError(_cannot(root, f"no answer within {_TIMEOUT_S} s")) from error
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().splitlines() or ["it failed"]
+        raise HpcmmError(_cannot(root, reason[0]))
+    return done.stdout
+
+
+def _cannot(root: Path, reason: str) -> str:
+    return f"git cannot read {root} ({reason}): put that right, or launch with launch.snapshot=false."
+
+
+# What the copy holds.
+
+
+@dataclass
+class ProjectFiles:
+    """What becomes of the files of a project, all by their paths."""
+
+    copied: set[Path]
+    linked: set[Path]
+    """Files and folders that are not copied; the copy holds links to them."""
+    secret: set[Path]
+    """Files that look like credentials: neither copied nor linked."""
+
+    def add_ignored(self, path: Path) -> None:
+        """Copy code, link data, and leave out credentials and what no program reads."""
+        is_folder, name = is_folder_here(path), path.name
+        if name in _NO_CODE or name.endswith((".egg-info", ".pyc", ".pyo", "~", ".swp")) or _is_environment(path):
+            return
+        is_file = is_file_here(path)
+        if is_file and _has_secret_name(name):
+            self.secret.add(path)
+        elif name.startswith(".") and (is_folder or path.suffix not in SETTINGS):
+            return
+        elif is_file and _is_code(path) and not re.search(_PRIVATE_WORDS, path.stem, _ANY):
+            self.copied.add(path)
+        elif is_folder or is_file:
+            self.linked.add(path)
+
+
+def files_of(
+    project: Path, scripts: Sequence[Path], include: Sequence[str], working_directory: Path, runs_root: Path
+) -> ProjectFiles:
+    """What of ``project`` is copied for a run of ``scripts``; nothing below ``runs_root`` is.
+
+    Raises HpcmmError when git cannot list the project, or ``include`` names what is not there.
+    """
+    if project_root(project) == project:
+        files = _files_in_git(project, project, runs_root)
+    else:
+        files = _files_without_git(project, scripts, runs_root)
+    asked = set(scripts)
+    for pattern in include:
+        for file, is_exact in _included(pattern, working_directory, project):
+            if is_exact or not is_secret(project, str(file.relative_to(project))):
+                asked.add(file)
+            else:
+                files.secret.add(file)
+    files.copied |= asked
+    files.secret -= asked
+    # What is asked for may lie in a folder that would be a link: then all that lies beside it is looked at by itself.
+    above = {parent for file in asked for parent in file.parents}
+    for folder in files.linked & above:
+        files.linked.remove(folder)
+        for entry in _around(folder, above):
+            files.add_ignored(entry)
+    whole: dict[Path, bool] = {}
+    files.copied = {
+        file for file in files.copied if _is_below_no_link(file, whole) and not file.is_relative_to(runs_root)
+    }
+    files.linked = {path for path in files.linked if not path.is_relative_to(runs_root)} - files.copied
+    return files
+
+
+def _files_in_git(root: Path, project: Path, runs_root: Path) -> ProjectFiles:
+    listed = _listed_by_git(root, runs_root)
+    environments = tuple(name.removesuffix("pyvenv.cfg") for name in listed.new if name.endswith("/pyvenv.cfg"))
+    new = {name for name in listed.new if not name.startswith(environments)}
+    secret = {name for name in (new | (listed.changed & listed.tracked)) if is_secret(root, name)}
+    files = ProjectFiles(set(), set(), {root / name for name in secret if (root / name).is_file()})
+    for path in (root / name for name in (listed.tracked | new) - secret):
+        if is_file_here(path, unknown=True) or path.is_symlink():
+            files.copied.add(path)
+        elif (path / ".git").exists():  # a submodule, or another repository
+            inner = _files_in_git(path, project, runs_root)
+            files.copied |= inner.copied
+            files.linked |= inner.linked
+            files.secret |= inner.secret
+    for name in listed.ignored:
+        parents = Path(name).parts[:-1]
+        if not any(part.startswith(".") or part in _NO_CODE for part in parents) and not any(
+            _is_environment(root.joinpath(*parents[:depth])) for depth in range(1, len(parents) + 1)
+        ):
+            files.add_ignored(root / name)
+    return files
+
+
+def _is_code(path: Path) -> bool:
+    return path.suffix in CODE and path.stat().st_size <= _LARGEST_BYTES
+
+
+def _is_environment(folder: Path) -> bool:
+    """Whether it is a virtual environment, or one of conda."""
+    return is_file_here(folder / "pyvenv.cfg") or is_folder_here(folder / "conda-meta")
+
+
+def _is_below_no_link(file: Path, known: dict[Path, bool]) -> bool:
+    """Whether no folder of the path is a link by now: the copy of that link would lead a copied file astray."""
+    if file.parent not in known:
+        known[file.parent] = os.path.realpath(file.parent) == str(file.parent)
+    return known[file.parent]
+
+
+def _around(folder: Path, above: set[Path]) -> Iterator[Path]:
+    """What lies in ``folder``; of the folders in ``above`` what lies in them."""
+    for entry in entries_of(folder, _MOST_LINKS):
+        if entry in above and not entry.is_symlink():
+            yield from _around(entry, above)
+        else:
+            yield entry
+
+
+def _included(pattern: str, working_directory: Path, project: Path) -> Iterator[tuple[Path, bool]]:
+    """The files that an entry of ``launch.include`` means, each with whether the entry is its very path."""
+    outside = False
+    for base in dict.fromkeys((working_directory, project)):
+        found = False
+        exact = base / Path(pattern).expanduser()
+        for match in [exact] if os.path.lexists(exact) else _matches(base, pattern):
+            path = Path(os.path.realpath(match.parent)) / match.name if match.name != ".." else match.resolve()
+            if not path.is_relative_to(project):
+                outside = True
+                continue
+            found = True
+            if is_folder_here(path):
+                yield from ((file, False) for file in _files_below(path))
+            elif is_file_here(path):
+                yield path, match == exact
+        if found:
+            return
+    if outside:
+        raise HpcmmError(f"launch.include names {pattern}, which is not in {project}: the job reads it where it lies.")
+    raise HpcmmError(f"launch.include names {pattern}, but neither {working_directory} nor {project} holds it.")
+
+
+def _matches(base: Path, pattern: str) -> list[Path]:
+    try:
+        relative = Path(pattern).relative_to(base) if Path(pattern).is_absolute() else Path(pattern)
+        found = sorted(base.glob(str(relative)))
+    except (ValueError, NotImplementedError, OSError):  # another folder's, or nothing that a file can be named
+        return []
+    return [path for path in found if ".git" not in path.parts and not (_NO_CODE & set(path.parts))]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _NO_CODE and name != ".git"]
+        yield from (path for path in (Path(parent) / name for name in names) if is_file_here(path))
+
+
+# Projects without git.
+
+
+def marked_root(folder: Path) -> Path | None:
+    """The nearest folder upwards that is a Python project by its files, or None."""
+    for parent in (folder, *folder.parents):
+        if _is_shared_ground(parent):
+            return None
+        if any((parent / name).is_file() for name in ("pyproject.toml", "setup.py", "setup.cfg")):
+            return parent
+    return None
+
+
+def _is_shared_ground(folder: Path) -> bool:
+    """Whether all kinds of things lie there that have nothing to do with each other: a home, a folder for all users."""
+    homes = {Path(os.path.expanduser("~")), Path(os.environ.get("TMPDIR", "/tmp"))}  # noqa: PTH111, S108 -- no user raises
+    return folder in homes | {Path("/"), Path("/tmp"), Path("/var/tmp")} or folder.parent == Path("/home")  # noqa: S108
+
+
+def _files_without_git(project: Path, scripts: Sequence[Path], runs_root: Path) -> ProjectFiles:
+    """Code and small settings of the folder and of the packages in it. All else beside them is linked."""
+    files, left = ProjectFiles(set(), set(), set()), _MOST_ENTRIES
+    queue = list(_used_by(scripts, project)) if _is_shared_ground(project) else entries_of(project, _MOST_ENTRIES)
+    for path in queue:
+        if path == runs_root or (path.name.startswith(".") and not _has_secret_name(path.name)):
+            continue
+        if is_folder_here(path):
+            inside = entries_of(path, left + 1)
+            if path.name in _NO_CODE or path.suffix == ".egg-info" or _is_environment(path):
+                continue
+            if len(inside) <= left and holds_python(path):
+                queue += sorted(inside)
+                left -= len(inside)
+            elif inside:
+                files.linked.add(path)
+        elif is_file_here(path):
+            name = str(path.relative_to(project))
+            is_small = path.suffix in CODE | SETTINGS and path.stat().st_size <= _LARGEST_BYTES
+            (files.secret if is_secret(project, name) else files.copied if is_small else files.linked).add(path)
+    return files
+
+
+def holds_python(folder: Path) -> bool:
+    """Whether Python files lie in it, or in a folder in it."""
+    inside = entries_of(folder, _MOST_LINKS)
+    return any(entry.suffix == ".py" for entry in inside) or any(
+        each.suffix == ".py" for entry in inside if is_folder_here(entry) for each in entries_of(entry, _MOST_LINKS)
+    )
+
+
+def entries_of(folder: Path, most: int | None = None) -> list[Path]:
+    """What lies in a folder, ``most`` of it; nothing if it is closed to us, and so to the job."""
+    try:
+        return list(islice(folder.iterdir(), most))
+    except OSError:
+        return []
+
+
+def is_folder_here(path: Path) -> bool:
+    """Whether it is a folder, and no link to one. False for what is closed to us."""
+    try:
+        return path.is_dir() and not path.is_symlink()
+    except OSError:
+        return False
+
+
+def is_file_here(path: Path, *, unknown: bool = False) -> bool:
+    """Whether it is a file or a link to one; ``unknown`` for what is closed to us."""
+    try:
+        return path.is_file()
+    except OSError:
+        return unknown
+
+
+def _used_by(scripts: Sequence[Path], folder: Path) -> Iterator[Path]:
+    """The scripts and their packages, and what lies beside them that they import or name, and that in turn."""
+    queue, seen = list(scripts), set(scripts)
+    while queue:
+        file = queue.pop()
+        yield folder / file.relative_to(folder).parts[0]
+        names: set[str] = set()
+        for node in ast.walk(syntax_tree(file)) if file.suffix == ".py" else ():
+            match node:
+                case ast.Import(names=imported):
+                    names |= {alias.name.partition(".")[0] for alias in imported}
+                case ast.ImportFrom(module=str(module), level=0):
+                    names.add(module.partition(".")[0])
+                case ast.Constant(value=str(text)) if 0 < len(text) < 200 and "\0" not in text:
+                    names.add(text.partition("/")[0])
+        for path in (folder / each for name in names for each in (name, f"{name}.py")):
+            if path.name not in ("", ".", "..") and path not in seen and path.parent == folder and path.exists():
+                seen.add(path)
+                queue.append(path)
+
+
+def syntax_tree(script: Path) -> ast.AST:
+    """The script's syntax tree; an empty one if it cannot be parsed, which Python itself will say."""
+    try:
+        return ast.parse(script.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return ast.Module([], [])

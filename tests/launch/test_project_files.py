@@ -1,0 +1,340 @@
+"""What of a project is copied, what is linked, what is left out: by git, without git, and by ``launch.include``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.project_files import files_of, is_secret, marked_root, project_root, revision
+
+NO_RUNS = Path("/nowhere/runs")
+TOKEN = "hf_" + "a1B2" * 9
+SERVICE_ACCOUNT = '{"type": "service_account", "private_key": "-----BEGIN PRIVATE KEY-----"}'
+
+
+def git(folder: Path, *arguments: str) -> None:
+    settings = ("user.name=a", "user.email=a@b", "protocol.file.allow=always")
+    given = [word for setting in settings for word in ("-c", setting)]
+    subprocess.run(["git", *given, "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a script, and a home elsewhere."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = tmp_path / "project"
+    write(
+        folder, {"train.py": "", "lib/helper.py": "", ".gitignore": "assets/\n_version.py\n*.so\n*.bin\nlocal.yaml\n"}
+    )
+    commit(folder)
+    return folder
+
+
+def commit(folder: Path) -> None:
+    git(folder, "init", "-q")
+    git(folder, "add", "-A", "-f")
+    git(folder, "commit", "-qm", "all")
+
+
+def sorted_out(project: Path, *include: str, script: str = "train.py", here: Path | None = None) -> dict[str, set[str]]:
+    """The names of what is copied, linked and secret."""
+    files = files_of(project, [project / script], include, here or project, NO_RUNS)
+    return {
+        kind: {str(path.relative_to(project)) for path in getattr(files, kind)}
+        for kind in ("copied", "linked", "secret")
+    }
+
+
+# What git ignores.
+
+
+def test_ignored_code_is_copied_and_all_else_that_is_ignored_is_linked(project: Path):
+    write(
+        project, {"lib/_version.py": "", "lib/fast.so": "", "assets/vocab.txt": "", "lib/w.bin": "", "local.yaml": ""}
+    )
+    found = sorted_out(project)
+    assert {"lib/_version.py", "lib/fast.so"} <= found["copied"]
+    assert found["linked"] == {"assets", "lib/w.bin", "local.yaml"}
+
+
+def test_ignored_code_that_is_named_like_a_secret_is_linked_and_so_it_is_not_copied(project: Path):
+    write(project, {".gitignore": "secrets.py\n", "lib/secrets.py": "KEY = 1"})
+    assert sorted_out(project)["linked"] == {"lib/secrets.py"}
+
+
+def test_caches_environments_and_hidden_folders_are_neither_copied_nor_linked(project: Path):
+    ignored = {
+        "lib/__pycache__/a.pyc": "", "venv/pyvenv.cfg": "", "venv/lib/site.py": "", ".cache/x.txt": "",
+        "node_modules/a/b.json": "", "x.egg-info/PKG-INFO": "", "conda/conda-meta/history": "", ".idea/x.xml": "",
+    }  # fmt: skip
+    write(project, ignored | {".gitignore": "__pycache__\n/venv\n.cache\nnode_modules\n*.egg-info\nconda\n.idea\n"})
+    write(project, {"other-venv/pyvenv.cfg": "", "other-venv/.gitignore": "*", "other-venv/lib/x.py": ""})
+    write(project, {"plain-venv/pyvenv.cfg": "", "plain-venv/lib/x.py": ""})
+    found = sorted_out(project)
+    assert found["linked"] == set()
+    assert found["copied"] == {"train.py", "lib/helper.py", ".gitignore"}
+
+
+def test_an_ignored_script_is_copied_with_the_code_beside_it(project: Path):
+    write(
+        project, {".gitignore": "scratch/\n", "scratch/train.py": "", "scratch/near.py": "", "scratch/data/a.txt": ""}
+    )
+    found = sorted_out(project, script="scratch/train.py")
+    assert {"scratch/train.py", "scratch/near.py"} <= found["copied"]
+    assert found["linked"] == {"scratch/data"}
+
+
+# launch.include
+
+
+def test_included_files_are_copied_though_git_ignores_them_and_what_lies_beside_is_linked(project: Path):
+    write(project, {"assets/vocab.txt": "", "assets/deep/a.yaml": "", "assets/deep/b.yaml": "", "assets/big.pt": ""})
+    found = sorted_out(project, "assets/vocab.txt", "assets/*/a.yaml")
+    assert {"assets/vocab.txt", "assets/deep/a.yaml"} <= found["copied"]
+    assert found["linked"] == {"assets/big.pt", "assets/deep/b.yaml"}
+
+
+def test_an_included_folder_is_copied_whole(project: Path):
+    write(project, {"assets/vocab.txt": "", "assets/deep/a.yaml": ""})
+    found = sorted_out(project, "assets")
+    assert {"assets/vocab.txt", "assets/deep/a.yaml"} <= found["copied"]
+    assert found["linked"] == set()
+
+
+def test_an_included_path_counts_from_the_working_directory_and_then_from_the_project(project: Path):
+    write(project, {"lib/w.bin": "", "assets/a.txt": ""})
+    assert {"lib/w.bin", "assets/a.txt"} <= sorted_out(project, "w.bin", "assets/a.txt", here=project / "lib")["copied"]
+    assert "lib/w.bin" in sorted_out(project, str(project / "lib" / "w.bin"))["copied"]
+
+
+@pytest.mark.parametrize("entry", ["none.txt", "no*ne", "../", "/etc/hostname", "**/none", "a" * 5000])
+def test_an_included_path_that_is_not_there_or_not_of_the_project_is_refused(project: Path, entry: str):
+    with pytest.raises(HpcmmError, match=r"launch\.include names .*(holds it|where it lies)\.$"):
+        sorted_out(project, entry)
+
+
+def test_credentials_come_in_by_their_very_path_alone(project: Path):
+    write(project, {".gitignore": ".env\nkeys/\n", ".env": "A=1", "keys/id_rsa": "", "keys/a.txt": ""})
+    assert sorted_out(project, "*", "keys", "**/id_*")["secret"] == {".env", "keys/id_rsa"}
+    assert {".env", "keys/id_rsa"} <= sorted_out(project, ".env", "keys/id_rsa")["copied"]
+
+
+# Credentials.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".env", ".env.local", ".env-prod", ".env_prod", "prod.env", ".envrc", ".env.bak", ".env~", "conf/.ENV",
+        "my-sa.json", "service_account.json", "service-account-prod.json", "client_secret_1.json", "credentials",
+        "aws-credentials.json", "secrets.yaml", "secret.txt", "token", "hf_token", ".token", "wandb.token",
+        "hf_token.txt", "token.json", ".huggingface/token", "wandb/settings", ".netrc", "_netrc", "kubeconfig",
+        "dev.kubeconfig", ".kube/config", ".aws/credentials", ".aws/config", ".docker/config.json", "a.kdbx", "a.jks",
+        "a.ppk", "a.pem", "a.key", "id_rsa", "id_ed25519_sk", "id_rsa.old", "id_rsa_cluster", ".pypirc", ".npmrc",
+        "api_key.txt", "wandb_api_key", "kaggle.json", "line\nbreak.env",
+    ],
+)  # fmt: skip
+def test_credentials_are_known_by_their_names(tmp_path: Path, name: str):
+    assert is_secret(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.py", "token_utils.py", "tokens.txt", "environment.yml", "key_points.py", "tokenizer.json",
+        "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "credentials.py", "secrets.py",
+        "id_mapping.py", "id_rsa.pub", "env.py", "environments/prod.yaml", "keys.py", "monkey.py", "passwords.py",
+        "sa.py", "visa.json", "cls_token.txt", "keyboard.txt", "config.json", "settings.yaml", "wandb/config.yaml",
+    ],
+)  # fmt: skip
+def test_ordinary_files_are_not_taken_for_credentials(tmp_path: Path, name: str):
+    write(tmp_path, {name: "name: value\nvocab_token = 7\n"})
+    assert not is_secret(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("anything.json", SERVICE_ACCOUNT), ("cluster_login", "-----BEGIN OPENSSH PRIVATE KEY-----\nx"),
+        ("notes.txt", f"use {TOKEN}"), ("vars", "export WANDB_API_KEY=0123456789abcdef0123"),
+        ("site.yaml", "id: AKIAABCDEFGHIJKLMNOP"), ("x.cfg", "AWS_SECRET_ACCESS_KEY = 'abcdefghijklmnop0123'"),
+    ],
+)  # fmt: skip
+def test_small_texts_that_hold_keys_are_credentials(tmp_path: Path, name: str, text: str):
+    write(tmp_path, {name: text})
+    assert is_secret(tmp_path, name)
+
+
+def test_code_that_holds_a_key_is_code(tmp_path: Path):
+    write(tmp_path, {"train.py": f'TOKEN = "{TOKEN}"'})
+    assert not is_secret(tmp_path, "train.py")
+
+
+def test_new_credentials_are_left_out_and_committed_ones_are_copied(project: Path):
+    write(project, {"old.pem": "1"})
+    commit(project)
+    write(project, {"new.pem": "1", "nested/data.json": SERVICE_ACCOUNT})
+    found = sorted_out(project)
+    assert found["secret"] == {"new.pem", "nested/data.json"}
+    assert "old.pem" in found["copied"]
+
+
+@pytest.mark.parametrize("hidden_by", [None, "--skip-worktree", "--assume-unchanged"])
+def test_a_tracked_env_file_that_was_changed_is_left_out_also_when_git_is_told_not_to_look(
+    project: Path, hidden_by: str | None
+):
+    write(project, {".env": "A=template"})
+    commit(project)
+    assert ".env" in sorted_out(project)["copied"]
+    write(project, {".env": "A=secret"})
+    if hidden_by:
+        git(project, "update-index", hidden_by, ".env")
+    found = sorted_out(project)
+    assert found["secret"] == {".env"}
+    assert ".env" not in found["copied"]
+
+
+def test_the_patch_holds_changes_but_no_credentials(project: Path):
+    write(project, {".env": "A=old", "notes.txt": "none"})
+    commit(project)
+    git(project, "config", "diff.noprefix", "true")
+    write(project, {".env": "A=leaked", "train.py": "changed\n", "new-sa.json": "leaked", "notes.txt": TOKEN})
+    git(project, "add", "-N", "new-sa.json")
+    patch = revision(project).changes
+    assert b"+changed" in patch
+    assert b"+++ b/train.py" in patch
+    assert b"leaked" not in patch
+    assert TOKEN.encode() not in patch
+
+
+def test_without_changes_but_of_credentials_the_patch_is_empty(project: Path):
+    write(project, {".env": "A=old"})
+    commit(project)
+    write(project, {".env": "A=leaked"})
+    assert revision(project).changes == b""
+
+
+# Repositories of all kinds.
+
+
+def test_submodules_and_new_repositories_within_are_copied_as_the_project_is(project: Path, tmp_path: Path):
+    inner = tmp_path / "inner"
+    write(inner, {"inner.py": "", ".gitignore": "data/\n"})
+    commit(inner)
+    git(project, "submodule", "--quiet", "add", str(inner), "sub")
+    write(project, {"sub/new.py": "", "sub/.env": "A=1", "sub/data/a.txt": ""})
+    write(project, {"clone/a.py": ""})
+    git(project / "clone", "init", "-q")
+    found = sorted_out(project)
+    assert {"sub/inner.py", "sub/new.py", "clone/a.py"} <= found["copied"]
+    assert found["linked"] == {"sub/data"}
+    assert found["secret"] == {"sub/.env"}
+
+
+def test_a_work_tree_whose_git_is_a_file_is_a_project(project: Path, tmp_path: Path):
+    git(project, "worktree", "add", "-q", str(tmp_path / "tree"))
+    assert project_root(tmp_path / "tree" / "lib") == tmp_path / "tree"
+    assert "lib/helper.py" in sorted_out(tmp_path / "tree")["copied"]
+
+
+def test_of_a_sparse_checkout_that_is_copied_which_is_there(project: Path):
+    git(project, "sparse-checkout", "set", "--no-cone", "/train.py")
+    assert not (project / "lib").exists()
+    assert sorted_out(project)["copied"] == {"train.py"}
+
+
+def test_a_repository_without_a_commit_is_a_project(tmp_path: Path):
+    write(tmp_path, {"train.py": "", ".env": "A=1"})
+    git(tmp_path, "init", "-q")
+    assert sorted_out(tmp_path) == {"copied": {"train.py"}, "linked": set(), "secret": {".env"}}
+
+
+def test_names_that_are_hard_to_write_are_copied(project: Path):
+    for name in (b"with space.py", b"line\nbreak.py", b'quo"te.py', b"\xff\xfe.py", b"-n.py"):
+        (project / os.fsdecode(name)).write_text("")
+    copied = {os.fsencode(name) for name in sorted_out(project)["copied"]}
+    assert {b"with space.py", b"line\nbreak.py", b'quo"te.py', b"\xff\xfe.py", b"-n.py"} <= copied
+
+
+def test_pipes_and_sockets_are_left_alone(project: Path):
+    write(project, {".gitignore": "pipe*\n"})
+    for name in ("pipe", "new", "lib/pipe.py", "assets.json"):
+        os.mkfifo(project / name)
+    assert sorted_out(project)["copied"] == {"train.py", "lib/helper.py", ".gitignore"}
+
+
+def test_nothing_is_copied_through_a_folder_that_has_become_a_link(project: Path, tmp_path: Path):
+    write(tmp_path, {"outside/helper.py": "live"})
+    (project / "lib" / "helper.py").unlink()
+    (project / "lib").rmdir()
+    (project / "lib").symlink_to(tmp_path / "outside")
+    assert sorted_out(project)["copied"] == {"train.py", ".gitignore", "lib"}
+
+
+# Without git.
+
+
+def test_without_git_code_and_small_settings_are_copied_and_data_is_linked(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write(
+        tmp_path / "work",
+        {
+            "train.py": "", "config.yaml": "", "data.csv": "", "package/__init__.py": "", "package/words.txt": "",
+            "space/inner/module.py": "", "images/a.png": "", ".hidden/a.py": "", ".env": "A=1",
+            "a.json": SERVICE_ACCOUNT, "venv/pyvenv.cfg": "", "venv/a.py": "",
+        },
+    )  # fmt: skip
+    assert sorted_out(tmp_path / "work") == {
+        "copied": {"train.py", "config.yaml", "package/__init__.py", "package/words.txt", "space/inner/module.py"},
+        "linked": {"data.csv", "images"},
+        "secret": {".env", "a.json"},
+    }
+
+
+def test_without_git_a_python_project_is_known_by_its_files(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write(tmp_path / "work", {"pyproject.toml": "", "scripts/train.py": "", "src/mine/__init__.py": ""})
+    assert marked_root(tmp_path / "work" / "scripts") == tmp_path / "work"
+    assert {"src/mine/__init__.py", "pyproject.toml"} <= sorted_out(tmp_path / "work", script="scripts/train.py")[
+        "copied"
+    ]
+
+
+def test_of_a_home_only_the_script_and_what_it_uses_is_copied(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(
+        tmp_path,
+        {
+            "train.py": 'import near, far.deep\nopen("conf.yaml")\nopen("big/set.bin")', "near.py": "import second",
+            "second.py": "", "far/__init__.py": "", "far/deep.py": "", "conf.yaml": "", "big/set.bin": "",
+            "letter.txt": "", "unrelated.py": "", "other/a.py": "", "pyproject.toml": "",
+        },
+    )  # fmt: skip
+    (tmp_path / ".git").mkdir()
+    assert project_root(tmp_path) is None
+    assert marked_root(tmp_path) is None
+    assert sorted_out(tmp_path) == {
+        "copied": {"train.py", "near.py", "second.py", "far/__init__.py", "far/deep.py", "conf.yaml"},
+        "linked": {"big"},
+        "secret": set(),
+    }
+
+
+def test_without_git_a_project_of_many_files_is_not_walked_to_its_end(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("hpcmm.launch.project_files._MOST_ENTRIES", 50)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write(tmp_path / "work", {"train.py": ""} | {f"many{each}/{n}.py": "" for each in range(10) for n in range(30)})
+    found = sorted_out(tmp_path / "work")
+    assert "train.py" in found["copied"]
+    assert len(found["copied"]) < 100
+    assert found["linked"]
