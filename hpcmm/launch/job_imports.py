@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
-from hpcmm.launch.project_files import entries_of, holds_python, is_file_here, project_root, syntax_tree
+from hpcmm.launch.project_files import entries_of, holds_python, is_file_here, is_folder_here, project_root, syntax_tree
 from hpcmm.resources import PACKAGE
 
 INSTALLED = frozenset({"site-packages", "dist-packages"})
@@ -51,7 +51,7 @@ def read_editable(sites: Sequence[Path]) -> Editable:
     names: set[str] = set()
     queue = list(sites)
     for folder in queue:
-        entries = sorted(os.listdir(folder)) if os.access(folder, os.R_OK) and folder.is_dir() else []  # noqa: PTH208 -- names are enough, and quicker
+        entries = sorted(entry.name for entry in entries_of(folder))
         names |= {name.partition(".")[0] for name in entries if not name.endswith((".pth", ".dist-info"))}
         for file in (folder / name for name in entries if name.endswith(".pth")):
             for line in _lines(file):
@@ -61,7 +61,7 @@ def read_editable(sites: Sequence[Path]) -> Editable:
                 queue += [each for each in map(Path, _ADDED_SITE.findall(line)) if each not in queue]
                 for module in _IMPORTED.findall(line):
                     packages |= _mapping(folder / f"{module}.py")
-    elsewhere = [root for root in roots if root.is_dir() and not INSTALLED & set(root.parts)]
+    elsewhere = [root for root in roots if is_folder_here(root) and not INSTALLED & set(root.parts)]
     return Editable(tuple(queue), tuple(dict.fromkeys(elsewhere)), packages, frozenset(names))
 
 
@@ -98,7 +98,10 @@ def _mapping(finder: Path) -> dict[str, Path]:
                 case ast.Constant(value=str(package)), ast.Constant(value=str(where)):
                     file = Path(where)
                     found[package] = file.parent if file.name == "__init__.py" else file
-    there = {name: path if path.exists() else path.with_suffix(".py") for name, path in found.items()}
+    there = {
+        name: path if is_folder_here(path) or is_file_here(path) else path.with_suffix(".py")
+        for name, path in found.items()
+    }
     return {name: Path(os.path.realpath(path)) for name, path in there.items()}
 
 
@@ -150,7 +153,7 @@ def site_folders(cluster: ClusterConfig, working_directory: Path) -> list[Path]:
     if sees_users:
         home = Path(os.path.expanduser("~"), ".local", "lib")  # noqa: PTH111
         users = (home / version / "site-packages" for version in sorted({site.parent.name for site in sites}))
-        sites += [site for site in users if site.is_dir()]
+        sites += [site for site in users if is_folder_here(site)]
     return sites
 
 
@@ -216,7 +219,7 @@ def import_roots(
         else:
             roots.packages.setdefault(name.replace(".", "/") + path.suffix, path)
     roots.add(project, taken)
-    if (project / "src").is_dir():
+    if is_folder_here(project / "src"):
         roots.add(project / "src", taken)
     return roots
 
@@ -230,7 +233,7 @@ def _searched(config: RunConfig, working_directory: Path) -> Iterator[Path]:
         # `python -m` puts the folder of the launch first, which a script is not run with.
         is_of_the_launch = folder == here and config.task.name != FUNCTION
         is_installed = bool(INSTALLED & set(folder.parts)) or folder.is_relative_to(library)
-        if folder.is_dir() and not is_of_the_launch and not is_installed:
+        if is_folder_here(folder) and not is_of_the_launch and not is_installed:
             yield folder
 
 
@@ -239,7 +242,7 @@ def _asked(config: RunConfig, working_directory: Path) -> Iterator[Path]:
     for path in (os.environ.get("PYTHONPATH"), config.cluster.environment.get("PYTHONPATH")):
         for entry in path.split(os.pathsep) if path else ():
             folder = (working_directory / entry).resolve()
-            if folder.is_dir() and not INSTALLED & set(folder.parts):
+            if is_folder_here(folder) and not INSTALLED & set(folder.parts):
                 yield folder
 
 

@@ -198,7 +198,9 @@ class ProjectFiles:
     def add_ignored(self, path: Path) -> None:
         """Copy code, link data, and leave out credentials and what no program reads."""
         is_folder, name = is_folder_here(path), path.name
-        if name in _NO_CODE or name.endswith((".egg-info", ".pyc", ".pyo", "~", ".swp")) or _is_environment(path):
+        if name in _NO_CODE or name.endswith((".egg-info", ".pyc", ".pyo", "~", ".swp")):
+            return
+        if is_folder and _is_environment(path):
             return
         is_file = is_file_here(path)
         if is_file and _has_secret_name(name):
@@ -241,8 +243,17 @@ def files_of(
     files.copied = {
         file for file in files.copied if _is_below_no_link(file, whole) and not file.is_relative_to(runs_root)
     }
-    files.linked = {path for path in files.linked if not path.is_relative_to(runs_root)} - files.copied
+    holders = {project} | {parent for file in files.copied for parent in file.parents}
+    linked = (path for path in files.linked - files.copied if not path.is_relative_to(runs_root))
+    files.linked = {_widest(path, holders) for path in linked}
     return files
+
+
+def _widest(path: Path, holders: set[Path]) -> Path:
+    """The widest folder that holds ``path`` and nothing that is copied, so that one link stands for many."""
+    while path.parent not in holders:
+        path = path.parent
+    return path
 
 
 def _files_in_git(root: Path, project: Path, runs_root: Path) -> ProjectFiles:
@@ -250,11 +261,11 @@ def _files_in_git(root: Path, project: Path, runs_root: Path) -> ProjectFiles:
     environments = tuple(name.removesuffix("pyvenv.cfg") for name in listed.new if name.endswith("/pyvenv.cfg"))
     new = {name for name in listed.new if not name.startswith(environments)}
     secret = {name for name in (new | (listed.changed & listed.tracked)) if is_secret(root, name)}
-    files = ProjectFiles(set(), set(), {root / name for name in secret if (root / name).is_file()})
+    files = ProjectFiles(set(), set(), {root / name for name in secret if is_file_here(root / name)})
     for path in (root / name for name in (listed.tracked | new) - secret):
         if is_file_here(path, unknown=True) or path.is_symlink():
             files.copied.add(path)
-        elif (path / ".git").exists():  # a submodule, or another repository
+        elif is_folder_here(path) and (path / ".git").exists():  # a submodule, or another repository
             inner = _files_in_git(path, project, runs_root)
             files.copied |= inner.copied
             files.linked |= inner.linked
@@ -339,7 +350,7 @@ def marked_root(folder: Path) -> Path | None:
     for parent in (folder, *folder.parents):
         if _is_shared_ground(parent):
             return None
-        if any((parent / name).is_file() for name in ("pyproject.toml", "setup.py", "setup.cfg")):
+        if any(is_file_here(parent / name) for name in ("pyproject.toml", "setup.py", "setup.cfg")):
             return parent
     return None
 
@@ -421,7 +432,7 @@ def _used_by(scripts: Sequence[Path], folder: Path) -> Iterator[Path]:
                 case ast.Constant(value=str(text)) if 0 < len(text) < 200 and "\0" not in text:
                     names.add(text.partition("/")[0])
         for path in (folder / each for name in names for each in (name, f"{name}.py")):
-            if path.name not in ("", ".", "..") and path not in seen and path.parent == folder and path.exists():
+            if path not in seen and path.parent == folder and path.name != ".." and path.exists():
                 seen.add(path)
                 queue.append(path)
 

@@ -137,7 +137,7 @@ def _holders_of(targets: Iterable[str]) -> list[Path]:
 def _holder_of_function(target: str, working_directory: Path, installed: Editable) -> Path:
     """The folder that the module of a function is imported from: the folder of the launch before all others."""
     here, top = working_directory.resolve(), target.partition(":")[0].partition(".")[0]
-    if (here / top).is_dir() or (here / f"{top}.py").is_file():
+    if is_folder_here(here / top) or is_file_here(here / f"{top}.py"):
         return here
     if top in installed.packages:
         return installed.packages[top].parent
@@ -174,12 +174,13 @@ def take_snapshot(config: RunConfig, run: RunDir, code: CodePlan | None) -> str:
     for target, source in sorted(files.items()):
         try:
             what = _copy(source, target, run, code.project if code else None)
-        except (PermissionError, FileNotFoundError):  # closed to us, or deleted since it was listed
-            if os.access(source, os.R_OK):
+        except (PermissionError, FileNotFoundError) as error:  # closed to us, or deleted since it was listed
+            if Path(os.fsdecode(error.filename or "")) != source:
                 raise
             closed.append(source)
             continue
         digest.update(f"{target.relative_to(run.code)}\0{what}\0".encode(errors="surrogateescape"))
+    found.copied.difference_update(closed)
     if code is not None:
         _link(code, found, run)
         _say_what_is_not_copied(config, code, found, closed)

@@ -6,6 +6,7 @@ import getpass
 import hashlib
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -100,6 +101,9 @@ def write(planned: Plan) -> None:
         _write_shared_files(planned)
         if planned.is_sweep:
             _write_ledger(planned)
+    except HpcmmError:
+        shutil.rmtree(planned.run.root, ignore_errors=True)  # else it would be the newest run of its name
+        raise
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise HpcmmError(
