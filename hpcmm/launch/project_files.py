@@ -57,17 +57,16 @@ _SECRET_TEXT = (
     rb"|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bsk-[\w-]{32}|\bwandb_v1_\w{20}"
     rb"|(?m:^\s*(export\s+)?[A-Z0-9_]*(API_KEY|SECRET|ACCESS_KEY|TOKEN|PASSWORD)[A-Z0-9_]*\s*=\s*[\"']?[\w+/-]{16})"
 )
-_ANY = re.IGNORECASE | re.DOTALL  # a name may hold a line break
 _READ_FOR_SECRETS = SETTINGS - {".md"} | {"", ".xml", ".properties", ".asc", ".crt", ".cert"}
 _SECRET_TEXT_BYTES = 65_536
 
 
 def is_secret(root: Path, name: str) -> bool:
     """Whether ``name`` below ``root`` looks like credentials: by its name, or a small text by what it holds."""
-    file = root / re.sub(_SAVED, "", name, flags=re.IGNORECASE)
-    if _has_secret_name(file.name) or re.fullmatch(_CREDENTIAL_PATH, name, _ANY):
+    if has_secret_name(Path(name).name) or re.fullmatch(_CREDENTIAL_PATH, name.lower(), re.DOTALL):
         return True
-    if file.suffix.lower() not in _READ_FOR_SECRETS:
+    file = root / re.sub(_SAVED, "", name.lower())
+    if file.suffix not in _READ_FOR_SECRETS:
         return False
     try:
         if not (root / name).is_file() or (root / name).stat().st_size > _SECRET_TEXT_BYTES:
@@ -77,9 +76,9 @@ def is_secret(root: Path, name: str) -> bool:
         return False
 
 
-def _has_secret_name(name: str) -> bool:
-    name = re.sub(_SAVED, "", name, flags=re.IGNORECASE)
-    return re.fullmatch(_SECRET_NAME, name, _ANY) is not None
+def has_secret_name(name: str) -> bool:
+    """Whether a file of this name, without its folders, looks like credentials. The name may hold line breaks."""
+    return re.fullmatch(_SECRET_NAME, re.sub(_SAVED, "", name.lower()), re.DOTALL) is not None
 
 
 # What git tells.
@@ -203,11 +202,11 @@ class ProjectFiles:
         if is_folder and _is_environment(path):
             return
         is_file = is_file_here(path)
-        if is_file and _has_secret_name(name):
+        if is_file and has_secret_name(name):
             self.secret.add(path)
         elif name.startswith(".") and (is_folder or path.suffix not in SETTINGS):
             return
-        elif is_file and _is_code(path) and not re.search(_PRIVATE_WORDS, path.stem, _ANY):
+        elif is_file and _is_code(path) and not re.search(_PRIVATE_WORDS, path.stem.lower()):
             self.copied.add(path)
         elif is_folder or is_file:
             self.linked.add(path)
@@ -366,7 +365,7 @@ def _files_without_git(project: Path, scripts: Sequence[Path], runs_root: Path) 
     files, left = ProjectFiles(set(), set(), set()), _MOST_ENTRIES
     queue = list(_used_by(scripts, project)) if _is_shared_ground(project) else entries_of(project, _MOST_ENTRIES)
     for path in queue:
-        if path == runs_root or (path.name.startswith(".") and not _has_secret_name(path.name)):
+        if path == runs_root or (path.name.startswith(".") and not has_secret_name(path.name)):
             continue
         if is_folder_here(path):
             inside = entries_of(path, left + 1)

@@ -35,9 +35,9 @@ from hpcmm.launch.project_files import (
     ProjectFiles,
     entries_of,
     files_of,
+    has_secret_name,
     is_file_here,
     is_folder_here,
-    is_secret,
     marked_root,
     project_root,
     syntax_tree,
@@ -69,6 +69,8 @@ class CodePlan:
     working_directory: Path = field(default_factory=Path.cwd)
     packages: dict[str, Path] = field(default_factory=dict)
     """Packages and modules of the project that are importable by themselves, by their names as paths."""
+    installed: Editable | None = None
+    """What the job's Python reads from elsewhere than its own folders; None if that was not looked up."""
 
     def joined(self, codes: Iterable[CodePlan], tasks: Iterable[TaskConfig]) -> CodePlan:
         """With what the tasks of all points of a sweep read, whose plans are ``codes``."""
@@ -116,6 +118,7 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: 
         scripts=tuple(modules),
         working_directory=working_directory.resolve(),
         packages=roots.packages,
+        installed=installed,
     )
 
 
@@ -226,7 +229,7 @@ def _say_what_is_not_copied(config: RunConfig, code: CodePlan, found: ProjectFil
             f"the job runs in {_shown(code.working_directory)}, so a relative path leads to what lies there "
             f"when it runs, and not to the copy: {', '.join(map(ascii, opened[:_MOST_NAMED]))}{_and_more(opened)}."
         )
-    installed = read_editable(site_folders(config.cluster, code.working_directory))
+    installed = code.installed or read_editable(site_folders(config.cluster, code.working_directory))
     live = live_packages(config, code.project, code.working_directory, installed)
     if code.project:
         live |= _not_in_the_copy(code.project, found, installed)
@@ -351,7 +354,9 @@ def _files_under(folder: Path) -> Iterator[Path]:
     return (
         file
         for file in folder.rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts and not is_secret(folder, str(file.relative_to(folder)))
+        if file.is_file()
+        and "__pycache__" not in file.parts
+        and (file.suffix in CODE or not has_secret_name(file.name))
     )
 
 
