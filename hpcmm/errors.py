@@ -11,6 +11,15 @@ class ProfilerUnusableError(HpcmmError):
     """A node's profiler is missing or records nothing; training without it is possible."""
 
 
+class ScriptExitError(HpcmmError):
+    """The user's script or function ended by itself with another status than 0."""
+
+    def __init__(self, problem: str, status: int) -> None:
+        """``status``: 1 to 255, as a shell has it."""
+        super().__init__(problem)
+        self.status = status
+
+
 class InputError(HpcmmError):
     """A file or folder that the user named is not there, cannot be read, or does not hold what it should."""
 

@@ -11,8 +11,12 @@ In a loop of your own one line annotates the steps: ``for batch in annotate.step
 takes ``hpcmm.annotate.hf.StepAnnotation`` as a callback.
 
 Without a profiler attached nothing is installed and the context managers do nothing.
+
+``annotate.should_stop()`` and ``annotate.stopped()`` let a script save a checkpoint when its job is about to end, and
+go on from there: see :mod:`hpcmm.annotate.stopping`. Without a profiler the standard library is enough for all this.
 """
 
 from hpcmm.annotate.ranges import phase, profiler_attached, step, steps
+from hpcmm.annotate.stopping import should_stop, stopped
 
-__all__ = ["phase", "profiler_attached", "step", "steps"]
+__all__ = ["phase", "profiler_attached", "should_stop", "step", "steps", "stopped"]

@@ -9,8 +9,6 @@ from functools import cache
 from itertools import count
 from typing import Any, TypeVar
 
-import nvtx
-
 from hpcmm.annotate import schema
 
 _INJECTION = "NVTX_INJECTION64_PATH"
@@ -28,6 +26,8 @@ def profiler_attached() -> bool:
 
 
 _ATTACHED = profiler_attached()
+if _ATTACHED:
+    import nvtx
 _begun: int | None = None
 
 
@@ -87,7 +87,7 @@ def batch_size(batch: Any) -> int:
         return len(batch)
     if isinstance(batch, Mapping):
         return sum(map(batch_size, batch.values()))
-    if isinstance(batch, list | tuple):
+    if isinstance(batch, (list, tuple)):
         return sum(map(batch_size, batch))
     elements = getattr(batch, "numel", None)
     return int(elements()) if callable(elements) else 0

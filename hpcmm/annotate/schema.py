@@ -22,7 +22,7 @@ _COLLECTIVE = re.compile(r"(?P<op>\w+) group=(?P<group>\S+) seq=(?P<seq>[0-9]{1,
 _INT64_MAX = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CollectiveName:
     """What the name of a collective's range carries.
 

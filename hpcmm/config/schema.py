@@ -74,6 +74,8 @@ class Requeue(StrEnum):
     """After it was warned of its time limit or of a preemption, and saved a checkpoint."""
     on_node_failure = "on_node_failure"
     """Then, and when Slurm takes a node away without warning: it failed, or a preemption gives no time."""
+    slurm = "slurm"
+    """Slurm's own requeue alone, for scripts that save checkpoints by themselves and need no word to stop."""
 
 
 class StageCheck(StrEnum):

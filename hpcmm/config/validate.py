@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpcmm.config.keys import leaves, out_of_bounds
 from hpcmm.config.parts import own_error, part_problems
-from hpcmm.config.schema import FUNCTION, SCRIPT, SUBMIT_VARIABLES, Analyze, Executor, RunConfig
+from hpcmm.config.schema import FUNCTION, SCRIPT, SUBMIT_VARIABLES, Analyze, Executor, Requeue, RunConfig
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.ranges import profiled_ranks, step_window
@@ -276,6 +276,8 @@ def _handover(config: RunConfig) -> Iterator[str]:
         yield "analyze=after needs reports to analyse: add profile=nsys."
     if local and config.analyze is Analyze.after and not config.wait:
         yield "analyze=after has no queue to wait in with cluster=local: add wait=true."
+    if local and config.requeue is Requeue.slurm:
+        yield "requeue=slurm needs Slurm, and cluster=local has none: leave it out."
     if local and config.after is not None:
         yield f"after={config.after} needs Slurm's queue, and cluster=local has none: leave it out."
     if any("\n" in line or "\0" in line for line in config.cluster.setup):

@@ -66,6 +66,7 @@ def _stops_when_asked(state: State) -> bool:
     return (
         bool(given)
         and trains_a_workload(given)
+        and given.get("requeue") != "slurm"  # whose script passes the wish on as a signal, of which the ranks die
         and isinstance(profile, dict)
         and bool(profile.get("tool"))
         and any(not job.pending for job in state.active)

@@ -65,6 +65,7 @@ class Container:
         return self.config.image
 
 
+_REQUEUED_BY_SLURM = frozenset({Requeue.on_node_failure, Requeue.slurm})
 ANALYSIS_TEMPLATE = "analysis.sbatch.j2"
 _ANALYSIS_TIME_MIN = 60
 _PREFLIGHT_MIN = 5
@@ -140,6 +141,7 @@ def _render(template: str, config: RunConfig, job: Job, directives: dict[str, st
         environment=config.cluster.environment,
         run=job.run,
         is_sweep=job.points is not None,
+        resume=_resume(job),
         python=python_of(config, job.launcher),
         python_path=os.pathsep.join(job.python_path),
         once=_prefix(container.on_first_node()),
@@ -149,6 +151,13 @@ def _render(template: str, config: RunConfig, job: Job, directives: dict[str, st
         words_before=_prefix,
         preflight_min=_PREFLIGHT_MIN,
     )
+
+
+def _resume(job: Job) -> str:
+    """What a user types to have a job that stopped go on."""
+    if job.points is not None:
+        return f"python -m hpcmm.launch resubmit {shlex.quote(str(job.run.root))}"
+    return f"sbatch {shlex.quote(str(job.run.submission_script))}"
 
 
 def _prefix(words: list[str]) -> str:
@@ -175,7 +184,7 @@ def _directives(config: RunConfig, job: Job) -> dict[str, str | None]:
             "kill-on-invalid-dep": None if job.after is None else "yes",
             "output": _log_pattern(job, job.run.batch_log),
             "open-mode": "append",
-            "requeue" if config.requeue is Requeue.on_node_failure else "no-requeue": "",
+            "requeue" if config.requeue in _REQUEUED_BY_SLURM else "no-requeue": "",
             "signal": _stop_warning(config),
         }
     )
@@ -230,6 +239,8 @@ def _gpus(config: RunConfig) -> str | None:
 def _stop_warning(config: RunConfig) -> str | None:
     cluster = config.cluster
     warning_s = cluster.stop_warning_s
+    if config.requeue is Requeue.slurm:  # the ranks themselves are warned, if the user has asked for it
+        return f"USR1@{warning_s}" if warning_s else None
     if warning_s is None:
         warning_s = min(_STOP_WARNING_S, 60 * cluster.time_limit_min // 4)
     return f"B:USR1@{warning_s}" if warning_s else None

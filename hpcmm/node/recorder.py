@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from hpcmm.errors import ScriptExitError
 from hpcmm.node.classify import CONSEQUENCES, kind_of_exception
 from hpcmm.node.network import unreachable_nodes
 from hpcmm.runs import failures
@@ -38,6 +39,8 @@ def recording_failure(run: RunDir, environ: Mapping[str, str] = os.environ) -> I
         write_stacks_on(signal.SIGTERM)
         try:
             yield
+        except ScriptExitError:  # no exception of the script's: its status says it
+            raise
         except Exception as error:
             _record(error, failures.error_file(attempt, rank), rank, node_of(environ))
             raise

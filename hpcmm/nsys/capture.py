@@ -16,7 +16,7 @@ from pathlib import Path
 from hpcmm.errors import HpcmmError
 from hpcmm.node.startup import COMMAND_BEGAN
 from hpcmm.nsys.importer import import_qdstrm
-from hpcmm.nsys.supervisor import End, Supervisor, run_supervised
+from hpcmm.nsys.supervisor import HEEDS_SIGTERM_S, End, Supervisor, run_supervised
 
 START_ATTEMPTS = 4
 _START_POLL_S = 0.02
@@ -30,13 +30,15 @@ def run_under_nsys(
     *,
     ended: Callable[[End], None] = lambda _: None,
     must_end: Callable[[], bool] = lambda: False,
+    heeds_s: float | None = HEEDS_SIGTERM_S,
 ) -> int:
     """Run ``command`` under ``nsys profile FLAGS...`` and leave its report at ``report``. Returns its exit status.
 
     nsys writes on the node's own disk; only the finished report is copied to the shared one. If it cannot be
     finished here, what there is is copied beside ``report`` and the reason is printed. A report that stands there from
     an earlier attempt is moved to the folder ``aside``. A signal to this process reaches the command and not nsys, so
-    that the report survives it; ``ended`` and ``must_end`` as in :func:`~hpcmm.nsys.supervisor.run_supervised`.
+    that the report survives it; ``ended``, ``must_end`` and ``heeds_s`` as in
+    :func:`~hpcmm.nsys.supervisor.run_supervised`.
     """
     folder = Path(tempfile.mkdtemp(prefix="hpcmm-nsys-"))
     started, output = folder / "started", folder / report.stem
@@ -46,7 +48,7 @@ def run_under_nsys(
         if _finish(output, report, aside, keep_raw=apart.in_a_hurry):
             shutil.rmtree(folder, ignore_errors=True)
 
-    return run_supervised(record, rank_pid=lambda: _pid_in(started), ended=ended, must_end=must_end)
+    return run_supervised(record, rank_pid=lambda: _pid_in(started), ended=ended, must_end=must_end, heeds_s=heeds_s)
 
 
 def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Path) -> int:

@@ -28,7 +28,7 @@ _ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 _PR_SET_CHILD_SUBREAPER = 36
 """From Linux' sys/prctl.h."""
 
-_HEEDS_SIGTERM_S = 5.0
+HEEDS_SIGTERM_S = 5.0
 """Seconds after which a rank that was told to end is killed, which leaves the report time before Slurm's SIGKILL."""
 
 _WATCH_S = 2.0
@@ -46,8 +46,9 @@ class End:
 class Supervisor:
     """What the work in the process apart may know and say."""
 
-    def __init__(self, words: int, rank_pid: Callable[[], int | None]) -> None:
+    def __init__(self, words: int, rank_pid: Callable[[], int | None], heeds_s: float | None) -> None:
         self._words = words
+        self._heeds_s = heeds_s
         self._rank_pid = rank_pid
         self.in_a_hurry = False
         """Whether the rank was told to end, so that SIGKILL may come soon."""
@@ -77,9 +78,10 @@ class Supervisor:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(each, signal.SIGKILL)
                 return
-            kill = threading.Timer(_HEEDS_SIGTERM_S, _kill_if_alive, (pid,))
-            kill.daemon = True
-            kill.start()
+            if self._heeds_s is not None:
+                kill = threading.Timer(self._heeds_s, _kill_if_alive, (pid,))
+                kill.daemon = True
+                kill.start()
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -91,12 +93,14 @@ def run_supervised(
     rank_pid: Callable[[], int | None],
     ended: Callable[[End], None],
     must_end: Callable[[], bool],
+    heeds_s: float | None = HEEDS_SIGTERM_S,
 ) -> int:
     """Do ``work`` in a process apart. Returns the status that it said the rank's command ended with, when it is done.
 
     ``rank_pid`` tells the rank's process once there is one. ``ended`` is called here as soon as the command is over,
-    while ``work`` goes on. ``must_end`` is asked every two seconds: once it is true, the rank is told to end. 1 is
-    returned if the process apart was killed before it could say anything.
+    while ``work`` goes on. ``must_end`` is asked every two seconds: once it is true, the rank is told to end. A rank
+    that was told to end is killed ``heeds_s`` seconds later (None: never). 1 is returned if the process apart was
+    killed before it could say anything.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -109,7 +113,7 @@ def run_supervised(
             os.close(words)
             os.setsid()
             if os.fork() == 0:
-                _work_and_exit(work, Supervisor(words_write, rank_pid), orders_read)
+                _work_and_exit(work, Supervisor(words_write, rank_pid, heeds_s), orders_read)
             os._exit(0)
         os.close(orders_read)
         os.close(words_write)

@@ -20,8 +20,6 @@ _FAILED_STATES = frozenset(
 )
 _TAIL_BYTES = 64 * 1024
 _STATUS = re.compile(r"[0-9]{1,3}")
-_STOPPED_LINE = "stopped"
-"""In place of the exit status: the ranks stopped as asked, with a checkpoint. ``slurm/train.sbatch.j2`` writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +41,17 @@ class Outcome:
         return self.state in _FAILED_STATES
 
 
+_WITHOUT_AN_END = {"stopped": Outcome(STOPPED), "terminated": None, "restarted": None}
+"""What ``slurm/train.sbatch.j2`` writes in place of an exit status, if the job may go on: its ranks stopped as asked,
+with a checkpoint; Slurm told the script to end, and may start it again; Slurm has started it again."""
+
+
 def outcome_of(run: RunDir, job_id: str, ranks: int | None = None) -> Outcome | None:
     """How job ``job_id`` of this directory ended; None if nothing tells: it waits, runs, or was killed with its script.
 
     By ``job.json``, the last line of the job's script, all ranks' last records (of ``ranks`` ranks; None: of those
-    that left any), and what ranks that ended badly left: in this order, for the first knows most. After a stop the job
-    may have gone on, so it counts only if nothing tells of a later end.
+    that left any), and what ranks that ended badly left: in this order, for the first knows most. A job that
+    stopped, or that Slurm has started again, may have gone on: only what tells of a later end counts then.
     """
     record = read_job_record(run)
     if record is not None and record.job_id == job_id:
@@ -62,8 +65,9 @@ def outcome_of(run: RunDir, job_id: str, ranks: int | None = None) -> Outcome | 
     if mine and all(each.ended for each in mine) and ranks in {None, len(mine)}:
         return Outcome(COMPLETED)
     failed_ns = failures.last_record_ns(run, raw_id)
-    if own[-1:] == [_STOPPED_LINE]:
-        return Outcome(FAILED if failed_ns is not None and failed_ns > _written_ns(run) else STOPPED)
+    if own and own[-1] in _WITHOUT_AN_END:
+        failed_since = failed_ns is not None and failed_ns > _written_ns(run)
+        return Outcome(FAILED) if failed_since else _WITHOUT_AN_END[own[-1]]
     return None if failed_ns is None else Outcome(FAILED)
 
 

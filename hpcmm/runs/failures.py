@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpcmm.files import names_in, read_json_object, write_json
+from hpcmm.files import names_in, read_json_object, read_tail, write_json, write_whole
 from hpcmm.runs.run_dir import RunDir
 
 MOST_LINES = 60
@@ -23,6 +24,10 @@ MOST_LINES = 60
 MOST_CHARACTERS = 4000
 """Characters of a message that are kept."""
 
+TOLD_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+"""Signals by which somebody else ends a rank."""
+
+_STATUS_BYTES = 16
 _ATTEMPT = re.compile(r"([0-9]{1,12})\.([0-9]{1,9})")
 _RANK_FILE = re.compile(r"rank_([0-9]{1,6})\.(error\.json|exit\.json|stacks)")
 
@@ -75,6 +80,11 @@ def stacks_file(attempt: Path, rank: int) -> Path:
     return attempt / f"rank_{rank:04d}.stacks"
 
 
+def status_file(attempt: Path) -> Path:
+    """The exit status that the job is to have, as the batch script reads it: that of the rank that failed first."""
+    return attempt / "status"
+
+
 def failed_file(attempt: Path) -> Path:
     """An empty file: some rank has left a record. One look at it costs the same however many ranks there are."""
     return attempt / "failed"
@@ -85,6 +95,19 @@ def write(record: RankError | RankExit, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     failed_file(path.parent).touch()
     write_json(path, asdict(record), indent=1)
+
+
+def note_status(record: RankExit, attempt: Path) -> None:
+    """Note the rank's status as the job's, unless a rank that failed before has one. Raises OSError.
+
+    Ranks that were told to end do not count. 1, with which Python ends for any exception, stands only if no rank has
+    another: an exception is often that of a lost peer, and its rank may be faster to say so.
+    """
+    if record.signal in TOLD_TO_END:
+        return
+    path = status_file(attempt)
+    if read_tail(path, _STATUS_BYTES).strip() in {"", "1"}:
+        write_whole(path, f"{128 + record.signal if record.signal is not None else record.status}\n")
 
 
 Record = TypeVar("Record", RankError, RankExit)

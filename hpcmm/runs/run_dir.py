@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcmm.annotate.stopping import STOP, STOPPED
 from hpcmm.files import is_regular
 from hpcmm.runs.ownership import is_mine
 
@@ -123,12 +124,12 @@ class RunDir:
     @property
     def stop_request(self) -> Path:
         """An empty file that asks the ranks to save a checkpoint and stop, made when Slurm gives warning of an end."""
-        return self.root / "stop"
+        return self.root / STOP
 
     @property
     def stopped(self) -> Path:
         """An empty file: the ranks stopped as asked, with a checkpoint, before the last step."""
-        return self.root / "stopped"
+        return self.root / STOPPED
 
     @property
     def attempts(self) -> Path:

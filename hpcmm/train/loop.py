@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from rich.progress import Progress as Bar
 from torch import nn
 
 from hpcmm import annotate
+from hpcmm.annotate.stopping import StopRequest
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
@@ -24,7 +26,6 @@ from hpcmm.runs.metrics import MetricsWriter, write_scores
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import build_engine
-from hpcmm.train.preemption import StopRequest
 from hpcmm.train.profile_window import CaptureWindow
 from hpcmm.train.workload import Training
 from hpcmm.worker.environment import RankEnvironment
@@ -92,7 +93,8 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
     steps = config.train.steps
     done = first * config.train.gradient_accumulation_steps
     batches = session.training.batches(rank_env.rank, rank_env.world_size, done)
-    stop_request = StopRequest(session.run, rank_env)
+    stop_request = StopRequest(session.run.root)
+    signal.signal(signal.SIGUSR1, lambda *_: stop_request.ask())
     window = CaptureWindow(step_window(config.profile.steps, steps))
     with Progress(config, first=first, shown=rank_env.rank == 0) as progress, window:
         for step in range(first, steps):

@@ -114,13 +114,17 @@ def _rank(run: RunDir, command: list[str]) -> int:
 
 def start_rank(run: RunDir, command: list[str]) -> int:
     """Run the rank's command. Returns its exit status, negative for a signal."""
+    from hpcmm.annotate.stopping import RESTART_COUNT, RUN_DIR  # noqa: PLC0415
     from hpcmm.config import config_file  # noqa: PLC0415
     from hpcmm.config.schema import Executor  # noqa: PLC0415
     from hpcmm.node import startup  # noqa: PLC0415
+    from hpcmm.runs.attempts import current_attempt  # noqa: PLC0415
     from hpcmm.worker.environment import RankEnvironment, use_copies  # noqa: PLC0415
     from hpcmm.worker.signal_forwarding import run_watched  # noqa: PLC0415
 
     os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
+    os.environ[RUN_DIR] = str(run.root.absolute())
+    os.environ[RESTART_COUNT] = str(current_attempt(run) - 1)
     config = config_file.load(run.config)
     rank_env = RankEnvironment.read()
     rank = rank_env.rank

@@ -6,6 +6,7 @@ a profiler listens. It needs to know nothing of hpcmm.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -13,6 +14,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from hpcmm.annotate.auto_instrument import after_import, annotate_collectives_at
 from hpcmm.config import config_file
 from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig
 from hpcmm.config.workload import Workload, workload_of
-from hpcmm.errors import HpcmmError
+from hpcmm.errors import HpcmmError, ScriptExitError
 from hpcmm.node.cache import extensions_dir
 from hpcmm.node.startup import parts_before
 from hpcmm.runs.attempts import current_attempt
@@ -33,7 +35,7 @@ def run_rank(run_dir: str) -> Any:
     """Run the task of ``config.yaml`` in the run directory. Returns a workload's final metrics, or what the user's
     function returned.
 
-    Raises HpcmmError if a script exits with another status than 0, or a function is not there.
+    Raises ScriptExitError if the user's code exits with another status than 0, HpcmmError if a function is not there.
     """
     began_s = time.time()
     run = RunDir(Path(run_dir))
@@ -93,7 +95,8 @@ def _run_users_code(config: RunConfig, run: RunDir) -> Any:
             _run_script(config.task)
         else:
             result = _call_function(config.task)
-        metrics.end()
+        if not run.stopped.exists():  # else it is to go on
+            metrics.end()
     return result
 
 
@@ -102,11 +105,28 @@ def _run_script(task: TaskConfig) -> None:
     assert task.path is not None
     sys.argv = [task.path, *task.args]
     sys.path.insert(0, str(Path(task.path).parent))
-    try:
+    with _exiting(task.path):
         runpy.run_path(task.path, run_name="__main__")
-    except SystemExit as error:
-        if error.code not in (None, 0):
-            raise HpcmmError(f"{task.path} exited with status {error.code}.") from error
+
+
+@contextlib.contextmanager
+def _exiting(name: str) -> Iterator[None]:
+    """Let the user's code call ``sys.exit`` as in a Python of its own."""
+    try:
+        yield
+    except SystemExit as ended:
+        if status := _exit_status(ended.code):
+            raise ScriptExitError(f"{name} exited with status {status}.", status) from ended
+
+
+def _exit_status(code: object) -> int:
+    """What a shell sees of ``sys.exit(code)``, whose words are printed if it is no number."""
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF if -(2**63) <= code < 2**63 else 0xFF
+    print(code, file=sys.stderr, flush=True)
+    return 1
 
 
 def _call_function(task: TaskConfig) -> Any:
@@ -118,7 +138,10 @@ def _call_function(task: TaskConfig) -> Any:
             function = getattr(function, part)
         except AttributeError as error:
             raise HpcmmError(f"task.target is {task.target}, but {module_name} has no {name}.") from error
-    return function(**task.kwargs)
+    result = None
+    with _exiting(task.target):
+        result = function(**task.kwargs)
+    return result
 
 
 def _see_own_gpu() -> None:

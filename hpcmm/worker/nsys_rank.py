@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from hpcmm.config.schema import ProfileConfig, RunConfig
+from hpcmm.config.schema import ProfileConfig, Requeue, RunConfig
 from hpcmm.errors import ProfilerUnusableError
 from hpcmm.node.cache import cache_dir
 from hpcmm.nsys.capture import run_under_nsys
 from hpcmm.nsys.probe import NsysFacts, nsys_facts
+from hpcmm.nsys.supervisor import HEEDS_SIGTERM_S
 from hpcmm.ranges import step_window
 from hpcmm.resources import resource
 from hpcmm.runs import failures
@@ -51,9 +53,16 @@ def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[st
         command,
         run.rank_report(rank),
         run.reports_before(current_attempt(run)),
-        ended=lambda end: record_exit(end.status, run, rank, end.unix_ns),
+        ended=lambda end: record_exit(_signal_or_status(end.status), run, rank, end.unix_ns),
         must_end=SomeRankFailed(run, config.cluster.kill_wait_s),
+        # A script that saves its checkpoint at SIGTERM may need all of the site's grace time.
+        heeds_s=None if config.requeue is Requeue.slurm else HEEDS_SIGTERM_S,
     )
+
+
+def _signal_or_status(status: int) -> int:
+    """nsys ends as a shell does: with 128 and the signal's number, if a signal ended the rank."""
+    return 128 - status if 128 < status <= 128 + signal.SIGRTMAX else status
 
 
 class SomeRankFailed:

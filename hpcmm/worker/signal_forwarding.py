@@ -49,15 +49,18 @@ def run_watched(command: Sequence[str], run: RunDir, rank: int) -> int:
 def record_exit(status: int, run: RunDir, rank: int, unix_ns: int | None = None) -> None:
     """Leave a record of a rank that ended with another status than 0, at ``unix_ns`` (None: now).
 
-    A status above 128 is a shell's word of a signal.
+    A negative status is a signal's number. What the rank itself has recorded stays.
     """
     if status == 0:
         return
-    number = -status if status < 0 else status - 128 if 128 < status <= 128 + signal.SIGRTMAX else None
+    number = -status if status < 0 else None
     record = failures.RankExit(rank, node_of(os.environ), unix_ns or time.time_ns(), None if number else status, number)
-    path = failures.exit_file(failures.attempt_folder(run), rank)
+    attempt = failures.attempt_folder(run)
+    path = failures.exit_file(attempt, rank)
     try:
-        failures.write(record, path)
+        if not path.exists():
+            failures.write(record, path)
+            failures.note_status(record, attempt)
     except OSError as error:
         print(f"hpcmm: {path} cannot be written ({error.strerror}).", file=sys.stderr)
 

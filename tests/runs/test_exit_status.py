@@ -117,6 +117,32 @@ def killed_after_a_requeue(job):
     job.loses_a_rank()
 
 
+def preempted_and_queued_again_by_slurm(job):
+    job.starts()
+    job.loses_a_rank()
+    job.script_ends("terminated")
+
+
+def started_again_after_its_end(job):
+    job.starts()
+    job.loses_a_rank()
+    job.script_ends(1)
+    job.script_ends("restarted")
+    job.starts(restart=1)
+
+
+def killed_once_more_after_its_end(job):
+    started_again_after_its_end(job)
+    os.utime(job.run.exit_status, (1, 1))
+    job.loses_a_rank()
+
+
+def completed_after_slurm_s_own_requeue(job):
+    started_again_after_its_end(job)
+    job.trains_to_its_end()
+    job.script_ends(0)
+
+
 ENDS = [
     (completed, "COMPLETED"),
     (failed, "FAILED"),
@@ -127,6 +153,10 @@ ENDS = [
     (completed_after_a_requeue, "COMPLETED"),
     (stopped_after_a_node_failure, "STOPPED"),
     (killed_after_a_requeue, "FAILED"),
+    (preempted_and_queued_again_by_slurm, None),
+    (started_again_after_its_end, None),
+    (killed_once_more_after_its_end, "FAILED"),
+    (completed_after_slurm_s_own_requeue, "COMPLETED"),
 ]
 
 

@@ -19,7 +19,12 @@ def script(*overrides):
 
 @pytest.mark.parametrize(
     ("policy", "directive", "goes_on"),
-    [("never", "--no-requeue", "no"), ("on_stop", "--no-requeue", "yes"), ("on_node_failure", "--requeue", "yes")],
+    [
+        ("never", "--no-requeue", "no"),
+        ("on_stop", "--no-requeue", "yes"),
+        ("on_node_failure", "--requeue", "yes"),
+        ("slurm", "--requeue", "yes"),
+    ],
 )
 def test_the_policy_decides_who_may_requeue(policy, directive, goes_on):
     lines = script(f"requeue={policy}").splitlines()
@@ -37,6 +42,16 @@ def test_a_warning_of_no_length_is_none():
 def test_a_short_limit_gets_a_shorter_warning():
     assert "#SBATCH --signal=B:USR1@120" in script("cluster.time_limit_min=60").splitlines()
     assert "#SBATCH --signal=B:USR1@15" in script("cluster.time_limit_min=1").splitlines()
+
+
+def test_under_slurm_s_own_requeue_the_ranks_are_warned_only_if_asked_for():
+    assert "#SBATCH --signal" not in script("requeue=slurm")
+    assert "#SBATCH --signal=USR1@90" in script("requeue=slurm", "cluster.stop_warning_s=90").splitlines()
+
+
+def test_slurm_s_own_requeue_needs_slurm():
+    with pytest.raises(HpcmmError, match="requeue=slurm needs Slurm, and cluster=local has none"):
+        validate(compose_run(["cluster=local", "requeue=slurm"]))
 
 
 @pytest.mark.parametrize(

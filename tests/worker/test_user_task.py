@@ -2,14 +2,20 @@
 
 import json
 import os
+import pickle
+import signal
 import subprocess
 import sys
 
 import pytest
+from submitit.core.utils import DelayedSubmission
 
 from hpcmm.config.compose import compose_run
 from hpcmm.config.config_file import dump
+from hpcmm.runs import failures
+from hpcmm.runs.attempts import begin_attempt
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.worker.task import RankTask
 
 SLURM = {
     "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node2",
@@ -46,12 +52,95 @@ def test_a_script_runs_as_main_with_its_words_and_its_neighbours(tmp_path):
     assert (start["event"], start["rank"], start["node"], end["event"]) == ("start", 3, "node2", "end")
 
 
-@pytest.mark.parametrize(("last_line", "status"), [("sys.exit()", 0), ("sys.exit('no')", 1)])
-def test_the_script_s_exit_status_decides(tmp_path, last_line, status):
-    (tmp_path / "train.py").write_text(f"import sys\n{last_line}\n")
-    _, done = run_task(tmp_path, "task=script", f"task.path={tmp_path / 'train.py'}")
-    assert done.returncode == status
-    assert ("train.py exited with status" in done.stderr) == (status == 1)
+def run_rank(tmp_path, *overrides, starts=1):
+    """As the batch script and srun start a rank: hpcmm's wrapper, submitit, the task. Returns what it left."""
+    run = RunDir(tmp_path / "run")
+    run.create()
+    dump(compose_run(["cluster=slurm", *overrides]), run.config)
+    DelayedSubmission(RankTask(str(run.root))).dump(run.submitit / "42_submitted.pkl")
+    for _ in range(starts):
+        begin_attempt(run, SLURM)
+    outer = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "SUBMITIT_EXECUTOR": "slurm"}
+    command = [sys.executable, "-m", "hpcmm.worker", "rank", str(run.root), "--"]
+    command += [sys.executable, "-m", "submitit.core._submit", str(run.submitit)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | SLURM | outer
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    return run, done
+
+
+ENDS = [
+    ("sys.exit()", 0, ""),
+    ("sys.exit(0)", 0, ""),
+    ("sys.exit(42)", 42, ""),
+    ("sys.exit('no such data')", 1, "no such data\n"),
+    ("sys.exit(300)", 44, ""),
+    ("sys.exit(256)", 0, ""),
+    ("sys.exit(-1)", 255, ""),
+    ("sys.exit(2**70)", 255, ""),
+    ("sys.exit(True)", 1, ""),
+    ("raise SystemExit(3, 4)", 1, "(3, 4)\n"),
+    ("os._exit(42)", 42, ""),
+    ("os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV, ""),
+]
+
+
+@pytest.mark.parametrize(("last_line", "status", "words"), ENDS, ids=lambda value: str(value)[:40].strip())
+def test_a_rank_ends_as_the_script_would_end_by_itself(tmp_path, last_line, status, words):
+    script = tmp_path / "train.py"
+    script.write_text(f"import os, signal, sys\nprint('last words', flush=True)\n{last_line}\n")
+    alone = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    run, done = run_rank(tmp_path, "task=script", f"task.path={script}")
+    assert (done.returncode, done.stderr) == (alone.returncode, alone.stderr) == (status, words)
+    record = failures.read(failures.exit_file(run.failures / "42.0", 3), failures.RankExit)
+    told = run.failures / "42.0" / "status"
+    assert (
+        (record.status, record.signal) == ((status, None) if status > 0 else (None, -status)) if status else not record
+    )
+    assert (told.read_text() if status else "0\n") == f"{status if status >= 0 else 128 - status}\n"
+
+
+def test_who_waits_for_a_script_s_result_learns_of_its_exit(tmp_path):
+    (tmp_path / "train.py").write_text("import sys; sys.exit(42)\n")
+    run, _ = run_rank(tmp_path, "task=script", f"task.path={tmp_path / 'train.py'}")
+    kind, words = pickle.loads((run.submitit / "42_3_result.pkl").read_bytes())  # noqa: S301 -- our own
+    assert kind == "error"
+    assert words.endswith(f"{tmp_path / 'train.py'} exited with status 42.\n")
+
+
+def test_a_function_s_exit_status_is_the_rank_s(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\n\ndef main(status):\n    sys.exit(status)\n")
+    run, done = run_rank(tmp_path, "task=function", "task.target=mine:main", "task.kwargs.status=7")
+    assert (done.returncode, done.stderr) == (7, "")
+    assert not failures.error_file(run.failures / "42.0", 3).exists()
+
+
+def test_a_script_s_own_exception_keeps_its_traceback_and_status_1(tmp_path):
+    (tmp_path / "train.py").write_text("raise ArithmeticError('no number')\n")
+    run, done = run_rank(tmp_path, "task=script", f"task.path={tmp_path / 'train.py'}")
+    assert done.returncode == 1
+    assert done.stderr.endswith("ArithmeticError: no number\n")
+    assert failures.read(failures.error_file(run.failures / "42.0", 3), failures.RankError).kind == "ArithmeticError"
+
+
+def test_a_script_gets_the_signals_of_the_site_and_no_handler_of_others(tmp_path):
+    (tmp_path / "train.py").write_text(
+        "import signal\nfor name in ('SIGUSR1', 'SIGUSR2', 'SIGCONT'):\n"
+        "    assert signal.getsignal(getattr(signal, name)) is signal.SIG_DFL, name\n"
+    )
+    _, done = run_rank(tmp_path, "task=script", f"task.path={tmp_path / 'train.py'}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_script_finds_its_run_directory_stops_and_is_not_over(tmp_path):
+    (tmp_path / "train.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom hpcmm import annotate\n"
+        "assert os.environ['HPCMM_RESTART_COUNT'] == '1'\nos.environ['RANK'] = '0'\n"
+        "Path(os.environ['HPCMM_RUN_DIR'], 'stop').touch()\nassert annotate.should_stop()\nannotate.stopped()\n"
+    )
+    run, done = run_rank(tmp_path, "task=script", f"task.path={tmp_path / 'train.py'}", starts=2)
+    assert done.returncode == 0, done.stderr
+    assert run.stopped.exists()
+    assert [json.loads(line)["event"] for line in run.rank_metrics(3).read_text().splitlines()] == ["start"]
 
 
 def test_a_function_gets_its_arguments_and_its_result_is_kept(tmp_path):

@@ -17,6 +17,9 @@
 set -eo pipefail
 unset SLURM_CLUSTERS # scontrol and srun ask the job's own cluster, whatever the shell that submitted it asks
 export HPCMM_SCRIPT_BEGAN_S=$EPOCHREALTIME
+signalled= # what came before this script knew what to do
+trap 'signalled=USR1' USR1
+trap 'signalled=USR2' USR2
 # The site's own lines. One that fails, or ends the job, is named at the end of the log.
 site_line= site_place=
 on_site_error() { # `set -e` ends the script next; at its end bash no longer tells the line of a sourced file
@@ -66,28 +69,82 @@ run_dir=/shared/runs/demo-1
 job_id=$SLURM_JOB_ID
 python=python
 port_holder=
+ranks= # the process id of their srun
+# Whether the job is to go back into the queue; whether a signal came while the ranks ran.
+goes_on=yes
+warned=no
+
+# Nothing that only keeps the books, such as a line on a full disk, may end the job or change its exit status.
+say() { echo "hpcmm: $*" || true; }
+noted=
 outcome= # in place of the exit status, where that does not tell it
+note() { # OUTCOME
+    noted=$1
+    echo "$job_id $1" >> "$run_dir/exit_status" || say "$run_dir/exit_status cannot be written: job $job_id, $1."
+}
 at_exit() {
     local status=$?
-    echo "$job_id ${outcome:-$status}" >> "$run_dir/exit_status"
+    [ -n "$noted" ] || note "${outcome:-$status}"
     [ -z "$port_holder" ] || kill "$port_holder" 2> /dev/null || true
+    exit "$status"
 }
 trap at_exit EXIT
 trap 'exit 143' TERM # else the status of the last command would be taken for the job's
+if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
+    note restarted # what was noted before is no end of the job
+    noted=
+fi
 
 # USR1, Slurm's warning of an end: the ranks see the file, save a checkpoint and stop; the job goes back into the queue.
 # USR2, sent by `scancel --batch --signal=USR2 JOB`: the same, but the job is over then.
-goes_on=yes
-warned=no
-trap 'warned=yes; : > "$run_dir/stop"' USR1
-trap 'warned=yes; : > "$run_dir/stop"; goes_on=no' USR2
-rm -f "$run_dir/stop" "$run_dir/stopped"
+ask_to_stop() {
+    warned=yes
+    : > "$run_dir/stop" || say "$run_dir/stop cannot be made, so the ranks do not hear that they are to stop."
+}
+trap ask_to_stop USR1
+trap 'goes_on=no; ask_to_stop' USR2
+rm -f "$run_dir/stop" "$run_dir/stopped" || {
+    goes_on=no # or it would stop and start for ever
+    say "$run_dir/stop and $run_dir/stopped cannot be removed: the ranks may take them for today's."
+}
+[ -z "$signalled" ] || kill -s "$signalled" $$
+
+# Slurm may be busy or start anew. So it is asked for ten minutes, with ever longer pauses, but not again for what it has
+# refused, nor once the job is to end.
+insist() { # COMMAND...: leaves Slurm's words in $words
+    local pause_s=1 until_s=$((SECONDS + 600))
+    until words=$("$@" 2>&1); do
+        words=${words//$'\n'/; }
+        [[ ! $words =~ denied|disabled|"nvalid job"|"not permitted"|"not found"|already ]] || return 1
+        [ "$goes_on" = yes ] && [ "$SECONDS" -lt "$until_s" ] || return 1
+        [ "$pause_s" != 1 ] || say "$1 ${2:-} failed ($words); it is asked again."
+        sleep "$pause_s" & wait $! || true # a signal with a trap ends the wait
+        pause_s=$((pause_s < 32 ? 2 * pause_s : 60))
+    done
+}
+back_into_queue() { # WHY
+    if insist scontrol update JobId="$job_id" Requeue=1 && insist scontrol requeue "$job_id"; then
+        say "$1; job $job_id goes back into the queue and then on from there."
+    else
+        say "$1, but Slurm did not queue job $job_id again ($words). Unless squeue shows it, go on from there with" \
+            'sbatch /shared/runs/demo-1/submission.sh'
+        return 1
+    fi
+}
 # What allowed the last requeue shall not allow Slurm to repeat one after a node failure.
-[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
+forbids=
+if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
+    { insist scontrol update JobId="$job_id" Requeue=0 || say "Slurm may repeat job $job_id after a node failure ($words)."; } &
+    forbids=$!
+fi
 
 # submitit names the task's pickle after the job. A job that was submitted by hand takes the run's own copy.
-[ -e "$run_dir/submitit/${job_id}_submitted.pkl" ] ||
-    cp "$run_dir/submitit/task.pkl" "$run_dir/submitit/${job_id}_submitted.pkl"
+pickle=$run_dir/submitit/${job_id}_submitted.pkl
+[ -e "$pickle" ] || { cp "$run_dir/submitit/task.pkl" "$pickle.part" && mv "$pickle.part" "$pickle"; } ||
+    ln "$run_dir/submitit/task.pkl" "$pickle" || { # which needs no room
+    say "$pickle cannot be made, and no rank can start without it: is the disk full?"
+    exit 1
+}
 
 if [ -n "${SLURM_HET_SIZE:-}" ]; then
     echo "hpcmm: job $SLURM_JOB_ID is a heterogeneous job, whose ranks would be on the nodes of one component alone: submit it without the others." >&2
@@ -121,10 +178,15 @@ while :; do
     [ "$warned" = yes ] || break # a signal with a trap ends the wait only
 done
 
-[ ! -e "$run_dir/stopped" ] || outcome=stopped
-if [ "$goes_on" = yes ] && [ -e "$run_dir/stopped" ]; then
-    echo "hpcmm: stopped with a checkpoint; job $SLURM_JOB_ID goes back into the queue and then on from there."
-    scontrol update JobId="$SLURM_JOB_ID" Requeue=1
-    scontrol requeue "$SLURM_JOB_ID"
+# The job's exit status is that of the rank that failed first, not of those that srun ended for it.
+if [ "$status" != 0 ] && read -r own < "$run_dir/failures/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}/status"; then
+    [[ ! $own =~ ^[1-9][0-9]{0,2}$ ]] || status=$own
+fi 2> /dev/null
+
+if [ -e "$run_dir/stopped" ]; then
+    trap 'goes_on=no' TERM # Slurm sends it when the job is queued again, and at the time limit
+    note stopped
+    [ -z "$forbids" ] || kill "$forbids" 2> /dev/null || true
+    [ "$goes_on" = no ] || back_into_queue "stopped with a checkpoint" || true
 fi
 exit "$status"

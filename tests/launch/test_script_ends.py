@@ -1,0 +1,323 @@
+"""The end of a job's script, run here with stand-ins for Slurm's commands: requeues, exit statuses, and a full disk."""
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpcmm.config.compose import compose_run
+from hpcmm.launch.script import Job, render_script
+from hpcmm.runs.run_dir import RunDir, SweepDir
+
+PYTHON = """case "$*" in *"worker port"*) echo 23456; exec /bin/sleep 60;; esac"""
+SRUN = """case "$*" in *"worker rank"*) exec bash "$FAKES/ranks";; esac"""
+SCONTROL = """[ "$1" = show ] && [ "$2" = hostnames ] && { echo node1; exit; }
+echo "$*" >> "$FAKES/asked"
+times=$(grep -c . "$FAKES/asked")
+. "$FAKES/slurm" """
+BUSY = "echo 'slurm_update error: Socket timed out on send/recv operation' >&2; exit 1"
+STOPS = 'touch "$RUN/stopped"'
+PREEMPTED = 'echo "JobState=RUNNING"; echo "PreemptTime=2026-01-02T03:04:05"'
+
+
+class Script:
+    """A job's script in a run directory, and what the ranks and Slurm do when it runs."""
+
+    def __init__(self, folder):
+        self.folder, self.fakes, self.root = folder, folder / "bin", folder / "a run"
+        self.fakes.mkdir()
+        self.ranks = self.slurm = ":"
+        for name, body in (("python", PYTHON), ("srun", SRUN), ("scontrol", SCONTROL), ("sleep", "exec /bin/sleep 0")):
+            (self.fakes / name).write_text(f"#!/bin/bash\n{body}\n")
+            (self.fakes / name).chmod(0o755)
+
+    def start(self, *overrides, task=None, restart=0, **popen):
+        sweep = SweepDir(self.root)
+        self.run = RunDir(self.root) if task is None else sweep.point(task)
+        self.run.create()
+        (self.run.submitit / "task.pkl").touch()
+        (self.fakes / "ranks").write_text(self.ranks)
+        (self.fakes / "slurm").write_text(self.slurm)
+        environment = {
+            "PATH": f"{self.fakes}:/usr/bin:/bin", "FAKES": str(self.fakes), "RUN": str(self.run.root),
+            "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "node1",
+        }  # fmt: skip
+        if restart:
+            environment["SLURM_RESTART_COUNT"] = str(restart)
+        if task is not None:  # the last task of an array has the array's own number
+            environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task)}
+        config = compose_run(["cluster=slurm", "cluster.setup=['export SCRIPT=$$']", *overrides])
+        job = Job(RunDir(self.root), launcher=str(self.fakes / "python"), points=None if task is None else task + 1)
+        file = self.folder / "script.sh"
+        file.write_text(render_script(config, job))
+        popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | popen
+        return subprocess.Popen(["bash", str(file)], env=environment, text=True, **popen)
+
+    def ends(self, *overrides, **keywords):
+        """Status and output of the script, run to its end."""
+        process = self.start(*overrides, **keywords)
+        said, _ = process.communicate(timeout=60)
+        return process.returncode, said or ""
+
+    @property
+    def asked(self):
+        """What scontrol was asked, but for names of hosts."""
+        file = self.fakes / "asked"
+        return file.read_text().splitlines() if file.exists() else []
+
+    @property
+    def noted(self):
+        return self.run.exit_status.read_text().splitlines()
+
+
+@pytest.fixture
+def script(tmp_path):
+    return Script(tmp_path)
+
+
+REQUEUED = ["update JobId=7 Requeue=1", "requeue 7"]
+
+
+def test_a_job_that_stopped_with_a_checkpoint_goes_back_into_the_queue(script):
+    script.ranks = STOPS
+    status, said = script.ends()
+    assert status == 0
+    assert script.asked == REQUEUED
+    assert said.endswith("hpcmm: stopped with a checkpoint; job 7 goes back into the queue and then on from there.\n")
+    assert script.noted == ["7 stopped"]
+
+
+def test_the_last_task_of_an_array_is_not_called_by_the_array_s_number(script):
+    script.ranks = STOPS
+    _, said = script.ends(task=3)
+    assert script.asked == ["update JobId=7_3 Requeue=1", "requeue 7_3"]
+    assert "job 7_3 goes back" in said
+    assert script.noted == ["7_3 stopped"]
+
+
+def test_a_job_that_did_not_stop_ends_as_its_ranks_end(script):
+    script.ranks = "exit 3"
+    assert script.ends()[0] == 3
+    assert script.asked == []
+    assert script.noted == ["7 3"]
+
+
+def test_a_slurm_that_is_busy_is_asked_again(script):
+    script.ranks = STOPS
+    script.slurm = f'case "$times" in [124]) {BUSY};; esac'
+    status, said = script.ends()
+    assert status == 0
+    assert script.asked == [REQUEUED[0]] * 3 + [REQUEUED[1]] * 2
+    assert said.count("Socket timed out") == 2  # once for each question
+    assert said.endswith("job 7 goes back into the queue and then on from there.\n")
+
+
+@pytest.mark.parametrize("words", ["Access/permission denied", "Requested operation is presently disabled"])
+def test_what_slurm_refuses_is_said_with_what_to_do(script, words):
+    script.ranks = STOPS
+    script.slurm = f"echo 'slurm_update error: {words}' >&2; exit 1"
+    status, said = script.ends()
+    assert status == 0
+    assert script.asked == REQUEUED[:1]
+    assert "goes back" not in said
+    assert said.endswith(
+        f"hpcmm: stopped with a checkpoint, but Slurm did not queue job 7 again (slurm_update error: {words}). Unless "
+        f"squeue shows it, go on from there with sbatch '{script.root}/submission.sh'\n"
+    )
+    assert script.noted == ["7 stopped"]
+
+
+def test_a_sweep_s_point_that_was_not_queued_again_goes_on_with_resubmit(script):
+    script.ranks = STOPS
+    script.slurm = "echo 'Access/permission denied' >&2; exit 1"
+    assert script.ends(task=0)[1].endswith(f"go on from there with python -m hpcmm.launch resubmit '{script.root}'\n")
+
+
+def test_nodes_without_scontrol_are_no_failure(script):
+    script.ranks = STOPS
+    script.slurm = "echo 'bash: line 1: scontrol: command not found' >&2; exit 127"
+    status, said = script.ends()
+    assert status == 0
+    assert "did not queue job 7 again (bash: line 1: scontrol: command not found)" in said
+    assert script.noted == ["7 stopped"]
+
+
+def test_a_second_warning_while_slurm_is_asked_changes_nothing(script):
+    script.ranks = STOPS
+    script.slurm = f'if [ "$times" = 1 ]; then kill -USR1 "$SCRIPT"; {BUSY}; fi'
+    status, said = script.ends()
+    assert status == 0
+    assert script.asked == [REQUEUED[0], *REQUEUED]
+    assert "goes back into the queue" in said
+    assert script.noted == ["7 stopped"]
+
+
+@pytest.mark.parametrize("number", ["TERM", "USR2"])
+def test_slurm_is_not_asked_again_once_the_job_is_to_end(script, number):
+    script.ranks = STOPS
+    script.slurm = f'kill -{number} "$SCRIPT"; {BUSY}'
+    status, said = script.ends()
+    assert status == 0
+    assert script.asked == REQUEUED[:1]
+    assert "did not queue job 7 again (slurm_update error: Socket timed out" in said
+    assert script.noted == ["7 stopped"]
+
+
+def test_slurm_s_end_of_the_script_after_a_requeue_changes_no_word(script):
+    script.ranks = STOPS
+    script.slurm = 'case "$1" in requeue) kill -TERM "$SCRIPT";; esac'
+    status, said = script.ends()
+    assert status == 0
+    assert "goes back into the queue" in said
+    assert script.noted == ["7 stopped"]
+
+
+@pytest.mark.parametrize("when", ["cluster.setup=['export SCRIPT=$$','kill -USR1 $$']", "name=later"])
+def test_a_warning_reaches_the_ranks_whenever_it_comes(script, when):
+    warn = 'kill -USR1 "$SCRIPT"; ' if when == "name=later" else ""
+    script.ranks = f'{warn}until [ -e "$RUN/stop" ]; do /bin/sleep 0.05; done; {STOPS}'
+    assert script.ends(when)[0] == 0
+    assert script.asked == REQUEUED
+
+
+def test_a_stop_without_a_requeue_is_noted_alone(script):
+    script.ranks = STOPS
+    assert script.ends("requeue=never") == (0, "")
+    assert script.asked == []
+    assert script.noted == ["7 stopped"]
+
+
+def test_a_run_that_was_queued_again_forbids_slurm_to_repeat_that_and_trains_meanwhile(script):
+    script.ranks = 'until [ "$(grep -c . "$FAKES/asked")" = 3 ]; do /bin/sleep 0.05; done'
+    script.slurm = f'[ "$times" = 3 ] || {{ {BUSY}; }}'
+    status, said = script.ends(restart=1)
+    assert status == 0
+    assert script.asked == ["update JobId=7 Requeue=0"] * 3
+    assert said.count("hpcmm: ") == 1
+    assert script.noted == ["7 restarted", "7 0"]
+
+
+@pytest.mark.parametrize(("word", "status"), [("42", 42), ("143", 143), ("1", 1), ("$(exit 3)", 137), ("", 137)])
+def test_the_job_s_status_is_that_of_the_rank_that_failed_first(script, word, status):
+    script.ranks = f'mkdir -p "$RUN/failures/7.0"; echo {word!r} > "$RUN/failures/7.0/status"; exit 137'
+    assert script.ends() == (status, "")
+    assert script.noted == [f"7 {status}"]
+
+
+def test_the_status_of_an_earlier_start_is_not_that_of_this_one(script):
+    script.ranks = 'mkdir -p "$RUN/failures/7.0"; echo 42 > "$RUN/failures/7.0/status"; exit 5'
+    assert script.ends(restart=1)[0] == 5
+
+
+@pytest.mark.parametrize("full", ["log", "exit_status"])
+@pytest.mark.parametrize("ranks", ["exit 42", f"{STOPS}; exit 42"])
+def test_a_full_disk_changes_no_exit_status_and_no_requeue(script, full, ranks):
+    script.ranks = ranks
+    if full == "exit_status":
+        script.ranks = f'rm -f "$RUN/exit_status"; ln -s /dev/full "$RUN/exit_status"; {ranks}'
+    with Path("/dev/full").open("w") as disk:
+        status, said = script.ends(**({"stdout": disk} if full == "log" else {}))
+    assert status == 42
+    assert script.asked == (REQUEUED if STOPS in ranks else [])
+    assert ("exit_status cannot be written: job 7" in said) == (full == "exit_status")
+
+
+def test_flags_that_cannot_be_removed_do_not_have_the_job_start_for_ever(script):
+    script.ranks = STOPS
+    status, said = script.ends("cluster.setup=['mkdir \"$RUN/stop\"']")
+    assert status == 0
+    assert script.asked == []
+    assert "cannot be removed" in said
+
+
+def test_a_run_directory_without_room_for_the_task_still_gets_its_name(script):
+    script.ranks = 'ls "$RUN/submitit"'
+    (script.fakes / "cp").symlink_to("/bin/false")
+    assert script.ends() == (0, "7_submitted.pkl\ntask.pkl\n")
+
+
+def test_slurm_s_own_requeue_is_left_to_slurm(script):
+    script.ranks = STOPS
+    script.slurm = "echo PreemptTime=None"
+    status, _ = script.ends("requeue=slurm")
+    assert status == 0
+    assert script.asked == ["show job 7"]
+    assert script.noted == ["7 stopped"]
+    text = (script.folder / "script.sh").read_text()
+    assert "#SBATCH --requeue\n" in text
+    assert "#SBATCH --signal" not in text
+    assert "scontrol requeue" not in text
+
+
+@pytest.mark.parametrize("ranks", ["exit 143", STOPS])
+def test_a_preempted_script_waits_for_slurm_s_own_requeue(script, ranks):
+    script.ranks, script.slurm = ranks, PREEMPTED
+    (script.fakes / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    process = script.start("requeue=slurm")
+    assert process.stdout.readline().startswith("hpcmm: preempted; job 7 waits for Slurm")
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    assert script.noted == ["7 stopped" if ranks == STOPS else "7 terminated"]
+
+
+def test_a_script_that_failed_by_itself_does_not_wait_for_slurm(script):
+    script.ranks, script.slurm = "exit 42", f'[ "$times" = 3 ] || {{ {BUSY}; }}; echo PreemptTime=None'
+    assert script.ends("requeue=slurm")[0] == 42
+    assert script.asked == ["show job 7"] * 3
+    assert script.noted == ["7 42"]
+
+
+@pytest.mark.parametrize("name", ["USR1", "USR2"])
+def test_under_slurm_s_own_requeue_a_signal_to_the_script_reaches_the_ranks(script, name):
+    script.ranks = f"trap 'echo heard; exit 0' {name}; kill -{name} $SCRIPT; while :; do /bin/sleep 0.05; done"
+    status, said = script.ends("requeue=slurm")
+    assert (status, said) == (0, "heard\n")
+    assert not script.run.stop_request.exists()
+    assert script.noted == ["7 0"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "noted"), [("slurm", "terminated"), ("on_node_failure", "terminated"), ("on_stop", "143")]
+)
+def test_an_end_by_slurm_is_no_end_of_the_job_if_slurm_may_start_it_again(script, policy, noted):
+    script.ranks = "echo ready; exec /bin/sleep 60"
+    process = script.start(f"requeue={policy}")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert script.noted == [f"7 {noted}"]
+
+
+def test_a_preemption_without_warning_is_followed_by_a_requeue(script):
+    script.ranks, script.slurm = "exit 143", PREEMPTED
+    status, said = script.ends("requeue=on_node_failure")
+    assert status == 143
+    assert script.asked == ["show job 7", "requeue 7"]
+    assert "hpcmm: preempted; job 7 goes back into the queue" in said
+    assert script.noted == ["7 terminated"]
+
+
+def test_ranks_that_fail_on_living_nodes_are_not_queued_again(script):
+    script.ranks, script.slurm = "exit 9", "echo PreemptTime=None"
+    assert script.ends("requeue=on_node_failure") == (9, "")
+    assert script.asked == ["show job 7"]
+    assert script.noted == ["7 9"]
+
+
+def test_a_dead_node_has_the_job_queued_again(script):
+    script.ranks, script.slurm = "exit 9", f'[ "$times" != 2 ] || {{ {BUSY}; }}; echo PreemptTime=None'
+    (script.fakes / "timeout").symlink_to("/bin/false")  # of the srun that asks the nodes
+    status, said = script.ends("requeue=on_node_failure")
+    assert status == 9
+    assert script.asked == ["show job 7", "requeue 7", "requeue 7"]
+    assert "hpcmm: not all nodes of node1 answer; job 7 goes back into the queue" in said
+    assert script.noted == ["7 terminated"]
+
+
+def test_a_job_that_slurm_does_not_queue_again_has_failed(script):
+    script.ranks = "exit 9"
+    script.slurm = '[ "$1" = show ] && echo PreemptTime=None || { echo "Access/permission denied" >&2; exit 1; }'
+    (script.fakes / "timeout").symlink_to("/bin/false")
+    assert script.ends("requeue=on_node_failure")[0] == 9
+    assert script.noted == ["7 terminated", "7 9"]
