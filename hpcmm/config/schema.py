@@ -201,7 +201,8 @@ class ClusterConfig:
         None,
         "Seconds before the time limit at which Slurm warns the job, which then ends its step, saves a checkpoint"
         " and finishes its reports. A preemption gives the partition's or QOS' grace time instead. 0: no warning;"
-        " None: 120, or a quarter of a short time limit.",
+        " None: 120, or a quarter of a short time limit. With requeue=slurm the ranks get the warning, as SIGUSR1;"
+        " None is 0 then.",
         least=0,
     )
 

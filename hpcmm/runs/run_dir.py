@@ -53,7 +53,8 @@ class RunDir:
 
     @property
     def exit_status(self) -> Path:
-        """A line for each time that the batch script ended: the job's id, and its exit status or ``stopped``."""
+        """A line for each time that the batch script ended: the job's id, and its exit status, or ``stopped`` or
+        ``terminated``; and one, ``restarted``, for each time that Slurm started it again."""
         return self.root / "exit_status"
 
     @property

@@ -24,8 +24,8 @@ SLOWLY = ["data.slow_rank=0", "data.slow_s=0.3"]
 class Job:
     """A launched run, and what its files say of it."""
 
-    def __init__(self, cluster, folder, *overrides):
-        command = [sys.executable, "-m", "hpcmm.launch", *TRAINING, f"runs_root={folder}", *overrides]
+    def __init__(self, cluster, folder, *overrides, task=TRAINING):
+        command = [sys.executable, "-m", "hpcmm.launch", *task, f"runs_root={folder}", *overrides]
         launched = subprocess.run(
             command, env=cluster.env, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False
         )
@@ -153,3 +153,68 @@ def test_a_run_goes_on_without_the_node_that_failed(slurm_cluster, tmp_path):
     for rank in range(3):
         assert len(job.losses(rank)) == STEPS
         assert job.records(rank, "start")[1]["node"] != failed
+
+
+SCRIPT = """
+import os, sys, time
+from hpcmm import annotate
+print("start", os.environ["HPCMM_RESTART_COUNT"], flush=True)
+if sys.argv[1] == "goes on" and os.environ["HPCMM_RESTART_COUNT"] == "0":
+    while not annotate.should_stop():
+        time.sleep(0.1)
+    annotate.stopped()
+    sys.exit(0)
+if sys.argv[1] == "is killed" and os.environ["HPCMM_RESTART_COUNT"] == "0":
+    time.sleep(600)
+sys.exit(42 if sys.argv[1] == "goes on" else 0)
+"""
+
+
+def launched(slurm_cluster, folder, *overrides):
+    (folder / "train.py").write_text(SCRIPT, encoding="utf-8")
+    task = ["cluster=local_slurm", "cluster.ranks_per_node=1", "cluster.gpus_per_node=0", "cluster.time_limit_min=5"]
+    task += ["task=script", f"task.path={folder / 'train.py'}"]
+    return Job(slurm_cluster, folder, *overrides, task=task)
+
+
+def starts_now(slurm_cluster, job_id):
+    """Slurm lets a job that was queued again wait for a minute."""
+    with contextlib.suppress(AssertionError):  # it waits no more
+        slurm_cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+
+def test_the_last_point_of_a_sweep_goes_on_and_ends_with_its_script_s_status(slurm_cluster, tmp_path):
+    points = "task.args=['is well'],['goes on']"
+    sweep = launched(slurm_cluster, tmp_path, "cluster.nodes=1", points)
+    last, log = f"{sweep.job_id}_1", sweep.run / "0001" / "logs" / "rank_0000.log"
+    states = lambda: sweep.state().split()  # noqa: E731
+    sweep.wait_until(lambda: "COMPLETED" in states() and log.exists() and "start 0" in log.read_text(), within_s=90)
+    slurm_cluster.run("scancel", "--batch", "--signal=USR1", last)
+    sweep.wait_until(lambda: "PENDING" in states(), within_s=60)
+    starts_now(slurm_cluster, last)
+    sweep.wait_until(lambda: sorted(states()) == ["COMPLETED", "FAILED"], within_s=120)
+    assert (sweep.run / "0000" / "exit_status").read_text() == f"{sweep.job_id}_0 0\n"
+    assert (sweep.run / "0001" / "exit_status").read_text() == f"{last} stopped\n{last} restarted\n{last} 42\n"
+    assert f"job {last} goes back into the queue" in (sweep.run / "0001" / "logs" / "batch.log").read_text()
+    shown = "squeue", "-h", "--states=all", "-j", last, "-O", "exit_code:20"
+    assert slurm_cluster.run(*shown).split() == ["10752"]  # 42 << 8
+
+
+def test_a_script_that_is_left_to_slurm_goes_on_after_a_preemption(slurm_cluster, tmp_path):
+    grace = ("sacctmgr", "-i", "modify", "qos", "normal", "set")
+    slurm_cluster.run(*grace, "gracetime=5")
+    try:
+        node = slurm_cluster.nodes[-1]
+        where = ("cluster.nodes=1", f"+cluster.sbatch.nodelist={node}", "requeue=slurm")
+        job = launched(slurm_cluster, tmp_path, "task.args=['is killed']", *where)
+        log = job.run / "logs" / "rank_0000.log"
+        job.wait_until(lambda: log.exists() and "start 0" in log.read_text(), within_s=90)
+        slurm_cluster.run("srun", "--qos=urgent", "--exclusive", f"--nodelist={node}", "true", timeout_s=150)
+    finally:
+        slurm_cluster.run(*grace, "gracetime=60")
+    job.wait_until(lambda: job.state() == "PENDING", within_s=60)
+    starts_now(slurm_cluster, job.job_id)
+    job.complete()
+    assert "start 1" in log.read_text()
+    lines = (job.run / "exit_status").read_text().splitlines()
+    assert lines[-2:] == [f"{job.job_id} restarted", f"{job.job_id} 0"]

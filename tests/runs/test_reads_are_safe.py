@@ -8,8 +8,8 @@ import hpcmm
 PACKAGE = Path(hpcmm.__file__).parent
 READERS = (
     "runs", "jobs", "launch", "serve", "evaluate", "config/config_file.py", "config/untyped_config.py",
-    "analyze/runs.py", "reports/run_record.py", "reports/find.py", "train/checkpoint.py", "doctor/preflight.py", "node/cache.py",
-    "worker/compiled_ops.py", "workloads/anomaly/page/held_out.py",
+    "analyze/runs.py", "reports/run_record.py", "reports/find.py", "train/checkpoint.py", "doctor/preflight.py",
+    "node/cache.py", "worker/compiled_ops.py", "workloads/anomaly/page/held_out.py",
 )  # fmt: skip
 """The code that reads run directories and the cache folder."""
 RAW = {"read_text", "read_bytes", "open", "is_file", "iterdir", "glob", "rglob"}
