@@ -1,4 +1,4 @@
-"""The ``step`` range and the phase ranges within it, on the calling thread."""
+"""The ``step`` range, the phase ranges within it and the capture window around some steps, on the calling thread."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import count
+from types import TracebackType
 from typing import Any, TypeVar
 
 from hpcmm.annotate import schema
@@ -116,3 +117,38 @@ def steps(batches: Iterable[Batch], first: int = 0) -> Iterator[Batch]:
                     batch = next(iterator)
     except StopIteration:
         return
+
+
+class CaptureWindow:
+    """The range that a profiler records within, and nothing else.
+
+    Opens before the window's first step that this attempt does, and closes after its last, or when training ends.
+    """
+
+    def __init__(self, steps: range | None) -> None:
+        self._steps = steps if profiler_attached() else None
+        self._open = False
+
+    def __enter__(self) -> CaptureWindow:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if self._open:
+            self._close()
+
+    def before(self, step: int) -> None:
+        """Call between the steps, with the one that comes."""
+        if self._steps is None:
+            return
+        if self._open and step not in self._steps:
+            self._close()
+            self._steps = None
+        elif not self._open and step in self._steps:
+            nvtx.push_range(schema.CAPTURE_RANGE, domain=schema.CAPTURE_DOMAIN)
+            self._open = True
+
+    def _close(self) -> None:
+        nvtx.pop_range(domain=schema.CAPTURE_DOMAIN)
+        self._open = False

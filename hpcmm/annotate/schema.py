@@ -15,6 +15,9 @@ from urllib.parse import quote, unquote
 DOMAIN = "hpcmm"
 COMM_DOMAIN = "hpcmm.comm"
 STEP = "step"
+CAPTURE_DOMAIN = "hpcmm.capture"
+CAPTURE_RANGE = "window"
+"""``nsys profile --capture-range=nvtx --nvtx-capture=window@hpcmm.capture`` waits for this one."""
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 
 _RANK = re.compile(r"process rank=([0-9]{1,7})")

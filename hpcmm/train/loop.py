@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 from torch import nn
 
 from hpcmm import annotate
+from hpcmm.annotate.ranges import CaptureWindow
 from hpcmm.annotate.stopping import StopRequest
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload
@@ -26,7 +27,6 @@ from hpcmm.runs.metrics import MetricsWriter, write_scores
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import build_engine
-from hpcmm.train.profile_window import CaptureWindow
 from hpcmm.train.workload import Training
 from hpcmm.worker.environment import RankEnvironment
 

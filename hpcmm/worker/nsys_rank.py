@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from hpcmm.annotate.schema import CAPTURE_DOMAIN, CAPTURE_RANGE
 from hpcmm.config.schema import ProfileConfig, Requeue, RunConfig
 from hpcmm.errors import ProfilerUnusableError
 from hpcmm.node.cache import cache_dir
@@ -24,7 +25,6 @@ from hpcmm.resources import resource
 from hpcmm.runs import failures
 from hpcmm.runs.attempts import current_attempt
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.train.profile_window import DOMAIN, RANGE
 from hpcmm.worker.signal_forwarding import record_exit
 
 _MOST_PATIENCE_S = 10.0
@@ -94,7 +94,7 @@ def profile_flags(profile: ProfileConfig, steps: int, *, gpu: bool) -> dict[str,
     if step_window(profile.steps, steps) is not None:
         flags |= {
             "capture-range": "nvtx",
-            "nvtx-capture": f"{RANGE}@{DOMAIN}",
+            "nvtx-capture": f"{CAPTURE_RANGE}@{CAPTURE_DOMAIN}",
             "capture-range-end": "stop",  # the report is written then, while training goes on
             "env-var": "NSYS_NVTX_PROFILER_REGISTER_ONLY=0",  # or only registered strings would open the window
         }

@@ -89,7 +89,7 @@ def test_a_broken_nsys_is_a_problem_and_no_traceback(tmp_path):
 
 TRAINING = """
 from hpcmm import annotate
-from hpcmm.train.profile_window import CaptureWindow
+from hpcmm.annotate.ranges import CaptureWindow
 with CaptureWindow(range(3, 5)) as window:
     for step in range(8):
         window.before(step)
