@@ -271,6 +271,7 @@ def test_points_of_a_sweep_are_known_by_what_their_sweep_notes_also_after_they_w
     SweepDir(sweep.root).ledger.write_text(json.dumps({"points": points}), encoding="utf-8")
     write_submission(sweep, JobIdentity("9", "big", "me"), job_id="9", analysis_job_id=None)
     point = RunDir(sweep.root / "0001")
+    point.root.mkdir()
     assert identity_of(point, "9_1").cluster == "big"
     assert identity_of(point, "7_1").scripts == (str(sweep.submission_script),)
     assert identity_of(point, "7_1").slurm_submitted_unix_s == NOON_S
