@@ -9,7 +9,7 @@
 #SBATCH --output=/shared/runs/demo-1/logs/analysis.log
 
 set -eo pipefail
-unset SLURM_CLUSTERS # scontrol and srun ask the job's own cluster, whatever the shell that submitted it asks
+unset SLURM_CLUSTERS # Slurm's commands ask the job's own cluster, whatever the shell that submitted it asks
 set -u  # only now, for not every site's own lines bear it
 export PYTHONPATH=/shared/runs/demo-1/code/hpcmm${PYTHONPATH:+:$PYTHONPATH}
 

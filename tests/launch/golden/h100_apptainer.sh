@@ -15,7 +15,7 @@
 #SBATCH --mem=0
 
 set -eo pipefail
-unset SLURM_CLUSTERS # scontrol and srun ask the job's own cluster, whatever the shell that submitted it asks
+unset SLURM_CLUSTERS # Slurm's commands ask the job's own cluster, whatever the shell that submitted it asks
 export HPCMM_SCRIPT_BEGAN_S=$EPOCHREALTIME
 signalled= # what came before this script knew what to do
 trap 'signalled=USR1' USR1
