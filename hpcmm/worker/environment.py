@@ -18,6 +18,7 @@ from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.files import open_regular, read_json_object
+from hpcmm.runs.ownership import exchangeable
 from hpcmm.runs.run_dir import RunDir
 
 _SLURM = {
@@ -123,11 +124,8 @@ def _problem_of(folder: str) -> str | None:
         return "is not the absolute path of a folder"
     if not os.access(folder, os.W_OK | os.X_OK):
         return "cannot be written"
-    if facts.st_uid not in {os.getuid(), 0}:
-        return "belongs to another user, who could replace the copy"
-    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not facts.st_mode & stat.S_ISVTX:
-        return "can be written by others and has no sticky bit, so they could replace the copy"
-    return None
+    found = exchangeable(Path(folder) / "copy")
+    return None if found is None else f"is not safe: {found.why}, so another user could replace the copy"
 
 
 STAGE_DIR, STAGED = "HPCMM_STAGE_DIR", "HPCMM_STAGED"
@@ -153,7 +151,7 @@ def use_copies(run: RunDir, environ: MutableMapping[str, str] = os.environ) -> N
             raise HpcmmError(f"{run.staged} names no copy of launch.stage on {node}: launch the run again.")
         folder, places = Path(found["folder"]), found["places"]
         held = open_regular(folder / LOCK)
-        if not folder.stat().st_uid == os.fstat(held.fileno()).st_uid == os.getuid():
+        if not folder.stat().st_uid == os.fstat(held.fileno()).st_uid == os.geteuid():
             raise HpcmmError(f"The copy of launch.stage in {folder} on {node} is not yours: launch the run again.")
         fcntl.flock(held, fcntl.LOCK_SH)
     except OSError as error:

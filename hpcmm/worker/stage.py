@@ -315,7 +315,7 @@ def own_folder(scratch: Path) -> Iterator[Path]:
     """
     _remove_left_behind(scratch)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.getuid()}-", dir=scratch))
+        folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.geteuid()}-", dir=scratch))
         (folder / _DATA).mkdir(mode=0o700)
         held = os.open(folder / f"{LOCK}.new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(held, fcntl.LOCK_SH)
@@ -348,10 +348,10 @@ def _wait_until_unused(held: int) -> None:
 
 def _remove_left_behind(scratch: Path) -> None:
     """Remove what jobs of this user left that were killed: folders that nobody holds."""
-    for folder in scratch.glob(f"{_PREFIX}-{os.getuid()}-*"):
+    for folder in scratch.glob(f"{_PREFIX}-{os.geteuid()}-*"):
         with contextlib.suppress(OSError):  # another process removes it too, or it is not ours
             facts = folder.lstat()
-            if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+            if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
                 continue
             held = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:

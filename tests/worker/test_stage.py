@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -219,18 +220,23 @@ def test_scratch_is_the_first_folder_that_can_be_used(tmp_path):
         ("$UNKNOWN/x", "names a variable that the job does not have"),
         ("/no/such/folder", "is not there"),
         ("relative", "is not there"),
-        ("{open}", "can be written by others and has no sticky bit"),
         ("{file}", "is not the absolute path of a folder"),
     ],
 )
 def test_scratch_that_cannot_be_used_is_named(tmp_path, given, said):
     (tmp_path / "file").touch()
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o777)
     with pytest.raises(HpcmmError, match=said):
-        scratch_dir(given.format(open=tmp_path / "open", file=tmp_path / "file"), {})
-    (tmp_path / "open").chmod(0o1777)
-    assert scratch_dir(str(tmp_path / "open"), {}) == tmp_path / "open"
+        scratch_dir(given.format(file=tmp_path / "file"), {})
+
+
+def test_scratch_in_which_another_user_could_replace_the_copy_is_refused():
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as made:  # in pytest's own folders nobody else can come in
+        folder = Path(made)
+        folder.chmod(0o777)
+        with pytest.raises(HpcmmError, match=r"is not safe: .* can be written by everybody"):
+            scratch_dir(made, {})
+        folder.chmod(0o1777)
+        assert scratch_dir(made, {}) == folder.resolve()
 
 
 def test_the_folder_is_new_private_and_gone_at_the_end(tmp_path):
