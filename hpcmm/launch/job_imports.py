@@ -157,20 +157,25 @@ def site_folders(cluster: ClusterConfig, working_directory: Path) -> list[Path]:
     return sites
 
 
-def importable(root: Path) -> dict[str, Path]:
-    """Modules and packages that Python finds in a folder, also packages without an ``__init__.py``, by their names."""
+def importable(root: Path, *, spaces: bool = True) -> dict[str, Path]:
+    """Modules and packages that Python finds in a folder by their names; ``spaces``: those without an ``__init__.py``.
+
+    These are looked for in their folders, of which there may be many.
+    """
     found: dict[str, Path] = {}
     for entry in entries_of(root, _MOST_BESIDE):
         name, _, suffix = entry.name.partition(".")
-        is_module = entry.suffix in (".py", ".so") or (not suffix and holds_python(entry))
-        if is_module and name.isidentifier() and name not in _NEVER_IMPORTED:
+        if not name.isidentifier() or name in _NEVER_IMPORTED:
+            continue
+        is_package = not suffix and (_is_regular(entry) or (spaces and holds_python(entry)))
+        if is_package or entry.suffix in (".py", ".so"):
             found[name] = entry
     return found
 
 
 def _is_regular(path: Path) -> bool:
     """Whether it stands for its name alone: packages without an ``__init__.py`` hide none of the same name."""
-    return is_file_here(path) or is_file_here(path / "__init__.py")
+    return bool(path.suffix) or is_file_here(path / "__init__.py")
 
 
 @dataclass
@@ -183,8 +188,8 @@ class ImportRoots:
 
     def add(self, root: Path, taken: frozenset[str]) -> None:
         """Let the job import from ``root`` what is not ``taken`` by an installed module."""
-        found = importable(root)
-        if any(name in taken and _is_regular(path) for name, path in found.items()):
+        if taken.intersection(importable(root, spaces=False)):
+            found = importable(root)
             for name in found.keys() - taken:
                 self.packages.setdefault(found[name].name, found[name])
         elif root not in self.folders:
@@ -253,9 +258,8 @@ def live_packages(
     live = {path: [name] for name, path in installed.packages.items()}
     checkouts = (folder for folder in _asked(config, working_directory) if project_root(folder))
     for root in (*installed.roots, *checkouts):
-        found = importable(root)
-        regular = [name for name, path in found.items() if _is_regular(path)]
-        if not (root / PACKAGE.name / "__init__.py").is_file() and found:
-            live[root] = sorted(regular or found)
+        names = sorted(importable(root, spaces=False)) or sorted(importable(root))
+        if names and not is_file_here(root / PACKAGE.name / "__init__.py"):
+            live[root] = names
     outside = {path: names for path, names in live.items() if project is None or not path.is_relative_to(project)}
     return {path: names for path, names in (outside | _unknown_finders(installed)).items() if names != [PACKAGE.name]}

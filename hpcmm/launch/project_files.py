@@ -223,9 +223,11 @@ def files_of(
         files = _files_in_git(project, project, runs_root)
     else:
         files = _files_without_git(project, scripts, runs_root)
-    asked = set(scripts)
+    asked, exact = set(scripts), set(scripts)
     for pattern in include:
         for file, is_exact in _included(pattern, working_directory, project):
+            if is_exact:
+                exact.add(file)
             if is_exact or not is_secret(project, str(file.relative_to(project))):
                 asked.add(file)
             else:
@@ -239,9 +241,8 @@ def files_of(
         for entry in _around(folder, above):
             files.add_ignored(entry)
     whole: dict[Path, bool] = {}
-    files.copied = {
-        file for file in files.copied if _is_below_no_link(file, whole) and not file.is_relative_to(runs_root)
-    }
+    kept = (file for file in files.copied if file in exact or not file.is_relative_to(runs_root))
+    files.copied = {file for file in kept if _is_below_no_link(file, whole)}
     holders = {project} | {parent for file in files.copied for parent in file.parents}
     linked = (path for path in files.linked - files.copied if not path.is_relative_to(runs_root))
     files.linked = {_widest(path, holders) for path in linked}
@@ -338,7 +339,11 @@ def _matches(base: Path, pattern: str) -> list[Path]:
 def _files_below(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in _NO_CODE and name != ".git"]
-        yield from (path for path in (Path(parent) / name for name in names) if is_file_here(path))
+        yield from (
+            path
+            for path in (Path(parent) / name for name in (*names, *folders))
+            if is_file_here(path) or path.is_symlink()
+        )
 
 
 # Projects without git.
@@ -386,8 +391,9 @@ def _files_without_git(project: Path, scripts: Sequence[Path], runs_root: Path) 
 def holds_python(folder: Path) -> bool:
     """Whether Python files lie in it, or in a folder in it."""
     inside = entries_of(folder, _MOST_LINKS)
+    folders = (entry for entry in inside if is_folder_here(entry))
     return any(entry.suffix == ".py" for entry in inside) or any(
-        each.suffix == ".py" for entry in inside if is_folder_here(entry) for each in entries_of(entry, _MOST_LINKS)
+        each.suffix == ".py" for entry in islice(folders, 20) for each in entries_of(entry, _MOST_LINKS)
     )
 
 

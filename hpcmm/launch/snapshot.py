@@ -144,7 +144,7 @@ def _holder_of_function(target: str, working_directory: Path, installed: Editabl
         return here
     if top in installed.packages:
         return installed.packages[top].parent
-    roots = [root for root in installed.roots if top in importable(root)]
+    roots = [root for root in installed.roots if is_folder_here(root / top) or is_file_here(root / f"{top}.py")]
     holder = roots[0] if roots else holder_of(top)
     return here if holder is None or INSTALLED & set(holder.parts) else holder
 

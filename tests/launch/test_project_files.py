@@ -129,6 +129,13 @@ def test_credentials_come_in_by_their_very_path_alone(project: Path):
     assert {".env", "keys/id_rsa"} <= sorted_out(project, ".env", "keys/id_rsa")["copied"]
 
 
+def test_a_script_below_runs_root_is_copied_and_nothing_else_there_is(project: Path):
+    write(project, {"runs/old/code/again.py": "", "runs/old/near.py": ""})
+    files = files_of(project, [project / "runs/old/code/again.py"], [], project, project / "runs")
+    names = {str(path.relative_to(project)) for path in files.copied | files.linked}
+    assert {name for name in names if name.startswith("runs")} == {"runs/old/code/again.py"}
+
+
 # Credentials.
 
 
