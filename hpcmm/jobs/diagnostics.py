@@ -191,6 +191,8 @@ def _ranks(
     for rank in sorted(numbers):
         error = failures.read(failures.error_file(attempt, rank), RankError) if attempt else None
         ended = failures.read(failures.exit_file(attempt, rank), RankExit) if attempt else None
+        if error is not None and error.kind == "SystemExit" and ended is not None:
+            error = None  # its status tells as much
         unexplained = error is None and (ended is not None or rank in told)
         lines = lines_in(read_tail(run.rank_log(rank), _TAIL_BYTES, within=run.root)) if unexplained else []
         logged = last_logged_error("\n".join(lines)) if ended is not None else None

@@ -289,6 +289,7 @@ def test_a_cancelled_job_and_one_out_of_time_are_nobody_s_failure(jobs):
 def test_every_job_ended_within_its_bound(jobs):
     usual = 45 if jobs.profile == "off" else 120  # the other ranks finish their reports
     bounds = {"hang": 120, "node_failure": 150, "link_cut": 120, "time_limit": 150, "import": 90, "data": 90}
+    bounds["setup"] = 120  # it is over at once, and looked at when the others are broken
     took = {name: job.seconds_to_end for name, job in jobs.all.items()}
     assert {name: took[name] for name in took if took[name] >= bounds.get(name, usual)} == {}
 

@@ -149,6 +149,7 @@ def test_a_rank_without_an_exception_is_quoted_by_the_end_of_its_log(run):
     write(RankExit(1, "n1", 5, 42, None), exit_file(run.failures / "7.0", 1))
     run.rank_log(1).write_bytes(b"submitit INFO - Starting\nreading\n 10%\r 50%\rgiving up: no data")
     run.batch_log.write_text("srun: error: n1: task 1: Exited with exit code 42\n", encoding="utf-8")
+    write(RankError(1, "n1", 5, "SystemExit", "42", ["SystemExit: 42"]), error_file(run.failures / "7.0", 1))
     told = why(run)
     assert 'what:     exit status 42; its log ends: "giving up: no data"' in told
     assert "          reading" in told
