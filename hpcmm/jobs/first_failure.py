@@ -16,63 +16,12 @@ from hpcmm.node.classify import (
     kind_of_exception,
     kind_of_signal,
     kind_of_status,
+    main_place,
     signal_name,
 )
 
-_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.+)')
-_THREAD = re.compile(r"(?:Current t|T)hread 0x[0-9a-f]+.*\(most recent call first\):")
-_WAITING = re.compile(r"/(?:torch/distributed/|deepspeed/comm/|hpcmm/annotate/collectives)")
-_MEETING = re.compile(
-    r"/torch/distributed/rendezvous\.py\"|/torch/distributed/distributed_c10d\.py\", line \d+ in init_process_group"
-    r"|/hpcmm/worker/distributed\.py\", line \d+ in _rendezvous"
-)
-"""Where a rank waits to meet the others at MASTER_ADDR."""
-_LIBRARY = re.compile(r"/(?:site|dist)-packages/|/lib/python\d|<frozen ")
 _RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
-_INNERMOST = 12
-"""Frames from the top in which a wait for other ranks must show."""
 _MOST_FRAMES = 20
-
-
-@dataclass(frozen=True)
-class Place:
-    """The main thread's place."""
-
-    frames: list[str]
-    """Innermost first, such as ``File "train.py", line 3 in load``."""
-    in_collective: bool
-    in_rendezvous: bool = False
-
-    @property
-    def said(self) -> str:
-        """The innermost frame, and the innermost of the user's own code if that is another."""
-        if not self.frames:
-            return "an unknown place"
-        own = next((frame for frame in self.frames if not _LIBRARY.search(frame)), None)
-        return self.frames[0] + (f" (called from {own})" if own and own != self.frames[0] else "")
-
-
-def main_place(stacks: str) -> Place | None:
-    """The place of the thread that runs the training, in the last dump; None if there is none."""
-    threads: list[list[str]] = []
-    for line in stacks.splitlines():
-        if _THREAD.match(line):
-            threads.append([])
-        elif threads and (match := _FRAME.match(line)):
-            threads[-1].append(f'File "{match["file"]}", line {match["line"]} in {match["function"]}')
-    # The main thread is the one that began with the interpreter's own start of a module.
-    mains = [frames for frames in threads if frames and ("<frozen runpy>" in frames[-1] or "<module>" in frames[-1])]
-    frames = mains[-1] if mains else threads[-1] if threads else []
-    if not frames:
-        return None
-    near = frames[:_INNERMOST]
-    return Place(
-        frames,
-        in_collective=any(_WAITING.search(frame) for frame in near),
-        in_rendezvous=any(_MEETING.search(frame) for frame in near),
-    )
-
-
 _ENDED_BY_SLURM = {
     "TIMEOUT": Kind.time_limit,
     "DEADLINE": Kind.time_limit,
@@ -403,6 +352,14 @@ def _signal_of(exit_code: str) -> int | None:
     return int(number) if number.isdecimal() and int(number) in set(signal.Signals) else None
 
 
+_SAID_BY_LOG = {
+    **dict.fromkeys(Kind, frozenset[Kind]()),
+    Kind.exception: frozenset(Kind) - {Kind.unknown},
+    Kind.setup: frozenset({Kind.out_of_memory, Kind.disk_full}),
+}
+"""Kinds that other lines of the log tell, and that say more than a sentence of hpcmm's of this kind."""
+
+
 def _of_script(evidence: JobDiagnostics, when: str) -> Verdict | None:
     """What the script's own log says, if that is a failure's word and not only output."""
     said = complaint_in(evidence.batch_lines)
@@ -417,13 +374,15 @@ def _of_script(evidence: JobDiagnostics, when: str) -> Verdict | None:
         status = f" with exit code {evidence.job.exit_code}" if evidence.job.exit_code else ""
         what = f'{when}, the job\'s script ended{status}; its log says: "{said.line}"'
         return Verdict(said.kind, what, traceback=lines, remedy=said.remedy)
+    lines = [line for line in lines if line not in sentences]
     kind = kind_of_exception(batch.kind, batch.message, batch.lines)
     message = sentences[-1].removeprefix("hpcmm: ") if sentences else batch.message or batch.kind
     if len(batch.lines) > 1:
         return Verdict(kind, f"{when}: {message}", traceback=batch.lines)
-    if kind is Kind.exception and said is not None and said.kind is not Kind.unknown:
-        return Verdict(said.kind, f"{when}: {message}", traceback=lines, remedy=said.remedy)
-    return Verdict(kind, f"{when}: {message}", traceback=lines)
+    if said is not None and said.kind in _SAID_BY_LOG[kind]:
+        kind = said.kind
+    remedy = said.remedy if said is not None and kind in {said.kind, Kind.setup} else ""
+    return Verdict(kind, f"{when}: {message}", traceback=lines, remedy=remedy)
 
 
 def _by_srun(evidence: JobDiagnostics) -> Verdict | None:

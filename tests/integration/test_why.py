@@ -255,7 +255,7 @@ def test_the_kind_of_an_exception_is_told(jobs, name, kind, said):
 
 def test_what_ended_the_script_before_its_ranks_is_quoted_from_its_log(jobs):
     told = jobs.why("setup")
-    assert told["class"] == "import"
+    assert told["class"] == "setup"
     assert "before any rank started" in told["first"]["what"]
     assert "no_such_command" in told["first"]["what"]
     assert told["exit_code"] == "127:0"

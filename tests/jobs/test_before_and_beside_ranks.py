@@ -110,7 +110,14 @@ def test_a_sentence_of_hpcmm_s_counts_first_and_what_a_program_said_beside_it_st
     told = why(run)
     assert "what:     before any rank started: cluster.setup line 2 (`foo`) failed with status 127." in told
     assert "submission.sh: line 12: foo: command not found" in told
-    assert told.startswith("job 7 (demo-1): import")
+    assert told.count("cluster.setup line 2") == 1
+    assert told.startswith("job 7 (demo-1): setup")
+    assert "set PATH in cluster.setup" in told.split("do: ")[1]
+    run.batch_log.write_text(
+        "cp: error writing 'x': Disk quota exceeded\nhpcmm: cluster.setup line 1 (`cp x y`) failed with status 1.\n",
+        encoding="utf-8",
+    )
+    assert why(run).startswith("job 7 (demo-1): disk full")
 
 
 def test_only_the_newest_attempt_of_the_job_is_quoted(run):
