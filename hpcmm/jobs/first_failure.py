@@ -181,11 +181,9 @@ def _ended_by_slurm(evidence: JobDiagnostics, kind: Kind) -> Verdict:
         Kind.cancelled: f"the job was cancelled{by}",
     }
     if kind is Kind.time_limit and (meeting := _all_in_rendezvous(evidence)):
-        first = meeting[0]
-        place = main_place(first.stacks)
-        assert place is not None
+        first, waits_at = meeting[0]
         waited = f"all {len(meeting)} ranks" if len(meeting) > 1 else "the rank"
-        what = f"{said[kind]} while {waited} waited to meet at MASTER_ADDR; rank {first.rank} was at {place.said}"
+        what = f"{said[kind]} while {waited} waited to meet at MASTER_ADDR; rank {first.rank} was at {waits_at.said}"
         return Verdict(Kind.rendezvous, what, first.rank, first.node)
     what, remedy = said[kind], ""
     if evidence.job.state == "DEADLINE":
@@ -217,10 +215,10 @@ def _hung(evidence: JobDiagnostics) -> RankDiagnostics | None:
     return None
 
 
-def _all_in_rendezvous(evidence: JobDiagnostics) -> list[RankDiagnostics]:
+def _all_in_rendezvous(evidence: JobDiagnostics) -> list[tuple[RankDiagnostics, Place]]:
     """The ranks, if all that left stacks waited for the rendezvous when they were told to end; else none."""
     places = [(rank, place) for rank in evidence.ranks.values() if (place := main_place(rank.stacks)) is not None]
-    return [rank for rank, _ in places] if all(place.in_rendezvous for _, place in places) else []
+    return places if all(place.in_rendezvous for _, place in places) else []
 
 
 def _cut_off_nodes(evidence: JobDiagnostics) -> list[str]:
