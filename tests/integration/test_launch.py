@@ -161,7 +161,7 @@ def test_a_setup_line_that_fails_in_a_sourced_file_is_what_why_tells(slurm_clust
     assert "cluster.setup line 2 (`source ./site.sh`) failed with status 9, at line 2 of ./site.sh" in told
     assert f"job {job_id} (run-" in told
     assert told.splitlines()[0].endswith(": setup")
-    assert "exit code 9:0" in told
+    assert "ExitCode=9:0" in slurm_cluster.run("scontrol", "show", "job", job_id)
 
 
 def test_a_sweep_is_one_array_whose_failed_points_alone_run_again(slurm_cluster, folder):
