@@ -106,7 +106,7 @@ def note_status(record: RankExit, attempt: Path) -> None:
     if record.signal in TOLD_TO_END:
         return
     path = status_file(attempt)
-    if read_tail(path, _STATUS_BYTES).strip() in {"", "1"}:
+    if read_tail(path, _STATUS_BYTES, within=_root_of(attempt)).strip() in {"", "1"}:
         write_whole(path, f"{128 + record.signal if record.signal is not None else record.status}\n")
 
 

@@ -188,8 +188,12 @@ def test_each_srun_passes_the_script_s_environment_on_unless_the_site_says_other
         assert text.rindex("--export=ALL,MINE=1") > text.rindex("srun --export=ALL --kill-on-bad-exit")
 
 
-def test_no_node_needs_scontrol_for_the_names_of_the_job_s_nodes():
-    assert "hostnames" not in rendered("launch.preflight=true") + rendered()
+def test_no_node_needs_scontrol_before_its_ranks_start():
+    text = rendered("launch.preflight=true")
+    assert "scontrol show" not in text
+    before_the_ranks = text[: text.index("srun --export=ALL --kill-on-bad-exit")]
+    commands = [line for line in before_the_ranks.splitlines() if not line.startswith(("#", "unset "))]
+    assert "scontrol" not in "\n".join(commands).replace("insist scontrol", "")  # which bears its failure
 
 
 @pytest.mark.parametrize(
