@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from hpcmm.config.schema import ClusterConfig
 from hpcmm.doctor.node import token_file
 from hpcmm.errors import HpcmmError
+from hpcmm.resources import environment_of_modules, own_module
 from hpcmm.slurm.commands import run_command
 
 STEP_TIMEOUT_S = 300.0
@@ -51,7 +51,8 @@ def check_nodes(
     try:
         step = [*srun, f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpus-per-task=1", "--no-kill"]
         step += [] if nodes is None else [f"--nodelist={','.join(nodes)}", "--overlap"]
-        complaint = _run([*step, sys.executable, "-m", "hpcmm.doctor.node", str(request)], environ, timeout_s)
+        command = [*step, *own_module("hpcmm.doctor.node"), str(request)]
+        complaint = _run(command, environment_of_modules(environ), timeout_s)
         return read_answers(request, nodes, complaint)
     finally:
         clean_up(request)

@@ -297,7 +297,7 @@ def _row(job: Job, run: RunDir | None) -> tuple[str, ...]:
     user = other_user(run.root) if run else None
     folder = f"{run.root} (of user {user})" if run and user else str(run.root) if run else ""
     cells = (_short(job.job_id), job.name, job.state, where, since, reason, folder)
-    return tuple(logs.printable(cell.encode()) for cell in cells)
+    return tuple(logs.printable(cell.encode(errors="backslashreplace")) for cell in cells)
 
 
 def _short(job_id: str) -> str:

@@ -56,8 +56,8 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
     if is_plain and is_mine(within) and is_run(within):
         return [_target(asked, within)]
     runs = runs_in(runs_root)
-    found = [run for run in runs if run.root.name.startswith(f"{asked}-")]
-    if not found:  # what other users named like that comes after all that is this user's
+    found = [run for run in runs if asked and run.root.name.startswith(f"{asked}-")]
+    if asked and not found:  # what other users named like that comes after all that is this user's
         found = _of_others(asked, runs_root, named, within if is_plain else named)
     if not found:
         raise HpcmmError(_no_such_run(asked, runs_root, runs))

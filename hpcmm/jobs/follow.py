@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ from hpcmm.jobs.find_run import Target
 from hpcmm.jobs.logs import Log
 from hpcmm.jobs.state import record_of
 from hpcmm.jobs.why import explain, lines_of
+from hpcmm.resources import environment_of_modules, own_module
 from hpcmm.runs.exit_status import outcome_of
 from hpcmm.runs.metrics import FinishedStep, finished_step, read_scores
 from hpcmm.runs.run_dir import RunDir
@@ -220,8 +220,8 @@ def _show_analysis(submission: Submission, console: Console) -> None:
     run = submission.run
     if submission.analysis_job_id is None:
         # A process of its own: its memory, of gigabytes for a large run, ends with it.
-        command = [sys.executable, "-m", "hpcmm.analyze", str(run.root)]
-        subprocess.run(command, check=False)
+        command = [*own_module("hpcmm.analyze"), str(run.root)]
+        subprocess.run(command, check=False, env=environment_of_modules())
         return
     known = identity_of(run, submission.analysis_job_id)
     job = _poller(lambda: find_job(known), console).wait(lambda job: not job.active)

@@ -33,6 +33,7 @@ from hpcmm.node.network import find_free_port
 from hpcmm.ranges import write_ranges
 from hpcmm.runs.exit_status import COMPLETED, FAILED, IN_QUEUE, states_of_points
 from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
+from hpcmm.runs.ownership import check_runs_root
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import JobIdentity, identity_of, write_submission
 from hpcmm.slurm.commands import clusters_asked, job_variables
@@ -125,6 +126,7 @@ def resubmit(path: Path) -> Resubmission:
     """
     with _locked_ledger(path) as ledger:
         config = config_file.load(ledger.run(ledger.points[0]).config)
+        check_runs_root(ledger.sweep.root)
         _check_scripts(ledger.sweep.shared)
         enter_cluster(config)
         states = point_states(ledger)

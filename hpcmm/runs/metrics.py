@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import json_object, names_in, open_regular, read_json_object, read_tail, write_json
+from hpcmm.runs.ownership import is_mine
 from hpcmm.runs.run_dir import RunDir
 
 MAX_LINE_BYTES = 1 << 20
@@ -26,6 +27,7 @@ MAX_LINE_BYTES = 1 << 20
 _TAIL_BYTES = 64 * 1024
 _MOST_BYTES = 1 << 30
 """Of a rank's records that are read."""
+_MOST_RANKS_OF_OTHERS = 10_000
 _RANK_FILE = re.compile(r"rank_([0-9]{1,9})\.jsonl")
 _STEPPED = ("step", "lost")
 """Events of a rank that came as far as a step."""
@@ -207,7 +209,10 @@ def read_scores(run: RunDir) -> dict[str, float]:
 
 
 def _rank_files(run: RunDir) -> dict[int, Path]:
-    found = {name: _RANK_FILE.fullmatch(name) for name in sorted(names_in(run.metrics, within=run.root))}
+    names = names_in(run.metrics, within=run.root)
+    if len(names) > _MOST_RANKS_OF_OTHERS and not is_mine(run.root):
+        return {}  # a part of them would tell another story than all
+    found = {name: _RANK_FILE.fullmatch(name) for name in sorted(names)}
     return {int(match[1]): run.metrics / name for name, match in found.items() if match}
 
 

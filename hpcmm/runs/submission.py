@@ -13,12 +13,13 @@ from typing import Any
 
 from hpcmm.files import is_regular, names_in, read_json_object, write_json
 from hpcmm.runs.ledger import jobs_of_points
+from hpcmm.runs.ownership import is_mine
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 
 _SUBMITTED = re.compile(rf"({JOB_ID.pattern})_submitted\.pkl")
 _STATE = re.compile(r"[A-Z_]{1,32}")
-_MOST_JOBS = 1000
-"""Of one directory that Slurm is asked for."""
+_MOST_JOBS, _MOST_JOBS_OF_OTHERS = 1000, 5
+"""Of one directory, the newest ones: another user may have left any number."""
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(?:,[A-Za-z0-9][A-Za-z0-9_.-]{0,63})*")
 _MOST_CHARACTERS = 4096
 """Of a path, the longest text that identifies a job."""
@@ -166,7 +167,11 @@ def job_ids_of(run: RunDir) -> tuple[str, ...]:
     noted += [submitted_job(run) or "", record.job_id if record is not None else ""]
     for job_id in filter(JOB_ID.fullmatch, noted):
         ids.setdefault(job_id, 0.0)
-    return tuple(sorted(ids, key=lambda each: (ids[each], each)))[-_MOST_JOBS:]
+    return tuple(sorted(ids, key=lambda each: (ids[each], each)))[-_most_jobs(run) :]
+
+
+def _most_jobs(run: RunDir) -> int:
+    return _MOST_JOBS if is_mine(run.root) else _MOST_JOBS_OF_OTHERS
 
 
 def write_provenance_record(run: RunDir, record: Mapping[str, Any]) -> None:

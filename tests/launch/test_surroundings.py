@@ -6,8 +6,6 @@ import secrets
 import subprocess
 import sys
 
-import pytest
-
 from hpcmm.slurm.commands import job_variables, outside_of_jobs
 
 SHELL = {"SBATCH_PARTITION": "other", "SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "3", "SRUN_CPU_BIND": "none"}

@@ -174,3 +174,5 @@ def test_of_very_many_job_numbers_the_newest_are_asked_for(run):
         (run.submitit / f"{number}_submitted.pkl").touch()
     run.submission.write_text('{"job_id": "5000"}')
     assert len(job_ids_of(run)) == 1000
+    another_user.give(run.root)
+    assert len(job_ids_of(run)) == 5

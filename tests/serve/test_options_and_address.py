@@ -205,3 +205,20 @@ def test_settings_of_the_job_may_stand_behind_options(tmp_path):
     assert done.returncode == 1
     assert "no_such_run" in done.stderr
     assert "unrecognized" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"node": "node1; id", "port": 80, "token": "x"},
+        {"node": "node1", "port": 0, "token": "x"},
+        {"node": "node1", "port": 1e999, "token": "x"},
+        {"node": "node1", "port": 80, "token": "x\x1b[31m"},
+        {"node": "-oProxyCommand=id", "port": 80, "token": "x"},
+        [1],
+    ],
+)
+def test_an_address_that_a_shell_could_not_take_is_none(tmp_path, given):
+    (tmp_path / "address.json").write_text(json.dumps(given))
+    with pytest.raises(HpcmmError, match="does not tell where a server listens"):
+        read_address(tmp_path / "address.json")
