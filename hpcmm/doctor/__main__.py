@@ -80,7 +80,7 @@ def _check(config: RunConfig, options: argparse.Namespace) -> int:
         srun = ["srun", *allocation_options(config.cluster, _TIME_LIMIT_MIN), f"--immediate={options.wait}"]
         srun += [f"--nodelist={options.nodelist}"] if options.nodelist else []
         srun += [f"--exclude={config.cluster.exclude}"] if config.cluster.exclude else []
-        environ = outside_of_jobs(os.environ, config.cluster.submit_environment)
+        environ = outside_of_jobs(os.environ)
         result = check_nodes(None, options.nodes, folders, srun, nsys=nsys, environ=environ)
         nodes = result.nodes
         found |= result.found

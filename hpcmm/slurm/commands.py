@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -147,18 +147,16 @@ def clusters_asked(environ: Mapping[str, str]) -> str:
     return environ.get(_CLUSTERS) or cluster_here(environ)
 
 
-def job_variables(environ: Mapping[str, str], keep: Collection[str] = ()) -> list[str]:
+def job_variables(environ: Mapping[str, str]) -> list[str]:
     """Variables by which the shell would change a new job: options of sbatch and srun, and what an outer job left.
 
     ``SBATCH_PARTITION`` overrides a script's own ``#SBATCH`` line, and ``SLURM_CPUS_PER_TASK`` of the job that one
-    launches from reaches the new job's srun. Those in ``keep`` were set on purpose.
+    launches from reaches the new job's srun.
     """
-    return sorted(
-        name for name in environ if name.startswith(_OF_JOBS) and name not in _OF_THE_CLUSTER and name not in keep
-    )
+    return sorted(name for name in environ if name.startswith(_OF_JOBS) and name not in _OF_THE_CLUSTER)
 
 
-def outside_of_jobs(environ: Mapping[str, str], keep: Collection[str] = ()) -> dict[str, str]:
+def outside_of_jobs(environ: Mapping[str, str]) -> dict[str, str]:
     """``environ`` as it would be in a plain shell of a login node, without :func:`job_variables`."""
-    dropped = set(job_variables(environ, keep))
+    dropped = set(job_variables(environ))
     return {name: value for name, value in environ.items() if name not in dropped}

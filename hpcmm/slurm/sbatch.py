@@ -99,10 +99,9 @@ def sbatch(config: RunConfig, script: Path, *options: str, without: Sequence[str
     nor do those in ``without``.
     """
     check_slurm_is_here()
-    keep = config.cluster.submit_environment
-    _say_what_is_ignored(job_variables(os.environ, keep))
-    environ = {name: value for name, value in outside_of_jobs(os.environ, keep).items() if name not in without}
-    if _CLUSTERS in config.cluster.sbatch and "SLURM_CLUSTERS" not in keep:
+    _say_what_is_ignored(job_variables(os.environ))
+    environ = {name: value for name, value in outside_of_jobs(os.environ).items() if name not in without}
+    if _CLUSTERS in config.cluster.sbatch and "SLURM_CLUSTERS" not in config.cluster.submit_environment:
         environ.pop("SLURM_CLUSTERS", None)  # it would outweigh the script's own line
     try:
         command = ["sbatch", *options, str(script)]

@@ -6,6 +6,8 @@ import secrets
 import subprocess
 import sys
 
+import pytest
+
 from hpcmm.slurm.commands import job_variables, outside_of_jobs
 
 SHELL = {"SBATCH_PARTITION": "other", "SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "3", "SRUN_CPU_BIND": "none"}
@@ -15,7 +17,6 @@ CLUSTER = {"SLURM_CONF": "/site/slurm.conf", "HOME": "/home/me"}
 def test_what_belongs_to_jobs_is_told_from_what_finds_the_cluster():
     assert job_variables(SHELL | CLUSTER) == sorted(SHELL)
     assert outside_of_jobs(SHELL | CLUSTER) == CLUSTER
-    assert outside_of_jobs(SHELL, keep=["SBATCH_PARTITION"]) == {"SBATCH_PARTITION": "other"}
 
 
 def test_sbatch_sees_no_option_of_the_shell_and_the_user_is_told(tmp_path):
