@@ -12,6 +12,7 @@ from hpcmm.node.classify import (
     CONSEQUENCES,
     Kind,
     LoggedError,
+    Place,
     complaint_in,
     kind_of_exception,
     kind_of_signal,
