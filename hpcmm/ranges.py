@@ -34,6 +34,29 @@ def write_ranges(numbers: Iterable[int], separator: str = ",") -> str:
     return separator.join("-".join(map(str, run)) for run in runs)
 
 
+def count_tasks(job_id: str) -> int:
+    """Tasks that ``12_[0-2,5-9:2%4]`` stands for; 1 without brackets."""
+    return max(1, sum(map(len, _ranges_of(job_id))))
+
+
+def tasks_in(job_id: str) -> list[str]:
+    """``12_0``, ``12_1`` ... that ``12_[0-9%4]`` stands for; without brackets the number itself."""
+    array = job_id.partition("_")[0]
+    ranges = _ranges_of(job_id)
+    return [f"{array}_{task}" for part in ranges for task in part] if ranges else [job_id]
+
+
+def _ranges_of(job_id: str) -> list[range]:
+    match = re.search(r"_\[([^\]%]*)", job_id)
+    parts = match[1].split(",") if match is not None else []
+    bounds = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9})(?::(\d{1,9}))?)?", part.strip()) for part in parts]
+    return [
+        range(int(each[1]), int(each[2] or each[1]) + 1, max(1, int(each[3] or 1)))
+        for each in bounds
+        if each is not None
+    ]
+
+
 def profiled_ranks(choice: str, world_size: int, ranks_per_node: int) -> frozenset[int]:
     """The ranks named by ``choice``: ``all``, ``one_per_node`` (the first of each), or a list such as ``0,3-5``.
 

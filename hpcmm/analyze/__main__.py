@@ -18,7 +18,8 @@ from hpcmm.text import printable
 DESCRIPTION = """\
 Read the Nsight Systems reports of a run and say how many seconds a step loses, to what, and because of which rank.
 
-PATH is a run directory of hpcmm (or the name in ./runs of a run, or the start of it), a folder of reports, or any
+PATH is a run directory of hpcmm (or the name in ./runs of a run, or the start of it, a point of a sweep as SWEEP/0003,
+or a job's number such as 12 or 12_3), a folder of reports, or any
 number of report files: .nsys-rep, .qdstrm (what a killed capture leaves) or .sqlite exports, made by hpcmm or not.
 Inputs are only read.
 

@@ -16,12 +16,12 @@ from hpcmm.analysis.pop_metrics import Reference
 from hpcmm.analysis.report_inventory import ReportInventory, take_inventory
 from hpcmm.analysis.study import Selection, Study, why_failed
 from hpcmm.errors import HpcmmError
+from hpcmm.jobs.find_run import find_folder
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import Found, ReportSource, find_reports
 from hpcmm.reports.load import read_all
 from hpcmm.reports.report import Parts, Progress
 from hpcmm.reports.run_record import RunRecord, read_run_record
-from hpcmm.runs.run_dir import path_or_run
 from hpcmm.text import printable
 
 ALL_READ, PARTIAL = 0, 2
@@ -248,4 +248,4 @@ def default_folder(found: Found) -> Path:
 def as_paths(paths: Paths) -> list[Path]:
     """One path or several as a list, with the name of a run as its directory in ``./runs``."""
     given = [paths] if isinstance(paths, str | Path) else paths
-    return [path_or_run(Path(path)) for path in given]
+    return [find_folder(Path(path)) for path in given]

@@ -22,9 +22,10 @@ from hpcmm.config.workload import shipped_workloads, workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.evaluation import Evaluation, Scored
 from hpcmm.files import is_regular
+from hpcmm.jobs.find_run import find_folder
 from hpcmm.runs.ledger import LedgerPoint, read_ledger
 from hpcmm.runs.ownership import is_trusted, other_user
-from hpcmm.runs.run_dir import RunDir, SweepDir, path_or_run
+from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.text import printable
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ Load the newest checkpoint of each run, score {samples}, and write to DIR:
   comparison.md    the models side by side, with what may be concluded
   comparison.tex   the same tables for LaTeX (booktabs)
   comparison.png   the same as a chart
-{files}A RUN is a run directory or a run's name in ./runs, or a sweep's folder or ledger for all of its points. {notes}
+{files}A RUN is a run directory or a run's name in ./runs, a point of a sweep as SWEEP/0003, a job's number, or a
+sweep's folder or ledger for all of its points. {notes}
 """
 _ABOUT = ["run", "model", "seed", "trained_on", "scored_on"]
 _SEED = "train.seed="
@@ -246,7 +248,7 @@ def find_runs(paths: Sequence[Path], named_by: Sequence[str] = ()) -> tuple[list
     """
     found: list[Candidate] = []
     unfinished: list[RunDir] = []
-    for path in map(path_or_run, paths):
+    for path in map(find_folder, paths):
         if not _is_sweep(path):
             found.append(Candidate(RunDir(path.resolve())))
             continue

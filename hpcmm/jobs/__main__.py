@@ -9,7 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from hpcmm.jobs.find_run import Target, default_environment, find_targets, run_o
 from hpcmm.jobs.state import State, all_over, poller_of, recorded_jobs, silence, states_of
 from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.ownership import other_user
-from hpcmm.runs.run_dir import RunDir, runs_in
+from hpcmm.runs.run_dir import RunDir, SweepDir, runs_in
+from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.commands import SilentError
 from hpcmm.slurm.jobs import Answer, Job, own_jobs
 from hpcmm.text import printable
@@ -30,12 +31,15 @@ from hpcmm.text import printable
 _MOST_RANKS = 1_000_000
 _MOST_RUNS = 20
 _MOST_TASKS_SHOWN = 10
+_LINES, _MOST_LINES = 25, 2000
+"""Shown of a log, and of all logs of a sweep."""
 _COLUMNS = ("job", "name", "state", "where", "since", "why it waits", "run directory")
 
 DESCRIPTION = "What runs, where, since when, what it says, and why it failed."
 EPILOG = """\
 JOB is a job's number (12, or 12_7 for a task of an array), a run directory, the name of a run in --runs-root, or the
-start of that name; of several runs the newest is taken.
+start of that name; of several runs the newest is taken. A sweep's name means the newest job of each of its points;
+SWEEP/0003 and latest/0003 mean one point.
 
 Slurm is asked through squeue and, for jobs that are over, sacct; where sacct gives no answer, squeue and the run
 directory are used, and a line says so. Where squeue gives none either, status, list and why tell of the jobs whose end
@@ -81,7 +85,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     shown = add("logs", _logs, "the logs of a run's ranks, with the rank in front of each line")
     shown.add_argument("job", metavar="JOB")
     shown.add_argument("-r", "--ranks", metavar="RANKS", help="such as 0,3-5 (default: all, and the batch script)")
-    shown.add_argument("-n", "--lines", type=int, default=25, metavar="N", help="last lines of each (default: 25)")
+    shown.add_argument("-n", "--lines", type=int, metavar="N", help=f"last lines of each (default: {_LINES})")
     shown.add_argument("-f", "--follow", action="store_true", help="go on with what is added, until the job is over")
     cancelled = add("cancel", _cancel, "cancel a run")
     cancelled.add_argument("job", metavar="JOB")
@@ -121,7 +125,8 @@ def _status(options: argparse.Namespace) -> int:
     _complain(notes)
     if options.json:
         targets_json = [
-            {"asked": state.target.asked, "jobs": [_as_values(job, state.run) for job in state.jobs]}
+            {"asked": state.target.asked, "jobs": [_as_values(job, state.run_of(job)) for job in state.jobs]}
+            | ({"counts": _counts(state)} if state.is_array else {})
             for state in states
         ]
         _print_json({"targets": targets_json, "notes": notes})
@@ -151,15 +156,43 @@ def _logs(options: argparse.Namespace) -> int:
     run = target.run
     assert run is not None
     ranks = None if options.ranks in {None, "all"} else profiled_ranks(options.ranks, _MOST_RANKS, 1)
-    found = logs.logs_of(run, ranks)
-    _print_logs(logs.last_lines(found, max(0, options.lines)))
+    points = [point.run for point in target.points if point.run is not None]
+
+    def find() -> list[logs.Log]:
+        return logs.logs_of(run, ranks) if target.sweep is None else logs.logs_of_points(points, ranks)
+
+    found = find()
+    if target.sweep is not None:
+        _complain(_without_logs(points, found))
+    _print_logs(logs.last_lines(found, _lines_of_each(options.lines, found, is_sweep=target.sweep is not None)))
     if options.follow:
         poller = poller_of([target], tell=_tell_silence)
-        _print_logs(logs.follow(run, ranks, found, lambda: poller.is_done(all_over)))
+        _print_logs(logs.follow(find, found, lambda: poller.is_done(all_over)))
     if not any(is_regular(log.path) for log in found):
         why = "its job has not started" if target.job_ids else "it was never submitted"
         raise HpcmmError(f"{run.root} holds no logs: {why}.")
     return 0
+
+
+def _without_logs(points: Sequence[RunDir], found: Sequence[logs.Log]) -> list[str]:
+    """A sentence for the points that have no logs, unless none has any."""
+    with_logs = {log.label.partition("/")[0] for log in found}
+    names = [point.root.name for point in points if point.root.name not in with_logs]
+    if not names or not with_logs:
+        return []
+    named = ", ".join(names[:_MOST_TASKS_SHOWN])
+    more = f" and {len(names) - _MOST_TASKS_SHOWN} more" if len(names) > _MOST_TASKS_SHOWN else ""
+    return [f"No logs yet of point{'' if len(names) == 1 else 's'} {named}{more}."]
+
+
+def _lines_of_each(asked: int | None, found: Sequence[logs.Log], *, is_sweep: bool) -> int:
+    """How many last lines of each log are shown: of the many of a sweep fewer, unless a number was asked for."""
+    if asked is not None:
+        return max(0, asked)
+    lines = _LINES if not is_sweep else min(_LINES, max(1, _MOST_LINES // max(1, len(found))))
+    if lines < _LINES:
+        _complain([f"Of {len(found)} logs the last {lines} line{'' if lines == 1 else 's'} each; -n gives more."])
+    return lines
 
 
 def _cancel(options: argparse.Namespace) -> int:
@@ -200,7 +233,10 @@ def _with_run(asked: str, runs_root: Path) -> Target:
         )
     if run is None:
         raise HpcmmError(f"The run directory of job {asked} is not known: name the directory, or give --runs-root.")
-    return Target(target.asked, target.job_ids, run)
+    if not SweepDir(run.root).is_there():
+        return replace(target, run=run)
+    array = asked if asked in job_ids_of(run) else None
+    return replace(target, run=run, sweep=SweepDir(run.root), array=array)
 
 
 def _tell_silence(complaint: str) -> None:
@@ -229,10 +265,9 @@ def _print_json(values: object) -> None:
     print(json.dumps(values, indent=2))
 
 
-def _job_lines(jobs: Sequence[Job], runs: dict[str, RunDir | None] | None = None) -> list[str]:
+def _job_lines(jobs: Sequence[Job], run_of: Callable[[Job], RunDir | None] = run_of_command) -> list[str]:
     """A header and a line a job; arrays of many tasks as one line a state."""
-    shown = _gathered(jobs)
-    rows = [_COLUMNS, *(_row(job, (runs or {}).get(job.raw_id) or run_of_command(job)) for job in shown)]
+    rows = [_COLUMNS, *(_row(job, run_of(job)) for job in _gathered(jobs))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -244,14 +279,20 @@ def _state_lines(state: State) -> list[str]:
         return [f"{asked}: no end of it is noted: it waits, runs, or was killed with its script."]
     if not state.jobs:
         return [f"{asked}: no job of it is known here: it was never queued, or Slurm has forgotten it."]
-    run = state.run
-    lines = _job_lines(state.jobs, {job.raw_id: run for job in state.jobs})
+    lines = _job_lines(state.jobs, state.run_of)
+    counts = _counts(state)
+    if sum(counts.values()) > 1:
+        lines.append(", ".join(f"{count} {printable(name)}" for name, count in counts.items()))
+    return lines
+
+
+def _counts(state: State) -> dict[str, int]:
+    """How many jobs, or points of a sweep, are in which state, the most first."""
     counts: Counter[str] = Counter()
     for job in state.jobs:
         counts[job.state] += job.tasks
-    if sum(counts.values()) > 1:
-        lines.append(", ".join(f"{count} {printable(name)}" for name, count in counts.most_common()))
-    return lines
+    others = {"without a known end": len(state.unknown), "never submitted": len(state.unsubmitted)}
+    return dict(counts.most_common()) | {name: count for name, count in others.items() if count}
 
 
 def _as_values(job: Job, run: RunDir | None) -> dict[str, Any]:

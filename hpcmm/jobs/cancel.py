@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -119,12 +120,17 @@ def _end_locally(pid: int, patience_s: float) -> None:
 
 
 def _cancellable(job_id: str, raw_id: str) -> str:
-    """scancel's way to write a task, or the tasks of an array that still wait."""
-    return job_id if "_" in job_id else raw_id
+    """scancel's way to write a task, or the tasks of an array that still wait.
+
+    squeue adds to these how many may run at once (``12_[3-9%4]``), which scancel does not read.
+    """
+    return re.sub(r"%[0-9]+", "", job_id) if "_" in job_id else raw_id
 
 
 def _nothing_to_cancel(asked: str, states: Sequence[State]) -> str:
     for state in states:
+        if state.is_array and state.jobs:
+            return f"Nothing to cancel: no point of {asked} waits or runs."
         if state.jobs:
             last = state.jobs[-1]
             when = f" since {last.ended}" if last.ended else ""

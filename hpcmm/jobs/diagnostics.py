@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, read_tail
-from hpcmm.jobs.find_run import Target, folder_of_command, run_of_command, settings
+from hpcmm.jobs.find_run import Target, folder_of_command, settings
 from hpcmm.jobs.logs import lines_in
-from hpcmm.jobs.state import environment_of_job, states_of
+from hpcmm.jobs.state import State, environment_of_job, states_of
 from hpcmm.node.classify import LoggedError, last_logged_error
 from hpcmm.ranges import ranks_in
 from hpcmm.runs import failures
@@ -25,6 +25,8 @@ _TAIL_BYTES = 256 * 1024
 _LAST_LINES = 6
 _MOST_LOGS = 8
 """Of ranks that srun named, and that left no record, as many logs are read."""
+_MOST_HOST_LISTS = 64
+"""Of the points of a sweep; Slurm is asked once for each."""
 _RANK = re.compile(r"[0-9]{1,6}")
 _SRUN_TASKS = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)")
 
@@ -77,23 +79,51 @@ class JobDiagnostics:
 
 
 def gather(target: Target) -> JobDiagnostics:
-    """Raises HpcmmError when Slurm does not answer and the run directory does not tell of the job either."""
+    """What there is of the newest job of ``target``. Raises HpcmmError if there is nothing, see :func:`known_state`."""
+    return gather_newest(known_state(target))
+
+
+def gather_newest(state: State) -> JobDiagnostics:
+    """What there is of the newest job."""
+    run, notes, newest = state.run, list(state.notes), state.jobs[-1]
+    environ = environment_of_job(run, newest)
+    (job,), complaint = _accounted([newest], environ)
+    notes += [complaint] if complaint and not notes else []
+    return _evidence(job, run, _node_states(job.nodes, environ), notes)
+
+
+def gather_points(state: State, jobs: Sequence[Job]) -> tuple[list[JobDiagnostics], list[str]]:
+    """What there is of each of these tasks of a sweep, with one question to each cluster for all, and notes on that."""
+    found: list[JobDiagnostics] = []
+    complaints: list[str] = []
+    for cluster in dict.fromkeys(job.cluster for job in jobs):
+        here = [job for job in jobs if job.cluster == cluster]
+        environ = environment_of_job(state.run, here[0])
+        accounted, complaint = _accounted(here, environ)
+        complaints += [complaint] if complaint else []
+        host_lists = list(dict.fromkeys(job.nodes for job in accounted))
+        nodes = {hosts: _node_states(hosts, environ) for hosts in host_lists[:_MOST_HOST_LISTS]}
+        found += [_evidence(job, state.run_of(job), nodes.get(job.nodes, {}), []) for job in accounted]
+    return found, complaints if not state.notes else []
+
+
+def known_state(target: Target) -> State:
+    """The state of a target of which some job is known.
+
+    Raises HpcmmError when Slurm does not answer and the run directory does not tell of a job either.
+    """
     state = states_of([target], needs_slurm=False)[0]
     if not state.jobs and state.silent:
         reason = state.notes[0].partition(", so this")[0]
         raise HpcmmError(f"{reason}, and no run directory tells of an end of {target.asked}.")
     if not state.jobs:
         raise HpcmmError(f"No job of {target.asked} is known to Slurm or noted in a run directory.")
-    run, notes, newest = state.run, list(state.notes), state.jobs[-1]
-    if state.silent and run is not None and is_regular(SweepDir(run.root).ledger):
-        newest = next((job for job in reversed(state.jobs) if job.state != "COMPLETED"), newest)
-        run = run_of_command(newest)  # of the point, whose records tell more than the sweep's folder
-    environ = environment_of_job(run, newest)
-    job, complaint = _accounted(newest, environ)
+    return state
+
+
+def _evidence(job: Job, run: RunDir | None, nodes: dict[str, str], notes: list[str]) -> JobDiagnostics:
     job = job if job.active else replace(job, reason=reason_of_end(job))
-    notes += [complaint] if complaint and not notes else []
     if run is None:
-        nodes = _node_states(job.nodes, environ)
         return JobDiagnostics(job, None, node_states=nodes, notes=notes, gone=_gone(folder_of_command(job)))
     attempt, restart = failures.newest_attempt(run, job.raw_id) or (None, 0)
     text = _of_job(read_tail(run.batch_log, _TAIL_BYTES, within=run.root), job.raw_id)
@@ -109,7 +139,7 @@ def gather(target: Target) -> JobDiagnostics:
         run,
         restart,
         _ranks(run, job.raw_id, attempt, srun_words(srun_lines), since_ns),
-        _node_states(job.nodes, environ),
+        nodes,
         srun_lines,
         last_logged_error(batch_log),
         re.search(r"oom[-_ ]kill", batch_log, re.IGNORECASE) is not None,
@@ -154,17 +184,18 @@ def srun_words(lines: list[str]) -> dict[int, tuple[str, str]]:
     return found
 
 
-def _accounted(job: Job, environ: Mapping[str, str]) -> tuple[Job, str | None]:
-    """The job with what only sacct knows: exit codes, and who cancelled it."""
-    if job.source != "squeue":
-        return job, None
+def _accounted(jobs: Sequence[Job], environ: Mapping[str, str]) -> tuple[list[Job], str | None]:
+    """The jobs with what only sacct knows: exit codes, and who cancelled them."""
     try:
-        rows = [row for row in account_of(job, environ) if row.raw_id == job.raw_id]
+        known = account_of([job for job in jobs if job.source == "squeue"], environ)
     except HpcmmError as error:
-        return job, f"sacct gives no answer, so exit codes are missing: {error}"
-    if not rows:
-        return job, None
-    known = rows[-1]
+        return list(jobs), f"sacct gives no answer, so exit codes are missing: {error}"
+    return [_with_account(job, known.get(job.job_id)) for job in jobs], None
+
+
+def _with_account(job: Job, known: Job | None) -> Job:
+    if job.source != "squeue" or known is None:
+        return job
     by = re.match(r"by \d+", known.reason) if known.state == job.state else None
     return replace(
         job,
@@ -172,7 +203,7 @@ def _accounted(job: Job, environ: Mapping[str, str]) -> tuple[Job, str | None]:
         derived_exit_code=known.derived_exit_code,
         # Of a job that is over, the rest of sacct's reason is why it waited last.
         reason=by[0] if by else job.reason,
-    ), None
+    )
 
 
 def _ranks(

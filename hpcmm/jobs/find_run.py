@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +16,56 @@ from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, other_writer
 from hpcmm.resources import resource
+from hpcmm.runs.attempts import attempts_of
+from hpcmm.runs.ledger import array_of, jobs_of_points
 from hpcmm.runs.ownership import exchangeable, is_mine, other_user
-from hpcmm.runs.run_dir import JOB_ID, RunDir, is_run, runs_in
+from hpcmm.runs.run_dir import JOB_ID, RUNS, RunDir, SweepDir, first_point_of, is_run, runs_in
 from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.jobs import Job
 
 _MOST_RUNS = 20
+_MOST_POINTS_OF_OTHERS = 1000
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_ADDED = re.compile(r"-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}$")
+"""What a launch adds to a run's name: date, time and a random part."""
 _SLURM_S_OWN_PLACES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
+
+
+class NoSuchRunError(HpcmmError):
+    """No run has that name, and it is no job's number."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a user means: a run, a job by number, or both."""
+    """What a user means: a run, a point of a sweep, a sweep, or a job by number with the run that it belongs to."""
 
     asked: str
     job_ids: tuple[str, ...]
-    """Newest last; a run that was submitted again by hand has several."""
+    """Newest last; a run that was submitted again by hand has several, a point has its newest, a sweep its arrays."""
     run: RunDir | None
+    """Of a sweep the folder that holds the points."""
+    sweep: SweepDir | None = None
+    """If a whole sweep is meant, or one of its arrays."""
+    array: str | None = None
+    """The array, if one was named by its number."""
     by_number: bool = False
     """A number was given: the job that Slurm knows by it now is meant, and ``run`` is only one that had it too."""
+
+    @cached_property
+    def points(self) -> tuple[Target, ...]:
+        """Of a sweep its points, each with its newest job (none if it was never submitted); of an array its tasks."""
+        if self.sweep is None:
+            return ()
+        jobs = sorted(jobs_of_points(self.sweep).items())[: None if self.user is None else _MOST_POINTS_OF_OTHERS]
+        if self.array is None:
+            return tuple(_point(self.sweep, index, tasks) for index, tasks in jobs)
+        mine = ((index, [task for task in tasks if array_of(task) == self.array][-1:]) for index, tasks in jobs)
+        return tuple(Target(task, (task,), self.sweep.point(index)) for index, tasks in mine for task in tasks)
+
+    @cached_property
+    def tasks(self) -> dict[str, Target]:
+        """The points that were submitted, by their newest job. No other job of a sweep counts."""
+        return {point.job_ids[-1]: point for point in self.points if point.job_ids}
 
     @property
     def user(self) -> str | None:
@@ -42,36 +76,54 @@ class Target:
 def find_targets(asked: str, runs_root: Path) -> list[Target]:
     """The runs or the job that ``asked`` names, newest first; several where it is the common start of runs' names.
 
-    Runs that were never submitted come last.
+    A point of a sweep is ``SWEEP/0003``, its directory, or its job ``12_3``. Runs that were never submitted come last.
 
-    Raises HpcmmError, with the nearest names, if there is none.
+    Raises NoSuchRunError, with the nearest names, if there is none, and HpcmmError for a point that a sweep lacks.
     """
-    named, within = _expanded(asked), runs_root / asked
-    is_plain = asked not in {"", ".", ".."} and "/" not in asked
-    if is_run(named) and (is_mine(named) or not is_plain):
+    named = _path(asked)
+    if named is not None and is_run(named) and (is_mine(named) or "/" in asked):
         return [_target(asked, named)]
     if JOB_ID.fullmatch(asked):
-        run = run_of_job(asked, runs_root)
-        return [Target(asked, (asked,), run, by_number=True)]
-    if is_plain and is_mine(within) and is_run(within):
-        return [_target(asked, within)]
-    runs = runs_in(runs_root)
-    found = [run for run in runs if asked and run.root.name.startswith(f"{asked}-")]
-    if asked and not found:  # what other users named like that comes after all that is this user's
-        found = _of_others(asked, runs_root, named, within if is_plain else named)
+        return [_target_of_job(asked, runs_root)]
+    name, _, point = asked.rstrip("/").rpartition("/")
+    if name and _NUMBER.fullmatch(point) and (sweeps := _named(name, runs_root)):
+        return _targets_of_point(asked, sweeps, int(point))
+    found = _named(asked.rstrip("/"), runs_root)
     if not found:
-        raise HpcmmError(_no_such_run(asked, runs_root, runs))
+        raise NoSuchRunError(_no_such_run(asked, runs_root, runs_in(runs_root)))
     targets = [_target(asked, run.root) for run in found]
     return sorted(targets, key=lambda target: not target.job_ids)
 
 
+def target_of(run: RunDir) -> Target:
+    """A run, point or sweep by its directory."""
+    return _target(run.root.name, run.root)
+
+
+def find_folder(given: Path) -> Path:
+    """``given`` if that exists, else the directory of the run, point or sweep in ``./runs`` that it names.
+
+    What names none is given back. Raises HpcmmError for a point that a sweep lacks.
+    """
+    try:
+        if given.exists() or given.is_symlink():
+            return given
+        run = find_targets(str(given), RUNS)[0].run
+    except (NoSuchRunError, OSError):  # too long for a name
+        return given
+    return run.root if run is not None else given
+
+
 def run_of_job(job_id: str, runs_root: Path) -> RunDir | None:
-    """The user's own run in ``runs_root`` that this job belongs to; what other users' runs claim counts for nothing."""
-    return next((run for run in runs_in(runs_root) if job_id in job_ids_of(run)), None)
+    """The user's own run in ``runs_root`` that this job belongs to; of an array's task its point.
+
+    What other users' runs claim counts for nothing.
+    """
+    return _target_of_job(job_id, runs_root).run
 
 
 def run_of_command(job: Job) -> RunDir | None:
-    """The run whose script this job was submitted with, by what Slurm noted of it."""
+    """The run whose script this job was submitted with, by what Slurm noted of it; of an array's task its point."""
     run = folder_of_command(job)
     return run if run is not None and is_run(run.root) else None
 
@@ -80,12 +132,25 @@ def folder_of_command(job: Job) -> RunDir | None:
     """As :func:`run_of_command`, also if the folder is gone."""
     start = job.command.find("/")
     script = Path(job.command[start:]) if start >= 0 else None
-    return RunDir(script.parent) if script is not None and script.name == "submission.sh" else None
+    first = first_point_of(script) if script is not None else None
+    if script is None or first is None:
+        return None
+    _, _, task = job.job_id.partition("_")
+    sweep = SweepDir(script.parent)
+    return sweep.point(first + int(task)) if _NUMBER.fullmatch(task) and sweep.is_there() else sweep.shared
 
 
 def settings(run: RunDir) -> dict[str, Any]:
-    """The run's frozen configuration as plain values, of whatever version of hpcmm; empty if there is none."""
-    return read_untyped_config(run.config)
+    """The run's frozen configuration as plain values, of whatever version of hpcmm; empty if there is none.
+
+    Of a sweep that of its first point, for all that the points share.
+    """
+    return read_untyped_config(_with_config(run).config)
+
+
+def _with_config(run: RunDir) -> RunDir:
+    sweep = SweepDir(run.root)
+    return sweep.point(0) if sweep.is_there() else run
 
 
 def slurm_environment(run: RunDir | None, environ: dict[str, str] | None = None) -> dict[str, str]:
@@ -96,7 +161,7 @@ def slurm_environment(run: RunDir | None, environ: dict[str, str] | None = None)
     environ = dict(os.environ) if environ is None else environ
     if run is None:
         return environ
-    cluster = read_untyped_config(run.config, own=True).get("cluster")
+    cluster = read_untyped_config(_with_config(run).config, own=True).get("cluster")
     given = cluster.get("submit_environment") if isinstance(cluster, dict) else None
     return environ | cluster_variables(given) if isinstance(given, dict) else environ
 
@@ -146,27 +211,114 @@ def _local_slurm_conf() -> Path | None:
         return None
 
 
-def _expanded(asked: str) -> Path:
+def _path(asked: str) -> Path | None:
+    """``asked`` as a path to a run's folder, or to the ledger in it; None for an empty word."""
+    if not asked:
+        return None
     try:
-        return Path(asked).expanduser()
+        path = Path(asked).expanduser()
     except RuntimeError:  # no such user
-        return Path(asked)
+        path = Path(asked)
+    return path.parent if path.name == SweepDir(path).ledger.name else path
 
 
-def _of_others(asked: str, runs_root: Path, *exact: Path) -> list[RunDir]:
-    """The runs of other users that a name may mean, newest first."""
-    there = [RunDir(folder) for folder in dict.fromkeys(exact) if is_run(folder)]
-    return there or [run for run in runs_in(runs_root, of_others=True) if run.root.name.startswith(f"{asked}-")]
+def _settled(folder: Path) -> Path:
+    """Links to the run are followed, but for one of another user, by which the run is shown as theirs."""
+    return folder.resolve() if other_user(folder) is None else folder.absolute()
+
+
+def _named(name: str, runs_root: Path) -> list[RunDir]:
+    """The run of this name in ``runs_root``, else those whose names begin with it, newest first.
+
+    What other users named like that comes after all that is this user's.
+    """
+    if name in {"", ".", ".."} or "/" in name:
+        folder = _path(name) if "/" in name else None
+        return [RunDir(folder)] if folder is not None and is_run(folder) else []
+    within = runs_root / name
+    if is_mine(within) and is_run(within):
+        return [RunDir(within)]
+    if found := [run for run in runs_in(runs_root) if _begins_with(run, name)]:
+        return found
+    theirs = [RunDir(folder) for folder in (Path(name), within) if is_run(folder)]
+    return theirs or [run for run in runs_in(runs_root, of_others=True) if _begins_with(run, name)]
+
+
+def _begins_with(run: RunDir, start: str) -> bool:
+    """Whether ``start`` is the name that a user gave, or that and a part of what a launch adds: ``demo-2026``."""
+    name = run.root.name
+    added = _ADDED.search(name)
+    return name.startswith(f"{start}-") or (added is not None and len(start) > added.start() and name.startswith(start))
 
 
 def _target(asked: str, folder: Path) -> Target:
-    """Links to the run are followed, but for one of another user, by which the run is shown as theirs."""
-    run = RunDir(folder.resolve() if other_user(folder) is None else folder.absolute())
+    run = RunDir(_settled(folder))
+    sweep = SweepDir(run.root)
+    if sweep.is_there():
+        return Target(asked, job_ids_of(run), run, sweep)
+    if (place := SweepDir.of_point(run)) is not None:
+        return replace(_point(*place, None), asked=asked)
     return Target(asked, job_ids_of(run), run)
+
+
+def _point(sweep: SweepDir, index: int, tasks: Sequence[str] | None) -> Target:
+    """A point with its newest job alone. ``tasks``: what the ledger notes of it; None: it is read."""
+    run = sweep.point(index)
+    return Target(f"{sweep.root.name}/{run.root.name}", job_ids_of(run, tasks)[-1:], run)
+
+
+def _targets_of_point(asked: str, runs: Sequence[RunDir], index: int) -> list[Target]:
+    """The point of each of these sweeps that has it."""
+    found = []
+    sweeps = [SweepDir(_settled(run.root)) for run in runs]
+    for sweep in sweeps:
+        known = jobs_of_points(sweep)
+        if index in known or (sweep.is_there() and is_run(sweep.point(index).root)):
+            found.append(replace(_point(sweep, index, known.get(index, [])), asked=asked))
+    if found:
+        return found
+    newest = sweeps[0]
+    if not newest.is_there():
+        raise HpcmmError(f"{asked}: {newest.root} is a single run, which has no points: name the run alone.")
+    known = jobs_of_points(newest)
+    points = f"its points are {min(known):04d} to {max(known):04d}" if known else "its ledger is damaged"
+    raise HpcmmError(f"{asked}: {newest.root} has no point {index:04d}; {points}.")
+
+
+def _target_of_job(job_id: str, runs_root: Path) -> Target:
+    runs = runs_in(runs_root)
+    array = array_of(job_id)
+    for run in runs:
+        sweep = SweepDir(run.root)
+        known = job_ids_of(run)
+        if not sweep.is_there():
+            if job_id in known:
+                return Target(job_id, (job_id,), run, by_number=True)
+        elif array not in known:
+            continue
+        elif job_id == array:
+            return Target(job_id, (job_id,), run, sweep, array, by_number=True)
+        else:
+            tasks = jobs_of_points(sweep)
+            found = next((index for index, each in tasks.items() if job_id in each), None)
+            return Target(job_id, (job_id,), None if found is None else sweep.point(found), by_number=True)
+    return Target(job_id, (job_id,), _point_that_ran(job_id, runs), by_number=True)
+
+
+def _point_that_ran(job_id: str, runs: Sequence[RunDir]) -> RunDir | None:
+    """The point of a newer sweep that ran as this job: as an array's task that was submitted by hand, or by Slurm's
+    own number of the task."""
+    for sweep in [each for run in runs[:_MOST_RUNS] if (each := SweepDir(run.root)).is_there()]:
+        for index in jobs_of_points(sweep):
+            point = sweep.point(index)
+            if any(job_id in {each.job_id, each.raw_id} for each in attempts_of(point)):
+                return point
+    return None
 
 
 def _no_such_run(asked: str, runs_root: Path, runs: list[RunDir]) -> str:
     names = [run.root.name for run in runs]
     close = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "give a job's number, a run's name or its directory."
+    known = "give a job's number, a run's name or its directory, or a point of a sweep (SWEEP/0003)."
+    hint = f"did you mean {close[0]}?" if close else known
     return f"{asked!r} is not a run in {runs_root.absolute()}, no run directory and no job's number: {hint}"

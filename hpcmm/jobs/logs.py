@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import names_in, open_regular
+from hpcmm.files import is_regular, names_in, open_regular
 from hpcmm.ranges import write_ranges
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.text import visible
 
 _READ_S = 0.5
+_PAUSE_PER_LOOK = 4
 _BLOCK_BYTES = 64 * 1024
 _MOST_NEW_BYTES = 16 * 1024**2
 """Read at one look; what is left is for the next."""
@@ -253,17 +254,36 @@ def last_lines(logs: Iterable[Log], lines: int) -> Iterator[tuple[str, str]]:
             yield log.label, line
 
 
-def follow(
-    run: RunDir, ranks: frozenset[int] | None, logs: list[Log], is_over: Callable[[], bool]
-) -> Iterator[tuple[str, str]]:
-    """Label and line as they come, until ``is_over`` says so and all is read. Logs that appear later join in."""
+def logs_of_points(points: Sequence[RunDir], ranks: frozenset[int] | None) -> list[Log]:
+    """The logs of all points of a sweep that are there, with the point in the label: ``0003/0``.
+
+    Raises HpcmmError for a rank of which no point has a log, while others have.
+    """
+    found: list[Log] = []
+    complaint: HpcmmError | None = None
+    for point in points:
+        try:
+            logs = logs_of(point, ranks)
+        except HpcmmError as error:
+            complaint = error
+            continue
+        found += [Log(f"{point.root.name}/{log.label}", log.path) for log in logs if is_regular(log.path)]
+    if complaint is not None and not found:
+        raise complaint
+    return found
+
+
+def follow(find: Callable[[], list[Log]], logs: list[Log], is_over: Callable[[], bool]) -> Iterator[tuple[str, str]]:
+    """Label and line as they come, until ``is_over`` says so and all is read. Logs that are found later join in."""
     while True:
+        began_s = time.monotonic()
         over = is_over()
         known = {log.label for log in logs}
-        logs += [log for log in logs_of(run, ranks) if log.label not in known]
+        logs += [log for log in find() if log.label not in known]
         for log in logs:
             for line in chain(log.new_lines(), log.rest() if over else ()):
                 yield log.label, line
         if over:
             return
-        time.sleep(_READ_S)
+        # A look at the logs of a large sweep takes long; the file server has others to serve.
+        time.sleep(max(_READ_S, _PAUSE_PER_LOOK * (time.monotonic() - began_s)))

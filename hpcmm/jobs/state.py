@@ -11,12 +11,19 @@ from pathlib import Path
 import psutil
 
 from hpcmm.config.untyped_config import read_untyped_config
-from hpcmm.files import is_regular, names_in
-from hpcmm.jobs.find_run import Target, is_local_cluster, run_of_command, settings, slurm_environment
-from hpcmm.runs.attempts import raw_id_of
+from hpcmm.jobs.find_run import (
+    Target,
+    is_local_cluster,
+    run_of_command,
+    settings,
+    slurm_environment,
+    target_of,
+)
+from hpcmm.ranges import tasks_in
+from hpcmm.runs.attempts import attempts_of, raw_id_of
 from hpcmm.runs.exit_status import STOPPED, outcome_of
-from hpcmm.runs.ledger import jobs_of_points
-from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.runs.ledger import array_of
+from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 from hpcmm.runs.submission import identity_of, job_ids_of
 from hpcmm.slurm.commands import SilentError, on_cluster
 from hpcmm.slurm.jobs import Answer, Job, Wanted, find_jobs, is_same_job, other_job, rows_of
@@ -24,7 +31,11 @@ from hpcmm.slurm.polling import LONGEST_S, Poller
 
 
 def record_of(run: RunDir, job_id: str) -> Job | None:
-    """The job as the run directory tells of its end; None if that tells none, or a stop after which the job goes on."""
+    """The job as the run directory tells of its end; None if that tells none, or a stop after which the job goes on.
+
+    ``job_id`` may be Slurm's own number of an array's task.
+    """
+    job_id = next((each.job_id for each in attempts_of(run) if each.raw_id == job_id), job_id)
     outcome = outcome_of(run, job_id)
     if outcome is None or outcome.state == STOPPED:
         return None
@@ -32,31 +43,6 @@ def record_of(run: RunDir, job_id: str) -> Job | None:
     exit_code = "" if outcome.exit_status is None else f"{outcome.exit_status}:0"
     command, raw_id = str(run.submission_script), raw_id_of(run, job_id)
     return Job(job_id, raw_id, name, state=outcome.state, exit_code=exit_code, command=command, source="run directory")
-
-
-def records_of(run: RunDir, job_id: str) -> list[Job]:
-    """The job as :func:`record_of` has it; of a sweep's array, those of its points whose end is noted."""
-    if not is_regular(SweepDir(run.root).ledger):
-        record = record_of(run, job_id)
-        return [record] if record is not None else []
-    folders = map(run.root.joinpath, names_in(run.root, within=run.root))
-    points = {int(folder.name): RunDir(folder) for folder in folders if _is_point(folder)}
-    found = (record_of(points[index], f"{job_id}_{index}") for index in sorted(points))
-    return [record for record in found if record is not None]
-
-
-def points_without_end(run: RunDir) -> list[str]:
-    """Names of a sweep's points of whose newest job no end is noted; empty for a single run and a damaged ledger."""
-    sweep = SweepDir(run.root)
-    return [
-        sweep.point(index).root.name
-        for index, jobs in jobs_of_points(sweep).items()
-        if jobs and record_of(sweep.point(index), f"{jobs[-1]}_{index}") is None
-    ]
-
-
-def _is_point(folder: Path) -> bool:
-    return folder.name.isdecimal() and SweepDir(folder.parent).point(int(folder.name)).root == folder
 
 
 def local_job(run: RunDir, job_id: str, name: str, ranks: int) -> Job:
@@ -80,7 +66,11 @@ def _runs(pid: int, folder: Path) -> bool:
 
 
 _MOST_POINTS = 5
-"""Of the points of a sweep without a noted end, as many are named."""
+"""Of the points of a sweep whose state nobody tells, as many are named."""
+
+
+_MOST_ARRAYS = 1000
+"""Of a sweep that Slurm is asked for."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +85,37 @@ class State:
 
     @cached_property
     def run(self) -> RunDir | None:
-        """The run directory, also where only a job's number was given."""
+        """The run directory, also where only a job's number was given; of several points the folder of their sweep."""
         if self.target.run is not None:
             return self.target.run
         commands = {job.command: job for job in self.jobs}  # the tasks of an array have one
-        return next((run for job in reversed(commands.values()) if (run := run_of_command(job)) is not None), None)
+        run = next((run for job in reversed(commands.values()) if (run := run_of_command(job)) is not None), None)
+        place = SweepDir.of_point(run) if run is not None and self.is_array else None
+        return place[0].shared if place is not None else run
+
+    @property
+    def is_array(self) -> bool:
+        """Whether this is a sweep or an array, which has a state for each task."""
+        return self.target.sweep is not None or len({job.job_id for job in self.jobs if "_" in job.job_id}) > 1
+
+    def run_of(self, job: Job) -> RunDir | None:
+        """The run directory of one of the jobs: of a task its point's, of several tasks their sweep's."""
+        point = self.target.tasks.get(job.job_id)
+        if point is not None:
+            return point.run
+        several = self.target.sweep is not None and not JOB_ID.fullmatch(job.job_id)
+        return self.run if several else run_of_command(job) or self.run
+
+    @cached_property
+    def unsubmitted(self) -> list[Target]:
+        """Points of the sweep that no job was ever submitted for."""
+        return [point for point in self.target.points if not point.job_ids]
+
+    @cached_property
+    def unknown(self) -> list[Target]:
+        """Points whose newest job Slurm does not know, and whose end is not noted."""
+        known = {task for job in self.jobs for task in tasks_in(job.job_id)}
+        return [point for task, point in self.target.tasks.items() if task not in known]
 
     @property
     def active(self) -> list[Job]:
@@ -116,26 +132,35 @@ def states_of(
     """
     clusters: dict[tuple[str, str], dict[str, str]] = {}
     asked: dict[tuple[str, str], list[Wanted]] = {}
+    tasks: dict[tuple[str, str], list[str]] = {}
     parts: list[list[tuple[Wanted, tuple[str, str]]]] = []
     """Of each target its jobs, each with the key of the cluster that has it."""
     for target in targets:
         parts.append([])
         found = {} if is_local(target.run) else slurm_environment(target.run, dict(environ))
-        for job_id in () if is_local(target.run) else target.job_ids:
+        for job_id in () if is_local(target.run) else _asked_of(target):
             known = None if target.run is None else identity_of(target.run, job_id)
             mine = on_cluster(known.cluster, found) if known is not None else found
             key = (mine.get("SLURM_CONF", ""), mine.get("SLURM_CLUSTERS", ""))
             wanted = job_id if known is None or target.by_number else known
             clusters[key] = mine
             asked.setdefault(key, []).append(wanted)
+            tasks.setdefault(key, []).extend(task for task in target.tasks if array_of(task) == job_id)
             parts[-1].append((wanted, key))
-    answers = {key: _answer(asked[key], clusters[key], needs_slurm=needs_slurm) for key in asked}
+    answers = {key: _answer(asked[key], tasks[key], clusters[key], needs_slurm=needs_slurm) for key in asked}
     return [
         _local_state(target)
         if is_local(target.run)
         else _state(target, [(wanted, answers[key]) for wanted, key in part])
         for target, part in zip(targets, parts, strict=True)
     ]
+
+
+def _asked_of(target: Target) -> Sequence[str]:
+    """The numbers that Slurm is asked for: of a sweep the arrays of its points' newest jobs."""
+    if target.sweep is None or target.array is not None:
+        return target.job_ids
+    return list(dict.fromkeys(array_of(task) for task in target.tasks))[-_MOST_ARRAYS:] or target.job_ids
 
 
 def environment_of_job(run: RunDir | None, job: Job) -> dict[str, str]:
@@ -170,8 +195,15 @@ def silence(error: SilentError, environ: Mapping[str, str]) -> str:
 
 def recorded_jobs(runs: Sequence[RunDir]) -> list[Job]:
     """The newest job of each run whose end is noted there."""
-    newest = [(run, job_id) for run in runs if not is_local(run) for job_id in job_ids_of(run)[-1:]]
-    return [job for run, job_id in newest for job in records_of(run, job_id)]
+    targets = [target_of(run) for run in runs if not is_local(run)]
+    return [job for target in targets for job in _recorded(target)]
+
+
+def _recorded(target: Target) -> list[Job]:
+    """What the run directories tell of the newest job, or of the newest of each point."""
+    newest = target.tasks if target.sweep is not None else dict.fromkeys(target.job_ids[-1:], target)
+    found = (record_of(each.run, job_id) for job_id, each in newest.items() if each.run is not None)
+    return [job for job in found if job is not None]
 
 
 @dataclass(frozen=True)
@@ -179,9 +211,9 @@ class _Silent(Answer):
     """No answer, with a note that says why."""
 
 
-def _answer(wanted: Sequence[Wanted], environ: Mapping[str, str], *, needs_slurm: bool) -> Answer:
+def _answer(wanted: Sequence[Wanted], tasks: Sequence[str], environ: Mapping[str, str], *, needs_slurm: bool) -> Answer:
     try:
-        return find_jobs(wanted, environ)
+        return find_jobs(wanted, environ, tasks)
     except SilentError as error:
         if needs_slurm:
             raise
@@ -194,21 +226,55 @@ def _state(target: Target, answers: Sequence[tuple[Wanted, Answer]]) -> State:
     notes = list(dict.fromkeys(note for _, answer in answers for note in answer.notes))
     for wanted, answer in answers:
         job_id = wanted if isinstance(wanted, str) else wanted.job_id
-        found = rows_of(wanted, answer.jobs)
+        found = [_narrowed(job, job_id) for job in rows_of(wanted, answer.jobs)]
         if found and target.by_number and target.run is not None:
             known = identity_of(target.run, job_id)
-            target = target if all(is_same_job(known, job) for job in found) else replace(target, run=None)
+            is_mine = all(is_same_job(known, job) for job in found)
+            target = target if is_mine else replace(target, run=None, sweep=None, array=None)
         if (other := other_job(wanted, answer.jobs)) is not None:
             notes.append(f"{other}, so this is what the run directory of {target.asked} tells.")
-        if not found and target.run is not None:
-            found = records_of(target.run, job_id)
+        if not found and target.run is not None and target.sweep is None:
+            record = record_of(target.run, job_id)
+            found = [record] if record is not None else []
         jobs |= {job.job_id: job for job in found}
+    if target.sweep is not None:
+        jobs = _of_points(target, jobs)
     silent = any(isinstance(answer, _Silent) for _, answer in answers)
-    if silent and jobs and target.run is not None and (unknown := points_without_end(target.run)):
-        named = ", ".join(unknown[:_MOST_POINTS]) + (" and more" if len(unknown) > _MOST_POINTS else "")
-        points = "point" if len(unknown) == 1 else "points"
-        notes.append(f"No end is noted of {len(unknown)} {points} of {target.asked}: {named}.")
-    return State(target, list(jobs.values()), notes, silent)
+    state = State(target, list(jobs.values()), notes, silent)
+    if state.unknown and jobs:
+        named = ", ".join(point.asked.rpartition("/")[2] for point in state.unknown[:_MOST_POINTS])
+        more = " and more" if len(state.unknown) > _MOST_POINTS else ""
+        points = "point" if len(state.unknown) == 1 else "points"
+        hint = "" if silent else " Slurm keeps no record of a task that was cancelled while it waited."
+        state.notes.append(f"No end is noted of {len(state.unknown)} {points} of {target.asked}: {named}{more}.{hint}")
+    return state
+
+
+def _narrowed(job: Job, job_id: str) -> Job:
+    """Of tasks that wait together the one that is meant."""
+    is_one_of_them = "_[" in job.job_id and job_id != job.job_id and job_id in tasks_in(job.job_id)
+    return replace(job, job_id=job_id) if is_one_of_them else job
+
+
+def _of_points(target: Target, jobs: Mapping[str, Job]) -> dict[str, Job]:
+    """Of all tasks of a sweep's arrays the newest of each point; what Slurm forgot is as the points tell it."""
+    newest = target.tasks
+    found: dict[str, Job] = {}
+    told: set[str] = set()
+    for job in jobs.values():
+        tasks = tasks_in(job.job_id)
+        mine = [task for task in tasks if task in newest]
+        told.update(mine)
+        found |= {job.job_id: job} if len(mine) == len(tasks) else {task: replace(job, job_id=task) for task in mine}
+    for task, point in newest.items():
+        if task not in told and point.run is not None and (record := record_of(point.run, task)) is not None:
+            found[task] = record
+    # squeue has one row, without tasks, for all that were cancelled together while they waited.
+    for job in (job for job in jobs.values() if "_" not in job.job_id):
+        rest = [task for task in newest if array_of(task) == job.job_id and task not in told and task not in found]
+        found |= {task: replace(job, job_id=task) for task in rest}
+    places = {task: place for place, task in enumerate(newest)}
+    return dict(sorted(found.items(), key=lambda row: min(places[task] for task in tasks_in(row[0]))))
 
 
 def is_local(run: RunDir | None) -> bool:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcmm.jobs.diagnostics import JobDiagnostics, gather, why_it_waits
+from hpcmm.jobs.diagnostics import JobDiagnostics, gather_newest, gather_points, known_state, why_it_waits
 from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.first_failure import Event, Verdict, events_of, first_failure
 from hpcmm.jobs.logs import printable
+from hpcmm.jobs.state import State
 from hpcmm.node.classify import Kind
-from hpcmm.slurm.jobs import Job
+from hpcmm.ranges import tasks_in, write_ranges
+from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.slurm.jobs import ACTIVE, PENDING, Job
 
 _ADVICE = {
     Kind.out_of_memory: "Use less: a smaller train.micro_batch_size with more train.gradient_accumulation_steps, a "
@@ -59,6 +66,13 @@ _MOST_LINES = 12
 _MOST_RANKS = 8
 _MOST_CHARACTERS = 2000
 """Of a line: some exceptions tell the whole of an array."""
+_MOST_POINTS = 1000
+"""Of a sweep's points that did not complete, the records of so many are read."""
+_MOST_NAMES = 20
+"""Of points, or of ranges of them, on one line."""
+_MOST_GROUPS = 8
+"""Ways in which points failed, beside the first."""
+_FAILED, _UNKNOWN, _NOT_SUBMITTED = "failed", "UNKNOWN", "NOT SUBMITTED"
 
 
 @dataclass(frozen=True)
@@ -74,10 +88,50 @@ class Explanation:
         return self.verdict is not None
 
 
-def explain(target: Target) -> Explanation:
-    """Explain the newest job of ``target``. Raises HpcmmError if nothing is known of it."""
-    evidence = gather(target)
-    return explanation_of(evidence)
+@dataclass(frozen=True)
+class PointExplanation:
+    """A point of a sweep, or a task of an array."""
+
+    name: str
+    """Of the point's run directory (``0003``); the task's number if that is not known."""
+    run: RunDir | None
+    state: str
+    """Slurm's word, ``NOT SUBMITTED``, or ``UNKNOWN`` if nothing tells of its end."""
+    job_id: str = ""
+    explanation: Explanation | None = None
+    """If it failed, and its records were read."""
+
+
+@dataclass(frozen=True)
+class SweepExplanation:
+    """All points of a sweep by their newest jobs, and which of them failed first."""
+
+    name: str
+    run: RunDir | None
+    points: list[PointExplanation]
+    notes: list[str]
+
+    @property
+    def failures(self) -> list[tuple[PointExplanation, Explanation]]:
+        """The points that failed and were looked at, the first failure first."""
+        found = [(point, point.explanation) for point in self.points if point.explanation is not None]
+        return sorted((each for each in found if each[1].failed), key=lambda each: _failed_at_s(each[1]))
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.failures)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Points by what became of them; those that are active by Slurm's state."""
+        counts = Counter(_became(point) for point in self.points)
+        return dict(sorted(counts.items(), key=lambda each: (each[0] != _FAILED, each[0])))
+
+
+def explain(target: Target) -> Explanation | SweepExplanation:
+    """Explain the newest job of ``target``, or of each of its points. Raises HpcmmError if nothing is known of it."""
+    state = known_state(target)
+    return explain_points(state) if state.is_array else explanation_of(gather_newest(state))
 
 
 def explanation_of(evidence: JobDiagnostics) -> Explanation:
@@ -87,8 +141,12 @@ def explanation_of(evidence: JobDiagnostics) -> Explanation:
     return Explanation(evidence, None if went_well else first_failure(evidence), events)
 
 
-def lines_of(explanation: Explanation) -> list[str]:
+def lines_of(explanation: Explanation | SweepExplanation) -> list[str]:
     """For a terminal."""
+    return _lines_of_sweep(explanation) if isinstance(explanation, SweepExplanation) else _lines(explanation)
+
+
+def _lines(explanation: Explanation) -> list[str]:
     evidence, verdict = explanation.evidence, explanation.verdict
     job = evidence.job
     name = evidence.run.root.name if evidence.run else job.name
@@ -118,8 +176,12 @@ def lines_of(explanation: Explanation) -> list[str]:
     return [_printable(line) for line in [*lines, *notes]]
 
 
-def values_of(explanation: Explanation) -> dict[str, Any]:
-    """For JSON."""
+def values_of(explanation: Explanation | SweepExplanation) -> dict[str, Any]:
+    """For JSON; of a sweep the first failure as of a run, and all points."""
+    return _values_of_sweep(explanation) if isinstance(explanation, SweepExplanation) else _values(explanation)
+
+
+def _values(explanation: Explanation) -> dict[str, Any]:
     evidence, verdict = explanation.evidence, explanation.verdict
     job = evidence.job
     values: dict[str, Any] = {
@@ -236,3 +298,126 @@ def _waiting(job: Job) -> str:
     reason = f"Slurm's reason is {job.reason}." if job.reason else "Slurm tells no reason yet."
     start = f" It is expected to start at {job.started}." if job.started else ""
     return f"Nothing has failed so far. {why_it_waits(job) or reason}{start}"
+
+
+# A sweep.
+
+
+def explain_points(state: State) -> SweepExplanation:
+    """Explain each task that failed. What a point's earlier jobs did counts no more."""
+    rows = [replace(job, job_id=task) for job in state.jobs for task in tasks_in(job.job_id)]
+    # One that has left the queue and did not complete; one that runs may have lost a rank already.
+    suspects = [job for job in rows if job.state != "COMPLETED" and not job.pending]
+    evidences, notes = gather_points(state, suspects[:_MOST_POINTS])
+    explained = {each.job.job_id: explanation_of(each) for each in evidences}
+    points = [_point_of(state, job, explained.get(job.job_id)) for job in rows]
+    points += [PointExplanation(_last_part(each), each.run, _UNKNOWN, each.job_ids[-1]) for each in state.unknown]
+    points += [PointExplanation(_last_part(each), each.run, _NOT_SUBMITTED) for each in state.unsubmitted]
+    notes = [*state.notes, *notes]
+    if len(suspects) > _MOST_POINTS:
+        notes.append(f"Of {len(suspects)} points that did not complete, the first {_MOST_POINTS} were looked at.")
+    name = state.run.root.name if state.run else state.jobs[-1].name
+    name = name if state.target.array is None else f"{name}, array {state.target.array}"
+    return SweepExplanation(name, state.run, sorted(points, key=lambda point: _place(point.name)), notes)
+
+
+def _point_of(state: State, job: Job, explanation: Explanation | None) -> PointExplanation:
+    run = state.run_of(job)
+    is_point = run is not None and SweepDir.of_point(run) is not None
+    return PointExplanation(run.root.name if run and is_point else job.job_id, run, job.state, job.job_id, explanation)
+
+
+def _last_part(point: Target) -> str:
+    return point.asked.rpartition("/")[2]
+
+
+def _place(name: str) -> tuple[int, str]:
+    number = name.rpartition("_")[2]
+    return (int(number) if number.isdecimal() else 0, name)
+
+
+def _became(point: PointExplanation) -> str:
+    if point.explanation is not None and point.explanation.failed:
+        return _FAILED
+    words = {"COMPLETED": "completed", _NOT_SUBMITTED: "never submitted", _UNKNOWN: "without a known end"}
+    if point.state in words:
+        return words[point.state]
+    if point.state in PENDING:
+        return "waiting"
+    return "running" if point.state in ACTIVE else _FAILED
+
+
+def _failed_at_s(explanation: Explanation) -> float:
+    """Seconds since 1970: of the first failing rank, else of the job's end by Slurm; infinite if neither is known."""
+    assert explanation.verdict is not None
+    if explanation.verdict.unix_ns:
+        return explanation.verdict.unix_ns / 1e9
+    try:
+        return datetime.fromisoformat(explanation.evidence.job.ended).timestamp()
+    except (ValueError, OverflowError):
+        return math.inf
+
+
+def _alike(verdict: Verdict) -> tuple[str, str]:
+    """The same for points that failed in the same way; numbers, such as a rank's or a port's, may differ."""
+    return verdict.kind, re.sub(r"[0-9]+", "0", (verdict.what.splitlines() or [""])[0])
+
+
+def _lines_of_sweep(sweep: SweepExplanation) -> list[str]:
+    counts = ", ".join(f"{count} {name}" for name, count in sweep.counts.items())
+    points = f"{len(sweep.points)} point{'' if len(sweep.points) == 1 else 's'}"
+    lines = [f"sweep {sweep.name}: {points}: {counts}."]
+    failures = sweep.failures
+    if failures:
+        lines += _lines(failures[0][1])
+        lines += _lines_of_others(failures)
+    elif _FAILED not in sweep.counts:
+        active = any(point.state in ACTIVE for point in sweep.points)
+        lines.append("Nothing has failed so far." if active else "Nothing is known to have failed.")
+    return [_printable(line) for line in [*lines, *(f"note: {note}" for note in sweep.notes)]]
+
+
+def _lines_of_others(failures: Sequence[tuple[PointExplanation, Explanation]]) -> list[str]:
+    """The other points that failed, those together that failed alike; the ones like the first come first."""
+    groups: dict[tuple[str, str], list[tuple[PointExplanation, Verdict]]] = {}
+    for point, explanation in failures:
+        assert explanation.verdict is not None
+        groups.setdefault(_alike(explanation.verdict), []).append((point, explanation.verdict))
+    like_first, *others = groups.values()
+    lines = [f"alike:    {_names(point for point, _ in like_first[1:])}"] if len(like_first) > 1 else []
+    for group in others[:_MOST_GROUPS]:
+        verdict = group[0][1]
+        what = (verdict.what.splitlines() or [""])[0]
+        lines.append(f"also:     {_names(point for point, _ in group)}: {verdict.kind}: {what}")
+    if len(others) > _MOST_GROUPS:
+        rest = [point for group in others[_MOST_GROUPS:] for point, _ in group]
+        lines.append(f"also:     {_names(rest)}, each in another way")
+    return lines
+
+
+def _names(points: Iterable[PointExplanation]) -> str:
+    """``0003-0007, 0012`` in order, as the points' folders are called."""
+    names = [point.name for point in points]
+    if all(map(str.isdecimal, names)):
+        ranges = write_ranges(map(int, names)).split(",")
+        names = ["-".join(f"{int(end):04d}" for end in each.split("-")) for each in ranges]
+    more = " and more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def _values_of_sweep(sweep: SweepExplanation) -> dict[str, Any]:
+    failures = sweep.failures
+    first = _values(failures[0][1]) if failures else {"failed": False}
+    return first | {
+        "sweep": str(sweep.run.root) if sweep.run else None,
+        "counts": sweep.counts,
+        "points": [_values_of_point(point) for point in sweep.points],
+        "notes": sweep.notes,
+    }
+
+
+def _values_of_point(point: PointExplanation) -> dict[str, Any]:
+    known = {"point": point.name, "job_id": point.job_id, "run_dir": str(point.run.root) if point.run else None}
+    failed = _became(point) == _FAILED
+    own = _values(point.explanation) if point.explanation is not None else {}
+    return own | known | {"state": point.state, "failed": failed}

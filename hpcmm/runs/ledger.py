@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,19 +21,19 @@ _MOST_BYTES = 1 << 26
 
 @dataclass
 class LedgerPoint:
-    """One point; its index is that of its array task."""
+    """One point."""
 
     index: int
     overrides: list[str]
     run: str
     """Its run directory, relative to the ledger's folder."""
     jobs: list[str] = field(default_factory=list)
-    """Ids of the arrays that it was submitted in, the latest last."""
+    """Its jobs, the latest last: an array's number (``12``) if its task has the point's index, else ``12_3``."""
 
     @property
     def job_id(self) -> str:
         """The latest job, as Slurm names an array's task."""
-        return f"{self.jobs[-1]}_{self.index}"
+        return _task_name(self.jobs[-1], self.index)
 
 
 @dataclass
@@ -46,10 +46,10 @@ class Ledger:
     def run(self, point: LedgerPoint) -> RunDir:
         return RunDir(self.sweep.root / point.run)
 
-    def note_array(self, job_id: str, points: Sequence[LedgerPoint]) -> None:
-        """Write down, on disk too, that ``points`` were submitted as tasks of array ``job_id``."""
+    def note_array(self, job_id: str, points: Sequence[LedgerPoint], first: int = 0) -> None:
+        """Write down, on disk too, that ``points`` were submitted in array ``job_id``, whose task 0 is ``first``."""
         for point in points:
-            point.jobs.append(job_id)
+            point.jobs.append(f"{job_id}_{point.index - first}" if first else job_id)
         self.write()
 
     def write(self) -> None:
@@ -76,7 +76,17 @@ class Ledger:
 
     def newest_arrays(self) -> set[str]:
         """Ids of the arrays that points were last submitted in, to ask Slurm for."""
-        return {point.jobs[-1] for point in self.points if point.jobs}
+        return {array_of(point.jobs[-1]) for point in self.points if point.jobs}
+
+
+def array_of(job_id: str) -> str:
+    """The number of the array that a task belongs to; of any other job its own."""
+    return job_id.partition("_")[0]
+
+
+def _task_name(job: str, index: int) -> str:
+    """A job of point ``index`` as Slurm names it."""
+    return job if "_" in job else f"{job}_{index}"
 
 
 def _is_whole(point: LedgerPoint) -> bool:
@@ -85,19 +95,29 @@ def _is_whole(point: LedgerPoint) -> bool:
         type(point.index) is int
         and point.run == SweepDir(Path()).point(point.index).root.name
         and all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in texts)
-        and all(job.isdecimal() for job in point.jobs)
+        and all(JOB_ID.fullmatch(job) for job in point.jobs)
     )
 
 
 def jobs_of_points(sweep: SweepDir) -> dict[int, list[str]]:
-    """Ids of the arrays of each point, the latest last, by index; of whoever's ledger, without what is damaged."""
+    """Tasks (``12_3``) of each point, the latest last, by index; of whoever's ledger, without what is damaged."""
     points = read_json_object(sweep.ledger, _MOST_BYTES, within=sweep.root).get("points")
     found = {}
     for point in points if isinstance(points, list) else []:
         index, jobs = (point.get("index"), point.get("jobs")) if isinstance(point, dict) else (None, None)
         if type(index) is int and index >= 0 and isinstance(jobs, list):
-            found[index] = [job for job in jobs if isinstance(job, str) and JOB_ID.fullmatch(job)]
+            whole = [job for job in jobs if isinstance(job, str) and JOB_ID.fullmatch(job)]
+            found[index] = [_task_name(job, index) for job in whole]
     return found
+
+
+def arrays_of(jobs: Mapping[int, Sequence[str]]) -> list[str]:
+    """Numbers of the arrays that these tasks of points belong to, the latest last."""
+    places: dict[str, int] = {}
+    for tasks in jobs.values():
+        for place, task in enumerate(tasks):
+            places[array_of(task)] = max(place, places.get(array_of(task), 0))
+    return sorted(places, key=places.__getitem__)
 
 
 def read_ledger(path: Path) -> Ledger:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcmm.annotate.stopping import STOP, STOPPED
-from hpcmm.files import is_regular
+from hpcmm.files import is_regular, names_in
 from hpcmm.runs.ownership import is_mine
 
 JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
 """A job's number, or that of an array's task, as a run's files name it."""
+_SCRIPT = re.compile(r"submission(?:_([1-9][0-9]{0,8}))?\.sh")
+_POINT = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -203,13 +205,44 @@ class SweepDir:
         return self.root / ".resubmit.lock"
 
     def point(self, index: int) -> RunDir:
-        """The run directory of array task ``index``; the job's script builds the same name."""
+        """The run directory of point ``index``; the job's script builds the same name."""
         return RunDir(self.root / f"{index:04d}")
+
+    @classmethod
+    def of_point(cls, run: RunDir) -> tuple[SweepDir, int] | None:
+        """The sweep that this run directory is a point of, and its index; None if it is a run of its own."""
+        sweep, name = cls(run.root.parent), run.root.name
+        if not _POINT.fullmatch(name) or sweep.point(int(name)).root != run.root:
+            return None
+        return (sweep, int(name)) if sweep.is_there() else None
+
+    def is_there(self) -> bool:
+        """Whether this folder is a sweep's; False also if that cannot be seen."""
+        return is_regular(self.ledger)
+
+    def submission_script(self, first: int) -> Path:
+        """The script of the array whose task 0 is point ``first``: a large sweep has several arrays."""
+        return self.root / (f"submission_{first}.sh" if first else "submission.sh")
+
+    def analysis_script(self, first: int) -> Path:
+        """The script of the array that analyses these points."""
+        return self.root / (f"analysis_{first}.sh" if first else "analysis.sh")
+
+    def first_points(self) -> list[int]:
+        """The first point of each array that the sweep was split into, ascending; ``[0]`` for a single array."""
+        numbers = (first_point_of(Path(name)) for name in names_in(self.root, within=self.root))
+        return sorted({0, *(number for number in numbers if number is not None)})
 
     @property
     def shared(self) -> RunDir:
         """Where the script, the code and the provenance of all points lie."""
         return RunDir(self.root)
+
+
+def first_point_of(script: Path) -> int | None:
+    """The point that is task 0 of this script's array; 0 for a single run's script, None for another file."""
+    match = _SCRIPT.fullmatch(script.name)
+    return None if match is None else int(match[1] or 0)
 
 
 RUNS = Path("runs")
@@ -245,26 +278,6 @@ def make_private(folder: Path) -> None:
     for above in reversed(missing):
         above.mkdir(mode=0o755, exist_ok=True)
     folder.mkdir(mode=0o700)
-
-
-def path_or_run(given: Path) -> Path:
-    """``given`` where that exists, else the run that it names in ``./runs``: whole, or the newest that begins with it.
-
-    What names no run is given back.
-    """
-    try:
-        exists = given.exists() or given.is_symlink()
-    except OSError:  # too long for a name
-        return given
-    if exists or given.is_absolute():
-        return given
-    named = RUNS / given
-    if is_mine(named) and is_run(named):
-        return named
-    start = f"{given}-"
-    found = (RUNS / run.root.name for run in runs_in(RUNS) if run.root.name.startswith(start))
-    theirs = (RUNS / run.root.name for run in runs_in(RUNS, of_others=True) if run.root.name.startswith(start))
-    return next(found, None) or (named if is_run(named) else next(theirs, given))
 
 
 def _made_at(folder: Path) -> int:

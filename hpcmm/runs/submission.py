@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpcmm.files import is_regular, names_in, read_json_object, write_json
-from hpcmm.runs.ledger import jobs_of_points
+from hpcmm.runs.ledger import arrays_of, jobs_of_points
 from hpcmm.runs.ownership import is_mine
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 
@@ -80,7 +80,12 @@ def identity_of(run: RunDir, job_id: str) -> JobIdentity:
     known = jobs.get(number) if isinstance(jobs, dict) else None
     noted = known if isinstance(known, dict) else {}
     is_analysis = number == str(record.get("analysis_job_id"))
-    script = shared.analysis_script if is_analysis else shared.submission_script
+    sweep = SweepDir(shared.root)
+    name = sweep.analysis_script if is_analysis else sweep.submission_script
+    # An array that was submitted by hand may be any of a large sweep's.
+    firsts = sweep.first_points() if not _text(noted, "script") and sweep.is_there() else [0]
+    scripts = [name(first) for first in firsts]
+    paths = [path for script in scripts for path in (str(script), _real(script))]
     cluster = _text(noted, "cluster")
     first = [record.get(key) for key in ("job_id", "analysis_job_id")]
     return JobIdentity(
@@ -88,7 +93,7 @@ def identity_of(run: RunDir, job_id: str) -> JobIdentity:
         cluster if _CLUSTER.fullmatch(cluster) else "",
         _text(noted, "user"),
         _text(noted, "name"),
-        _paths(_text(noted, "script"), _text(noted, "slurm_script"), str(script), _real(script)),
+        _paths(_text(noted, "script"), _text(noted, "slurm_script"), *paths),
         _number(noted or (record if number in map(str, first) else {}), "submitted_unix_s"),
         _number(noted, "slurm_submitted_unix_s"),
     )
@@ -155,23 +160,49 @@ def read_job_record(run: RunDir) -> JobRecord | None:
     return JobRecord(job_id, state if _STATE.fullmatch(state) else "UNKNOWN") if JOB_ID.fullmatch(job_id) else None
 
 
-def job_ids_of(run: RunDir) -> tuple[str, ...]:
-    """Numbers of all jobs that ran, or wait to run, in this directory, newest last."""
+def job_ids_of(run: RunDir, tasks: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Numbers of all jobs that ran, or wait to run, in this directory, newest last; of a sweep's folder its arrays.
+
+    ``tasks``: what the sweep's ledger notes of this point, the latest last; None: it is read.
+    """
     ids: dict[str, float] = {}
     for name in names_in(run.submitit, within=run.root):  # none if not made by submitit, or not ours to read
         if match := _SUBMITTED.fullmatch(name):
             with suppress(OSError):  # removed meanwhile
                 ids[match[1]] = (run.submitit / name).lstat().st_mtime
-    noted = [job for jobs in jobs_of_points(SweepDir(run.root)).values() for job in jobs]
+    ledger = SweepDir(run.root)
+    if (place := SweepDir.of_point(run)) is not None:
+        ledger = place[0]
+        tasks = jobs_of_points(ledger).get(place[1], []) if tasks is None else tasks
+    elif tasks is None:
+        tasks = arrays_of(jobs_of_points(ledger))
+    noted = _times_of(tasks, ids, ledger)
     record = read_job_record(run)
-    noted += [submitted_job(run) or "", record.job_id if record is not None else ""]
-    for job_id in filter(JOB_ID.fullmatch, noted):
-        ids.setdefault(job_id, 0.0)
-    return tuple(sorted(ids, key=lambda each: (ids[each], each)))[-_most_jobs(run) :]
+    for job_id in (submitted_job(run) or "", record.job_id if record is not None else ""):
+        if JOB_ID.fullmatch(job_id):
+            ids.setdefault(job_id, 0.0)
+    others = sorted(set(ids) - set(noted), key=lambda each: (ids[each], each))
+    times = ids | noted
+    return tuple(sorted([*noted, *others], key=times.__getitem__))[-_most_jobs(run) :]
 
 
 def _most_jobs(run: RunDir) -> int:
     return _MOST_JOBS if is_mine(run.root) else _MOST_JOBS_OF_OTHERS
+
+
+def _times_of(tasks: Sequence[str], started: Mapping[str, float], sweep: SweepDir) -> dict[str, float]:
+    """When each noted job began, in the ledger's order; of one that has not, when it was noted at the latest.
+
+    A job that waits has left no file, and is the newest all the same.
+    """
+    times: dict[str, float] = {}
+    latest = 0.0
+    for task in tasks:
+        latest = times[task] = max(latest, started.get(task, 0.0))
+    if tasks and tasks[-1] not in started:
+        with suppress(OSError):  # it stays behind those noted before
+            times[tasks[-1]] = max(latest, sweep.ledger.lstat().st_mtime)
+    return times
 
 
 def write_provenance_record(run: RunDir, record: Mapping[str, Any]) -> None:

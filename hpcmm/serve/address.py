@@ -76,9 +76,6 @@ def read_address(path: Path) -> Address | None:
 
 def find_served_run(asked: str, runs_root: Path) -> RunDir:
     """The newest run of that name that has a checkpoint. Raises HpcmmError if there is none."""
-    within = runs_root / asked  # a sweep's point: SWEEP/0003
-    if "/" in asked and not Path(asked).expanduser().is_dir() and within.is_dir():
-        asked = str(within)
     runs = [target.run for target in find_targets(asked, runs_root) if target.run is not None]
     if not runs:
         raise HpcmmError(f"The run directory of job {asked} is not known: name the directory.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from hpcmm.errors import HpcmmError
+from hpcmm.ranges import count_tasks, tasks_in
 from hpcmm.runs.submission import JobIdentity
 from hpcmm.slurm.commands import ask, clusters_asked, on_cluster
 from hpcmm.text import visible
@@ -133,21 +134,6 @@ class Answer:
     notes: list[str] = field(default_factory=list)
 
 
-def count_tasks(job_id: str) -> int:
-    """Tasks that ``12_[0-2,5-9:2%4]`` stands for; 1 without brackets."""
-    match = re.search(r"_\[([^\]%]*)", job_id)
-    if match is None:
-        return 1
-    total = 0
-    for part in match[1].split(","):
-        bounds = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part.strip())
-        if bounds is None:
-            continue
-        first, last, step = int(bounds[1]), int(bounds[2] or bounds[1]), int(bounds[3] or 1)
-        total += (last - first) // max(1, step) + 1
-    return max(total, 1)
-
-
 def is_same_job(known: JobIdentity, row: Job) -> bool:
     """Whether a row of squeue's or sacct's is of the job that is ``known``, and of no other with its number.
 
@@ -169,15 +155,20 @@ def is_same_job(known: JobIdentity, row: Job) -> bool:
 
 
 def rows_of(wanted: Wanted, rows: Sequence[Job]) -> list[Job]:
-    """The rows of a job and of its tasks: squeue's if there are any, else sacct's newest of each."""
+    """The rows of a job and of its tasks: squeue's, and of what squeue does not tell sacct's newest."""
     if isinstance(wanted, JobIdentity):
         mine = [row for row in rows if is_same_job(wanted, row)]
     else:
         mine = [row for row in rows if _has_number(wanted, row)]
-    if any(row.source == "squeue" for row in mine):
-        return [row for row in mine if row.source == "squeue"]
+    queued = [row for row in mine if row.source == "squeue"]
+    told = {task for row in queued for task in tasks_in(row.job_id)}
+    same = {(row.name, row.user) for row in queued}
     # sacct has a row for each time that a job was requeued, and for each job that had the number.
-    return list({row.job_id: row for row in sorted(mine, key=lambda row: row.submitted)}.values())
+    accounted = {row.job_id: row for row in sorted(mine, key=lambda row: row.submitted) if row.source != "squeue"}
+    if not queued:
+        return list(accounted.values())
+    siblings = [row for row in accounted.values() if "_" in row.job_id and (row.name, row.user) in same]
+    return queued + [row for row in siblings if told.isdisjoint(tasks_in(row.job_id))]
 
 
 def other_job(wanted: Wanted, rows: Sequence[Job]) -> str | None:
@@ -218,20 +209,26 @@ def find_job(wanted: Wanted, environ: Mapping[str, str] = os.environ) -> Job:
     return min(tasks, key=lambda task: (not task.active, task.state == "COMPLETED"))
 
 
-def find_jobs(wanted: Sequence[Wanted], environ: Mapping[str, str] = os.environ) -> Answer:
+def find_jobs(
+    wanted: Sequence[Wanted], environ: Mapping[str, str] = os.environ, tasks: Collection[str] = frozenset()
+) -> Answer:
     """Rows of all jobs with these numbers: squeue first, sacct for those that squeue does not know.
 
-    :func:`rows_of` tells which of them are of a job. Raises HpcmmError when squeue does not answer. Without sacct, what
-    the queue forgot is missing, and a note says so.
+    ``tasks``: the wanted ones of arrays, which leave the queue one by one. :func:`rows_of` tells a job's rows.
+    Raises HpcmmError when squeue does not answer. Without sacct, what the queue forgot is missing, and a note says so.
     """
     ids = list(dict.fromkeys(map(_number_of, wanted)))
-    queued = _squeue([f"--jobs={','.join(ids)}", "--states=all"], environ) if ids else []
+    # Of an array and one of its tasks that wait, squeue would show the task alone.
+    whole = [each for each in ids if "_" not in each or each.split("_")[0] not in ids]
+    queued = _squeue([f"--jobs={','.join(whole)}", "--states=all"], environ) if ids else []
     by_number = _by_number(queued)
+    left = {task.split("_")[0] for task in tasks if task not in by_number}
     missing = list(
         dict.fromkeys(
             job_id
             for each in wanted
-            if not rows_of(each, by_number.get(job_id := _number_of(each), []))  # also if it is another job's now
+            if (job_id := _number_of(each)) in left
+            or not rows_of(each, by_number.get(job_id, []))  # also if it is another job's now
         )
     )
     if not missing:
@@ -259,11 +256,18 @@ def own_jobs(user: str | None, since: str | None, environ: Mapping[str, str] = o
     return Answer(active + [job for job in over if job.raw_id not in listed and not job.active], notes)
 
 
-def account_of(job: Job, environ: Mapping[str, str] = os.environ) -> list[Job]:
-    """sacct's rows of a job that squeue told of, not of its steps. Raises HpcmmError if sacct does not answer."""
-    scripts = (job.command,) if job.command else ()
-    known = JobIdentity(job.raw_id, user=job.user, name=job.name, scripts=scripts)
-    return [row for row in _sacct([f"--jobs={job.raw_id}"], environ) if is_same_job(known, row)]
+def account_of(jobs: Sequence[Job], environ: Mapping[str, str] = os.environ) -> dict[str, Job]:
+    """sacct's row of each of these jobs that squeue told of, by number. Raises HpcmmError if sacct does not answer."""
+    asked = list(dict.fromkeys(job.raw_id for job in jobs))
+    rows = _by_number(_sacct([f"--jobs={','.join(asked)}"], environ)) if asked else {}
+    found: dict[str, Job] = {}
+    for job in jobs:
+        known = JobIdentity(job.job_id, user=job.user, name=job.name, scripts=(job.command,) if job.command else ())
+        # A task that waits has the raw number of its array, as another task may have.
+        mine = [row for row in rows.get(job.job_id, []) if row.job_id == job.job_id and is_same_job(known, row)]
+        if mine:
+            found[job.job_id] = mine[-1]
+    return found
 
 
 def array_states(arrays: Mapping[str, JobIdentity]) -> dict[str, str]:
@@ -387,7 +391,7 @@ def _number_of(wanted: Wanted) -> str:
 
 
 def _numbers(row: Job) -> set[str]:
-    return {row.job_id, row.raw_id, row.job_id.split("_")[0]}
+    return {row.job_id, row.raw_id, row.job_id.split("_")[0], *tasks_in(row.job_id)}
 
 
 def _has_number(job_id: str, row: Job) -> bool:

@@ -56,7 +56,8 @@ def test_following_takes_up_new_logs_and_ends_with_the_job(run):
         run.rank_log(1).open("a").write(" the end")
         return True
 
-    assert list(follow(run, None, logs, over)) == [("1", "more"), ("3", "a fourth rank"), ("1", "and the end")]
+    followed = follow(lambda: logs_of(run, None), logs, over)
+    assert list(followed) == [("1", "more"), ("3", "a fourth rank"), ("1", "and the end")]
 
 
 def test_a_log_that_was_cut_short_is_read_anew(run):

@@ -10,10 +10,10 @@ import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
-from hpcmm.jobs.find_run import default_environment, find_targets, slurm_environment
+from hpcmm.jobs.find_run import default_environment, find_folder, find_targets, slurm_environment
 from hpcmm.launch.plan import job_to_wait_for
 from hpcmm.launch.submit import resubmit
-from hpcmm.runs.run_dir import RunDir, path_or_run, runs_in
+from hpcmm.runs.run_dir import RunDir, runs_in
 from hpcmm.serve.address import find_address
 
 pytestmark = pytest.mark.timeout(120)
@@ -234,4 +234,4 @@ def test_an_analysis_takes_one_s_own_run_of_a_name_first(tmp_path, monkeypatch):
     mine = make_run(tmp_path / "runs", "demo-1")
     os.utime(mine.submission_script, (1, 1))
     foreign(tmp_path / "runs", "demo-2")
-    assert path_or_run(type(tmp_path)("demo")).name == "demo-1"
+    assert find_folder(type(tmp_path)("demo")).name == "demo-1"

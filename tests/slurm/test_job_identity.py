@@ -299,9 +299,9 @@ def test_exit_codes_of_an_older_job_are_not_those_of_the_one_in_the_queue(slurm,
     slurm.answers("squeue", queued(run, state="FAILED"))
     slurm.answers("sacct", accounted(older))
     job = find_job(identity_of(run, "7"))
-    assert account_of(job) == []
+    assert account_of([job]) == {}
     slurm.answers("sacct", accounted(run))
-    assert len(account_of(job)) == 1
+    assert len(account_of([job])) == 1
 
 
 @pytest.mark.parametrize(

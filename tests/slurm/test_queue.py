@@ -246,7 +246,9 @@ def test_while_the_cluster_is_down_the_points_tell_of_a_sweep(slurm, tmp_path):
     assert "No end is noted of 1 point of sweep-1: 0002." in done.stderr
     done = ask_jobs(tmp_path, "why", "sweep-1")
     assert done.returncode == 0
-    assert done.stdout.startswith("job 7_1 (0001): ")
+    assert done.stdout.startswith(
+        "sweep sweep-1: 3 points: 1 failed, 1 completed, 1 without a known end.\njob 7_1 (0001): "
+    )
 
 
 def test_cancelling_asks_first_and_cancels_only_what_is_active(slurm, tmp_path):
