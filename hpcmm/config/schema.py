@@ -273,7 +273,8 @@ class RunConfig:
     dry_run: bool = key(False, "Print the job's script and each rank's command, and submit nothing.")
     requeue: Requeue = key(Requeue.on_stop, "When the run goes back into the queue by itself.")
     after: str | None = key(
-        None, "Job id, or name of a run beside this one, that must have completed before this one starts."
+        None,
+        "Job id, or run, sweep or point (SWEEP/0003) beside this one, that must have completed before this one starts.",
     )
     analyze: Analyze = key(
         Analyze.never, "``after`` queues the analysis behind the run, so that one command ends in tables."

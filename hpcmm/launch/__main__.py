@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
-from hpcmm.runs.run_dir import SweepDir
+from hpcmm.runs.run_dir import RUNS, RunDir, SweepDir
 from hpcmm.text import printable
 
 if TYPE_CHECKING:
+    from hpcmm.jobs.find_run import Target
     from hpcmm.launch.submit import Submission
 
 EPILOG = """\
@@ -25,7 +26,7 @@ examples:
   python -m hpcmm.launch cluster=a30 task=script task.path=train.py 'task.args=[--lr,1e-4]' profile=nsys analyze=after
   python -m hpcmm.launch cluster=a30 task=function task.target=my_pkg.train:main task.kwargs.lr=1e-4
   python -m hpcmm.launch cluster=a30 train.learning_rate=1e-3,1e-4 'train.seed=range(0,5)'    ten points, one job array
-  python -m hpcmm.launch resubmit runs/latest               the failed points of a sweep once more
+  python -m hpcmm.launch resubmit latest                    the failed points of a sweep once more; latest/0003: one
   python -m hpcmm.launch experiment=anomaly_demo dry_run=true   print the job's script, submit nothing
 
 exit status: 0 the job was accepted (with wait=true: completed), 1 it was not or the configuration is wrong, 130 after
@@ -33,6 +34,7 @@ Ctrl-C while following, which leaves the job running.
 Every key is documented in hpcmm/config/schema.py; a key that does not exist is refused with the names of those that do.
 """
 RESUBMIT = "resubmit"
+_ROOT = "runs_root="
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.launch") -> int:
@@ -86,7 +88,7 @@ def _show_run(submission: Submission) -> int:
 
 def _show_sweep(submission: Submission) -> int:
     sweep = SweepDir(submission.run.root)
-    print(f"job id:         {submission.job_id}, an array of {len(submission.planned.points)} tasks")
+    print(_arrays(submission.array_ids, len(submission.planned.points)))
     print(f"sweep:          {printable(str(sweep.root))}")
     print(f"ledger:         {printable(str(sweep.ledger))}")
     print(f"failed points:  python -m hpcmm.launch {RESUBMIT} {_word(sweep.root)}")
@@ -98,19 +100,46 @@ def _word(path: Path) -> str:
     return printable(shlex.quote(str(path)))
 
 
+def _arrays(job_ids: Sequence[str], points: int) -> str:
+    if len(job_ids) == 1:
+        return f"job id:         {job_ids[0]}, an array of {points} tasks"
+    return f"job ids:        {', '.join(job_ids)}, {len(job_ids)} arrays of {points} tasks in all"
+
+
 def _resubmit(arguments: Sequence[str]) -> int:
+    from hpcmm.jobs.find_run import find_targets  # noqa: PLC0415 -- as above
     from hpcmm.launch.submit import resubmit  # noqa: PLC0415
 
-    if len(arguments) != 1:
-        raise HpcmmError(f"Give one ledger: python -m hpcmm.launch {RESUBMIT} SWEEP_FOLDER, or its ledger.json.")
-    again = resubmit(Path(arguments[0]))
-    if again.job_id is None:
+    roots = [word.removeprefix(_ROOT) for word in arguments if word.startswith(_ROOT)]
+    named = [word for word in arguments if not word.startswith(_ROOT)]
+    if len(named) != 1 or len(roots) > 1:
+        raise HpcmmError(
+            f"Give one sweep or point: python -m hpcmm.launch {RESUBMIT} SWEEP, its folder or ledger.json, its job's "
+            f"number, or SWEEP/0003; {_ROOT}DIR if it does not lie in ./{RUNS}."
+        )
+    path, indices = Path(named[0]), None
+    if not path.exists() or SweepDir.of_point(RunDir(path.resolve())) is not None or named[0].isdecimal():
+        path, indices = _points_of(find_targets(named[0], Path(roots[0]).expanduser() if roots else RUNS)[0])
+    again = resubmit(path, indices)
+    if not again.job_ids:
         print(f"No point has failed: {again.summary()}.")
         return 0
-    print(f"job id:         {again.job_id}, an array of {len(again.points)} tasks")
+    print(_arrays(again.job_ids, len(again.points)))
     for point in again.points:
         print(f"point {point.index:>4}:     {printable(shlex.join(point.overrides))}")
     return 0
+
+
+def _points_of(target: Target) -> tuple[Path, set[int] | None]:
+    """The sweep's folder and which of its points are meant; None for all."""
+    if target.run is None:
+        raise HpcmmError(f"Job {target.asked} is of no known sweep: name its folder, or where it lies with {_ROOT}DIR.")
+    if (place := SweepDir.of_point(target.run)) is not None:
+        return place[0].root, {place[1]}
+    if target.array is None:
+        return target.run.root, None
+    places = [SweepDir.of_point(point.run) for point in target.points if point.run is not None]
+    return target.run.root, {place[1] for place in places if place is not None}
 
 
 def _help(given: Sequence[str], prog: str) -> str:
@@ -122,7 +151,7 @@ def _help(given: Sequence[str], prog: str) -> str:
 
     return argparse.ArgumentParser(
         prog=prog,
-        usage=f"%(prog)s [KEY=VALUE ...]\n       %(prog)s {RESUBMIT} LEDGER",
+        usage=f"%(prog)s [KEY=VALUE ...]\n       %(prog)s {RESUBMIT} SWEEP",
         description="Compose a run from conf/, check it, and submit it. Prints the job id, the run directory and what "
         "to run next, and returns at once. Several values of a key (a,b or range(0,5)) are a sweep: one job array.\n\n"
         f"config groups and their options:\n{groups_help(space)}\n\nkeys, with their defaults:\n{keys}",

@@ -26,21 +26,23 @@ from hpcmm.config.validate import validate
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, other_writer
-from hpcmm.launch.script import Job, python_of, rank_command, render_script
+from hpcmm.launch.script import Job, arrays_of, python_of, rank_command, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
-from hpcmm.ranges import profiled_ranks
+from hpcmm.ranges import profiled_ranks, tasks_in
 from hpcmm.runs.exit_status import outcome_of
+from hpcmm.runs.ledger import array_of, jobs_of_points
 from hpcmm.runs.ownership import check_runs_root, is_mine, is_trusted, require_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.runs.submission import identity_of, submitted_job
+from hpcmm.runs.submission import identity_of, job_ids_of, submitted_job
 from hpcmm.slurm.commands import SilentError, clusters_asked
 from hpcmm.slurm.jobs import find_job
-from hpcmm.slurm.sbatch import check_array_size, enter_cluster
+from hpcmm.slurm.sbatch import enter_cluster, most_array_tasks
 from hpcmm.text import printable
 
 if TYPE_CHECKING:
     from hpcmm.launch.submit import Submission
 
+_MOST_ARRAYS = 100
 _JOB_ID = re.compile(r"[1-9][0-9]*(?:_[0-9]+)?")
 
 
@@ -61,6 +63,8 @@ class Plan:
 
     points: tuple[PlannedPoint, ...]
     job: Job
+    arrays: tuple[Job, ...]
+    """The job itself; of a sweep that no array of this cluster can hold, several."""
     code: CodePlan
     """What is to be copied."""
     overrides: tuple[str, ...]
@@ -120,14 +124,18 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         )
     if (start := starts[first.train.init_from]) is not None:
         _note_other_data(first, RunDir(Path(start)))
-    after = None if first.after is None else job_to_wait_for(first.after, run.root.parent)
+    named = None if first.after is None else _job_or_folder(first.after, run.root.parent)
+    after = None if named is None else job_to_wait_for(named, run.root.parent)
     if not first.dry_run:
         check_environment_from(first)
         enter_cluster(first)
-        after = after and _still_to_wait_for(after, str(first.after), run.root.parent)
-        if is_sweep:
-            check_array_size(len(points))
+        if after is not None and named is not None:
+            waited = None if _JOB_ID.fullmatch(named) else RunDir(run.root.parent / named)
+            after = _still_to_wait_for(after, str(first.after), waited)
+    most_tasks = most_array_tasks() if is_sweep and not first.dry_run else None
     job = Job(run, python_path, points=len(points) if is_sweep else None, after=after, working_directory=here)
+    arrays = arrays_of(job, most_tasks, first.launch.parallel_points)
+    _check_arrays(arrays, most_tasks)
     planned = tuple(
         PlannedPoint(
             point.overrides,
@@ -136,7 +144,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         )
         for index, point in enumerate(points)
     )
-    return Plan(planned, job, codes[first.task.path], tuple(overrides))
+    return Plan(planned, arrays[0], arrays, codes[first.task.path], tuple(overrides))
 
 
 def _check_folders(config: RunConfig, run: RunDir) -> None:
@@ -169,6 +177,14 @@ def _check_can_be_array(config: RunConfig) -> None:
         raise HpcmmError("A sweep is a Slurm job array, and cluster=local has no Slurm: choose another cluster.")
     if config.wait:
         raise HpcmmError("A sweep returns at once: leave wait=true out, and see how it goes with squeue.")
+
+
+def _check_arrays(arrays: Sequence[Job], most_tasks: int | None) -> None:
+    if len(arrays) > _MOST_ARRAYS:
+        raise HpcmmError(
+            f"This sweep would be {len(arrays)} job arrays, for one may have {most_tasks} tasks here (MaxArraySize), "
+            f"and hpcmm submits {_MOST_ARRAYS} at most: split it into smaller sweeps."
+        )
 
 
 def _named(config: RunConfig) -> RunDir:
@@ -213,15 +229,33 @@ def run_to_start_from(config: RunConfig) -> str | None:
     named = config.train.init_from
     if named is None:
         return None
+    runs_root = Path(config.runs_root).expanduser()
     if named and "\0" not in named:
-        places = (Path(config.runs_root).expanduser() / named, Path(named).expanduser())
+        places = (runs_root / named, Path(named).expanduser())
         # Another user may have left a run of the same name.
         for folder in sorted(places, key=lambda place: not is_mine(place)):
             if is_regular(folder / "config.yaml"):
                 return str(_trained(_readable(RunDir(folder.resolve()), folder, config), config).root)
-    raise HpcmmError(
-        f"train.init_from={named}: neither {config.runs_root} holds a run of that name, nor is it a run's folder."
-    )
+    run = _run_named(named, runs_root)
+    if run is None:
+        raise HpcmmError(
+            f"train.init_from={named}: neither {config.runs_root} holds a run of that name, nor is it a run's folder."
+        )
+    if SweepDir(run.root).is_there():
+        raise HpcmmError(
+            f"train.init_from={named}: {run.root} is a sweep: name one of its points, such as {run.root.name}/0000."
+        )
+    return str(_trained(_readable(run, run.root, config), config).root)
+
+
+def _run_named(named: str, runs_root: Path) -> RunDir | None:
+    """The run, point or sweep that is meant by the start of a name, a job's number or a folder."""
+    from hpcmm.jobs.find_run import NoSuchRunError, find_targets  # noqa: PLC0415 -- few launches name another run
+
+    try:
+        return find_targets(named, runs_root)[0].run
+    except NoSuchRunError:
+        return None
 
 
 def _readable(run: RunDir, named: Path, config: RunConfig) -> RunDir:
@@ -270,10 +304,19 @@ def check_environment_from(config: RunConfig) -> None:
 # What is asked of Slurm before anything is written.
 
 
-def job_to_wait_for(named: str, runs_root: Path) -> str:
-    """The id of the job: ``named`` itself, or what the run directory of that name beside this one was submitted as.
+def _job_or_folder(named: str, runs_root: Path) -> str:
+    """A job's number as it is; else the absolute folder of the run, point or sweep; what names none is given back."""
+    if _JOB_ID.fullmatch(named) or "\0" in named:
+        return named
+    run = _run_named(named, runs_root)
+    return named if run is None else str(run.root)
 
-    Raises HpcmmError if there is no such run, or Slurm never accepted it.
+
+def job_to_wait_for(named: str, runs_root: Path) -> str:
+    """The id of the job: ``named`` itself, or that of the newest job in the run directory of that name.
+
+    Of a sweep those of its arrays, with colons, as an option of sbatch takes them. Raises HpcmmError if there is no
+    such run, or Slurm never accepted it.
     """
     if _JOB_ID.fullmatch(named):
         return named
@@ -281,6 +324,8 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
     if "\0" in named or not run.root.is_dir():
         raise HpcmmError(f"after={named} is not a job id, and {runs_root} holds no run of that name.")
     require_mine(run.root, f"after={named} waits for a run of yours, or for a job's number")
+    if job_ids := job_ids_of(RunDir(run.root.resolve())):
+        return ":".join(job_ids) if SweepDir(run.root).is_there() else job_ids[-1]
     job_id = submitted_job(run)
     if job_id is None:
         raise HpcmmError(f"after={named}: {run.submission} does not tell that run's job, so it was not submitted.")
@@ -289,14 +334,16 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
     return job_id
 
 
-def _still_to_wait_for(job_id: str, named: str, runs_root: Path) -> str | None:
-    """``job_id``, or None if that job has completed. ``named``: the number itself, or its run's name in ``runs_root``.
+def _still_to_wait_for(job_id: str, named: str, run: RunDir | None) -> str | None:
+    """``job_id``, or None if that job has completed. ``run``: whose it is; None if it is ``named`` by its number.
 
     Slurm 22.05 starts a job at once whose dependency names a job that it does not know (any more), so this asks before.
     Raises HpcmmError if the job has failed, nobody knows it, or another job has its number.
     """
-    state = find_job(job_id) if named == job_id else None
-    ended = state.state if state is not None else _end_of_run(job_id, named, RunDir(runs_root / named))
+    if run is not None and SweepDir(run.root).is_there():
+        return _points_to_wait_for(run, named)
+    state = find_job(job_id) if run is None else None
+    ended = state.state if state is not None else run and _end_of_run(job_id, named, run)
     if ended is None or (state is not None and state.active):
         return job_id
     if ended != "COMPLETED":
@@ -307,12 +354,8 @@ def _still_to_wait_for(job_id: str, named: str, runs_root: Path) -> str | None:
 
 def _end_of_run(job_id: str, named: str, run: RunDir) -> str | None:
     """How the run's own job ended, by Slurm, else by its run directory; None if it waits or runs."""
-    known, here = identity_of(run, job_id), clusters_asked(os.environ)
-    if known.cluster and here and not {*known.cluster.split(",")} & {*here.split(",")}:
-        raise HpcmmError(
-            f"after={named}: job {job_id} is on cluster {known.cluster}, and this launch goes to {here}: no job can "
-            "wait for one of another cluster."
-        )
+    known = identity_of(run, job_id)
+    _check_cluster(job_id, named, known.cluster)
     try:
         job = find_job(known)
     except SilentError:
@@ -323,6 +366,46 @@ def _end_of_run(job_id: str, named: str, run: RunDir) -> str | None:
             raise HpcmmError(f"after={named}: {error} {run.root} notes no end of it either.") from error
         return outcome.state
     return None if job.active else job.state
+
+
+def _check_cluster(job_id: str, named: str, cluster: str) -> None:
+    """Raises HpcmmError if the job is on another cluster than that of this launch."""
+    here = clusters_asked(os.environ)
+    if cluster and here and not {*cluster.split(",")} & {*here.split(",")}:
+        raise HpcmmError(
+            f"after={named}: job {job_id} is on cluster {cluster}, and this launch goes to {here}: no job can "
+            "wait for one of another cluster."
+        )
+
+
+def _points_to_wait_for(sweep: RunDir, named: str) -> str | None:
+    """The arrays whose points wait or run, with colons; of an array whose points partly ran again its tasks.
+
+    None if all have completed. Raises HpcmmError if the newest job of a point did not complete.
+    """
+    from hpcmm.jobs.find_run import target_of  # noqa: PLC0415 -- as above
+    from hpcmm.jobs.state import states_of  # noqa: PLC0415
+
+    (state,) = states_of([target_of(sweep)])
+    for job in state.active:
+        _check_cluster(job.job_id, named, job.cluster)
+    active = [task for job in state.active for task in tasks_in(job.job_id)]
+    ended = {job.job_id: job.state for job in state.jobs if not job.active and job.state != "COMPLETED"}
+    ended |= {point.job_ids[-1]: "a job without a noted end" for point in state.unknown}
+    ended |= {point.asked: "a point that was never submitted" for point in state.unsubmitted}
+    if ended:
+        job_id, word = next(iter(ended.items()))
+        more = f" and {len(ended) - 1} more" if len(ended) > 1 else ""
+        raise HpcmmError(
+            f"after={named}: {job_id}{more} ended as {word}, so a job after it would never start: submit it once "
+            f"more with python -m hpcmm.launch resubmit {shlex.quote(str(sweep.root))}, or wait for single points."
+        )
+    if not active:
+        print(f"hpcmm: the points of {sweep.root} have completed, so there is nothing to wait for.", file=sys.stderr)
+        return None
+    superseded = {array_of(task) for tasks in jobs_of_points(SweepDir(sweep.root)).values() for task in tasks[:-1]}
+    waited = (task if array_of(task) in superseded else array_of(task) for task in active)
+    return ":".join(dict.fromkeys(waited))
 
 
 # What a dry run prints.

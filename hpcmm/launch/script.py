@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,42 @@ class Job:
     python_path: tuple[str, ...] = ()
     """Folders that the job's Python searches first."""
     points: int | None = None
-    """Number of a sweep's points; None for a single run."""
+    """Number of a sweep's points, or of those in this one of its arrays; None for a single run."""
+    first: int = 0
+    """The point that is task 0 of the array."""
+    parallel_points: int | None = None
+    """How many of the array's tasks may run at once; None: as the configuration says."""
     after: str | None = None
     """Id of the job that must have completed before."""
     launcher: str = sys.executable
     """The Python that launches."""
     working_directory: Path = field(default_factory=Path.cwd)
     """The folder that the job is launched from, and runs in."""
+
+
+def arrays_of(job: Job, most_tasks: int | None, parallel_points: int | None) -> tuple[Job, ...]:
+    """The arrays of a sweep, of at most ``most_tasks`` tasks each (None: of any number); a single run is as it is.
+
+    A power of ten of points each, if one array cannot hold all: then a point's folder is its array's first digits and
+    the task's number, which Slurm can write in the name of a log.
+    """
+    if job.points is None:
+        return (job,)
+    size = job.points if most_tasks is None or job.points <= most_tasks else 10 ** (len(str(most_tasks)) - 1)
+    firsts = range(0, job.points, size)
+    shares = parallel_shares(parallel_points, len(firsts))
+    return tuple(
+        replace(job, first=first, points=min(size, job.points - first), parallel_points=share)
+        for first, share in zip(firsts, shares, strict=True)
+    )
+
+
+def parallel_shares(parallel_points: int | None, arrays: int) -> list[int | None]:
+    """Each array's share of the points that may run at once, at least one: Slurm bounds an array, and not several."""
+    if not parallel_points:
+        return [None] * arrays
+    share, more = divmod(parallel_points, arrays)
+    return [max(1, share + (place < more)) for place in range(arrays)]
 
 
 def render_script(config: RunConfig, job: Job) -> str:
@@ -142,6 +171,7 @@ def _render(template: str, config: RunConfig, job: Job, directives: dict[str, st
         run=job.run,
         is_sweep=job.points is not None,
         resume=_resume(job),
+        first_point=job.first,
         python=python_of(config, job.launcher),
         python_path=os.pathsep.join(job.python_path),
         once=_prefix(container.on_first_node()),
@@ -249,7 +279,7 @@ def _stop_warning(config: RunConfig) -> str | None:
 def _array(config: RunConfig, job: Job) -> str | None:
     if job.points is None:
         return None
-    most = config.launch.parallel_points
+    most = job.parallel_points or config.launch.parallel_points
     return f"0-{job.points - 1}" + (f"%{most}" if most else "")
 
 
@@ -257,7 +287,16 @@ def _log_pattern(job: Job, log: Path) -> str:
     """Where Slurm writes ``log``; in a sweep, the log of the same name in each point's run directory."""
     if job.points is None:
         return _slurm_pattern(log)
-    return f"{_slurm_pattern(job.run.root)}/%4a/{_slurm_pattern(log.relative_to(job.run.root))}"
+    return f"{_slurm_pattern(job.run.root)}/{_point_pattern(job.first)}/{_slurm_pattern(log.relative_to(job.run.root))}"
+
+
+def _point_pattern(first: int) -> str:
+    """The name of a point's folder, made of the task's number (``%a``): ``1%3a`` for the points from 1000 on."""
+    if not first:
+        return "%4a"
+    digits = len(str(first)) - len(str(first).rstrip("0"))
+    head = str(first // 10**digits).zfill(max(0, 4 - digits))
+    return f"{head}%{digits}a" if digits else head
 
 
 def _slurm_pattern(path: Path) -> str:

@@ -1,6 +1,7 @@
 """A written plan -> a queued job: submitit's task, in hpcmm's script on Slurm or by submitit's local executor.
 
-A sweep's points are one job array, noted in its ledger; those that failed are submitted once more.
+A sweep's points are a job array, or several if one cannot hold them, noted in its ledger; those that failed are
+submitted once more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,13 +30,13 @@ from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, open_checked
 from hpcmm.launch.plan import Plan, check_environment_from
-from hpcmm.launch.script import rank_command
+from hpcmm.launch.script import parallel_shares, rank_command
 from hpcmm.node.network import find_free_port
 from hpcmm.ranges import write_ranges
 from hpcmm.runs.exit_status import COMPLETED, FAILED, IN_QUEUE, states_of_points
 from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
 from hpcmm.runs.ownership import check_runs_root
-from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import JobIdentity, identity_of, write_submission
 from hpcmm.slurm.commands import clusters_asked, job_variables
 from hpcmm.slurm.jobs import ACTIVE, array_states
@@ -56,8 +58,11 @@ class Submission:
 
     planned: Plan
     job_id: str
+    """Of a sweep of several arrays the first one's."""
     analysis_job_id: str | None = None
     """The job that analyses the run when it is over."""
+    array_ids: tuple[str, ...] = ()
+    """Of a sweep its arrays, in the order of their points."""
     local_job: submitit.Job[Any] | None = None
     """Of submitit's local executor."""
 
@@ -76,15 +81,17 @@ class Submission:
         """submitit's handle of each point, with the ranks' results."""
         if self.local_job is not None:
             return (self.local_job,)
-        array_task = "_{}" if self.planned.is_sweep else ""
         return tuple(
-            submitit.SlurmJob(
-                folder=point.run.submitit,
-                job_id=self.job_id + array_task.format(index),
-                tasks=list(range(point.config.world_size)),
-            )
-            for index, point in enumerate(self.planned.points)
+            submitit.SlurmJob(folder=point.run.submitit, job_id=job_id, tasks=list(range(point.config.world_size)))
+            for point, job_id in zip(self.planned.points, self._job_ids(), strict=True)
         )
+
+    def _job_ids(self) -> list[str]:
+        """The job of each point."""
+        if not self.planned.is_sweep:
+            return [self.job_id]
+        arrays = zip(self.array_ids, self.planned.arrays, strict=True)
+        return [f"{job_id}_{task}" for job_id, array in arrays for task in range(array.points or 0)]
 
 
 @dataclass(frozen=True)
@@ -92,10 +99,10 @@ class Resubmission:
     """The points of a sweep that had failed, as they were submitted once more."""
 
     points: Sequence[LedgerPoint]
-    job_id: str | None
-    """None if no point had failed."""
+    job_ids: tuple[str, ...]
+    """Their arrays; none if no point had failed."""
     states: Sequence[str]
-    """The state of each point of the sweep before."""
+    """The state of each point that was asked for before."""
 
     def summary(self) -> str:
         """How many points were in which state."""
@@ -113,35 +120,46 @@ def submit(planned: Plan, *, is_latest: bool = True) -> Submission:
     except RefusedError:
         shutil.rmtree(planned.run.root, ignore_errors=True)
         raise
+    except _PartlySubmittedError:
+        if is_latest:
+            _link_latest(planned.run)
+        raise
     if is_latest and not _link_latest(planned.run):  # the job is queued already, so this is no error
         link = planned.run.root.parent / "latest"
         print(f"hpcmm: {printable(str(link))} does not point to this run; it is no link of ours.", file=sys.stderr)
     return submission
 
 
-def resubmit(path: Path) -> Resubmission:
+class _PartlySubmittedError(HpcmmError):
+    """Some arrays of a sweep are queued, and the others are not."""
+
+
+def resubmit(path: Path, indices: Collection[int] | None = None) -> Resubmission:
     """Submit the failed points of a sweep once more, with the same script, code and configurations.
 
-    Raises HpcmmError if there is no ledger at ``path``, or the scheduler does not accept the job.
+    ``indices``: of these points alone; None: of all. Points that were never submitted count as failed. Raises
+    HpcmmError if there is no ledger at ``path``, or the scheduler does not accept the job.
     """
     with _locked_ledger(path) as ledger:
         config = config_file.load(ledger.run(ledger.points[0]).config)
         check_runs_root(ledger.sweep.root)
-        _check_scripts(ledger.sweep.shared)
+        _check_scripts(ledger.sweep)
         enter_cluster(config)
         states = point_states(ledger)
-        failed = [point for point in ledger.points if states[point.index] == FAILED]
+        asked = [point for point in ledger.points if indices is None or point.index in indices]
+        failed = [point for point in asked if states[point.index] == FAILED]
         if failed:
             check_environment_from(config)
-        job_id = _submit_array(config, ledger, failed)[0] if failed else None
-        return Resubmission(failed, job_id, [*states.values()])
+        job_ids = tuple(each.known.job_id for each in _submit_arrays(config, ledger, failed))
+        return Resubmission(failed, job_ids, [states[point.index] for point in asked])
 
 
-def _check_scripts(run: RunDir) -> None:
+def _check_scripts(sweep: SweepDir) -> None:
     """Raises HpcmmError unless what Slurm is given is this user's own, and no link to something else."""
-    for script in (run.submission_script, run.analysis_script):
+    firsts = sweep.first_points()
+    for script in [name(first) for first in firsts for name in (sweep.submission_script, sweep.analysis_script)]:
         try:
-            opened = open_checked(script, within=run.root)
+            opened = open_checked(script, within=sweep.root)
         except FileNotFoundError:
             continue  # no analysis; without a script for the job, sbatch says so
         except OSError as error:
@@ -170,9 +188,13 @@ def _accepted(planned: Plan) -> Submission:
         job = _submit_locally(planned)
         return Submission(planned, job.job_id, local_job=job)
     if not planned.is_sweep:
-        return Submission(planned, *_submit_script(config, run))
+        with defer_sigint() as submitted:
+            job = _submit_script(config, SweepDir(run.root), submitted)
+        _look_at(config, run, [job])
+        return Submission(planned, *job.ids)
     with _locked_ledger(run.root) as ledger:
-        return Submission(planned, *_submit_array(config, ledger, ledger.points))
+        jobs = _submit_arrays(config, ledger, ledger.points)
+        return Submission(planned, *jobs[0].ids, array_ids=tuple(each.known.job_id for each in jobs))
 
 
 @contextmanager
@@ -182,34 +204,88 @@ def _locked_ledger(path: Path) -> Iterator[Ledger]:
         yield read_ledger(path)  # as it is now that nobody else writes it
 
 
-def _submit_array(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoint]) -> tuple[str, str | None]:
-    """Submit ``points`` as one array, and note it in the ledger."""
-    tasks = f"--array={write_ranges(point.index for point in points)}"
-    if config.launch.parallel_points:
-        tasks += f"%{config.launch.parallel_points}"
-    return _submit_script(config, ledger.sweep.shared, tasks, array=(ledger, points))
+@dataclass(frozen=True)
+class _Accepted:
+    """A job or an array that Slurm has accepted."""
+
+    known: JobIdentity
+    analysis_job_id: str | None
+
+    @property
+    def ids(self) -> tuple[str, str | None]:
+        """Of the job and of its analysis."""
+        return self.known.job_id, self.analysis_job_id
+
+
+def _submit_arrays(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoint]) -> list[_Accepted]:
+    """Submit ``points`` in the arrays that their sweep was split into, and note them in the ledger.
+
+    Returns the arrays. Raises HpcmmError if Slurm refuses one; those before it stay.
+    """
+    firsts = ledger.sweep.first_points()
+    groups: dict[int, list[LedgerPoint]] = {}
+    for point in points:
+        groups.setdefault(firsts[bisect(firsts, point.index) - 1], []).append(point)
+    shares = parallel_shares(config.launch.parallel_points, len(groups)) if groups else []
+    before = {point.index: len(point.jobs) for point in points}
+    jobs: list[_Accepted] = []
+    with defer_sigint() as submitted:
+        for (first, group), share in zip(groups.items(), shares, strict=True):
+            tasks = f"--array={write_ranges(point.index - first for point in group)}" + (f"%{share}" if share else "")
+            try:
+                jobs.append(_submit_script(config, ledger.sweep, submitted, tasks, array=(ledger, first, group)))
+            except HpcmmError as error:
+                left = [point.index for point in points if len(point.jobs) == before[point.index]]
+                if not left or len(left) == len(points):
+                    raise
+                raise _PartlySubmittedError(
+                    f"{len(points) - len(left)} of {len(points)} points are submitted and stay, in {_jobs(submitted)}; "
+                    f"points {write_ranges(left)} are not. {error} To submit what is left: python -m hpcmm.launch "
+                    f"resubmit {shlex.quote(str(ledger.sweep.root))}"
+                ) from error
+    _look_at(config, ledger.sweep.shared, jobs)
+    return jobs
+
+
+def _jobs(ids: Sequence[str]) -> str:
+    return f"job{'' if len(ids) == 1 else 's'} {', '.join(ids)}"
 
 
 def _submit_script(
-    config: RunConfig, run: RunDir, *options: str, array: tuple[Ledger, Sequence[LedgerPoint]] | None = None
-) -> tuple[str, str | None]:
-    """Hand the job's script to Slurm, and that of the analysis behind it. Returns the ids of both jobs."""
-    with defer_sigint() as submitted:
-        known = _submitted(config, run.submission_script, config.name, *options)
-        job_id = known.job_id
-        submitted.append(job_id)
-        if array is not None:
-            _note_array(*array, job_id)
-        _note_submission(run, known, job_id=job_id, analysis_job_id=None)
-        # Also of a run that failed: its reports may say why. Each point's analysis waits for its own point alone.
-        condition = "afterany" if array is None else "aftercorr"
-        analysis_job_id = _submit_analysis(config, run, known, *options, f"--dependency={condition}:{job_id}")
-        submitted.extend([analysis_job_id] if analysis_job_id else [])
-    known, job = as_slurm_has_it(known)
-    if job is not None:
-        _note_submission(run, known, job_id=job_id, analysis_job_id=analysis_job_id)
-        warn_where_it_cannot_start(config, job)
-    return job_id, analysis_job_id
+    config: RunConfig,
+    scripts: SweepDir,
+    submitted: list[str],
+    *options: str,
+    array: tuple[Ledger, int, Sequence[LedgerPoint]] | None = None,
+) -> _Accepted:
+    """Hand the job's script to Slurm, and that of the analysis behind it.
+
+    ``submitted`` gets them as they are known. ``array``: the ledger, the point that is task 0, and the points.
+    """
+    run, first = scripts.shared, array[1] if array is not None else 0
+    known = _submitted(config, scripts.submission_script(first), config.name, *options)
+    job_id = known.job_id
+    submitted.append(job_id)
+    if array is not None:
+        _note_array(*array, job_id)
+    _note_submission(run, known, job_id=job_id, analysis_job_id=None)
+    # Also of a run that failed: its reports may say why. Each point's analysis waits for its own point alone.
+    condition = "afterany" if array is None else "aftercorr"
+    analysis_job_id = _submit_analysis(
+        config, run, scripts.analysis_script(first), known, *options, f"--dependency={condition}:{job_id}"
+    )
+    submitted.extend([analysis_job_id] if analysis_job_id else [])
+    return _Accepted(known, analysis_job_id)
+
+
+def _look_at(config: RunConfig, run: RunDir, jobs: Sequence[_Accepted]) -> None:
+    """Note how Slurm has the job, or each array, and say so if it cannot start."""
+    for place, accepted in enumerate(jobs):
+        known, job = as_slurm_has_it(accepted.known)
+        if job is not None:
+            _note_submission(run, known, job_id=known.job_id, analysis_job_id=accepted.analysis_job_id)
+        if job is not None and place == 0:  # the arrays of a sweep are alike
+            warn_where_it_cannot_start(config, job)
 
 
 def _submitted(config: RunConfig, script: Path, name: str, *options: str, without: Sequence[str] = ()) -> JobIdentity:
@@ -217,28 +293,28 @@ def _submitted(config: RunConfig, script: Path, name: str, *options: str, withou
     return identity_at_launch(sbatch(config, script, *options, without=without), script, name, began_s)
 
 
-def _submit_analysis(config: RunConfig, run: RunDir, known: JobIdentity, *options: str) -> str | None:
+def _submit_analysis(config: RunConfig, run: RunDir, script: Path, known: JobIdentity, *options: str) -> str | None:
     """Queue the analysis behind the job that is ``known``, if one was asked for. Returns its job's id.
 
     Raises HpcmmError, which also says that the job is queued, when Slurm refuses it.
     """
     job_id = known.job_id
-    if not is_regular(run.analysis_script):
+    if not is_regular(script):
         return None
     if "," in clusters_asked(os.environ) and "," not in known.cluster:
         options = (*options, f"--clusters={known.cluster}")  # of several the one that has the job to wait for
     try:
         without = config.cluster.environment_from
-        analysis = _submitted(config, run.analysis_script, f"{config.name}-analysis", *options, without=without)
+        analysis = _submitted(config, script, f"{config.name}-analysis", *options, without=without)
     except HpcmmError as error:
         raise HpcmmError(f"Job {job_id} is submitted and stays, but its analysis is not. {error}") from error
     _note_submission(run, analysis, job_id=job_id, analysis_job_id=analysis.job_id)
     return analysis.job_id
 
 
-def _note_array(ledger: Ledger, points: Sequence[LedgerPoint], job_id: str) -> None:
+def _note_array(ledger: Ledger, first: int, points: Sequence[LedgerPoint], job_id: str) -> None:
     try:
-        ledger.note_array(job_id, points)
+        ledger.note_array(job_id, points, first)
     except OSError as error:
         raise HpcmmError(
             f"Job {job_id} is submitted, but {ledger.sweep.ledger} cannot be written ({error.strerror}): free some "

@@ -121,9 +121,11 @@ def _write_point(point: PlannedPoint) -> None:
 def _write_shared_files(planned: Plan) -> None:
     """The scripts, the code and the provenance: what a run has, and what the points of a sweep share."""
     config, run = planned.config, planned.run
-    _write_script(run.submission_script, render_script(config, planned.job))
-    if config.analyze is Analyze.after and config.cluster.executor is Executor.slurm:
-        _write_script(run.analysis_script, render_analysis_script(config, planned.job))
+    scripts = SweepDir(run.root)
+    for array in planned.arrays:
+        _write_script(scripts.submission_script(array.first), render_script(config, array))
+        if config.analyze is Analyze.after and config.cluster.executor is Executor.slurm:
+            _write_script(scripts.analysis_script(array.first), render_analysis_script(config, array))
     code_sha256 = take_snapshot(config, run, planned.code) if config.launch.snapshot else None
     write_provenance(config, run, overrides=planned.overrides, project=planned.project, code_sha256=code_sha256)
 

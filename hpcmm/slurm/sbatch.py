@@ -186,20 +186,23 @@ def check_slurm_conf() -> None:
         )
 
 
-def check_array_size(tasks: int) -> None:
-    """Raises HpcmmError if the cluster takes no array of that size; sbatch would only call it invalid."""
+def most_array_tasks() -> int | None:
+    """How many tasks an array may have here, which are numbered from 0; None if the controller does not tell.
+
+    Raises RefusedError without Slurm's commands, or if the cluster takes no arrays.
+    """
     check_slurm_is_here()
     try:
         shown = ask("scontrol", "show", "config")
     except HpcmmError:
-        return  # sbatch has its own word on that
+        return None  # sbatch has its own word on that
     for line in shown.splitlines():
         name, _, value = line.partition("=")
-        if name.strip() == "MaxArraySize" and value.strip().isdigit() and tasks > int(value):
-            raise HpcmmError(
-                f"This sweep has {tasks} points, but MaxArraySize of this cluster allows {int(value)} array tasks: "
-                "split it into smaller sweeps."
-            )
+        if name.strip() == "MaxArraySize" and value.strip().isdecimal():
+            if int(value) == 0:
+                raise RefusedError("This cluster takes no job arrays (MaxArraySize is 0): launch one run at a time.")
+            return int(value)  # the highest number of a task is one less
+    return None
 
 
 def as_slurm_has_it(known: JobIdentity) -> tuple[JobIdentity, Job | None]:
@@ -338,7 +341,7 @@ def remedy(config: RunConfig, complaint: str) -> str | None:
         "invalid node name": f"cluster.exclude is {cluster.exclude}: `sinfo -N` lists the nodes.",
         "generic resource": f"cluster.gpu_type is {cluster.gpu_type}: `sinfo -o '%n %G'` lists the nodes' GPUs.",
         "job array": (
-            "The sweep has more points than MaxArraySize in `scontrol show config` allows: split it into smaller ones."
+            "An array of the sweep has more tasks than MaxArraySize in `scontrol show config` allows: launch it anew."
         ),
         **_of_the_script(cluster),
         "reservation": "cluster.sbatch.reservation names none that is open to you: `scontrol show reservation`.",

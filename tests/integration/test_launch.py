@@ -181,16 +181,46 @@ def test_a_sweep_is_one_array_whose_failed_points_alone_run_again(slurm_cluster,
         f"{array}_0 0\n", f"{array}_1 1\n", f"{array}_2 0\n",
     ]  # fmt: skip
     assert "not yet mended" in (sweep / "0001" / "logs" / "rank_0000.log").read_text()
+    why = ask_jobs(slurm_cluster, folder, "why", "latest")
+    assert "3 points: 1 failed, 2 completed." in why
+    assert f"job {array}_1 (0001)" in why
+    assert "[0001/0]" in ask_jobs(slurm_cluster, folder, "logs", "latest")
+    assert "Nothing has failed." in ask_jobs(slurm_cluster, folder, "why", "latest/0002", expected=1)
     (folder / "mended").touch()
-    again = launch_module(slurm_cluster, folder, "resubmit", str(sweep))
+    again = launch_module(slurm_cluster, folder, "resubmit", "latest")
     assert "an array of 1 tasks" in again
     assert "odd" in again
     wait_for(slurm_cluster, job_id_of(sweep))
     points = json.loads((sweep / "ledger.json").read_text())["points"]
     assert [len(point["jobs"]) for point in points] == [1, 2, 1]
+    assert "3 points: 3 completed." in ask_jobs(slurm_cluster, folder, "why", "latest", expected=1)
+    assert "1 failed" in ask_jobs(slurm_cluster, folder, "why", array)
     assert "No point has failed: 3 completed" in launch_module(
         slurm_cluster, folder, "resubmit", str(sweep / "ledger.json")
     )
+
+
+def ask_jobs(cluster, folder, *arguments, expected=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcmm.jobs", *arguments],
+        env=cluster.env, cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_cancelling_a_point_ends_one_task_and_no_sibling(slurm_cluster, folder):
+    (folder / "wait.py").write_text("import time; time.sleep(600)\n")
+    one_rank = ("cluster.nodes=1", "cluster.ranks_per_node=1", "cluster.gpus_per_node=1")
+    launch(
+        slurm_cluster, folder, *one_rank, "task=script", "task.path=wait.py", "task.args=[a],[b],[c]",
+        "launch.parallel_points=1", "cluster.sbatch.hold=''",
+    )  # fmt: skip
+    array = job_id_of(latest(folder))
+    assert f"{array}_1" in ask_jobs(slurm_cluster, folder, "cancel", "latest/0001", "--wait=0")
+    assert slurm_cluster.run("squeue", "-h", "--array", "-o", "%i", "-j", array).split() == [f"{array}_0", f"{array}_2"]
+    ask_jobs(slurm_cluster, folder, "cancel", "latest", "--wait=0")  # though squeue writes its tasks as 12_[0,2%1]
+    wait_for(slurm_cluster, array)
 
 
 def launch_module(cluster, folder, *arguments, module="hpcmm.launch"):
@@ -215,7 +245,7 @@ def test_a_run_after_another_starts_only_when_that_has_completed(slurm_cluster, 
     slurm_cluster.run("scontrol", "release", job_id_of(first))
     wait_for(slurm_cluster, job_id_of(third))
     assert (first / "exit_status").read_text().endswith(" 0\n")
-    assert (second / "exit_status").read_text().endswith(" 1\n")
+    assert (second / "exit_status").read_text().endswith(" 3\n")
     assert not (third / "exit_status").exists()
     after_failed = launch(slurm_cluster, folder, *script, "task.path=work.py", f"after={second.name}", expected=1)
     assert "ended as FAILED, so a job after it would never start" in after_failed.stderr
@@ -257,7 +287,6 @@ def test_a_job_that_is_accepted_but_cannot_start_is_told(slurm_cluster, folder, 
         (["cluster.constraint=none_such"], "cluster.constraint is none_such"),
         (["cluster.exclude=none_such"], "cluster.exclude is none_such"),
         (["cluster.gpu_type=h100"], "GPU"),
-        (["train.seed=range(0,2000)"], "MaxArraySize of this cluster allows"),
         (
             ["cluster.submit_environment.SLURM_CONF=/none/slurm.conf"],
             "SLURM_CONF is /none/slurm.conf, which is not a file",
