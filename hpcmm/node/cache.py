@@ -31,7 +31,11 @@ def cache_dir(cluster: ClusterConfig) -> Path:
     What is compiled there is loaded into every rank, so that users of one group need a folder each.
     """
     given = given_cache_dir(cluster)
-    return given if _is_private(given) else given / f"hpcmm-{os.geteuid()}"
+    return given if _is_private(given) else given / _own_name()
+
+
+def _own_name() -> str:
+    return f"hpcmm-{os.geteuid()}"
 
 
 def _is_private(folder: Path) -> bool:
@@ -83,7 +87,7 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
 def _make(folder: Path) -> None:
     """Make a folder, and those above it that are missing, which other users cannot write."""
     for above in reversed([each for each in (folder, *folder.parents) if not each.is_dir()]):
-        above.mkdir(mode=0o755, exist_ok=True)
+        above.mkdir(mode=0o700 if above.name == _own_name() else 0o755, exist_ok=True)
 
 
 def data_dir(cluster: ClusterConfig) -> Path:

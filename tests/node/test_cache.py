@@ -73,6 +73,14 @@ def test_in_a_folder_that_others_can_write_each_user_gets_a_folder_within(shared
     assert cache_dir(cluster(folder)) == folder / f"hpcmm-{os.geteuid()}"
 
 
+def test_the_folder_of_one_s_own_is_closed_to_others(shared: Path) -> None:
+    (shared / "cache").mkdir()
+    (shared / "cache").chmod(0o1777)
+    with one_at_a_time(cache_dir(cluster(shared / "cache")) / "prepare.lock"):
+        pass
+    assert (shared / "cache" / f"hpcmm-{os.geteuid()}").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_folder_to_which_nobody_else_can_come_is_used_as_it_is(shared: Path) -> None:
     (shared / "cache").mkdir()
     (shared / "cache").chmod(0o775)
