@@ -118,7 +118,7 @@ def test_what_slurm_refuses_is_said_with_what_to_do(script, words):
     script.ranks = STOPS
     script.slurm = f"echo 'slurm_update error: {words}' >&2; exit 1"
     status, said = script.ends()
-    assert status == 0
+    assert status == 1  # so that no job starts that waits for this one to complete
     assert script.asked == REQUEUED[:1]
     assert "goes back" not in said
     assert said.endswith(
@@ -134,11 +134,11 @@ def test_a_sweep_s_point_that_was_not_queued_again_goes_on_with_resubmit(script)
     assert script.ends(task=0)[1].endswith(f"go on from there with python -m hpcmm.launch resubmit '{script.root}'\n")
 
 
-def test_nodes_without_scontrol_are_no_failure(script):
+def test_a_stop_on_a_node_without_scontrol_says_how_to_go_on(script):
     script.ranks = STOPS
     script.slurm = "echo 'bash: line 1: scontrol: command not found' >&2; exit 127"
     status, said = script.ends()
-    assert status == 0
+    assert status == 1
     assert "did not queue job 7 again (bash: line 1: scontrol: command not found)" in said
     assert script.noted == ["7 stopped"]
 

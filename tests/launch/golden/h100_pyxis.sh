@@ -187,6 +187,7 @@ if [ -e "$run_dir/stopped" ]; then
     trap 'goes_on=no' TERM # Slurm sends it when the job is queued again, and at the time limit
     note stopped
     [ -z "$forbids" ] || kill "$forbids" 2> /dev/null || true
-    [ "$goes_on" = no ] || back_into_queue "stopped with a checkpoint" || true
+    # What waits for this job to complete must not start if it was meant to go on and does not.
+    [ "$goes_on" = no ] || back_into_queue "stopped with a checkpoint" || [ "$goes_on$status" != yes0 ] || status=1
 fi
 exit "$status"
