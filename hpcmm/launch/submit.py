@@ -406,6 +406,24 @@ def _submit_locally(planned: Plan) -> submitit.Job[Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(find_free_port("127.0.0.1")))
     python_path = [*planned.job.python_path, os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, python_path))
-    job = _WrappedLocalExecutor(config, run).submit(RankTask(str(run.root)))
+    with _output_to(run.batch_log):
+        job = _WrappedLocalExecutor(config, run).submit(RankTask(str(run.root)))
     _note_submission(run, job_id=job.job_id)
     return job
+
+
+@contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Within, what this process starts writes to ``log``: who reads this command's output need not wait for the job."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    with log.open("ab") as file:
+        try:
+            for number in kept:
+                os.dup2(file.fileno(), number)
+            yield
+        finally:
+            for number, copy in kept.items():
+                os.dup2(copy, number)
+                os.close(copy)

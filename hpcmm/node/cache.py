@@ -80,7 +80,11 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     with os.fdopen(descriptor, "w") as held:
         if os.fstat(descriptor).st_uid != os.geteuid():
             raise HpcmmError(f"{lock} is another user's: set cluster.cache_dir to a folder of your own.")
-        fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another job prepares in {lock.parent}; this one waits for it.", flush=True)
+            fcntl.flock(held, fcntl.LOCK_EX)
         yield
 
 

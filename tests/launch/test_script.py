@@ -124,7 +124,7 @@ def run_setup(folder, *setup):
             "cluster.setup line 2 (`source ./ends.sh`) failed with status 3, in ./ends.sh",
         ),
         (["true", "exit 3"], 3, "cluster.setup line 2 (`exit 3`) failed with status 3"),
-        (["exit 0"], 0, "cluster.setup line 1 (`exit 0`) ended the job with status 0"),
+        (["exit 0"], 1, "cluster.setup line 1 (`exit 0`) ended the job with status 0"),
         (["true | false"], 1, "cluster.setup line 1 (`true | false`) failed with status 1"),
         (["no_such_command x"], 127, "cluster.setup line 1 (`no_such_command x`) failed with status 127"),
         (["source ./absent.sh"], 1, "cluster.setup line 1 (`source ./absent.sh`) failed with status 1"),

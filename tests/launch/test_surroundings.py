@@ -3,8 +3,10 @@
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -117,3 +119,20 @@ def test_what_no_rank_could_run_with_is_refused(with_a_token, overrides, said):
     done = with_a_token("cluster=slurm", *overrides, "dry_run=true")
     assert done.returncode == 1
     assert said in done.stderr
+
+
+def test_what_a_local_run_starts_does_not_keep_the_launch_s_output_open(tmp_path):
+    code = (
+        "import subprocess, sys, pathlib\n"
+        "from hpcmm.launch.submit import _output_to\n"
+        "with _output_to(pathlib.Path('batch.log')):\n"
+        "    started = subprocess.Popen(['sh', '-c', 'echo said; exec sleep 300'])\n"
+        "print(started.pid)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    until = time.monotonic() + 60
+    while (tmp_path / "batch.log").read_text() != "said\n" and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(int(done.stdout), signal.SIGTERM)  # it runs still, though all that the launch wrote has been read
+    assert (tmp_path / "batch.log").read_text() == "said\n"

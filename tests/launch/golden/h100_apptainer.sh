@@ -47,6 +47,7 @@ on_site_exit() {
     [[ $command != *site_* ]] || what="cluster.setup (its syntax, see above)"
     [ "$status" = 0 ] && what+=" ended the job with status 0" || what+=" failed with status $status"
     echo "hpcmm: $what$site_place" >&2
+    [ "$status" != 0 ] || exit 1 # nothing has run, so the job has not completed
 }
 trap on_site_error ERR
 trap 'on_site_exit "$BASH_COMMAND"' EXIT
