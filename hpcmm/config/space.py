@@ -309,9 +309,12 @@ def _explain(error: Exception, space: ConfigSpace) -> str:
     if in_file := re.match(r"In '([^']+)': \w+ raised while composing config:\n(.+)", text):
         said = in_file[2].strip().rstrip(".")
         return f"{key[1] if key else 'The configuration'}: {said} (in {in_file[1]}.yaml)."
-    if key:
-        return f"{key[1]}: {first_line(cause)}"
-    return first_line(cause)
+    if key and "is not a ListConfig, list or tuple" in text:
+        given = re.search(r"override [^=]*=['\"]?(.*?)['\"]?$", str(error))
+        said = f"{key[1]} is a list: write {key[1]}=[{given[1] if given else 'WORD'}]."
+    else:
+        said = f"{key[1]}: {first_line(cause)}" if key else first_line(cause)
+    return said
 
 
 def _unreadable_file(error: Exception, space: ConfigSpace) -> str:

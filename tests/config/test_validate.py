@@ -93,3 +93,15 @@ def test_each_mistake_is_named(overrides, expected):
 
 def test_all_mistakes_are_named_at_once():
     assert len(problems("train.steps=0", "parallel.zero_stage=7", "data.slow_rank=99")) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("launch.stage=data", "launch.stage is a list: write launch.stage=[data]."),
+        ("task.args=--lr", "task.args is a list: write task.args=[--lr]."),
+        ("launch.include=3", "launch.include is a list: write launch.include=[3]."),
+    ],
+)
+def test_a_word_for_a_list_is_told_how_a_list_is_written(override, said):
+    assert problems("task=script", "task.path=x.py", override) == [said]
