@@ -307,7 +307,7 @@ def _around(folder: Path, above: set[Path]) -> Iterator[Path]:
 def _included(pattern: str, working_directory: Path, project: Path) -> Iterator[tuple[Path, bool]]:
     """The files that an entry of ``launch.include`` means, each with whether the entry is its very path."""
     outside = False
-    for base in dict.fromkeys((working_directory, project)):
+    for base in (bases := dict.fromkeys((working_directory, project))):
         found = False
         exact = base / Path(pattern).expanduser()
         for match in [exact] if os.path.lexists(exact) else _matches(base, pattern):
@@ -324,7 +324,7 @@ def _included(pattern: str, working_directory: Path, project: Path) -> Iterator[
             return
     if outside:
         raise HpcmmError(f"launch.include names {pattern}, which is not in {project}: the job reads it where it lies.")
-    raise HpcmmError(f"launch.include names {pattern}, but neither {working_directory} nor {project} holds it.")
+    raise HpcmmError(f"launch.include names {pattern}, which is not there in {' or '.join(map(str, bases))}.")
 
 
 def _matches(base: Path, pattern: str) -> list[Path]:

@@ -119,7 +119,7 @@ def test_an_included_path_counts_from_the_working_directory_and_then_from_the_pr
 
 @pytest.mark.parametrize("entry", ["none.txt", "no*ne", "../", "/etc/hostname", "**/none", "a" * 5000])
 def test_an_included_path_that_is_not_there_or_not_of_the_project_is_refused(project: Path, entry: str):
-    with pytest.raises(HpcmmError, match=r"launch\.include names .*(holds it|where it lies)\.$"):
+    with pytest.raises(HpcmmError, match=r"launch\.include names .*(is not there in [^ ]+|where it lies)\.$"):
         sorted_out(project, entry)
 
 
@@ -345,3 +345,13 @@ def test_without_git_a_project_of_many_files_is_not_walked_to_its_end(tmp_path: 
     assert "train.py" in found["copied"]
     assert len(found["copied"]) < 100
     assert found["linked"]
+
+
+def test_an_included_path_that_is_not_there_names_each_folder_once(project: Path):
+    (project / "lib").mkdir(exist_ok=True)
+    with pytest.raises(HpcmmError) as raised:
+        sorted_out(project, "none.txt")
+    assert str(raised.value).endswith(f"which is not there in {project}.")
+    with pytest.raises(HpcmmError) as raised:
+        sorted_out(project, "none.txt", here=project / "lib")
+    assert str(raised.value).endswith(f"which is not there in {project / 'lib'} or {project}.")
