@@ -176,7 +176,9 @@ def _check_can_be_array(config: RunConfig) -> None:
     if config.cluster.executor is Executor.local:
         raise HpcmmError("A sweep is a Slurm job array, and cluster=local has no Slurm: choose another cluster.")
     if config.wait:
-        raise HpcmmError("A sweep returns at once: leave wait=true out, and see how it goes with squeue.")
+        raise HpcmmError(
+            "A sweep returns at once: leave wait=true out, and see how it goes with python -m hpcmm.jobs status SWEEP."
+        )
 
 
 def _check_arrays(arrays: Sequence[Job], most_tasks: int | None) -> None:
