@@ -6,6 +6,7 @@ import argparse
 import getpass
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -38,8 +39,9 @@ _COLUMNS = ("job", "name", "state", "where", "since", "why it waits", "run direc
 DESCRIPTION = "What runs, where, since when, what it says, and why it failed."
 EPILOG = """\
 JOB is a job's number (12, or 12_7 for a task of an array), a run directory, the name of a run in --runs-root, or the
-start of that name; of several runs the newest is taken. A sweep's name means the newest job of each of its points;
-SWEEP/0003 and latest/0003 mean one point.
+start of that name; of several runs the newest is taken. The start holds at least the whole name that the run was
+launched with: slow-20260102-030405-1a2b is meant by slow and slow-2026, not by slo. A sweep's name means the newest job
+of each of its points; SWEEP/0003 and latest/0003 mean one point.
 
 Slurm is asked through squeue and, for jobs that are over, sacct; where sacct gives no answer, squeue and the run
 directory are used, and a line says so. Where squeue gives none either, status, list and why tell of the jobs whose end
@@ -333,7 +335,8 @@ def _row(job: Job, run: RunDir | None) -> tuple[str, ...]:
         since = f"{job.started} ({job.elapsed})"
     else:
         since = f"ended {job.ended}" if job.ended else ""
-    reason = job.reason if job.pending or job.state.startswith(("CANC", "NODE", "TIME", "PREE", "OUT")) else ""
+    by = re.match(r"by \d+", job.reason) if job.state == "CANCELLED" else None  # else why it waited last
+    reason = job.reason if job.pending else by[0] if by else ""
     where = job.nodes or (f"{job.node_count} nodes" if job.node_count and job.node_count != "1" else "")
     user = other_user(run.root) if run else None
     folder = f"{run.root} (of user {user})" if run and user else str(run.root) if run else ""

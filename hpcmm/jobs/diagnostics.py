@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_regular, read_tail
+from hpcmm.files import is_regular, read_tail, read_text
 from hpcmm.jobs.find_run import Target, folder_of_command, settings
 from hpcmm.jobs.logs import lines_in
 from hpcmm.jobs.state import State, environment_of_job, states_of
@@ -23,6 +23,7 @@ from hpcmm.slurm.jobs import Job, account_of, node_states
 
 _TAIL_BYTES = 256 * 1024
 _LAST_LINES = 6
+_MOST_JOBS_NAMED = 3
 _MOST_LOGS = 8
 """Of ranks that srun named, and that left no record, as many logs are read."""
 _MOST_HOST_LISTS = 64
@@ -76,6 +77,8 @@ class JobDiagnostics:
     """The last lines of the batch script's log that are of this attempt."""
     gone: str = ""
     """The run directory, or its folder of logs, if that is not there (any more)."""
+    waited_for: list[str] = field(default_factory=list)
+    """The jobs that this one was to run after, as its script names them."""
 
 
 def gather(target: Target) -> JobDiagnostics:
@@ -146,7 +149,23 @@ def _evidence(job: Job, run: RunDir | None, nodes: dict[str, str], notes: list[s
         notes,
         batch_lines,
         _gone(run),
+        _waited_for(run) if job.reason == DEPENDENCY_FAILED else [],
     )
+
+
+def _waited_for(run: RunDir) -> list[str]:
+    """The numbers in the script, for ``after=`` may be a name that means another run by now."""
+    place = SweepDir.of_point(run)
+    scripts = place[0].shared if place is not None else run
+    named = re.search(r"^#SBATCH --dependency=\w+((?::\d+(?:_\d+)?)+)$", _script_of(scripts), re.MULTILINE)
+    return named[1].strip(":").split(":")[:_MOST_JOBS_NAMED] if named else []
+
+
+def _script_of(run: RunDir) -> str:
+    try:
+        return read_text(run.submission_script, within=run.root)
+    except (OSError, ValueError):  # gone, or damaged
+        return ""
 
 
 def _gone(run: RunDir | None) -> str:
@@ -218,6 +237,8 @@ def _ranks(
         numbers |= set(range(_world_size(run)))
     told = list(named)[:_MOST_LOGS]
     numbers |= set(told)
+    profile = settings(run).get("profile")
+    is_profiled = isinstance(profile, dict) and profile.get("tool") is not None
     found = {}
     for rank in sorted(numbers):
         error = failures.read(failures.error_file(attempt, rank), RankError) if attempt else None
@@ -226,6 +247,7 @@ def _ranks(
             error = None  # its status tells as much
         unexplained = error is None and (ended is not None or rank in told)
         lines = lines_in(read_tail(run.rank_log(rank), _TAIL_BYTES, within=run.root)) if unexplained else []
+        lines = without_nsys(lines) if is_profiled else lines
         logged = last_logged_error("\n".join(lines)) if ended is not None else None
         last_lines = [line for line in lines if line.strip() and not line.startswith("submitit INFO")][-_LAST_LINES:]
         here = progress.get(rank)
@@ -233,6 +255,23 @@ def _ranks(
         stacks = read_tail(failures.stacks_file(attempt, rank), _TAIL_BYTES, within=run.root) if attempt else ""
         found[rank] = RankDiagnostics(rank, node, error, ended, logged, last_lines, stacks, here)
     return found
+
+
+_SAID_BY_NSYS = re.compile(
+    r"(?:Importer error status: |Unable to retrieve the importer version|Generating '|Generated:\s*$|Processing events|"
+    r"Saved report file to |Capture range (?:started|ended)|Collecting data|\[\d+/\d+\] \[|"
+    r"\s+/\S+\.(?:qdstrm|nsys-rep|sqlite)\s*$).*"
+)
+_AFTER_A_BAR = re.compile(r"(?:Importer error status: |Generating '/|Processing events\.\.\.|Capture range ended).*")
+"""nsys' first line, where the program's last one has no line break, as that of a progress bar."""
+
+
+def without_nsys(lines: Sequence[str]) -> list[str]:
+    """A rank's log without the last lines, which are nsys' own words of its report and not the program's."""
+    end = len(lines)
+    while end and (not lines[end - 1].strip() or _SAID_BY_NSYS.match(lines[end - 1])):
+        end -= 1
+    return [*lines[: end - 1], _AFTER_A_BAR.sub("", lines[end - 1])] if end else []
 
 
 def _world_size(run: RunDir) -> int:
@@ -243,6 +282,10 @@ def _world_size(run: RunDir) -> int:
 
 
 _NEVER = "It never starts as it is: python -m hpcmm.jobs cancel JOB, and launch it again"
+_OVER = "Launch it again"
+"""In place of it if the job is over: there is nothing to cancel any more."""
+DEPENDENCY_FAILED = "DependencyNeverSatisfied"
+"""Slurm's reason for a job whose ``after=`` failed."""
 _IN_TURN: tuple[tuple[str, str], ...] = (
     ("Resources", "It waits until enough nodes are free."),
     ("Priority", "Jobs with a higher priority are before it in the queue."),
@@ -258,7 +301,7 @@ _IN_TURN: tuple[tuple[str, str], ...] = (
 _WAITS = (
     *_IN_TURN,
     (
-        "DependencyNeverSatisfied",
+        DEPENDENCY_FAILED,
         f"The job that it is to run after did not end as it should. {_NEVER} without after=, or after another job.",
     ),
     ("JobHeldUser", "Its user holds it: `scontrol release JOB` lets it go."),
@@ -311,7 +354,7 @@ _WAITS = (
 def why_it_waits(job: Job) -> str:
     """What Slurm's reason means for a job that waits, or was over before it started; empty if that is not known."""
     found = next((said for reason, said in _WAITS if re.fullmatch(reason, job.reason)), "")
-    return found.replace("JOB", job.job_id)
+    return (found if job.active else found.replace(_NEVER, _OVER)).replace("JOB", job.job_id)
 
 
 def reason_of_end(job: Job) -> str:

@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 
-from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics, srun_words, why_it_waits
+from hpcmm.jobs.diagnostics import DEPENDENCY_FAILED, JobDiagnostics, RankDiagnostics, srun_words, why_it_waits
 from hpcmm.node.classify import (
     CONSEQUENCES,
     Kind,
@@ -34,7 +34,8 @@ _LINES_THAT_TELL = 3
 """Of a log, from its end: what stands before need not be why the program ended."""
 _LINES_NEAR = 20
 """Lines behind a traceback that may belong to it, such as those of other threads."""
-_TOLD_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+_TOLD_TO_END = frozenset({signal.SIGTERM, signal.SIGINT})
+"""SIGHUP is none of them: neither Slurm nor hpcmm sends it to end a rank."""
 _NODE_DOWN = ("down", "fail", "drain", "inval", "reboot")
 
 
@@ -191,6 +192,8 @@ def _ended_by_slurm(evidence: JobDiagnostics, kind: Kind) -> Verdict:
         what = "the job could not end before its deadline"
         remedy = "Launch it again with a later deadline in cluster.sbatch, or with a shorter cluster.time_limit_min."
     if not evidence.ranks and not evidence.job.nodes and evidence.job.source != "run directory":
+        if evidence.job.reason == DEPENDENCY_FAILED:
+            return _never_satisfied(evidence, kind)
         meant = why_it_waits(evidence.job)
         return Verdict(kind, f"{what} before it started{f': {meant}' if meant else ''}", remedy=remedy)
     hung = _hung(evidence)
@@ -200,6 +203,15 @@ def _ended_by_slurm(evidence: JobDiagnostics, kind: Kind) -> Verdict:
         what = f"{what} while all ranks but this one waited in a collective; it was at {place.said}"
         return Verdict(kind, what, hung.rank, hung.node, remedy=remedy)
     return Verdict(kind, what, remedy=remedy)
+
+
+def _never_satisfied(evidence: JobDiagnostics, kind: Kind) -> Verdict:
+    """Slurm removed the job, since the one before it failed."""
+    before = evidence.waited_for
+    named = f" (job {' or '.join(before)})" if before else ""
+    see = " or ".join(f"python -m hpcmm.jobs why {each}" for each in before or ["JOB"])
+    what = f"Slurm removed the job before it started: the job that it was to run after{named} did not end as it should"
+    return Verdict(kind, what, remedy=f"See why that one failed with {see}, then launch this one again.")
 
 
 def _hung(evidence: JobDiagnostics) -> RankDiagnostics | None:
@@ -335,7 +347,10 @@ def _not_started(evidence: JobDiagnostics) -> Verdict | None:
         said = "Run again; if that fails too, tell the site, and leave the node out with cluster.exclude."
         return Verdict(Kind.node_failure, f"{_node(job.nodes)} did not start", remedy=said)
     if not job.nodes and (meant := why_it_waits(job)):
-        return Verdict(Kind.not_started, f"the job was over before it started ({job.reason}): {meant}", remedy=meant)
+        said = f"the job was over before it started ({job.reason}): {meant}"
+        before = job.reason == DEPENDENCY_FAILED
+        kind = Kind.not_started
+        return _never_satisfied(evidence, kind) if before else Verdict(kind, said, remedy=meant)
     if job.reason == "JobLaunchFailure" and _signal_of(job.exit_code) is None:
         return Verdict(Kind.not_started, f"Slurm could not start the job's script on {_node(job.nodes)}")
     return None
@@ -405,6 +420,7 @@ def _by_slurm_alone(evidence: JobDiagnostics) -> Verdict:
     if number and evidence.oom_kill:
         return Verdict(Kind.out_of_memory, _KILLED_FOR_MEMORY)
     if number:
-        return Verdict(kind_of_status(128 + number), f"{signal_name(number)} ended the job's script")
+        kind = Kind.unknown if number in _TOLD_TO_END else kind_of_signal(number)
+        return Verdict(kind, f"{signal_name(number)} ended the job's script")
     log = [line for line in evidence.batch_lines if line.strip()]
     return Verdict(Kind.unknown, f"no rank left a word of its end{status}{_log_ends(log)}")

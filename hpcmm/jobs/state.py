@@ -21,7 +21,7 @@ from hpcmm.jobs.find_run import (
 )
 from hpcmm.ranges import tasks_in
 from hpcmm.runs.attempts import attempts_of, raw_id_of
-from hpcmm.runs.exit_status import STOPPED, outcome_of
+from hpcmm.runs.exit_status import COMPLETED, FAILED, STOPPED, outcome_of
 from hpcmm.runs.ledger import array_of
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 from hpcmm.runs.submission import identity_of, job_ids_of
@@ -48,13 +48,15 @@ def record_of(run: RunDir, job_id: str) -> Job | None:
 def local_job(run: RunDir, job_id: str, name: str, ranks: int) -> Job:
     """The run as a job: it runs while its controlling process does, and completed when each rank left a result.
 
+    One that stopped as asked has completed too: nobody puts it back into a queue, and it has not failed.
+
     submitit's number of a local job is that process' own; it may be another's by now, so its command is looked at.
     """
     if job_id.isdecimal() and _runs(int(job_id), run.submitit):
         state = "RUNNING"
     else:
         outcome = outcome_of(run, job_id, ranks)
-        state = outcome.state if outcome is not None else "FAILED"
+        state = outcome.state if outcome is not None else COMPLETED if run.stopped.exists() else FAILED
     return Job(job_id, job_id, name=name, state=state, node_count="1", source="run directory")
 
 

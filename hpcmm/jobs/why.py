@@ -15,9 +15,10 @@ from hpcmm.jobs.diagnostics import JobDiagnostics, gather_newest, gather_points,
 from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.first_failure import Event, Verdict, events_of, first_failure
 from hpcmm.jobs.logs import printable
-from hpcmm.jobs.state import State
+from hpcmm.jobs.state import State, is_local
 from hpcmm.node.classify import Kind
 from hpcmm.ranges import tasks_in, write_ranges
+from hpcmm.runs.ledger import overrides_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.slurm.jobs import ACTIVE, PENDING, Job
 
@@ -41,6 +42,9 @@ _ADVICE = {
     Kind.exception: "The program itself raised this: its last lines are shown, the rest is in the rank's log.",
     Kind.killed: "Something outside of the job sent SIGKILL: most often the kernel, when a node's memory is full (its "
     "administrator sees it in dmesg), else a person. Ask for memory with cluster.memory_gb.",
+    Kind.signalled: "The program has no handler for this signal, which Slurm's warning (cluster.stop_warning_s with "
+    "requeue=slurm), `scancel --signal` or a person sent. Handle it in the program, or leave requeue=slurm out and ask "
+    "hpcmm.annotate.should_stop() after each step.",
     Kind.crashed: "Native code crashed: the stacks file in the failures folder shows where; compare package versions "
     "with `python -m hpcmm.doctor`.",
     Kind.not_started: "See what Slurm says of the node with `scontrol show node`; if it says nothing, ask the site: "
@@ -157,6 +161,7 @@ def _lines(explanation: Explanation) -> list[str]:
     if verdict is None:
         return [_printable(line) for line in [f"{title}: {job.state}. {_progress(evidence)}", *notes]]
     lines = [f"{title}: {verdict.kind}"]
+    lines += [f"values:   {values}"] if (values := _values_of_run(evidence.run)) else []
     lines += [f"first:    {_first(verdict)}"] if _first(verdict) else []
     what, *more = (verdict.what.splitlines() or [""])[:6]
     lines += [f"what:     {what}", *(f"          {line}" for line in more)]
@@ -174,6 +179,12 @@ def _lines(explanation: Explanation) -> list[str]:
     elif evidence.run is not None and evidence.batch_lines:
         lines.append(f"log:      {evidence.run.batch_log}")
     return [_printable(line) for line in [*lines, *notes]]
+
+
+def _values_of_run(run: RunDir | None) -> str:
+    """What tells a point from the others of its sweep; empty of what is no point."""
+    place = SweepDir.of_point(run) if run is not None else None
+    return overrides_of(place[0]).get(place[1], "") if place is not None else ""
 
 
 def values_of(explanation: Explanation | SweepExplanation) -> dict[str, Any]:
@@ -279,7 +290,8 @@ def _restarts(evidence: JobDiagnostics) -> str:
 
 def _progress(evidence: JobDiagnostics) -> str:
     if evidence.job.state == "COMPLETED":
-        return "Nothing has failed."
+        stopped = evidence.run is not None and is_local(evidence.run) and evidence.run.stopped.exists()
+        return "It stopped as asked; nothing has failed." if stopped else "Nothing has failed."
     if evidence.job.pending:
         return _waiting(evidence.job)
     known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
@@ -371,6 +383,7 @@ def _lines_of_sweep(sweep: SweepExplanation) -> list[str]:
     if failures:
         lines += _lines(failures[0][1])
         lines += _lines_of_others(failures)
+        lines += _lines_of_values(sweep, failures[1:])
     elif _FAILED not in sweep.counts:
         active = any(point.state in ACTIVE for point in sweep.points)
         lines.append("Nothing has failed so far." if active else "Nothing is known to have failed.")
@@ -393,6 +406,13 @@ def _lines_of_others(failures: Sequence[tuple[PointExplanation, Explanation]]) -
         rest = [point for group in others[_MOST_GROUPS:] for point, _ in group]
         lines.append(f"also:     {_names(rest)}, each in another way")
     return lines
+
+
+def _lines_of_values(sweep: SweepExplanation, others: Sequence[tuple[PointExplanation, Explanation]]) -> list[str]:
+    """The values of the other points that failed, in their order."""
+    known = overrides_of(SweepDir(sweep.run.root)) if sweep.run is not None else {}
+    shown = [(name, known.get(int(name), "")) for name in (point.name for point, _ in others) if name.isdecimal()]
+    return [f"values:   {name}: {values}" for name, values in sorted(shown)[:_MOST_GROUPS] if values]
 
 
 def _names(points: Iterable[PointExplanation]) -> str:

@@ -102,7 +102,7 @@ def _word(path: Path) -> str:
 
 def _arrays(job_ids: Sequence[str], points: int) -> str:
     if len(job_ids) == 1:
-        return f"job id:         {job_ids[0]}, an array of {points} tasks"
+        return f"job id:         {job_ids[0]}, an array of {points} task{'' if points == 1 else 's'}"
     return f"job ids:        {', '.join(job_ids)}, {len(job_ids)} arrays of {points} tasks in all"
 
 
@@ -126,7 +126,9 @@ def _resubmit(arguments: Sequence[str]) -> int:
         return 0
     print(_arrays(again.job_ids, len(again.points)))
     for point in again.points:
-        print(f"point {point.index:>4}:     {printable(shlex.join(point.overrides))}")
+        print(f"point {point.index:>4}:     {printable(', '.join(point.overrides))}")
+    if again.code is not None:
+        print(f"code:           {printable(str(again.code))}, as first submitted; changed code needs a new launch")
     return 0
 
 

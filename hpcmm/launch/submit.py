@@ -103,6 +103,8 @@ class Resubmission:
     """Their arrays; none if no point had failed."""
     states: Sequence[str]
     """The state of each point that was asked for before."""
+    code: Path | None = None
+    """The copy of the code that they run, which was made at the launch; None if it made none."""
 
     def summary(self) -> str:
         """How many points were in which state."""
@@ -151,7 +153,9 @@ def resubmit(path: Path, indices: Collection[int] | None = None) -> Resubmission
         if failed:
             check_environment_from(config)
         job_ids = tuple(each.known.job_id for each in _submit_arrays(config, ledger, failed))
-        return Resubmission(failed, job_ids, [states[point.index] for point in asked])
+        code = ledger.sweep.shared.code
+        states_before = [states[point.index] for point in asked]
+        return Resubmission(failed, job_ids, states_before, code if code.is_dir() else None)
 
 
 def _check_scripts(sweep: SweepDir) -> None:

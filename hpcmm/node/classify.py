@@ -23,6 +23,7 @@ class Kind(StrEnum):
     data = "data"
     exception = "exception"
     killed = "killed"
+    signalled = "signal"
     crashed = "crashed"
     node_failure = "node failure"
     not_started = "not started"
@@ -254,7 +255,7 @@ def kind_of_signal(number: int) -> Kind:
     """The kind of a rank's end by a signal that was not sent because another rank had failed."""
     if number in _CRASHES:
         return Kind.crashed
-    return Kind.killed
+    return Kind.killed if number == signal.SIGKILL else Kind.signalled
 
 
 def kind_of_status(status: int | None) -> Kind:

@@ -111,6 +111,17 @@ def jobs_of_points(sweep: SweepDir) -> dict[int, list[str]]:
     return found
 
 
+def overrides_of(sweep: SweepDir) -> dict[int, str]:
+    """The values of each point, as ``train.seed=1, task.args=[a,b]``, by index; of whoever's ledger, without damage."""
+    points = read_json_object(sweep.ledger, _MOST_BYTES, within=sweep.root).get("points")
+    found = {}
+    for point in points if isinstance(points, list) else []:
+        index, given = (point.get("index"), point.get("overrides")) if isinstance(point, dict) else (None, None)
+        if type(index) is int and isinstance(given, list):
+            found[index] = ", ".join(each for each in given if isinstance(each, str))
+    return found
+
+
 def arrays_of(jobs: Mapping[int, Sequence[str]]) -> list[str]:
     """Numbers of the arrays that these tasks of points belong to, the latest last."""
     places: dict[str, int] = {}

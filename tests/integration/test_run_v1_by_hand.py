@@ -57,7 +57,7 @@ def test_a_failed_point_of_its_sweep_is_submitted_once_more(slurm_cluster, run):
         env=slurm_cluster.env, cwd=run.parents[1], capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "an array of 1 tasks" in done.stdout
+    assert "an array of 1 task\n" in done.stdout
     first, again = (point["jobs"] for point in json.loads((sweep / "ledger.json").read_text())["points"])
     assert (first, len(again)) == (["4"], 2)
     until = time.monotonic() + 150

@@ -9,6 +9,7 @@ import pytest
 from hpcmm.jobs.diagnostics import RankDiagnostics, gather, reason_of_end, why_it_waits
 from hpcmm.jobs.find_run import find_targets
 from hpcmm.jobs.first_failure import first_failure
+from hpcmm.jobs.state import local_job
 from hpcmm.jobs.why import explanation_of, lines_of, values_of
 from hpcmm.node.classify import Kind
 from hpcmm.runs.failures import RankError, RankExit, error_file, exit_file, write
@@ -18,6 +19,8 @@ from hpcmm.slurm.jobs import Job
 SLURMSTEPD_OOM = (
     "slurmstepd: error: Detected 1 oom_kill event in StepId=7.batch. Some of the step tasks have been OOM Killed."
 )
+
+NO_PROCESS = "9" * 12
 
 
 @pytest.fixture
@@ -323,3 +326,40 @@ def test_a_script_without_steps_of_its_own_is_not_said_to_have_finished_none(run
     )
     write(RankExit(0, "n1", 5, 42, None), exit_file(run.failures / "7.0", 0))
     assert "no step" not in why(run)
+
+
+@pytest.mark.parametrize("profile", [{"tool": "nsys"}, {"tool": None}])
+def test_under_a_profiler_a_log_ends_where_the_program_s_does(run, profile):
+    given = json.loads(run.config.read_text())
+    run.config.write_text(json.dumps(given | {"profile": profile}), encoding="utf-8")
+    run.rank_log(0).write_text("the last word\nGenerated:\n    /tmp/nsys/rank_0000.qdstrm\n", encoding="utf-8")
+    write(RankExit(0, "n1", 5, 42, None), exit_file(run.failures / "7.0", 0))
+    assert ('its log ends: "the last word"' in why(run)) == (profile["tool"] is not None)
+
+
+@pytest.mark.parametrize(("state", "exit_code"), [("CANCELLED", "0:0"), ("FAILED", "1:0")])
+def test_a_job_whose_predecessor_failed_names_that_job_and_is_not_to_be_cancelled(run, state, exit_code):
+    run.submission_script.write_text("#!/bin/bash\n#SBATCH --dependency=afterok:17\n", encoding="utf-8")
+    queue(run, state, "DependencyNeverSatisfied", exit_code, nodes="")
+    told = why(run)
+    assert "(job 17) did not end as it should" in told
+    assert "do:       See why that one failed with python -m hpcmm.jobs why 17, then launch this one again." in told
+    assert "cancel" not in told.lower().replace("slurm:    cancelled", "").replace("demo-1): cancelled", "")
+
+
+def test_a_job_that_is_over_is_not_to_be_cancelled():
+    over = Job("7", "7", state="CANCELLED", reason="BadConstraints")
+    assert "cancel" not in why_it_waits(over)
+    assert "Launch it again for what" in why_it_waits(over)
+
+
+def test_a_local_run_that_stopped_as_asked_has_not_failed(run):
+    given = json.loads(run.config.read_text())
+    given["cluster"]["executor"] = "local"
+    run.config.write_text(json.dumps(given), encoding="utf-8")
+    (run.submitit / f"{NO_PROCESS}_submitted.pkl").touch()
+    run.submission.write_text(json.dumps({"job_id": NO_PROCESS}), encoding="utf-8")
+    assert local_job(run, NO_PROCESS, "demo", 2).state == "FAILED"
+    run.stopped.touch()
+    assert local_job(run, NO_PROCESS, "demo", 2).state == "COMPLETED"
+    assert "It stopped as asked; nothing has failed." in why(run)

@@ -1,8 +1,10 @@
 """From evidence to the first failure, its node and what to do."""
 
+import signal
+
 import pytest
 
-from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
+from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics, without_nsys
 from hpcmm.jobs.first_failure import first_failure
 from hpcmm.jobs.why import explanation_of, lines_of, values_of
 from hpcmm.node.classify import Kind, LoggedError
@@ -229,3 +231,36 @@ def test_a_message_that_is_no_text_or_without_end_is_told_nevertheless():
 def test_ranks_that_were_all_told_to_end_did_not_fail():
     assert first_failure(job(signalled(0, 3, 15), signalled(1, 4, 15))).kind is Kind.cancelled
     assert first_failure(job(signalled(0, 3, 15), silent(1))).kind is not Kind.cancelled
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGALRM])
+def test_a_signal_without_a_handler_is_named_with_who_sends_such_signals(number):
+    evidence = job(signalled(1, 3, number), raised(0, 4, *LOST), signalled(2, 5, signal.SIGTERM))
+    found = first_failure(evidence)
+    assert (found.kind, found.rank, found.what) == (Kind.signalled, 1, number.name)
+    (do,) = [line for line in lines_of(explanation_of(evidence)) if line.startswith("do:")]
+    for said in ("no handler", "cluster.stop_warning_s", "scancel --signal", "should_stop()"):
+        assert said in do
+    assert "memory" not in do
+
+
+def test_a_kill_keeps_the_advice_on_memory():
+    assert "cluster.memory_gb" in "\n".join(lines_of(explanation_of(job(signalled(1, 3, signal.SIGKILL)))))
+
+
+NSYS = [
+    "Importer error status: The importer binary and its dependencies were not found.",
+    "Unable to retrieve the importer version: skipping importation of the QDSTRM file.",
+    "Generating '/tmp/nsys-report-3f92.qdstrm'",
+    "[1/1] [========================100%] rank_0000.nsys-rep",
+    "Generated:",
+    "    /tmp/nsys/rank_0000.qdstrm",
+    "",
+]
+
+
+def test_the_last_words_of_nsys_are_not_the_program_s():
+    assert without_nsys(["Generated: 3 images", "loss 0.5", "", *NSYS]) == ["Generated: 3 images", "loss 0.5"]
+    assert without_nsys([f"train: 65%|###| 130/200{NSYS[0]}", *NSYS[1:]]) == ["train: 65%|###| 130/200"]
+    assert without_nsys(["step 1", "Capture range ended in the application.", "Processing events..."]) == ["step 1"]
+    assert without_nsys(NSYS) == []

@@ -134,7 +134,8 @@ def test_following_prints_nothing_that_a_terminal_obeys(run, slurm, capsys, fail
 
 
 def test_resubmitted_points_are_told_clean(run, capsys, monkeypatch):
-    again = types.SimpleNamespace(job_ids=("8",), points=[types.SimpleNamespace(index=0, overrides=(HOSTILE,))])
+    points = [types.SimpleNamespace(index=0, overrides=(HOSTILE,))]
+    again = types.SimpleNamespace(job_ids=("8",), points=points, code=HOSTILE)
     monkeypatch.setattr("hpcmm.launch.submit.resubmit", lambda *_: again)
     assert launch.main(["resubmit", "runs/demo-1"]) == 0
     assert is_clean(capsys.readouterr().out) == []

@@ -11,6 +11,7 @@ import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.__main__ import find_runs
+from hpcmm.jobs.__main__ import _job_lines
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import find_folder, find_targets
 from hpcmm.jobs.state import states_of
@@ -22,6 +23,7 @@ from hpcmm.runs.attempts import begin_attempt
 from hpcmm.runs.ledger import Ledger, LedgerPoint
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.serve.address import find_served_run
+from hpcmm.slurm.jobs import Job
 
 SEPARATOR = "\x1f"
 NAME = "demo-20260102-030405-1a2b"
@@ -260,7 +262,9 @@ def test_why_a_sweep_failed_is_its_first_failure_and_the_others_by_kind(slurm, s
     assert lines[0] == f"sweep {NAME}: 4 points: 2 failed, 1 completed, 1 running."
     assert lines[1] == "job 7_2 (0002): exception"
     assert "what:     RuntimeError: loss is nan at step 2" in lines
+    assert "values:   train.seed=2" in lines
     assert "alike:    0003" in lines
+    assert "values:   0003: train.seed=3" in lines
     told = values_of(explanation)
     assert (told["failed"], told["job_id"], told["first"]["rank"]) == (True, "7_2", 0)
     assert {each["point"]: (each["state"], each["failed"]) for each in told["points"]} == {
@@ -352,7 +356,7 @@ def test_only_the_points_that_are_named_are_submitted_once_more(slurm, sweep, ca
         assert launch(["resubmit", asked]) == 0
         said = capsys.readouterr().out
         if tasks:
-            assert "job id:         12, an array of 1 tasks" in said
+            assert "job id:         12, an array of 1 task\n" in said
             assert f"--array={tasks} " in slurm.called("sbatch")[-1]
             rows.append(row(f"12_{tasks}", f"12{tasks}", "PENDING", str(sweep.submission_script(0))))
             slurm.answers("squeue", *rows)
@@ -361,6 +365,31 @@ def test_only_the_points_that_are_named_are_submitted_once_more(slurm, sweep, ca
     assert len(slurm.called("sbatch")) == 2
     assert launch(["resubmit", "77"]) == 1
     assert "Job 77 is of no known sweep" in capsys.readouterr().err
+
+
+def test_points_that_run_again_are_told_with_their_values_and_the_code_that_they_run(slurm, sweep, capsys, monkeypatch):
+    monkeypatch.setattr("hpcmm.config.config_file.load", lambda _: config())
+    points = [LedgerPoint(i, ["task.args=[--lr, '1e-3']", f"train.seed={i}"], f"{i:04d}", ["7"]) for i in range(4)]
+    Ledger(sweep, points).write()
+    slurm.answers("squeue", *all_rows(sweep))
+    slurm.answers("sbatch", "Submitted batch job 12")
+    sweep.shared.code.mkdir()
+    assert launch(["resubmit", "demo/0002"]) == 0
+    said = capsys.readouterr().out
+    assert "point    2:     task.args=[--lr, '1e-3'], train.seed=2\n" in said
+    assert said.count(f"{sweep.shared.code}, as first submitted; changed code needs a new launch") == 1
+
+
+@pytest.mark.parametrize(("state", "reason"), [("COMPLETED", "JobArrayTaskLimit"), ("TIMEOUT", "TimeLimit")])
+def test_a_job_that_is_over_waits_for_nothing(state, reason):
+    (_, line) = _job_lines([Job("7", "7", state=state, reason=reason)])
+    assert reason not in line
+
+
+def test_who_cancelled_a_job_is_shown():
+    assert "by 1000" in _job_lines([Job("7", "7", state="CANCELLED", reason="by 1000")])[1]
+    assert "Resources" not in _job_lines([Job("7", "7", state="CANCELLED", reason="Resources")])[1]
+    assert "Resources" in _job_lines([Job("7", "7", state="PENDING", reason="Resources")])[1]
 
 
 def config():

@@ -163,3 +163,19 @@ def test_a_rank_that_sees_one_gpu_alone_calls_it_number_0(tmp_path, visible, loc
     (tmp_path / "train.py").write_text("import os; print('local rank', os.environ['LOCAL_RANK'])\n")
     _, done = run_task(tmp_path, "task=script", f"task.path={tmp_path / 'train.py'}", CUDA_VISIBLE_DEVICES=visible)
     assert f"local rank {local_rank}\n" in done.stdout
+
+
+@pytest.mark.parametrize("ends", ["sys.exit(0)", "sys.exit()", "raise SystemExit"])
+def test_a_script_that_exits_well_leaves_a_word_of_its_end(tmp_path, ends):
+    (tmp_path / "train.py").write_text(f"import sys\n{ends}\n")
+    run, done = run_task(tmp_path, "task=script", f"task.path={tmp_path / 'train.py'}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(run.rank_metrics(3).read_text().splitlines()[-1])["event"] == "end"
+
+
+def test_a_function_that_exits_well_leaves_a_word_of_its_end(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\ndef train(): sys.exit(0)\n")
+    python_path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    run, done = run_task(tmp_path, "task=function", "task.target=mine:train", PYTHONPATH=python_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(run.rank_metrics(3).read_text().splitlines()[-1])["event"] == "end"
