@@ -10,6 +10,7 @@ import pytest
 from hpcmm.config.sweep import compose_points
 from hpcmm.errors import HpcmmError
 from hpcmm.launch import plan as plan_module
+from hpcmm.launch.__main__ import main as launch_command
 from hpcmm.launch.plan import Plan, launch, plan
 from hpcmm.runs.ledger import read_ledger
 
@@ -89,3 +90,10 @@ def test_a_plan_refuses_a_script_of_any_point_before_slurm_is_asked(here: Path, 
     with pytest.raises(HpcmmError, match="sbatch and srun not found"):
         planned("cluster=slurm", "train.seed=1,2")
     assert planned("cluster=slurm", "train.seed=1,2", "dry_run=true").is_sweep
+
+
+def test_a_sweep_that_is_to_be_waited_for_is_told_what_shows_how_it_goes(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    own = ("cluster=slurm", "task=function", "task.target=json:dumps", "wait=true", "dry_run=true")
+    assert launch_command([*own, "train.seed=1,2"]) == 1
+    assert "python -m hpcmm.jobs status" in capsys.readouterr().err
