@@ -31,7 +31,7 @@ from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import profiled_ranks, tasks_in
 from hpcmm.runs.exit_status import outcome_of
 from hpcmm.runs.ledger import array_of, jobs_of_points
-from hpcmm.runs.ownership import check_runs_root, is_mine, is_trusted, require_mine
+from hpcmm.runs.ownership import Exchangeable, check_runs_root, is_mine, is_trusted, require_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import identity_of, job_ids_of, submitted_job
 from hpcmm.slurm.commands import SilentError, clusters_asked
@@ -69,6 +69,8 @@ class Plan:
     """What is to be copied."""
     overrides: tuple[str, ...]
     """As they were given."""
+    exchangeable: Exchangeable | None
+    """Who could exchange the run's directory, as it was said."""
 
     @property
     def run(self) -> RunDir:
@@ -115,7 +117,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
     if is_sweep:
         _check_can_be_array(first)
     run, here = _named(first), Path.cwd()
-    _check_folders(first, run)
+    found = _check_folders(first, run)
     codes = _codes(points, run, here)
     python_path = codes[first.task.path].python_path
     if any(os.pathsep in folder for folder in python_path):
@@ -144,16 +146,17 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         )
         for index, point in enumerate(points)
     )
-    return Plan(planned, arrays[0], arrays, codes[first.task.path], tuple(overrides))
+    return Plan(planned, arrays[0], arrays, codes[first.task.path], tuple(overrides), found)
 
 
-def _check_folders(config: RunConfig, run: RunDir) -> None:
+def _check_folders(config: RunConfig, run: RunDir) -> Exchangeable | None:
     """Raises HpcmmError for folders in which another user could exchange what the job runs or loads."""
-    check_runs_root(run.root)
+    found = check_runs_root(run.root)
     if config.cluster.cache_dir is not None:
         from hpcmm.node.cache import check_cache_dir  # noqa: PLC0415 -- importlib.metadata, 20 ms
 
         check_cache_dir(config.cluster)
+    return found
 
 
 def _validated(points: Sequence[Point]) -> dict[str | None, str | None]:
@@ -328,8 +331,7 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
     require_mine(run.root, f"after={named} waits for a run of yours, or for a job's number")
     if job_ids := job_ids_of(RunDir(run.root.resolve())):
         return ":".join(job_ids) if SweepDir(run.root).is_there() else job_ids[-1]
-    job_id = submitted_job(run)
-    if job_id is None:
+    if (job_id := submitted_job(run)) is None:
         raise HpcmmError(f"after={named}: {run.submission} does not tell that run's job, so it was not submitted.")
     if not _JOB_ID.fullmatch(job_id):
         raise HpcmmError(f"after={named}: {run.submission} holds {job_id[:40]!r}, which is not a job id.")

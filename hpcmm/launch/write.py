@@ -25,6 +25,7 @@ from hpcmm.launch.script import python_of, render_analysis_script, render_script
 from hpcmm.launch.snapshot import take_snapshot
 from hpcmm.resources import PACKAGE
 from hpcmm.runs.ledger import Ledger, LedgerPoint
+from hpcmm.runs.ownership import check_runs_root
 from hpcmm.runs.run_dir import RunDir, SweepDir, make_private
 from hpcmm.runs.submission import write_provenance_record
 from hpcmm.worker.task import RankTask
@@ -93,9 +94,13 @@ def _sha256(path: Path) -> str:
 def write(planned: Plan) -> None:
     """Write all that the job reads. Raises HpcmmError if the disk refuses it, or the code cannot be copied."""
     try:
+        make_private(planned.run.root)
+        # Another user may have made a folder above that was missing when this was planned.
+        check_runs_root(planned.run.root, again=True, known=planned.exchangeable)
         if planned.is_sweep:
-            make_private(planned.run.root)
             planned.run.logs.mkdir()
+            for point in planned.points:
+                make_private(point.run.root)
         for point in planned.points:
             _write_point(point)
         _write_shared_files(planned)
@@ -113,7 +118,7 @@ def write(planned: Plan) -> None:
 
 
 def _write_point(point: PlannedPoint) -> None:
-    point.run.create()
+    point.run.make_folders()
     config_file.dump(point.config, point.run.config)
     DelayedSubmission(RankTask(str(point.run.root))).dump(point.run.submitit / "task.pkl")
 

@@ -53,6 +53,8 @@ def check_cache_dir(cluster: ClusterConfig) -> None:
     remedy = "set cluster.cache_dir to a folder of your own"
     if found is not None and found.reach is Reach.everybody:
         problem, remedy = found.why, f"{remedy}, or chmod +t {found.above}"
+    elif found is not None and found.reach is Reach.link:
+        problem = found.why
     elif owner is not None:
         problem = f"that belongs to user {owner}"
     elif user is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -35,14 +36,17 @@ def other_user(folder: Path) -> str | None:
 def _uid_of(folder: Path) -> int | None:
     """Of a link, or one to the folder above (a sweep's), its own unless it is root's or this user's.
 
-    Whoever owns a link chooses the folder.
+    Whoever owns a link chooses the folder. So does who owns one further above, if they could exchange it.
     """
     try:
         above, own, there = folder.parent.lstat(), folder.lstat(), folder.stat()
     except (OSError, ValueError):
         return None
     links = [each.st_uid for each in (above, own) if S_ISLNK(each.st_mode)]
-    return next((uid for uid in links if uid not in {0, os.geteuid()}), there.st_uid)
+    foreign = next((uid for uid in links if uid not in {0, os.geteuid()}), None)
+    if foreign is None and (found := _foreign_link(folder)) is not None:
+        foreign = found.uid
+    return there.st_uid if foreign is None else foreign
 
 
 def name_of(uid: int) -> str:
@@ -83,6 +87,8 @@ class Reach(IntEnum):
     group = 2
     """The members of a group, who can write a folder above it."""
     everybody = 3
+    link = 4
+    """Another user, who owns a link on the way to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ class Exchangeable:
 
     reach: Reach
     above: Path
-    """The folder above that allows it."""
+    """The folder above, or the link, that allows it."""
     uid: int
     """Who owns that."""
 
@@ -99,6 +105,8 @@ class Exchangeable:
     def why(self) -> str:
         """As the middle of a sentence."""
         above = visible(str(self.above))
+        if self.reach is Reach.link:
+            return f"{above} is a link of user {name_of(self.uid)}"
         if self.reach is Reach.owner:
             return f"{above} belongs to user {name_of(self.uid)}"
         return f"{above} can be written by {'everybody' if self.reach is Reach.everybody else 'its group'}"
@@ -114,18 +122,59 @@ def exchangeable(folder: Path) -> Exchangeable | None:
     Whoever can write the folder above can rename what lies in it, unless the sticky bit (as of /tmp) forbids it; its
     owner always can. Folders that are not there yet are passed over. None if nobody can.
     """
-    absolute = Path(os.path.abspath(folder))  # noqa: PTH100 -- links stay, for who can exchange one counts too
-    found = []
-    for path in {absolute, Path(os.path.realpath(folder))}:
-        for above in reversed(path.parents):  # from the root of the file system
-            try:
-                facts = above.stat()
-            except OSError:
-                break
-            found += [each for each in [_allowed_by(above, facts)] if each is not None]
-            if _lets_nobody_in(facts):
-                break  # nobody else can come to what lies below
+    found = [each for step in _steps(folder) for each in (_allowed_by(step), _chosen_by(step)) if each is not None]
     return max(found, key=lambda each: each.reach, default=None)
+
+
+def _foreign_link(folder: Path) -> Exchangeable | None:
+    return next((found for step in _steps(folder) if (found := _chosen_by(step)) is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A name that is looked up on the way to a folder, in a folder to which other users can come."""
+
+    path: Path
+    uid: int | None
+    """Who owns the link of that name; None if it is no link, or not there."""
+    above: os.stat_result
+    """The facts of the folder that holds it."""
+
+
+_MOST_LINKS = 40
+"""On one path, as for Linux."""
+
+
+def _steps(folder: Path) -> Iterator[_Step]:
+    """The way of a path, link by link; it ends at what is not there. What lies in a closed folder is left out."""
+    names = os.path.abspath(folder).split("/")[:0:-1]  # noqa: PTH100 -- links stay, for who can exchange one counts too
+    way = [("/", os.lstat("/"), False)]
+    links = 0
+    while names:
+        name = names.pop()
+        if name == "..":
+            way = way[:-1] or way
+        if name in {"", ".", ".."}:
+            continue
+        above, above_facts, closed = way[-1]
+        path = f"{above.rstrip('/')}/{name}"
+        try:
+            facts = os.lstat(path)
+            text = os.readlink(path) if S_ISLNK(facts.st_mode) else None  # noqa: PTH115
+        except (OSError, ValueError):
+            facts, text = None, None
+        if not closed:
+            yield _Step(Path(path), None if text is None or facts is None else facts.st_uid, above_facts)
+        if facts is None:
+            return
+        if text is None:
+            way.append((path, facts, closed or _lets_nobody_in(facts)))
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            return
+        names += text.split("/")[::-1]
+        way = way[:1] if text.startswith("/") else way
 
 
 def owner_above(folder: Path) -> str | None:
@@ -137,24 +186,29 @@ def owner_above(folder: Path) -> str | None:
     return None if uid in _trusted_above() or _has_no_name_here(uid) else name_of(uid)
 
 
-def check_runs_root(run: Path) -> None:
-    """Say who could exchange the directory of a new run before its job starts.
+def check_runs_root(run: Path, *, again: bool = False, known: Exchangeable | None = None) -> Exchangeable | None:
+    """Say who could exchange the directory of a new run before its job starts, and return that.
 
-    Raises HpcmmError if everybody could, or the owner of the folder that it is made in.
+    ``again``: once the folders above are made, in which another user may have come first; ``known``: what was said.
+    Raises HpcmmError if everybody could, or the owner of the folder that it is made in or of a link on the way there,
+    or, when asked again, anybody who was not known.
     """
     found, runs_root = exchangeable(run), run.parent
     owner = owner_above(runs_root)
-    if owner is not None or (found is not None and found.reach is Reach.everybody):
+    changed = found is not None and again and found != known
+    if owner is not None or changed or (found is not None and found.reach >= Reach.everybody):
         why = f"it belongs to user {owner}" if found is None or owner is not None else found.why
-        sticky = "" if found is None or owner is not None else f", or chmod +t {visible(str(found.above))}"
+        is_open = found is not None and owner is None and found.reach is Reach.everybody
+        sticky = f", or chmod +t {visible(str(found.above))}" if found is not None and is_open else ""
         raise HpcmmError(
             f"runs_root is {visible(str(runs_root))}, but {why}: another user could put a run in the place of yours, "
             f"and its script would run as you. Set runs_root to a folder of your own{sticky}."
         )
-    if found is not None:
+    if found is not None and not again:
         remedy = f": chmod +t {visible(str(found.above))} prevents it" if found.reach is Reach.group else ""
         said = f"{found.why}, so another user could put a run in the place of this one before its job starts{remedy}."
         print(f"hpcmm: {said}", file=sys.stderr)
+    return found
 
 
 def is_closed(folder: Path) -> bool:
@@ -166,7 +220,20 @@ def is_closed(folder: Path) -> bool:
         return False
 
 
-def _allowed_by(parent: Path, facts: os.stat_result) -> Exchangeable | None:
+def _chosen_by(step: _Step) -> Exchangeable | None:
+    """That a link is another user's, in a folder where they could make it anew."""
+    if step.uid is None or step.uid in _trusted_above() or _has_no_name_here(step.uid):
+        return None
+    return Exchangeable(Reach.link, step.path, step.uid) if _others_can_write(step.above) else None
+
+
+def _others_can_write(facts: os.stat_result) -> bool:
+    by_group = facts.st_mode & S_IWGRP and not _is_group_of_one(facts.st_gid)
+    return bool(facts.st_mode & S_IWOTH or by_group) or facts.st_uid not in _trusted_above()
+
+
+def _allowed_by(step: _Step) -> Exchangeable | None:
+    facts, parent = step.above, step.path.parent
     sticky = facts.st_mode & S_ISVTX
     reach = None
     if not S_ISDIR(facts.st_mode):

@@ -184,6 +184,10 @@ class RunDir:
         Raises FileExistsError when the run directory is there already.
         """
         make_private(self.root)
+        self.make_folders()
+
+    def make_folders(self) -> None:
+        """Make the folders in the run directory, which is there already."""
         for folder in (self.submitit, self.logs, self.nsys, self.metrics, self.checkpoints):
             folder.mkdir()
 

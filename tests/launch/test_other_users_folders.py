@@ -16,6 +16,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.__main__ import _make_own
 from hpcmm.launch.plan import plan, run_to_start_from
 from hpcmm.launch.submit import _link_latest
+from hpcmm.launch.write import write
 from hpcmm.nsys.capture import one_start_at_a_time
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import ReportSource
@@ -56,6 +57,33 @@ def test_a_launch_with_a_cache_that_anybody_can_exchange_is_refused(shared):
     overrides = ["cluster=local", f"runs_root={shared / 'runs'}", f"cluster.cache_dir={shared / 'cache'}"]
     with pytest.raises(HpcmmError, match=r"^The cache folder is .* can be written by everybody"):
         plan(compose_points(overrides), overrides)
+
+
+def test_a_launch_through_another_user_s_link_is_refused(shared, monkeypatch):
+    (shared / "open").mkdir()
+    (shared / "open").chmod(0o1777)
+    (shared / "mine").mkdir()
+    (shared / "open" / "runs").symlink_to(shared / "mine")
+    another_user.give(shared / "open" / "runs")
+    monkeypatch.chdir(shared / "open")
+    for overrides in (["cluster=local"], ["cluster=local", "runs_root=../mine", "cluster.cache_dir=runs/cache"]):
+        with pytest.raises(HpcmmError, match=r"open/runs is a link of user 54321"):
+            plan(compose_points(overrides), overrides)
+    assert [*(shared / "mine").iterdir()] == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o755])
+def test_nothing_is_written_if_another_user_made_a_missing_folder_first(shared, mode):
+    (shared / "open").mkdir()
+    (shared / "open").chmod(0o1777)
+    overrides = ["cluster=local", f"runs_root={shared / 'open' / 'new' / 'runs'}", "dry_run=true"]
+    planned = plan(compose_points(overrides), overrides)
+    (shared / "open" / "new").mkdir()
+    (shared / "open" / "new").chmod(mode)
+    another_user.give(shared / "open" / "new")
+    with pytest.raises(HpcmmError, match=r"^runs_root is .*open/new .*another user could put a run"):
+        write(planned)
+    assert not planned.run.root.exists()
 
 
 def test_a_planted_latest_is_neither_followed_nor_in_the_way(tmp_path):

@@ -99,6 +99,44 @@ def test_the_folder_of_a_link_counts_too(open_place):
     assert found.above == open_place / "shared"
 
 
+@pytest.mark.parametrize("place", ["the folder itself", "a folder above", "behind a link of one's own"])
+def test_whose_link_leads_to_a_folder_could_exchange_it(open_place, place):
+    shared, mine = open_place / "shared", open_place / "mine"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (mine / "runs" / "demo-1").mkdir(parents=True)
+    link = shared / "link"
+    link.symlink_to(mine if place == "a folder above" else mine / "runs")
+    (open_place / "own").symlink_to("shared/link")
+    runs = {"a folder above": link / "runs", "the folder itself": link}.get(place, open_place / "own")
+    check_runs_root(runs / "demo-2")
+    require_mine(runs / "demo-1", "x")
+    another_user.give(link)
+    found = exchangeable(runs / "demo-2")
+    assert found is not None
+    assert (found.reach, found.above, found.uid) == (Reach.link, link, another_user.UID)
+    with pytest.raises(HpcmmError, match=r"shared/link is a link of user 54321.*folder of your own\.$"):
+        check_runs_root(runs / "demo-2")
+    assert not is_mine(runs / "demo-1")
+    assert other_user(runs / "demo-1") == str(another_user.UID)
+    with pytest.raises(HpcmmError, match="is another user's"):
+        require_mine(runs / "demo-1", "x")
+
+
+def test_a_link_that_its_owner_could_not_make_anew_is_no_danger(open_place):
+    (open_place / "data").mkdir()
+    (open_place / "link").symlink_to("data")
+    another_user.give(open_place / "link")
+    assert exchangeable(open_place / "link" / "demo-1") is None
+
+
+def test_links_that_lead_in_a_circle_come_to_an_end(open_place):
+    (open_place / "a").symlink_to("b/x")
+    (open_place / "b").symlink_to("a")
+    assert exchangeable(open_place / "a" / "demo-1") is None
+    assert not is_mine(open_place / "a")
+
+
 def test_runs_are_not_made_where_everybody_could_exchange_them(open_place, capsys):
     shared = open_place / "shared"
     shared.mkdir()
