@@ -19,6 +19,8 @@ Content = str | Callable[[IO[bytes]], None]
 MOST_BYTES = 1 << 20
 """Of a small file; a longer one is damage."""
 
+_MOST_LOOKED_AT = 1000
+"""Of what lies in a folder, to know whether it is a package."""
 MOST_NAMES = 1 << 18
 """Of a folder's that are looked at; more are another user's trap."""
 
@@ -224,3 +226,36 @@ def other_writer(*paths: Path) -> Path | None:
 
 def _others_write(facts: os.stat_result) -> bool:
     return facts.st_uid not in {os.geteuid(), 0} or facts.st_mode & (S_IWGRP | S_IWOTH) != 0
+
+
+def entries_of(folder: Path, most: int | None = None) -> list[Path]:
+    """What lies in a folder, ``most`` of it; nothing if it is closed to us, and so to the job."""
+    try:
+        return list(islice(folder.iterdir(), most))
+    except OSError:
+        return []
+
+
+def is_folder_here(path: Path) -> bool:
+    """Whether it is a folder, and no link to one. False for what is closed to us."""
+    try:
+        return path.is_dir() and not path.is_symlink()
+    except OSError:
+        return False
+
+
+def is_file_here(path: Path, *, unknown: bool = False) -> bool:
+    """Whether it is a file or a link to one; ``unknown`` for what is closed to us."""
+    try:
+        return path.is_file()
+    except OSError:
+        return unknown
+
+
+def holds_python(folder: Path) -> bool:
+    """Whether Python files lie in it, or in a folder in it."""
+    inside = entries_of(folder, _MOST_LOOKED_AT)
+    folders = (entry for entry in inside if is_folder_here(entry))
+    return any(entry.suffix == ".py" for entry in inside) or any(
+        each.suffix == ".py" for entry in islice(folders, 20) for each in entries_of(entry, _MOST_LOOKED_AT)
+    )

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
-from hpcmm.launch.project_files import entries_of, holds_python, is_file_here, is_folder_here, project_root, syntax_tree
+from hpcmm.files import entries_of, holds_python, is_file_here, is_folder_here
+from hpcmm.launch.project_files import project_root, syntax_tree
 from hpcmm.resources import PACKAGE
 
 INSTALLED = frozenset({"site-packages", "dist-packages"})

@@ -11,11 +11,13 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import entries_of, holds_python, is_file_here, is_folder_here
+from hpcmm.runs.ownership import Reach, is_open_to_all, is_trusted, reach_beyond
 
 _TIMEOUT_S = 60
 CODE = frozenset({".py", ".pyi", ".so", ".pyd", ".cu", ".cuh", ".c", ".cc", ".cpp", ".h", ".hpp", ".sh"})
@@ -27,6 +29,7 @@ _LARGEST_BYTES = 10**7
 _MOST_LINKS = 1000
 _MOST_ENTRIES = 20_000
 """Files and folders that are looked at in a project without git."""
+_MARKERS = ("pyproject.toml", "setup.py", "setup.cfg")
 _NO_CODE = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 # Credentials. The patterns are compiled when they are first used, for that takes a tenth of a dry run.
@@ -95,9 +98,30 @@ class Revision:
 
 def project_root(folder: Path) -> Path | None:
     """The work tree that ``folder`` lies in, or None. A home is no project, though its settings may be in git."""
+    found = next(_marked(folder, ".git"), None)
+    return None if found is None or _is_shared_ground(found) else found
+
+
+def _marked(folder: Path, *markers: str) -> Iterator[Path]:
+    """``folder`` and those above it that hold a marker, up to one where a user could plant it who cannot here."""
     for parent in (folder, *folder.parents):
-        if (parent / ".git").exists():
-            return None if _is_shared_ground(parent) else parent
+        there = [parent / name for name in markers if (parent / name).exists()]
+        reach = reach_beyond(parent, folder)
+        if reach is not None and not (reach is Reach.group and there and all(map(is_trusted, there))):
+            return
+        if there:
+            yield parent
+
+
+def passed_over(project: Path) -> Path | None:
+    """The folder that a marker makes the project of a script in ``project``, but for users who could have planted it."""
+    if project_root(project) or marked_root(project):
+        return None
+    for parent in (project, *project.parents):
+        if _is_by_name_shared_ground(parent):
+            return None
+        if any(is_file_here(parent / name) or is_folder_here(parent / name) for name in (".git", *_MARKERS)):
+            return parent
     return None
 
 
@@ -193,6 +217,8 @@ class ProjectFiles:
     """Files and folders that are not copied; the copy holds links to them."""
     secret: set[Path]
     """Files that look like credentials: neither copied nor linked."""
+    foreign: set[Path] = field(default_factory=set)
+    """What other users left in a folder for all: neither copied nor linked."""
 
     def add_ignored(self, path: Path) -> None:
         """Copy code, link data, and leave out credentials and what no program reads."""
@@ -351,28 +377,31 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 def marked_root(folder: Path) -> Path | None:
     """The nearest folder upwards that is a Python project by its files, or None."""
-    for parent in (folder, *folder.parents):
-        if _is_shared_ground(parent):
-            return None
-        if any(is_file_here(parent / name) for name in ("pyproject.toml", "setup.py", "setup.cfg")):
-            return parent
-    return None
+    found = next(_marked(folder, *_MARKERS), None)
+    between = () if found is None else (each for each in (folder, *folder.parents) if each.is_relative_to(found))
+    return None if any(map(_is_shared_ground, between)) else found
 
 
 def _is_shared_ground(folder: Path) -> bool:
     """Whether all kinds of things lie there that have nothing to do with each other: a home, a folder for all users."""
+    return _is_by_name_shared_ground(folder) or is_open_to_all(folder)
+
+
+def _is_by_name_shared_ground(folder: Path) -> bool:
     homes = {Path(os.path.expanduser("~")), Path(os.environ.get("TMPDIR", "/tmp"))}  # noqa: PTH111, S108 -- no user raises
     return folder in homes | {Path("/"), Path("/tmp"), Path("/var/tmp")} or folder.parent == Path("/home")  # noqa: S108
 
 
 def _files_without_git(project: Path, scripts: Sequence[Path], runs_root: Path) -> ProjectFiles:
     """Code and small settings of the folder and of the packages in it. All else beside them is linked."""
-    files, left = ProjectFiles(set(), set(), set()), _MOST_ENTRIES
+    files, left, is_for_all = ProjectFiles(set(), set(), set()), _MOST_ENTRIES, is_open_to_all(project)
     queue = list(_used_by(scripts, project)) if _is_shared_ground(project) else entries_of(project, _MOST_ENTRIES)
     for path in queue:
         if path == runs_root or (path.name.startswith(".") and not has_secret_name(path.name)):
             continue
-        if is_folder_here(path):
+        if is_for_all and not is_trusted(path):
+            files.foreign.add(path)
+        elif is_folder_here(path):
             inside = entries_of(path, left + 1)
             if path.name in _NO_CODE or path.suffix == ".egg-info" or _is_environment(path):
                 continue
@@ -388,47 +417,15 @@ def _files_without_git(project: Path, scripts: Sequence[Path], runs_root: Path) 
     return files
 
 
-def holds_python(folder: Path) -> bool:
-    """Whether Python files lie in it, or in a folder in it."""
-    inside = entries_of(folder, _MOST_LINKS)
-    folders = (entry for entry in inside if is_folder_here(entry))
-    return any(entry.suffix == ".py" for entry in inside) or any(
-        each.suffix == ".py" for entry in islice(folders, 20) for each in entries_of(entry, _MOST_LINKS)
-    )
-
-
-def entries_of(folder: Path, most: int | None = None) -> list[Path]:
-    """What lies in a folder, ``most`` of it; nothing if it is closed to us, and so to the job."""
-    try:
-        return list(islice(folder.iterdir(), most))
-    except OSError:
-        return []
-
-
-def is_folder_here(path: Path) -> bool:
-    """Whether it is a folder, and no link to one. False for what is closed to us."""
-    try:
-        return path.is_dir() and not path.is_symlink()
-    except OSError:
-        return False
-
-
-def is_file_here(path: Path, *, unknown: bool = False) -> bool:
-    """Whether it is a file or a link to one; ``unknown`` for what is closed to us."""
-    try:
-        return path.is_file()
-    except OSError:
-        return unknown
-
-
 def _used_by(scripts: Sequence[Path], folder: Path) -> Iterator[Path]:
     """The scripts and their packages, and what lies beside them that they import or name, and that in turn."""
-    queue, seen = list(scripts), set(scripts)
+    queue, seen, is_for_all = list(scripts), set(scripts), is_open_to_all(folder)
     while queue:
         file = queue.pop()
         yield folder / file.relative_to(folder).parts[0]
         names: set[str] = set()
-        for node in ast.walk(syntax_tree(file)) if file.suffix == ".py" else ():
+        is_read = file.suffix == ".py" and (file in scripts or not is_for_all or is_trusted(file))
+        for node in ast.walk(syntax_tree(file)) if is_read else ():
             match node:
                 case ast.Import(names=imported):
                     names |= {alias.name.partition(".")[0] for alias in imported}
@@ -443,8 +440,11 @@ def _used_by(scripts: Sequence[Path], folder: Path) -> Iterator[Path]:
 
 
 def syntax_tree(script: Path) -> ast.AST:
-    """The script's syntax tree; an empty one if it cannot be parsed, which Python itself will say."""
+    """The script's syntax tree; an empty one if it cannot be parsed, which Python itself will say, or is no file."""
     try:
-        return ast.parse(script.read_bytes())
+        descriptor = os.open(script, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+        with os.fdopen(descriptor, "rb") as file:
+            is_code = S_ISREG(os.fstat(file.fileno()).st_mode)
+            return ast.parse(file.read(_LARGEST_BYTES)) if is_code else ast.Module([], [])
     except (OSError, SyntaxError, ValueError, RecursionError):
         return ast.Module([], [])

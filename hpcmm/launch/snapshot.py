@@ -20,6 +20,7 @@ from pathlib import Path
 from hpcmm.config.class_source import holder_of
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.files import entries_of, is_file_here, is_folder_here
 from hpcmm.launch.job_imports import (
     INSTALLED,
     Editable,
@@ -33,12 +34,10 @@ from hpcmm.launch.project_files import (
     CODE,
     SETTINGS,
     ProjectFiles,
-    entries_of,
     files_of,
     has_secret_name,
-    is_file_here,
-    is_folder_here,
     marked_root,
+    passed_over,
     project_root,
     syntax_tree,
 )
@@ -212,6 +211,13 @@ def _say_what_is_not_copied(config: RunConfig, code: CodePlan, found: ProjectFil
         names = _named(found.secret, project, most=len(found.secret))
         said.append(
             f"not copied, for they look like credentials: {names}. Name one that the job needs in launch.include."
+        )
+    if found.foreign:
+        said.append(f"not copied, for they are other users': {_named(found.foreign, project)}.")
+    if code.project and (above := passed_over(project)) is not None:
+        said.append(
+            f"{_shown(above)} is not taken as the project, for other users can write there: of {_shown(project)} alone "
+            "is copied what the job uses. Take it over (chown, chmod go-w) if the job needs the rest."
         )
     if closed:
         said.append(f"not copied, for they cannot be read: {_named(closed, project)}.")

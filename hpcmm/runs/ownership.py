@@ -247,6 +247,30 @@ def _allowed_by(step: _Step) -> Exchangeable | None:
     return None if reach is None else Exchangeable(reach, parent, facts.st_uid)
 
 
+def is_open_to_all(folder: Path) -> bool:
+    """Whether every user can write a folder, as /tmp, and come to it."""
+    try:
+        return folder.stat().st_mode & S_IWOTH != 0 and not is_closed(folder)
+    except OSError:
+        return False
+
+
+def reach_beyond(above: Path, folder: Path) -> Reach | None:
+    """Which users that cannot write ``folder`` can write one above it; of the folder itself only whether all can."""
+    try:
+        facts, below = above.stat(), folder.stat()
+    except OSError:
+        return Reach.everybody
+    reach = None
+    if facts.st_mode & S_IWOTH:
+        reach = Reach.everybody
+    elif facts.st_uid != below.st_uid and owner_above(above) is not None:
+        reach = Reach.owner
+    elif facts.st_mode & S_IWGRP and not (below.st_mode & S_IWGRP and below.st_gid == facts.st_gid):
+        reach = None if _is_group_of_one(facts.st_gid) else Reach.group
+    return None if reach is None or is_closed(above) else reach
+
+
 def _is_group_of_one(gid: int) -> bool:
     """Whether this is the group that many systems make for each user: of the same name, with no other member."""
     import grp  # noqa: PLC0415 -- as above

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import another_user
 import pytest
 
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.project_files import files_of, is_secret, marked_root, project_root, revision
+from hpcmm.launch.project_files import (
+    files_of,
+    is_secret,
+    marked_root,
+    passed_over,
+    project_root,
+    revision,
+    syntax_tree,
+)
 
 NO_RUNS = Path("/nowhere/runs")
 TOKEN = "hf_" + "a1B2" * 9
@@ -315,6 +327,90 @@ def test_without_git_a_python_project_is_known_by_its_files(tmp_path: Path, monk
     assert {"src/mine/__init__.py", "pyproject.toml"} <= sorted_out(tmp_path / "work", script="scripts/train.py")[
         "copied"
     ]
+
+
+# Folders of other users.
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that all users can write, as /tmp, unlike those of pytest."""
+    with tempfile.TemporaryDirectory(prefix="hpcmm-", dir="/tmp") as made:
+        Path(made).chmod(0o755)
+        (Path(made) / "shared").mkdir()
+        (Path(made) / "shared").chmod(0o1777)
+        yield Path(made) / "shared"
+
+
+def root_of(folder: Path) -> Path | None:
+    return project_root(folder) or marked_root(folder)
+
+
+@pytest.mark.parametrize("marker", ["pyproject.toml", "setup.py", "setup.cfg", ".git", ".git/HEAD"])
+def test_a_marker_that_another_user_could_have_planted_above_makes_no_project(shared: Path, marker: str):
+    write(shared, {"mine/proj/train.py": "", marker: ""})
+    assert root_of(shared / "mine" / "proj") is None
+    assert passed_over(shared / "mine" / "proj") == shared
+    write(shared, {"mine/pyproject.toml": ""})
+    assert root_of(shared / "mine" / "proj") == shared / "mine"
+    assert passed_over(shared / "mine") is None
+
+
+def test_nor_does_one_above_the_folder_that_others_can_write(shared: Path):
+    write(shared.parent, {"pyproject.toml": "", "shared/mine/train.py": ""})
+    assert root_of(shared.parent) == shared.parent
+    assert root_of(shared / "mine") is None
+
+
+def test_nor_does_one_in_a_folder_of_another_user(shared: Path):
+    shared.chmod(0o755)
+    write(shared, {"pyproject.toml": "", "mine/train.py": ""})
+    assert root_of(shared / "mine") == shared
+    another_user.give(shared / "pyproject.toml")
+    os.chown(shared, another_user.UID, another_user.UID)
+    assert root_of(shared / "mine") is None
+    another_user.give(shared / "mine")  # who could exchange the script as well
+    assert root_of(shared / "mine") == shared
+
+
+def test_a_group_s_project_is_one_if_the_script_is_the_group_s_or_the_marker_one_s_own(shared: Path):
+    if os.geteuid() != 0:
+        pytest.skip("a group of one's own has no other members")
+    write(shared, {"pyproject.toml": "", "scripts/train.py": ""})
+    os.chown(shared, 0, another_user.UID)
+    shared.chmod(0o2775)
+    assert root_of(shared / "scripts") == shared
+    another_user.give(shared / "pyproject.toml")
+    assert root_of(shared / "scripts") is None
+    os.chown(shared / "scripts", 0, another_user.UID)
+    (shared / "scripts").chmod(0o2775)
+    assert root_of(shared / "scripts") == shared
+    assert root_of(shared) == shared
+
+
+def test_in_a_folder_for_all_only_one_s_own_files_are_read_or_copied(shared: Path):
+    uses = 'import mine, theirs, pipe, endless, linked, package\nopen("theirs.yaml")'
+    write(shared, {"train.py": uses, "mine.py": "import hidden", "hidden.py": "", "pyproject.toml": ""})
+    foreign = {"theirs.py": "import other", "theirs.yaml": "", "package/__init__.py": "", "other.py": ""}
+    write(shared, foreign)
+    os.mkfifo(shared / "pipe.py")
+    (shared / "endless.py").symlink_to("/dev/zero")
+    (shared / "linked.py").symlink_to("mine.py")
+    assert root_of(shared) is None
+    assert passed_over(shared) == shared
+    for name in (*foreign, "package", "pipe.py", "endless.py", "linked.py"):
+        another_user.give(shared / name)
+    files = files_of(shared, [shared / "train.py"], [], shared, NO_RUNS)
+    assert {path.name for path in files.copied} == {"train.py", "mine.py", "hidden.py"}
+    assert not files.linked
+    left_out = {"theirs.py", "theirs.yaml", "package", "pipe.py", "endless.py", "linked.py"}
+    assert {path.name for path in files.foreign} == left_out
+
+
+def test_what_is_no_file_is_not_parsed(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.py")
+    for path in (tmp_path / "pipe.py", Path("/dev/zero"), tmp_path, tmp_path / "none.py"):
+        assert not [*ast.iter_child_nodes(syntax_tree(path))]
 
 
 def test_of_a_home_only_the_script_and_what_it_uses_is_copied(tmp_path: Path, monkeypatch):
