@@ -114,7 +114,7 @@ def _marked(folder: Path, *markers: str) -> Iterator[Path]:
 
 
 def passed_over(project: Path) -> Path | None:
-    """The folder that a marker makes the project of a script in ``project``, but for users who could have planted it."""
+    """The folder that a marker would make the project of ``project``, if no other user could have planted it there."""
     if project_root(project) or marked_root(project):
         return None
     for parent in (project, *project.parents):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, open_checked
-from hpcmm.runs.ownership import is_closed
+from hpcmm.runs.ownership import Reach, exchangeable, is_closed
 
 _OP = "deepspeed_shm_comm"
 """Shared-memory communication, which DeepSpeed loads with every process group on CPUs."""
@@ -31,11 +31,18 @@ def ops_are_built(folder: Path) -> bool:
 def build_ops(folder: Path) -> None:
     """Compile into ``folder`` what this machine's accelerator needs. The caller sees to it that it does so alone.
 
-    Raises HpcmmError if there is no C++ compiler.
+    Raises HpcmmError if there is no C++ compiler, or another user could exchange ``folder`` for one of their own.
     """
     shutil.rmtree(folder, ignore_errors=True)  # an earlier build was cut short
     os.umask(os.umask(0o022) | 0o022)  # what others could write is not loaded
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700)
+    folder = Path(os.path.realpath(folder))  # what is checked is used, and no link is followed again
+    found = exchangeable(folder)
+    if found is not None and found.reach >= Reach.everybody:
+        raise HpcmmError(
+            f"{found.why}, so no ops are compiled in {folder}: set cluster.cache_dir to a folder of yours."
+        )
     from hpcmm.worker.distributed import select_accelerator  # noqa: PLC0415 -- imports torch, for a build alone
 
     if select_accelerator() == "cpu":

@@ -30,7 +30,8 @@ def prepare(config: RunConfig) -> None:
         return  # a script of the user's, in an environment without it
     check_cache_dir(config.cluster)
     with one_at_a_time(cache_dir(config.cluster) / "prepare.lock"):
-        ops = extensions_dir(config.cluster)
+        check_cache_dir(config.cluster)  # once more, now that folders that were missing are made
+        ops = Path(os.path.realpath(extensions_dir(config.cluster)))
         if not ops_are_built(ops):
             build_ops(ops)
         if workload is not None:

@@ -16,6 +16,8 @@ from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir, check_cache_dir, one_at_a_time
 from hpcmm.nsys.probe import nsys_facts
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.worker.compiled_ops import build_ops
+from hpcmm.worker.prepare import prepare
 
 
 @pytest.mark.parametrize("home", ["/dev/null/x", "/proc/nonexistent"])
@@ -109,6 +111,53 @@ def test_another_user_s_cache_folder_is_refused(shared: Path) -> None:
     another_user.give(folder)
     with pytest.raises(HpcmmError, match="belongs to user 54321"):
         check_cache_dir(cluster(folder))
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_cache_folder_behind_another_user_s_link_is_refused(shared: Path, below: str) -> None:
+    (shared / "open").mkdir()
+    (shared / "open").chmod(0o1777)
+    (shared / "mine").mkdir()
+    (shared / "open" / "cache").symlink_to(shared / "mine")
+    check_cache_dir(cluster(shared / "open" / "cache" / below))
+    another_user.give(shared / "open" / "cache")
+    with pytest.raises(HpcmmError, match=r"open/cache is a link of user 54321, and what lies there would run as you"):
+        check_cache_dir(cluster(shared / "open" / "cache" / below))
+
+
+def test_nothing_is_compiled_where_another_user_s_link_leads(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpcmm.worker.prepare.ops_are_built", lambda folder: pytest.fail(f"{folder} was used"))
+    (shared / "open").mkdir()
+    (shared / "open").chmod(0o1777)
+    (shared / "theirs").mkdir()
+    config = RunConfig(name="run", cluster=cluster(shared / "open" / "new" / "cache"))
+    check = [lambda: None, lambda: check_cache_dir(config.cluster)]
+
+    def plant_after_the_first(_: ClusterConfig) -> None:
+        check.pop(0)()
+        if check:
+            (shared / "open" / "new").symlink_to(shared / "theirs")
+            another_user.give(shared / "open" / "new")
+
+    monkeypatch.setattr("hpcmm.worker.prepare.check_cache_dir", plant_after_the_first)
+    with pytest.raises(HpcmmError, match=r"open/new is a link of user 54321"):
+        prepare(config)
+
+
+def test_ops_are_compiled_in_a_closed_folder_by_its_real_path(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpcmm.worker.distributed.select_accelerator", lambda: "cpu")
+    compiled: list[Path] = []
+    monkeypatch.setattr("hpcmm.worker.compiled_ops._compile", compiled.append)
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
+    (shared / "cache").mkdir()
+    (shared / "link").symlink_to("cache")
+    build_ops(shared / "link" / "ops")
+    assert compiled == [shared / "cache" / "ops"]
+    assert compiled[0].stat().st_mode & 0o777 == 0o700
+    (shared / "cache").chmod(0o777)
+    with pytest.raises(HpcmmError, match="cache can be written by everybody, so no ops are compiled"):
+        build_ops(shared / "link" / "ops")
 
 
 def test_a_lock_that_is_a_link_truncates_nothing(tmp_path: Path) -> None:
