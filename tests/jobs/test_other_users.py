@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import another_user
 import pytest
@@ -113,6 +115,31 @@ def test_another_user_s_run_is_not_cancelled_nor_waited_for_nor_submitted_again(
     (theirs.root / "ledger.json").write_text('{"points": []}')
     with pytest.raises(HpcmmError, match="its scripts would run as you"):
         resubmit(theirs.root)
+    assert calls.read_text() == ""
+
+
+@pytest.mark.parametrize("depth", ["runs", "above"])
+def test_one_s_own_run_behind_a_link_of_another_user_is_not_acted_upon(calls, depth):
+    with tempfile.TemporaryDirectory(prefix="hpcmm-", dir="/tmp") as made:
+        place = Path(made)
+        place.chmod(0o1777)
+        mine = make_run(place / "own" / "runs", "demo-1", "12")
+        (mine.root / "ledger.json").write_text('{"points": []}')
+        link = place / "link"
+        link.symlink_to("own/runs" if depth == "runs" else "own")
+        runs = link if depth == "runs" else link / "runs"
+        assert find_targets("demo", runs)[0].user is None
+        another_user.give(link)
+        assert runs_in(runs) == []
+        for asked in ("demo", "demo-1", str(runs / "demo-1")):
+            targets = find_targets(asked, runs)
+            assert targets[0].user == str(another_user.UID)
+            with pytest.raises(HpcmmError, match="another user's"):
+                cancel(asked, targets)
+        with pytest.raises(HpcmmError, match="after=demo-1 waits for a run of yours"):
+            job_to_wait_for("demo-1", runs)
+        with pytest.raises(HpcmmError, match="its scripts would run as you"):
+            resubmit(runs / "demo-1")
     assert calls.read_text() == ""
 
 
