@@ -151,12 +151,11 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
 
 def _check_folders(config: RunConfig, run: RunDir) -> Exchangeable | None:
     """Raises HpcmmError for folders in which another user could exchange what the job runs or loads."""
-    found = check_runs_root(run.root)
     if config.cluster.cache_dir is not None:
         from hpcmm.node.cache import check_cache_dir  # noqa: PLC0415 -- importlib.metadata, 20 ms
 
         check_cache_dir(config.cluster)
-    return found
+    return check_runs_root(run.root)
 
 
 def _validated(points: Sequence[Point]) -> dict[str | None, str | None]:
@@ -241,8 +240,7 @@ def run_to_start_from(config: RunConfig) -> str | None:
         for folder in sorted(places, key=lambda place: not is_mine(place)):
             if is_regular(folder / "config.yaml"):
                 return str(_trained(_readable(RunDir(folder.resolve()), folder, config), config).root)
-    run = _run_named(named, runs_root)
-    if run is None:
+    if (run := _run_named(named, runs_root)) is None:
         raise HpcmmError(
             f"train.init_from={named}: neither {config.runs_root} holds a run of that name, nor is it a run's folder."
         )
