@@ -390,7 +390,9 @@ class _WrappedLocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
 
     def __init__(self, config: RunConfig, run: RunDir) -> None:
         super().__init__(run.submitit)
-        self._rank_command = shlex.join(rank_command(config, run))
+        # The controller's alone: the programs that a rank starts look into their own folders, as on Slurm.
+        own = [] if "PYTHONSAFEPATH" in os.environ else ["env", "-u", "PYTHONSAFEPATH"]
+        self._rank_command = shlex.join([*own, *rank_command(config, run)])
         self.update_parameters(
             timeout_min=config.cluster.time_limit_min,
             tasks_per_node=config.cluster.ranks_per_node,
@@ -410,8 +412,9 @@ def _submit_locally(planned: Plan) -> submitit.Job[Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(find_free_port("127.0.0.1")))
     python_path = [*planned.job.python_path, os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, python_path))
-    with _output_to(run.batch_log):
-        job = _WrappedLocalExecutor(config, run).submit(RankTask(str(run.root)))
+    executor = _WrappedLocalExecutor(config, run)
+    with _output_to(run.batch_log), _safe_path():
+        job = executor.submit(RankTask(str(run.root)))
     _note_submission(run, job_id=job.job_id)
     return job
 
@@ -431,3 +434,16 @@ def _output_to(log: Path) -> Iterator[None]:
             for number, copy in kept.items():
                 os.dup2(copy, number)
                 os.close(copy)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Within, a Python does not look for modules in the current folder, which others may write: submitit gives no -P."""
+    given = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if given is not None:
+            os.environ["PYTHONSAFEPATH"] = given

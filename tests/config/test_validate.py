@@ -91,6 +91,17 @@ def test_each_mistake_is_named(overrides, expected):
     assert expected in said[0]
 
 
+@pytest.mark.parametrize("root", ["runs", "~/runs"])
+@pytest.mark.parametrize("name", ["50%j", "a\nb"])
+def test_the_whole_path_of_a_run_is_looked_at(tmp_path, monkeypatch, root, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    monkeypatch.setenv("HOME", str(tmp_path / name))
+    (said,) = problems(f"runs_root='{root}'")
+    assert "whose whole path has no control characters and percent signs" in said
+    assert repr(f"{tmp_path}/{name}/runs") in said
+
+
 def test_all_mistakes_are_named_at_once():
     assert len(problems("train.steps=0", "parallel.zero_stage=7", "data.slow_rank=99")) == 3
 

@@ -136,3 +136,25 @@ def test_what_a_local_run_starts_does_not_keep_the_launch_s_output_open(tmp_path
         time.sleep(0.05)
     os.kill(int(done.stdout), signal.SIGTERM)  # it runs still, though all that the launch wrote has been read
     assert (tmp_path / "batch.log").read_text() == "said\n"
+
+
+def test_a_local_run_imports_nothing_from_the_current_folder(tmp_path):
+    planted = "import os\nopen(os.environ['RAN'], 'a').write(__name__)\nraise ImportError\n"
+    for name in ("cloudpickle", "submitit", "getpass"):
+        (tmp_path / f"{name}.py").write_text(planted)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "helper.py").write_text("WORD = 'helped'\n")
+    (tmp_path / "own" / "other.py").write_text("import helper\nprint(helper.WORD, 'again')\n")
+    script = "import helper, os, pathlib, subprocess, sys\nprint(helper.WORD, 'PYTHONSAFEPATH' in os.environ)\n"
+    script += "subprocess.run([sys.executable, pathlib.Path(__file__).parent / 'other.py'], check=True)\n"
+    (tmp_path / "own" / "script.py").write_text(script)
+    words = ["cluster=local", "cluster.ranks_per_node=1", "task=script", "task.path=own/script.py", "wait=true"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment["RAN"] = str(tmp_path / "ran")
+    command = [sys.executable, "-P", "-m", "hpcmm.launch", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
+    log = next((tmp_path / "runs").glob("run-*/logs/rank_0000.log")).read_text()
+    assert "helped False" in log
+    assert "helped again" in log
