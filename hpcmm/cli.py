@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from hpcmm import find_modules_at_last, find_modules_in
 from hpcmm.errors import HpcmmError
 from hpcmm.text import printable
 
@@ -33,6 +34,8 @@ INTERRUPTED = 130
 """As a shell has it: 128 and the number of the signal."""
 _HELP = frozenset({"-h", "--help"})
 _SCRIPT = "hpcmm"
+_OWN = ("hydra", "omegaconf", "submitit", "jinja2", "psutil", "rich.console", "rich.progress")
+"""What a command imports late, if at all."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = _SCRIPT) -> int:
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = _SCRIPT) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] and given[0] in COMMANDS:
         if arguments is None and prog == _SCRIPT:
-            _find_modules_here()
+            _find_modules_here(given[0])
         command: Callable[[Sequence[str], str], int] = import_module(f"hpcmm.{given[0]}.__main__").main
         return command(given[1:], f"{prog} {given[0]}")
     return run_command("hpcmm", lambda words: _say(_parser(prog), words), given, needs_folder=False)
@@ -68,6 +71,7 @@ def run_command(
     try:
         if needs_folder and not _HELP & set(given):
             check_working_directory()
+        find_modules_at_last(_OWN)
         return _with_all_output(command, given)
     except BrokenPipeError as error:
         if _reader_is_gone():
@@ -121,14 +125,14 @@ def _reader_is_gone() -> bool:
     return bool(output.poll(0))
 
 
-def _find_modules_here() -> None:
-    """Put the working directory in front of Python's path, as ``python -m`` does, in place of the script's folder.
+def _find_modules_here(command: str) -> None:
+    """Let the working directory take the place of the script's folder on Python's path, as with ``python -m``.
 
     A launch copies the project's code by this path.
     """
     if not sys.flags.safe_path:
         with contextlib.suppress(OSError):  # it is gone, which the command says
-            sys.path[0] = str(Path.cwd())
+            find_modules_in(str(Path.cwd()), command)
 
 
 def _say(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:

@@ -9,8 +9,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import another_user
 import pytest
 
+from hpcmm import find_modules_at_last, find_modules_in
 from hpcmm.cli import COMMANDS, INTERRUPTED, main, run_command
 from hpcmm.errors import HpcmmError
 
@@ -102,6 +104,56 @@ def test_it_launches_the_same_code_as_the_module(hpcmm: Path, tmp_path: Path) ->
         scripts.append(re.sub(r"\brun-\d{8}-\d{6}-[0-9a-f]{4}\b", "RUN", done.stdout))
     assert re.search(r"^export PYTHONPATH=\S+/RUN/code/hpcmm:\S+/RUN/code/project\$", scripts[0], re.MULTILINE)
     assert scripts[0] == scripts[1] == scripts[2]
+
+
+PLANTED = "import os\nopen(os.environ['RAN'], 'a').write(__name__ + ' ')\n"
+COMMANDS_HERE = [
+    ["jobs", "status", "nothing"],
+    ["analyze", "nothing"],
+    ["doctor", "--no-nsys"],
+    ["launch", "cluster=slurm", "dry_run=true", "launch.snapshot=false"],
+]
+
+
+def _plant(folder: Path) -> None:
+    for name in ("yaml", "psutil", "omegaconf", "hydra", "rich", "attr", "typing_extensions", "pyarrow"):
+        (folder / f"{name}.py").write_text(PLANTED)
+    for name in ("argparse", "typing", "json", "dataclasses", "__future__"):
+        (folder / f"{name}.py").write_text(PLANTED)
+
+
+@pytest.mark.parametrize("words", COMMANDS_HERE, ids=lambda words: words[0])
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
+def test_modules_in_a_folder_that_others_write_are_not_imported(hpcmm: Path, tmp_path, words, mode) -> None:
+    _plant(tmp_path)
+    tmp_path.chmod(mode)
+    roots = [] if words[0] in {"jobs", "analyze"} else [f"runs_root={tmp_path.parent / 'runs'}"]
+    for start in ((hpcmm, words[0]), _module(words[0]), (sys.executable, "-m", "hpcmm", words[0])):
+        environment = os.environ | {"RAN": str(tmp_path / "ran")}
+        done = run(*start, *words[1:], *roots, cwd=tmp_path, env=environment)
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "ran").exists(), (start, (tmp_path / "ran").read_text())
+
+
+def test_modules_in_another_user_s_folder_are_not_imported(hpcmm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    _plant(folder)
+    another_user.give(folder)
+    for start in ((hpcmm, "jobs"), _module("jobs")):
+        run(*start, "status", "nothing", cwd=folder, env=os.environ | {"RAN": str(tmp_path / "ran")})
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("mode", "place"), [(0o755, 0), (0o775, -1)])
+def test_one_s_own_modules_are_found_first_only_if_nobody_else_writes_the_folder(tmp_path, monkeypatch, mode, place):
+    tmp_path.chmod(mode)
+    monkeypatch.setattr(sys, "path", ["/script", "/site"])
+    find_modules_in(str(tmp_path), "launch")
+    assert sys.path == ([str(tmp_path), "/site"] if place == 0 else ["/site"])
+    find_modules_at_last(("json",))
+    assert sys.path[place] == str(tmp_path)
+    assert sorted(sys.path) == sorted([str(tmp_path), "/site"])
 
 
 def _module(name: str) -> tuple[str, ...]:

@@ -85,8 +85,8 @@ def _folders(config: RunConfig) -> Iterator[str]:
         yield f"runs_root is {config.runs_root!r}, but there is no such user's home."
     elif not (whole := str(Path(config.runs_root).expanduser().absolute())).isprintable() or "%" in whole:
         yield (
-            f"runs_root is {config.runs_root!r}, which is {whole!r}: set it to a folder whose whole path has no control "
-            "characters and percent signs."
+            f"runs_root is {config.runs_root!r}, which is {whole!r}: set it to a folder whose whole path has no "
+            "control characters and percent signs."
         )
     if cluster.cache_dir is not None and not _has_a_home(cluster.cache_dir):
         yield f"cluster.cache_dir is {cluster.cache_dir!r}, but there is no such user's home."

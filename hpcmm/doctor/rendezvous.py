@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import secrets
+import selectors
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from hpcmm.files import json_object
 
 _MOST_ROUNDS = 3
 
@@ -42,6 +45,11 @@ def best_of_each(count: int, measured: list[tuple[int, int, float]]) -> list[flo
 
 _EXCHANGES = 20
 _MOST_BYTES = 16 * 1024**2
+_MOST_HELLO_BYTES = 4096
+_HELLO_S = 2.0
+"""A node says hello as soon as it is connected."""
+_MOST_UNPROVEN = 256
+"""Connections beside those of the nodes."""
 
 
 @dataclass(frozen=True)
@@ -106,23 +114,87 @@ def answer_clock(line: Line) -> None:
 def gather(
     server: socket.socket, secret: str, expected: Sequence[str], wait_s: float, talk_s: float
 ) -> dict[str, tuple[Line, dict[str, Any]]]:
-    """At the first node: the nodes that come within ``wait_s``, each with its line and what it told of itself."""
+    """At the first node: the nodes that come within ``wait_s``, each with its line and what it told of itself.
+
+    Anybody can connect. So all connections are read at once, and one that has not said the secret within ``_HELLO_S``
+    is closed; so is the oldest of too many.
+    """
     came: dict[str, tuple[Line, dict[str, Any]]] = {}
+    unproven: dict[socket.socket, _Unproven] = {}
+    most = _MOST_UNPROVEN + len(expected)
     until = time.monotonic() + wait_s
-    while len(came) < len(expected) and (left_s := until - time.monotonic()) > 0:
-        server.settimeout(left_s)
+    server.setblocking(False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+
+        def forget(connection: socket.socket) -> bytes:
+            selector.unregister(connection)
+            return bytes(unproven.pop(connection).said)
+
         try:
-            connection, _ = server.accept()
-            line = Line(connection, talk_s)
-            hello = line.receive()
-        except OSError:
-            continue
-        known = isinstance(hello, dict) and secrets.compare_digest(str(hello.get("secret", "")), secret)
-        if known and hello.get("node") in expected:
-            came[hello["node"]] = (line, hello)
-        else:
-            connection.close()
+            while len(came) < len(expected) and (now := time.monotonic()) < until:
+                ends = min([until, *(each.until for each in unproven.values())])
+                for key, _ in selector.select(max(0.0, ends - now)):
+                    connection = cast(socket.socket, key.fileobj)
+                    if connection is server:
+                        _accept(server, selector, unproven)
+                    elif unproven[connection].is_complete(connection):
+                        hello = _proven(forget(connection), secret, expected)
+                        if hello is None or hello["node"] in came:
+                            connection.close()
+                        else:
+                            came[hello["node"]] = (Line(connection, talk_s), hello)
+                now = time.monotonic()
+                late = [connection for connection, each in unproven.items() if each.until <= now]
+                for connection in late or list(unproven)[: max(0, len(unproven) - most)]:
+                    forget(connection)
+                    connection.close()
+        finally:
+            for connection in list(unproven):
+                connection.close()
     return came
+
+
+class _Unproven:
+    """What a connection has said that has not proved whose it is."""
+
+    def __init__(self) -> None:
+        self.until = time.monotonic() + _HELLO_S
+        self.said = bytearray()
+
+    def is_complete(self, connection: socket.socket) -> bool:
+        """Whether it has said a line, is gone or talks too much, once what it just said is read.
+
+        A node says one line and waits for the answer, so that nothing comes after it.
+        """
+        try:
+            read = connection.recv(_MOST_HELLO_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            read = b""
+        self.said += read
+        return not read or b"\n" in read or len(self.said) > _MOST_HELLO_BYTES
+
+
+def _accept(server: socket.socket, selector: selectors.BaseSelector, unproven: dict[socket.socket, _Unproven]) -> None:
+    try:
+        connection, _ = server.accept()
+    except OSError:  # it is gone
+        return
+    connection.setblocking(False)
+    unproven[connection] = _Unproven()
+    selector.register(connection, selectors.EVENT_READ)
+
+
+def _proven(said: bytes, secret: str, expected: Sequence[str]) -> dict[str, Any] | None:
+    """The hello of a node that is expected and knows the secret; None if this is none."""
+    hello = json_object(said.decode(errors="replace")) if said.endswith(b"\n") else None
+    if hello is None or not secrets.compare_digest(str(hello.get("secret", "")).encode(), secret.encode()):
+        return None
+    address = hello.get("address")
+    known = hello.get("node") in expected and (address is None or isinstance(address, str))
+    return hello if known else None
 
 
 def come(address: tuple[str, int], hello: dict[str, Any], wait_s: float, talk_s: float) -> Line:

@@ -438,7 +438,7 @@ def _output_to(log: Path) -> Iterator[None]:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """Within, a Python does not look for modules in the current folder, which others may write: submitit gives no -P."""
+    """Within, a Python looks for no modules in the current folder, which others may write: submitit gives no -P."""
     given = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:

@@ -2,11 +2,13 @@
 
 import socket
 import threading
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcmm.doctor import rendezvous
 from hpcmm.doctor.rendezvous import Line, answer_clock, best_of_each, come, gather, measure_offset, rounds_of_pairs
 from hpcmm.node.network import listening_socket
 
@@ -38,6 +40,42 @@ def test_nodes_that_come_are_gathered_and_strangers_are_not():
         assert list(came) == ["b"]
         for line in [*lines, *(line for line, _ in came.values())]:
             line.connection.close()
+
+
+def test_connections_that_say_nothing_or_nonsense_keep_no_node_out(monkeypatch):
+    monkeypatch.setattr(rendezvous, "_HELLO_S", 0.3)
+    monkeypatch.setattr(rendezvous, "_MOST_UNPROVEN", 3)
+    said = [b"", b"{", b"\xff\n", b"[" * 3000 + b"\n", b"x" * 9000, b'{"secret": "\xc3\xa4"}\n', b"[]\n"]
+    said += [b'{"secret": "right", "node": ["b"]}\n', b'{"secret": "right", "node": "b", "address": []}\n'] + 5 * [b""]
+    with listening_socket(backlog=64) as server:
+        address = ("127.0.0.1", server.getsockname()[1])
+        strangers = [socket.create_connection(address) for _ in said]
+        for stranger, word in zip(strangers, said, strict=True):
+            stranger.sendall(word)
+        line = come(address, {"secret": "right", "node": "b", "address": None}, 5, 5)
+        began = time.monotonic()
+        came = gather(server, "right", ["b"], wait_s=60, talk_s=60)
+        assert list(came) == ["b"]
+        assert time.monotonic() - began < 30
+        came["b"][0].send("welcome")
+        assert line.receive() == "welcome"
+        assert gather(server, "right", ["c"], wait_s=0.5, talk_s=60) == {}
+        for each in (*strangers, line.connection, came["b"][0].connection):
+            each.close()
+
+
+def test_the_oldest_of_too_many_connections_is_closed(monkeypatch):
+    monkeypatch.setattr(rendezvous, "_MOST_UNPROVEN", 1)
+    monkeypatch.setattr(rendezvous, "_HELLO_S", 60.0)
+    with listening_socket(backlog=64) as server:
+        silent = [socket.create_connection(("127.0.0.1", server.getsockname()[1])) for _ in range(5)]
+        came = threading.Thread(target=gather, args=(server, "s", ["b"], 3.0, 60.0))
+        came.start()
+        silent[0].settimeout(2.5)
+        assert silent[0].recv(1) == b""
+        came.join()
+        for each in silent:
+            each.close()
 
 
 @pytest.mark.parametrize(
