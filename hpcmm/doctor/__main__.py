@@ -19,8 +19,9 @@ from hpcmm.doctor.checks import HERE, Finding, Weight, check_findings, report_li
 from hpcmm.doctor.node import node_facts
 from hpcmm.doctor.runner import allocation_options, check_nodes
 from hpcmm.errors import HpcmmError
-from hpcmm.node.cache import cache_dir
+from hpcmm.node.cache import cache_dir, check_cache_dir
 from hpcmm.nsys.probe import nsys_problem
+from hpcmm.runs.ownership import check_runs_root
 from hpcmm.slurm.commands import outside_of_jobs
 from hpcmm.slurm.sbatch import check_slurm_conf, on_one_line, remedy
 
@@ -68,6 +69,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def _check(config: RunConfig, options: argparse.Namespace) -> int:
     os.environ.update(config.cluster.submit_environment)
     folders = [Path(config.runs_root).expanduser().absolute(), cache_dir(config.cluster)]
+    if options.nodes > 0:
+        check_runs_root(folders[0] / "of-a-check")
+        check_cache_dir(config.cluster)
     nsys = not options.no_nsys
     here = node_facts(folders)
     if nsys and here["nsys"]:

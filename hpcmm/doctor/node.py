@@ -28,9 +28,12 @@ import psutil
 
 from hpcmm.cli import run_command
 from hpcmm.doctor.rendezvous import answer_clock, come, gather, measure_offset
-from hpcmm.files import write_whole
+from hpcmm.errors import HpcmmError
+from hpcmm.files import json_object, read_checked, write_whole
+from hpcmm.node.cache import make_folder
 from hpcmm.node.network import find_free_port, job_nodes, listening_socket
 from hpcmm.nsys.probe import nsys_problem
+from hpcmm.runs.ownership import Reach, exchangeable
 
 _MEET_S, _TALK_S, _MEASURE_S, _SHARED_S = 30.0, 120.0, 60.0, 20.0
 _GPU_FIELDS = (
@@ -44,14 +47,16 @@ _MOST_BYTES = 1024
 
 def main(arguments: Sequence[str]) -> int:
     request_file = Path(arguments[0])
-    request = json.loads(request_file.read_text(encoding="utf-8"))
+    request = _read_request(request_file)
     nodes = list(request["nodes"] or job_nodes(os.environ))
     folders = [Path(folder) for folder in request["folders"]]
     found = node_facts(folders)
+    if found["node"] not in nodes or not all(map(is_name_of_node, nodes)):
+        raise HpcmmError(f"{found['node']} is none of the nodes that are to be checked: {', '.join(nodes)}.")
     place = nodes.index(found["node"])
     found["names"] = {node: _address(node) for node in nodes}
     for folder in folders:
-        _leave_token(folder, request["id"], nodes[place], found)
+        _leave_token(folder, request_id(request_file), nodes[place], found)
     try:
         _with_others(request, request_file.parent, nodes, place, found)
     except OSError as error:
@@ -60,6 +65,36 @@ def main(arguments: Sequence[str]) -> int:
         found["nsys_problem"], found["nsys_checked"] = nsys_problem(found["nsys"]), True
     _write(found, request_file.parent / f"{nodes[place]}.json")
     return 0
+
+
+def request_id(request_file: Path) -> str:
+    """A check's own word, from the name of its folder. Raises HpcmmError for a folder that is none of a check."""
+    named = re.fullmatch(r"\.hpcmm-doctor-([0-9a-f]{16})", request_file.parent.name)
+    if named is None:
+        raise HpcmmError(f"{request_file} is no request of a check: run python -m hpcmm.doctor.")
+    return named[1]
+
+
+def is_name_of_node(name: str) -> bool:
+    """Whether a node can be called so; the name becomes one of files."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}", name) is not None
+
+
+def _read_request(request_file: Path) -> dict[str, Any]:
+    """Raises HpcmmError if it is none, or if another user could have written it."""
+    try:
+        text, writer = read_checked(request_file)
+    except (OSError, ValueError) as error:
+        raise HpcmmError(f"{request_file} cannot be read ({error}): is runs_root shared by all nodes?") from error
+    if writer is not None:
+        raise HpcmmError(f"{writer} can be written by another user, so what it asks is not done.")
+    request = json_object(text) or {}
+    nodes, folders = request.get("nodes"), request.get("folders")
+    lists = [folders, *([] if nodes is None else [nodes])]
+    are_words = all(isinstance(each, list) and all(isinstance(word, str) for word in each) for each in lists)
+    if not are_words or not isinstance(request.get("secret"), str) or not isinstance(request.get("nsys"), bool):
+        raise HpcmmError(f"{request_file} is no request of a check: run python -m hpcmm.doctor.")
+    return request
 
 
 def _with_others(request: dict[str, Any], folder: Path, nodes: list[str], place: int, found: dict[str, Any]) -> None:
@@ -83,14 +118,23 @@ def _with_others(request: dict[str, Any], folder: Path, nodes: list[str], place:
         hello = {"secret": request["secret"], "node": nodes[place], "address": found["names"][nodes[place]]}
         line = come((nodes[0], port), hello, _MEET_S, _TALK_S)
         told = line.receive()
+        if not _is_told(told, nodes[place]):
+            raise ConnectionError("the first node sent something else than who has come")
         found["clock"] = asdict(measure_offset(line))
         own = line.own_address
     found["address"] = own
     found["interface"] = next((name for name, each in found["interfaces"].items() if own in each["addresses"]), None)
     members: list[str] = told["members"]
-    found["shared"] = _shared(request, members)
+    found["shared"] = _shared([Path(each) for each in request["folders"]], request_id(port_file), members)
     if len(members) > 1:
         _measure(told, members.index(nodes[place]), found)
+
+
+def _is_told(told: Any, node: str) -> bool:
+    """Whether this is what the first node tells those that have come."""
+    members = told.get("members") if isinstance(told, dict) else None
+    are_words = isinstance(members, list) and all(isinstance(each, str) for each in members) and node in members
+    return are_words and isinstance(told.get("address"), str) and isinstance(told.get("port"), int)
 
 
 def _measure(told: dict[str, Any], member: int, found: dict[str, Any]) -> None:
@@ -117,8 +161,12 @@ def _address(node: str) -> str | None:
 
 def _leave_token(folder: Path, request_id: str, node: str, found: dict[str, Any]) -> None:
     """Write a file that the other nodes look for; whoever asked removes all, once every node has looked."""
+    changed = exchangeable(folder)
+    if changed is not None and changed.reach is Reach.everybody:
+        found.setdefault("unwritable", {})[str(folder)] = changed.why
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # The folder may be one that others write, and the request's id is seen by all once one node has left its file.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(token_file(folder, request_id, node), flags, 0o600), "w", encoding="utf-8") as file:
@@ -131,18 +179,18 @@ def token_file(folder: Path, request_id: str, node: str) -> Path:
     return folder / f".hpcmm-doctor-{request_id}-{node}"
 
 
-def _shared(request: dict[str, Any], members: list[str]) -> dict[str, list[str]]:
+def _shared(folders: Sequence[Path], asked: str, members: list[str]) -> dict[str, list[str]]:
     """For each folder the members whose file this node does not see within some seconds."""
     unseen: dict[str, list[str]] = {}
     until = time.monotonic() + _SHARED_S
-    for folder in request["folders"]:
+    for folder in folders:
         missing = list(members)
         while missing:
-            missing = [node for node in missing if not _sees(token_file(Path(folder), request["id"], node), node)]
+            missing = [node for node in missing if not _sees(token_file(folder, asked, node), node)]
             if not missing or time.monotonic() > until:
                 break
             time.sleep(0.2)
-        unseen[folder] = missing
+        unseen[str(folder)] = missing
     return unseen
 
 
@@ -160,14 +208,17 @@ def _read_port(port_file: Path) -> int:
     until = time.monotonic() + _MEET_S
     while True:
         with contextlib.suppress(OSError, ValueError):
-            return int(port_file.read_text(encoding="ascii"))
+            text, writer = read_checked(port_file)
+            if writer is not None:
+                raise PermissionError(f"{writer} can be written by another user")
+            return int(text)
         if time.monotonic() > until:
             raise TimeoutError(f"{port_file} did not appear: is its folder shared?")
         time.sleep(0.1)
 
 
 def _write(value: object, path: Path) -> None:
-    write_whole(path, json.dumps(value))
+    write_whole(path, json.dumps(value), 0o600)
 
 
 def node_facts(folders: list[Path]) -> dict[str, Any]:

@@ -39,7 +39,11 @@ def chosen_nodes(nodes: Sequence[str], bad: Sequence[str], needed: int) -> list[
 
 def ask(config: RunConfig, run: RunDir, nodes: Sequence[str]) -> Path:
     """The request, as a file in the run directory. Raises HpcmmError if that cannot be written."""
-    return write_request(nodes, [run.root, cache_dir(config.cluster)], nsys=config.profile.tool == "nsys")
+    return write_request(nodes, _folders(config, run), nsys=config.profile.tool == "nsys")
+
+
+def _folders(config: RunConfig, run: RunDir) -> list[Path]:
+    return [run.root, cache_dir(config.cluster)]
 
 
 def choose(config: RunConfig, run: RunDir, nodes: Sequence[str], request: Path) -> list[str]:
@@ -47,7 +51,7 @@ def choose(config: RunConfig, run: RunDir, nodes: Sequence[str], request: Path) 
     try:
         result = read_answers(request, nodes)
     finally:
-        clean_up(request)
+        clean_up(request, _folders(config, run))
     findings = check_findings(nodes, result.found, config.cluster.gpus_per_node)
     print("\n".join(report_lines(nodes, result.found, findings)), file=sys.stderr, flush=True)
     facts = report_values(nodes, result.found, findings)

@@ -80,7 +80,7 @@ class Line:
             raise ConnectionError("the other node is gone")
         try:
             return json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConnectionError("the other node sent no JSON") from error
 
     @property
@@ -95,7 +95,9 @@ def measure_offset(line: Line) -> ClockOffset:
     for _ in range(_EXCHANGES):
         sent_ns = time.time_ns()
         line.send("clock")
-        theirs_ns = int(line.receive())
+        theirs_ns = line.receive()
+        if not isinstance(theirs_ns, int):
+            raise ConnectionError("the other node sent no time")
         received_ns = time.time_ns()
         error_s = (received_ns - sent_ns) / 2e9
         if best is None or error_s < best.error_s:

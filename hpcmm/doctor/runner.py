@@ -7,19 +7,24 @@ import os
 import secrets
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from hpcmm.config.schema import ClusterConfig
-from hpcmm.doctor.node import token_file
+from hpcmm.doctor.node import is_name_of_node, request_id, token_file
 from hpcmm.errors import HpcmmError
+from hpcmm.files import json_object, names_in, read_checked, write_whole
+from hpcmm.node.cache import make_folder
 from hpcmm.resources import environment_of_modules, own_module
 from hpcmm.slurm.commands import run_command
 
 STEP_TIMEOUT_S = 300.0
+_MOST_BYTES = 16 * 1024**2
+"""Of a node's answer."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def check_nodes(
         complaint = _run(command, environment_of_modules(environ), timeout_s)
         return read_answers(request, nodes, complaint)
     finally:
-        clean_up(request)
+        clean_up(request, folders)
 
 
 def write_request(nodes: Sequence[str] | None, folders: Sequence[Path], *, nsys: bool) -> Path:
@@ -63,21 +68,17 @@ def write_request(nodes: Sequence[str] | None, folders: Sequence[Path], *, nsys:
 
     Raises HpcmmError if ``folders[0]`` cannot be written.
     """
+    asked = {
+        "secret": secrets.token_hex(16),
+        "nodes": None if nodes is None else list(nodes),
+        "folders": [str(folder) for folder in folders],
+        "nsys": nsys,
+    }
+    request = folders[0] / f".hpcmm-doctor-{secrets.token_hex(8)}" / "request.json"
     try:
-        folders[0].mkdir(parents=True, exist_ok=True)
-        request = Path(tempfile.mkdtemp(prefix=".hpcmm-doctor-", dir=folders[0])) / "request.json"
-        request.write_text(
-            json.dumps(
-                {
-                    "id": secrets.token_hex(4),
-                    "secret": secrets.token_hex(16),
-                    "nodes": None if nodes is None else list(nodes),
-                    "folders": [str(folder) for folder in folders],
-                    "nsys": nsys,
-                }
-            ),
-            encoding="utf-8",
-        )
+        make_folder(folders[0])
+        request.parent.mkdir(mode=0o700)
+        write_whole(request, json.dumps(asked), 0o600)
     except OSError as error:
         raise HpcmmError(
             f"{folders[0]} cannot be written ({error.strerror}): set runs_root to a shared folder."
@@ -86,19 +87,28 @@ def write_request(nodes: Sequence[str] | None, folders: Sequence[Path], *, nsys:
 
 
 def read_answers(request: Path, nodes: Sequence[str] | None, complaint: str = "") -> StepResult:
-    """What the nodes wrote beside the request."""
-    found = {path.stem: _read(path) for path in request.parent.glob("*.json") if path != request}
+    """What the nodes wrote beside the request; an answer that another user could have written counts as none."""
+    found = {}
+    for name in names_in(request.parent):
+        node = name.removesuffix(".json")
+        if name not in {request.name, node} and is_name_of_node(node):
+            found[node] = _read(request.parent / name)
     seen = sorted({name for each in found.values() for name in each.get("names", {})})
     known = seen if nodes is None else nodes
     return StepResult(list(known), {node: found.get(node, {}) for node in known}, complaint)
 
 
-def clean_up(request: Path) -> None:
-    """Remove the request with its answers, and what the nodes left in the folders that they tested."""
-    asked = _read(request)
-    for folder in map(Path, asked.get("folders", [])):
-        for token in folder.glob(token_file(folder, asked["id"], "*").name):
-            token.unlink(missing_ok=True)
+def clean_up(request: Path, folders: Sequence[Path]) -> None:
+    """Remove the request with its answers, and what the nodes left in ``folders``, which they were to test.
+
+    Nothing that is read decides what is removed.
+    """
+    for folder in folders:
+        beginning = token_file(folder, request_id(request), "").name
+        for name in names_in(folder):
+            if name.startswith(beginning):
+                with suppress(OSError):  # another user's
+                    (folder / name).unlink()
     shutil.rmtree(request.parent, ignore_errors=True)
 
 
@@ -128,7 +138,55 @@ def _run(command: Sequence[str], environ: Mapping[str, str], timeout_s: float) -
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text, writer = read_checked(path, _MOST_BYTES)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    answer = json_object(text) if writer is None else None
+    if answer is None or not _has_shape(answer, _ANSWER) or not all(map(is_name_of_node, answer["names"])):
+        return {}
+    return answer if _are_pairs(answer.get("all_reduce", {}).get("pairs", [])) else {}
+
+
+_NUMBER = (int, float)
+_GPUS = {"gpus": [{"index": str, "temperature.gpu": str, "ecc.errors.uncorrected.volatile.total": str,
+                   "clocks_throttle_reasons.hw_slowdown": str}]}  # fmt: skip
+_ANSWER: dict[str, Any] = {
+    "python": {"version": str, "": str},
+    "packages": {"": str},
+    "names": {"": (str, NoneType)},
+    "interfaces": {"": {"addresses": [str], "mbit_per_s": _NUMBER, "mtu": _NUMBER, "errors": _NUMBER}},
+    "infiniband": {"": {"": str}},
+    "gpus": _GPUS | {"problem": (str, NoneType)},
+    "nsys": (str, NoneType),
+    "disks": {"": {"free_bytes": _NUMBER, "free_inodes": (*_NUMBER, NoneType)}},
+}
+"""What every answer has. The name "" stands for all others, of which there may be none."""
+_MAY_HAVE: dict[str, Any] = {
+    "unwritable": {"": str},
+    "came": {"": (str, NoneType)},
+    "clock": {"offset_s": _NUMBER, "error_s": _NUMBER},
+    "address": str,
+    "interface": (str, NoneType),
+    "shared": {"": [str]},
+    "all_reduce": {"": object},
+    "nsys_problem": (str, NoneType),
+}
+
+
+def _has_shape(value: Any, shape: Any) -> bool:
+    """Whether ``value`` holds what is asked: by names, as a list of such values, or of a type."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict) or not all(key in value for key in shape if key):
+            return False
+        wanted = {**_MAY_HAVE, **shape} if shape is _ANSWER else shape
+        return all(_has_shape(each, wanted.get(key, wanted.get("", object))) for key, each in value.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_has_shape(each, shape[0]) for each in value)
+    return isinstance(value, shape)
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, list) and len(each) == 3 and _has_shape(each[:2], [str]) and _has_shape(each[2], _NUMBER)
+        for each in value
+    )

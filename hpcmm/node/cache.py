@@ -72,7 +72,7 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        _make(lock.parent)
+        make_folder(lock.parent)
         descriptor = os.open(lock, flags, 0o600)
     except OSError as error:
         raise HpcmmError(
@@ -90,7 +90,7 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
         yield
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make a folder, and those above it that are missing, which other users cannot write."""
     for above in reversed([each for each in (folder, *folder.parents) if not each.is_dir()]):
         above.mkdir(mode=0o700 if above.name == _own_name() else 0o755, exist_ok=True)

@@ -1,12 +1,20 @@
-"""Where Slurm gives the doctor no nodes: what it said, once, and what to do."""
+"""Where Slurm gives the doctor no nodes: what it said, once, and what to do. What others wrote is not obeyed."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import another_user
 import pytest
+
+from hpcmm.doctor.node import _leave_token
+from hpcmm.doctor.node import main as answer
+from hpcmm.doctor.runner import check_nodes, clean_up, read_answers, write_request
+from hpcmm.errors import HpcmmError
 
 MUNGE = "srun: error: If munged is up, restart with --num-threads=10\nsrun: error: Munge encode failed: no socket\n"
 
@@ -45,3 +53,92 @@ def test_without_slurm_s_configuration_it_does_not_wait_for_it(tmp_path):
     done = doctor(tmp_path, says="", configuration=False)
     assert done.returncode == 1
     assert "which is not a file: is the cluster up" in done.stderr
+
+
+def test_one_node_is_checked_and_nothing_stays(tmp_path):
+    srun = ["sh", "-c", 'for last; do :; done; while [ "$1" != "-P" ]; do shift; done; exec "$PYTHON" "$@"', "srun"]
+    environ = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "SLURMD_NODENAME": "n1", "HOME": str(tmp_path)}
+    folders = [tmp_path / "runs", tmp_path / "cache"]
+    result = check_nodes(["n1"], 1, folders, srun, nsys=False, environ=environ)
+    assert result.complaint == ""
+    assert result.found["n1"]["shared"] == {str(folder): [] for folder in folders}
+    assert [[*folder.iterdir()] for folder in folders] == [[], []]
+
+
+@pytest.fixture
+def request_file(tmp_path):
+    return write_request(["n1"], [tmp_path / "runs"], nsys=False)
+
+
+def test_what_is_removed_is_not_read_from_the_request(tmp_path, request_file):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in ("thesis", ".hpcmm-doctor-a-b"):
+        (precious / name).touch()
+    assert request_file.parent.stat().st_mode & 0o777 == 0o700
+    request_file.write_text(json.dumps({"id": "*", "folders": [str(precious)]}))
+    clean_up(request_file, [tmp_path / "runs"])
+    assert len([*precious.iterdir()]) == 2
+    assert [*(tmp_path / "runs").iterdir()] == []
+
+
+ANSWERS = [
+    "[]", "7", "{", "[" * 200_000, '{"names": 1}', '{"names": {"n1": "1.1.1.1"}}', '{"python": [], "packages": 1}',
+    '{"python": {"version": 1}, "packages": {}, "names": {}, "interfaces": {}, "infiniband": {}, "gpus": {}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_an_answer_of_another_shape_counts_as_none(request_file, text):
+    (request_file.parent / "n1.json").write_text(text)
+    assert read_answers(request_file, ["n1"]).found == {"n1": {}}
+    assert read_answers(request_file, None).nodes == []
+
+
+def test_an_answer_that_another_user_could_have_written_counts_as_none(request_file, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert answer([str(request_file)]) == 0
+    assert read_answers(request_file, ["n1"]).found["n1"]["node"] == "n1"
+    (request_file.parent / "n1.json").chmod(0o666)
+    assert read_answers(request_file, ["n1"]).found == {"n1": {}}
+    another_user.give(request_file.parent)
+    assert read_answers(request_file, ["n1"]).found == {"n1": {}}
+
+
+@pytest.mark.parametrize("place", ["folder", "file", "owner"])
+def test_a_node_does_not_do_what_another_user_could_have_asked(request_file, place):
+    if place == "owner":
+        another_user.give(request_file.parent)
+    else:
+        (request_file if place == "file" else request_file.parent).chmod(0o777)
+    with pytest.raises(HpcmmError, match="can be written by another user, so what it asks is not done"):
+        answer([str(request_file)])
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"folders": [1]}', '{"nodes": "n1", "folders": []}', "[" * 200_000])
+def test_a_request_of_another_shape_is_refused(request_file, text):
+    request_file.write_text(text)
+    with pytest.raises(HpcmmError, match="is no request of a check"):
+        answer([str(request_file)])
+
+
+@pytest.fixture
+def open_to_all():
+    """A folder that other users can enter and write, unlike those of pytest."""
+    with tempfile.TemporaryDirectory(prefix="hpcmm-", dir="/tmp") as made:
+        Path(made).chmod(0o777)
+        yield Path(made)
+
+
+def test_a_node_makes_no_folder_where_everybody_could_exchange_it(open_to_all):
+    found: dict[str, object] = {}
+    _leave_token(open_to_all / "cache", "ab", "n1", found)
+    assert "can be written by everybody" in str(found["unwritable"])
+    assert [*open_to_all.iterdir()] == []
+
+
+def test_a_folder_that_everybody_could_exchange_carries_no_nodes_words(open_to_all):
+    done = doctor(open_to_all, says="")
+    assert done.returncode == 1
+    assert "another user could put a run in the place of yours" in done.stderr
+    assert sorted(each.name for each in open_to_all.iterdir()) == ["bin", "slurm.conf"]
