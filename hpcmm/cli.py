@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from hpcmm import find_modules_at_last, find_modules_in
 from hpcmm.errors import HpcmmError
+from hpcmm.resources import find_modules_at_last, find_modules_in
 from hpcmm.text import printable
 
 COMMANDS = {
@@ -132,7 +132,9 @@ def _find_modules_here(command: str) -> None:
     """
     if not sys.flags.safe_path:
         with contextlib.suppress(OSError):  # it is gone, which the command says
-            find_modules_in(str(Path.cwd()), command)
+            here = str(Path.cwd())
+            del sys.path[0]
+            find_modules_in(here, command)
 
 
 def _say(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:

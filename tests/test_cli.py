@@ -12,9 +12,9 @@ from pathlib import Path
 import another_user
 import pytest
 
-from hpcmm import find_modules_at_last, find_modules_in
 from hpcmm.cli import COMMANDS, INTERRUPTED, main, run_command
 from hpcmm.errors import HpcmmError
+from hpcmm.resources import find_modules_at_last, find_modules_in
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 HEAVY = ("pandas", "numpy", "torch", "hydra", "omegaconf", "submitit", "rich", "gradio")
@@ -148,7 +148,7 @@ def test_modules_in_another_user_s_folder_are_not_imported(hpcmm: Path, tmp_path
 @pytest.mark.parametrize(("mode", "place"), [(0o755, 0), (0o775, -1)])
 def test_one_s_own_modules_are_found_first_only_if_nobody_else_writes_the_folder(tmp_path, monkeypatch, mode, place):
     tmp_path.chmod(mode)
-    monkeypatch.setattr(sys, "path", ["/script", "/site"])
+    monkeypatch.setattr(sys, "path", ["/site"])
     find_modules_in(str(tmp_path), "launch")
     assert sys.path == ([str(tmp_path), "/site"] if place == 0 else ["/site"])
     find_modules_at_last(("json",))
