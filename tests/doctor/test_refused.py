@@ -15,6 +15,7 @@ from hpcmm.doctor.node import _leave_token
 from hpcmm.doctor.node import main as answer
 from hpcmm.doctor.runner import check_nodes, clean_up, read_answers, write_request
 from hpcmm.errors import HpcmmError
+from hpcmm.resources import environment_of_modules
 
 MUNGE = "srun: error: If munged is up, restart with --num-threads=10\nsrun: error: Munge encode failed: no socket\n"
 
@@ -29,7 +30,9 @@ def doctor(tmp_path: Path, *, says: str, configuration: bool = True) -> subproce
         (tmp_path / "slurm.conf").touch()
     environment = {"PATH": f"{commands}:/usr/bin:/bin", "SLURM_CONF": f"{tmp_path}/slurm.conf", "HOME": str(tmp_path)}
     command = [sys.executable, "-m", "hpcmm.doctor", "cluster=slurm", "--nodes", "3", "--no-nsys", "runs_root=."]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment_of_modules(environment), capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(
