@@ -8,6 +8,12 @@ from collections.abc import Iterable
 from hpcmm.errors import HpcmmError
 
 _RANGE = re.compile(r"\s*([0-9]{1,12})(?:\s*-\s*([0-9]{1,12}))?\s*")
+_TASKS = r"[0-9]{1,9}(?:-[0-9]{1,9}(?::[0-9]{1,9})?)?"
+_JOB_NUMBER = re.compile(
+    rf"[0-9]{{1,12}}(?:\+[0-9]{{1,4}})?(?:_(?:[0-9]{{1,9}}|\[{_TASKS}(?:,{_TASKS})*(?:%[0-9]{{1,9}})?\]))?"
+)
+_MOST_TASKS = 10_000_000
+"""Of an array; Slurm's own limit is 4 million."""
 MAX_RANK = 999_999
 """A larger number in a list that another program wrote is no rank."""
 
@@ -32,6 +38,16 @@ def write_ranges(numbers: Iterable[int], separator: str = ",") -> str:
         else:
             runs.append([number])
     return separator.join("-".join(map(str, run)) for run in runs)
+
+
+def is_job_number(job_id: str, raw_id: str) -> bool:
+    """Whether this can be a job as Slurm shows it (``12``, ``12_7``, ``12_[8-99%4]``), with its own number.
+
+    Only a task of an array, or a part of a job of several, has an own number that is another one.
+    """
+    if not _JOB_NUMBER.fullmatch(job_id) or not re.fullmatch(r"[0-9]{1,12}", raw_id):
+        return False
+    return (raw_id == job_id or "_" in job_id or "+" in job_id) and count_tasks(job_id) <= _MOST_TASKS
 
 
 def count_tasks(job_id: str) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import psutil
 
 from hpcmm.config.untyped_config import trains_a_workload
 from hpcmm.errors import HpcmmError
@@ -47,7 +48,7 @@ def cancel(asked: str, targets: Sequence[Target], patience_s: float = 60.0) -> C
         names = ", ".join(state.run.root.name for state in active if state.run)
         raise HpcmmError(f"{asked!r} is the start of {len(active)} active runs: name one of {names}.")
     state = active[0]
-    ids = list(dict.fromkeys(_cancellable(job.job_id, job.raw_id) for job in state.active))
+    ids = list(dict.fromkeys(_cancellable(job.job_id) for job in state.active))
     if is_local(state.run):
         for each in ids:
             _end_locally(int(each), patience_s)
@@ -77,7 +78,7 @@ def _stops_when_asked(state: State) -> bool:
 def _stop(state: State, ids: Sequence[str], patience_s: float) -> bool:
     """Ask the running jobs to stop, cancel what is left in the end. Returns whether nothing was left."""
     environ = _environment_of(state)
-    waiting = [_cancellable(job.job_id, job.raw_id) for job in state.active if job.pending]
+    waiting = [_cancellable(job.job_id) for job in state.active if job.pending]
     if waiting:
         ask("scancel", "--state=PENDING", *waiting, environ=environ)
     ask("scancel", "--batch", "--signal=USR2", *ids, environ=environ)
@@ -108,23 +109,25 @@ def _end_locally(pid: int, patience_s: float) -> None:
     """
     until = time.monotonic() + patience_s
     try:
-        os.kill(pid, signal.SIGTERM)
+        process = psutil.Process(pid)  # by its start, so that a later one with its number is another one
+        process.send_signal(signal.SIGTERM)
         while time.monotonic() < until:
             time.sleep(_LOCAL_POLL_S)
-            os.kill(pid, 0)
-        os.kill(pid, signal.SIGINT)
-    except ProcessLookupError:
+            if not process.is_running():
+                return
+        process.send_signal(signal.SIGINT)
+    except psutil.NoSuchProcess:
         return  # over by now
-    except PermissionError as error:
+    except psutil.AccessDenied as error:
         raise HpcmmError(f"Process {pid} is another user's: you cannot cancel it.") from error
 
 
-def _cancellable(job_id: str, raw_id: str) -> str:
-    """scancel's way to write a task, or the tasks of an array that still wait.
+def _cancellable(job_id: str) -> str:
+    """scancel's way to write a job, a task, or the tasks of an array that still wait.
 
     squeue adds to these how many may run at once (``12_[3-9%4]``), which scancel does not read.
     """
-    return re.sub(r"%[0-9]+", "", job_id) if "_" in job_id else raw_id
+    return re.sub(r"%[0-9]+", "", job_id.partition("+")[0] if "_" not in job_id else job_id)
 
 
 def _nothing_to_cancel(asked: str, states: Sequence[State]) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import selectors
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -13,6 +16,9 @@ from hpcmm.files import MOST_BYTES
 from hpcmm.text import visible
 
 _TIMEOUT_S = 30
+_MOST_OUTPUT_BYTES = 256_000_000
+"""Of a command; those of a queue of a million jobs are fewer."""
+_READ_BYTES = 1 << 20
 _DEFAULTS_OF_COMMANDS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SCONTROL_")
 _OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_")
 _OF_THE_CLUSTER = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
@@ -23,7 +29,7 @@ _CLUSTERS = "SLURM_CLUSTERS"
 _OF_ANY_CLUSTER = frozenset({"squeue", "sacct", "scancel", "scontrol", "sinfo"})
 """Commands that take ``--clusters``; sacct does not heed the variable."""
 _CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
-_CLUSTER_NAME = re.compile(r"^\s*ClusterName\s*=\s*([\w.-]+)", re.IGNORECASE | re.MULTILINE)
+_CONFIGURED_NAME = re.compile(r"^\s*ClusterName\s*=\s*([\w.-]+)", re.IGNORECASE | re.MULTILINE)
 
 
 class SilentError(HpcmmError):
@@ -64,19 +70,52 @@ def run_command(
     """Run a command of Slurm's to its end, with its words whatever their encoding.
 
     Raises OSError (ValueError for an environment that no program can be given) if it cannot be started, and
-    subprocess.TimeoutExpired. ``process_group=0``: in a process group of its own, which Ctrl-C does not reach.
+    subprocess.TimeoutExpired, and SilentError if it writes without end. ``process_group=0``: in a process group of its
+    own, which Ctrl-C does not reach.
     """
-    return subprocess.run(
+    with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-        timeout=timeout_s,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         process_group=process_group,
         env=dict(environ),
-    )
+    ) as process:
+        try:
+            written = _written_by(process, command, timeout_s)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, *written)
+
+
+def _written_by(process: subprocess.Popen[bytes], command: Sequence[str], timeout_s: float) -> tuple[str, str]:
+    """What a command writes to its output and to its errors until it ends."""
+    until = time.monotonic() + timeout_s
+    assert process.stdout is not None
+    assert process.stderr is not None
+    written: dict[int, list[bytes]] = {process.stdout.fileno(): [], process.stderr.fileno(): []}
+    left_bytes = _MOST_OUTPUT_BYTES
+    with selectors.DefaultSelector() as selector:
+        for descriptor in written:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(max(0.0, until - time.monotonic()))
+            if not ready or time.monotonic() > until:
+                raise subprocess.TimeoutExpired(command, timeout_s)
+            for key, _ in ready:
+                chunk = os.read(key.fd, _READ_BYTES)
+                written[key.fd].append(chunk)
+                left_bytes -= len(chunk)
+                if not chunk:
+                    selector.unregister(key.fd)
+            if left_bytes < 0:
+                reason = f"{command[0]} wrote more than {_MOST_OUTPUT_BYTES // 1_000_000} MB"
+                # half an answer could be taken for a whole one
+                raise SilentError(f"{reason}: see what `{command[0]}` prints here.", reason)
+    process.wait(max(0.0, until - time.monotonic()))
+    output, errors = (b"".join(chunks).decode(errors="replace") for chunks in written.values())
+    return output.replace("\r\n", "\n"), errors.replace("\r\n", "\n")
 
 
 def ask(
@@ -109,6 +148,33 @@ def ask(
     raise _failure(command[0], visible(" ".join(done.stderr.split()), " "))
 
 
+CLUSTER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
+"""A pattern. Slurm's commands would take a name that begins with a dash for an option."""
+CLUSTER_LINE = re.compile(rf"CLUSTER: *({CLUSTER_NAME})\s*")
+"""What squeue and sinfo print before the rows of each cluster, also without a header."""
+
+
+def new_separator() -> str:
+    """What stands behind each field of an answer: nobody can know it in advance, and so write it into a job's name."""
+    return f"\x1f{secrets.token_hex(8)}\x1f"
+
+
+def rows_of_answer(listed: str, separator: str, width: int, cluster: str) -> Iterator[tuple[str, list[str]]]:
+    """Each row of ``width`` fields, with the cluster that a line before it names; ``cluster`` before the first.
+
+    ``separator`` stands behind each field, the last one too, so that line breaks within one mean nothing.
+    """
+    fields = listed.split(separator)
+    for start in range(0, len(fields) - width, width):
+        *lines, first = fields[start].split("\n")  # after the end of the row before
+        for line in lines:
+            if (heading := CLUSTER_LINE.fullmatch(line)) is not None:
+                cluster = heading[1]
+            elif line.startswith("CLUSTER:"):
+                cluster = ""
+        yield cluster, [first, *fields[start + 1 : start + width]]
+
+
 def _failure(command: str, complaint: str) -> HpcmmError:
     """Of which kind a failure is: what Slurm says of itself comes before what it says of the question."""
     if (unknown := _NO_CLUSTER.search(complaint)) is not None:
@@ -128,7 +194,7 @@ def cluster_here(environ: Mapping[str, str]) -> str:
         try:
             if path.is_file():  # the site's own, which may be a link and of whatever user: squeue reads it too
                 with path.open(encoding="utf-8", errors="replace") as file:
-                    found = _CLUSTER_NAME.search(file.read(MOST_BYTES))
+                    found = _CONFIGURED_NAME.search(file.read(MOST_BYTES))
                 return found[1].lower() if found else ""
         except (OSError, ValueError):
             continue

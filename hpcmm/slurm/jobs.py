@@ -10,16 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from hpcmm.errors import HpcmmError
-from hpcmm.ranges import count_tasks, tasks_in
+from hpcmm.ranges import count_tasks, is_job_number, tasks_in
 from hpcmm.runs.submission import JobIdentity
-from hpcmm.slurm.commands import ask, clusters_asked, on_cluster
+from hpcmm.slurm.commands import CLUSTER_LINE, ask, clusters_asked, new_separator, on_cluster, rows_of_answer
 from hpcmm.text import visible
 
 PENDING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
 ACTIVE = PENDING | {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 """States after which another one comes."""
 
-_SEPARATOR = "\x1f"
 _SQUEUE = {
     "job_id": "%i",
     "raw_id": "%A",
@@ -59,8 +58,6 @@ _RECORD_FIELDS = (
 )
 _REVOKED = "REVOKED"
 """Of a job in a federation, at a cluster that did not get it."""
-_CLUSTER_LINE = re.compile(r"CLUSTER: *(\S+)\s*")
-"""What squeue and sinfo print before the rows of each cluster, also without a header."""
 _CLOCKS_S = 900
 """The most by which a login node's clock may be ahead of the controller's."""
 _DAYLIGHT_SAVING_S = 3600
@@ -314,7 +311,7 @@ def node_states(nodes: str, environ: Mapping[str, str] = os.environ) -> dict[str
     listed = ask("sinfo", "-hN", f"--nodes={nodes}", "--format=%N\x1f%T\x1f%E", environ=environ)
     states = {}
     for line in listed.splitlines():
-        if _CLUSTER_LINE.fullmatch(line):
+        if CLUSTER_LINE.fullmatch(line):
             continue
         name, _, rest = line.partition("\x1f")
         state, _, reason = rest.partition("\x1f")
@@ -327,25 +324,26 @@ def _without_sacct(error: HpcmmError) -> str:
 
 
 def _squeue(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
-    wanted = _SEPARATOR.join(_SQUEUE.values())
+    separator = new_separator()
+    wanted = "".join(f"{name}{separator}" for name in _SQUEUE.values())
     whole_ranges = {**environ, "SLURM_BITSTR_LEN": "0"}
 
     def rows(*more: str) -> list[Job]:
         asked = ["--noheader", *more, *options, f"--format={wanted}"]
         listed = ask("squeue", *asked, absent="Invalid job id", environ=whole_ranges)
-        return _rows(listed, list(_SQUEUE), "squeue", clusters_asked(environ))
+        return _rows(listed, separator, list(_SQUEUE), "squeue", clusters_asked(environ))
 
     return _of_federation(rows, environ)
 
 
 def _sacct(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
-    wanted = ",".join(_SACCT.values())
+    separator, wanted = new_separator(), ",".join(_SACCT.values())
     whole_ranges = {**environ, "SLURM_BITSTR_LEN": "0"}
-    layout = ["--noheader", "--allocations", "--parsable2", f"--delimiter={_SEPARATOR}", f"--format={wanted}"]
+    layout = ["--noheader", "--allocations", "--parsable", f"--delimiter={separator}", f"--format={wanted}"]
 
     def rows(*more: str) -> list[Job]:
         listed = ask("sacct", *layout, *more, *options, environ=whole_ranges)
-        return _rows(listed, list(_SACCT), "sacct", clusters_asked(environ))
+        return _rows(listed, separator, list(_SACCT), "sacct", clusters_asked(environ))
 
     return _of_federation(rows, environ)
 
@@ -361,19 +359,16 @@ def _of_federation(rows: Callable[..., list[Job]], environ: Mapping[str, str]) -
     return [job for job in here if job.job_id not in found] + [job for job in elsewhere if job.job_id in revoked]
 
 
-def _rows(listed: str, names: Sequence[str], source: str, cluster: str) -> list[Job]:
-    found: list[Job] = []
-    for line in listed.split("\n"):
-        if (heading := _CLUSTER_LINE.fullmatch(line)) is not None:
-            cluster = heading[1]
-        found += [replace(job, cluster=cluster) for job in _row(line, names, source)]
-    return found
+def _rows(listed: str, separator: str, names: Sequence[str], source: str, cluster: str) -> list[Job]:
+    rows = rows_of_answer(listed, separator, len(names), cluster)
+    return [replace(job, cluster=where) for where, row in rows for job in _row(row, names, source)]
 
 
-def _row(line: str, names: Sequence[str], source: str) -> Iterable[Job]:
-    values = line.split(_SEPARATOR, len(names) - 1)
-    if len(values) != len(names):
+def _row(values: Sequence[str], names: Sequence[str], source: str) -> Iterable[Job]:
+    """The job of a row; none if its numbers, which other commands are given, are none."""
+    if not is_job_number(*values[:2]):
         return
+    values = ["" if "\0" in value else value for value in values]  # no path, and no name, has it
     given = {name: "" if value in _EMPTY else value for name, value in zip(names, values, strict=True)}
     state, _, detail = given["state"].partition(" ")  # sacct writes "CANCELLED by 1000"
     reason = f"{detail} ({given['reason']})" if detail and given["reason"] else detail or given["reason"]

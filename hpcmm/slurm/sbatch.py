@@ -16,6 +16,7 @@ from hpcmm.config.schema import ClusterConfig, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.submission import JobIdentity
 from hpcmm.slurm.commands import (
+    CLUSTER_NAME,
     SilentError,
     ask,
     clusters_asked,
@@ -73,8 +74,8 @@ _UNCERTAIN = (
 """Words of an answer that was lost on its way: the controller may have queued the job all the same."""
 
 
-_ACCEPTED = re.compile(r"Submitted batch job ([1-9][0-9]*)\b(?: on cluster ([\w.-]+))?")
-_PARSABLE = re.compile(r"([1-9][0-9]{0,9})(?:;([\w.-]+))?")
+_ACCEPTED = re.compile(rf"Submitted batch job ([1-9][0-9]{{0,9}})\b(?: on cluster ({CLUSTER_NAME}))?(?! on cluster)")
+_PARSABLE = re.compile(rf"([1-9][0-9]{{0,9}})(?:;({CLUSTER_NAME}))?")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 

@@ -5,6 +5,7 @@ import os
 from shlex import quote
 
 import pytest
+from slurm_stand_in import parted_as_asked
 
 from hpcmm.jobs.diagnostics import RankDiagnostics, gather, reason_of_end, why_it_waits
 from hpcmm.jobs.find_run import find_targets
@@ -45,7 +46,7 @@ def run(tmp_path, monkeypatch):
 def answer(folder, name, *lines):
     (folder / "bin" / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     script = folder / "bin" / name
-    script.write_text(f"#!/bin/sh\ncat {quote(str(script))}.txt\n", encoding="utf-8")
+    script.write_text(parted_as_asked(f"#!/bin/sh\ncat {quote(str(script))}.txt\n"), encoding="utf-8")
     script.chmod(0o755)
 
 

@@ -9,6 +9,7 @@ from shlex import quote
 import pandas as pd
 import pytest
 from rich.console import Console
+from slurm_stand_in import parted_as_asked
 
 from hpcmm.config.compose import compose_run
 from hpcmm.evaluate import __main__ as evaluate
@@ -43,7 +44,8 @@ def slurm(tmp_path, monkeypatch):
         for kind, said in (("out", text), ("err", complaint)):
             (folder / f"{name}.{kind}").write_bytes(said.encode(errors="surrogateescape"))
         here = quote(str(folder / name))
-        (folder / name).write_text(f"#!/bin/sh\ncat {here}.out\ncat {here}.err >&2\nexit {status}\n")
+        script = f"#!/bin/sh\ncat {here}.out\ncat {here}.err >&2\nexit {status}\n"
+        (folder / name).write_text(parted_as_asked(script))
         (folder / name).chmod(0o755)
 
     for name in ("squeue", "sacct", "sinfo", "scancel", "sbatch", "srun", "scontrol"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 import pytest
+from slurm_stand_in import parted_as_asked
 
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.__main__ import find_runs
@@ -46,7 +47,7 @@ class Slurm:
         answer = self.folder / f"{name}.txt"
         answer.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         script = f'#!/bin/sh\necho {name} "$@" >> {quote(str(self.calls))}\ncat {quote(str(answer))}\n'
-        (self.folder / name).write_text(script, encoding="utf-8")
+        (self.folder / name).write_text(parted_as_asked(script), encoding="utf-8")
         (self.folder / name).chmod(0o755)
 
     def called(self, name):

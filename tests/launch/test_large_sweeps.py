@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from slurm_stand_in import parted_as_asked
 
 from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
@@ -59,7 +60,7 @@ class Slurm:
         scripts = {"11": sweep.submission_script(0), "13": sweep.submission_script(20)}
         lines = [SQUEUE.format(*row, scripts.get(row[0].split("_")[0], sweep.submission_script(10))) for row in rows]
         (self.here / "rows").write_text("".join(f"{line}\n" for line in lines))
-        self.write("squeue", f"#!/bin/sh\ncat {self.here}/rows\n")
+        self.write("squeue", parted_as_asked(f"#!/bin/sh\ncat {self.here}/rows\n"))
 
     def submitted(self) -> list[list[str]]:
         return [line.split() for line in (self.here / "sbatch.calls").read_text().splitlines()]

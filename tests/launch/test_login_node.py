@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from slurm_stand_in import parted_as_asked
 
 from hpcmm.config.config_file import load
 
@@ -114,7 +115,7 @@ def launch_with_sbatch(folder, text, *overrides, group=None):
     binaries = folder / "bin"
     binaries.mkdir()
     for name in ("sbatch", "srun", "squeue", "sacct"):
-        (binaries / name).write_text(text, encoding="utf-8")
+        (binaries / name).write_text(parted_as_asked(text), encoding="utf-8")
         (binaries / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
     return run_python(

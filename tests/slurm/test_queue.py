@@ -10,6 +10,7 @@ from pathlib import Path
 from shlex import quote
 
 import pytest
+from slurm_stand_in import parted_as_asked
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
@@ -48,7 +49,7 @@ class Slurm:
         (self.folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         end = f"echo {complaint!r} >&2; exit 1" if complaint else f"cat {quote(str(self.folder))}/{name}.txt"
         script = f'#!/bin/sh\necho {name} "$@" >> {quote(str(self.calls))}\n{end}\n'
-        (self.folder / name).write_text(script, encoding="utf-8")
+        (self.folder / name).write_text(parted_as_asked(script), encoding="utf-8")
         (self.folder / name).chmod(0o755)
 
     def called(self, name):
