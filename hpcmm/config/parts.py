@@ -20,6 +20,7 @@ import yaml
 
 from hpcmm.config.class_source import class_source, fits, syntax_problem
 from hpcmm.config.keys import PartGroup, parts_of
+from hpcmm.config.untyped_config import refuse_endless_aliases
 from hpcmm.errors import HpcmmError
 from hpcmm.files import read_text
 from hpcmm.resources import resource
@@ -80,7 +81,9 @@ def _contents(file: Path, _changed_ns: int) -> Mapping[str, Any]:
 def read_config_yaml(file: Path) -> dict[str, Any]:
     """The values of a file of a config group. Raises HpcmmError that names file, line and what is wrong there."""
     try:
-        values = yaml.load(read_text(file), _Loader)  # noqa: S506 - a SafeLoader
+        text = read_text(file)
+        refuse_endless_aliases(text)
+        values = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
     if values is not None and not isinstance(values, dict):

@@ -26,6 +26,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, ValueType
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from hydra.version import setbase
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,8 +34,11 @@ from omegaconf.errors import OmegaConfBaseException
 from hpcmm.config.keys import parts_of, type_hints
 from hpcmm.config.parts import TARGET, folders_of, yaml_problem
 from hpcmm.config.schema import RunConfig
+from hpcmm.config.untyped_config import refuse_endless_aliases
 from hpcmm.config.workload import load_workload
 from hpcmm.errors import HpcmmError
+from hpcmm.files import MOST_BYTES
+from hpcmm.resources import resource
 
 TASK_CLASS = f"task.{TARGET}"
 CONFIG_DIR = "launch.config_dir"
@@ -202,7 +206,37 @@ def _repository(folders: Sequence[Path]) -> tuple[ConfigLoaderImpl, CachingConfi
         search.append("main", f"file://{folder}")
     search.append("schema", "structured://")
     loader = ConfigLoaderImpl(search)
-    return loader, CachingConfigRepository(loader.repository)
+    return loader, _CheckedRepository(loader.repository)
+
+
+class _CheckedRepository(CachingConfigRepository):
+    """One that reads no file of the user's which would take Hydra without end to understand, or all of the memory."""
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        if f"config_path={config_path}" not in self.cache:
+            for source in self.get_sources():
+                if isinstance(source, FileConfigSource) and source.path != str(resource("conf")):
+                    _check_file(Path(source.path) / f"{config_path.removesuffix('.yaml')}.yaml")
+        return super().load_config(config_path)
+
+
+def _check_file(file: Path) -> None:
+    try:
+        if not file.exists():
+            return
+        if not file.is_file():
+            raise HpcmmError(f"{file} cannot be read: it is not a file.")
+        with file.open("rb") as opened:  # what a link names too, for the folder is the user's own choice
+            content = opened.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise HpcmmError(f"{file} cannot be read: it is larger than {MOST_BYTES} bytes.")
+        refuse_endless_aliases(content.decode())
+    except OSError as error:
+        raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
+    except yaml.MarkedYAMLError:
+        return  # Hydra's reader says it with the name of the file
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
 
 
 def _points(space: ConfigSpace, parsed: Mapping[str, Override]) -> Iterator[list[Override]]:
@@ -325,8 +359,8 @@ def _unreadable_file(error: Exception, space: ConfigSpace) -> str:
     for folder in space.folders:
         for file in sorted(folder.rglob("*.yaml")):
             try:
-                file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
+                _check_file(file)
+            except HpcmmError:
                 return str(file)
     return "A file of the configuration"
 

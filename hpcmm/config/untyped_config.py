@@ -51,6 +51,35 @@ def _refuse_traps(text: str) -> None:
             raise yaml.YAMLError("it has more values, or values within values, than expected")
 
 
+def refuse_endless_aliases(text: str) -> None:
+    """Raises YAMLError if a file of a user's own stands, by its aliases, for far more values than it holds itself."""
+    if "*" not in text:
+        return
+    sizes: dict[str, int] = {}
+    above: list[tuple[str | None, int]] = []
+    """Of each collection that is open its anchor, and the values in it so far."""
+    for event in yaml.parse(text, _PlainLoader):
+        anchor, size = getattr(event, "anchor", None), 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            if len(above) > _MOST_DEPTH:
+                raise yaml.YAMLError("it has more values within values than expected")
+            above.append((anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = above.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == name for name, _ in above):
+                raise yaml.YAMLError(f"its alias *{anchor} stands for what it lies in")
+            size, anchor = sizes.get(str(anchor), 1), None
+        if size and anchor is not None:
+            sizes[anchor] = size
+        if size and above:
+            above[-1] = (above[-1][0], above[-1][1] + size)
+        if size > _MOST_VALUES or (above and above[-1][1] > _MOST_VALUES):
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES} values")
+
+
 def plain_values(text: str) -> dict[str, Any]:
     """What the text of a configuration holds. Raises ValueError or YAMLError where it is none."""
     _refuse_traps(text)

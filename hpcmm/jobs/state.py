@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import psutil
 
@@ -50,9 +49,10 @@ def local_job(run: RunDir, job_id: str, name: str, ranks: int) -> Job:
 
     One that stopped as asked has completed too: nobody puts it back into a queue, and it has not failed.
 
-    submitit's number of a local job is that process' own; it may be another's by now, so its command is looked at.
+    submitit's number of a local job is that process' own; it may be another's by now, so its command and its user are
+    looked at.
     """
-    if job_id.isdecimal() and _runs(int(job_id), run.submitit):
+    if job_id.isdecimal() and _runs(int(job_id), run):
         state = "RUNNING"
     else:
         outcome = outcome_of(run, job_id, ranks)
@@ -60,10 +60,12 @@ def local_job(run: RunDir, job_id: str, name: str, ranks: int) -> Job:
     return Job(job_id, job_id, name=name, state=state, node_count="1", source="run directory")
 
 
-def _runs(pid: int, folder: Path) -> bool:
+def _runs(pid: int, run: RunDir) -> bool:
     try:
-        return str(folder) in psutil.Process(pid).cmdline()
-    except (psutil.Error, OverflowError):
+        process = psutil.Process(pid)
+        # Another user's process can name any folder among its words.
+        return process.uids().real == run.root.stat().st_uid and str(run.submitit) in process.cmdline()
+    except (psutil.Error, OverflowError, OSError):
         return False
 
 

@@ -14,6 +14,8 @@ from hpcmm.runs.ownership import is_mine
 JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
 """A job's number, or that of an array's task, as a run's files name it."""
 _SCRIPT = re.compile(r"submission(?:_([1-9][0-9]{0,8}))?\.sh")
+_MOST_OF_OTHERS = 10_000
+"""Runs of other users in a folder."""
 _POINT = re.compile(r"[0-9]{1,9}")
 
 
@@ -261,16 +263,29 @@ def is_run(folder: Path) -> bool:
 def runs_in(runs_root: Path, *, of_others: bool = False) -> list[RunDir]:
     """This user's runs in a folder, newest first; with ``of_others`` those of other users instead.
 
-    Theirs are apart, for they name and date them as they like.
+    Theirs are apart, for they name and date them as they like; of very many, only so many are looked into.
     """
+    mine: list[str] = []
+    theirs: list[str] = []
     try:
         with os.scandir(runs_root) as entries:
-            # Of who owns it first: the folders of others, however many, are not looked into.
-            named = [runs_root / each.name for each in entries if each.is_dir(follow_symlinks=False)]
+            for each in entries:
+                if each.is_dir(follow_symlinks=False):
+                    # Of who owns it first: the folders of others, however many, cost one question each.
+                    is_own = _owner_of(each) == os.geteuid() and is_mine(runs_root / each.name)
+                    (mine if is_own else theirs).append(each.name)
     except OSError:
         return []
-    folders = [folder for folder in named if is_mine(folder) != of_others and is_run(folder)]
+    named = theirs[:_MOST_OF_OTHERS] if of_others else mine
+    folders = [folder for name in named if is_run(folder := runs_root / name)]
     return [RunDir(folder.absolute()) for folder in sorted(folders, key=_made_at, reverse=True)]
+
+
+def _owner_of(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat(follow_symlinks=False).st_uid
+    except OSError:  # deleted by now
+        return None
 
 
 def make_private(folder: Path) -> None:

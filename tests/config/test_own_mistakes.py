@@ -85,6 +85,54 @@ def test_a_file_that_is_not_utf_8_is_named(own: Path):
     assert "latin.yaml cannot be read: it is not UTF-8" in said("cluster=latin")
 
 
+def many_aliases(merge: bool) -> str:
+    """A small file that stands for 10^12 values."""
+    word = "<<: [{}]" if merge else "b: [{}]"
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i}\n  {word.format(', '.join([f'*a{i - 1}'] * 10))}" for i in range(1, 13)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (many_aliases(False), "its aliases stand for more than 100000 values"),
+        (many_aliases(True), "its aliases stand for more than 100000 values"),
+        ("a: &a [*a]\n", "its alias *a stands for what it lies in"),
+        ("a: " + "[" * 10_000 + "*a", "it has more values within values than expected"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("cluster/bad.yaml", "cluster=bad"),
+        ("model/decoder/bad.yaml", "model/decoder=bad"),
+        ("model/decoder/bad.yaml", "model.decoder=bad"),
+        ("experiment/bad.yaml", "experiment=bad"),
+    ],
+)
+def test_a_small_file_that_stands_for_one_without_end_is_refused(
+    own: Path, text: str, expected: str, file: str, chosen: str
+):
+    (own.parent / "conf" / file).write_text(text)
+    assert f"bad.yaml cannot be read: {expected}" in said(chosen)
+
+
+@pytest.mark.parametrize("chosen", ["cluster=bad", "experiment=bad", "model/decoder=bad"])
+def test_a_file_of_many_bytes_is_refused_unread(own: Path, chosen: str):
+    for group in ("cluster", "experiment", "model/decoder"):
+        with (own.parent / "conf" / group / "bad.yaml").open("wb") as file:
+            file.truncate(8 << 30)
+    assert "bad.yaml cannot be read: it is larger than 1048576 bytes" in said(chosen)
+
+
+def test_a_few_aliases_are_read(own: Path):
+    (own.parent / "conf" / "cluster" / "aliased.yaml").write_text("name: &n aliased\npartition: *n\n")
+    words = ["launch.config_dir=conf", "cluster=aliased", "task=mine"]
+    assert compose_run(words).cluster.partition == "aliased"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [

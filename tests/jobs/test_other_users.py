@@ -13,8 +13,10 @@ import pytest
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import default_environment, find_folder, find_targets, slurm_environment
+from hpcmm.jobs.state import local_job
 from hpcmm.launch.plan import job_to_wait_for
 from hpcmm.launch.submit import resubmit
+from hpcmm.runs import run_dir
 from hpcmm.runs.run_dir import RunDir, runs_in
 from hpcmm.serve.address import find_address
 
@@ -262,3 +264,31 @@ def test_an_analysis_takes_one_s_own_run_of_a_name_first(tmp_path, monkeypatch):
     os.utime(mine.submission_script, (1, 1))
     foreign(tmp_path / "runs", "demo-2")
     assert find_folder(type(tmp_path)("demo")).name == "demo-1"
+
+
+def test_another_user_s_process_that_names_one_s_own_local_run_is_not_the_run(root):
+    mine = make_run(root, "demo-1")
+    command = ["/bin/sh", "-c", "read line", str(mine.submitit)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as own:
+        assert local_job(mine, str(own.pid), "demo", 1).state == "RUNNING"
+        own.kill()
+    if os.geteuid() != 0:
+        pytest.skip("only root can start another user's process")
+    them = another_user.UID
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd="/", user=them, group=them, extra_groups=[]) as theirs:
+        try:
+            assert local_job(mine, str(theirs.pid), "demo", 1).state == "FAILED"
+        finally:
+            theirs.kill()
+
+
+def test_of_very_many_folders_of_others_only_so_many_are_looked_into(root, monkeypatch):
+    mine = make_run(root, "mine-1")
+    for index in range(5):
+        foreign(root, f"theirs-{index}")
+    looked = []
+    monkeypatch.setattr(run_dir, "_MOST_OF_OTHERS", 3)
+    monkeypatch.setattr(run_dir, "is_run", lambda folder: looked.append(folder) or True)
+    assert [run.root for run in runs_in(root)] == [mine.root]
+    assert looked == [mine.root]
+    assert len(runs_in(root, of_others=True)) == 3
