@@ -270,7 +270,8 @@ def test_a_script_that_failed_by_itself_does_not_wait_for_slurm(script):
 
 @pytest.mark.parametrize("name", ["USR1", "USR2"])
 def test_under_slurm_s_own_requeue_a_signal_to_the_script_reaches_the_ranks(script, name):
-    script.ranks = f"trap 'echo heard; exit 0' {name}; kill -{name} $SCRIPT; while :; do /bin/sleep 0.05; done"
+    # The script may not know its ranks yet when the first signal comes.
+    script.ranks = f"trap 'echo heard; exit 0' {name}; while :; do kill -{name} $SCRIPT; /bin/sleep 0.1; done"
     status, said = script.ends("requeue=slurm")
     assert (status, said) == (0, "heard\n")
     assert not script.run.stop_request.exists()

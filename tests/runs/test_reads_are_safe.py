@@ -25,6 +25,7 @@ READ_ELSEWHERE = {
     ("serve/guard.py", ""),
     # This user's own run, which they have just made, or which is at work.
     ("launch/write.py", "_sha256"),
+    ("launch/submit.py", "_output_to"),
     ("runs/attempts.py", "begin_attempt"),
     ("train/checkpoint.py", "_publish"),
     ("train/checkpoint.py", "_newest_first"),
