@@ -17,6 +17,8 @@ PROJECT = "/home/me/project"
 """Stands in the kept files for the folder in which they were made."""
 PYTHON = f"{PROJECT}/.venv/bin/python"
 SLURM_CONF = "/home/me/cluster/etc/slurm.conf"
+UNPACKING = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+"""Python has it from 3.11.4 on, and Debian 12 an earlier one."""
 
 
 def unpack(project: Path, slurm_conf: Path | None = None) -> Path:
@@ -26,11 +28,11 @@ def unpack(project: Path, slurm_conf: Path | None = None) -> Path:
     """
     shutil.copytree(KEPT / "project", project, dirs_exist_ok=True)
     with tarfile.open(KEPT / "binary.tar.xz") as archive:
-        archive.extractall(project, filter="data")
+        archive.extractall(project, **UNPACKING)  # noqa: S202 -- an archive of our own
     runs = project / "runs"
     names = {PYTHON: sys.executable, PROJECT: str(project), SLURM_CONF: str(slurm_conf or SLURM_CONF)}
     with tarfile.open(KEPT / "code.tar.xz") as archive:
-        archive.extractall(runs / RUN, filter="data")
+        archive.extractall(runs / RUN, **UNPACKING)  # noqa: S202 -- as above
     shutil.copytree(runs / RUN / "code", runs / SWEEP / "code")
     for path in (path for path in runs.rglob("*") if path.is_file() and "code" not in path.relative_to(runs).parts):
         if path.suffix == ".pkl":
