@@ -114,14 +114,6 @@ def find_folder(given: Path) -> Path:
     return run.root if run is not None else given
 
 
-def run_of_job(job_id: str, runs_root: Path) -> RunDir | None:
-    """The user's own run in ``runs_root`` that this job belongs to; of an array's task its point.
-
-    What other users' runs claim counts for nothing.
-    """
-    return _target_of_job(job_id, runs_root).run
-
-
 def run_of_command(job: Job) -> RunDir | None:
     """The run whose script this job was submitted with, by what Slurm noted of it; of an array's task its point."""
     run = folder_of_command(job)
@@ -286,6 +278,7 @@ def _targets_of_point(asked: str, runs: Sequence[RunDir], index: int) -> list[Ta
 
 
 def _target_of_job(job_id: str, runs_root: Path) -> Target:
+    """The job, with the user's own run that it belongs to. What other users' runs claim counts for nothing."""
     runs = runs_in(runs_root)
     array = array_of(job_id)
     for run in runs:
