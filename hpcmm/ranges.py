@@ -73,10 +73,12 @@ def _ranges_of(job_id: str) -> list[range]:
     ]
 
 
-def profiled_ranks(choice: str, world_size: int, ranks_per_node: int) -> frozenset[int]:
+def profiled_ranks(
+    choice: str, world_size: int, ranks_per_node: int, asked_by: str = "profile.ranks"
+) -> frozenset[int]:
     """The ranks named by ``choice``: ``all``, ``one_per_node`` (the first of each), or a list such as ``0,3-5``.
 
-    Raises HpcmmError for anything else, and for ranks that the run does not have.
+    Raises HpcmmError for anything else, and for ranks that the run does not have. ``asked_by``: the key or option.
     """
     if choice == "all":
         return frozenset(range(world_size))
@@ -85,11 +87,11 @@ def profiled_ranks(choice: str, world_size: int, ranks_per_node: int) -> frozens
     ranks: set[int] = set()
     for part in parse_ranges(choice):
         if part is None:
-            raise HpcmmError(f"profile.ranks is {choice!r}: write all, one_per_node, or ranks such as '0,3-5'.")
+            raise HpcmmError(f"{asked_by} is {choice!r}: write all, one_per_node, or ranks such as '0,3-5'.")
         # One number beyond the run is enough to refuse it: a huge range must not become a huge set.
         ranks.update(range(min(part.start, world_size), min(part.stop, world_size + 1)))
     if not ranks or max(ranks) >= world_size:
-        raise HpcmmError(f"profile.ranks is {choice!r}, but the ranks of this run are 0 to {world_size - 1}.")
+        raise HpcmmError(f"{asked_by} is {choice!r}, but the ranks of this run are 0 to {world_size - 1}.")
     return frozenset(ranks)
 
 

@@ -118,10 +118,10 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    targets = [find_targets(each, options.runs_root)[0] for each in options.jobs]
-    _complain(map(_whose, targets))
+    targets, unknown = _known(options.jobs, options.runs_root)
+    _complain([*map(_whose, targets), *unknown])
     if options.follow:
-        return _follow_states(targets)
+        return max(_follow_states(targets), int(bool(unknown)))
     states = states_of(targets, needs_slurm=False)
     notes = list(dict.fromkeys(note for state in states for note in state.notes))
     _complain(notes)
@@ -131,10 +131,23 @@ def _status(options: argparse.Namespace) -> int:
             | ({"counts": _counts(state)} if state.is_array else {})
             for state in states
         ]
-        _print_json({"targets": targets_json, "notes": notes})
+        _print_json({"targets": targets_json, "notes": [*unknown, *notes]})
     else:
         print("\n".join(line for state in states for line in _state_lines(state)))
-    return 0 if all(state.jobs for state in states) else 1
+    return 0 if all(state.jobs for state in states) and not unknown else 1
+
+
+def _known(asked: Sequence[str], runs_root: Path) -> tuple[list[Target], list[str]]:
+    """What is meant, with a sentence for each that is not known. Raises HpcmmError if none is."""
+    targets, unknown = list[Target](), list[str]()
+    for each in asked:
+        try:
+            targets.append(find_targets(each, runs_root)[0])
+        except HpcmmError as error:
+            unknown.append(str(error))
+    if not targets:
+        raise HpcmmError("\n".join(unknown))
+    return targets, unknown
 
 
 def _follow_states(targets: list[Target]) -> int:
@@ -157,7 +170,7 @@ def _logs(options: argparse.Namespace) -> int:
     _complain([_whose(target)])
     run = target.run
     assert run is not None
-    ranks = None if options.ranks in {None, "all"} else profiled_ranks(options.ranks, _MOST_RANKS, 1)
+    ranks = None if options.ranks in {None, "all"} else profiled_ranks(options.ranks, _MOST_RANKS, 1, "--ranks")
     points = [point.run for point in target.points if point.run is not None]
 
     def find() -> list[logs.Log]:

@@ -219,6 +219,18 @@ def test_the_status_of_a_point_is_one_row_and_that_of_a_sweep_sums_up(slurm, swe
     assert told["counts"] == {"FAILED": 2, "COMPLETED": 1, "RUNNING": 1}
 
 
+@pytest.mark.parametrize("unknown", ["nosuch", "demo/0009"])
+def test_what_is_not_known_hides_no_state_of_what_is(slurm, sweep, unknown):
+    slurm.answers("squeue", *all_rows(sweep))
+    told = ask_jobs("status", unknown, "demo/0001", "latest/0000")
+    assert [line.split()[0] for line in told.stdout.splitlines() if "_" in line.split()[0]] == ["9_1", "7_0"]
+    assert unknown.rpartition("/")[2] in told.stderr
+    assert told.returncode == 1
+    in_json = json.loads(ask_jobs("status", unknown, "demo/0001", "--json").stdout)
+    assert [each["asked"] for each in in_json["targets"]] == ["demo/0001"]
+    assert unknown.rpartition("/")[2] in in_json["notes"][0]
+
+
 def test_tasks_that_wait_together_are_told_apart(slurm, sweep):
     slurm.answers("squeue", row("7_[0-3%2]", "7", "PENDING", str(sweep.submission_script(0))))
     assert shown("demo/0002") == {"7_2": "PENDING"}
