@@ -109,7 +109,10 @@ class Exchangeable:
             return f"{above} is a link of user {name_of(self.uid)}"
         if self.reach is Reach.owner:
             return f"{above} belongs to user {name_of(self.uid)}"
-        return f"{above} can be written by {'everybody' if self.reach is Reach.everybody else 'its group'}"
+        if self.reach is Reach.everybody:
+            return f"{above} can be written by everybody"
+        by_list = ", or by those that its access control list names" if _access_list(self.above) else ""
+        return f"{above} can be written by its group{by_list}"
 
 
 def _lets_nobody_in(facts: os.stat_result) -> bool:
@@ -224,12 +227,23 @@ def _chosen_by(step: _Step) -> Exchangeable | None:
     """That a link is another user's, in a folder where they could make it anew."""
     if step.uid is None or step.uid in _trusted_above() or _has_no_name_here(step.uid):
         return None
-    return Exchangeable(Reach.link, step.path, step.uid) if _others_can_write(step.above) else None
+    facts = step.above
+    by_others = facts.st_mode & S_IWOTH or facts.st_uid not in _trusted_above()
+    is_so = by_others or _group_can_write(step.path.parent, facts)
+    return Exchangeable(Reach.link, step.path, step.uid) if is_so else None
 
 
-def _others_can_write(facts: os.stat_result) -> bool:
-    by_group = facts.st_mode & S_IWGRP and not _is_group_of_one(facts.st_gid)
-    return bool(facts.st_mode & S_IWOTH or by_group) or facts.st_uid not in _trusted_above()
+def _group_can_write(folder: Path, facts: os.stat_result) -> bool:
+    """Whether others can by the rights of the group, in which those of an access control list show as well."""
+    return bool(facts.st_mode & S_IWGRP) and (_access_list(folder) != b"" or not _is_group_of_one(facts.st_gid))
+
+
+def _access_list(path: Path) -> bytes:
+    """The POSIX access control list in the kernel's form; empty if there is none beside the mode."""
+    try:
+        return os.getxattr(path, "system.posix_acl_access")
+    except OSError:  # none, or a file system without them
+        return b""
 
 
 def _allowed_by(step: _Step) -> Exchangeable | None:
@@ -240,7 +254,7 @@ def _allowed_by(step: _Step) -> Exchangeable | None:
         return None
     if facts.st_mode & S_IWOTH and not sticky:
         reach = Reach.everybody
-    elif facts.st_mode & S_IWGRP and not sticky and not _is_group_of_one(facts.st_gid):
+    elif not sticky and _group_can_write(parent, facts):
         reach = Reach.group
     elif owner_above(parent) is not None:
         reach = Reach.owner
@@ -266,9 +280,15 @@ def reach_beyond(above: Path, folder: Path) -> Reach | None:
         reach = Reach.everybody
     elif facts.st_uid != below.st_uid and owner_above(above) is not None:
         reach = Reach.owner
-    elif facts.st_mode & S_IWGRP and not (below.st_mode & S_IWGRP and below.st_gid == facts.st_gid):
-        reach = None if _is_group_of_one(facts.st_gid) else Reach.group
+    elif not _is_same_group(above, facts, folder, below):
+        reach = Reach.group if _group_can_write(above, facts) else None
     return None if reach is None or is_closed(above) else reach
+
+
+def _is_same_group(above: Path, facts: os.stat_result, folder: Path, below: os.stat_result) -> bool:
+    """Whether those who can write ``above`` by the rights of its group can write ``folder`` by the same."""
+    by_group = below.st_mode & S_IWGRP and below.st_gid == facts.st_gid
+    return bool(by_group) and _access_list(above) == _access_list(folder)
 
 
 def _is_group_of_one(gid: int) -> bool:

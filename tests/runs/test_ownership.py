@@ -1,6 +1,7 @@
 """Folders of other users are told from one's own, and so is a place where others could exchange one's own."""
 
 import os
+import struct
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hpcmm.runs.ownership import (
     is_mine,
     is_trusted,
     other_user,
+    reach_beyond,
     require_mine,
 )
 
@@ -76,6 +78,28 @@ def test_the_folder_above_decides_who_can_exchange_one(open_place, mode, reach):
     above.chmod(mode)
     found = exchangeable(above / "runs" / "demo-1")
     assert (found and found.reach) == reach
+
+
+def give_by_access_list(folder, uid):
+    """What ``setfacl -m u:UID:rwx`` does, in the kernel's form: version, then tag, rights and id of each entry."""
+    owner, user, group, mask, other, nobody = 1, 2, 4, 16, 32, 2**32 - 1
+    entries = [(owner, 7, nobody), (user, 7, uid), (group, 5, nobody), (mask, 7, nobody), (other, 5, nobody)]
+    written = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(folder, "system.posix_acl_access", written)
+    except OSError as error:
+        pytest.skip(f"no access control lists here: {error}")
+
+
+def test_whom_an_access_control_list_lets_write_could_exchange_a_folder(open_place):
+    above = open_place / "above"
+    (above / "runs").mkdir(parents=True)
+    give_by_access_list(above, another_user.UID)
+    found = exchangeable(above / "runs" / "demo-1")
+    assert found is not None
+    assert found.reach is Reach.group
+    assert found.why == f"{above} can be written by its group, or by those that its access control list names"
+    assert reach_beyond(above, above / "runs") is Reach.group
 
 
 def test_within_a_closed_folder_nothing_can_be_exchanged(open_place):
