@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
 
@@ -235,7 +236,9 @@ def _chosen_by(step: _Step) -> Exchangeable | None:
 
 def _group_can_write(folder: Path, facts: os.stat_result) -> bool:
     """Whether others can by the rights of the group, in which those of an access control list show as well."""
-    return bool(facts.st_mode & S_IWGRP) and (_access_list(folder) != b"" or not _is_group_of_one(facts.st_gid))
+    if not facts.st_mode & S_IWGRP:
+        return False
+    return _access_list(folder) != b"" or not _is_group_of_one(facts.st_gid, os.geteuid())
 
 
 def _access_list(path: Path) -> bytes:
@@ -291,13 +294,14 @@ def _is_same_group(above: Path, facts: os.stat_result, folder: Path, below: os.s
     return bool(by_group) and _access_list(above) == _access_list(folder)
 
 
-def _is_group_of_one(gid: int) -> bool:
+@cache  # a server may be asked, and a path has many folders of one group
+def _is_group_of_one(gid: int, uid: int) -> bool:
     """Whether this is the group that many systems make for each user: of the same name, with no other member."""
     import grp  # noqa: PLC0415 -- as above
     import pwd  # noqa: PLC0415
 
     try:
-        own, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+        own, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except (KeyError, OverflowError):
         return False
     return own.pw_gid == gid and group.gr_name == own.pw_name and set(group.gr_mem) <= {own.pw_name}
