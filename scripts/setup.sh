@@ -30,6 +30,9 @@ create_venv() {
         fi
         python3 -c 'import ensurepip, venv' 2>/dev/null || fail "Python's venv module is missing: install python3-venv."
     fi
+    if [[ -L .venv && -n $(ls -A .venv/ 2>/dev/null) ]]; then # emptied, another checkout would lose its packages
+        fail ".venv is a link to $(readlink .venv), which holds what was not made for this folder: remove the link."
+    fi
     python3 -m venv --clear .venv
 }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from hpcmm.config.keys import leaves, out_of_bounds
@@ -15,6 +18,7 @@ from hpcmm.ranges import profiled_ranks, step_window
 from hpcmm.resources import resource
 
 _MOST_MEMORY_GB = 1e6
+_BASH_S = 10
 _TOKEN = "SLURM_JWT"  # noqa: S105 -- the name of the variable that holds it
 _LONGEST_NAME = 200
 """A folder's name has 255 characters at most, and this one gets the time appended."""
@@ -287,6 +291,37 @@ def _handover(config: RunConfig) -> Iterator[str]:
         yield f"after={config.after} needs Slurm's queue, and cluster=local has none: leave it out."
     if any("\n" in line or "\0" in line for line in config.cluster.setup):
         yield "cluster.setup has an entry of several lines: write each line as an entry of its own."
+    elif config.cluster.setup and not local:
+        yield from _open_at_the_end(tuple(config.cluster.setup))
+
+
+@cache
+def _open_at_the_end(lines: tuple[str, ...]) -> tuple[str, ...]:
+    """What bash says against these lines by themselves, such as that a quote is not closed; nothing without a bash."""
+    text = "\n".join(lines).encode(errors="surrogateescape")
+    said = ""
+    for options in ((), ("-O", "extglob")):  # which a line may set for those after it
+        try:
+            done = subprocess.run(  # bash reads a file, here a pipe, by numbered lines, and runs nothing
+                ["bash", *options, "-n", "/dev/stdin"],
+                input=text,
+                capture_output=True,
+                check=False,
+                timeout=_BASH_S,
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},  # no function that is exported
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ()
+        if not done.stderr:
+            return ()
+        said = said or done.stderr.decode(errors="replace").splitlines()[0].removeprefix("/dev/stdin: ")
+    number = int(re.findall(r"\bline (\d+)", said)[-1]) if re.search(r"\bline \d", said) else len(lines)
+    number = min(max(number, 1), len(lines))
+    reason = re.sub(r"^(line \d+: )?(warning: )?", "", said)
+    return (
+        f"cluster.setup line {number} (`{lines[number - 1]}`) is wrong or unfinished to bash ({reason}): close "
+        "what is left open up to there, such as a quote or a here-document, or mend the line.",
+    )
 
 
 def _parallel(config: RunConfig) -> Iterator[str]:

@@ -102,6 +102,55 @@ def test_the_whole_path_of_a_run_is_looked_at(tmp_path, monkeypatch, root, name)
     assert repr(f"{tmp_path}/{name}/runs") in said
 
 
+def setup_problems(*lines):
+    config = compose_run(["cluster=slurm"])
+    config.cluster.setup[:] = lines
+    try:
+        validate(config)
+    except HpcmmError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("lines", "named"),
+    [
+        (["cat > /dev/null <<EOF"], "line 1 (`cat > /dev/null <<EOF`)"),
+        (["true", "export DATA_DIR='/data/set"], "line 2 (`export DATA_DIR='/data/set`)"),
+        (["true", "echo $(ls", "true"], "line 3 (`true`)"),
+        (["echo `ls"], "line 1 (`echo `ls`)"),
+        (["if true; then", "true"], "line 2 (`true`)"),
+        (["true", "}"], "line 2 (`}`)"),
+        (["true", "if ; then"], "line 2 (`if ; then`)"),
+    ],
+)
+def test_setup_lines_that_leave_something_open_are_refused_and_the_line_is_named(lines, named):
+    said = setup_problems(*lines)
+    assert f"cluster.setup {named} is wrong or unfinished to bash (" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["for i in 1 2; do", "echo $i", "done"],
+        ["cat <<E", "it's `x`", "E"],
+        ["shopt -s extglob", "ls !(a|b)"],
+        ["true \\"],
+        ["# it's a comment"],
+        ["source /no/such/file", "exit 3"],
+    ],
+)
+def test_setup_lines_that_stand_by_themselves_are_not_refused(monkeypatch, lines):
+    monkeypatch.setenv("BASH_FUNC_module%%", "() {  if ; }")  # as some sites export one that bash cannot read
+    assert setup_problems(*lines) == ""
+
+
+def test_setup_lines_are_not_looked_at_without_a_bash(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_problems("echo 'only here") == ""
+
+
 def test_all_mistakes_are_named_at_once():
     assert len(problems("train.steps=0", "parallel.zero_stage=7", "data.slow_rank=99")) == 3
 
