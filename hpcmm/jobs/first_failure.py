@@ -313,8 +313,35 @@ def _without_failed_ranks(evidence: JobDiagnostics) -> Verdict:
     if evidence.ranks and all(_was_told_to_end(rank) for rank in evidence.ranks.values()):
         if (_signal_of(evidence.job.exit_code) or signal.SIGTERM) not in _TOLD_TO_END:
             return _by_slurm_alone(evidence)  # the script was ended, and the ranks with it
-        return Verdict(Kind.cancelled, "all ranks were told to end, and none of them had failed")
+        return _ended_from_outside(evidence)
     return _without_ranks(evidence)
+
+
+_CLEARLY_BEFORE_NS = 100_000_000
+"""Of ends that nodes' clocks tell of: srun ends the other ranks later than that, and all that it ends within less."""
+
+
+def _ended_from_outside(evidence: JobDiagnostics) -> Verdict:
+    """All ranks were told to end, and neither Slurm nor a note of hpcmm's says that somebody cancelled the job."""
+    if evidence.job.state == "NODE_FAIL":
+        return _by_slurm_alone(evidence)
+    ends = [rank.exit for rank in evidence.ranks.values() if rank.exit is not None]
+    first, *others = sorted(ends, key=lambda end: (end.unix_ns, end.rank))
+    told = first.signal or signal.SIGTERM
+    named = list(srun_words(evidence.srun_lines))
+    if evidence.job.source == "run directory":
+        slurm = "whether Slurm cancelled the job is not known"
+    else:
+        slurm = f"Slurm had not cancelled the job: it says {evidence.job.state}"
+    who = f"See who sent {signal.Signals(told).name}: the program itself, `scancel --signal`, or a person or a service"
+    remedy = f"{who} on the node. Launch it again if it was a mistake."
+    gap_ns = others[0].unix_ns - first.unix_ns if others else 0
+    if others and not (gap_ns > _CLEARLY_BEFORE_NS and named[:1] in ([], [first.rank])):
+        what = f"all ranks were sent {signal_name(told)}, from outside of the program; {slurm}"
+        return Verdict(Kind.signalled, what, remedy=remedy)
+    before = f" {gap_ns / 1e9:.1f} s before srun ended the others" if others else ""
+    what = f"{signal_name(told)} ended this rank{before}; {slurm}"
+    return Verdict(Kind.signalled, what, first.rank, first.node, first.unix_ns, remedy=remedy)
 
 
 def _without_ranks(evidence: JobDiagnostics) -> Verdict:

@@ -1,6 +1,7 @@
 """From evidence to the first failure, its node and what to do."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -35,7 +36,8 @@ def raised(rank, second, kind, message, unreachable=()):
 
 
 def signalled(rank, second, number, **more):
-    return RankDiagnostics(rank, f"n{rank}", exit=RankExit(rank, f"n{rank}", second * SECOND, None, number), **more)
+    ended = RankExit(rank, f"n{rank}", int(second * SECOND), None, number)
+    return RankDiagnostics(rank, f"n{rank}", exit=ended, **more)
 
 
 def silent(rank, step=4):
@@ -228,9 +230,38 @@ def test_a_message_that_is_no_text_or_without_end_is_told_nevertheless():
     assert max(map(len, lines)) < 2100
 
 
-def test_ranks_that_were_all_told_to_end_did_not_fail():
-    assert first_failure(job(signalled(0, 3, 15), signalled(1, 4, 15))).kind is Kind.cancelled
+TOLD_ALL = [signalled(rank, 3, signal.SIGTERM) for rank in range(4)]
+TOLD_ONE = [signalled(rank, 3 if rank == 2 else 3.21, signal.SIGTERM) for rank in range(4)]
+ENDED = ["n2: task 2: Terminated", "n3: task 3: Terminated", "n0: tasks 0-1: Terminated"]
+
+
+def test_only_slurm_or_a_note_of_hpcmm_s_tells_that_somebody_cancelled_a_job():
+    assert first_failure(job(*TOLD_ALL, state="CANCELLED")).kind is Kind.cancelled
+    found = first_failure(job(*TOLD_ALL, srun=["n0: tasks 0-1: Terminated", "n2: tasks 2-3: Terminated"]))
+    assert (found.kind, found.rank) == (Kind.signalled, None)
+    assert found.what == (
+        "all ranks were sent SIGTERM, from outside of the program; Slurm had not cancelled the job: it says FAILED"
+    )
     assert first_failure(job(signalled(0, 3, 15), silent(1))).kind is not Kind.cancelled
+    assert first_failure(job(*TOLD_ALL, state="NODE_FAIL")).kind is Kind.node_failure
+
+
+@pytest.mark.parametrize("srun", [ENDED, []])
+def test_a_rank_that_sigterm_ended_before_srun_ended_the_others_is_named(srun):
+    found = first_failure(job(*TOLD_ONE, srun=srun))
+    assert (found.kind, found.rank, found.node, found.unix_ns) == (Kind.signalled, 2, "n2", 3 * SECOND)
+    assert found.what.startswith("SIGTERM ended this rank 0.2 s before srun ended the others; Slurm had not cancelled")
+    assert "scancel --signal" in found.remedy
+
+
+def test_a_node_s_clock_alone_names_no_rank():
+    assert first_failure(job(*TOLD_ONE, srun=ENDED[::-1])).rank is None
+
+
+def test_whether_slurm_cancelled_a_job_is_not_known_if_it_does_not_answer():
+    evidence = job(signalled(0, 3, signal.SIGTERM))
+    found = first_failure(replace(evidence, job=replace(evidence.job, source="run directory")))
+    assert (found.rank, found.what) == (0, "SIGTERM ended this rank; whether Slurm cancelled the job is not known")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGALRM])
