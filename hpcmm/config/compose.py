@@ -152,9 +152,9 @@ def _raw(override: str, space: ConfigSpace) -> str:
 
 
 def _takes_text(annotation: Any) -> bool:
-    """Whether a value of this type is text, or made of text: ``str | None``, ``list[str]``, ``dict[str, str]``."""
+    """Whether a value of this type is text, or made of text: ``str``, ``list[str]``, ``dict[str, str]``."""
     values = get_args(annotation)[1:] if get_origin(annotation) is dict else get_args(annotation)
-    return str in values
+    return annotation is str or str in values
 
 
 def _known(override: Override, space: ConfigSpace) -> Override:

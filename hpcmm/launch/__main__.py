@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
-from hpcmm.runs.run_dir import RUNS, RunDir, SweepDir
+from hpcmm.runs.run_dir import JOB_ID, RUNS, RunDir, SweepDir
 from hpcmm.text import printable
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ def _launch(overrides: Sequence[str]) -> int:
 
     write(planned)
     submission = submit(planned)
+    if JOB_ID.fullmatch(planned.config.name):
+        said = f"name={planned.config.name} alone would mean the job of that number"
+        print(f"hpcmm: {said}: other commands find this run by {submission.run.root.name}.", file=sys.stderr)
     return _show_sweep(submission) if planned.is_sweep else _show_run(submission)
 
 

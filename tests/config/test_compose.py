@@ -75,6 +75,11 @@ def test_numbers_stay_numbers_where_numbers_are_meant():
     assert run.task.kwargs == {"lr": 1e-4, "name": "x", "n": 2}
 
 
+@pytest.mark.parametrize("word", ["2_1", "007", "1e3", "true", "123"])
+def test_a_name_stays_as_it_is_typed(word):
+    assert compose_run([f"name={word}"]).name == word
+
+
 @pytest.mark.parametrize("word", ["1e-4", "007", "true", "null", ".5e3", "a: b", "it's", "# no", "-", "", "a\nb", "ü"])
 def test_a_frozen_configuration_reads_back_as_it_was(tmp_path, word):
     run = compose_run(["experiment=anomaly_demo"])
