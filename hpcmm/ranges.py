@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from hpcmm.errors import HpcmmError
 
@@ -14,6 +14,8 @@ _JOB_NUMBER = re.compile(
 )
 _MOST_TASKS = 10_000_000
 """Of an array; Slurm's own limit is 4 million."""
+_MOST_DIGITS = 9
+"""Of a task's number."""
 MAX_RANK = 999_999
 """A larger number in a list that another program wrote is no rank."""
 
@@ -60,6 +62,58 @@ def tasks_in(job_id: str) -> list[str]:
     array = job_id.partition("_")[0]
     ranges = _ranges_of(job_id)
     return [f"{array}_{task}" for part in ranges for task in part] if ranges else [job_id]
+
+
+def is_task_of(task: str, job_id: str) -> bool:
+    """Whether ``12_[0-9%4]`` stands for ``12_3``; without brackets whether they are the same. Writes no task out."""
+    array, _, number = task.partition("_")
+    if task == job_id or array != job_id.partition("_")[0] or not number.isdecimal() or len(number) > _MOST_DIGITS:
+        return task == job_id
+    return any(int(number) in part for part in _ranges_of(job_id))
+
+
+def without_tasks(job_id: str, others: Iterable[str]) -> str | None:
+    """``12_[0-9%4]`` without what ``others`` of its array, such as ``12_3`` and ``12_[5-6]``, stand for.
+
+    None if nothing is left. What it costs depends on the parts that are taken out, not on how many tasks there are.
+    """
+    array = job_id.partition("_")[0]
+    mine = [other for other in others if other.partition("_")[0] == array]
+    taken = [part for other in mine for part in _ranges_of(other) or _single(other)]
+    # A range with steps takes its numbers out one by one.
+    solid = [each for part in taken for each in ([part] if part.step == 1 else (range(n, n + 1) for n in part))]
+    solid.sort(key=lambda part: part.start)
+    parts = _ranges_of(job_id)
+    left = [piece for part in parts for piece in _cut(part, solid)]
+    if sum(map(len, left)) == sum(map(len, parts)):
+        return job_id
+    if not left:
+        return None
+    if len(left) == len(left[0]) == 1:
+        return f"{array}_{left[0][0]}"
+    return f"{array}_[{','.join(map(_written, left))}{job_id[job_id.find('%') : -1] if '%' in job_id else ''}]"
+
+
+def _single(task: str) -> list[range]:
+    number = task.partition("_")[2]
+    return [range(int(number), int(number) + 1)] if number.isdecimal() and len(number) <= _MOST_DIGITS else []
+
+
+def _cut(part: range, taken: Sequence[range]) -> list[range]:
+    """The pieces of ``part`` that no range of ``taken``, in order and without steps, holds."""
+    pieces, place = [], 0
+    for each in taken:
+        begin, end = (min(len(part), max(0, -((part.start - bound) // part.step))) for bound in (each.start, each.stop))
+        if begin < end:
+            pieces += [part[place:begin]] if begin > place else []
+            place = max(place, end)
+    return [*pieces, part[place:]] if place < len(part) else pieces
+
+
+def _written(part: range) -> str:
+    if len(part) == 1:
+        return str(part[0])
+    return f"{part[0]}-{part[-1]}" + (f":{part.step}" if part.step > 1 else "")
 
 
 def _ranges_of(job_id: str) -> list[range]:

@@ -38,10 +38,11 @@ _COLUMNS = ("job", "name", "state", "where", "since", "why it waits", "run direc
 
 DESCRIPTION = "What runs, where, since when, what it says, and why it failed."
 EPILOG = """\
-JOB is a job's number (12, or 12_7 for a task of an array), a run directory, the name of a run in --runs-root, or the
-start of that name; of several runs the newest is taken. The start holds at least the whole name that the run was
-launched with: slow-20260102-030405-1a2b is meant by slow and slow-2026, not by slo. A sweep's name means the newest job
-of each of its points; SWEEP/0003 and latest/0003 mean one point.
+JOB is a job's number (12, 12_7 for a task of an array, 12+1 for a component of a heterogeneous job), a run directory,
+the name of a run in --runs-root, or the start of that name; of several runs the newest is taken. The start holds at
+least the whole name that the run was launched with: slow-20260102-030405-1a2b is meant by slow and slow-2026, not by
+slo. A number means the job, also if a run has that name. A sweep's name means the newest job of each of its points;
+SWEEP/0003 and latest/0003 mean one point.
 
 Slurm is asked through squeue and, for jobs that are over, sacct; where sacct gives no answer, squeue and the run
 directory are used, and a line says so. Where squeue gives none either, status, list and why tell of the jobs whose end
@@ -247,7 +248,10 @@ def _with_run(asked: str, runs_root: Path) -> Target:
             f"number, name {target.run.root}."
         )
     if run is None:
-        raise HpcmmError(f"The run directory of job {asked} is not known: name the directory, or give --runs-root.")
+        raise HpcmmError(
+            f"The run directory of job {asked} is not known: name the directory, or give --runs-root."
+            f"{target.namesake_hint}"
+        )
     if not SweepDir(run.root).is_there():
         return replace(target, run=run)
     array = asked if asked in job_ids_of(run) else None
@@ -291,9 +295,11 @@ def _state_lines(state: State) -> list[str]:
     """A target's jobs, with how far its ranks came."""
     asked = printable(state.target.asked)
     if not state.jobs and state.silent:
-        return [f"{asked}: no end of it is noted: it waits, runs, or was killed with its script."]
+        said = "no end of it is noted: it waits, runs, or was killed with its script."
+        return [f"{asked}: {said}{printable(state.target.namesake_hint)}"]
     if not state.jobs:
-        return [f"{asked}: no job of it is known here: it was never queued, or Slurm has forgotten it."]
+        said = "it was never queued, was cancelled before it started, or Slurm has forgotten it."
+        return [f"{asked}: no job of it is known here: {said}{printable(state.target.namesake_hint)}"]
     lines = _job_lines(state.jobs, state.run_of)
     counts = _counts(state)
     if sum(counts.values()) > 1:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -14,8 +16,13 @@ from hpcmm.config.untyped_config import trains_a_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.state import State, all_over, environment_of_job, is_local, poller_of, states_of
+from hpcmm.ranges import tasks_in
+from hpcmm.runs.attempts import note_cancelled
 from hpcmm.runs.ownership import is_mine, require_mine
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.slurm.commands import ask
+from hpcmm.slurm.jobs import Job
+from hpcmm.text import printable
 
 _LONGEST_PAUSE_S = 5.0
 _LOCAL_POLL_S = 0.2
@@ -48,17 +55,33 @@ def cancel(asked: str, targets: Sequence[Target], patience_s: float = 60.0) -> C
         names = ", ".join(state.run.root.name for state in active if state.run)
         raise HpcmmError(f"{asked!r} is the start of {len(active)} active runs: name one of {names}.")
     state = active[0]
-    ids = list(dict.fromkeys(_cancellable(job.job_id) for job in state.active))
+    ids = list(dict.fromkeys(_cancellable(job, state.target) for job in state.active))
     if is_local(state.run):
         for each in ids:
             _end_locally(int(each), patience_s)
+        _note(state, state.active)
     elif any(job.source == "run directory" for job in state.active):
         raise HpcmmError(f"Nothing to cancel: Slurm does not know job {', '.join(ids)}, though the run directory does.")
     elif patience_s > 0 and _stops_when_asked(state):
         return Cancelled(ids, _stop(state, ids, patience_s))
     else:
         ask("scancel", *ids, environ=_environment_of(state))
+        _note(state, state.active)
     return Cancelled(ids, in_peace=False)
+
+
+def _note(state: State, jobs: Sequence[Job]) -> None:
+    """Note in the run, or the sweep, that these were cancelled: Slurm keeps no record of a task that never started."""
+    tasks: dict[Path, list[str]] = {}
+    for job in jobs:
+        run = state.run_of(job)
+        if run is not None and is_mine(run.root):
+            tasks.setdefault(run.root, []).extend(tasks_in(job.job_id))
+    for root, job_ids in tasks.items():
+        try:
+            note_cancelled(RunDir(root), job_ids)
+        except OSError as error:
+            print(f"hpcmm.jobs: {printable(str(error))}: that it was cancelled is not noted there.", file=sys.stderr)
 
 
 def _stops_when_asked(state: State) -> bool:
@@ -78,14 +101,16 @@ def _stops_when_asked(state: State) -> bool:
 def _stop(state: State, ids: Sequence[str], patience_s: float) -> bool:
     """Ask the running jobs to stop, cancel what is left in the end. Returns whether nothing was left."""
     environ = _environment_of(state)
-    waiting = [_cancellable(job.job_id) for job in state.active if job.pending]
+    waiting = [_cancellable(job, state.target) for job in state.active if job.pending]
     if waiting:
         ask("scancel", "--state=PENDING", *waiting, environ=environ)
+        _note(state, [job for job in state.active if job.pending])
     ask("scancel", "--batch", "--signal=USR2", *ids, environ=environ)
     poller = poller_of([state.target], [state], _LONGEST_PAUSE_S)
     if all_over(poller.wait(all_over, patience_s)):
         return True
     ask("scancel", *ids, environ=environ)
+    _note(state, state.active)
     return False
 
 
@@ -122,12 +147,24 @@ def _end_locally(pid: int, patience_s: float) -> None:
         raise HpcmmError(f"Process {pid} is another user's: you cannot cancel it.") from error
 
 
-def _cancellable(job_id: str) -> str:
-    """scancel's way to write a job, a task, or the tasks of an array that still wait.
+def _cancellable(job: Job, target: Target) -> str:
+    """scancel's way to write a job, a component of one, a task, or the tasks of an array that still wait.
 
-    squeue adds to these how many may run at once (``12_[3-9%4]``), which scancel does not read.
+    squeue adds to these how many may run at once (``12_[3-9%4]``), which scancel does not read. Raises HpcmmError for a
+    component that Slurm ends with all others only, unless all are meant.
     """
-    return re.sub(r"%[0-9]+", "", job_id.partition("+")[0] if "_" not in job_id else job_id)
+    whole, _, component = job.job_id.partition("+")
+    if not component:
+        return re.sub(r"%[0-9]+", "", job.job_id)
+    if whole in target.job_ids:
+        return whole
+    if job.pending or component == "0":
+        which = "waits, so" if job.pending else "leads the others, so"
+        raise HpcmmError(
+            f"{job.job_id} is a component of job {whole} that {which} Slurm cancels all of them or none: "
+            f"python -m hpcmm.jobs cancel {whole}"
+        )
+    return job.job_id
 
 
 def _nothing_to_cancel(asked: str, states: Sequence[State]) -> str:
@@ -139,4 +176,5 @@ def _nothing_to_cancel(asked: str, states: Sequence[State]) -> str:
             when = f" since {last.ended}" if last.ended else ""
             return f"Nothing to cancel: job {last.job_id} of {asked} is over ({last.state}{when})."
     others = [note.partition(", so this")[0] for state in states for note in state.notes if "is another job" in note]
-    return f"Nothing to cancel: {others[0] if others else f'Slurm knows no job of {asked}'}."
+    known = others[0] if others else f"Slurm knows no job of {asked}"
+    return f"Nothing to cancel: {known}.{''.join(state.target.namesake_hint for state in states)}"

@@ -88,7 +88,7 @@ def gather(target: Target) -> JobDiagnostics:
 
 def gather_newest(state: State) -> JobDiagnostics:
     """What there is of the newest job."""
-    run, notes, newest = state.run, list(state.notes), state.jobs[-1]
+    run, notes, newest = state.run, list(state.notes), state.newest
     environ = environment_of_job(run, newest)
     (job,), complaint = _accounted([newest], environ)
     notes += [complaint] if complaint and not notes else []
@@ -118,9 +118,10 @@ def known_state(target: Target) -> State:
     state = states_of([target], needs_slurm=False)[0]
     if not state.jobs and state.silent:
         reason = state.notes[0].partition(", so this")[0]
-        raise HpcmmError(f"{reason}, and no run directory tells of an end of {target.asked}.")
+        raise HpcmmError(f"{reason}, and no run directory tells of an end of {target.asked}.{target.namesake_hint}")
     if not state.jobs:
-        raise HpcmmError(f"No job of {target.asked} is known to Slurm or noted in a run directory.")
+        known = f"No job of {target.asked} is known to Slurm or noted in a run directory."
+        raise HpcmmError(f"{known}{target.namesake_hint}")
     return state
 
 

@@ -26,6 +26,8 @@ from hpcmm.slurm.jobs import Job
 _MOST_RUNS = 20
 _MOST_POINTS_OF_OTHERS = 1000
 _NUMBER = re.compile(r"[0-9]{1,9}")
+_COMPONENT = re.compile(r"[0-9]{1,12}\+[0-9]{1,4}")
+"""Of a heterogeneous job, as Slurm writes it: ``12+1``."""
 _ADDED = re.compile(r"-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}$")
 """What a launch adds to a run's name: date, time and a random part."""
 _SLURM_S_OWN_PLACES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
@@ -50,6 +52,8 @@ class Target:
     """The array, if one was named by its number."""
     by_number: bool = False
     """A number was given: the job that Slurm knows by it now is meant, and ``run`` is only one that had it too."""
+    namesake: str = ""
+    """The newest run that was launched with this number as its name, which a number does not mean."""
 
     @cached_property
     def points(self) -> tuple[Target, ...]:
@@ -68,6 +72,13 @@ class Target:
         return {point.job_ids[-1]: point for point in self.points if point.job_ids}
 
     @property
+    def namesake_hint(self) -> str:
+        """A sentence, with a blank before it, on the run that has the number as its name; empty if there is none."""
+        if not self.namesake:
+            return ""
+        return f" A number means a job; the run of that name is {self.namesake}: give its whole name."
+
+    @property
     def user(self) -> str | None:
         """The other user whose run this is; None if it is this user's, or no run is known."""
         return other_user(self.run.root) if self.run is not None else None
@@ -83,7 +94,7 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
     named = _path(asked)
     if named is not None and is_run(named) and (is_mine(named) or "/" in asked):
         return [_target(asked, named)]
-    if JOB_ID.fullmatch(asked):
+    if JOB_ID.fullmatch(asked) or _COMPONENT.fullmatch(asked):
         return [_target_of_job(asked, runs_root)]
     name, _, point = asked.rstrip("/").rpartition("/")
     if name and _NUMBER.fullmatch(point) and (sweeps := _named(name, runs_root)):
@@ -295,7 +306,8 @@ def _target_of_job(job_id: str, runs_root: Path) -> Target:
             tasks = jobs_of_points(sweep)
             found = next((index for index, each in tasks.items() if job_id in each), None)
             return Target(job_id, (job_id,), None if found is None else sweep.point(found), by_number=True)
-    return Target(job_id, (job_id,), _point_that_ran(job_id, runs), by_number=True)
+    namesake = next((run.root.name for run in runs if _begins_with(run, job_id)), "")
+    return Target(job_id, (job_id,), _point_that_ran(job_id, runs), by_number=True, namesake=namesake)
 
 
 def _point_that_ran(job_id: str, runs: Sequence[RunDir]) -> RunDir | None:

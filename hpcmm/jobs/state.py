@@ -18,7 +18,7 @@ from hpcmm.jobs.find_run import (
     slurm_environment,
     target_of,
 )
-from hpcmm.ranges import tasks_in
+from hpcmm.ranges import is_task_of, tasks_in
 from hpcmm.runs.attempts import attempts_of, raw_id_of
 from hpcmm.runs.exit_status import COMPLETED, FAILED, STOPPED, outcome_of
 from hpcmm.runs.ledger import array_of
@@ -118,8 +118,21 @@ class State:
     @cached_property
     def unknown(self) -> list[Target]:
         """Points whose newest job Slurm does not know, and whose end is not noted."""
-        known = {task for job in self.jobs for task in tasks_in(job.job_id)}
-        return [point for task, point in self.target.tasks.items() if task not in known]
+        known = {job.job_id for job in self.jobs}
+        ranges = [job.job_id for job in self.jobs if "_[" in job.job_id]
+        return [
+            point
+            for task, point in self.target.tasks.items()
+            if task not in known and not any(is_task_of(task, each) for each in ranges)
+        ]
+
+    @property
+    def newest(self) -> Job:
+        """The newest job; of the components of one the first, which has the script, or the first that went badly."""
+        newest = self.jobs[-1]
+        whole, plus, _ = newest.job_id.partition("+")
+        parts = [job for job in self.jobs if plus and job.job_id.startswith(f"{whole}+")]
+        return min(parts or [newest], key=lambda job: (job.state == "COMPLETED", job.job_id))
 
     @property
     def active(self) -> list[Job]:
@@ -256,7 +269,7 @@ def _state(target: Target, answers: Sequence[tuple[Wanted, Answer]]) -> State:
 
 def _narrowed(job: Job, job_id: str) -> Job:
     """Of tasks that wait together the one that is meant."""
-    is_one_of_them = "_[" in job.job_id and job_id != job.job_id and job_id in tasks_in(job.job_id)
+    is_one_of_them = "_[" in job.job_id and job_id != job.job_id and is_task_of(job_id, job.job_id)
     return replace(job, job_id=job_id) if is_one_of_them else job
 
 

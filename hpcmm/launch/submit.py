@@ -177,13 +177,14 @@ def _check_scripts(sweep: SweepDir) -> None:
 
 
 def point_states(ledger: Ledger) -> dict[int, str]:
-    """``COMPLETED``, ``FAILED`` or ``ACTIVE`` of each point, by index.
+    """``COMPLETED``, ``FAILED`` or ``ACTIVE`` of each point, by index, as Slurm and the run directories tell.
 
-    One question to Slurm for all that it still has in its queue. Raises HpcmmError when Slurm does not answer.
+    Raises HpcmmError when Slurm does not answer.
     """
     arrays = {job_id: identity_of(ledger.sweep.shared, job_id) for job_id in ledger.newest_arrays()}
-    active = {task for task, state in array_states(arrays).items() if state in ACTIVE}
-    return states_of_points(ledger, active)
+    told = array_states(arrays)
+    active = {task for task, state in told.items() if state in ACTIVE}
+    return states_of_points(ledger, active, {task: state for task, state in told.items() if task not in active})
 
 
 def _accepted(planned: Plan) -> Submission:

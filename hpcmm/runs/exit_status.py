@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from hpcmm.files import read_tail
 from hpcmm.runs import failures
-from hpcmm.runs.attempts import raw_id_of
+from hpcmm.runs.attempts import RESTARTED, ends_of, raw_id_of, restarts_of, was_cancelled
 from hpcmm.runs.ledger import Ledger, LedgerPoint
 from hpcmm.runs.metrics import progress_of
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import job_ids_of, read_job_record
 
 COMPLETED, FAILED, STOPPED, IN_QUEUE = "COMPLETED", "FAILED", "STOPPED", "ACTIVE"
+CANCELLED = "CANCELLED"
 _FAILED_STATES = frozenset(
-    {FAILED, "BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
+    {FAILED, CANCELLED, "BOOT_FAIL", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
 )
-_TAIL_BYTES = 64 * 1024
 _STATUS = re.compile(r"[0-9]{1,3}")
 
 
@@ -41,7 +41,7 @@ class Outcome:
         return self.state in _FAILED_STATES
 
 
-_WITHOUT_AN_END = {"stopped": Outcome(STOPPED), "terminated": None, "restarted": None}
+_WITHOUT_AN_END = {"stopped": Outcome(STOPPED), "terminated": None, RESTARTED: None}
 """What ``slurm/train.sbatch.j2`` writes in place of an exit status, if the job may go on: its ranks stopped as asked,
 with a checkpoint; Slurm told the script to end, and may start it again; Slurm has started it again."""
 
@@ -50,24 +50,38 @@ def outcome_of(run: RunDir, job_id: str, ranks: int | None = None) -> Outcome | 
     """How job ``job_id`` of this directory ended; None if nothing tells: it waits, runs, or was killed with its script.
 
     By ``job.json``, the last line of the job's script, all ranks' last records (of ``ranks`` ranks; None: of those
-    that left any), and what ranks that ended badly left: in this order, for the first knows most. A job that
-    stopped, or that Slurm has started again, may have gone on: only what tells of a later end counts then.
+    that left any), and what ranks that ended badly left: in this order, for the first knows most. But no job has
+    completed of which a rank ended badly, and ``job.json`` tells nothing of what Slurm has started again since. What
+    the user cancelled through hpcmm is cancelled, unless it completed first. A job that stopped, or that Slurm has
+    started again, may have gone on: only what tells of a later end counts then.
     """
-    record = read_job_record(run)
-    if record is not None and record.job_id == job_id:
+    record, restarts = read_job_record(run), restarts_of(run, job_id)
+    if record is not None and record.job_id == job_id and record.restarts >= restarts:
         return Outcome(record.state)
-    own = [outcome for job, outcome in _exit_lines(run) if job == job_id]
-    if own and _STATUS.fullmatch(own[-1]):
-        status = int(own[-1])
-        return Outcome(COMPLETED if status == 0 else FAILED, status)
-    raw_id = raw_id_of(run, job_id)
+    ended = [outcome for _, outcome in ends_of(run, job_id)][-1:]
+    if ended and _STATUS.fullmatch(ended[0]):
+        return _of_status(run, job_id, int(ended[0]), restarts)
+    if ended != ["stopped"] and was_cancelled(run, job_id):
+        return Outcome(CANCELLED)
+    return _by_ranks(run, raw_id_of(run, job_id), ended, ranks)
+
+
+def _of_status(run: RunDir, job_id: str, status: int, restarts: int) -> Outcome:
+    if status == 0:
+        failed = failures.last_record_ns(run, raw_id_of(run, job_id), since_restart=restarts) is not None
+        return Outcome(FAILED) if failed else Outcome(COMPLETED, 0)
+    return Outcome(CANCELLED if was_cancelled(run, job_id) else FAILED, status)
+
+
+def _by_ranks(run: RunDir, raw_id: str, ended: Sequence[str], ranks: int | None) -> Outcome | None:
+    """``ended``: the last line of the script, which tells no end of the job; empty if there is none."""
     mine = [each for each in progress_of(run).values() if each.job_id == raw_id]
     if mine and all(each.ended for each in mine) and ranks in {None, len(mine)}:
         return Outcome(COMPLETED)
     failed_ns = failures.last_record_ns(run, raw_id)
-    if own and own[-1] in _WITHOUT_AN_END:
+    if ended and ended[0] in _WITHOUT_AN_END:
         failed_since = failed_ns is not None and failed_ns > _written_ns(run)
-        return Outcome(FAILED) if failed_since else _WITHOUT_AN_END[own[-1]]
+        return Outcome(FAILED) if failed_since else _WITHOUT_AN_END[ended[0]]
     return None if failed_ns is None else Outcome(FAILED)
 
 
@@ -77,24 +91,30 @@ def newest_outcome(run: RunDir) -> Outcome | None:
     return None if job_id is None else outcome_of(run, job_id)
 
 
-def states_of_points(ledger: Ledger, active: Collection[str]) -> dict[int, str]:
+def states_of_points(
+    ledger: Ledger, active: Collection[str], ended: Mapping[str, str] = MappingProxyType({})
+) -> dict[int, str]:
     """``COMPLETED``, ``FAILED`` or ``ACTIVE`` of each point of a sweep, by index.
 
-    ``active``: the tasks that Slurm still has in its queue. A point outside of the queue failed unless it is known to
-    have completed: a task that was killed with its script leaves nothing, and one that stopped is to go on.
+    ``active``: the tasks that Slurm still has in its queue; ``ended``: its word of how others ended. A point outside of
+    the queue failed unless it is known to have completed, and Slurm says nothing else: a task that was killed with its
+    script leaves nothing, and one that stopped is to go on.
     """
-    return {point.index: _state_of_point(ledger, point, active) for point in ledger.points}
+    return {point.index: _state_of_point(ledger, point, active, ended) for point in ledger.points}
 
 
-def _state_of_point(ledger: Ledger, point: LedgerPoint, active: Collection[str]) -> str:
-    if point.jobs and point.job_id in active:
+def _state_of_point(ledger: Ledger, point: LedgerPoint, active: Collection[str], ended: Mapping[str, str]) -> str:
+    if not point.jobs:
+        return FAILED
+    if point.job_id in active:
         return IN_QUEUE
-    outcome = outcome_of(ledger.run(point), point.job_id) if point.jobs else None
-    return COMPLETED if outcome is not None and outcome.completed else FAILED
+    told = ended.get(point.job_id)
+    outcome = outcome_of(ledger.run(point), point.job_id) or (told and Outcome(told))
+    return COMPLETED if outcome and outcome.completed and told in {None, COMPLETED} else FAILED
 
 
 def _newest_job(run: RunDir) -> str | None:
-    known = job_ids_of(run) or tuple(job for job, _ in _exit_lines(run)) or failures.jobs_with_records(run)
+    known = job_ids_of(run) or tuple(job for job, _ in ends_of(run)) or failures.jobs_with_records(run)
     return known[-1] if known else None
 
 
@@ -103,9 +123,3 @@ def _written_ns(run: RunDir) -> int:
         return run.exit_status.lstat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _exit_lines(run: RunDir) -> list[tuple[str, str]]:
-    """Job and outcome of each time that a script ended, the latest last."""
-    lines = (line.partition(" ") for line in read_tail(run.exit_status, _TAIL_BYTES, within=run.root).splitlines())
-    return [(job, outcome) for job, _, outcome in lines]

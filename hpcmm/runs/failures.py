@@ -64,8 +64,12 @@ class RankExit:
 
 def attempt_folder(run: RunDir, environ: Mapping[str, str] = os.environ) -> Path:
     """Where this run of the job leaves its records: a requeued job has a folder for each time it ran."""
+    return run.failures / _attempt_name(environ)
+
+
+def _attempt_name(environ: Mapping[str, str]) -> str:
     job = environ.get("SLURM_JOB_ID") or environ.get("SUBMITIT_LOCAL_JOB_ID") or "0"
-    return run.failures / f"{job}.{environ.get('SLURM_RESTART_COUNT') or 0}"
+    return f"{job}.{environ.get('SLURM_RESTART_COUNT') or 0}"
 
 
 def error_file(attempt: Path, rank: int) -> Path:
@@ -110,6 +114,21 @@ def note_status(record: RankExit, attempt: Path) -> None:
         write_whole(path, f"{128 + record.signal if record.signal is not None else record.status}\n")
 
 
+def note_good_end(run: RunDir, rank: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Leave a mark, ``3_of_4``, that the rank ended well, if the job's script has made the folder for it.
+
+    Raises OSError.
+    """
+    folder = run.ended / _attempt_name(environ)
+    mark = folder / f"{rank}_of_{environ.get('SLURM_NTASKS') or 1}"
+    if not folder.is_dir() or mark.exists():
+        return
+    try:
+        mark.hardlink_to(folder / "mark")  # which a full disk has room for
+    except OSError:  # a file system without links
+        mark.touch()
+
+
 Record = TypeVar("Record", RankError, RankExit)
 
 
@@ -134,12 +153,15 @@ def ranks_with_records(attempt: Path) -> set[int]:
     }
 
 
-def last_record_ns(run: RunDir, raw_id: str) -> int | None:
-    """When a rank of job ``raw_id`` last left a record of a bad end, by its file system; None if none did."""
+def last_record_ns(run: RunDir, raw_id: str, since_restart: int = 0) -> int | None:
+    """When a rank of job ``raw_id`` last left a record of a bad end, by its file system; None if none did.
+
+    Since the job was started for the ``since_restart``-th time, counted from 0.
+    """
     times = [
         (folder / name).lstat().st_mtime_ns
-        for job, _, folder in _attempts(run)
-        if job == raw_id
+        for job, restart, folder in _attempts(run)
+        if job == raw_id and restart >= since_restart
         for name in names_in(folder, within=run.root)
         if (match := _RANK_FILE.fullmatch(name)) and match[2] != "stacks"
     ]

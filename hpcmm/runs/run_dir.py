@@ -62,6 +62,12 @@ class RunDir:
         return self.root / "exit_status"
 
     @property
+    def cancelled(self) -> Path:
+        """A line for each job that ``hpcmm.jobs cancel`` cancelled: its id, and how often Slurm had restarted it. Those
+        of a sweep's points lie in the sweep's folder."""
+        return self.root / "cancelled"
+
+    @property
     def job_record(self) -> Path:
         """What the scheduler's accounting says of the job, as JSON."""
         return self.root / "job.json"
@@ -106,6 +112,11 @@ class RunDir:
     def failures(self) -> Path:
         """What ranks that ended badly left, a folder for each time that the job ran; absent if none did."""
         return self.root / "failures"
+
+    @property
+    def ended(self) -> Path:
+        """Marks of ranks that ended well, a folder for each time that the job ran; removed if all of them did."""
+        return self.root / "ended"
 
     @property
     def analysis(self) -> Path:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hpcmm.files import is_regular, names_in, read_json_object, write_json
+from hpcmm.runs.attempts import restarts_of
 from hpcmm.runs.ledger import arrays_of, jobs_of_points
 from hpcmm.runs.ownership import is_mine
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
@@ -23,6 +24,11 @@ _MOST_JOBS, _MOST_JOBS_OF_OTHERS = 1000, 5
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(?:,[A-Za-z0-9][A-Za-z0-9_.-]{0,63})*")
 _MOST_CHARACTERS = 4096
 """Of a path, the longest text that identifies a job."""
+_CLOCKS_S = 900
+"""The most by which a login node's clock may be ahead of the controller's."""
+_DAYLIGHT_SAVING_S = 3600
+_RUN_NAME = re.compile(r".+-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+"""A run directory's name as the launcher makes it, which no other run has."""
 _MOST_S = 1e12
 """Of a time in seconds since 1970; a larger one is damage."""
 
@@ -33,6 +39,8 @@ class JobRecord:
 
     job_id: str
     state: str
+    restarts: int = 0
+    """How often Slurm had started the job again when this was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,42 @@ class JobIdentity:
     """Seconds since 1970, by the clock of who submitted it."""
     slurm_submitted_unix_s: float | None = None
     """The same by Slurm's own record; a requeue makes Slurm's time later."""
+
+    def is_named_in(self, command: str, *, is_word_of_sbatch: bool) -> bool | None:
+        """Whether Slurm's record names its script; None if it names no script, or one by a path that does not tell.
+
+        ``is_word_of_sbatch``: the record is the command line that submitted the job, as accounting has it.
+        """
+        if not self.scripts or not command:
+            return None
+        if any(f" {script} " in f" {command} " for script in self.scripts):
+            return True
+        paths = [PurePosixPath(script) for script in self.scripts]
+        tails = {f"/{path.parent.name}/{path.name} " for path in paths if _RUN_NAME.fullmatch(path.parent.name)}
+        if any(tail in f"{command} " for tail in tails):  # another path to the same folder
+            return True
+        submitter, *words = command.split()
+        if is_word_of_sbatch and not words and PurePosixPath(submitter).name == "sbatch":
+            return None  # from the standard input
+        last = command.rsplit(maxsplit=1)[-1]
+        return None if any(last in {path.name, f"./{path.name}"} for path in paths) else False
+
+    def is_after(self, submitted_s: float | None) -> bool:
+        """Whether it was submitted after a job of this time in seconds since 1970, which is another one then."""
+        if submitted_s is None:
+            return False
+        if self.slurm_submitted_unix_s is not None:
+            return submitted_s < self.slurm_submitted_unix_s - 1 and not self.is_of_second(submitted_s)
+        return self.submitted_unix_s is not None and submitted_s < self.submitted_unix_s - _CLOCKS_S
+
+    def is_of_second(self, submitted_s: float | None) -> bool:
+        """Whether that is when Slurm took it. Slurm's times are local, so that one hour of a year comes twice."""
+        known_s = self.slurm_submitted_unix_s
+        return (
+            known_s is not None
+            and submitted_s is not None
+            and any(abs(abs(known_s - submitted_s) - shift_s) <= 1 for shift_s in (0, _DAYLIGHT_SAVING_S))
+        )
 
 
 def write_submission(run: RunDir, *jobs: JobIdentity, **job_ids: str | None) -> None:
@@ -149,15 +193,20 @@ def submitted_job(run: RunDir) -> str | None:
 
 
 def write_job_record(run: RunDir, record: Mapping[str, Any]) -> None:
-    """Write ``job.json``: ``job_id``, ``state`` and what accounting tells. Raises OSError."""
-    write_json(run.job_record, dict(record))
+    """Write ``job.json``: ``job_id``, ``state``, what accounting tells, and which start of the job this is of.
+
+    Raises OSError.
+    """
+    write_json(run.job_record, {"restarts": restarts_of(run, str(record.get("job_id"))), **record})
 
 
 def read_job_record(run: RunDir) -> JobRecord | None:
     """None if there is no record, or it names no job."""
     record = read_json_object(run.job_record, within=run.root)
-    job_id, state = str(record.get("job_id")), str(record.get("state"))
-    return JobRecord(job_id, state if _STATE.fullmatch(state) else "UNKNOWN") if JOB_ID.fullmatch(job_id) else None
+    job_id, state, restarts = str(record.get("job_id")), str(record.get("state")), record.get("restarts")
+    if not JOB_ID.fullmatch(job_id):
+        return None
+    return JobRecord(job_id, state if _STATE.fullmatch(state) else "UNKNOWN", restarts if type(restarts) is int else 0)
 
 
 def job_ids_of(run: RunDir, tasks: Sequence[str] | None = None) -> tuple[str, ...]:

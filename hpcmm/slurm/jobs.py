@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from hpcmm.errors import HpcmmError
-from hpcmm.ranges import count_tasks, is_job_number, tasks_in
+from hpcmm.ranges import count_tasks, is_job_number, is_task_of, tasks_in, without_tasks
 from hpcmm.runs.submission import JobIdentity
 from hpcmm.slurm.commands import CLUSTER_LINE, ask, clusters_asked, new_separator, on_cluster, rows_of_answer
 from hpcmm.text import visible
@@ -58,11 +58,6 @@ _RECORD_FIELDS = (
 )
 _REVOKED = "REVOKED"
 """Of a job in a federation, at a cluster that did not get it."""
-_CLOCKS_S = 900
-"""The most by which a login node's clock may be ahead of the controller's."""
-_DAYLIGHT_SAVING_S = 3600
-_RUN_NAME = re.compile(r".+-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
-"""A run directory's name as the launcher makes it, which no other run has."""
 
 Wanted = str | JobIdentity
 """A job by its number, which means whatever job has it now, or one job that is known."""
@@ -139,7 +134,7 @@ def is_same_job(known: JobIdentity, row: Job) -> bool:
     """
     if not _has_number(known.job_id, row) or _differ(known.user, row.user):
         return False
-    named = _names_script(known.scripts, row)
+    named = known.is_named_in(row.command, is_word_of_sbatch=row.source == "sacct")
     if named:
         return True
     if _differ(known.name, row.name):
@@ -147,8 +142,8 @@ def is_same_job(known: JobIdentity, row: Job) -> bool:
     submitted_s = row.submitted_unix_s
     if named is False:  # a site's own sbatch may hand over a copy of the script: the second tells that it is the same
         is_copy = PurePosixPath(row.command).name not in {PurePosixPath(script).name for script in known.scripts}
-        return is_copy and bool(known.user) and _is_same_second(known.slurm_submitted_unix_s, submitted_s)
-    return not _is_before(submitted_s, known)
+        return is_copy and bool(known.user) and known.is_of_second(submitted_s)
+    return not known.is_after(submitted_s)
 
 
 def rows_of(wanted: Wanted, rows: Sequence[Job]) -> list[Job]:
@@ -158,14 +153,45 @@ def rows_of(wanted: Wanted, rows: Sequence[Job]) -> list[Job]:
     else:
         mine = [row for row in rows if _has_number(wanted, row)]
     queued = [row for row in mine if row.source == "squeue"]
-    told = {task for row in queued for task in tasks_in(row.job_id)}
     same = {(row.name, row.user) for row in queued}
     # sacct has a row for each time that a job was requeued, and for each job that had the number.
     accounted = {row.job_id: row for row in sorted(mine, key=lambda row: row.submitted) if row.source != "squeue"}
     if not queued:
-        return list(accounted.values())
+        return _each_task_once(accounted.values())
     siblings = [row for row in accounted.values() if "_" in row.job_id and (row.name, row.user) in same]
-    return queued + [row for row in siblings if told.isdisjoint(tasks_in(row.job_id))]
+    return _each_task_once([*queued, *siblings])
+
+
+def _each_task_once(rows: Iterable[Job]) -> list[Job]:
+    """The rows, squeue's first, without the tasks of arrays that another row tells better.
+
+    A task's own row tells more than one of a range of them, which accounting keeps as the tasks once waited together.
+    """
+    arrays: dict[tuple[str, ...], list[Job]] = {}
+    for row in rows:
+        arrays.setdefault((*row.job_id.partition("_")[:2], row.name, row.user), []).append(row)
+    return [row for array in arrays.values() for row in _tasks_once(array)]
+
+
+def _tasks_once(array: Sequence[Job]) -> Sequence[Job]:
+    if "_" not in array[0].job_id:
+        return array
+    ranges = [row for row in array if "_[" in row.job_id]
+    waiting = [row for row in ranges if row.source == "squeue"]
+    own: dict[str, Job] = {}
+    for row in array:
+        # What accounting has of an older array with this number is not of a task that waits.
+        is_older = row.source != "squeue" and any(
+            row.submitted < each.submitted and is_task_of(row.job_id, each.job_id) for each in waiting
+        )
+        if "_[" not in row.job_id and not is_older:
+            own.setdefault(row.job_id, row)
+    told, left = list(own), list(own.values())
+    for row in ranges:
+        rest = without_tasks(row.job_id, told)
+        left += [replace(row, job_id=rest)] if rest is not None else []
+        told.append(row.job_id)
+    return left
 
 
 def other_job(wanted: Wanted, rows: Sequence[Job]) -> str | None:
@@ -218,14 +244,14 @@ def find_jobs(
     # Of an array and one of its tasks that wait, squeue would show the task alone.
     whole = [each for each in ids if "_" not in each or each.split("_")[0] not in ids]
     queued = _squeue([f"--jobs={','.join(whole)}", "--states=all"], environ) if ids else []
-    by_number = _by_number(queued)
-    left = {task.split("_")[0] for task in tasks if task not in by_number}
+    by_number = _ByNumber(queued)
+    left = {task.split("_")[0] for task in tasks if not by_number.rows(task)}
     missing = list(
         dict.fromkeys(
             job_id
             for each in wanted
             if (job_id := _number_of(each)) in left
-            or not rows_of(each, by_number.get(job_id, []))  # also if it is another job's now
+            or not rows_of(each, by_number.rows(job_id))  # also if it is another job's now
         )
     )
     if not missing:
@@ -250,36 +276,44 @@ def own_jobs(user: str | None, since: str | None, environ: Mapping[str, str] = o
     except HpcmmError as error:
         over = _squeue([*whose, "--states=all"], environ)
         notes = [_without_sacct(error) + " Jobs that are over are shown as long as squeue keeps them."]
-    return Answer(active + [job for job in over if job.raw_id not in listed and not job.active], notes)
+    told = [job for job in over if job.raw_id not in listed and not job.active]
+    return Answer(_each_task_once([*active, *told]), notes)
 
 
 def account_of(jobs: Sequence[Job], environ: Mapping[str, str] = os.environ) -> dict[str, Job]:
     """sacct's row of each of these jobs that squeue told of, by number. Raises HpcmmError if sacct does not answer."""
     asked = list(dict.fromkeys(job.raw_id for job in jobs))
-    rows = _by_number(_sacct([f"--jobs={','.join(asked)}"], environ)) if asked else {}
+    rows = _ByNumber(_sacct([f"--jobs={','.join(asked)}"], environ) if asked else [])
     found: dict[str, Job] = {}
     for job in jobs:
         known = JobIdentity(job.job_id, user=job.user, name=job.name, scripts=(job.command,) if job.command else ())
         # A task that waits has the raw number of its array, as another task may have.
-        mine = [row for row in rows.get(job.job_id, []) if row.job_id == job.job_id and is_same_job(known, row)]
+        mine = [row for row in rows.rows(job.job_id) if row.job_id == job.job_id and is_same_job(known, row)]
         if mine:
             found[job.job_id] = mine[-1]
     return found
 
 
 def array_states(arrays: Mapping[str, JobIdentity]) -> dict[str, str]:
-    """States of the array tasks that Slurm has in its queue, by ``job_task``; one question a cluster for all arrays.
+    """States of the array tasks that Slurm knows, by ``job_task``; one question to squeue, and one to sacct, a cluster.
 
-    Tasks that have left the queue, and those of other jobs with these numbers, are not in it. Raises HpcmmError when
-    squeue does not answer.
+    Those of other jobs with these numbers are not in it. Raises HpcmmError when squeue does not answer. Without sacct,
+    what the queue forgot is missing, and a line says so.
     """
     found: dict[str, str] = {}
     for cluster in sorted({known.cluster for known in arrays.values()}):
         mine = {job_id: known for job_id, known in arrays.items() if known.cluster == cluster}
-        options = ["--array", "--states=all", f"--jobs={','.join(sorted(mine))}"]
-        rows = _by_number(_squeue(options, on_cluster(cluster, os.environ)))
+        environ, asked = on_cluster(cluster, os.environ), f"--jobs={','.join(sorted(mine))}"
+        rows = _squeue(["--array", "--states=all", asked], environ)
+        try:
+            # What accounting still takes for active, and the queue does not know, died with a controller.
+            rows += [row for row in _sacct([asked, "--duplicates"], environ) if not row.active]
+        except HpcmmError as error:
+            print(f"hpcmm: {visible(_without_sacct(error))}", file=sys.stderr)
+        by_number = _ByNumber(rows)
         for job_id, known in mine.items():
-            found |= {row.job_id: row.state for row in rows.get(job_id, []) if is_same_job(known, row)}
+            of_array = rows_of(known, by_number.rows(job_id))
+            found |= {task: row.state for row in of_array for task in tasks_in(row.job_id)}
     return found
 
 
@@ -386,58 +420,31 @@ def _number_of(wanted: Wanted) -> str:
 
 
 def _numbers(row: Job) -> set[str]:
-    return {row.job_id, row.raw_id, row.job_id.split("_")[0], *tasks_in(row.job_id)}
+    """Of a job and of what it is a part of: an array, or a job of several components (``12+1``)."""
+    return {row.job_id, row.raw_id, row.job_id.split("_")[0], row.job_id.split("+")[0]}
 
 
 def _has_number(job_id: str, row: Job) -> bool:
-    return job_id in _numbers(row)
+    return job_id in _numbers(row) or is_task_of(job_id, row.job_id)
 
 
-def _by_number(rows: Iterable[Job]) -> dict[str, list[Job]]:
-    found: dict[str, list[Job]] = {}
-    for row in rows:
-        for number in _numbers(row):
-            found.setdefault(number, []).append(row)
-    return found
+class _ByNumber:
+    """Rows by each number that means them; tasks that wait together are not written out."""
+
+    def __init__(self, rows: Iterable[Job]) -> None:
+        self._rows: dict[str, list[Job]] = {}
+        self._ranges: dict[str, list[Job]] = {}
+        for row in rows:
+            for number in _numbers(row):
+                self._rows.setdefault(number, []).append(row)
+            if "_[" in row.job_id:
+                self._ranges.setdefault(row.job_id.split("_")[0], []).append(row)
+
+    def rows(self, number: str) -> list[Job]:
+        ranges = self._ranges.get(number.partition("_")[0], [])
+        return self._rows.get(number, []) + [row for row in ranges if is_task_of(number, row.job_id)]
 
 
 def _differ(known: str, given: str) -> bool:
     """Whether both are known and are not the same; Slurm shows a user without a name by number."""
     return bool(known and given) and known != given and not given.isdecimal()
-
-
-def _names_script(scripts: Sequence[str], row: Job) -> bool | None:
-    """Whether the row names one of ``scripts``; None if it names no script, or one by a path that does not tell."""
-    command = row.command
-    if not scripts or not command:
-        return None
-    if any(f" {script} " in f" {command} " for script in scripts):
-        return True
-    paths = [PurePosixPath(script) for script in scripts]
-    tails = {f"/{path.parent.name}/{path.name} " for path in paths if _RUN_NAME.fullmatch(path.parent.name)}
-    if any(tail in f"{command} " for tail in tails):  # another path to the same folder
-        return True
-    if row.source == "sacct":
-        submitter, *words = command.split()
-        if not words and PurePosixPath(submitter).name == "sbatch":
-            return None  # from the standard input
-    return None if any(command.split()[-1] in {path.name, f"./{path.name}"} for path in paths) else False
-
-
-def _is_before(submitted_s: float | None, known: JobIdentity) -> bool:
-    if submitted_s is None:
-        return False
-    if known.slurm_submitted_unix_s is not None:
-        return submitted_s < known.slurm_submitted_unix_s - 1 and not _is_same_second(
-            known.slurm_submitted_unix_s, submitted_s
-        )
-    return known.submitted_unix_s is not None and submitted_s < known.submitted_unix_s - _CLOCKS_S
-
-
-def _is_same_second(known_s: float | None, submitted_s: float | None) -> bool:
-    """Slurm's times are local, so that one hour of a year comes twice."""
-    return (
-        known_s is not None
-        and submitted_s is not None
-        and any(abs(abs(known_s - submitted_s) - shift_s) <= 1 for shift_s in (0, _DAYLIGHT_SAVING_S))
-    )

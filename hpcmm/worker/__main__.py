@@ -103,13 +103,16 @@ def _port(*, hold: bool) -> int:
 
 def _rank(run: RunDir, command: list[str]) -> int:
     from hpcmm.node.recorder import rank_of  # noqa: PLC0415
-    from hpcmm.worker.signal_forwarding import end_as, record_exit  # noqa: PLC0415
+    from hpcmm.worker.signal_forwarding import end_as, record_exit, record_good_end  # noqa: PLC0415
 
     try:
-        return end_as(start_rank(run, command))
+        status = start_rank(run, command)
     except HpcmmError:
         record_exit(1, run, rank_of(os.environ))
         raise
+    if status == 0:
+        record_good_end(run, rank_of(os.environ))
+    return end_as(status)
 
 
 def start_rank(run: RunDir, command: list[str]) -> int:

@@ -65,6 +65,15 @@ def record_exit(status: int, run: RunDir, rank: int, unix_ns: int | None = None)
         print(f"hpcmm: {path} cannot be written ({error.strerror}).", file=sys.stderr)
 
 
+def record_good_end(run: RunDir, rank: int) -> None:
+    """Leave the mark by which the job's script knows that the rank ended with status 0."""
+    try:
+        failures.note_good_end(run, rank)
+    except OSError as error:
+        said = f"{run.ended} cannot be written ({error.strerror}), so the job is noted as failed"
+        print(f"hpcmm: {said}.", file=sys.stderr)
+
+
 def end_as(status: int) -> int:
     """The exit status for ``sys.exit`` that tells the scheduler the same; does not return where a signal ended it."""
     if status < 0:

@@ -268,6 +268,93 @@ def test_tasks_that_were_cancelled_together_have_one_row_without_a_task(slurm, s
     assert shown("demo") == {"7_0": "CANCELLED", "9_1": "RUNNING", "7_2": "CANCELLED", "7_3": "CANCELLED"}
 
 
+@pytest.fixture
+def cancelled(slurm, sweep):
+    """Accounting of an array that was cancelled, of which one task had not started."""
+    script = f"sbatch {sweep.submission_script(0)}"
+    own = [accounted(f"7_{n}", f"7{n}", "CANCELLED by 0", script) for n in range(3)]
+    slurm.answers("sacct", accounted("7_[0-3%3]", "7", "CANCELLED by 0", script), *own)
+
+
+@pytest.mark.parametrize("asked", ["7", "demo"])
+def test_a_task_counts_once_though_accounting_keeps_the_range_that_it_waited_in(slurm, sweep, cancelled, asked):
+    Ledger(sweep, [LedgerPoint(i, [], f"{i:04d}", ["7"]) for i in range(4)]).write()
+    assert shown(asked) == {f"7_{n}": "CANCELLED" for n in range(4)}
+    assert ask_jobs("status", asked).stdout.splitlines()[-1] == "4 CANCELLED"
+    assert lines_of(explain(find_targets(asked, sweep.root.parent)[0]))[0].endswith(": 4 points: 4 failed.")
+
+
+def test_a_task_of_the_queue_and_one_of_accounting_count_before_a_range(slurm, sweep, cancelled):
+    script = str(sweep.submission_script(0))
+    slurm.answers("squeue", row("7_1", "71", "RUNNING", script))
+    assert shown("7") == {"7_0": "CANCELLED", "7_1": "RUNNING", "7_2": "CANCELLED", "7_3": "CANCELLED"}
+    slurm.answers("squeue", row("7_[1-3%3]", "7", "PENDING", script).replace("N/A", "2026-01-02T03:05:00", 1))
+    assert shown("7")["7_3"] == "PENDING"
+
+
+def test_the_same_number_s_older_array_tells_nothing_of_tasks_that_wait(slurm, sweep, cancelled):
+    script = str(sweep.submission_script(0))
+    slurm.answers("squeue", row("7_[0-3%3]", "7", "PENDING", script).replace("N/A", "2026-01-03T03:05:00", 1))
+    assert shown("7") == {"7_[0-3%3]": "PENDING"}
+
+
+def test_listing_jobs_that_are_over_shows_a_task_once(slurm, sweep, cancelled):
+    told = json.loads(ask_jobs("list", "--since", "now-1day", "--json").stdout)["jobs"]
+    assert sorted(job["job_id"] for job in told) == ["7_0", "7_1", "7_2", "7_3"]
+
+
+COMPONENTS = [row("19+0", "19", "RUNNING"), row("19+1", "20", "RUNNING")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "known", "ids"),
+    [("19", ["19+0", "19+1"], ["19"]), ("20", ["19+1"], ["19+1"]), ("19+1", ["19+1"], ["19+1"])],
+)
+def test_a_number_of_a_heterogeneous_job_means_all_of_it_or_one_component(slurm, sweep, asked, known, ids):
+    slurm.answers("squeue", *COMPONENTS)
+    assert list(shown(asked)) == known
+    assert cancel(asked, find_targets(asked, sweep.root.parent)).ids == ids
+    assert slurm.called("scancel") == [f"scancel {ids[0]}"]
+    slurm.answers("squeue")
+    slurm.answers("sacct", accounted("19+0", "19", "COMPLETED"), accounted("19+1", "20", "FAILED"))
+    assert list(shown(asked)) == known
+    assert explain(find_targets(asked, sweep.root.parent)[0]).evidence.job.job_id == "19+1"
+
+
+@pytest.mark.parametrize(("asked", "state", "which"), [("20", "PENDING", "waits"), ("19+0", "RUNNING", "leads")])
+def test_a_component_that_slurm_does_not_cancel_alone_is_refused_with_the_whole_job_s_number(
+    slurm, sweep, asked, state, which
+):
+    slurm.answers("squeue", *(each.replace("RUNNING", state) for each in COMPONENTS))
+    with pytest.raises(HpcmmError, match=rf"component of job 19 that {which}.*: python -m hpcmm.jobs cancel 19$"):
+        cancel(asked, find_targets(asked, sweep.root.parent))
+    assert slurm.called("scancel") == []
+
+
+def test_what_hpcmm_cancelled_before_it_started_is_told_though_slurm_forgot_it(slurm, sweep):
+    script = str(sweep.submission_script(0))
+    for index in (2, 3):
+        sweep.point(index).exit_status.unlink()
+    slurm.answers("squeue", row("7_[2-3%2]", "7", "PENDING", script))
+    cancel("demo/0002", find_targets("demo/0002", sweep.root.parent))
+    slurm.answers("squeue")
+    assert shown("demo/0002") == {"7_2": "CANCELLED"}
+    assert shown("demo")["7_2"] == "CANCELLED"
+    told = "\n".join(lines_of(explain(find_targets("7_2", sweep.root.parent)[0])))
+    assert "Slurm:    CANCELLED, by run directory" in told
+
+
+def test_a_number_that_no_job_has_names_the_run_that_is_called_so(slurm, sweep):
+    made = RunDir(sweep.root.parent / "123-20260102-030405-1a2b")
+    made.create()
+    made.submission_script.touch()
+    hint = f"A number means a job; the run of that name is {made.root.name}: give its whole name."
+    for command in ("status", "cancel", "why", "logs"):
+        done = ask_jobs(command, "123")
+        assert (done.returncode, hint in done.stdout + done.stderr) == (1, True)
+    assert "never queued, was cancelled before it started, or Slurm has forgotten it" in ask_jobs("status", "8").stdout
+
+
 def test_why_a_sweep_failed_is_its_first_failure_and_the_others_by_kind(slurm, sweep):
     slurm.answers("squeue", *all_rows(sweep))
     explanation = explain(find_targets("demo", sweep.root.parent)[0])

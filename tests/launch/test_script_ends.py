@@ -18,6 +18,9 @@ times=$(grep -c . "$FAKES/asked")
 . "$FAKES/slurm" """
 BUSY = "echo 'slurm_update error: Socket timed out on send/recv operation' >&2; exit 1"
 STOPS = 'touch "$RUN/stopped"'
+MARKS = """ended=$RUN/ended/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+trap '[ $? != 0 ] || { touch "$ended/0_of_2"; touch "$ended/1_of_2"; }' EXIT"""
+"""What ranks leave that have ended well."""
 PREEMPTED = 'echo "JobState=RUNNING"; echo "PreemptTime=2026-01-02T03:04:05"'
 
 
@@ -28,6 +31,7 @@ class Script:
         self.folder, self.fakes, self.root = folder, folder / "bin", folder / "a run"
         self.fakes.mkdir()
         self.ranks = self.slurm = ":"
+        self.marks = MARKS
         for name, body in (("python", PYTHON), ("srun", SRUN), ("scontrol", SCONTROL), ("sleep", "exec /bin/sleep 0")):
             (self.fakes / name).write_text(f"#!/bin/bash\n{body}\n")
             (self.fakes / name).chmod(0o755)
@@ -37,7 +41,7 @@ class Script:
         self.run = RunDir(self.root) if task is None else sweep.point(task)
         self.run.create()
         (self.run.submitit / "task.pkl").touch()
-        (self.fakes / "ranks").write_text(self.ranks)
+        (self.fakes / "ranks").write_text(f"{self.marks}\n{self.ranks}")
         (self.fakes / "slurm").write_text(self.slurm)
         environment = {
             "PATH": f"{self.fakes}:/usr/bin:/bin", "FAKES": str(self.fakes), "RUN": str(self.run.root),
@@ -208,6 +212,44 @@ def test_the_job_s_status_is_that_of_the_rank_that_failed_first(script, word, st
 def test_the_status_of_an_earlier_start_is_not_that_of_this_one(script):
     script.ranks = 'mkdir -p "$RUN/failures/7.0"; echo 42 > "$RUN/failures/7.0/status"; exit 5'
     assert script.ends(restart=1)[0] == 5
+
+
+def marks(*names):
+    return "\n".join(f'touch "$RUN/ended/7.0/{name}"' for name in names) or ":"
+
+
+@pytest.mark.parametrize("left", [[], ["0_of_2"], ["0_of_3", "2_of_3"]])
+@pytest.mark.parametrize(("word", "status"), [("", 1), ("143", 143)])
+def test_srun_s_word_that_all_went_well_needs_that_of_each_rank(script, left, word, status):
+    script.marks = marks(*left)
+    script.ranks = f'mkdir -p "$RUN/failures/7.0"; echo {word!r} > "$RUN/failures/7.0/status"'
+    ended, said = script.ends()
+    assert ended == status
+    assert "not all ranks are known to have ended well" in said
+    assert script.noted == [f"7 {status}"]
+
+
+def test_the_mark_of_a_rank_that_a_file_system_shows_late_is_waited_for(script):
+    script.marks = marks("0_of_2")
+    (script.fakes / "sleep").write_text(f"#!/bin/bash\n{marks('1_of_2')}\n")
+    assert script.ends() == (0, "")
+    assert script.noted == ["7 0"]
+    assert not (script.run.ended / "7.0").exists()
+
+
+def test_a_node_that_slurm_gave_up_has_the_job_queued_again_though_srun_says_nothing(script):
+    script.marks, script.slurm = marks("0_of_2"), "echo PreemptTime=None"
+    (script.fakes / "timeout").symlink_to("/bin/false")
+    assert script.ends("requeue=on_node_failure")[0] == 1
+    assert script.noted == ["7 terminated"]
+
+
+def test_a_run_directory_without_room_for_marks_leaves_it_to_srun(script):
+    script.marks = ":"
+    status, said = script.ends("cluster.setup=['export SCRIPT=$$','touch \"$RUN/ended\"']")
+    assert status == 0
+    assert "ended/7.0 cannot be made" in said
+    assert script.noted == ["7 0"]
 
 
 @pytest.mark.parametrize("full", ["log", "exit_status"])

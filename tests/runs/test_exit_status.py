@@ -12,7 +12,7 @@ from hpcmm.jobs.state import states_of
 from hpcmm.jobs.why import explain
 from hpcmm.reports.run_record import read_run_record
 from hpcmm.runs import failures
-from hpcmm.runs.attempts import attempts_of, begin_attempt
+from hpcmm.runs.attempts import attempts_of, begin_attempt, note_cancelled, was_cancelled
 from hpcmm.runs.exit_status import Outcome, newest_outcome, outcome_of, states_of_points
 from hpcmm.runs.ledger import Ledger, LedgerPoint
 from hpcmm.runs.metrics import MetricsWriter
@@ -143,6 +143,41 @@ def completed_after_slurm_s_own_requeue(job):
     job.script_ends(0)
 
 
+def lost_with_its_node_though_srun_said_0(job):
+    job.starts()
+    job.loses_a_rank()
+    job.script_ends(0)
+
+
+def completed_after_its_node_was_lost(job):
+    lost_with_its_node_though_srun_said_0(job)
+    job.script_ends("restarted")
+    job.starts(restart=1)
+    job.script_ends(0)
+
+
+def completed_by_hand_after_it_failed_while_it_was_followed(job):
+    failed(job)
+    write_job_record(job.run, {"job_id": job.job_id, "state": "FAILED"})
+    job.script_ends("restarted")
+    job.starts(restart=1)
+    job.trains_to_its_end()
+    job.script_ends(0)
+
+
+def started_again_after_it_was_followed(job):
+    failed(job)
+    write_job_record(job.run, {"job_id": job.job_id, "state": "FAILED"})
+    job.script_ends("restarted")
+    job.starts(restart=1)
+
+
+def followed_when_it_was_started_again(job):
+    started_again_after_its_end(job)
+    job.script_ends(0)
+    write_job_record(job.run, {"job_id": job.job_id, "state": "FAILED"})
+
+
 ENDS = [
     (completed, "COMPLETED"),
     (failed, "FAILED"),
@@ -157,6 +192,11 @@ ENDS = [
     (started_again_after_its_end, None),
     (killed_once_more_after_its_end, "FAILED"),
     (completed_after_slurm_s_own_requeue, "COMPLETED"),
+    (lost_with_its_node_though_srun_said_0, "FAILED"),
+    (completed_after_its_node_was_lost, "COMPLETED"),
+    (completed_by_hand_after_it_failed_while_it_was_followed, "COMPLETED"),
+    (started_again_after_it_was_followed, None),
+    (followed_when_it_was_started_again, "FAILED"),
 ]
 
 
@@ -197,6 +237,60 @@ def test_slurm_s_own_word_counts_before_the_script_s(tmp_path):
     write_job_record(job.run, {"job_id": "7", "state": "TIMEOUT"})
     assert outcome_of(job.run, "7") == Outcome("TIMEOUT")
     assert newest_outcome(job.run).failed
+
+
+@pytest.mark.parametrize("in_sweep", [False, True], ids=["run", "point"])
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        (killed_at_once, "CANCELLED"),
+        (killed_with_its_script, "CANCELLED"),
+        (failed, "CANCELLED"),
+        (preempted_and_queued_again_by_slurm, "CANCELLED"),
+        (completed, "COMPLETED"),
+        (stopped, "STOPPED"),
+        (completed_after_a_requeue, "COMPLETED"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_the_user_cancelled_is_cancelled_unless_it_ended_well_first(tmp_path, end, state, in_sweep):
+    ledger = Ledger(SweepDir(tmp_path / "demo-1"), [LedgerPoint(0, [], "0000", ["7"])])
+    run = ledger.sweep.point(0) if in_sweep else ledger.sweep.shared
+    job = Job(run, "70", ("7", "0") if in_sweep else None)
+    if in_sweep:
+        ledger.write()
+    end(job)
+    note_cancelled(run, [job.job_id])
+    assert outcome_of(run, job.job_id).state == state
+    job.script_ends("restarted")  # by hand
+    job.starts(restart=2)
+    assert outcome_of(run, job.job_id) in {None, Outcome("COMPLETED"), Outcome("FAILED")}
+
+
+def test_a_link_in_the_place_of_the_note_is_not_written_through(tmp_path):
+    run = RunDir(tmp_path / "demo-1")
+    run.create()
+    run.cancelled.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic"):
+        note_cancelled(run, ["7"])
+    assert not was_cancelled(run, "7")
+
+
+@pytest.mark.parametrize(
+    ("end", "told", "state"),
+    [
+        (completed, "COMPLETED", "COMPLETED"),
+        *((completed, word, "FAILED") for word in ("NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "FAILED")),
+        (stopped, "COMPLETED", "FAILED"),  # it is to go on
+        (killed_at_once, "COMPLETED", "COMPLETED"),  # its script had no room for a word of its end
+        (killed_at_once, "NODE_FAIL", "FAILED"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_of_a_point_slurm_s_word_of_a_bad_end_counts_before_its_script_s(tmp_path, end, told, state):
+    ledger = Ledger(SweepDir(tmp_path / "demo-1"), [LedgerPoint(0, [], "0000", ["7"])])
+    end(Job(ledger.sweep.point(0), "70", ("7", "0")))
+    assert states_of_points(ledger, [], {"7_0": told}) == {0: state}
 
 
 def test_a_task_of_an_array_is_known_by_both_of_its_numbers(tmp_path):

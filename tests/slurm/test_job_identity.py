@@ -287,6 +287,28 @@ def test_tasks_of_another_array_with_the_number_do_not_keep_a_point_in_the_queue
     assert array_states({}) == {}
 
 
+def test_how_tasks_ended_that_the_queue_forgot_is_accounting_s_word(slurm, tmp_path, capsys):
+    mine, theirs = make_run(tmp_path, "sweep-1"), make_run(tmp_path, "sweep-2")
+    arrays = {"7": identity_of(mine, "7")}
+
+    def over(task, state, run=mine, submitted=NOON):
+        values = [task, "70", "run", "me", state, "None", submitted, NOON, NOON, "0:10", "n1", "1", "0:0", "0:0"]
+        return SEPARATOR.join([*values, f"sbatch {run.submission_script}"])
+
+    slurm.answers("squeue", queued(mine, "7_0", "8"))
+    slurm.answers(
+        "sacct", over("7_0", "NODE_FAIL"), over("7_1", "NODE_FAIL"), over("7_1", "COMPLETED", submitted=LATER),
+        over("7_2", "TIMEOUT"), over("7_3", "RUNNING"), over("7_4", "FAILED", theirs),
+        over("7_[2-5]", "CANCELLED by 0"),
+    )  # fmt: skip
+    told = {"7_0": "RUNNING", "7_1": "COMPLETED", "7_2": "TIMEOUT", "7_5": "CANCELLED"}
+    assert array_states(arrays).items() >= told.items()
+    assert array_states(arrays)["7_4"] == "CANCELLED"  # another array's task tells nothing
+    slurm.does("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert array_states(arrays) == {"7_0": "RUNNING"}
+    assert "hpcmm: sacct gives no answer" in capsys.readouterr().err
+
+
 def test_records_of_accounting_are_the_job_s_own_or_none(slurm, tmp_path):
     run = make_run(tmp_path, "run-1")
     fields = "JobID\tJobName\tState\tSubmit\tUser\tSubmitLine"

@@ -68,6 +68,23 @@ def run_rank(tmp_path, *overrides, starts=1):
     return run, done
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize(("command", "marks"), [("true", ["3_of_4"]), ("false", []), ("kill -9 $$", [])])
+def test_a_rank_that_ends_well_leaves_a_mark_whatever_it_runs(tmp_path, command, marks, links):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    dump(compose_run(["cluster=slurm"]), run.config)
+    folder = run.ended / f"{SLURM['SLURM_JOB_ID']}.0"
+    folder.mkdir(parents=True)
+    if links:
+        (folder / "mark").touch()
+    words = [sys.executable, "-m", "hpcmm.worker", "rank", str(run.root), "--", "sh", "-c", command]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | SLURM
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode == 0, done.stderr) == (bool(marks), "")
+    assert [path.name for path in folder.glob("*_of_*")] == marks
+
+
 ENDS = [
     ("sys.exit()", 0, ""),
     ("sys.exit(0)", 0, ""),

@@ -124,6 +124,13 @@ port_holder=$!
 read -r MASTER_PORT <&"$port"
 export MASTER_ADDR MASTER_PORT
 
+# Each rank that ends well leaves a mark there, by a link, which needs no room.
+ended=$run_dir/ended/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+{ mkdir -p "$ended" && : > "$ended/mark"; } || {
+    say "$ended cannot be made, so srun alone tells whether the ranks ended well."
+    ended=
+}
+
 # srun takes no --cpus-per-task from the job since Slurm 22.05, so it is said again. Without --export=ALL the ranks of a job
 # that was submitted with --export=NONE, as some sites do by default, would not see what this script has exported.
 export HPCMM_SRUN_BEGAN_S=$EPOCHREALTIME
@@ -139,6 +146,25 @@ while :; do
     wait "$ranks" && status=0 || status=$?
     [ "$warned" = yes ] || break # a signal with a trap ends the wait only
 done
+
+# srun's 0 leaves out ranks of which it has heard nothing, as on a node that Slurm gave up: it stands if all ranks have left
+# their marks, which a shared file system may show late.
+all_ended_well() {
+    set -- "$ended"/*_of_*
+    [ "$#" = "${1##*_of_}" ]
+}
+if [ "$status" = 0 ] && [ -n "$ended" ]; then
+    for ((looks = 0; looks < 60; looks++)); do
+        ! all_ended_well || break
+        sleep 1 & wait $! || true
+    done
+    if all_ended_well; then
+        rm -rf "$ended" || true
+    else
+        status=1
+        say "srun reports no failure, but not all ranks are known to have ended well: a node may have failed."
+    fi
+fi
 
 # The job's exit status is that of the rank that failed first, not of those that srun ended for it.
 if [ "$status" != 0 ] && read -r own < "$run_dir/failures/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}/status"; then
