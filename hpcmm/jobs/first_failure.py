@@ -327,20 +327,17 @@ def _ended_from_outside(evidence: JobDiagnostics) -> Verdict:
         return _by_slurm_alone(evidence)
     ends = [rank.exit for rank in evidence.ranks.values() if rank.exit is not None]
     first, *others = sorted(ends, key=lambda end: (end.unix_ns, end.rank))
-    told = first.signal or signal.SIGTERM
+    told = signal_name(first.signal or signal.SIGTERM)
     named = list(srun_words(evidence.srun_lines))
+    slurm = f"Slurm had not cancelled the job: it says {evidence.job.state}"
     if evidence.job.source == "run directory":
         slurm = "whether Slurm cancelled the job is not known"
-    else:
-        slurm = f"Slurm had not cancelled the job: it says {evidence.job.state}"
-    who = f"See who sent {signal.Signals(told).name}: the program itself, `scancel --signal`, or a person or a service"
-    remedy = f"{who} on the node. Launch it again if it was a mistake."
+    remedy = f"See who sent {told}: the program, `scancel --signal`, or a person on the node. If by mistake, run again."
     gap_ns = others[0].unix_ns - first.unix_ns if others else 0
     if others and not (gap_ns > _CLEARLY_BEFORE_NS and named[:1] in ([], [first.rank])):
-        what = f"all ranks were sent {signal_name(told)}, from outside of the program; {slurm}"
-        return Verdict(Kind.signalled, what, remedy=remedy)
+        return Verdict(Kind.signalled, f"all ranks were sent {told}, from outside; {slurm}", remedy=remedy)
     before = f" {gap_ns / 1e9:.1f} s before srun ended the others" if others else ""
-    what = f"{signal_name(told)} ended this rank{before}; {slurm}"
+    what = f"{told} ended this rank{before}; {slurm}"
     return Verdict(Kind.signalled, what, first.rank, first.node, first.unix_ns, remedy=remedy)
 
 

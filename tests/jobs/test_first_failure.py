@@ -239,9 +239,7 @@ def test_only_slurm_or_a_note_of_hpcmm_s_tells_that_somebody_cancelled_a_job():
     assert first_failure(job(*TOLD_ALL, state="CANCELLED")).kind is Kind.cancelled
     found = first_failure(job(*TOLD_ALL, srun=["n0: tasks 0-1: Terminated", "n2: tasks 2-3: Terminated"]))
     assert (found.kind, found.rank) == (Kind.signalled, None)
-    assert found.what == (
-        "all ranks were sent SIGTERM, from outside of the program; Slurm had not cancelled the job: it says FAILED"
-    )
+    assert found.what == ("all ranks were sent SIGTERM, from outside; Slurm had not cancelled the job: it says FAILED")
     assert first_failure(job(signalled(0, 3, 15), silent(1))).kind is not Kind.cancelled
     assert first_failure(job(*TOLD_ALL, state="NODE_FAIL")).kind is Kind.node_failure
 
