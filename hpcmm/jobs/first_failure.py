@@ -7,19 +7,19 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 
-from hpcmm.jobs.diagnostics import DEPENDENCY_FAILED, JobDiagnostics, RankDiagnostics, srun_words, why_it_waits
+from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics, srun_words
+from hpcmm.jobs.state import DEPENDENCY_FAILED, why_it_waits
 from hpcmm.node.classify import (
     CONSEQUENCES,
     Kind,
     LoggedError,
-    Place,
     complaint_in,
     kind_of_exception,
     kind_of_signal,
     kind_of_status,
-    main_place,
     signal_name,
 )
+from hpcmm.runs.failures import Place, main_place
 
 _RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
 _MOST_FRAMES = 20

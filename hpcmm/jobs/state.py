@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -307,3 +308,86 @@ def _local_state(target: Target) -> State:
     ranks = ranks if isinstance(ranks, int) else 1
     newest = job_ids_of(target.run)[-1:]
     return State(target, [local_job(target.run, each, str(given.get("name", "")), ranks) for each in newest], [])
+
+
+_NEVER = "It never starts as it is: python -m hpcmm.jobs cancel JOB, and launch it again"
+_OVER = "Launch it again"
+"""In place of it if the job is over: there is nothing to cancel any more."""
+DEPENDENCY_FAILED = "DependencyNeverSatisfied"
+"""Slurm's reason for a job whose ``after=`` failed."""
+_IN_TURN: tuple[tuple[str, str], ...] = (
+    ("Resources", "It waits until enough nodes are free."),
+    ("Priority", "Jobs with a higher priority are before it in the queue."),
+    ("BeginTime", "It is not to begin before a set time, or Slurm lets some time pass before it starts it again."),
+    ("Dependency", "It waits for the end of the job that it is to run after."),
+    ("Cleaning|Prolog|Configuring", "Slurm cleans or prepares its nodes."),
+    ("JobArrayTaskLimit", "As many points of the sweep run as may at once; the others follow."),
+    ("Licenses", "All licences that it asks for are in use."),
+    ("Reservation", "It waits for its reservation to begin."),
+    ("SchedDefer|None", "Slurm has not looked at it yet."),
+)
+"""Slurm's reasons to wait for one's turn, as patterns, and what they mean. They tell nothing of a job that is over."""
+_WAITS = (
+    *_IN_TURN,
+    (
+        DEPENDENCY_FAILED,
+        f"The job that it is to run after did not end as it should. {_NEVER} without after=, or after another job.",
+    ),
+    ("JobHeldUser", "Its user holds it: `scontrol release JOB` lets it go."),
+    ("JobHeldAdmin", "An administrator holds it: ask the site, or `scontrol release JOB` if that is you."),
+    (
+        "JobHoldMaxRequeue|MaxRequeue",
+        "It went back into the queue as often as Slurm allows, and is held: find out what ended it, then "
+        "`scontrol release JOB`.",
+    ),
+    (
+        "launch[ _]failed[ _]requeued[ _]held",
+        "Slurm could not start it, put it back and holds it: a node could not run its prolog or its script. Tell the "
+        "site, then `scontrol release JOB`.",
+    ),
+    ("(?:job[ _])?requeued[ _]in[ _]held[ _]state", "It was put back and is held: `scontrol release JOB` lets it go."),
+    (
+        "ReqNodeNotAvail.*|NodeDown|FrontEndDown",
+        "Nodes that it needs are down, or reserved for others, as for maintenance: see `sinfo -R` and `scontrol show "
+        "reservation`. A shorter cluster.time_limit_min may fit before a maintenance.",
+    ),
+    (
+        "BadConstraints",
+        f"No nodes fit what it asks for (nodes, CPUs, memory, GPUs, cluster.constraint). {_NEVER} for what `sinfo -o "
+        "'%P %D %c %m %G %f'` shows.",
+    ),
+    ("PartitionDown|PartitionInactive", "Its partition is closed at present: see `sinfo -s`, or choose another one."),
+    ("PartitionNodeLimit|PartitionConfig", f"It breaks a limit of its partition. {_NEVER} smaller, or in another one."),
+    (
+        "PartitionTimeLimit",
+        f"Its time limit is above that of its partition. {_NEVER} with less time (`sinfo -o '%P %l'`).",
+    ),
+    ("AccountNotAllowed|InvalidAccount", f"Its account may not be used there. {_NEVER} with another cluster.account."),
+    ("QOSNotAllowed|InvalidQOS", f"Its QOS may not be used there. {_NEVER} with another cluster.qos."),
+    ("ReservationDeleted", f"Its reservation was deleted. {_NEVER} without it."),
+    ("DeadLine", f"It cannot end before its deadline. {_NEVER} with a later one."),
+    (
+        "(?:QOS|Assoc).*(?:PerJob|PerNode|MaxWall|Min).*",
+        f"It asks for more, or less, than its account or QOS allows for one job (`sacctmgr show qos`). {_NEVER} with "
+        "less.",
+    ),
+    (
+        "(?:QOS|Assoc).*",
+        "A limit of its account or QOS is reached: it starts when other jobs of that account or user have ended "
+        "(`sacctmgr show qos`, `squeue --me`).",
+    ),
+)
+"""All reasons to wait."""
+
+
+def why_it_waits(job: Job) -> str:
+    """What Slurm's reason means for a job that waits, or was over before it started; empty if that is not known."""
+    found = next((said for reason, said in _WAITS if re.fullmatch(reason, job.reason)), "")
+    return (found if job.active else found.replace(_NEVER, _OVER)).replace("JOB", job.job_id)
+
+
+def reason_of_end(job: Job) -> str:
+    """Slurm's reason for the end of a job that is over. sacct gives in its place why the job waited last."""
+    waited = any(re.fullmatch(reason, job.reason) for reason, _ in (_WAITS if job.nodes else _IN_TURN))
+    by = re.match(r"by \d+", job.reason)
+    return by[0] if by else "" if waited else job.reason

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcmm.jobs.diagnostics import JobDiagnostics, gather_newest, gather_points, known_state, why_it_waits
+from hpcmm.jobs.diagnostics import JobDiagnostics, gather_newest, gather_points, known_state
 from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.first_failure import Event, Verdict, events_of, first_failure
 from hpcmm.jobs.logs import printable
-from hpcmm.jobs.state import State, is_local
+from hpcmm.jobs.state import State, is_local, why_it_waits
 from hpcmm.node.classify import Kind
 from hpcmm.ranges import tasks_in, write_ranges
 from hpcmm.runs.ledger import overrides_of

@@ -7,10 +7,10 @@ from shlex import quote
 import pytest
 from slurm_stand_in import parted_as_asked
 
-from hpcmm.jobs.diagnostics import RankDiagnostics, gather, reason_of_end, why_it_waits
+from hpcmm.jobs.diagnostics import RankDiagnostics, gather
 from hpcmm.jobs.find_run import find_targets
 from hpcmm.jobs.first_failure import first_failure
-from hpcmm.jobs.state import local_job
+from hpcmm.jobs.state import local_job, reason_of_end, why_it_waits
 from hpcmm.jobs.why import explanation_of, lines_of, values_of
 from hpcmm.node.classify import Kind
 from hpcmm.runs.failures import RankError, RankExit, error_file, exit_file, write
