@@ -14,10 +14,11 @@ class ProfilerUnusableError(HpcmmError):
 class ScriptExitError(HpcmmError):
     """The user's script or function ended by itself with another status than 0."""
 
-    def __init__(self, problem: str, status: int) -> None:
-        """``status``: 1 to 255, as a shell has it."""
+    def __init__(self, problem: str, status: int, said: str = "") -> None:
+        """``status``: 1 to 255, as a shell has it. ``said``: what it gave to ``sys.exit`` in place of a number."""
         super().__init__(problem)
         self.status = status
+        self.said = said
 
 
 class InputError(HpcmmError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -11,12 +12,31 @@ from pathlib import Path
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, read_tail, read_text
 from hpcmm.jobs.find_run import Target, folder_of_command, settings
-from hpcmm.jobs.logs import lines_in
+from hpcmm.jobs.logs import early_ends, lines_in, log_ends, part_of_attempt, part_of_job, srun_words, without_nsys
 from hpcmm.jobs.state import DEPENDENCY_FAILED, State, environment_of_job, reason_of_end, states_of
-from hpcmm.node.classify import LoggedError, last_logged_error
-from hpcmm.ranges import ranks_in
+from hpcmm.node.classify import (
+    Kind,
+    cause_of_exception,
+    complaint_in,
+    kind_of_exception,
+    kind_of_signal,
+    kind_of_status,
+    signal_name,
+)
 from hpcmm.runs import failures
-from hpcmm.runs.failures import RankError, RankExit
+from hpcmm.runs.attempts import attempts_of
+from hpcmm.runs.failures import (
+    LINES_THAT_TELL,
+    LoggedError,
+    Place,
+    RankError,
+    RankExit,
+    exception_line,
+    last_logged_error,
+    main_place,
+    says_why,
+    thrown_error,
+)
 from hpcmm.runs.metrics import RankProgress, progress_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.slurm.jobs import Job, account_of, node_states
@@ -28,8 +48,8 @@ _MOST_LOGS = 8
 """Of ranks that srun named, and that left no record, as many logs are read."""
 _MOST_HOST_LISTS = 64
 """Of the points of a sweep; Slurm is asked once for each."""
-_RANK = re.compile(r"[0-9]{1,6}")
-_SRUN_TASKS = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)")
+TOLD_TO_END = frozenset({signal.SIGTERM, signal.SIGINT})
+"""SIGHUP is none of them: neither Slurm nor hpcmm sends it to end a rank."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +61,9 @@ class RankDiagnostics:
     error: RankError | None = None
     exit: RankExit | None = None
     logged: LoggedError | None = None
-    """The last exception in its log; only read where the rank ended badly and recorded no exception."""
+    """The last exception in its log, only read if the rank ended badly, or without a word, and recorded none."""
     last_lines: list[str] = field(default_factory=list)
-    """The last lines of its log with text, read in the same case, and if srun alone tells of its end."""
+    """The last lines of its log that may tell why it ended, read in the same case."""
     stacks: str = ""
     """Its threads' stacks when it was told to end."""
     progress: RankProgress | None = None
@@ -53,6 +73,72 @@ class RankDiagnostics:
         """It began, and nothing tells how it ended."""
         ended_well = self.progress is not None and self.progress.ended
         return self.error is None and self.exit is None and not ended_well
+
+
+@dataclass(frozen=True)
+class Event:
+    """How one rank ended."""
+
+    rank: int
+    node: str
+    unix_ns: int
+    kind: Kind
+    what: str
+    traceback: list[str] = field(default_factory=list)
+    remedy: str = ""
+
+
+def event_of(rank: RankDiagnostics) -> Event | None:
+    """How a rank ended by its own fault or another's; None if it was told to end, or nothing tells of its end."""
+    if rank.error is not None:
+        error = rank.error
+        kind, remedy = cause_of_exception(error.kind, error.message, error.traceback)
+        what = exception_line(error.kind, error.message)
+        return Event(rank.rank, error.node, error.unix_ns, kind, what, error.traceback, remedy)
+    if rank.exit is None or rank.exit.signal in TOLD_TO_END:
+        return None
+    if rank.exit.signal is None:
+        return end_by_log(rank, f"exit status {rank.exit.status}", rank.exit.status)
+    return _crash(rank, rank.exit, rank.exit.signal)
+
+
+def _crash(rank: RankDiagnostics, ended: RankExit, number: int) -> Event:
+    """A rank that a signal ended: its log may hold what a library said before."""
+    place, what, kind = (rank.rank, ended.node, ended.unix_ns), signal_name(number), kind_of_signal(number)
+    if rank.logged is None:
+        return Event(*place, kind, what, ["its log ends:", *rank.last_lines] if rank.last_lines else [])
+    thrown = kind_of_exception(rank.logged.kind, rank.logged.message)
+    kind = kind if thrown in {Kind.exception, Kind.data} else thrown
+    return Event(*place, kind, f"{what}: {rank.logged.message or rank.logged.kind}", rank.logged.lines)
+
+
+def end_by_log(rank: RankDiagnostics, ended: str, status: int | None) -> Event:
+    """A rank that left no exception, by its last words. ``ended``: what else is known, such as ``exit status 3``.
+
+    What stands further up in a log is no reason: programs go on after warnings and after exceptions that they handle.
+    """
+    place = (rank.rank, rank.exit.node if rank.exit else rank.node, rank.exit.unix_ns if rank.exit else 0)
+    logged, said = rank.logged, rank.exit.said if rank.exit else ""
+    if logged is not None and _ended_it(logged, status, said):
+        kind, remedy = cause_of_exception(logged.kind, logged.message, logged.lines)
+        what = exception_line(logged.kind, logged.message) + (f'; then {ended}: "{said}"' if said else "")
+        return Event(*place, kind, what, logged.lines if len(logged.lines) > 1 else [], remedy)
+    last = said.strip() or (rank.last_lines[-1] if rank.last_lines else "")
+    complaint = complaint_in(last.splitlines()[-1:])
+    kind = kind_of_status(status)
+    kind = complaint.kind if complaint is not None and kind is Kind.unknown else kind
+    remedy = complaint.remedy if complaint is not None else ""
+    if said.strip():
+        remedy = remedy or "The program ended itself with these words (sys.exit): its log tells what led to them."
+        return Event(*place, kind, f'{ended}; it said: "{said.strip()}"', rank.last_lines, remedy)
+    return Event(*place, kind, f"{ended}{log_ends(rank.last_lines)}", rank.last_lines[:-1], remedy)
+
+
+def _ended_it(logged: LoggedError, status: int | None, said: str) -> bool:
+    """Whether what a log tells of is what ended its program: that may have gone on after it, and failed otherwise."""
+    if len(logged.lines) == 1:  # a sentence of hpcmm's, which may be a mere note
+        return status == 1 and not said and logged.lines_after <= LINES_THAT_TELL
+    return logged.lines_after <= (len(said.splitlines()) if said else LINES_THAT_TELL)
 
 
 @dataclass(frozen=True)
@@ -79,6 +165,74 @@ class JobDiagnostics:
     """The run directory, or its folder of logs, if that is not there (any more)."""
     waited_for: list[str] = field(default_factory=list)
     """The jobs that this one was to run after, as its script names them."""
+    moved_from: str = ""
+    """The run directory that the job was submitted with, if the run is elsewhere now and nothing is there."""
+    prepared: bool = False
+    """The job's script came as far as the end of its preparation: cluster.setup, cluster.modules, compiled ops."""
+
+
+_RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
+_MOST_FRAMES = 20
+_LATELY_S = 120.0
+
+
+def has_begun(rank: RankDiagnostics) -> bool:
+    return bool(rank.progress or rank.last_lines or rank.error or rank.exit or rank.stacks)
+
+
+def worked_lately(evidence: JobDiagnostics) -> bool:
+    """Whether ranks still finished steps shortly before Slurm ended the job; False if nothing tells."""
+    try:
+        ended_s = datetime.fromisoformat(evidence.job.ended).timestamp()
+        job_s = ended_s - datetime.fromisoformat(evidence.job.started).timestamp()
+    except (ValueError, OverflowError):
+        return False
+    known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
+    last_s = max((each.last_unix_ns / 1e9 for each in known), default=0.0)
+    return ended_s - last_s <= max(_LATELY_S, job_s / 20)
+
+
+def hung_rank(evidence: JobDiagnostics) -> RankDiagnostics | None:
+    """The one rank that was not in a collective when all were told to end, if all others were."""
+    places = {rank: main_place(each.stacks) for rank, each in evidence.ranks.items()}
+    away = [rank for rank, place in places.items() if place is not None and not place.in_collective]
+    waiting = [rank for rank, place in places.items() if place is not None and place.in_collective]
+    # One that was ended while it recorded how it lost another has raised, too.
+    raising = {rank for rank in away if any(_RECORDING.search(frame) for frame in frames_of(evidence.ranks[rank]))}
+    away = [rank for rank in away if rank not in raising]
+    told = [rank for rank, each in evidence.ranks.items() if each.error is not None or rank in raising]
+    if len(away) == 1 and len(away) + len(waiting) + len(told) == len(places) > 1:
+        return evidence.ranks[away[0]]
+    return None
+
+
+def ranks_that_meet(evidence: JobDiagnostics) -> list[tuple[RankDiagnostics, Place]]:
+    """The ranks, if all that left stacks waited for the rendezvous when they were told to end; else none."""
+    places = [(rank, place) for rank in evidence.ranks.values() if (place := main_place(rank.stacks)) is not None]
+    return places if all(place.in_rendezvous for _, place in places) else []
+
+
+def frames_of(rank: RankDiagnostics) -> list[str]:
+    """Where it was, for a reader."""
+    place = main_place(rank.stacks)
+    return [f"  {frame}" for frame in place.frames[:_MOST_FRAMES]] if place else []
+
+
+_NODE_DOWN = ("down", "fail", "drain", "inval", "reboot")
+
+
+def dead_nodes(evidence: JobDiagnostics) -> list[str]:
+    """Nodes that Slurm gave up, while no rank of theirs could tell how it ended."""
+    told = {rank.node for rank in evidence.ranks.values() if not rank.silent}
+    named = [line.rpartition(" ")[2] for line in evidence.srun_lines if line.startswith("Node failure on ")]
+    down = [
+        node
+        for node, state in evidence.node_states.items()
+        if state.startswith(_NODE_DOWN) or state.partition(" ")[0].endswith("*")
+    ]
+    silent = {rank.node for rank in evidence.ranks.values() if rank.silent and rank.node}
+    dead = [node for node in down if node in silent or (node not in told and evidence.job.state == "NODE_FAIL")]
+    return sorted({*named, *dead})
 
 
 def gather(target: Target) -> JobDiagnostics:
@@ -130,8 +284,8 @@ def _evidence(job: Job, run: RunDir | None, nodes: dict[str, str], notes: list[s
     if run is None:
         return JobDiagnostics(job, None, node_states=nodes, notes=notes, gone=_gone(folder_of_command(job)))
     attempt, restart = failures.newest_attempt(run, job.raw_id) or (None, 0)
-    text = _of_job(read_tail(run.batch_log, _TAIL_BYTES, within=run.root), job.raw_id)
-    log = _of_attempt(text)
+    text = part_of_job(read_tail(run.batch_log, _TAIL_BYTES, within=run.root), job.raw_id)
+    log = part_of_attempt(text)
     since_ns = _started_ns(job) if log != text else 0
     if (failures.last_record_ns(run, job.raw_id) or 0) < since_ns:
         attempt = None  # of an earlier attempt
@@ -142,7 +296,7 @@ def _evidence(job: Job, run: RunDir | None, nodes: dict[str, str], notes: list[s
         job,
         run,
         restart,
-        _ranks(run, job.raw_id, attempt, srun_words(srun_lines), since_ns),
+        _ranks(run, job, attempt, batch_lines, since_ns),
         nodes,
         srun_lines,
         last_logged_error(batch_log),
@@ -151,7 +305,14 @@ def _evidence(job: Job, run: RunDir | None, nodes: dict[str, str], notes: list[s
         batch_lines,
         _gone(run),
         _waited_for(run) if job.reason == DEPENDENCY_FAILED else [],
+        _moved_from(job, run),
+        any(each.raw_id == job.raw_id for each in attempts_of(run)),
     )
+
+
+def _moved_from(job: Job, run: RunDir) -> str:
+    before = folder_of_command(job)
+    return str(before.root) if before is not None and before.root != run.root and _is_absent(before.root) else ""
 
 
 def _waited_for(run: RunDir) -> list[str]:
@@ -194,16 +355,6 @@ def _node_states(nodes: str, environ: Mapping[str, str]) -> dict[str, str]:
         return {}
 
 
-def srun_words(lines: list[str]) -> dict[int, tuple[str, str]]:
-    """Node and srun's word, such as ``Killed``, of each rank that srun named."""
-    found: dict[int, tuple[str, str]] = {}
-    for line in lines:
-        match = _SRUN_TASKS.fullmatch(f"srun: error: {line}")
-        for rank in ranks_in(match["ranks"]) if match else []:
-            found.setdefault(rank, (match["node"], match["what"]) if match else ("", ""))
-    return found
-
-
 def _accounted(jobs: Sequence[Job], environ: Mapping[str, str]) -> tuple[list[Job], str | None]:
     """The jobs with what only sacct knows: exit codes, and who cancelled them."""
     try:
@@ -227,16 +378,20 @@ def _with_account(job: Job, known: Job | None) -> Job:
 
 
 def _ranks(
-    run: RunDir, raw_id: str, attempt: Path | None, named: Mapping[int, tuple[str, str]], since_ns: int
+    run: RunDir, job: Job, attempt: Path | None, batch_lines: Sequence[str], since_ns: int
 ) -> dict[int, RankDiagnostics]:
     progress = {
-        rank: each for rank, each in progress_of(run).items() if each.job_id == raw_id and each.last_unix_ns >= since_ns
+        rank: each
+        for rank, each in progress_of(run).items()
+        if each.job_id == job.raw_id and each.last_unix_ns >= since_ns
     }
+    named = srun_words([line.removeprefix("srun: error: ") for line in batch_lines])
     numbers = set(progress)
     if attempt is not None:
         numbers |= failures.ranks_with_records(attempt)
         numbers |= set(range(_world_size(run)))
-    told = list(named)[:_MOST_LOGS]
+    early = early_ends(batch_lines)[1]
+    told = [*named, *early][:_MOST_LOGS]
     numbers |= set(told)
     profile = settings(run).get("profile")
     is_profiled = isinstance(profile, dict) and profile.get("tool") is not None
@@ -246,33 +401,32 @@ def _ranks(
         ended = failures.read(failures.exit_file(attempt, rank), RankExit) if attempt else None
         if error is not None and error.kind == "SystemExit" and ended is not None:
             error = None  # its status tells as much
-        unexplained = error is None and (ended is not None or rank in told)
-        lines = lines_in(read_tail(run.rank_log(rank), _TAIL_BYTES, within=run.root)) if unexplained else []
-        lines = without_nsys(lines) if is_profiled else lines
-        logged = last_logged_error("\n".join(lines)) if ended is not None else None
-        last_lines = [line for line in lines if line.strip() and not line.startswith("submitit INFO")][-_LAST_LINES:]
         here = progress.get(rank)
         node = error.node if error else ended.node if ended else here.node if here else named.get(rank, ("", ""))[0]
         stacks = read_tail(failures.stacks_file(attempt, rank), _TAIL_BYTES, within=run.root) if attempt else ""
-        found[rank] = RankDiagnostics(rank, node, error, ended, logged, last_lines, stacks, here)
+        each = RankDiagnostics(rank, node, error, ended, stacks=stacks, progress=here)
+        if len(told) < _MOST_LOGS and each.silent and job.state != "COMPLETED" and not job.active:
+            told += [rank] if _is_newer(run.rank_log(rank), _started_ns(job)) else []
+        if error is None and (ended is not None or rank in told):
+            each = _with_log(each, run, is_profiled=is_profiled)
+        found[rank] = each
     return found
 
 
-_SAID_BY_NSYS = re.compile(
-    r"(?:Importer error status: |Unable to retrieve the importer version|Generating '|Generated:\s*$|Processing events|"
-    r"Saved report file to |Capture range (?:started|ended)|Collecting data|\[\d+/\d+\] \[|"
-    r"\s+/\S+\.(?:qdstrm|nsys-rep|sqlite)\s*$).*"
-)
-_AFTER_A_BAR = re.compile(r"(?:Importer error status: |Generating '/|Processing events\.\.\.|Capture range ended).*")
-"""nsys' first line, where the program's last one has no line break, as that of a progress bar."""
+def _is_newer(log: Path, than_ns: int) -> bool:
+    try:
+        return log.lstat().st_mtime_ns >= than_ns
+    except OSError:
+        return False
 
 
-def without_nsys(lines: Sequence[str]) -> list[str]:
-    """A rank's log without the last lines, which are nsys' own words of its report and not the program's."""
-    end = len(lines)
-    while end and (not lines[end - 1].strip() or _SAID_BY_NSYS.match(lines[end - 1])):
-        end -= 1
-    return [*lines[: end - 1], _AFTER_A_BAR.sub("", lines[end - 1])] if end else []
+def _with_log(rank: RankDiagnostics, run: RunDir, *, is_profiled: bool) -> RankDiagnostics:
+    """With what the end of its log tells."""
+    lines = lines_in(read_tail(run.rank_log(rank.rank), _TAIL_BYTES, within=run.root))
+    lines = without_nsys(lines) if is_profiled else lines
+    by_signal = rank.exit is not None and rank.exit.signal not in {None, signal.SIGINT}
+    logged = thrown_error(lines) if by_signal else last_logged_error("\n".join(lines))
+    return replace(rank, logged=logged, last_lines=[line for line in lines if says_why(line)][-_LAST_LINES:])
 
 
 def _world_size(run: RunDir) -> int:
@@ -280,26 +434,6 @@ def _world_size(run: RunDir) -> int:
     given = [cluster.get(key) for key in ("nodes", "ranks_per_node")] if isinstance(cluster, dict) else []
     sizes = [each for each in given if isinstance(each, int) and 0 < each <= 1_000_000]
     return min(sizes[0] * sizes[1], 1_000_000) if len(sizes) == 2 else 0
-
-
-_OTHER_JOB = re.compile(r"(?:StepId=|\bJOB )(\d+)\b[^\n]*\n")
-_WENT_BACK = re.compile(r"(?:DUE TO (?:JOB REQUEUE|PREEMPTION|NODE FAILURE)|^hpcmm: .*\bqueue\b)[^\n]*\n", re.MULTILINE)
-_OF_SLURM = re.compile(r"\s*(?:srun|slurmstepd[\w.-]*): ")
-
-
-def _of_job(log: str, raw_id: str) -> str:
-    """The part of a batch log, to which each job of the run appends, from this job's first mention on."""
-    others = [match.end() for match in _OTHER_JOB.finditer(log) if match[1] != raw_id]
-    return log[others[-1] :] if others else log
-
-
-def _of_attempt(log: str) -> str:
-    """The part of a job's log that is of its newest attempt: what follows after it went back into the queue."""
-    for match in reversed(list(_WENT_BACK.finditer(log))):
-        after = log[match.end() :]
-        if any(line.strip() and not _OF_SLURM.match(line) for line in after.splitlines()):
-            return after
-    return log
 
 
 def _started_ns(job: Job) -> int:

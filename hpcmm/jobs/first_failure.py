@@ -5,24 +5,28 @@ from __future__ import annotations
 import re
 import signal
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics, srun_words
-from hpcmm.jobs.state import DEPENDENCY_FAILED, why_it_waits
-from hpcmm.node.classify import (
-    CONSEQUENCES,
-    Kind,
-    LoggedError,
-    complaint_in,
-    kind_of_exception,
-    kind_of_signal,
-    kind_of_status,
-    signal_name,
+from hpcmm.jobs.diagnostics import (
+    TOLD_TO_END,
+    Event,
+    JobDiagnostics,
+    RankDiagnostics,
+    dead_nodes,
+    end_by_log,
+    event_of,
+    frames_of,
+    has_begun,
+    hung_rank,
+    ranks_that_meet,
+    worked_lately,
 )
-from hpcmm.runs.failures import Place, main_place
+from hpcmm.jobs.find_run import settings
+from hpcmm.jobs.logs import early_ends, log_ends, srun_words
+from hpcmm.jobs.state import DEPENDENCY_FAILED, why_it_waits
+from hpcmm.node.classify import CONSEQUENCES, Kind, cause_of_exception, complaint_in, kind_of_signal, signal_name
+from hpcmm.runs.failures import main_place
 
-_RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
-_MOST_FRAMES = 20
 _ENDED_BY_SLURM = {
     "TIMEOUT": Kind.time_limit,
     "DEADLINE": Kind.time_limit,
@@ -30,26 +34,8 @@ _ENDED_BY_SLURM = {
     "CANCELLED": Kind.cancelled,
 }
 _KILLED_FOR_MEMORY = "the kernel killed a process of the job for want of memory"
-_LINES_THAT_TELL = 3
-"""Of a log, from its end: what stands before need not be why the program ended."""
-_LINES_NEAR = 20
-"""Lines behind a traceback that may belong to it, such as those of other threads."""
-_TOLD_TO_END = frozenset({signal.SIGTERM, signal.SIGINT})
-"""SIGHUP is none of them: neither Slurm nor hpcmm sends it to end a rank."""
-_NODE_DOWN = ("down", "fail", "drain", "inval", "reboot")
-
-
-@dataclass(frozen=True)
-class Event:
-    """How one rank ended."""
-
-    rank: int
-    node: str
-    unix_ns: int
-    kind: Kind
-    what: str
-    traceback: list[str] = field(default_factory=list)
-    remedy: str = ""
+_ENDED_WORKER = "killed by signal: Terminated"
+"""A loader's worker that got SIGTERM, as all processes of a job do that is to end."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ class Verdict:
 
 def events_of(evidence: JobDiagnostics) -> list[Event]:
     """The ranks' ends by their own fault or another's, by time; not those of ranks that were told to end."""
-    found = [event for rank in evidence.ranks.values() if (event := _event(rank)) is not None]
+    found = [event for rank in evidence.ranks.values() if (event := event_of(rank)) is not None]
     return sorted(found, key=lambda event: (event.unix_ns, event.rank))
 
 
@@ -79,10 +65,13 @@ def first_failure(evidence: JobDiagnostics) -> Verdict:
     events = events_of(evidence)
     by_slurm = _ENDED_BY_SLURM.get(evidence.job.state)
     roots = [event for event in events if event.kind not in CONSEQUENCES]
-    if by_slurm is not None:  # Slurm kills what does not end in time
+    early = early_ends(evidence.batch_lines)[1]
+    if by_slurm is not None or early:  # Slurm and srun kill what does not end in time
         roots = [event for event in roots if event.kind is not Kind.killed]
+        roots = [event for event in roots if _ENDED_WORKER not in event.what]
+    roots.sort(key=lambda event: _ENDED_WORKER in event.what)
     later = [event for event in events if event.kind in CONSEQUENCES]
-    dead = _dead_nodes(evidence)
+    dead = dead_nodes(evidence)
     if dead and not (roots and (not later or roots[0].unix_ns < later[0].unix_ns)):
         return _node_failure(evidence, dead)
     if roots:
@@ -91,11 +80,13 @@ def first_failure(evidence: JobDiagnostics) -> Verdict:
         return Verdict(Kind.out_of_memory, _KILLED_FOR_MEMORY)
     if by_slurm is not None:
         return _ended_by_slurm(evidence, by_slurm)
+    if early:
+        return _ended_early(evidence, early)
     return _between_ranks(evidence, later) if later else _without_failed_ranks(evidence)
 
 
 def _was_told_to_end(rank: RankDiagnostics) -> bool:
-    return rank.error is None and rank.exit is not None and rank.exit.signal in _TOLD_TO_END
+    return rank.error is None and rank.exit is not None and rank.exit.signal in TOLD_TO_END
 
 
 def _between_ranks(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
@@ -105,39 +96,6 @@ def _between_ranks(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     if any(event.kind is Kind.collective_timeout for event in later):
         return _did_not_arrive(evidence, later)
     return _lost_peer(evidence, later)
-
-
-def _event(rank: RankDiagnostics) -> Event | None:
-    if rank.error is not None:
-        kind = kind_of_exception(rank.error.kind, rank.error.message, rank.error.traceback)
-        what = f"{rank.error.kind}: {rank.error.message}"
-        return Event(rank.rank, rank.error.node, rank.error.unix_ns, kind, what, rank.error.traceback)
-    if rank.exit is None:
-        return None
-    place = (rank.rank, rank.exit.node, rank.exit.unix_ns)
-    if rank.exit.signal is not None:
-        if rank.exit.signal in _TOLD_TO_END:
-            return None
-        return Event(*place, kind_of_signal(rank.exit.signal), signal_name(rank.exit.signal))
-    if rank.logged is not None and _ended_it(rank.logged, rank.exit.status):
-        kind = kind_of_exception(rank.logged.kind, rank.logged.message, rank.logged.lines)
-        return Event(*place, kind, f"{rank.logged.kind}: {rank.logged.message}", rank.logged.lines)
-    said = complaint_in(rank.last_lines[-_LINES_THAT_TELL:])
-    kind = kind_of_status(rank.exit.status)
-    kind = said.kind if said is not None and kind is Kind.unknown else kind
-    what = f"exit status {rank.exit.status}{_log_ends(rank.last_lines)}"
-    return Event(*place, kind, what, rank.last_lines[:-1], said.remedy if said is not None else "")
-
-
-def _ended_it(logged: LoggedError, status: int | None) -> bool:
-    """Whether what a log tells of is what ended its program: that may have gone on after it, and failed otherwise."""
-    if len(logged.lines) == 1:  # a sentence of hpcmm's, which may be a mere note
-        return status == 1 and logged.lines_after <= _LINES_THAT_TELL
-    return status == 1 or logged.lines_after <= _LINES_NEAR
-
-
-def _log_ends(lines: list[str]) -> str:
-    return f'; its log ends: "{lines[-1].strip()}"' if lines else ""
 
 
 def _of_event(event: Event) -> Verdict:
@@ -152,18 +110,27 @@ def _with_memory(event: Event, evidence: JobDiagnostics) -> Event:
     return event
 
 
-def _dead_nodes(evidence: JobDiagnostics) -> list[str]:
-    """Nodes that Slurm gave up, while no rank of theirs could tell how it ended."""
-    told = {rank.node for rank in evidence.ranks.values() if not rank.silent}
-    named = [line.rpartition(" ")[2] for line in evidence.srun_lines if line.startswith("Node failure on ")]
-    down = [
-        node
-        for node, state in evidence.node_states.items()
-        if state.startswith(_NODE_DOWN) or state.partition(" ")[0].endswith("*")
-    ]
-    silent = {rank.node for rank in evidence.ranks.values() if rank.silent and rank.node}
-    dead = [node for node in down if node in silent or (node not in told and evidence.job.state == "NODE_FAIL")]
-    return sorted({*named, *dead})
+def _ended_early(evidence: JobDiagnostics, early: list[int]) -> Verdict:
+    """Ranks that ended as if all were done, while others still needed them."""
+    waited_s = early_ends(evidence.batch_lines)[0]
+    rank = evidence.ranks.get(early[0]) or RankDiagnostics(early[0])
+    others = ", ".join(str(each) for each in evidence.ranks if each not in early) or "others"
+    and_then = f", and srun ended the rest after {waited_s} s" if waited_s else ""
+    more = f" (so did rank {', '.join(map(str, early[1:9]))})" if len(early) > 1 else ""
+    what = f"this rank ended by itself with status 0{more} while rank {others} went on{and_then}"
+    lines = rank.last_lines
+    return Verdict(Kind.ended_early, f"{what}{log_ends(lines)}", rank.rank, rank.node, traceback=lines[:-1])
+
+
+def _interrupted(evidence: JobDiagnostics) -> Verdict | None:
+    """A rank that KeyboardInterrupt ended: Python then ends as by SIGINT, whoever raised it."""
+    for rank in evidence.ranks.values():
+        by_sigint = rank.exit is not None and rank.exit.signal == signal.SIGINT
+        if rank.exit and by_sigint and rank.logged is not None and rank.logged.kind == "KeyboardInterrupt":
+            what = "KeyboardInterrupt: the program raised it, or something sent it SIGINT"
+            lines = rank.logged.lines
+            return Verdict(Kind.exception, what, rank.rank, rank.node, rank.exit.unix_ns, lines)
+    return None
 
 
 def _node_failure(evidence: JobDiagnostics, dead: list[str]) -> Verdict:
@@ -182,11 +149,6 @@ def _ended_by_slurm(evidence: JobDiagnostics, kind: Kind) -> Verdict:
         Kind.preempted: "another job took the nodes",
         Kind.cancelled: f"the job was cancelled{by}",
     }
-    if kind is Kind.time_limit and (meeting := _all_in_rendezvous(evidence)):
-        first, waits_at = meeting[0]
-        waited = f"all {len(meeting)} ranks" if len(meeting) > 1 else "the rank"
-        what = f"{said[kind]} while {waited} waited to meet at MASTER_ADDR; rank {first.rank} was at {waits_at.said}"
-        return Verdict(Kind.rendezvous, what, first.rank, first.node)
     what, remedy = said[kind], ""
     if evidence.job.state == "DEADLINE":
         what = "the job could not end before its deadline"
@@ -196,13 +158,63 @@ def _ended_by_slurm(evidence: JobDiagnostics, kind: Kind) -> Verdict:
             return _never_satisfied(evidence, kind)
         meant = why_it_waits(evidence.job)
         return Verdict(kind, f"{what} before it started{f': {meant}' if meant else ''}", remedy=remedy)
-    hung = _hung(evidence)
-    if kind is not Kind.preempted and hung is not None:
-        place = main_place(hung.stacks)
-        assert place is not None
-        what = f"{what} while all ranks but this one waited in a collective; it was at {place.said}"
-        return Verdict(kind, what, hung.rank, hung.node, remedy=remedy)
-    return Verdict(kind, what, remedy=remedy)
+    if kind is Kind.preempted or evidence.job.state == "DEADLINE":
+        return Verdict(kind, what, remedy=remedy)
+    return _ended_as_it_ran(evidence, kind, what)
+
+
+def _ended_as_it_ran(evidence: JobDiagnostics, kind: Kind, what: str) -> Verdict:
+    """At its time limit, or by somebody: what the job was at, as far as that is known."""
+    began = any(map(has_begun, evidence.ranks.values()))
+    if kind is Kind.time_limit and not began and evidence.run is not None and not evidence.gone:
+        return _never_began(evidence, what)
+    if kind is Kind.time_limit and (meeting := ranks_that_meet(evidence)):
+        first, waits_at = meeting[0]
+        waited = f"all {len(meeting)} ranks" if len(meeting) > 1 else "the rank"
+        what = f"{what} while {waited} waited to meet at MASTER_ADDR; rank {first.rank} was at {waits_at.said}"
+        return Verdict(Kind.rendezvous, what, first.rank, first.node)
+    lately = worked_lately(evidence)
+    if not lately and (hung := hung_rank(evidence)) is not None:
+        return _at_end_of_hang(evidence, kind, what, hung)
+    return Verdict(kind, what, remedy=_WORKED_OR_HUNG if kind is Kind.time_limit and not lately else "")
+
+
+_WORKED_OR_HUNG = (
+    "If the ranks still worked (see the ends of their logs), raise cluster.time_limit_min, or go on from the last "
+    "checkpoint. If their logs stand still long before the end, see what they waited for."
+)
+
+
+def _never_began(evidence: JobDiagnostics, what: str) -> Verdict:
+    """The time limit came while the job's script was still at what comes before its ranks."""
+    launch = settings(evidence.run).get("launch") if evidence.run else None
+    stages = isinstance(launch, dict) and bool(launch.get("stage"))
+    told = [line for line in evidence.batch_lines if line.startswith("Staged ")]
+    if evidence.prepared and stages and not told:
+        what = f"{what} before any rank started: launch.stage was still being copied to the nodes"
+        remedy = "Stage less, from a faster file system, or raise cluster.time_limit_min."
+    else:
+        what = f"{what} before any rank started"
+        parts = ["the ranks' start"] if evidence.prepared else ["cluster.setup", "cluster.modules", "the preparation"]
+        remedy = (
+            f"See what took the time ({', '.join(parts)}): run it on a node of the same partition (`srun --pty bash`). "
+            "Only if it needs the time, raise cluster.time_limit_min."
+        )
+    log = [line for line in evidence.batch_lines if line.strip() and not line.startswith(("srun: ", "slurmstepd"))]
+    return Verdict(Kind.time_limit, f"{what}{log_ends(log)}", remedy=remedy)
+
+
+def _at_end_of_hang(evidence: JobDiagnostics, kind: Kind, what: str, hung: RankDiagnostics) -> Verdict:
+    others = [main_place(rank.stacks) for rank in evidence.ranks.values() if rank.rank != hung.rank]
+    in_rendezvous = all(place.in_rendezvous for place in others if place is not None)
+    waited = "for the group to form (init_process_group)" if in_rendezvous else "in a collective"
+    place = main_place(hung.stacks)
+    at = place.said if place is not None else "an unknown place"
+    remedy = f"See what rank {hung.rank} did there, and whether it hung: more time helps only if it was slow."
+    if kind is Kind.cancelled:
+        remedy = f"If it was cancelled because it hung, see what rank {hung.rank} did there; else submit it again."
+    what = f"{what} while all ranks but this one waited {waited}; it was at {at}"
+    return Verdict(kind, what, hung.rank, hung.node, traceback=frames_of(hung), remedy=remedy)
 
 
 def _never_satisfied(evidence: JobDiagnostics, kind: Kind) -> Verdict:
@@ -212,26 +224,6 @@ def _never_satisfied(evidence: JobDiagnostics, kind: Kind) -> Verdict:
     see = " or ".join(f"python -m hpcmm.jobs why {each}" for each in before or ["JOB"])
     what = f"Slurm removed the job before it started: the job that it was to run after{named} did not end as it should"
     return Verdict(kind, what, remedy=f"See why that one failed with {see}, then launch this one again.")
-
-
-def _hung(evidence: JobDiagnostics) -> RankDiagnostics | None:
-    """The one rank that was not in a collective when all were told to end, if all others were."""
-    places = {rank: main_place(each.stacks) for rank, each in evidence.ranks.items()}
-    away = [rank for rank, place in places.items() if place is not None and not place.in_collective]
-    waiting = [rank for rank, place in places.items() if place is not None and place.in_collective]
-    # One that was ended while it recorded how it lost another has raised, too.
-    raising = {rank for rank in away if any(_RECORDING.search(frame) for frame in _frames(evidence.ranks[rank]))}
-    away = [rank for rank in away if rank not in raising]
-    told = [rank for rank, each in evidence.ranks.items() if each.error is not None or rank in raising]
-    if len(away) == 1 and len(away) + len(waiting) + len(told) == len(places) > 1:
-        return evidence.ranks[away[0]]
-    return None
-
-
-def _all_in_rendezvous(evidence: JobDiagnostics) -> list[tuple[RankDiagnostics, Place]]:
-    """The ranks, if all that left stacks waited for the rendezvous when they were told to end; else none."""
-    places = [(rank, place) for rank in evidence.ranks.values() if (place := main_place(rank.stacks)) is not None]
-    return places if all(place.in_rendezvous for _, place in places) else []
 
 
 def _cut_off_nodes(evidence: JobDiagnostics) -> list[str]:
@@ -265,7 +257,7 @@ def _cut_off(evidence: JobDiagnostics, cut: list[str], first: Event) -> Verdict:
 def _did_not_arrive(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     """Ranks waited in vain: who did not come, by the stacks, by the ranks' steps, by who did not complain."""
     first = next(event for event in later if event.kind is Kind.collective_timeout)
-    missing = _hung(evidence) or _behind(evidence, {event.rank for event in later})
+    missing = hung_rank(evidence) or _behind(evidence, {event.rank for event in later})
     if missing is None:
         what = f"{first.what}; all ranks were there, so the network is suspect"
         return Verdict(first.kind, what, first.rank, first.node, first.unix_ns, first.traceback)
@@ -273,7 +265,7 @@ def _did_not_arrive(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     where = f"it was at {place.said}" if place else "where it was is not known"
     waited = ", ".join(str(event.rank) for event in later[:8])
     what = f"this rank did not come to a collective that rank {waited} waited in: {where}"
-    return Verdict(Kind.collective_timeout, what, missing.rank, missing.node, first.unix_ns, _frames(missing))
+    return Verdict(Kind.collective_timeout, what, missing.rank, missing.node, first.unix_ns, frames_of(missing))
 
 
 def _behind(evidence: JobDiagnostics, complained: set[int]) -> RankDiagnostics | None:
@@ -289,16 +281,14 @@ def _behind(evidence: JobDiagnostics, complained: set[int]) -> RankDiagnostics |
     return evidence.ranks[last[0]] if len(last) == 1 and len(steps) > 1 else None
 
 
-def _frames(rank: RankDiagnostics) -> list[str]:
-    place = main_place(rank.stacks)
-    return [f"  {frame}" for frame in place.frames[:_MOST_FRAMES]] if place else []
-
-
 def _lost_peer(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     """Ranks lost a peer, and no peer tells why: it is one that left no word."""
     silent = [rank for rank in evidence.ranks.values() if rank.silent]
+    done = [rank.rank for rank in evidence.ranks.values() if rank.progress and rank.progress.ended]
+    if not silent and (interrupted := _interrupted(evidence)):
+        return interrupted
     if not silent:
-        return _of_event(later[0])
+        return _ended_early(evidence, done) if done else _of_event(later[0])
     lost = silent[0]
     said = srun_words(evidence.srun_lines).get(lost.rank, ("", ""))[1]
     if not said and lost.node and all(rank.silent for rank in evidence.ranks.values() if rank.node == lost.node):
@@ -311,9 +301,9 @@ def _lost_peer(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
 
 def _without_failed_ranks(evidence: JobDiagnostics) -> Verdict:
     if evidence.ranks and all(_was_told_to_end(rank) for rank in evidence.ranks.values()):
-        if (_signal_of(evidence.job.exit_code) or signal.SIGTERM) not in _TOLD_TO_END:
+        if (_signal_of(evidence.job.exit_code) or signal.SIGTERM) not in TOLD_TO_END:
             return _by_slurm_alone(evidence)  # the script was ended, and the ranks with it
-        return _ended_from_outside(evidence)
+        return _interrupted(evidence) or _ended_from_outside(evidence)
     return _without_ranks(evidence)
 
 
@@ -349,6 +339,7 @@ def _without_ranks(evidence: JobDiagnostics) -> Verdict:
         (None if evidence.batch_lines else _not_started(evidence))
         or found
         or _by_srun(evidence)
+        or _by_log(evidence)
         or (_of_script(evidence, "in the job's script, beside its ranks") if began else None)
         or _by_slurm_alone(evidence)
     )
@@ -362,8 +353,9 @@ def _not_started(evidence: JobDiagnostics) -> Verdict | None:
     """Slurm could not open the log or could not start the script; neither leaves more than an exit code."""
     job = evidence.job
     no_log = job.exit_code == "0:53" or job.reason == "RaisedSignal:53"
-    if no_log and evidence.gone:
-        return Verdict(Kind.not_started, f"{evidence.gone} is gone, so Slurm could not write there", remedy=_GONE)
+    if no_log and (gone := evidence.moved_from or evidence.gone):
+        now = f"; the run is now in {evidence.run.root}" if evidence.moved_from and evidence.run else ""
+        return Verdict(Kind.not_started, f"{gone} is gone, so Slurm could not write there{now}", remedy=_GONE)
     if no_log:
         log = evidence.run.batch_log if evidence.run else "the file of the job's output"
         return Verdict(Kind.not_started, f"{_node(job.nodes)} could not write {log}", remedy=_SHARED)
@@ -409,27 +401,54 @@ def _of_script(evidence: JobDiagnostics, when: str) -> Verdict | None:
     if batch is None:
         if said is None or (said.kind is Kind.unknown and srun_words(evidence.srun_lines)):
             return None
+        if no_python := _no_python(evidence, said.line, when):
+            return replace(no_python, traceback=lines)
         status = f" with exit code {evidence.job.exit_code}" if evidence.job.exit_code else ""
         what = f'{when}, the job\'s script ended{status}; its log says: "{said.line}"'
         return Verdict(said.kind, what, traceback=lines, remedy=said.remedy)
     lines = [line for line in lines if line not in sentences]
-    kind = kind_of_exception(batch.kind, batch.message, batch.lines)
+    kind, remedy = cause_of_exception(batch.kind, batch.message, batch.lines)
     message = sentences[-1].removeprefix("hpcmm: ") if sentences else batch.message or batch.kind
     if len(batch.lines) > 1:
-        return Verdict(kind, f"{when}: {message}", traceback=batch.lines)
+        return Verdict(kind, f"{when}: {message}", traceback=batch.lines, remedy=remedy)
     if said is not None and said.kind in _SAID_BY_LOG[kind]:
         kind = said.kind
-    remedy = said.remedy if said is not None and kind in {said.kind, Kind.setup} else ""
+    if said is not None and kind in {said.kind, Kind.setup}:
+        remedy = remedy or said.remedy
+    if kind is Kind.exception:  # no program's: hpcmm's sentence itself says what to do
+        kind, remedy = Kind.setup, remedy or "Do what the sentence says, then launch again."
     return Verdict(kind, f"{when}: {message}", traceback=lines, remedy=remedy)
+
+
+def _no_python(evidence: JobDiagnostics, line: str, when: str) -> Verdict | None:
+    """The script could not start cluster.python."""
+    cluster = settings(evidence.run).get("cluster") if evidence.run else None
+    python = cluster.get("python") if isinstance(cluster, dict) else None
+    if not python or not re.search(rf"(?:^|[ '`]){re.escape(str(python))}'?: ", line):
+        return None
+    what = f'{when}: cluster.python is {python}, which {_node(evidence.job.nodes)} cannot run; the log says: "{line}"'
+    remedy = "Set cluster.python to a Python that all nodes have, or make it available with cluster.modules or setup."
+    return Verdict(Kind.setup, what, remedy=remedy)
 
 
 def _by_srun(evidence: JobDiagnostics) -> Verdict | None:
     for rank, (node, said) in srun_words(evidence.srun_lines).items():
-        log = evidence.ranks[rank].last_lines if rank in evidence.ranks else []
-        complaint = complaint_in(log[-_LINES_THAT_TELL:])
-        kind = Kind.killed if said == "Killed" else complaint.kind if complaint else Kind.unknown
-        remedy = complaint.remedy if complaint else ""
-        return Verdict(kind, f"srun says: {said}{_log_ends(log)}", rank, node, traceback=log[:-1], remedy=remedy)
+        status = re.fullmatch(r"Exited with exit code (\d+)", said)
+        left = evidence.ranks.get(rank) or RankDiagnostics(rank)
+        ended = end_by_log(left, f"srun says: {said}", int(status[1]) if status else None)
+        kind = Kind.killed if said == "Killed" else ended.kind
+        return Verdict(kind, ended.what, rank, node, traceback=ended.traceback, remedy=ended.remedy)
+    return None
+
+
+def _by_log(evidence: JobDiagnostics) -> Verdict | None:
+    """A rank that left no record, as on a full disk, if its log's end tells why."""
+    if evidence.job.state == "NODE_FAIL" or _signal_of(evidence.job.exit_code):
+        return None
+    for rank in evidence.ranks.values():
+        ended = end_by_log(rank, "it left no record of its end", None)
+        if rank.silent and ended.kind is not Kind.unknown:
+            return replace(_of_event(ended), unix_ns=None)
     return None
 
 
@@ -444,7 +463,12 @@ def _by_slurm_alone(evidence: JobDiagnostics) -> Verdict:
     if number and evidence.oom_kill:
         return Verdict(Kind.out_of_memory, _KILLED_FOR_MEMORY)
     if number:
-        kind = Kind.unknown if number in _TOLD_TO_END else kind_of_signal(number)
+        kind = Kind.unknown if number in TOLD_TO_END else kind_of_signal(number)
         return Verdict(kind, f"{signal_name(number)} ended the job's script")
+    silent = [rank for rank in evidence.ranks.values() if rank.silent and rank.last_lines]
+    if silent:
+        lines = silent[0].last_lines
+        what = f"it left no word of its end{status}{log_ends(lines)}"
+        return Verdict(Kind.unknown, what, silent[0].rank, silent[0].node, traceback=lines[:-1])
     log = [line for line in evidence.batch_lines if line.strip()]
-    return Verdict(Kind.unknown, f"no rank left a word of its end{status}{_log_ends(log)}")
+    return Verdict(Kind.unknown, f"no rank left a word of its end{status}{log_ends(log)}")

@@ -12,7 +12,7 @@ from typing import IO
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, names_in, open_regular
-from hpcmm.ranges import write_ranges
+from hpcmm.ranges import ranks_in, write_ranges
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.text import visible
 
@@ -192,6 +192,69 @@ def _start_of_lines(file: IO[bytes], end: int, lines: int) -> int:
         file.seek(begin)
         found += file.read(min(_BLOCK_BYTES, end - begin)).count(b"\n")
     return begin
+
+
+_SRUN_WAITED = re.compile(r"srun: First task exited (\d+)s ago")
+_SRUN_EXITED = re.compile(r"srun: .*\btasks? (?P<ranks>[\d,-]+): exited")
+_SRUN_TASKS = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)")
+
+
+def srun_words(lines: list[str]) -> dict[int, tuple[str, str]]:
+    """Node and srun's word, such as ``Killed``, of each rank that srun named."""
+    found: dict[int, tuple[str, str]] = {}
+    for line in lines:
+        match = _SRUN_TASKS.fullmatch(f"srun: error: {line}")
+        for rank in ranks_in(match["ranks"]) if match else []:
+            found.setdefault(rank, (match["node"], match["what"]) if match else ("", ""))
+    return found
+
+
+def early_ends(batch_lines: Sequence[str]) -> tuple[str, list[int]]:
+    """Ranks that ended with status 0 while others went on, and the seconds after which srun therefore ended those."""
+    waited_s = next((match[1] for line in batch_lines if (match := _SRUN_WAITED.match(line))), "")
+    exited = [match["ranks"] for line in batch_lines if (match := _SRUN_EXITED.fullmatch(line.strip()))]
+    return waited_s, [rank for ranks in exited for rank in ranks_in(ranks)] if waited_s else []
+
+
+_SAID_BY_NSYS = re.compile(
+    r"(?:Importer error status: |Unable to retrieve the importer version|Generating '|Generated:\s*$|Processing events|"
+    r"Saved report file to |Capture range (?:started|ended)|Collecting data|\[\d+/\d+\] \[|"
+    r"\s+/\S+\.(?:qdstrm|nsys-rep|sqlite)\s*$).*"
+)
+_AFTER_A_BAR = re.compile(r"(?:Importer error status: |Generating '/|Processing events\.\.\.|Capture range ended).*")
+"""nsys' first line, where the program's last one has no line break, as that of a progress bar."""
+
+
+def without_nsys(lines: Sequence[str]) -> list[str]:
+    """A rank's log without the last lines, which are nsys' own words of its report and not the program's."""
+    end = len(lines)
+    while end and (not lines[end - 1].strip() or _SAID_BY_NSYS.match(lines[end - 1])):
+        end -= 1
+    return [*lines[: end - 1], _AFTER_A_BAR.sub("", lines[end - 1])] if end else []
+
+
+_OTHER_JOB = re.compile(r"(?:StepId=|\bJOB )(\d+)\b[^\n]*\n")
+_WENT_BACK = re.compile(r"(?:DUE TO (?:JOB REQUEUE|PREEMPTION|NODE FAILURE)|^hpcmm: .*\bqueue\b)[^\n]*\n", re.MULTILINE)
+_OF_SLURM = re.compile(r"\s*(?:srun|slurmstepd[\w.-]*): ")
+
+
+def log_ends(lines: Sequence[str]) -> str:
+    return f'; its log ends: "{lines[-1].strip()}"' if lines else ""
+
+
+def part_of_job(log: str, raw_id: str) -> str:
+    """The part of a batch log, to which each job of the run appends, from this job's first mention on."""
+    others = [match.end() for match in _OTHER_JOB.finditer(log) if match[1] != raw_id]
+    return log[others[-1] :] if others else log
+
+
+def part_of_attempt(log: str) -> str:
+    """The part of a job's log that is of its newest attempt: what follows after it went back into the queue."""
+    for match in reversed(list(_WENT_BACK.finditer(log))):
+        after = log[match.end() :]
+        if any(line.strip() and not _OF_SLURM.match(line) for line in after.splitlines()):
+            return after
+    return log
 
 
 def lines_in(text: str) -> list[str]:

@@ -11,55 +11,22 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcmm.jobs.diagnostics import JobDiagnostics, gather_newest, gather_points, known_state
+from hpcmm.jobs.diagnostics import Event, JobDiagnostics, gather_newest, gather_points, known_state
 from hpcmm.jobs.find_run import Target, settings
-from hpcmm.jobs.first_failure import Event, Verdict, events_of, first_failure
+from hpcmm.jobs.first_failure import Verdict, events_of, first_failure
 from hpcmm.jobs.logs import printable
 from hpcmm.jobs.state import State, is_local, why_it_waits
-from hpcmm.node.classify import Kind
+from hpcmm.node.classify import ADVICE, ADVICE_FOR_SCRIPTS
 from hpcmm.ranges import tasks_in, write_ranges
 from hpcmm.runs.ledger import overrides_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.slurm.jobs import ACTIVE, PENDING, Job
 
-_ADVICE = {
-    Kind.out_of_memory: "Use less: a smaller train.micro_batch_size with more train.gradient_accumulation_steps, a "
-    "higher parallel.zero_stage, fewer loader processes; or ask for more with cluster.memory_gb.",
-    Kind.gpu_error: "Run `nvidia-smi -q` on the node, or `python -m hpcmm.doctor`; tell the site if errors are counted "
-    "there.",
-    Kind.disk_full: "Free space where the message says, or set runs_root and cluster.cache_dir to another file system; "
-    "`python -m hpcmm.doctor` shows what is free.",
-    Kind.setup: "Run the named line on a node of the same partition (`srun --pty bash`), and mend it or what it calls.",
-    Kind.rendezvous: "See whether all ranks started (their logs), whether the first node's name resolves on the others "
-    "and its ports are open: `python -m hpcmm.doctor` checks both.",
-    Kind.collective_timeout: "See what the named rank did at the place shown. If all ranks only needed longer, raise "
-    "parallel.collective_timeout_s.",
-    Kind.peer_lost: "The lost rank left no record: see its log's end and Slurm's word of its node.",
-    Kind.import_failed: "Install what is missing into the Python that the job uses, or load its module with "
-    "cluster.modules; `python -m hpcmm.doctor` compares the nodes' packages.",
-    Kind.data: "See that the file or folder in the message exists and can be read on the named node, and "
-    "that the key which names it is right.",
-    Kind.exception: "The program itself raised this: its last lines are shown, the rest is in the rank's log.",
-    Kind.killed: "Something outside of the job sent SIGKILL: most often the kernel, when a node's memory is full (its "
-    "administrator sees it in dmesg), else a person. Ask for memory with cluster.memory_gb.",
-    Kind.signalled: "The program has no handler for this signal, which Slurm's warning (cluster.stop_warning_s with "
-    "requeue=slurm), `scancel --signal` or a person sent. Handle it in the program, or leave requeue=slurm out and ask "
-    "hpcmm.annotate.should_stop() after each step.",
-    Kind.crashed: "Native code crashed: the stacks file in the failures folder shows where; compare package versions "
-    "with `python -m hpcmm.doctor`.",
-    Kind.not_started: "See what Slurm says of the node with `scontrol show node`; if it says nothing, ask the site: "
-    "the log of the node's slurmd tells more.",
-    Kind.node_failure: "Run again without the node, and tell the site.",
-    Kind.time_limit: "Raise cluster.time_limit_min, or go on from the last checkpoint.",
-    Kind.preempted: "Submit again: it goes on from the last checkpoint where one was saved.",
-    Kind.cancelled: "Somebody cancelled it; submit it again if that was a mistake.",
-    Kind.unknown: "Read the logs' last lines: python -m hpcmm.jobs logs JOB",
-}
 
-
-def advice(verdict: Verdict, job_id: str, excluded: str = "") -> list[str]:
+def advice(verdict: Verdict, job_id: str, excluded: str = "", *, is_script: bool = False) -> list[str]:
     """Sentences, and for bad nodes the line that leaves them out. ``excluded``: nodes that the run left out already."""
-    lines = [verdict.remedy or _ADVICE[verdict.kind].replace("JOB", job_id)]
+    known = ADVICE_FOR_SCRIPTS if is_script else ADVICE
+    lines = [verdict.remedy or known[verdict.kind].replace("JOB", job_id)]
     if verdict.bad_nodes:
         nodes = ",".join([*([excluded] if excluded else []), *verdict.bad_nodes])
         lines.append(f"Leave it out: 'cluster.exclude=\"{nodes}\"' for hpcmm.launch, --exclude={nodes} for sbatch.")
@@ -229,7 +196,8 @@ def _advice(explanation: Explanation) -> list[str]:
     assert verdict is not None
     cluster = settings(evidence.run).get("cluster") if evidence.run else None
     excluded = cluster.get("exclude") if isinstance(cluster, dict) else None
-    said = advice(verdict, evidence.job.job_id, str(excluded or ""))
+    is_script = evidence.run is not None and not _is_workload(evidence)
+    said = advice(verdict, evidence.job.job_id, str(excluded or ""), is_script=is_script)
     if evidence.job.active and evidence.job.pending:
         meant = why_it_waits(evidence.job)
         said.append(f"Slurm has queued the job again. {meant or 'It needs nothing now.'}")

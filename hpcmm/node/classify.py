@@ -22,6 +22,7 @@ class Kind(StrEnum):
     import_failed = "import"
     data = "data"
     exception = "exception"
+    ended_early = "ended early"
     killed = "killed"
     signalled = "signal"
     crashed = "crashed"
@@ -36,42 +37,136 @@ class Kind(StrEnum):
 CONSEQUENCES = frozenset({Kind.collective_timeout, Kind.peer_lost})
 """What a rank sees when it is another one, or the network, that has failed."""
 
-_BY_WORDS: tuple[tuple[Kind, str], ...] = (
+ADVICE = {
+    Kind.out_of_memory: "Use less: a smaller train.micro_batch_size with more train.gradient_accumulation_steps, a "
+    "higher parallel.zero_stage, fewer loader processes; or ask for more with cluster.memory_gb.",
+    Kind.gpu_error: "Run `nvidia-smi -q` on the node, or `python -m hpcmm.doctor`; tell the site if errors are counted "
+    "there.",
+    Kind.disk_full: "Free space where the message says, or set runs_root and cluster.cache_dir to another file system; "
+    "`python -m hpcmm.doctor` shows what is free.",
+    Kind.setup: "Run the named line on a node of the same partition (`srun --pty bash`), and mend it or what it calls.",
+    Kind.rendezvous: "See whether all ranks started (their logs), whether the first node's name resolves on the others "
+    "and its ports are open: `python -m hpcmm.doctor` checks both.",
+    Kind.collective_timeout: "See what the named rank did at the place shown. If all ranks only needed longer, raise "
+    "parallel.collective_timeout_s.",
+    Kind.peer_lost: "The lost rank left no record: see its log's end and Slurm's word of its node.",
+    Kind.import_failed: "Install what is missing into the Python that the job uses, or load its module with "
+    "cluster.modules; `python -m hpcmm.doctor` compares the nodes' packages.",
+    Kind.data: "See that the file or folder in the message exists and can be read on the named node, and "
+    "that the key which names it is right.",
+    Kind.exception: "The program itself raised this: its last lines are shown, the rest is in the rank's log.",
+    Kind.ended_early: "See why the rank was done before the others: a way out that only some ranks take (an if on the "
+    "rank, sys.exit(0), less data), or a call of all ranks that it does not make.",
+    Kind.killed: "Something outside of the job sent SIGKILL: most often the kernel, when a node's memory is full (its "
+    "administrator sees it in dmesg), else a person. Ask for memory with cluster.memory_gb.",
+    Kind.signalled: "The program has no handler for this signal, which Slurm's warning (cluster.stop_warning_s with "
+    "requeue=slurm), `scancel --signal` or a person sent. Handle it in the program, or leave requeue=slurm out and ask "
+    "hpcmm.annotate.should_stop() after each step.",
+    Kind.crashed: "Native code crashed: the stacks file in the failures folder shows where; compare package versions "
+    "with `python -m hpcmm.doctor`.",
+    Kind.not_started: "See what Slurm says of the node with `scontrol show node`; if it says nothing, ask the site: "
+    "the log of the node's slurmd tells more.",
+    Kind.node_failure: "Run again without the node, and tell the site.",
+    Kind.time_limit: "Raise cluster.time_limit_min, or go on from the last checkpoint.",
+    Kind.preempted: "Submit again: it goes on from the last checkpoint where one was saved.",
+    Kind.cancelled: "Somebody cancelled it; submit it again if that was a mistake.",
+    Kind.unknown: "Read the logs' last lines: python -m hpcmm.jobs logs JOB",
+}
+"""What helps against each kind."""
+ADVICE_FOR_SCRIPTS = ADVICE | {
+    Kind.out_of_memory: "Use less: a smaller batch, fewer loader processes; or ask for more of the node's memory with "
+    "cluster.memory_gb. `ulimit -v` in cluster.setup shows whether the shell sets a limit of its own.",
+    Kind.collective_timeout: "See what the named rank did at the place shown. If all ranks only needed longer, give "
+    "the program's init_process_group a longer timeout.",
+}
+"""The same for programs that have none of the keys of hpcmm's own training."""
+
+_MEMORY = (
+    r"\bout of memory\b(?! (?!(?:allocat\w*|while|when|trying|on|in|at|during|error)\b)\w)|oom[-_ ]kill|std::bad_alloc"
+    r"|can't allocate memory|cannot allocate memory|unable to allocate .* array"
+)
+"""Not that somebody "ran out of memory bank entries"."""
+_CUDA = r"CUDA (?:driver |runtime )?error(?:$|[^\w ]| (?:\d|\(|at\b|in\b))"
+_NO_NAME = r"Name or service not known|failure in name resolution|No address associated with hostname"
+_BY_WORDS: tuple[tuple[Kind, str, str], ...] = (
     (
         Kind.setup,
-        r"^hpcmm\.errors\.HpcmmError: cluster\.(?:setup|modules)\b.* (?:failed with|ended the job with) status",
+        r"^hpcmm\.errors\.HpcmmError: cluster\.(?:setup|modules)\b.* (?:failed with|ended the job with) status"
+        r"|^hpcmm\.errors\.HpcmmError: .*launch\.stage has no folder to copy to|takes no folder with a lock",
+        "",
     ),
     (
         Kind.out_of_memory,
-        r"out of memory|OutOfMemoryError|MemoryError|can't allocate memory|cannot allocate memory|std::bad_alloc"
-        r"|DefaultCPUAllocator|oom[-_ ]kill|DataLoader worker .* killed by signal: Bus error",
+        rf"{_MEMORY}|^[\w.]*(?:OutOfMemoryError|MemoryError)\b|DefaultCPUAllocator"
+        r"|DataLoader worker .* killed by signal: Bus error.*shared memory",
+        "",
     ),
-    (Kind.disk_full, r"No space left on device|Disk quota exceeded|\[Errno (?:28|122)\]|PytorchStreamWriter failed"),
+    (
+        Kind.disk_full,
+        r"No space left on device|Disk quota exceeded|\[Errno (?:28|122)\]|PytorchStreamWriter failed"
+        r"|^hpcmm\.errors\.HpcmmError: .* has (?:.* free|room for .* files), but launch\.stage copies",
+        "",
+    ),
     (
         Kind.gpu_error,
-        r"CUDA (?:driver )?error|CUDA_ERROR_|CUDNN_STATUS|CUBLAS_STATUS|device-side assert|uncorrectable ECC"
-        r"|No CUDA GPUs are available|NVIDIA driver|NVML|\bXid\b|ncclUnhandledCudaError|unhandled cuda error",
+        rf"{_CUDA}|CUDA_ERROR_|CUDNN_STATUS|CUBLAS_STATUS|device-side assert|uncorrectable ECC"
+        r"|No CUDA GPUs are available|NVIDIA driver|NVMLError|NVML_|initialize NVML|\bXid \(|ncclUnhandledCudaError"
+        r"|unhandled cuda error",
+        "",
     ),
     (
         Kind.rendezvous,
-        r"MASTER_ADDR \S+ (?:does not resolve|resolves to|cannot be reached)"
-        r"|did not meet the other ranks|DistStoreError|DistNetworkError|waiting for clients|client socket has"
-        r"|Address already in use|EADDRINUSE|Name or service not known|failure in name resolution|RendezvousError",
+        r"MASTER_ADDR \S+ (?:does not resolve|resolves to|cannot be reached)|did not meet the other ranks"
+        r"|DistStoreError|DistNetworkError|RendezvousError|\d clients joined|client socket has (?:timed out|failed)",
+        rf"waiting for clients|Address already in use|EADDRINUSE|{_NO_NAME}",
     ),
     (
         Kind.collective_timeout,
-        r"Timed out waiting \d+ ?ms|Watchdog caught collective operation timeout|collective operation timeout"
-        r"|(?:Read|Socket) timeout|Wait timeout after|timed out.*(?:all_?reduce|all_?gather|broadcast|barrier|reduce)"
-        r"|Connection timed out|No route to host|Network is unreachable|Host is unreachable",
+        r"Timed out waiting \d+ ?ms for|collective operation timeout|Wait timeout after \d+ ?ms",
+        r"(?:Read|Socket) timeout|Connection timed out|No route to host|Network is unreachable|Host is unreachable"
+        r"|timed out.*(?:all_?reduce|all_?gather|broadcast|barrier|reduce)",
     ),
     (
         Kind.peer_lost,
-        r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited|ncclRemoteError"
-        r"|Socket closed|Connection was likely closed|Connection refused|Application timeout caused pair closure",
+        r"Connection closed by peer \[|remote process exited|ncclRemoteError|Application timeout caused pair closure",
+        r"Connection (?:closed|reset) by peer|Broken pipe|Socket closed|Connection was likely closed"
+        r"|Connection refused",
     ),
-    (Kind.import_failed, r"ModuleNotFoundError|ImportError|error while loading shared libraries|undefined symbol"),
-    (Kind.data, r"^hpcmm\.errors\.\w+: Input cannot be used: "),
+    (
+        Kind.import_failed,
+        r"^[\w.]*(?:ModuleNotFoundError|ImportError)\b|error while loading shared libraries|undefined symbol"
+        r"|cannot open shared object",
+        "",
+    ),
+    (
+        Kind.data,
+        r"^hpcmm\.errors\.\w+: (?:Input cannot be used: |(?:[\w.-]+: )?launch\.stage |.* stage data that)",
+        "",
+    ),
+    (Kind.killed, r"DataLoader worker .* killed by signal: Killed", ""),
+    (
+        Kind.crashed,
+        r"DataLoader worker .* by signal: (?:Segmentation fault|Bus error|Aborted|Illegal|Floating point)",
+        "",
+    ),
+    (Kind.signalled, r"DataLoader worker .* killed by signal: ", ""),
 )
+"""Kinds by an exception's words. The second ones count only of communication between ranks: any connection may fail."""
+_BETWEEN_RANKS = re.compile(
+    r"torch\.distributed|\bc10d\b|\bDist(?:Network|Store|Backend)Error|\bgloo\b|nccl|TCPStore|ProcessGroup",
+    re.IGNORECASE,
+)
+_BETWEEN_RANKS_FRAME = re.compile(
+    r'File "[^"]*/(?:torch/distributed/(?!checkpoint/)|deepspeed/comm/|hpcmm/annotate/collectives|'
+    r"hpcmm/worker/distributed\.py)"
+)
+_OF_LOGIC = frozenset(
+    {"AssertionError", "AttributeError", "IndexError", "KeyError", "NameError", "TypeError", "ValueError"}
+)
+"""A program's own complaints of its values, whatever system's words these hold."""
+_OWN_ERRORS = "hpcmm.errors."
+_QUOTED = re.compile(r"""(?<!failure )(?<!failure \d )(?<!\w)(?:'[^'\n]*'|"[^"\n]*")(?!\w)""")
+"""Values, but for what NCCL quotes of CUDA: Cuda failure 2 'out of memory'."""
 _DATA_KINDS = frozenset(
     {
         "FileNotFoundError",
@@ -86,21 +181,55 @@ _DATA_KINDS = frozenset(
 )
 _HIDDEN_BY_IMPORTS = frozenset({Kind.out_of_memory, Kind.disk_full, Kind.gpu_error})
 _DATA_FRAMES = re.compile(r'File "[^"]*/(?:hpcmm/workloads/\w+/data(?:/|_root)|torch/utils/data/)')
+_OWN_CONNECTION = (
+    "The program's own connection failed: see whether the node reaches what it connects to (many sites' nodes have no "
+    "internet), and whether that runs."
+)
+_CONNECTS = (
+    rf"{_NO_NAME}|Connection (?:refused|reset|timed out|aborted)|Network is unreachable|No route to host"
+    r"|Max retries exceeded|could(?:n't| not) (?:connect|resolve)|cannot connect|failed to connect|Failed to establish"
+    r"|^[\w.]*(?:gaierror|Connection\w*Error|ConnectTimeout|ConnectError|ReadTimeout)\b"
+)
+_REMEDIES: tuple[tuple[Kind, str, str], ...] = (
+    (
+        Kind.exception,
+        r"^subprocess\.CalledProcessError",
+        "A command that the program ran failed. The command's own words stand in the rank's log, above the traceback.",
+    ),
+    (
+        Kind.exception,
+        r"DataLoader worker .* exited unexpectedly",
+        "A loader's worker ended without a word: its own words may stand in the rank's log; if not, memory may have "
+        "run out (fewer workers, or more with cluster.memory_gb).",
+    ),
+    (
+        Kind.exception,
+        r"Address already in use|EADDRINUSE",
+        "A port that the program itself wants is in use on the node: have it take a free one, or none.",
+    ),
+    (Kind.exception, _CONNECTS, _OWN_CONNECTION),
+    (
+        Kind.setup,
+        r"no folder to copy to|takes no folder with a lock",
+        "Set cluster.scratch_dir to a folder that every node has, and that you can write to.",
+    ),
+    (
+        Kind.data,
+        r"^UnicodeDecodeError",
+        "The file that was read there is not text in the encoding that the message names: open it with its own "
+        "encoding, or see that it is the right file.",
+    ),
+    (
+        Kind.out_of_memory,
+        r"DataLoader worker .* out of shared memory",
+        "The node's /dev/shm is too small for the loader's workers: use fewer of them, or smaller batches.",
+    ),
+)
+"""What to do about exceptions of a kind that have these words."""
+_LOCAL_FRAME = re.compile(r'File "[^"]*/(?:multiprocessing|concurrent)/')
+"""Connections between processes of one node."""
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
-_LOG_PREFIX = re.compile(r"^\[rank\d+\]:? ?")
-_LAST_LINE = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")
 _TRACEBACK = "Traceback (most recent call last):"
-
-
-@dataclass(frozen=True)
-class LoggedError:
-    """An exception as Python printed it. ``kind`` is its class with its module."""
-
-    kind: str
-    message: str
-    lines: list[str]
-    lines_after: int = 0
-    """Lines with text that stand behind it in the log."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +252,7 @@ _NOT_SHARED = "It is not there on the node: use a file system that all nodes sha
 _CONSOLE: tuple[tuple[Kind, str, str], ...] = (
     (
         Kind.out_of_memory,
-        r"oom[-_ ]kill|out of memory|exceeded .{0,20}memory limit|cannot allocate memory|can't allocate memory"
-        r"|std::bad_alloc|MemoryError",
+        rf"{_MEMORY}|exceeded .{{0,20}}memory limit|MemoryError",
         "",
     ),
     (Kind.disk_full, r"No space left on device|quota exceeded|PytorchStreamWriter failed", ""),
@@ -169,7 +297,6 @@ _CONSOLE: tuple[tuple[Kind, str, str], ...] = (
     ),
     (Kind.crashed, r"Segmentation fault|Bus error|Floating point exception|core dumped", ""),
     (Kind.killed, r"(?:^|\d )Killed\b", ""),
-    (Kind.rendezvous, r"Address already in use|Name or service not known|failure in name resolution", ""),
     (
         Kind.data,
         r"couldn't chdir to",
@@ -190,6 +317,8 @@ _COMPLAINS = re.compile(
     r"|Illegal instruction|unbound variable",
     re.IGNORECASE,
 )
+_NO_FAILURE = re.compile(r"\b\w*warning\b|\bignor|\bretry|\bskipp|\bhandled\b|\bfall(?:ing)? ?back\b", re.IGNORECASE)
+"""What says of itself that the program went on."""
 _SAYS_NOTHING = re.compile(
     r"srun: (?:launch/slurm: |Job step aborted|forcing job termination|got SIG|interrupt)"
     r"|srun: error: [\w.-]+: tasks? [\d,-]+: "
@@ -218,37 +347,78 @@ def complaint_in(lines: Sequence[str]) -> Complaint | None:
 
 
 def _by_console(line: str) -> Iterator[tuple[Kind, str]]:
+    if _NO_FAILURE.search(line):
+        return
+    if _BETWEEN_RANKS.search(line) and re.search(_NO_NAME + "|Address already in use", line, re.IGNORECASE):
+        yield Kind.rendezvous, ""
+        return
     for kind, pattern, remedy in _CONSOLE:
         if re.search(pattern, line, re.IGNORECASE):
             yield kind, remedy
             return
+    if re.search(_CONNECTS, line, re.IGNORECASE):
+        yield Kind.unknown, _OWN_CONNECTION
 
 
 def kind_of_exception(kind: str, message: str, traceback: Sequence[str] = ()) -> Kind:
-    """The kind of failure behind an exception of class ``kind``. Its own words count before those it was raised from.
+    """The kind of failure behind an exception of class ``kind``, see :func:`cause_of_exception`."""
+    return cause_of_exception(kind, message, traceback)[0]
 
-    Only exceptions in the chain are looked at, not source lines, since these may well mention a timeout.
+
+def cause_of_exception(kind: str, message: str, traceback: Sequence[str] = ()) -> tuple[Kind, str]:
+    """The kind of failure behind an exception of class ``kind``, and what to do about just this; empty if not known.
+
+    Its own words count before those it was raised from. Only exceptions in the chain are looked at, not source lines,
+    since these may well mention a timeout.
     """
-    head = f"{kind}: {message}"
-    chain = [line for line in traceback if line[:1].strip() and not line.startswith(_TRACEBACK)]
-    said = [_by_words(text) for text in (head, *reversed(chain))]
+    chain = _chain(f"{kind}: {message}", traceback)
+    said = [_by_words(text, frame) for text, frame in chain]
+    found = next((each for each in said if each is not None), Kind.exception)
     if said[0] is Kind.import_failed:  # which may hide why it failed
-        return next((found for found in said if found in _HIDDEN_BY_IMPORTS), Kind.import_failed)
-    if said[0] is None and (kind in _DATA_KINDS or _raised_by_data(traceback)):
-        return Kind.data
-    return next((found for found in said if found is not None), Kind.exception)
+        found = next((each for each in said if each in _HIDDEN_BY_IMPORTS), Kind.import_failed)
+    elif (said[0] is None and kind in _DATA_KINDS) or (found is Kind.exception and _raised_by_data(*chain[0])):
+        found = Kind.data
+    return found, next((remedy for text, frame in chain if (remedy := _remedy(found, text, frame))), "")
 
 
-def _by_words(text: str) -> Kind | None:
-    for found, pattern in _BY_WORDS:
-        if re.search(pattern, text, re.IGNORECASE if found is not Kind.gpu_error else 0):
+def _chain(head: str, traceback: Sequence[str]) -> list[tuple[str, str]]:
+    """The exception and those it was raised from, the newest first, each with its innermost frame."""
+    found, frame = [], ""
+    for line in traceback:
+        if line.lstrip().startswith("File "):
+            frame = line
+        elif line[:1].strip() and not line.startswith(_TRACEBACK):
+            found.append((line, frame))
+        elif line.startswith(_TRACEBACK):
+            frame = ""
+    return [(head, frame), *reversed(found)]
+
+
+def _raised_by_data(text: str, frame: str) -> bool:
+    return _DATA_FRAMES.search(frame) is not None and "exited unexpectedly" not in text  # that tells of no data
+
+
+def _by_words(text: str, frame: str) -> Kind | None:
+    if text.partition(":")[0] in _OF_LOGIC:
+        return None
+    text = text if text.startswith(_OWN_ERRORS) else _QUOTED.sub("''", text)
+    is_between_ranks = _BETWEEN_RANKS.search(text) or _BETWEEN_RANKS_FRAME.search(frame)
+    for found, pattern, between_ranks in _BY_WORDS:
+        flags = re.IGNORECASE if found is not Kind.gpu_error else 0
+        if re.search(pattern, text, flags):
+            return found
+        if between_ranks and is_between_ranks and re.search(between_ranks, text, flags):
             return found
     return None
 
 
-def _raised_by_data(traceback: Sequence[str]) -> bool:
-    frames = [line for line in traceback if line.lstrip().startswith("File ")]
-    return any(_DATA_FRAMES.search(frame) for frame in frames[-1:])
+def _remedy(found: Kind, text: str, frame: str) -> str:
+    if text.partition(":")[0] in _OF_LOGIC:
+        return ""
+    for kind, pattern, remedy in _REMEDIES:
+        if kind is found and re.search(pattern, text, re.IGNORECASE):
+            return "" if remedy is _OWN_CONNECTION and _LOCAL_FRAME.search(frame) else remedy
+    return ""
 
 
 def kind_of_signal(number: int) -> Kind:
@@ -262,30 +432,6 @@ def kind_of_status(status: int | None) -> Kind:
     """The kind of an exit status: above 128, a shell says so of a program that a signal ended."""
     number = (status or 0) - 128
     return kind_of_signal(number) if number in _CRASHES or number == signal.SIGKILL else Kind.unknown
-
-
-def last_logged_error(text: str) -> LoggedError | None:
-    """The last traceback, or the last sentence of hpcmm's own, in a rank's log."""
-    lines = [_LOG_PREFIX.sub("", line) for line in text.splitlines()]
-    starts = [index for index, line in enumerate(lines) if _TRACEBACK in line]
-    for start in reversed(starts):
-        for end in range(start + 1, len(lines)):
-            if lines[end][:1].strip():  # the first line that is not indented ends the traceback
-                match = _LAST_LINE.match(lines[end])
-                if match:
-                    shown = [_TRACEBACK, *lines[start + 1 : end + 1]]  # a progress bar may stand before the first
-                    return LoggedError(match["kind"], match["message"] or "", shown, _with_text(lines[end + 1 :]))
-                break
-    said = [index for index, line in enumerate(lines) if line.startswith("hpcmm: ")]
-    if not said:
-        return None
-    sentence = lines[said[-1]]
-    after = _with_text(lines[said[-1] + 1 :])
-    return LoggedError("hpcmm.errors.HpcmmError", sentence.removeprefix("hpcmm: "), [sentence], after)
-
-
-def _with_text(lines: Sequence[str]) -> int:
-    return sum(1 for line in lines if line.strip())
 
 
 def signal_name(number: int) -> str:

@@ -3,6 +3,7 @@
 They lie in ``RUN/failures/JOB.RESTART/``: ``rank_0003.error.json`` is the rank's own word of its exception,
 ``rank_0003.exit.json`` the word of the process in front of it, which also sees signals that a rank cannot survive, and
 ``rank_0003.stacks`` the threads' stacks when the rank was told to end. A rank that ends well leaves none of them.
+Programs that leave no record tell in their logs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +61,8 @@ class RankExit:
     status: int | None
     """Exit status; None if a signal ended it."""
     signal: int | None
+    said: str = ""
+    """The last words of a script that ended itself, as by ``sys.exit("no data")``."""
 
 
 def attempt_folder(run: RunDir, environ: Mapping[str, str] = os.environ) -> Path:
@@ -200,6 +203,112 @@ def _typed(given: dict[str, Any], kind: type[Record]) -> Record | None:
         return kind(**values)
     except TypeError:  # a field is missing
         return None
+
+
+@dataclass(frozen=True)
+class LoggedError:
+    """An exception as Python, or a C++ program that it ended, printed it. ``kind`` is its class with its module."""
+
+    kind: str
+    message: str
+    lines: list[str]
+    lines_after: int = 0
+    """Lines with text that stand behind it in the log, but for those that are written while a program ends."""
+
+
+LINES_THAT_TELL = 3
+"""Of a log, from its end: what stands before need not be why the program ended."""
+_LOG_PREFIX = re.compile(r"^\[rank\d+\]:? ?")
+_LAST_LINE = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")
+_TRACEBACK = "Traceback (most recent call last):"
+_BESIDE = re.compile(r"Exception in thread |Exception ignored in|Error in (?:atexit|sys\.excepthook)")
+"""In front of a traceback that does not end its process."""
+_WHILE_IT_ENDS = re.compile(
+    rf"{_BESIDE.pattern}|During handling of the above|The above exception was|\[[WI]\d{{4}} |submitit "
+    r"|sys:1: \w*Warning|\S+\.py:\d+: \w*Warning: |wandb: (?!ERROR)|srun: |slurmstepd[\w.-]*: (?:error: )?\*\*\* "
+    r"|hpcmm: .* cannot be (?:written|removed)"
+)
+"""What Python, PyTorch's and NCCL's threads, submitit, Slurm and hpcmm say after an exception that ends its process."""
+_THROWN = re.compile(r"terminate called after throwing an instance of '(?P<kind>[^']+)'")
+_WHAT = re.compile(r"\s*what\(\):\s*(?P<message>.*)")
+_MOST_THROWN = 8
+
+
+def exception_line(kind: str, message: str) -> str:
+    """As Python prints it; of hpcmm's own errors the sentence alone."""
+    if kind == "hpcmm.errors.HpcmmError":
+        return message
+    return f"{kind}: {message}" if message else kind
+
+
+def last_logged_error(text: str) -> LoggedError | None:
+    """The last traceback, or the last sentence of hpcmm's own, in a rank's log.
+
+    A traceback that ends its process is the last thing that the process says, apart from what threads, clean-up and
+    destructors add: so the last one that is not theirs counts, if nothing else follows it.
+    """
+    lines = [_LOG_PREFIX.sub("", line) for line in text.splitlines()]
+    found = [(_beside(lines, start), error) for start, error in _tracebacks(lines)]
+    for is_beside, error in found:
+        if not is_beside and error.lines_after <= LINES_THAT_TELL:
+            return error
+    if found:
+        return found[0][1]
+    said = [index for index, line in enumerate(lines) if line.startswith("hpcmm: ")]
+    if not said:
+        return None
+    sentence = lines[said[-1]]
+    after = _with_text(lines[said[-1] + 1 :])
+    return LoggedError("hpcmm.errors.HpcmmError", sentence.removeprefix("hpcmm: "), [sentence], after)
+
+
+def thrown_error(lines: Sequence[str]) -> LoggedError | None:
+    """The C++ exception that ended a program, as its runtime prints it before it aborts."""
+    for start in range(len(lines) - 1, -1, -1):
+        if match := _THROWN.search(lines[start]):
+            shown = list(lines[start : start + _MOST_THROWN])
+            said = next((found["message"] for line in shown if (found := _WHAT.match(line))), "")
+            return LoggedError(match["kind"], said, shown)
+    return None
+
+
+def _tracebacks(lines: Sequence[str]) -> Iterator[tuple[int, LoggedError]]:
+    """Where each begins, and what it tells; the last one first."""
+    for start in [index for index, line in enumerate(lines) if _TRACEBACK in line][::-1]:
+        end = _end_of_traceback(lines, start)
+        match = _LAST_LINE.match(lines[end]) if end is not None else None
+        if match is not None and end is not None:
+            shown = [_TRACEBACK, *lines[start + 1 : end + 1]]  # a progress bar may stand before the first
+            after = _with_text(lines[end + 1 :])
+            yield start, LoggedError(match["kind"], match["message"] or "", shown, after)
+
+
+def _end_of_traceback(lines: Sequence[str], start: int) -> int | None:
+    """The first line that is not indented."""
+    return next((index for index in range(start + 1, len(lines)) if lines[index][:1].strip()), None)
+
+
+def _beside(lines: Sequence[str], start: int) -> bool:
+    return start > 0 and _BESIDE.match(lines[start - 1]) is not None
+
+
+def _with_text(lines: Sequence[str]) -> int:
+    """Lines that are not written while a program ends."""
+    count, index, goes_on = 0, 0, False
+    while index < len(lines):
+        line = lines[index]
+        if _TRACEBACK in line:
+            index, goes_on = _end_of_traceback(lines, index) or len(lines), False
+        elif line.strip() and not (goes_on and line[0].isspace()):  # an indented line belongs to the one before
+            goes_on = not says_why(line)
+            count += not goes_on
+        index += 1
+    return count
+
+
+def says_why(line: str) -> bool:
+    """Whether a log's line may tell why its program ended, rather than be written while it did."""
+    return bool(line.strip()) and not _WHILE_IT_ENDS.match(_LOG_PREFIX.sub("", line))
 
 
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.+)')

@@ -116,7 +116,8 @@ def _exiting(name: str) -> Iterator[None]:
         yield
     except SystemExit as ended:
         if status := _exit_status(ended.code):
-            raise ScriptExitError(f"{name} exited with status {status}.", status) from ended
+            said = "" if isinstance(ended.code, int) else str(ended.code)
+            raise ScriptExitError(f"{name} exited with status {status}.", status, said) from ended
 
 
 def _exit_status(code: object) -> int:

@@ -46,15 +46,18 @@ def run_watched(command: Sequence[str], run: RunDir, rank: int) -> int:
     return status
 
 
-def record_exit(status: int, run: RunDir, rank: int, unix_ns: int | None = None) -> None:
+def record_exit(status: int, run: RunDir, rank: int, unix_ns: int | None = None, said: str = "") -> None:
     """Leave a record of a rank that ended with another status than 0, at ``unix_ns`` (None: now).
 
-    A negative status is a signal's number. What the rank itself has recorded stays.
+    A negative status is a signal's number. What the rank itself has recorded stays. ``said``: see RankExit.
     """
     if status == 0:
         return
     number = -status if status < 0 else None
-    record = failures.RankExit(rank, node_of(os.environ), unix_ns or time.time_ns(), None if number else status, number)
+    now_ns = unix_ns or time.time_ns()
+    status_of_its_own = None if number else status
+    said = said[: failures.MOST_CHARACTERS]
+    record = failures.RankExit(rank, node_of(os.environ), now_ns, status_of_its_own, number, said)
     attempt = failures.attempt_folder(run)
     path = failures.exit_file(attempt, rank)
     try:

@@ -36,7 +36,7 @@ class RankTask:
 
                 return run_rank(self.run_dir)
         except ScriptExitError as ended:
-            record_exit(ended.status, run, rank_of(os.environ))
+            record_exit(ended.status, run, rank_of(os.environ), said=ended.said)
             _end_with(ended.status)
             raise
 

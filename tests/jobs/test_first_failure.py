@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics, without_nsys
+from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
 from hpcmm.jobs.first_failure import first_failure
+from hpcmm.jobs.logs import without_nsys
 from hpcmm.jobs.why import explanation_of, lines_of, values_of
-from hpcmm.node.classify import Kind, LoggedError
-from hpcmm.runs.failures import RankError, RankExit
+from hpcmm.node.classify import Kind
+from hpcmm.runs.failures import LoggedError, RankError, RankExit
 from hpcmm.runs.metrics import RankProgress
 from hpcmm.slurm.jobs import Job
 

@@ -8,9 +8,9 @@ from hpcmm.node.classify import (
     kind_of_exception,
     kind_of_signal,
     kind_of_status,
-    last_logged_error,
     signal_name,
 )
+from hpcmm.runs.failures import last_logged_error
 
 PEER = "[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.14]:5245. Check the logs"
 
@@ -34,7 +34,7 @@ PEER = "[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by 
         ),
         ("torch.distributed.DistBackendError", "Watchdog caught collective operation timeout", Kind.collective_timeout),
         ("RuntimeError", PEER, Kind.peer_lost),
-        ("BrokenPipeError", "[Errno 32] Broken pipe", Kind.peer_lost),
+        ("BrokenPipeError", "[Errno 32] Broken pipe", Kind.exception),
         ("ModuleNotFoundError", "No module named 'x'", Kind.import_failed),
         ("FileNotFoundError", "[Errno 2] No such file or directory: '/data/x'", Kind.data),
         ("PIL.UnidentifiedImageError", "cannot identify image file", Kind.data),

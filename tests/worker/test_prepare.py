@@ -13,7 +13,8 @@ from hpcmm.config.schema import ClusterConfig, TaskConfig
 from hpcmm.errors import InputError
 from hpcmm.jobs.diagnostics import JobDiagnostics
 from hpcmm.jobs.first_failure import first_failure
-from hpcmm.node.classify import Kind, kind_of_exception, last_logged_error
+from hpcmm.node.classify import Kind, kind_of_exception
+from hpcmm.runs.failures import last_logged_error
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.slurm.jobs import Job
 from hpcmm.worker.prepare import prepare
