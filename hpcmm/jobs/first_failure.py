@@ -25,7 +25,7 @@ from hpcmm.jobs.find_run import settings
 from hpcmm.jobs.logs import early_ends, log_ends, srun_words
 from hpcmm.jobs.state import DEPENDENCY_FAILED, why_it_waits
 from hpcmm.node.classify import CONSEQUENCES, Kind, cause_of_exception, complaint_in, kind_of_signal, signal_name
-from hpcmm.runs.failures import main_place
+from hpcmm.runs.failures import main_place, says_why
 
 _ENDED_BY_SLURM = {
     "TIMEOUT": Kind.time_limit,
@@ -34,6 +34,7 @@ _ENDED_BY_SLURM = {
     "CANCELLED": Kind.cancelled,
 }
 _KILLED_FOR_MEMORY = "the kernel killed a process of the job for want of memory"
+_ENDED_BY_SOMEBODY = "Somebody ended the ranks (scancel --signal, kill), or the program ended itself so: Slurm did not."
 _ENDED_WORKER = "killed by signal: Terminated"
 """A loader's worker that got SIGTERM, as all processes of a job do that is to end."""
 
@@ -65,10 +66,9 @@ def first_failure(evidence: JobDiagnostics) -> Verdict:
     events = events_of(evidence)
     by_slurm = _ENDED_BY_SLURM.get(evidence.job.state)
     roots = [event for event in events if event.kind not in CONSEQUENCES]
-    early = early_ends(evidence.batch_lines)[1]
+    early = early_ends(evidence.batch_lines)[1] if not evidence.oom_kill else []
     if by_slurm is not None or early:  # Slurm and srun kill what does not end in time
-        roots = [event for event in roots if event.kind is not Kind.killed]
-        roots = [event for event in roots if _ENDED_WORKER not in event.what]
+        roots = [event for event in roots if event.kind is not Kind.killed and _ENDED_WORKER not in event.what]
     roots.sort(key=lambda event: _ENDED_WORKER in event.what)
     later = [event for event in events if event.kind in CONSEQUENCES]
     dead = dead_nodes(evidence)
@@ -188,33 +188,32 @@ _WORKED_OR_HUNG = (
 def _never_began(evidence: JobDiagnostics, what: str) -> Verdict:
     """The time limit came while the job's script was still at what comes before its ranks."""
     launch = settings(evidence.run).get("launch") if evidence.run else None
-    stages = isinstance(launch, dict) and bool(launch.get("stage"))
-    told = [line for line in evidence.batch_lines if line.startswith("Staged ")]
-    if evidence.prepared and stages and not told:
-        what = f"{what} before any rank started: launch.stage was still being copied to the nodes"
+    stages = isinstance(launch, dict) and launch.get("stage")
+    what = f"{what} before any rank started"
+    if evidence.prepared and stages and not any(line.startswith("Staged ") for line in evidence.batch_lines):
+        what += ": launch.stage was still being copied to the nodes"
         remedy = "Stage less, from a faster file system, or raise cluster.time_limit_min."
     else:
-        what = f"{what} before any rank started"
         parts = ["the ranks' start"] if evidence.prepared else ["cluster.setup", "cluster.modules", "the preparation"]
         remedy = (
             f"See what took the time ({', '.join(parts)}): run it on a node of the same partition (`srun --pty bash`). "
             "Only if it needs the time, raise cluster.time_limit_min."
         )
-    log = [line for line in evidence.batch_lines if line.strip() and not line.startswith(("srun: ", "slurmstepd"))]
+    log = [line for line in evidence.batch_lines if says_why(line)]
     return Verdict(Kind.time_limit, f"{what}{log_ends(log)}", remedy=remedy)
 
 
 def _at_end_of_hang(evidence: JobDiagnostics, kind: Kind, what: str, hung: RankDiagnostics) -> Verdict:
     others = [main_place(rank.stacks) for rank in evidence.ranks.values() if rank.rank != hung.rank]
-    in_rendezvous = all(place.in_rendezvous for place in others if place is not None)
-    waited = "for the group to form (init_process_group)" if in_rendezvous else "in a collective"
+    met = not all(place.in_rendezvous for place in others if place is not None)
+    waited = "in a collective" if met else "for the group to form (init_process_group)"
     place = main_place(hung.stacks)
-    at = place.said if place is not None else "an unknown place"
+    assert place is not None
     remedy = f"See what rank {hung.rank} did there, and whether it hung: more time helps only if it was slow."
     if kind is Kind.cancelled:
         remedy = f"If it was cancelled because it hung, see what rank {hung.rank} did there; else submit it again."
-    what = f"{what} while all ranks but this one waited {waited}; it was at {at}"
-    return Verdict(kind, what, hung.rank, hung.node, traceback=frames_of(hung), remedy=remedy)
+    what = f"{what} while all ranks but this one waited {waited}; it was at {place.said}"
+    return Verdict(kind, what, hung.rank, hung.node, remedy=remedy)
 
 
 def _never_satisfied(evidence: JobDiagnostics, kind: Kind) -> Verdict:
@@ -354,7 +353,7 @@ def _not_started(evidence: JobDiagnostics) -> Verdict | None:
     job = evidence.job
     no_log = job.exit_code == "0:53" or job.reason == "RaisedSignal:53"
     if no_log and (gone := evidence.moved_from or evidence.gone):
-        now = f"; the run is now in {evidence.run.root}" if evidence.moved_from and evidence.run else ""
+        now = f"; the run is now {evidence.run.root}" if evidence.moved_from and evidence.run else ""
         return Verdict(Kind.not_started, f"{gone} is gone, so Slurm could not write there{now}", remedy=_GONE)
     if no_log:
         log = evidence.run.batch_log if evidence.run else "the file of the job's output"
@@ -437,7 +436,7 @@ def _by_srun(evidence: JobDiagnostics) -> Verdict | None:
         left = evidence.ranks.get(rank) or RankDiagnostics(rank)
         ended = end_by_log(left, f"srun says: {said}", int(status[1]) if status else None)
         kind = Kind.killed if said == "Killed" else ended.kind
-        return Verdict(kind, ended.what, rank, node, traceback=ended.traceback, remedy=ended.remedy)
+        return replace(_of_event(ended), kind=kind, node=node, unix_ns=None)
     return None
 
 

@@ -188,7 +188,7 @@ _OWN_CONNECTION = (
 _CONNECTS = (
     rf"{_NO_NAME}|Connection (?:refused|reset|timed out|aborted)|Network is unreachable|No route to host"
     r"|Max retries exceeded|could(?:n't| not) (?:connect|resolve)|cannot connect|failed to connect|Failed to establish"
-    r"|^[\w.]*(?:gaierror|Connection\w*Error|ConnectTimeout|ConnectError|ReadTimeout)\b"
+    r"|^[\w.]*(?:gaierror|Connection\w*Error|Connect(?:Timeout|Error)|ReadTimeout(?:Error)?)\b"
 )
 _REMEDIES: tuple[tuple[Kind, str, str], ...] = (
     (

@@ -193,6 +193,136 @@ def test_an_exception_that_a_program_survived_is_not_why_it_ended(run):
     assert "what:     KeyError: 1" in why(run)
 
 
+TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\n'
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "kind", "what"),
+    [
+        (1, f"ERROR: shard 17 skipped\n{TRACEBACK}KeyError: 17\n" + "epoch\n" * 15 + "stopping: accuracy 0.3\n",
+         "unknown", 'exit status 1; its log ends: "stopping: accuracy 0.3"'),
+        (1, f"{TRACEBACK}ConnectionResetError: [Errno 104] Connection reset by peer\n" + "step\n" * 40,
+         "unknown", 'exit status 1; its log ends: "step"'),
+        (9, "FutureWarning: ModuleNotFoundError: No module named 'apex'\nNo space left on device (ignored)\n"
+         "the learning rate is negative\n", "unknown", 'exit status 9; its log ends: "the learning rate is negative"'),
+        (7, "No space left on device\nepoch 1\n", "unknown", 'exit status 7; its log ends: "epoch 1"'),
+        (1, f"{TRACEBACK}KeyError: 17\ngiving up\n", "exception", "KeyError: 17"),
+        (1, f"{TRACEBACK}KeyError: 17\n" + "[W1126 04:13:07.1 NCCL.cpp:9] not destroyed\n" * 9, "exception",
+         "KeyError: 17"),
+    ],
+)  # fmt: skip
+def test_the_kind_of_an_end_comes_from_what_ended_it_and_not_from_what_stands_above(run, status, log, kind, what):
+    write(RankExit(0, "n1", 5, status, None), exit_file(run.failures / "7.0", 0))
+    run.rank_log(0).write_text(log, encoding="utf-8")
+    told = why(run)
+    assert told.startswith(f"job 7 (demo-1): {kind}\n")
+    assert f"what:     {what}\n" in told
+
+
+def test_the_last_words_of_a_script_that_ended_itself_count_before_an_exception_that_it_handled(run):
+    write(RankExit(0, "n1", 5, 1, None, "stopping: accuracy 0.3"), exit_file(run.failures / "7.0", 0))
+    run.rank_log(0).write_text(f"{TRACEBACK}KeyError: 17\nepoch 2\nstopping: accuracy 0.3\n", encoding="utf-8")
+    assert 'what:     exit status 1; it said: "stopping: accuracy 0.3"\n' in why(run)
+    run.rank_log(0).write_text(f"{TRACEBACK}KeyError: 17\nstopping: accuracy 0.3\n", encoding="utf-8")
+    assert 'what:     KeyError: 17; then exit status 1: "stopping: accuracy 0.3"\n' in why(run)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_rank_without_any_record_is_read_from_its_log_if_that_is_of_this_job(run, is_new):
+    said = f"{TRACEBACK}OSError: [Errno 28] No space left on device\nhpcmm: {run.root} cannot be written (No space).\n"
+    run.rank_metrics(0).write_text(
+        json.dumps({"event": "start", "rank": 0, "node": "n1", "job_id": "7", "unix_ns": 5}) + "\n", encoding="utf-8"
+    )
+    run.rank_log(0).write_text(said, encoding="utf-8")
+    began_s = 1_767_312_000 + 100_000  # well after the job's start, in any time zone
+    os.utime(run.rank_log(0), (began_s, began_s) if is_new else (5, 5))
+    told = why(run)
+    assert told.startswith("job 7 (demo-1): disk full" if is_new else "job 7 (demo-1): unknown")
+    assert ("OSError: [Errno 28] No space left on device" in told) == is_new
+
+
+def with_settings(run, **given):
+    known = json.loads(run.config.read_text())
+    run.config.write_text(json.dumps(known | given), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "words", ["/opt/absent/bin/python: No such file or directory", "python3.99: command not found"]
+)
+def test_a_python_that_the_node_does_not_have_is_told_by_its_key(run, words):
+    with_settings(run, cluster={"executor": "slurm", "nodes": 1, "ranks_per_node": 2, "python": words.split(":")[0]})
+    run.batch_log.write_text(f"/var/spool/slurmd/job7/slurm_script: line 110: {words}\n", encoding="utf-8")
+    told = why(run)
+    assert told.startswith("job 7 (demo-1): setup")
+    assert f"cluster.python is {words.split(':')[0]}, which node n1 cannot run" in told
+    assert "Set cluster.python" in told.split("do: ")[1]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "kind", "do"),
+    [
+        ("n1: /x has 5.24 MB free, but launch.stage copies 31.5 MB: stage less.", "disk full", "Free space"),
+        ("n1: launch.stage cannot copy /x/fifo: it is a pipe. Remove it there.", "data", "can be read"),
+        ("n1: launch.stage has no folder to copy to: /x is not there (No such file).", "setup", "cluster.scratch_dir"),
+        ("n1: /x/y does not hold what was written: the disk is damaged.", "setup", "what the sentence says"),
+    ],
+)
+def test_what_hpcmm_itself_says_before_the_ranks_is_no_exception_of_the_program(run, sentence, kind, do):
+    run.batch_log.write_text(f"hpcmm: {sentence}\n0 of 1 nodes have their copy of launch.stage.\n", encoding="utf-8")
+    told = why(run)
+    assert told.startswith(f"job 7 (demo-1): {kind}\n")
+    assert f"before any rank started: {sentence}" in told
+    assert do in told.split("do: ")[1]
+
+
+def test_a_network_error_of_a_line_before_the_ranks_is_none_between_them(run):
+    run.batch_log.write_text("fatal: unable to access 'https://h/': Could not resolve host: h\n", encoding="utf-8")
+    told = why(run)
+    assert told.startswith("job 7 (demo-1): unknown")
+    assert "own connection failed" in told
+
+
+@pytest.mark.parametrize(
+    ("launch", "attempts", "said", "do"),
+    [
+        ({}, "", "before any rank started", "cluster.setup, cluster.modules"),
+        ({"stage": ["/data"]}, '{"job_id": "7"}\n', "launch.stage was still being copied", "Stage less"),
+        ({}, '{"job_id": "7"}\n', "before any rank started", "the ranks' start"),
+    ],
+)
+def test_a_time_limit_before_the_ranks_tells_what_the_job_was_at(run, launch, attempts, said, do):
+    with_settings(run, launch=launch)
+    run.attempts.write_text(attempts, encoding="utf-8")
+    run.batch_log.write_text("conda: solving\n", encoding="utf-8")
+    queue(run, state="TIMEOUT", reason="TimeLimit", exit_code="0:0")
+    told = why(run)
+    assert told.startswith("job 7 (demo-1): time limit")
+    assert said in told
+    assert 'its log ends: "conda: solving"' in told
+    assert do in told.split("do: ")[1]
+
+
+def test_advice_for_a_script_names_no_key_of_hpcmm_s_own_training(run):
+    for message in ("CUDA out of memory. Tried", "gloo: Timed out waiting 5ms for recv"):
+        write(RankError(0, "n1", 5, "RuntimeError", message, []), error_file(run.failures / "7.0", 0))
+        do = why(run).split("do: ")[1]
+        assert "train." not in do
+        assert "parallel." not in do
+    with_settings(run, task={"_target_": "hpcmm.workloads.x"})
+    assert "parallel.collective_timeout_s" in why(run)
+
+
+def test_a_run_that_was_moved_while_its_job_waited_is_told_by_the_directory_it_had(run):
+    queue(run, exit_code="0:53", reason="JobLaunchFailure")
+    jobs = {"7": {"script": str(run.submission_script)}}
+    run.submission.write_text(json.dumps({"job_id": "7", "jobs": jobs}), encoding="utf-8")
+    moved = run.root.parent / "elsewhere"
+    run.root.rename(moved)
+    told = "\n".join(lines_of(explanation_of(gather(find_targets("elsewhere", run.root.parent)[0]))))
+    assert f"what:     {run.root} is gone, so Slurm could not write there; the run is now {moved}\n" in told
+    assert "leave the run directory where it is" in told
+
+
 def test_a_note_of_hpcmm_s_is_not_why_a_program_ended(run):
     write(RankExit(0, "n1", 5, 42, None), exit_file(run.failures / "7.0", 0))
     run.rank_log(0).write_text("hpcmm: nsys 2022 has no option x; recorded without.\ngiving up\n", encoding="utf-8")

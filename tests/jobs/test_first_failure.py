@@ -2,6 +2,7 @@
 
 import signal
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 
@@ -294,3 +295,94 @@ def test_the_last_words_of_nsys_are_not_the_program_s():
     assert without_nsys([f"train: 65%|###| 130/200{NSYS[0]}", *NSYS[1:]]) == ["train: 65%|###| 130/200"]
     assert without_nsys(["step 1", "Capture range ended in the application.", "Processing events..."]) == ["step 1"]
     assert without_nsys(NSYS) == []
+
+
+@pytest.mark.parametrize("ended", [{}, {"exit": RankExit(0, "n0", 5 * SECOND, None, 9)}])
+def test_a_rank_that_was_done_before_the_others_is_named_and_not_the_one_that_srun_killed_for_it(ended):
+    log = [
+        "srun: First task exited 60s ago",
+        "srun: StepId=7.0 task 0: running",
+        "srun: StepId=7.0 task 1: exited",
+        "srun: error: n0: task 0: Killed",
+    ]
+    done = RankDiagnostics(1, "n1", last_lines=["nothing to do for me"])
+    ranks = [RankDiagnostics(0, "n0", **ended), done]
+    found = first_failure(job(*ranks, srun=["n0: task 0: Killed"], batch_lines=log))
+    assert (found.kind, found.rank, found.node) == (Kind.ended_early, 1, "n1")
+    assert "with status 0 while rank 0 went on, and srun ended the rest after 60 s" in found.what
+    assert found.what.endswith('its log ends: "nothing to do for me"')
+
+
+def test_a_rank_that_was_done_while_another_still_needed_it_is_the_lost_one():
+    done = RankDiagnostics(1, "n1", progress=RankProgress(1, "n1", "7", None, 5 * SECOND, True))
+    found = first_failure(job(raised(0, 6, *LOST), done))
+    assert (found.kind, found.rank) == (Kind.ended_early, 1)
+
+
+def test_a_crash_is_told_with_what_the_library_said_and_any_signal_with_the_end_of_the_log():
+    thrown = LoggedError("c10::Error", "tensors on two devices", ["terminate called", "  what():  tensors"])
+    found = first_failure(job(signalled(0, 5, 6, logged=thrown)))
+    assert (found.kind, found.what) == (Kind.crashed, "SIGABRT: tensors on two devices")
+    assert found.traceback == thrown.lines
+    late = LoggedError("c10::DistBackendError", "Watchdog caught collective operation timeout", ["terminate called"])
+    assert first_failure(job(signalled(0, 5, 6, logged=late), signalled(1, 6, 15))).kind is Kind.collective_timeout
+    found = first_failure(job(signalled(0, 5, 11, last_lines=["step 1", "step 2"])))
+    assert (found.what, found.traceback) == ("SIGSEGV", ["its log ends:", "step 1", "step 2"])
+
+
+def test_a_loader_s_worker_that_was_told_to_end_is_no_first_failure():
+    told = raised(0, 5, "RuntimeError", "DataLoader worker (pid 7) is killed by signal: Terminated. ")
+    assert first_failure(job(told, raised(1, 6, "ValueError", "x"))).rank == 1
+    assert first_failure(job(told, state="TIMEOUT")).kind is Kind.time_limit
+    assert first_failure(job(told)).kind is Kind.signalled
+
+
+def at_limit(*ranks, **more):
+    evidence = job(*ranks, **more)
+    times = {"started": "2026-01-01T00:00:00", "ended": "2026-01-01T01:00:00"}
+    return JobDiagnostics(Job("7", "7", name="run", state="TIMEOUT", **times), None, ranks=evidence.ranks)
+
+
+def test_at_the_time_limit_a_rank_that_hung_is_to_be_looked_at_and_not_the_limit():
+    ranks = [signalled(0, 9, 15, stacks=MEETING), signalled(1, 9, 15, stacks=SLEEPING)]
+    told = explanation_of(at_limit(*ranks))
+    assert told.verdict.rank == 1
+    assert "waited for the group to form" in told.verdict.what
+    assert "collective" not in told.verdict.what
+    (do,) = [line for line in lines_of(told) if line.startswith("do:")]
+    assert "See what rank 1 did there" in do
+    assert "time_limit_min" not in do
+
+
+def test_at_the_time_limit_only_a_job_that_still_worked_needs_more_time():
+    ended_ns = int(datetime.fromisoformat("2026-01-01T01:00:00").timestamp()) * SECOND
+
+    def said(ago_s):
+        progress = RankProgress(1, "n1", "7", 40, ended_ns - ago_s * SECOND, False)
+        ranks = [signalled(0, 9, 15, stacks=WAITING), signalled(1, 9, 15, stacks=SLEEPING, progress=progress)]
+        return "\n".join(lines_of(explanation_of(at_limit(*ranks))))
+
+    assert "do:       Raise cluster.time_limit_min, or go on from the last checkpoint." in said(20)
+    assert "rank 1" not in said(20)
+    assert "See what rank 1 did there" in said(1800)
+    unknown = "\n".join(lines_of(explanation_of(at_limit(signalled(0, 9, 15)))))
+    assert "If the ranks still worked" in unknown
+    assert "stand still" in unknown
+
+
+def test_keyboard_interrupt_that_no_cancelling_explains_is_an_exception_of_the_program():
+    lines = ["Traceback (most recent call last):", '  File "a.py", line 1, in f', "KeyboardInterrupt"]
+    logged = LoggedError("KeyboardInterrupt", "", lines)
+    found = first_failure(job(signalled(0, 5, 2, logged=logged)))
+    assert (found.kind, found.rank, found.traceback) == (Kind.exception, 0, lines)
+    assert first_failure(job(raised(1, 6, *LOST), signalled(0, 5, 2, logged=logged))).rank == 0
+    assert first_failure(job(signalled(0, 5, 2, logged=logged), state="CANCELLED")).kind is Kind.cancelled
+    (do,) = [line for line in lines_of(explanation_of(job(signalled(0, 5, 15)))) if line.startswith("do:")]
+    assert "Slurm did not" in do
+
+
+def test_a_sentence_of_hpcmm_s_is_said_once_and_without_its_class():
+    said = "rank 1 on n1: MASTER_ADDR n0 does not resolve (Name or service not known), so the ranks cannot meet."
+    logged = LoggedError("hpcmm.errors.HpcmmError", said, [f"hpcmm: {said}"])
+    rank = RankDiagnostics(1, "n1", exit=RankExit(1, "n1", 5 * SECOND, 1, None), logged=logged)
+    assert [line for line in lines_of(explanation_of(job(rank))) if "MASTER_ADDR" in line] == [f"what:     {said}"]

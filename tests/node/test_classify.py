@@ -4,13 +4,14 @@ import pytest
 
 from hpcmm.node.classify import (
     Kind,
+    cause_of_exception,
     complaint_in,
     kind_of_exception,
     kind_of_signal,
     kind_of_status,
     signal_name,
 )
-from hpcmm.runs.failures import last_logged_error
+from hpcmm.runs.failures import last_logged_error, thrown_error
 
 PEER = "[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.14]:5245. Check the logs"
 
@@ -39,11 +40,140 @@ PEER = "[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by 
         ("FileNotFoundError", "[Errno 2] No such file or directory: '/data/x'", Kind.data),
         ("PIL.UnidentifiedImageError", "cannot identify image file", Kind.data),
         ("ValueError", "the loss is not a number", Kind.exception),
+        ("ValueError", "failed to parse 'NVML, CUDA error budget' in table.csv", Kind.exception),
+        ("RuntimeError", "the row 'CUDA error: none' is not a number", Kind.exception),
+        ("RuntimeError", "sampler ran out of memory bank entries", Kind.exception),
+        ("jaxlib.XlaRuntimeError", "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9", Kind.out_of_memory),
+        (
+            "torch.distributed.DistBackendError",
+            "NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'",
+            Kind.out_of_memory,
+        ),
+        ("torch.distributed.DistNetworkError", "failed to listen. port: 2, name: EADDRINUSE", Kind.rendezvous),
+        ("torch.distributed.DistBackendError", "NCCL error, remote process exited", Kind.peer_lost),
+        ("torch.distributed.DistBackendError", "socketStartConnect failed: Connection refused", Kind.peer_lost),
+        ("hpcmm.errors.HpcmmError", "n1: /x has 5.24 MB free, but launch.stage copies 31.5 MB: set", Kind.disk_full),
+        ("hpcmm.errors.HpcmmError", "n1: launch.stage cannot copy /x/fifo: it is a pipe", Kind.data),
+        ("hpcmm.errors.HpcmmError", "n1: launch.stage has no folder to copy to: /x is not there", Kind.setup),
         ("KeyError", "'timeout'", Kind.exception),
     ],
 )
 def test_the_kind_follows_from_class_and_message(kind, message, expected):
     assert kind_of_exception(kind, message) is expected
+
+
+def traceback_at(file, kind, message):
+    return ["Traceback (most recent call last):", f'  File "{file}", line 3, in f', f"{kind}: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("urllib.error.URLError", "<urlopen error [Errno -2] Name or service not known>"),
+        ("ConnectionRefusedError", "[Errno 111] Connection refused"),
+        ("TimeoutError", "[Errno 110] Connection timed out: 's3.amazonaws.com'"),
+        ("requests.exceptions.ConnectionError", "HTTPSConnectionPool(host='h', port=443): Max retries exceeded"),
+        ("botocore.exceptions.ReadTimeoutError", 'Read timeout on endpoint URL: "https://s3"'),
+        ("OSError", "We couldn't connect to 'https://huggingface.co' to load the files"),
+    ],
+)
+def test_a_connection_of_the_program_s_own_is_none_between_ranks(kind, message):
+    found, remedy = cause_of_exception(kind, message, traceback_at("/home/me/train.py", kind, message))
+    assert found is Kind.exception
+    assert "own connection failed" in remedy
+
+
+@pytest.mark.parametrize(
+    ("file", "message", "expected"),
+    [
+        ("/env/torch/distributed/distributed_c10d.py", "Connection reset by peer", Kind.peer_lost),
+        ("/env/torch/distributed/distributed_c10d.py", "Socket Timeout", Kind.collective_timeout),
+        ("/env/deepspeed/comm/torch.py", "Address already in use", Kind.rendezvous),
+        ("/env/torch/distributed/checkpoint/filesystem.py", "Connection reset by peer", Kind.exception),
+        ("/home/me/train.py", "Socket Timeout", Kind.exception),
+    ],
+)
+def test_an_error_is_one_between_ranks_by_the_place_that_raised_it(file, message, expected):
+    assert kind_of_exception("RuntimeError", message, traceback_at(file, "RuntimeError", message)) is expected
+
+
+def test_a_port_of_the_program_s_own_and_a_pipe_between_processes_are_told_from_connections():
+    busy = cause_of_exception("OSError", "[Errno 98] Address already in use")
+    assert (busy[0], "port" in busy[1]) == (Kind.exception, True)
+    reset = ("ConnectionResetError", "[Errno 104] Connection reset by peer")
+    frames = traceback_at("/usr/lib/python3.11/multiprocessing/connection.py", *reset)
+    assert cause_of_exception(*reset, frames) == (Kind.exception, "")
+    assert cause_of_exception("BrokenPipeError", "[Errno 32] Broken pipe") == (Kind.exception, "")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("is killed by signal: Killed. ", Kind.killed),
+        ("is killed by signal: Segmentation fault. ", Kind.crashed),
+        ("is killed by signal: Bus error. ", Kind.crashed),
+        ("is killed by signal: Bus error. It is possible that workers are out of shared memory.", Kind.out_of_memory),
+        ("is killed by signal: Terminated. ", Kind.signalled),
+        ("exited unexpectedly", Kind.exception),
+    ],
+)
+def test_a_loader_s_worker_that_a_signal_ended_is_no_fault_of_the_data(said, expected):
+    error = ("RuntimeError", f"DataLoader worker (pid 7105) {said}")
+    assert kind_of_exception(*error, traceback_at("/env/torch/utils/data/dataloader.py", *error)) is expected
+
+
+def test_advice_follows_from_the_exception_if_it_tells_more_than_its_kind():
+    child = cause_of_exception("subprocess.CalledProcessError", "Command 'x' returned non-zero exit status 1.")
+    assert "own words stand in the rank's log" in child[1]
+    text = cause_of_exception("UnicodeDecodeError", "'utf-8' codec can't decode byte 0xe9")
+    assert (text[0], "encoding" in text[1]) == (Kind.data, True)
+
+
+@pytest.mark.parametrize(
+    ("after", "kind"),
+    [
+        (["[rank0]:[W1126 04:13:07.1 ProcessGroupNCCL.cpp:9] process group was not destroyed"] * 5, "KeyError"),
+        (["/lib/resource_tracker.py:254: UserWarning: leaked", "  warnings.warn("] * 4, "KeyError"),
+        (
+            [
+                "Exception in thread Thread-1:",
+                "Traceback (most recent call last):",
+                '  File "b.py", line 1',
+                "OSError: x",
+            ],
+            "KeyError",
+        ),
+        (["Error in atexit._run_exitfuncs:", "Traceback (most recent call last):", "  x", "OSError: x"], "KeyError"),
+        ([f"  step {step}" for step in range(40)], None),
+    ],
+)
+def test_what_is_said_while_a_program_ends_is_not_counted_behind_its_exception(after, kind):
+    found = last_logged_error("\n".join([*traceback_at("a.py", "KeyError", "1"), *after]))
+    assert (found.kind, found.lines_after <= 3) == ("KeyError", kind is not None)
+
+
+def test_the_exception_that_ended_native_code_is_read_from_its_log():
+    thrown = [
+        "step 1",
+        "terminate called after throwing an instance of 'c10::Error'",
+        "  what():  not so",
+        "frame #0: x",
+    ]
+    found = thrown_error(thrown)
+    assert (found.kind, found.message, found.lines) == ("c10::Error", "not so", thrown[1:])
+    assert thrown_error(["step 1"]) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "FutureWarning: ModuleNotFoundError: No module named 'apex' - ignoring",
+        "No space left on device (ignored, cache disabled)",
+        "WARNING: CUDA out of memory handled, retrying with a smaller batch",
+    ],
+)
+def test_what_a_program_went_on_after_is_no_failure(line):
+    assert complaint_in([line]).kind is Kind.unknown
 
 
 def test_an_exception_raised_from_another_takes_its_own_kind_first():

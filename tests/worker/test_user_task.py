@@ -113,6 +113,7 @@ def test_a_rank_ends_as_the_script_would_end_by_itself(tmp_path, last_line, stat
     assert (
         (record.status, record.signal) == ((status, None) if status > 0 else (None, -status)) if status else not record
     )
+    assert not record or record.said == words.strip()
     assert (told.read_text() if status else "0\n") == f"{status if status >= 0 else 128 - status}\n"
 
 

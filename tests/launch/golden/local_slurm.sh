@@ -98,7 +98,7 @@ fi
 pickle=$run_dir/submitit/${job_id}_submitted.pkl
 [ -e "$pickle" ] || { cp "$run_dir/submitit/task.pkl" "$pickle.part" && mv "$pickle.part" "$pickle"; } ||
     ln "$run_dir/submitit/task.pkl" "$pickle" || { # which needs no room
-    say "$pickle cannot be made, and no rank can start without it: is the disk full?"
+    say "$pickle cannot be made from task.pkl beside it (see above), and no rank can start without it."
     exit 1
 }
 
