@@ -226,7 +226,7 @@ _BESIDE = re.compile(r"Exception in thread |Exception ignored in|Error in (?:ate
 _WHILE_IT_ENDS = re.compile(
     rf"{_BESIDE.pattern}|During handling of the above|The above exception was|\[[WI]\d{{4}} |submitit "
     r"|sys:1: \w*Warning|\S+\.py:\d+: \w*Warning: |wandb: (?!ERROR)|srun: |slurmstepd[\w.-]*: (?:error: )?\*\*\* "
-    r"|hpcmm: .* cannot be (?:written|removed)"
+    r"|hpcmm: .* cannot be (?:written|removed)|(?:\S+: line \d+: +\d+ )?Terminated\b"
 )
 """What Python, PyTorch's and NCCL's threads, submitit, Slurm and hpcmm say after an exception that ends its process."""
 _THROWN = re.compile(r"terminate called after throwing an instance of '(?P<kind>[^']+)'")

@@ -293,7 +293,7 @@ def test_a_network_error_of_a_line_before_the_ranks_is_none_between_them(run):
 def test_a_time_limit_before_the_ranks_tells_what_the_job_was_at(run, launch, attempts, said, do):
     with_settings(run, launch=launch)
     run.attempts.write_text(attempts, encoding="utf-8")
-    run.batch_log.write_text("conda: solving\n", encoding="utf-8")
+    run.batch_log.write_text("conda: solving\nTerminated\n", encoding="utf-8")
     queue(run, state="TIMEOUT", reason="TimeLimit", exit_code="0:0")
     told = why(run)
     assert told.startswith("job 7 (demo-1): time limit")
