@@ -170,6 +170,11 @@ class JobDiagnostics:
     prepared: bool = False
     """The job's script came as far as the end of its preparation: cluster.setup, cluster.modules, compiled ops."""
 
+    @property
+    def done(self) -> list[int]:
+        """Ranks that ended well."""
+        return [rank.rank for rank in self.ranks.values() if rank.progress and rank.progress.ended]
+
 
 _RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
 _MOST_FRAMES = 20

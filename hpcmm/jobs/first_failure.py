@@ -112,14 +112,13 @@ def _with_memory(event: Event, evidence: JobDiagnostics) -> Event:
 
 def _ended_early(evidence: JobDiagnostics, early: list[int]) -> Verdict:
     """Ranks that ended as if all were done, while others still needed them."""
-    waited_s = early_ends(evidence.batch_lines)[0]
     rank = evidence.ranks.get(early[0]) or RankDiagnostics(early[0])
     others = ", ".join(str(each) for each in evidence.ranks if each not in early) or "others"
+    waited_s = early_ends(evidence.batch_lines)[0]
     and_then = f", and srun ended the rest after {waited_s} s" if waited_s else ""
     more = f" (so did rank {', '.join(map(str, early[1:9]))})" if len(early) > 1 else ""
     what = f"this rank ended by itself with status 0{more} while rank {others} went on{and_then}"
-    lines = rank.last_lines
-    return Verdict(Kind.ended_early, f"{what}{log_ends(lines)}", rank.rank, rank.node, traceback=lines[:-1])
+    return Verdict(Kind.ended_early, what + log_ends(rank.last_lines), rank.rank, rank.node)
 
 
 def _interrupted(evidence: JobDiagnostics) -> Verdict | None:
@@ -168,7 +167,10 @@ def _ended_as_it_ran(evidence: JobDiagnostics, kind: Kind, what: str) -> Verdict
     began = any(map(has_begun, evidence.ranks.values()))
     if kind is Kind.time_limit and not began and evidence.run is not None and not evidence.gone:
         return _never_began(evidence, what)
-    if kind is Kind.time_limit and (meeting := ranks_that_meet(evidence)):
+    meeting = ranks_that_meet(evidence) if kind is Kind.time_limit else []
+    if meeting and evidence.done:
+        return _ended_early(evidence, evidence.done)
+    if meeting:
         first, waits_at = meeting[0]
         waited = f"all {len(meeting)} ranks" if len(meeting) > 1 else "the rank"
         what = f"{what} while {waited} waited to meet at MASTER_ADDR; rank {first.rank} was at {waits_at.said}"
@@ -248,9 +250,8 @@ def _cut_off(evidence: JobDiagnostics, cut: list[str], first: Event) -> Verdict:
         what = (
             f"{cut[0]} could not be reached from the other nodes when {first.what.splitlines()[0][:200]!r} was raised"
         )
-    return Verdict(
-        Kind.node_failure, what, ranks[0] if ranks else None, cut[0], first.unix_ns, first.traceback, bad_nodes=cut
-    )
+    rank = ranks[0] if ranks else None
+    return Verdict(Kind.node_failure, what, rank, cut[0], first.unix_ns, first.traceback, bad_nodes=cut)
 
 
 def _did_not_arrive(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
@@ -283,11 +284,10 @@ def _behind(evidence: JobDiagnostics, complained: set[int]) -> RankDiagnostics |
 def _lost_peer(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     """Ranks lost a peer, and no peer tells why: it is one that left no word."""
     silent = [rank for rank in evidence.ranks.values() if rank.silent]
-    done = [rank.rank for rank in evidence.ranks.values() if rank.progress and rank.progress.ended]
     if not silent and (interrupted := _interrupted(evidence)):
         return interrupted
     if not silent:
-        return _ended_early(evidence, done) if done else _of_event(later[0])
+        return _ended_early(evidence, evidence.done) if evidence.done else _of_event(later[0])
     lost = silent[0]
     said = srun_words(evidence.srun_lines).get(lost.rank, ("", ""))[1]
     if not said and lost.node and all(rank.silent for rank in evidence.ranks.values() if rank.node == lost.node):

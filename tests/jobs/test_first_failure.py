@@ -315,8 +315,9 @@ def test_a_rank_that_was_done_before_the_others_is_named_and_not_the_one_that_sr
 
 def test_a_rank_that_was_done_while_another_still_needed_it_is_the_lost_one():
     done = RankDiagnostics(1, "n1", progress=RankProgress(1, "n1", "7", None, 5 * SECOND, True))
-    found = first_failure(job(raised(0, 6, *LOST), done))
-    assert (found.kind, found.rank) == (Kind.ended_early, 1)
+    for other, state in ((raised(0, 6, *LOST), "FAILED"), (signalled(0, 9, 15, stacks=MEETING), "TIMEOUT")):
+        found = first_failure(job(other, done, state=state))
+        assert (found.kind, found.rank) == (Kind.ended_early, 1)
 
 
 def test_a_crash_is_told_with_what_the_library_said_and_any_signal_with_the_end_of_the_log():
