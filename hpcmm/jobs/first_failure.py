@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from hpcmm.jobs.diagnostics import (
@@ -25,7 +24,8 @@ from hpcmm.jobs.find_run import settings
 from hpcmm.jobs.logs import early_ends, log_ends, srun_words
 from hpcmm.jobs.state import DEPENDENCY_FAILED, why_it_waits
 from hpcmm.node.classify import CONSEQUENCES, Kind, cause_of_exception, complaint_in, kind_of_signal, signal_name
-from hpcmm.runs.failures import main_place, says_why
+from hpcmm.runs.exit_status import signal_of
+from hpcmm.runs.failures import cut_off_nodes, main_place, says_why
 
 _ENDED_BY_SLURM = {
     "TIMEOUT": Kind.time_limit,
@@ -34,7 +34,6 @@ _ENDED_BY_SLURM = {
     "CANCELLED": Kind.cancelled,
 }
 _KILLED_FOR_MEMORY = "the kernel killed a process of the job for want of memory"
-_ENDED_BY_SOMEBODY = "Somebody ended the ranks (scancel --signal, kill), or the program ended itself so: Slurm did not."
 _ENDED_WORKER = "killed by signal: Terminated"
 """A loader's worker that got SIGTERM, as all processes of a job do that is to end."""
 
@@ -91,7 +90,9 @@ def _was_told_to_end(rank: RankDiagnostics) -> bool:
 
 def _between_ranks(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     """Ranks only tell of each other: a node that is cut off, a rank that did not come, or one that left no word."""
-    if cut := _cut_off_nodes(evidence):
+    ranks = evidence.ranks.values()
+    errors = [rank.error for rank in ranks if rank.error is not None]
+    if cut := cut_off_nodes(errors, {rank.node for rank in ranks if rank.node}, evidence.node_states):
         return _cut_off(evidence, cut, later[0])
     if any(event.kind is Kind.collective_timeout for event in later):
         return _did_not_arrive(evidence, later)
@@ -227,29 +228,13 @@ def _never_satisfied(evidence: JobDiagnostics, kind: Kind) -> Verdict:
     return Verdict(kind, what, remedy=f"See why that one failed with {see}, then launch this one again.")
 
 
-def _cut_off_nodes(evidence: JobDiagnostics) -> list[str]:
-    """Nodes that the others could not reach, by the word of ranks on nodes that reached somebody."""
-    errors = [rank.error for rank in evidence.ranks.values() if rank.error is not None]
-    reports = {error.node: set(error.unreachable) for error in errors if error.unreachable}
-    nodes = {rank.node for rank in evidence.ranks.values() if rank.node} | set().union(*reports.values())
-    trusted = {node: missing for node, missing in reports.items() if len(missing) < len(nodes) - 1}
-    votes = Counter(missing for given in (trusted or reports).values() for missing in given)
-    if not votes:
-        return []
-    most = max(votes.values())
-    found = sorted(node for node, count in votes.items() if count == most)
-    answering = [node for node in found if not evidence.node_states.get(node, "*").partition(" ")[0].endswith("*")]
-    return sorted(set(found) - set(answering)) or found
-
-
 def _cut_off(evidence: JobDiagnostics, cut: list[str], first: Event) -> Verdict:
     ranks = [rank.rank for rank in evidence.ranks.values() if rank.node in cut]
     if len(cut) > 1:
         what = f"{' and '.join(cut)} could not reach each other: one of them, or the network between, failed"
     else:
-        what = (
-            f"{cut[0]} could not be reached from the other nodes when {first.what.splitlines()[0][:200]!r} was raised"
-        )
+        raised = first.what.splitlines()[0][:200]
+        what = f"{cut[0]} could not be reached from the other nodes when {raised!r} was raised"
     rank = ranks[0] if ranks else None
     return Verdict(Kind.node_failure, what, rank, cut[0], first.unix_ns, first.traceback, bad_nodes=cut)
 
@@ -300,7 +285,7 @@ def _lost_peer(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
 
 def _without_failed_ranks(evidence: JobDiagnostics) -> Verdict:
     if evidence.ranks and all(_was_told_to_end(rank) for rank in evidence.ranks.values()):
-        if (_signal_of(evidence.job.exit_code) or signal.SIGTERM) not in TOLD_TO_END:
+        if (signal_of(evidence.job.exit_code) or signal.SIGTERM) not in TOLD_TO_END:
             return _by_slurm_alone(evidence)  # the script was ended, and the ranks with it
         return _interrupted(evidence) or _ended_from_outside(evidence)
     return _without_ranks(evidence)
@@ -363,22 +348,15 @@ def _not_started(evidence: JobDiagnostics) -> Verdict | None:
         return Verdict(Kind.node_failure, f"{_node(job.nodes)} did not start", remedy=said)
     if not job.nodes and (meant := why_it_waits(job)):
         said = f"the job was over before it started ({job.reason}): {meant}"
-        before = job.reason == DEPENDENCY_FAILED
-        kind = Kind.not_started
-        return _never_satisfied(evidence, kind) if before else Verdict(kind, said, remedy=meant)
-    if job.reason == "JobLaunchFailure" and _signal_of(job.exit_code) is None:
+        over = Verdict(Kind.not_started, said, remedy=meant)
+        return _never_satisfied(evidence, over.kind) if job.reason == DEPENDENCY_FAILED else over
+    if job.reason == "JobLaunchFailure" and signal_of(job.exit_code) is None:
         return Verdict(Kind.not_started, f"Slurm could not start the job's script on {_node(job.nodes)}")
     return None
 
 
 def _node(hosts: str) -> str:
     return f"node {hosts}" if hosts and "[" not in hosts and "," not in hosts else f"a node of {hosts or 'the job'}"
-
-
-def _signal_of(exit_code: str) -> int | None:
-    """The signal in ``status:signal`` that ended a job's script."""
-    number = exit_code.partition(":")[2]
-    return int(number) if number.isdecimal() and int(number) in set(signal.Signals) else None
 
 
 _SAID_BY_LOG = {
@@ -434,15 +412,14 @@ def _by_srun(evidence: JobDiagnostics) -> Verdict | None:
     for rank, (node, said) in srun_words(evidence.srun_lines).items():
         status = re.fullmatch(r"Exited with exit code (\d+)", said)
         left = evidence.ranks.get(rank) or RankDiagnostics(rank)
-        ended = end_by_log(left, f"srun says: {said}", int(status[1]) if status else None)
-        kind = Kind.killed if said == "Killed" else ended.kind
-        return replace(_of_event(ended), kind=kind, node=node, unix_ns=None)
+        ended = _of_event(end_by_log(left, f"srun says: {said}", int(status[1]) if status else None))
+        return replace(ended, kind=Kind.killed if said == "Killed" else ended.kind, node=node, unix_ns=None)
     return None
 
 
 def _by_log(evidence: JobDiagnostics) -> Verdict | None:
     """A rank that left no record, as on a full disk, if its log's end tells why."""
-    if evidence.job.state == "NODE_FAIL" or _signal_of(evidence.job.exit_code):
+    if evidence.job.state == "NODE_FAIL" or signal_of(evidence.job.exit_code):
         return None
     for rank in evidence.ranks.values():
         ended = end_by_log(rank, "it left no record of its end", None)
@@ -458,7 +435,7 @@ def _by_slurm_alone(evidence: JobDiagnostics) -> Verdict:
     if evidence.gone:
         return Verdict(Kind.data, f"{evidence.gone} is gone, with all that the job wrote there", remedy=_GONE)
     status = f", exit code {job.exit_code}" if job.exit_code else ""
-    number = _signal_of(job.exit_code)
+    number = signal_of(job.exit_code)
     if number and evidence.oom_kill:
         return Verdict(Kind.out_of_memory, _KILLED_FOR_MEMORY)
     if number:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +21,12 @@ _FAILED_STATES = frozenset(
     {FAILED, CANCELLED, "BOOT_FAIL", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
 )
 _STATUS = re.compile(r"[0-9]{1,3}")
+
+
+def signal_of(exit_code: str) -> int | None:
+    """The signal in Slurm's ``status:signal`` that ended a job's script."""
+    number = exit_code.partition(":")[2]
+    return int(number) if number.isdecimal() and int(number) in set(signal.Signals) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +50,23 @@ class RankError:
     """Nodes of the job that this node could not reach when a peer was lost or a collective timed out."""
     step: int | None = None
     """The step of ``hpcmm.annotate`` that it was in, or had been in last."""
+
+
+def cut_off_nodes(errors: Iterable[RankError], nodes: Collection[str], states: Mapping[str, str]) -> list[str]:
+    """The nodes of a job that the others could not reach, by the word of ranks on nodes that reached somebody.
+
+    ``nodes`` are those whose ranks are known, ``states`` Slurm's of each node.
+    """
+    reports = {error.node: set(error.unreachable) for error in errors if error.unreachable}
+    known = {*nodes, *(node for missing in reports.values() for node in missing)}
+    trusted = {node: missing for node, missing in reports.items() if len(missing) < len(known) - 1}
+    votes = Counter(missing for given in (trusted or reports).values() for missing in given)
+    if not votes:
+        return []
+    most = max(votes.values())
+    found = sorted(node for node, count in votes.items() if count == most)
+    answering = [node for node in found if not states.get(node, "*").partition(" ")[0].endswith("*")]
+    return sorted(set(found) - set(answering)) or found
 
 
 @dataclass(frozen=True)

@@ -379,7 +379,7 @@ def test_keyboard_interrupt_that_no_cancelling_explains_is_an_exception_of_the_p
     assert first_failure(job(raised(1, 6, *LOST), signalled(0, 5, 2, logged=logged))).rank == 0
     assert first_failure(job(signalled(0, 5, 2, logged=logged), state="CANCELLED")).kind is Kind.cancelled
     (do,) = [line for line in lines_of(explanation_of(job(signalled(0, 5, 15)))) if line.startswith("do:")]
-    assert "Slurm did not" in do
+    assert "See who sent SIGTERM" in do
 
 
 def test_a_sentence_of_hpcmm_s_is_said_once_and_without_its_class():
