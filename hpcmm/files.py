@@ -151,6 +151,24 @@ def read_checked(path: Path, most_bytes: int = MOST_BYTES, *, within: Path | Non
     return content.decode("utf-8"), opened.writer
 
 
+def read_followed(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The first ``most_bytes`` of a regular file, or of one that a link leads to; a pipe is not waited for.
+
+    For files of the user's own and installed ones, whoever owns them. Raises OSError.
+    """
+    with open_followed(path) as file:
+        return file.read(most_bytes)
+
+
+def open_followed(path: Path) -> IO[bytes]:
+    """Open to read, as :func:`read_followed` does. Raises OSError."""
+    descriptor = os.open(path, _TO_READ & ~os.O_NOFOLLOW)
+    if not S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 def read_tail(path: Path, most_bytes: int, *, within: Path | None = None) -> str:
     """The end of a file, opened as by :func:`open_checked`; empty if it cannot be read."""
     try:

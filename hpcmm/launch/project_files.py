@@ -9,17 +9,15 @@ from __future__ import annotations
 import ast
 import os
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from stat import S_ISREG
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import entries_of, holds_python, is_file_here, is_folder_here
+from hpcmm.files import entries_of, holds_python, is_file_here, is_folder_here, read_followed
+from hpcmm.launch.vouched import Repository, Vouched, not_vouched_for
 from hpcmm.runs.ownership import Reach, is_open_to_all, is_trusted, reach_beyond
 
-_TIMEOUT_S = 60
 CODE = frozenset({".py", ".pyi", ".so", ".pyd", ".cu", ".cuh", ".c", ".cc", ".cpp", ".h", ".hpp", ".sh"})
 """How the names of code end."""
 SETTINGS = frozenset({".txt", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".md", ".j2", ".jinja"})
@@ -72,11 +70,10 @@ def is_secret(root: Path, name: str) -> bool:
     if file.suffix not in _READ_FOR_SECRETS:
         return False
     try:
-        if not (root / name).is_file() or (root / name).stat().st_size > _SECRET_TEXT_BYTES:
-            return False
-        return re.search(_SECRET_TEXT, (root / name).read_bytes()) is not None
+        text = read_followed(root / name, _SECRET_TEXT_BYTES + 1)
     except OSError:  # closed to us, so it is not copied either
         return False
+    return len(text) <= _SECRET_TEXT_BYTES and re.search(_SECRET_TEXT, text) is not None
 
 
 def has_secret_name(name: str) -> bool:
@@ -84,16 +81,7 @@ def has_secret_name(name: str) -> bool:
     return re.fullmatch(_SECRET_NAME, re.sub(_SAVED, "", name.lower()), re.DOTALL) is not None
 
 
-# What git tells.
-
-
-@dataclass(frozen=True)
-class Revision:
-    """The state of a project. ``commit`` is None before its first commit."""
-
-    commit: str | None
-    changes: bytes
-    """A patch against the commit, binary files included; without new files that were never added, and credentials."""
+# Where a project begins, and its state.
 
 
 def project_root(folder: Path) -> Path | None:
@@ -125,84 +113,24 @@ def passed_over(project: Path) -> Path | None:
     return None
 
 
-def revision(root: Path) -> Revision:
-    """Commit and changes. Raises HpcmmError when git cannot tell."""
-    try:
-        commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD").decode("ascii").strip()
-    except HpcmmError:
-        _git(root, "status", "--porcelain")  # so that only a repository without a commit passes
-        return Revision(None, b"")
-    changed = _names(_git(root, "diff", "--name-only", "-z", "--no-renames", "HEAD"))
-    if not changed:
-        return Revision(commit, b"")
-    # Settings of the user's may show a submodule by its changes, or name files without a/ and b/.
-    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--submodule=short", "--src-prefix=a/", "--dst-prefix=b/")
-    left_out = [f":(top,exclude,literal){name}" for name in sorted(changed) if is_secret(root, name)]
-    return Revision(commit, _git(root, "diff", "--binary", *plain, "HEAD", "--", ".", *left_out))
-
-
 @dataclass(frozen=True)
-class _Listed:
-    """Names of files below a work tree. ``ignored`` may be folders as well."""
+class Revision:
+    """The state of a project. ``commit`` is None before its first commit."""
 
-    tracked: set[str]
-    new: set[str]
-    changed: set[str]
-    """Tracked ones that are not as in the last commit, or may not be."""
-    ignored: set[str]
+    commit: str | None
+    changes: bytes
+    """A patch against the commit, binary files included; without new files that were never added, and credentials."""
 
 
-def _listed_by_git(root: Path, left_out: Path) -> _Listed:
-    index = [entry.partition(" ")[::2] for entry in _names(_git(root, "ls-files", "-z", "--cached", "-v"))]
-    # Of files that are marked so, git does not look whether they are changed.
-    changed = {name for flag, name in index if flag == "S" or flag.islower()}
-    new, ignored = set[str](), set[str]()
-    not_runs = (
-        [f":(top,exclude,literal){left_out.relative_to(root)}"]
-        if left_out != root and left_out.is_relative_to(root)
-        else []
-    )
-    how = (
-        "--porcelain=v1",
-        "-z",
-        "--ignored=matching",
-        "--untracked-files=all",
-        "--no-renames",
-        "--ignore-submodules=all",
-    )
-    for entry in _names(_git(root, "status", *how, "--", ".", *not_runs)):
-        state, name = entry[:2], entry[3:]
-        {"??": new, "!!": ignored}.get(state, changed).add(name)
-    return _Listed({name for _, name in index}, new, changed, ignored)
-
-
-def _names(listed: bytes) -> set[str]:
-    return {os.fsdecode(name) for name in listed.split(b"\0") if name}
-
-
-def _git(root: Path, *arguments: str) -> bytes:
-    # Variables such as GIT_DIR, which git sets for its hooks, would name another repository.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(root), "-c", "core.fsmonitor=false", *arguments],
-            capture_output=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-            env=environment,
-        )
-    except FileNotFoundError as error:
-        raise HpcmmError(_cannot(root, "git is not installed")) from error
-    except subprocess.TimeoutExpired as error:
-        raise HpcmmError(_cannot(root, f"no answer within {_TIMEOUT_S} s")) from error
-    if done.returncode != 0:
-        reason = done.stderr.decode(errors="replace").strip().splitlines() or ["it failed"]
-        raise HpcmmError(_cannot(root, reason[0]))
-    return done.stdout
-
-
-def _cannot(root: Path, reason: str) -> str:
-    return f"git cannot read {root} ({reason}): put that right, or launch with launch.snapshot=false."
+def revision(root: Path, scripts: Sequence[Path] = ()) -> Revision:
+    """Commit and changes. Raises HpcmmError when git cannot tell, or others could have written what it reads."""
+    vouched = Vouched(root, scripts)
+    if (path := not_vouched_for(root, vouched)) is not None:
+        raise HpcmmError(f"git is not asked, for others can write {path}")
+    repository = Repository(root, vouched)
+    commit = repository.commit()
+    changed = repository.changed() if commit else set()
+    return Revision(commit, repository.patch({name for name in changed if not is_secret(root, name)}))
 
 
 # What the copy holds.
@@ -218,7 +146,9 @@ class ProjectFiles:
     secret: set[Path]
     """Files that look like credentials: neither copied nor linked."""
     foreign: set[Path] = field(default_factory=set)
-    """What other users left in a folder for all: neither copied nor linked."""
+    """What users could have written who cannot change the script: neither copied nor linked."""
+    not_for_git: Path | None = None
+    """What such users could have written of the settings that git reads, so that git was not asked."""
 
     def add_ignored(self, path: Path) -> None:
         """Copy code, link data, and leave out credentials and what no program reads."""
@@ -245,13 +175,17 @@ def files_of(
 
     Raises HpcmmError when git cannot list the project, or ``include`` names what is not there.
     """
-    if project_root(project) == project:
-        files = _files_in_git(project, project, runs_root)
+    vouched = Vouched(project, scripts)
+    is_in_git = project_root(project) == project
+    not_for_git = not_vouched_for(project, vouched) if is_in_git else None
+    if is_in_git and not_for_git is None:
+        files = _files_in_git(project, vouched, runs_root)
     else:
-        files = _files_without_git(project, scripts, runs_root)
+        files = _files_without_git(vouched, scripts, runs_root)
+    files.not_for_git = not_for_git
     asked, exact = set(scripts), set(scripts)
     for pattern in include:
-        for file, is_exact in _included(pattern, working_directory, project):
+        for file, is_exact in _included(pattern, working_directory, vouched):
             if is_exact:
                 exact.add(file)
             if is_exact or not is_secret(project, str(file.relative_to(project))):
@@ -267,10 +201,12 @@ def files_of(
         for entry in _around(folder, above):
             files.add_ignored(entry)
     whole: dict[Path, bool] = {}
-    kept = (file for file in files.copied if file in exact or not file.is_relative_to(runs_root))
+    files.foreign |= {path for path in (files.copied | files.linked) - exact if not vouched.accepts(path)}
+    files.foreign = {path for path in files.foreign - exact if not path.is_relative_to(runs_root)}
+    kept = (file for file in files.copied - files.foreign if file in exact or not file.is_relative_to(runs_root))
     files.copied = {file for file in kept if _is_below_no_link(file, whole)}
-    holders = {project} | {parent for file in files.copied for parent in file.parents}
-    linked = (path for path in files.linked - files.copied if not path.is_relative_to(runs_root))
+    holders = {project} | {parent for file in files.copied | files.foreign for parent in file.parents}
+    linked = (path for path in files.linked - files.copied - files.foreign if not path.is_relative_to(runs_root))
     files.linked = {_widest(path, holders) for path in linked}
     return files
 
@@ -282,20 +218,26 @@ def _widest(path: Path, holders: set[Path]) -> Path:
     return path
 
 
-def _files_in_git(root: Path, project: Path, runs_root: Path) -> ProjectFiles:
-    listed = _listed_by_git(root, runs_root)
+def _files_in_git(root: Path, vouched: Vouched, runs_root: Path) -> ProjectFiles:
+    repository = Repository(root, vouched)
+    listed = repository.listed(runs_root)
     environments = tuple(name.removesuffix("pyvenv.cfg") for name in listed.new if name.endswith("/pyvenv.cfg"))
     new = {name for name in listed.new if not name.startswith(environments)}
     secret = {name for name in (new | (listed.changed & listed.tracked)) if is_secret(root, name)}
     files = ProjectFiles(set(), set(), {root / name for name in secret if is_file_here(root / name)})
+    files.foreign |= {folder for folder in repository.open_folders if entries_of(folder, 1)}
     for path in (root / name for name in (listed.tracked | new) - secret):
         if is_file_here(path, unknown=True) or path.is_symlink():
             files.copied.add(path)
         elif is_folder_here(path) and (path / ".git").exists():  # a submodule, or another repository
-            inner = _files_in_git(path, project, runs_root)
+            if not_vouched_for(path, vouched):
+                files.foreign.add(path)
+                continue
+            inner = _files_in_git(path, vouched, runs_root)
             files.copied |= inner.copied
             files.linked |= inner.linked
             files.secret |= inner.secret
+            files.foreign |= inner.foreign
     for name in listed.ignored:
         parents = Path(name).parts[:-1]
         if not any(part.startswith(".") or part in _NO_CODE for part in parents) and not any(
@@ -323,16 +265,21 @@ def _is_below_no_link(file: Path, known: dict[Path, bool]) -> bool:
 
 def _around(folder: Path, above: set[Path]) -> Iterator[Path]:
     """What lies in ``folder``; of the folders in ``above`` what lies in them."""
-    for entry in entries_of(folder, _MOST_LINKS):
-        if entry in above and not entry.is_symlink():
-            yield from _around(entry, above)
-        else:
-            yield entry
+    queue = [folder]
+    for each in queue:
+        for entry in entries_of(each, _MOST_LINKS):
+            if entry in above and not entry.is_symlink():
+                queue.append(entry)
+            else:
+                yield entry
 
 
-def _included(pattern: str, working_directory: Path, project: Path) -> Iterator[tuple[Path, bool]]:
-    """The files that an entry of ``launch.include`` means, each with whether the entry is its very path."""
-    outside = False
+def _included(pattern: str, working_directory: Path, vouched: Vouched) -> Iterator[tuple[Path, bool]]:
+    """The files that an entry of ``launch.include`` means, each with whether the entry is its very path.
+
+    A folder that is not vouched for stands for what is in it.
+    """
+    outside, project = False, vouched.project
     for base in (bases := dict.fromkeys((working_directory, project))):
         found = False
         exact = base / Path(pattern).expanduser()
@@ -343,7 +290,7 @@ def _included(pattern: str, working_directory: Path, project: Path) -> Iterator[
                 continue
             found = True
             if is_folder_here(path):
-                yield from ((file, False) for file in _files_below(path))
+                yield from ((file, False) for file in _files_below(path, vouched))
             elif is_file_here(path):
                 yield path, match == exact
         if found:
@@ -359,17 +306,24 @@ def _matches(base: Path, pattern: str) -> list[Path]:
         found = sorted(base.glob(str(relative)))
     except (ValueError, NotImplementedError, OSError):  # another folder's, or nothing that a file can be named
         return []
+    except RecursionError as error:
+        reason = f"{base} has folders that lie too deep to be searched"
+        raise HpcmmError(f"launch.include names {pattern}, but {reason}: name a folder.") from error
     return [path for path in found if ".git" not in path.parts and not (_NO_CODE & set(path.parts))]
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in _NO_CODE and name != ".git"]
-        yield from (
-            path
-            for path in (Path(parent) / name for name in (*names, *folders))
-            if is_file_here(path) or path.is_symlink()
-        )
+def _files_below(folder: Path, vouched: Vouched) -> Iterator[Path]:
+    queue = [folder]
+    for each in queue:
+        for path in entries_of(each):
+            if not is_folder_here(path):
+                if is_file_here(path) or path.is_symlink():
+                    yield path
+            elif path.name not in _NO_CODE and path.name != ".git":
+                if vouched.accepts(path):
+                    queue.append(path)
+                else:
+                    yield path
 
 
 # Projects without git.
@@ -392,14 +346,14 @@ def _is_by_name_shared_ground(folder: Path) -> bool:
     return folder in homes | {Path("/"), Path("/tmp"), Path("/var/tmp")} or folder.parent == Path("/home")  # noqa: S108
 
 
-def _files_without_git(project: Path, scripts: Sequence[Path], runs_root: Path) -> ProjectFiles:
+def _files_without_git(vouched: Vouched, scripts: Sequence[Path], runs_root: Path) -> ProjectFiles:
     """Code and small settings of the folder and of the packages in it. All else beside them is linked."""
-    files, left, is_for_all = ProjectFiles(set(), set(), set()), _MOST_ENTRIES, is_open_to_all(project)
-    queue = list(_used_by(scripts, project)) if _is_shared_ground(project) else entries_of(project, _MOST_ENTRIES)
+    files, left, project = ProjectFiles(set(), set(), set()), _MOST_ENTRIES, vouched.project
+    queue = list(_used_by(scripts, vouched)) if _is_shared_ground(project) else entries_of(project, _MOST_ENTRIES)
     for path in queue:
         if path == runs_root or (path.name.startswith(".") and not has_secret_name(path.name)):
             continue
-        if is_for_all and not is_trusted(path):
+        if not vouched.accepts(path):
             files.foreign.add(path)
         elif is_folder_here(path):
             inside = entries_of(path, left + 1)
@@ -417,14 +371,14 @@ def _files_without_git(project: Path, scripts: Sequence[Path], runs_root: Path) 
     return files
 
 
-def _used_by(scripts: Sequence[Path], folder: Path) -> Iterator[Path]:
+def _used_by(scripts: Sequence[Path], vouched: Vouched) -> Iterator[Path]:
     """The scripts and their packages, and what lies beside them that they import or name, and that in turn."""
-    queue, seen, is_for_all = list(scripts), set(scripts), is_open_to_all(folder)
+    queue, seen, folder = list(scripts), set(scripts), vouched.project
     while queue:
         file = queue.pop()
         yield folder / file.relative_to(folder).parts[0]
         names: set[str] = set()
-        is_read = file.suffix == ".py" and (file in scripts or not is_for_all or is_trusted(file))
+        is_read = file.suffix == ".py" and (file in scripts or vouched.accepts(file))
         for node in ast.walk(syntax_tree(file)) if is_read else ():
             match node:
                 case ast.Import(names=imported):
@@ -442,9 +396,6 @@ def _used_by(scripts: Sequence[Path], folder: Path) -> Iterator[Path]:
 def syntax_tree(script: Path) -> ast.AST:
     """The script's syntax tree; an empty one if it cannot be parsed, which Python itself will say, or is no file."""
     try:
-        descriptor = os.open(script, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
-        with os.fdopen(descriptor, "rb") as file:
-            is_code = S_ISREG(os.fstat(file.fileno()).st_mode)
-            return ast.parse(file.read(_LARGEST_BYTES)) if is_code else ast.Module([], [])
+        return ast.parse(read_followed(script, _LARGEST_BYTES))
     except (OSError, SyntaxError, ValueError, RecursionError):
         return ast.Module([], [])

@@ -20,7 +20,7 @@ from pathlib import Path
 from hpcmm.config.class_source import holder_of
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.files import entries_of, is_file_here, is_folder_here
+from hpcmm.files import entries_of, is_file_here, is_folder_here, open_followed
 from hpcmm.launch.job_imports import (
     INSTALLED,
     Editable,
@@ -171,12 +171,13 @@ def take_snapshot(config: RunConfig, run: RunDir, code: CodePlan | None) -> str:
         _check_size(project, found.copied, config.launch.snapshot_limit_mb)
         files |= {_project_copy(run) / file.relative_to(project): file for file in found.copied}
     digest, closed = hashlib.sha256(), []
-    for folder in {target.parent for target in files}:
-        folder.mkdir(parents=True, exist_ok=True)
+    run.code.mkdir(parents=True, exist_ok=True)
+    for folder in sorted(_folders_above(files, run.code)):
+        folder.mkdir(exist_ok=True)
     for target, source in sorted(files.items()):
         try:
             what = _copy(source, target, run, code.project if code else None)
-        except (PermissionError, FileNotFoundError) as error:  # closed to us, or deleted since it was listed
+        except OSError as error:  # closed to us, or exchanged or deleted since it was listed
             if Path(os.fsdecode(error.filename or "")) != source:
                 raise
             closed.append(source)
@@ -187,6 +188,12 @@ def take_snapshot(config: RunConfig, run: RunDir, code: CodePlan | None) -> str:
         _link(code, found, run)
         _say_what_is_not_copied(config, code, found, closed)
     return digest.hexdigest()
+
+
+def _folders_above(files: Iterable[Path], top: Path) -> set[Path]:
+    """The folders below ``top`` that hold these; ``mkdir`` itself makes no very deep ones, for it calls itself."""
+    holders = {file.parent for file in files}
+    return {each for folder in holders for each in (folder, *folder.parents)[: len(folder.parts) - len(top.parts)]}
 
 
 def _link(code: CodePlan, found: ProjectFiles, run: RunDir) -> None:
@@ -213,7 +220,12 @@ def _say_what_is_not_copied(config: RunConfig, code: CodePlan, found: ProjectFil
             f"not copied, for they look like credentials: {names}. Name one that the job needs in launch.include."
         )
     if found.foreign:
-        said.append(f"not copied, for they are other users': {_named(found.foreign, project)}.")
+        said.append(
+            "neither copied nor linked, for users could have written them who cannot change the script: "
+            f"{_named(found.foreign, project)}. Take over what the job needs (chown, chmod go-w)."
+        )
+    if found.not_for_git:
+        said.append(f"git is not asked about {_shown(project)}, for other users can write {_shown(found.not_for_git)}.")
     if code.project and (above := passed_over(project)) is not None:
         said.append(
             f"{_shown(above)} is not taken as the project, for other users can write there: of {_shown(project)} alone "
@@ -401,7 +413,8 @@ def _copy(source: Path, target: Path, run: RunDir, project: Path | None) -> str:
         else:
             target.symlink_to(pointed if pointed.is_absolute() else (source.parent / pointed).absolute())
         return str(pointed)
-    shutil.copyfile(source, target)
+    with open_followed(source) as file, target.open("wb") as made:  # a pipe may be there by now
+        shutil.copyfileobj(file, made)
     shutil.copymode(source, target)
     with target.open("rb") as copied:
         return hashlib.file_digest(copied, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import hashlib
 import os
@@ -22,7 +23,7 @@ from hpcmm.files import is_regular
 from hpcmm.launch.plan import Plan, PlannedPoint
 from hpcmm.launch.project_files import project_root, revision
 from hpcmm.launch.script import python_of, render_analysis_script, render_script
-from hpcmm.launch.snapshot import take_snapshot
+from hpcmm.launch.snapshot import CodePlan, take_snapshot
 from hpcmm.resources import PACKAGE
 from hpcmm.runs.ledger import Ledger, LedgerPoint
 from hpcmm.runs.ownership import check_runs_root
@@ -32,7 +33,7 @@ from hpcmm.worker.task import RankTask
 
 
 def write_provenance(
-    config: RunConfig, run: RunDir, *, overrides: Sequence[str], project: Path | None, code_sha256: str | None
+    config: RunConfig, run: RunDir, *, overrides: Sequence[str], code: CodePlan, code_sha256: str | None
 ) -> None:
     """Write ``provenance.json``, and beside the code a patch for each project with uncommitted changes."""
     record: dict[str, Any] = {
@@ -49,8 +50,8 @@ def write_provenance(
         "packages": installed_packages(),
         "modules": [*filter(None, os.environ.get("LOADEDMODULES", "").split(":"))],
     }
-    if project is not None:
-        record["code"]["project"] = _origin(project, run, "project")
+    if code.project is not None:
+        record["code"]["project"] = _origin(code.project, run, "project", code.scripts)
     write_provenance_record(run, record)
 
 
@@ -69,14 +70,14 @@ def installed_packages() -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda package: package[0].lower()))
 
 
-def _origin(folder: Path, run: RunDir, name: str) -> dict[str, Any]:
+def _origin(folder: Path, run: RunDir, name: str, scripts: Sequence[Path] = ()) -> dict[str, Any]:
     """Where a part of the code comes from."""
     root = project_root(folder)
     origin: dict[str, Any] = {"path": str(folder)}
     if root is None:
         return origin
     try:
-        state = revision(root)
+        state = revision(root, scripts)
     except HpcmmError as error:
         return origin | {"git": str(error)}
     origin |= {"commit": state.commit, "uncommitted_changes": None}
@@ -110,10 +111,11 @@ def write(planned: Plan) -> None:
         shutil.rmtree(planned.run.root, ignore_errors=True)  # else it would be the newest run of its name
         raise
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        is_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+        reason = (error.strerror if is_full else None) or error  # which names the file
+        remedy = "free some space there" if is_full else "put that right"
         raise HpcmmError(
-            f"The run directory {planned.run.root} cannot be written ({reason}): free some space there, or set "
-            "runs_root."
+            f"The run directory {planned.run.root} cannot be written ({reason}): {remedy}, or set runs_root."
         ) from error
 
 
@@ -132,7 +134,7 @@ def _write_shared_files(planned: Plan) -> None:
         if config.analyze is Analyze.after and config.cluster.executor is Executor.slurm:
             _write_script(scripts.analysis_script(array.first), render_analysis_script(config, array))
     code_sha256 = take_snapshot(config, run, planned.code) if config.launch.snapshot else None
-    write_provenance(config, run, overrides=planned.overrides, project=planned.project, code_sha256=code_sha256)
+    write_provenance(config, run, overrides=planned.overrides, code=planned.code, code_sha256=code_sha256)
 
 
 def _write_script(path: Path, text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -321,3 +321,15 @@ def _has_no_name_here(uid: int) -> bool:
     except (OSError, ValueError):
         return False
     return uid == overflow and mapped != _WHOLE_RANGE
+
+
+def others_can_write(path: Path, facts: os.stat_result, known: Sequence[tuple[Path, os.stat_result]]) -> bool:
+    """Whether users can write ``path`` by the rights of its group or of all, who can write none of ``known`` so."""
+    if facts.st_mode & S_IWOTH:
+        return not any(each.st_mode & S_IWOTH for _, each in known)
+    return _group_can_write(path, facts) and not any(_is_same_group(path, facts, *each) for each in known)
+
+
+def is_known_owner(uid: int) -> bool:
+    """Whether what this user owns is this user's own, root's, or of nobody that is known in this container."""
+    return uid in _trusted_above() or _has_no_name_here(uid)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.project_files import files_of
 from hpcmm.launch.snapshot import plan_code, take_snapshot
 from hpcmm.launch.write import installed_packages, write_provenance
 from hpcmm.runs.run_dir import RunDir
@@ -134,7 +134,7 @@ def test_the_provenance_names_commit_changes_packages_and_hashes(project, monkey
     monkeypatch.setenv("LOADEDMODULES", "gcc/12:cuda/12.4")
     config, run, code = planned(project)
     run.submission_script.write_text("#!/bin/bash\n")
-    write_provenance(config, run, overrides=["a=b"], project=code.project, code_sha256="abc")
+    write_provenance(config, run, overrides=["a=b"], code=code, code_sha256="abc")
     record = json.loads(run.provenance.read_text())
     head = subprocess.run(["git", "-C", str(project), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert record["code"]["project"]["commit"] == head.stdout.strip()
@@ -201,19 +201,21 @@ def test_what_a_script_opens_by_a_relative_path_is_named_since_the_job_reads_it_
     ) in capsys.readouterr().err
 
 
-def test_a_file_that_vanishes_or_is_closed_to_us_is_named_and_the_launch_goes_on(project, monkeypatch, capsys):
-    (project / "closed.py").write_text("")
-    copyfile = shutil.copyfile
+@pytest.mark.parametrize("exchanged_for", [None, os.mkfifo])
+def test_a_file_that_vanishes_or_becomes_a_pipe_is_named_and_the_launch_goes_on(
+    project, monkeypatch, capsys, exchanged_for
+):
+    def exchanged(*arguments):
+        found = files_of(*arguments)
+        (project / "new.py").unlink()
+        if exchanged_for:
+            exchanged_for(project / "new.py")
+        return found
 
-    def refusing(source, target):
-        if source.name == "closed.py":
-            source.unlink()
-        copyfile(source, target)
-
-    monkeypatch.setattr(shutil, "copyfile", refusing)
+    monkeypatch.setattr("hpcmm.launch.snapshot.files_of", exchanged)
     config, run, code = planned(project)
     take_snapshot(config, run, code)
-    assert "hpcmm: not copied, for they cannot be read: 'closed.py'.\n" in capsys.readouterr().err
+    assert "hpcmm: not copied, for they cannot be read: 'new.py'.\n" in capsys.readouterr().err
     assert (run.code / "project" / "train.py").is_file()
 
 
@@ -260,3 +262,36 @@ def test_what_is_named_like_a_module_and_is_no_file_is_not_copied(tmp_path, monk
     config, run, code = planned(tmp_path, f"runs_root='{tmp_path}/runs'")
     take_snapshot(config, run, code)
     assert [path.name for path in (run.code / "project").iterdir()] == ["train.py"]
+
+
+def test_a_file_in_very_deep_folders_is_copied(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("")
+    deep = str(tmp_path / "d")
+    for _ in range(1100):
+        os.mkdir(deep)  # noqa: PTH102 -- shorter
+        deep += "/d"
+    Path(deep).write_text("")
+    config, run, code = planned(tmp_path, "launch.include=[d]")
+    try:
+        take_snapshot(config, run, code)
+        assert (run.code / "project" / Path(deep).relative_to(tmp_path)).is_file()
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "d", run.root], check=True)  # which shutil cannot
+
+
+def test_what_others_could_have_written_is_named_and_so_is_that_git_is_not_asked(
+    project, tmp_path, monkeypatch, capsys
+):
+    config, run, code = planned(project)
+
+    def left_out(*arguments):
+        found = files_of(*arguments)
+        found.copied.remove(project / "new.py")
+        found.foreign, found.not_for_git = {project / "new.py"}, project / ".git" / "config"
+        return found
+
+    monkeypatch.setattr("hpcmm.launch.snapshot.files_of", left_out)
+    take_snapshot(config, run, code)
+    said = capsys.readouterr().err
+    assert "users could have written them who cannot change the script: 'new.py'. Take over what the job needs" in said
+    assert f"git is not asked about {ascii(str(project))[1:-1]}, for other users can write" in said
