@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
-from hpcmm.files import entries_of, holds_python, is_file_here, is_folder_here
+from hpcmm.files import entries_of, holds_python, is_file_here, is_folder_here, read_followed
 from hpcmm.launch.project_files import project_root, syntax_tree
 from hpcmm.resources import PACKAGE
 
@@ -112,17 +112,17 @@ def _editable_project(direct_url: Path) -> Path | None:
     from urllib.parse import unquote, urlsplit  # noqa: PLC0415
 
     try:
-        record = json.loads(direct_url.read_bytes())
+        record = json.loads(read_followed(direct_url))
         if record["dir_info"]["editable"]:
             return Path(unquote(urlsplit(record["url"]).path))
-    except (OSError, ValueError, KeyError, TypeError):  # no such record
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no such record
         pass
     return None
 
 
 def _lines(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_followed(file).decode("utf-8-sig")
     except (OSError, ValueError):  # Python itself skips it with a warning
         return []
     return [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
@@ -232,7 +232,7 @@ def import_roots(
 
 def _searched(config: RunConfig, working_directory: Path) -> Iterator[Path]:
     """The folders from which Python imports here, and would in the job, but for installed packages."""
-    asked, here = list(_asked(config, working_directory)), working_directory.resolve()
+    asked, here = list(folders_of_pythonpath(config, working_directory)), working_directory.resolve()
     yield from asked
     library = Path(os.__file__).parent.resolve()
     for folder in (Path(entry).resolve() for entry in sys.path if entry):
@@ -243,8 +243,8 @@ def _searched(config: RunConfig, working_directory: Path) -> Iterator[Path]:
             yield folder
 
 
-def _asked(config: RunConfig, working_directory: Path) -> Iterator[Path]:
-    """The folders of PYTHONPATH, here and in the job."""
+def folders_of_pythonpath(config: RunConfig, working_directory: Path) -> Iterator[Path]:
+    """The folders of PYTHONPATH, here and in the job. An empty entry of it is the folder that the job runs in."""
     for path in (os.environ.get("PYTHONPATH"), config.cluster.environment.get("PYTHONPATH")):
         for entry in path.split(os.pathsep) if path else ():
             folder = (working_directory / entry).resolve()
@@ -257,7 +257,7 @@ def live_packages(
 ) -> dict[Path, list[str]]:
     """Packages outside of ``project`` that the job reads where they lie, by the folder or file that holds them."""
     live = {path: [name] for name, path in installed.packages.items()}
-    checkouts = (folder for folder in _asked(config, working_directory) if project_root(folder))
+    checkouts = (folder for folder in folders_of_pythonpath(config, working_directory) if project_root(folder))
     for root in (*installed.roots, *checkouts):
         names = sorted(importable(root, spaces=False)) or sorted(importable(root))
         if names and not is_file_here(root / PACKAGE.name / "__init__.py"):

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 from hpcmm.config.class_source import holder_of
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
@@ -24,6 +25,7 @@ from hpcmm.files import entries_of, is_file_here, is_folder_here, open_followed
 from hpcmm.launch.job_imports import (
     INSTALLED,
     Editable,
+    folders_of_pythonpath,
     import_roots,
     importable,
     live_packages,
@@ -41,7 +43,9 @@ from hpcmm.launch.project_files import (
     project_root,
     syntax_tree,
 )
+from hpcmm.launch.vouched import Vouched
 from hpcmm.resources import PACKAGE, resource
+from hpcmm.runs.ownership import is_open_to_all
 from hpcmm.runs.run_dir import RunDir
 
 _MB = 10**6
@@ -81,14 +85,23 @@ class CodePlan:
 def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: Collection[str] = ()) -> CodePlan:
     """What a job of ``config`` runs, whose points name the classes ``targets``.
 
-    Raises HpcmmError if the script is not there, or classes lie in several projects.
+    Raises HpcmmError if the script is not there, classes lie in several projects, or others can write a folder that the
+    job would import from.
     """
     task = config.task
+    for folder in filter(is_open_to_all, folders_of_pythonpath(config, working_directory)):
+        _refuse_searched(folder, "take it out of PYTHONPATH, in which an empty entry is the current folder")
     script = _existing_script(task.path, working_directory) if task.name == SCRIPT else None
     holders = _holders_of(targets)
     if not config.launch.snapshot:
-        here = [str(working_directory)] if task.name == FUNCTION else list(map(str, holders))
-        return CodePlan(None, (str(PACKAGE.parent), *here), str(script) if script else None)
+        here = [working_directory] if task.name == FUNCTION else holders
+        modules = [script] if script else [*_modules({*targets, task.target or ""}, here)]
+        for folder in [*here, *([script.parent] if script else [])]:  # Python searches that of a script as well
+            if is_open_to_all(folder) or Vouched(folder, modules).is_open(folder):
+                _refuse_searched(
+                    folder, "leave out launch.snapshot=false, for of such a folder your own files are copied"
+                )
+        return CodePlan(None, (str(PACKAGE.parent), *map(str, here)), str(script) if script else None)
     own = str(_hpcmm_copy(run))
     if (task._target_ is not None and not holders) or (task.target or "").startswith("hpcmm."):
         if config.launch.include:
@@ -118,6 +131,13 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: 
         working_directory=working_directory.resolve(),
         packages=roots.packages,
         installed=installed,
+    )
+
+
+def _refuse_searched(folder: Path, remedy: str) -> NoReturn:
+    raise HpcmmError(
+        f"The job would import from {_shown(folder)}, which other users can write, so a module of theirs would run as "
+        f"you: close it to them (chmod go-w), or {remedy}."
     )
 
 

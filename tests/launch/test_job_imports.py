@@ -251,6 +251,19 @@ def test_files_that_cannot_be_read_as_text_or_python_are_passed_over(tmp_path: P
     assert (found.roots, dict(found.packages)) == ((), {})
 
 
+@pytest.mark.timeout(30)
+def test_pipes_among_the_files_of_a_python_are_not_waited_for(project: Path, python: Python):
+    record = python.site / "mine-1.dist-info" / "direct_url.json"
+    record.parent.mkdir()
+    settings = python.path.parent.parent / "pyvenv.cfg"
+    settings.unlink()
+    for pipe in (python.site / "mine.pth", python.site / "__editable___mine_finder.py", record, settings):
+        os.mkfifo(pipe)
+    (python.site / "other.pth").write_text("import __editable___mine_finder\n")
+    _, folders = frozen(project, python)
+    assert folders[0] == "project"
+
+
 def test_the_folders_of_a_python_are_known_by_its_layout(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     conda, user = tmp_path / "conda", tmp_path / ".local" / "lib" / "python3.9" / "site-packages"

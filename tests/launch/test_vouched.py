@@ -11,10 +11,13 @@ from pathlib import Path
 import another_user
 import pytest
 
+from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
 from hpcmm.launch import vouched as module
 from hpcmm.launch.project_files import files_of, revision
+from hpcmm.launch.snapshot import plan_code
 from hpcmm.launch.vouched import Vouched, not_vouched_for
+from hpcmm.runs.run_dir import RunDir
 
 NO_RUNS = Path("/nowhere/runs")
 
@@ -327,3 +330,52 @@ def test_a_pipe_beside_the_repository_is_not_given_to_git(project: Path, ran: Pa
     os.mkfifo(project / ".gitignore")
     another_user.give(project / ".gitignore")
     assert sorted_out(project)[0] == {"sub/train.py", "near.py", "lib/helper.py"}
+
+
+# Folders that the job's Python searches.
+
+
+def searched(project: Path, *overrides: str) -> tuple[str, ...]:
+    config = compose_run([f"runs_root={project.parent / 'runs'}", *overrides])
+    return plan_code(config, RunDir(project.parent / "runs" / "new"), project).python_path
+
+
+@pytest.fixture
+def function(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    return ["task=function", "task.target=near:main"]
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o3775])
+def test_without_a_snapshot_a_folder_is_refused_where_others_could_put_a_module_beside_the_function_s(
+    project: Path, function: list[str], mode: int
+):
+    open_to_group(project, mode)
+    refused = rf"^The job would import from {project}, which other users can write, .*leave out launch\.snapshot=false"
+    with pytest.raises(HpcmmError, match=refused):
+        searched(project, "launch.snapshot=false", *function)
+    with pytest.raises(HpcmmError, match=refused):
+        searched(project, "launch.snapshot=false", "task=script", "task.path=near.py")
+    assert searched(project, *function)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o2775])
+def test_it_is_not_if_they_can_change_the_function_itself_or_can_write_nothing(
+    project: Path, function: list[str], mode: int
+):
+    open_to_group(project, mode)
+    assert str(project) in searched(project, "launch.snapshot=false", *function)
+
+
+@pytest.mark.parametrize("entries", ["{folder}", ":/usr", "/usr:{folder}/lib"])
+@pytest.mark.parametrize("snapshot", ["true", "false"])
+def test_a_folder_of_pythonpath_that_everybody_can_write_is_refused(
+    project: Path, function: list[str], entries: str, snapshot: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYTHONPATH", entries.format(folder=project))
+    words = ["task=script", "task.path=sub/train.py", f"launch.snapshot={snapshot}"]
+    assert searched(project, *words)
+    for folder in (project, project / "lib"):
+        folder.chmod(0o1777)
+    with pytest.raises(HpcmmError, match=r"^The job would import from .* take it out of PYTHONPATH, in which an empty"):
+        searched(project, *words)
