@@ -200,6 +200,9 @@ def files_of(
         files.linked.remove(folder)
         for entry in _around(folder, above):
             files.add_ignored(entry)
+    for folder in files.foreign & above:
+        files.foreign.remove(folder)
+        files.foreign |= {*_around(folder, above)}
     whole: dict[Path, bool] = {}
     files.foreign |= {path for path in (files.copied | files.linked) - exact if not vouched.accepts(path)}
     files.foreign = {path for path in files.foreign - exact if not path.is_relative_to(runs_root)}

@@ -51,6 +51,7 @@ class Vouched:
         facts = [(path, path.stat()) for path in paths if path.exists()]
         self._owners = {each.st_uid for _, each in facts if not is_known_owner(each.st_uid)}
         self._known = [(path, each) for path, each in facts if not (S_ISDIR(each.st_mode) and each.st_mode & S_ISVTX)]
+        self._above = {folder for script in scripts for folder in script.parents}
         self._folders = {project: _Counts.everything} if is_closed(project) else {}
 
     def accepts(self, path: Path, *, closed: bool = False) -> bool:
@@ -100,8 +101,9 @@ class Vouched:
         if S_ISLNK(facts.st_mode):
             return above
         if self._others_can_write(path, facts):
-            is_sticky = S_ISDIR(facts.st_mode) and facts.st_mode & S_ISVTX
-            return _Counts.own if is_sticky else _Counts.nothing
+            # Who could exchange another's file in a folder above a script could exchange the script itself.
+            is_like_sticky = S_ISDIR(facts.st_mode) and (facts.st_mode & S_ISVTX or path in self._above)
+            return _Counts.own if is_like_sticky else _Counts.nothing
         is_of_group = not facts.st_mode & S_IWOTH and others_can_write(path, facts, ())
         return _Counts.by_members if is_of_group else above
 

@@ -98,6 +98,23 @@ def test_in_a_group_s_folder_without_the_sticky_bit_nothing_can_be_vouched_for(p
     assert foreign & {"lib", "lib/helper.py"}
 
 
+def test_above_the_script_s_folder_what_is_one_s_own_counts(project: Path, kind: str):
+    open_to_group(project, 0o2775)
+    another_user.give(write(project, "sitecustomize.py"))
+    taken, foreign = sorted_out(project)
+    assert taken == {"sub/train.py", "lib/helper.py", "near.py"}
+    assert foreign == {"sitecustomize.py"}
+
+
+def test_of_a_folder_with_an_included_file_the_others_are_named(project: Path, kind: str):
+    (project / "drop").mkdir()
+    (project / "drop").chmod(0o777)
+    write(project, "drop/a.py", "drop/b.py")
+    taken, foreign = sorted_out(project, "drop/a.py")
+    assert "drop/a.py" in taken
+    assert foreign == {"drop/b.py"}
+
+
 @pytest.mark.parametrize("member_s", [True, False])
 def test_who_can_write_the_script_s_folder_is_trusted_with_all_of_the_project(project: Path, kind: str, member_s: bool):
     for folder in (project, project / "sub", project / "lib", *project.glob(".git")):
