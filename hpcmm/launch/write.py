@@ -111,8 +111,9 @@ def write(planned: Plan) -> None:
         shutil.rmtree(planned.run.root, ignore_errors=True)  # else it would be the newest run of its name
         raise
     except (OSError, UnicodeError) as error:
-        is_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
-        reason = (error.strerror if is_full else None) or error  # which names the file
+        code = error.errno if isinstance(error, OSError) else None
+        is_full = code in {errno.ENOSPC, errno.EDQUOT}
+        reason = os.strerror(code) if code and is_full else error  # which names the file
         remedy = "free some space there" if is_full else "put that right"
         raise HpcmmError(
             f"The run directory {planned.run.root} cannot be written ({reason}): {remedy}, or set runs_root."

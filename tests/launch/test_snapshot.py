@@ -1,5 +1,6 @@
 """The code of a run is what git would track, as it lies on disk; nothing else is copied, and nothing without bound."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from hpcmm.config.compose import compose_run
+from hpcmm.config.sweep import compose_points
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.plan import plan
 from hpcmm.launch.project_files import files_of
 from hpcmm.launch.snapshot import plan_code, take_snapshot
-from hpcmm.launch.write import installed_packages, write_provenance
+from hpcmm.launch.write import installed_packages, write, write_provenance
 from hpcmm.runs.run_dir import RunDir
 
 
@@ -295,3 +298,25 @@ def test_what_others_could_have_written_is_named_and_so_is_that_git_is_not_asked
     said = capsys.readouterr().err
     assert "users could have written them who cannot change the script: 'new.py'. Take over what the job needs" in said
     assert f"git is not asked about {ascii(str(project))[1:-1]}, for other users can write" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "full"),
+            r"cannot be written \(No space left on device\): free some space there, or set",
+        ),
+        (OSError("odd"), r"cannot be written \(odd\): put that right, or set runs_root\.$"),
+        (PermissionError(errno.EACCES, "closed", "x.py"), r"cannot be written \(.*closed: 'x.py'\): put that right"),
+    ],
+)
+def test_what_keeps_a_run_from_being_written_is_named(tmp_path, monkeypatch, error, said):
+    def refuse(*arguments):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hpcmm.launch.write.take_snapshot", refuse)
+    overrides = ["cluster=local", f"runs_root={tmp_path / 'runs'}", f"cluster.cache_dir={tmp_path / 'cache'}"]
+    with pytest.raises(HpcmmError, match=said):
+        write(plan(compose_points(overrides), overrides))
