@@ -102,7 +102,10 @@ def check_working_directory() -> None:
 
 
 def _tell(name: str, error: Exception, *, one_line: bool) -> int:
-    lines = [str(error)] if one_line else str(error).split("\n")
+    said = str(error)
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+        said = f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}."
+    lines = [said] if one_line else said.split("\n")
     print(f"{name}: " + "\n".join(map(printable, lines)), file=sys.stderr, flush=True)
     return 1
 

@@ -102,7 +102,7 @@ def open_checked(path: Path, *, within: Path | None = None) -> Opened:
     except OSError:
         os.close(descriptor)
         raise
-    return Opened(os.fdopen(descriptor, "rb"), writer or (path if _others_write(facts) else None))
+    return Opened(os.fdopen(descriptor, "rb"), writer or (path if others_write(facts) else None))
 
 
 def open_regular(path: Path, *, within: Path | None = None) -> IO[bytes]:
@@ -202,7 +202,7 @@ def _open_folder(path: Path, within: Path, access: int = os.O_PATH) -> tuple[_Fo
     try:
         facts = os.fstat(descriptor)
         folder = _Folder(descriptor, facts.st_uid)
-        writer = within if _others_write(facts) else None
+        writer = within if others_write(facts) else None
         for depth, name in enumerate(names, 1):
             flags = (access if depth == len(names) else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             above, descriptor = descriptor, os.open(name, flags, dir_fd=descriptor)
@@ -210,7 +210,7 @@ def _open_folder(path: Path, within: Path, access: int = os.O_PATH) -> tuple[_Fo
             folder = replace(folder, descriptor=descriptor)
             facts = os.fstat(descriptor)
             folder.check_owner(facts)
-            writer = writer or (within.joinpath(*names[:depth]) if _others_write(facts) else None)
+            writer = writer or (within.joinpath(*names[:depth]) if others_write(facts) else None)
     except OSError:
         os.close(descriptor)
         raise
@@ -239,10 +239,11 @@ def other_writer(*paths: Path) -> Path | None:
 
     Raises OSError if one is not there.
     """
-    return next((path for path in paths if _others_write(path.stat())), None)
+    return next((path for path in paths if others_write(path.stat())), None)
 
 
-def _others_write(facts: os.stat_result) -> bool:
+def others_write(facts: os.stat_result) -> bool:
+    """Whether another user than this one and root owns a file or folder, or could write it."""
     return facts.st_uid not in {os.geteuid(), 0} or facts.st_mode & (S_IWGRP | S_IWOTH) != 0
 
 
@@ -252,6 +253,14 @@ def entries_of(folder: Path, most: int | None = None) -> list[Path]:
         return list(islice(folder.iterdir(), most))
     except OSError:
         return []
+
+
+def resolved(path: Path) -> Path:
+    """The path without links; as it is if these cannot be followed, such as while another user exchanges them."""
+    try:
+        return Path(os.path.realpath(path))
+    except OSError:
+        return path
 
 
 def is_folder_here(path: Path) -> bool:

@@ -55,7 +55,12 @@ exit status: 0 done, 1 not (why: no job failed), 130 after Ctrl-C, which stops t
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.jobs") -> int:
     """The command line; returns the exit status."""
-    return run_command("hpcmm.jobs", lambda given: _command(_parser(prog).parse_args(given)), arguments)
+    return run_command(
+        "hpcmm.jobs",
+        lambda given: _command(_parser(prog).parse_args(given)),
+        arguments,
+        errors=(HpcmmError, OSError),  # what another user does to their run meanwhile
+    )
 
 
 def _command(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from hpcmm.files import is_regular, other_writer
 from hpcmm.resources import resource
 from hpcmm.runs.attempts import attempts_of
 from hpcmm.runs.ledger import array_of, jobs_of_points
-from hpcmm.runs.ownership import exchangeable, is_mine, other_user
+from hpcmm.runs.ownership import exchangeable, is_mine, other_user, settle
 from hpcmm.runs.run_dir import JOB_ID, RUNS, RunDir, SweepDir, first_point_of, is_run, runs_in
 from hpcmm.runs.submission import job_ids_of
 from hpcmm.slurm.jobs import Job
@@ -226,8 +226,9 @@ def _path(asked: str) -> Path | None:
 
 
 def _settled(folder: Path) -> Path:
-    """Links to the run are followed, but for one of another user, by which the run is shown as theirs."""
-    return folder.resolve() if other_user(folder) is None else folder.absolute()
+    """One's own run by its real path, which no other user can lead elsewhere; another user's as it is named."""
+    place = settle(folder)
+    return place.real if place is not None and place.uid == os.geteuid() else folder.absolute()
 
 
 def _named(name: str, runs_root: Path) -> list[RunDir]:

@@ -39,7 +39,8 @@ _ROOT = "runs_root="
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.launch") -> int:
     """The command line; returns the exit status."""
-    return run_command("hpcmm", lambda given: _command(given, prog), arguments, interrupted="")
+    errors = (HpcmmError, OSError)
+    return run_command("hpcmm", lambda given: _command(given, prog), arguments, errors=errors, interrupted="")
 
 
 def _command(given: list[str], prog: str) -> int:

@@ -31,7 +31,7 @@ from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import profiled_ranks, tasks_in
 from hpcmm.runs.exit_status import outcome_of
 from hpcmm.runs.ledger import array_of, jobs_of_points
-from hpcmm.runs.ownership import Exchangeable, check_runs_root, is_mine, is_trusted, require_mine
+from hpcmm.runs.ownership import Exchangeable, check_runs_root, is_mine, real_and_trusted, require_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import identity_of, job_ids_of, submitted_job
 from hpcmm.slurm.commands import SilentError, clusters_asked
@@ -239,7 +239,7 @@ def run_to_start_from(config: RunConfig) -> str | None:
         # Another user may have left a run of the same name.
         for folder in sorted(places, key=lambda place: not is_mine(place)):
             if is_regular(folder / "config.yaml"):
-                return str(_trained(_readable(RunDir(folder.resolve()), folder, config), config).root)
+                return str(_trained(_readable(folder, config), config).root)
     if (run := _run_named(named, runs_root)) is None:
         raise HpcmmError(
             f"train.init_from={named}: neither {config.runs_root} holds a run of that name, nor is it a run's folder."
@@ -248,7 +248,7 @@ def run_to_start_from(config: RunConfig) -> str | None:
         raise HpcmmError(
             f"train.init_from={named}: {run.root} is a sweep: name one of its points, such as {run.root.name}/0000."
         )
-    return str(_trained(_readable(run, run.root, config), config).root)
+    return str(_trained(_readable(run.root, config), config).root)
 
 
 def _run_named(named: str, runs_root: Path) -> RunDir | None:
@@ -261,13 +261,15 @@ def _run_named(named: str, runs_root: Path) -> RunDir | None:
         return None
 
 
-def _readable(run: RunDir, named: Path, config: RunConfig) -> RunDir:
+def _readable(named: Path, config: RunConfig) -> RunDir:
     """A checkpoint is a pickle, which the ranks refuse to read if another user than root could have written it."""
-    writer = other_writer(*(each for each in (run.root, run.checkpoints) if each.exists()))
-    if writer is not None or not is_trusted(named):
+    root, reason = real_and_trusted(named)
+    run = RunDir(root)
+    writer = other_writer(*(each for each in (root, run.checkpoints) if each.exists()))
+    if reason or writer is not None:
         raise HpcmmError(
-            f"train.init_from={config.train.init_from}: {writer or named} can be written by another user, and reading "
-            "a checkpoint runs code from it: take it over (chown, chmod go-w) if you trust it."
+            f"train.init_from={config.train.init_from}: {reason or f'{writer} can be written by another user'}, and "
+            "reading a checkpoint runs code from it: take it over (chown, chmod go-w) if you trust it."
         )
     return run
 
@@ -326,8 +328,8 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
     run = RunDir(runs_root / named)
     if "\0" in named or not run.root.is_dir():
         raise HpcmmError(f"after={named} is not a job id, and {runs_root} holds no run of that name.")
-    require_mine(run.root, f"after={named} waits for a run of yours, or for a job's number")
-    if job_ids := job_ids_of(RunDir(run.root.resolve())):
+    run = RunDir(require_mine(run.root, f"after={named} waits for a run of yours, or for a job's number"))
+    if job_ids := job_ids_of(run):
         return ":".join(job_ids) if SweepDir(run.root).is_there() else job_ids[-1]
     if (job_id := submitted_job(run)) is None:
         raise HpcmmError(f"after={named}: {run.submission} does not tell that run's job, so it was not submitted.")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_regular
+from hpcmm.files import is_regular, resolved
 from hpcmm.runs.run_dir import RUNS, RunDir, SweepDir
 
 PREFERENCE = (".nsys-rep", ".sqlite", ".qdstrm")
@@ -98,6 +97,6 @@ def _group(files: Iterable[Path]) -> tuple[ReportSource, ...]:
     """Files that differ only in kind are the same capture."""
     by_stem: dict[Path, set[Path]] = {}
     for file in files:
-        by_stem.setdefault(Path(os.path.realpath(file)).with_suffix(""), set()).add(file)
+        by_stem.setdefault(resolved(file).with_suffix(""), set()).add(file)
     captures = (sorted(group, key=lambda file: PREFERENCE.index(file.suffix)) for group in by_stem.values())
     return tuple(sorted((ReportSource(tuple(group)) for group in captures), key=lambda source: str(source.path)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from hpcmm.config.untyped_config import read_untyped_config, trains_a_workload
 from hpcmm.errors import HpcmmError
+from hpcmm.files import resolved
 from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.exit_status import newest_outcome
 from hpcmm.runs.metrics import RankStart, starts_of
@@ -73,7 +74,7 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         profiled=_profiled(profile, world_size, ranks_per_node),
         starts={each.last.rank: each.last for each in ranks},
         config=config,
-        name=run_dir.root.resolve().name,
+        name=resolved(run_dir.root).name,
         startup={each.last.rank: each.records for each in ranks},
         folder=str(run_dir.root),
         failed_before_steps=trains_a_workload(config)  # others note no steps

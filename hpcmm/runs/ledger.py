@@ -133,14 +133,16 @@ def arrays_of(jobs: Mapping[int, Sequence[str]]) -> list[str]:
 
 def read_ledger(path: Path) -> Ledger:
     """Read a ledger, or that of a sweep's folder. Raises HpcmmError if it is none, or another user's."""
-    file = SweepDir(path).ledger if path.is_dir() else path
+    is_folder = path.is_dir()
+    named = SweepDir(path).ledger if is_folder else path
+    root = require_mine(named.parent, "launch the sweep yourself, for its scripts would run as you")
+    file = root / named.name
     if is_link(file):
         raise HpcmmError(f"{file} is a link, which may lead to another sweep's ledger: give the sweep's own folder.")
-    require_mine(file.parent, "launch the sweep yourself, for its scripts would run as you")
-    if path.is_dir() and is_regular(RunDir(path).submission_script) and not file.exists():
+    if is_folder and is_regular(RunDir(root).submission_script) and not file.exists():
         raise HpcmmError(f"{path} is a single run, and no sweep: launch it again, with the overrides that it had.")
     try:
-        record = json.loads(read_text(file, _MOST_BYTES, within=file.parent))
+        record = json.loads(read_text(file, _MOST_BYTES, within=root))
         points = [LedgerPoint(**point) for point in record["points"]]
         whole = [point.index for point in points] == [*range(len(points))] and all(map(_is_whole, points))
     except OSError as error:
@@ -149,4 +151,4 @@ def read_ledger(path: Path) -> Ledger:
         raise HpcmmError(f"{file} is no ledger of a sweep: {error}.") from error
     if not whole or not points:
         raise HpcmmError(f"{file} is no ledger of a sweep: its points are damaged.")
-    return Ledger(SweepDir(Path(os.path.abspath(file)).parent), points)  # noqa: PTH100 -- links stay as they are
+    return Ledger(SweepDir(root), points)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -12,7 +12,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import other_writer
+from hpcmm.files import others_write
 from hpcmm.text import visible
 
 _WHOLE_RANGE = ["0", "0", str(2**32 - 1)]
@@ -20,34 +20,20 @@ _WHOLE_RANGE = ["0", "0", str(2**32 - 1)]
 
 def is_mine(folder: Path) -> bool:
     """Whether a folder is there, and this user's, and so is the link, if it is one."""
-    return _uid_of(folder) == os.geteuid()
+    place = settle(folder)
+    return place is not None and place.uid == os.geteuid()
 
 
 def is_trusted(folder: Path) -> bool:
     """As :func:`is_mine`, but what root owns counts too."""
-    return _uid_of(folder) in {0, os.geteuid()}
+    place = settle(folder)
+    return place is not None and place.uid in {0, os.geteuid()}
 
 
 def other_user(folder: Path) -> str | None:
     """The name of the other user whose folder, or link to one, this is; None if it is this user's, or not there."""
-    uid = _uid_of(folder)
-    return None if uid in {None, os.geteuid()} else name_of(uid)
-
-
-def _uid_of(folder: Path) -> int | None:
-    """Of a link, or one to the folder above (a sweep's), its own unless it is root's or this user's.
-
-    Whoever owns a link chooses the folder. So does who owns one further above, if they could exchange it.
-    """
-    try:
-        above, own, there = folder.parent.lstat(), folder.lstat(), folder.stat()
-    except (OSError, ValueError):
-        return None
-    links = [each.st_uid for each in (above, own) if S_ISLNK(each.st_mode)]
-    foreign = next((uid for uid in links if uid not in {0, os.geteuid()}), None)
-    if foreign is None and (found := _foreign_link(folder)) is not None:
-        foreign = found.uid
-    return there.st_uid if foreign is None else foreign
+    place = settle(folder)
+    return None if place is None or place.uid == os.geteuid() else name_of(place.uid)
 
 
 def name_of(uid: int) -> str:
@@ -60,16 +46,39 @@ def name_of(uid: int) -> str:
         return str(uid)
 
 
-def require_mine(folder: Path, refused: str) -> None:
-    """Raises HpcmmError, whose sentence ends in ``refused``, if another user owns a run's folder or could write it."""
-    user = other_user(folder)
-    if user is not None:
-        raise HpcmmError(f"{visible(str(folder))} is another user's ({user}): {refused}.")
-    if other_writer(folder) is not None:
+def require_mine(folder: Path, refused: str) -> Path:
+    """The real path of a run's folder, for all that is done with it: the name given may lead elsewhere by then.
+
+    Raises HpcmmError, whose sentence ends in ``refused``, if another user owns it or could write it, or everybody could
+    exchange it.
+    """
+    shown, place = visible(str(folder)), settle(folder)
+    if place is None:
+        raise HpcmmError(f"{shown} is not there, or closed to you.")
+    if place.uid != os.geteuid():
+        raise HpcmmError(f"{shown} is another user's ({name_of(place.uid)}): {refused}.")
+    if others_write(place.facts):
         raise HpcmmError(
-            f"{visible(str(folder))} can be written by other users, so it is not acted upon: take it for yourself "
+            f"{shown} can be written by other users, so it is not acted upon: take it for yourself "
             f"alone (chmod go-w) if you trust what is in it."
         )
+    found = place.exchangeable
+    if found is not None and found.reach >= Reach.everybody:
+        raise HpcmmError(
+            f"{found.why}, so another user could put a folder in the place of {shown}, and it is not acted upon: "
+            f"chmod +t {visible(str(found.above))} prevents it."
+        )
+    return place.real
+
+
+def real_and_trusted(folder: Path) -> tuple[Path, str]:
+    """The real path of a folder whose files run as code, and why they must not; empty if only this user and root could
+    have put them there."""
+    place = settle(folder)
+    if place is None or place.uid not in {0, os.geteuid()}:
+        return folder, f"{visible(str(folder))} can be written by another user"
+    found = place.exchangeable
+    return place.real, found.why if found is not None and found.reach >= Reach.everybody else ""
 
 
 def is_link(path: Path) -> bool:
@@ -120,65 +129,122 @@ def _lets_nobody_in(facts: os.stat_result) -> bool:
     return facts.st_uid == os.geteuid() and facts.st_mode & 0o077 == 0
 
 
-def exchangeable(folder: Path) -> Exchangeable | None:
-    """The worst way in which another user than root could put a folder of their own in the place of ``folder``.
-
-    Whoever can write the folder above can rename what lies in it, unless the sticky bit (as of /tmp) forbids it; its
-    owner always can. Folders that are not there yet are passed over. None if nobody can.
-    """
-    found = [each for step in _steps(folder) for each in (_allowed_by(step), _chosen_by(step)) if each is not None]
-    return max(found, key=lambda each: each.reach, default=None)
-
-
-def _foreign_link(folder: Path) -> Exchangeable | None:
-    return next((found for step in _steps(folder) if (found := _chosen_by(step)) is not None), None)
-
-
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A name that is looked up on the way to a folder, in a folder to which other users can come."""
+    """A name that is looked up on the way to a folder."""
 
     path: Path
     uid: int | None
     """Who owns the link of that name; None if it is no link, or not there."""
     above: os.stat_result
     """The facts of the folder that holds it."""
+    is_closed: bool
+    """Whether other users cannot come to that folder."""
+    is_named: bool
+    """Whether it is the folder's own name as it was given, or that of the one above it (a sweep's)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a path led, as one walk found it."""
+
+    real: Path
+    """Without links: it stays the same folder, but for those that :attr:`exchangeable` names."""
+    facts: os.stat_result
+    steps: Sequence[_Step]
+
+    @property
+    def uid(self) -> int:
+        """Whose it is: of a link, its owner's unless that is root or this user, for they choose the folder.
+
+        So does who owns one further above, if they could exchange it.
+        """
+        named = (step.uid for step in self.steps if step.is_named and step.uid is not None)
+        foreign = next((uid for uid in named if uid not in {0, os.geteuid()}), None)
+        if foreign is None and (found := next(filter(None, map(_chosen_by, self.steps)), None)) is not None:
+            foreign = found.uid
+        return self.facts.st_uid if foreign is None else foreign
+
+    @property
+    def exchangeable(self) -> Exchangeable | None:
+        """As :func:`exchangeable`."""
+        return _worst_of(self.steps)
+
+
+def settle(folder: Path) -> Place | None:
+    """Where a path leads now. Whoever acts on it uses the real path; None if nothing is there, or it is closed."""
+    steps, found = _walk(folder)
+    return None if found is None else Place(Path(found[0]), found[1], steps)
+
+
+def exchangeable(folder: Path) -> Exchangeable | None:
+    """The worst way in which another user than root could put a folder of their own in the place of ``folder``.
+
+    Whoever can write the folder above can rename what lies in it, unless the sticky bit (as of /tmp) forbids it; its
+    owner always can. Folders that are not there yet are passed over. None if nobody can.
+    """
+    return _worst_of(_walk(folder)[0])
+
+
+def _worst_of(steps: Sequence[_Step]) -> Exchangeable | None:
+    found = [each for step in steps for each in (_allowed_by(step), _chosen_by(step)) if each is not None]
+    return max(found, key=lambda each: each.reach, default=None)
 
 
 _MOST_LINKS = 40
 """On one path, as for Linux."""
+_TO_WALK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def _steps(folder: Path) -> Iterator[_Step]:
-    """The way of a path, link by link; it ends at what is not there. What lies in a closed folder is left out."""
-    names = os.path.abspath(folder).split("/")[:0:-1]  # noqa: PTH100 -- links stay, for who can exchange one counts too
-    way = [("/", os.lstat("/"), False)]
+def _walk(folder: Path) -> tuple[list[_Step], tuple[str, os.stat_result] | None]:
+    """The way of a path, link by link, up to what is not there; and what it leads to, without links.
+
+    Each folder is looked up in the one that was opened before: a path would be followed anew for each question, and
+    lead elsewhere if another user exchanged a part of it meanwhile.
+    """
+    given = [name for name in str(folder.absolute()).split("/") if name not in {"", "."}]
+    names = [(name, place >= len(given) - 2) for place, name in enumerate(given)][::-1]
+    steps: list[_Step] = []
     links = 0
-    while names:
-        name = names.pop()
-        if name == "..":
-            way = way[:-1] or way
-        if name in {"", ".", ".."}:
-            continue
-        above, above_facts, closed = way[-1]
-        path = f"{above.rstrip('/')}/{name}"
-        try:
-            facts = os.lstat(path)
-            text = os.readlink(path) if S_ISLNK(facts.st_mode) else None  # noqa: PTH115
-        except (OSError, ValueError):
-            facts, text = None, None
-        if not closed:
-            yield _Step(Path(path), None if text is None or facts is None else facts.st_uid, above_facts)
-        if facts is None:
-            return
-        if text is None:
-            way.append((path, facts, closed or _lets_nobody_in(facts)))
-            continue
-        links += 1
-        if links > _MOST_LINKS:
-            return
-        names += text.split("/")[::-1]
-        way = way[:1] if text.startswith("/") else way
+    descriptor = os.open("/", _TO_WALK)
+    opened = [descriptor]
+    way = [("/", descriptor, os.fstat(descriptor), False)]
+    try:
+        while names:
+            name, is_named = names.pop()
+            if name == "..":
+                way = way[:-1] or way
+                continue
+            above, descriptor, above_facts, closed = way[-1]
+            path = f"{above.rstrip('/')}/{name}"
+            try:
+                descriptor = _look_up(name, descriptor)
+                opened.append(descriptor)
+                facts = os.fstat(descriptor)
+                text = os.readlink("", dir_fd=descriptor) if S_ISLNK(facts.st_mode) else None
+            except (OSError, ValueError):
+                steps.append(_Step(Path(path), None, above_facts, closed, is_named))
+                return steps, None
+            steps.append(_Step(Path(path), None if text is None else facts.st_uid, above_facts, closed, is_named))
+            if text is None:
+                way.append((path, descriptor, facts, closed or _lets_nobody_in(facts)))
+                continue
+            links += 1
+            if links > _MOST_LINKS:
+                return steps, None
+            names += [(part, False) for part in text.split("/")[::-1] if part not in {"", "."}]
+            way = way[:1] if text.startswith("/") else way
+    finally:
+        for each in opened:
+            os.close(each)
+    return steps, (way[-1][0], way[-1][2])
+
+
+def _look_up(name: str, above: int) -> int:
+    try:
+        return os.open(name, _TO_WALK | os.O_DIRECTORY, dir_fd=above)  # which mounts it, if it is to be
+    except NotADirectoryError:
+        return os.open(name, _TO_WALK, dir_fd=above)
 
 
 def owner_above(folder: Path) -> str | None:
@@ -187,7 +253,7 @@ def owner_above(folder: Path) -> str | None:
         uid = folder.stat().st_uid
     except OSError:
         return None
-    return None if uid in _trusted_above() or _has_no_name_here(uid) else name_of(uid)
+    return None if is_known_owner(uid) else name_of(uid)
 
 
 def check_runs_root(run: Path, *, again: bool = False, known: Exchangeable | None = None) -> Exchangeable | None:
@@ -217,8 +283,8 @@ def check_runs_root(run: Path, *, again: bool = False, known: Exchangeable | Non
 
 def is_closed(folder: Path) -> bool:
     """Whether other users cannot come to ``folder``: it, or a folder above, is this user's and lets nobody else in."""
-    real = Path(os.path.realpath(folder))
     try:
+        real = Path(os.path.realpath(folder))
         return any(_lets_nobody_in(each.stat()) for each in (real, *real.parents) if each.exists())
     except OSError:
         return False
@@ -226,7 +292,7 @@ def is_closed(folder: Path) -> bool:
 
 def _chosen_by(step: _Step) -> Exchangeable | None:
     """That a link is another user's, in a folder where they could make it anew."""
-    if step.uid is None or step.uid in _trusted_above() or _has_no_name_here(step.uid):
+    if step.uid is None or step.is_closed or is_known_owner(step.uid):
         return None
     facts = step.above
     by_others = facts.st_mode & S_IWOTH or facts.st_uid not in _trusted_above()
@@ -253,13 +319,13 @@ def _allowed_by(step: _Step) -> Exchangeable | None:
     facts, parent = step.above, step.path.parent
     sticky = facts.st_mode & S_ISVTX
     reach = None
-    if not S_ISDIR(facts.st_mode):
+    if step.is_closed or not S_ISDIR(facts.st_mode):
         return None
     if facts.st_mode & S_IWOTH and not sticky:
         reach = Reach.everybody
     elif not sticky and _group_can_write(parent, facts):
         reach = Reach.group
-    elif owner_above(parent) is not None:
+    elif not is_known_owner(facts.st_uid):
         reach = Reach.owner
     return None if reach is None else Exchangeable(reach, parent, facts.st_uid)
 

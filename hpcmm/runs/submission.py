@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hpcmm.files import is_regular, names_in, read_json_object, write_json
+from hpcmm.files import is_regular, names_in, read_json_object, resolved, write_json
 from hpcmm.runs.attempts import restarts_of
 from hpcmm.runs.ledger import arrays_of, jobs_of_points
 from hpcmm.runs.ownership import is_mine
@@ -169,7 +168,7 @@ def _is_point(run: RunDir) -> bool:
 
 def _real(script: Path) -> str:
     """As Slurm may show it if links lead to the run's folder; a link in its own place counts for nothing."""
-    return str(Path(os.path.realpath(script.parent)) / script.name)
+    return str(resolved(script.parent) / script.name)
 
 
 def _paths(*given: str) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ start, 130 after Ctrl-C while waiting for the job, which stays.
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.serve") -> int:
     """The command line; returns the exit status."""
-    return run_command("hpcmm.serve", lambda given: _command(given, prog), arguments)
+    return run_command("hpcmm.serve", lambda given: _command(given, prog), arguments, errors=(HpcmmError, OSError))
 
 
 def _command(given: list[str], prog: str) -> int:

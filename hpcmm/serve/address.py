@@ -92,8 +92,7 @@ def find_address(asked: str, runs_root: Path) -> Address:
     """Where the server of a job listens. Raises HpcmmError if none does (yet)."""
     for target in find_targets(asked, runs_root):
         if target.run is not None:
-            require_mine(target.run.root, "what listens there is theirs, and would get all that you upload")
-        address = None if target.run is None else read_address(target.run.address)
-        if address is not None:
-            return address
+            root = require_mine(target.run.root, "what listens there is theirs, and would get all that you upload")
+            if (address := read_address(RunDir(root).address)) is not None:
+                return address
     raise HpcmmError(f"No server of {asked} answers: does it wait, or is it over? python -m hpcmm.jobs status {asked}")

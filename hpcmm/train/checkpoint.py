@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hpcmm.errors import HpcmmError
 from hpcmm.files import other_writer, read_text
 from hpcmm.runs.checkpoints import checkpoint_name, newest_checkpoint, note_newest_checkpoint, steps_of_checkpoint
+from hpcmm.runs.ownership import real_and_trusted
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.environment import RankEnvironment
 
@@ -54,6 +55,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 log = logging.getLogger("hpcmm.train")
 
+_NOT_READ = "{}, and reading a checkpoint runs code from it: take it over (chown, chmod go-w) if you trust it."
 _MANIFEST = "manifest.json"
 _NONE_LEFT = -1
 
@@ -212,6 +214,12 @@ def read_trained(run: RunDir) -> dict[str, Tensor]:
 
     Raises HpcmmError if there is no checkpoint, it cannot be read, or another user could have written it.
     """
+    if not run.root.exists():
+        raise HpcmmError(f"{run.root} is not there: has the run trained to its end?")
+    root, reason = real_and_trusted(run.root)
+    if reason:
+        raise HpcmmError(_NOT_READ.format(reason))
+    run = RunDir(root)  # it stays the folder that was asked about
     tag = _latest(run)
     folders = (run.root, run.checkpoints, run.checkpoints / tag)
     _refuse_if_others_write(*folders, *sorted((run.checkpoints / tag).iterdir()))
@@ -260,10 +268,7 @@ def _latest(run: RunDir) -> str:
 def _refuse_if_others_write(*paths: Path) -> None:
     """A checkpoint is a pickle: whoever can write it can run code as its reader."""
     if (path := other_writer(*paths)) is not None:
-        raise HpcmmError(
-            f"{path} can be written by another user, and reading a checkpoint runs code from it: "
-            "take it over (chown, chmod go-w) if you trust it."
-        )
+        raise HpcmmError(_NOT_READ.format(f"{path} can be written by another user"))
 
 
 def load_model(run: RunDir, build: Callable[[], Model]) -> Model:

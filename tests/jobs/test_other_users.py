@@ -1,5 +1,6 @@
 """Runs of other users in a shared folder are shown as theirs; what they hold steers nothing."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,13 +12,16 @@ import another_user
 import pytest
 
 from hpcmm.errors import HpcmmError
+from hpcmm.jobs.__main__ import main
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import default_environment, find_folder, find_targets, slurm_environment
 from hpcmm.jobs.state import local_job
 from hpcmm.launch.plan import job_to_wait_for
 from hpcmm.launch.submit import resubmit
 from hpcmm.runs import run_dir
+from hpcmm.runs.ledger import read_ledger
 from hpcmm.runs.run_dir import RunDir, runs_in
+from hpcmm.runs.submission import identity_of
 from hpcmm.serve.address import find_address
 
 pytestmark = pytest.mark.timeout(120)
@@ -143,6 +147,30 @@ def test_one_s_own_run_behind_a_link_of_another_user_is_not_acted_upon(calls, de
         with pytest.raises(HpcmmError, match="its scripts would run as you"):
             resubmit(runs / "demo-1")
     assert calls.read_text() == ""
+
+
+def test_a_sweep_that_a_link_of_one_s_own_names_is_used_by_its_real_path(root):
+    mine = make_run(root, "mine-1")
+    point = {"index": 0, "overrides": [], "run": "0000", "jobs": []}
+    (mine.root / "ledger.json").write_text(json.dumps({"points": [point]}))
+    (root / "latest").symlink_to("mine-1")
+    assert read_ledger(root / "latest").sweep.root == mine.root
+    assert read_ledger(root / "latest" / "ledger.json").sweep.root == mine.root
+    assert find_targets("latest", root)[0].run == mine
+
+
+def test_a_run_that_another_user_exchanges_meanwhile_is_a_sentence(root, calls, monkeypatch, capsys):
+    run = make_run(root, "demo-1", "12")
+
+    def exchanged(path, **_):
+        raise OSError(errno.EINVAL, "Invalid argument", str(path))
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(os.path, "realpath", exchanged)
+        assert identity_of(run, "12").scripts == (str(run.submission_script),)
+        meanwhile.setattr("hpcmm.jobs.__main__.states_of", exchanged)
+        assert main(["status", "--runs-root", str(root), "demo-1"]) == 1
+    assert capsys.readouterr().err.endswith("cannot be used: Invalid argument.\n")
 
 
 def test_a_link_to_one_s_own_ledger_submits_no_script_of_another_user(root, calls):

@@ -1,8 +1,10 @@
 """Folders of other users are told from one's own, and so is a place where others could exchange one's own."""
 
+import itertools
 import os
 import struct
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import another_user
@@ -18,6 +20,7 @@ from hpcmm.runs.ownership import (
     is_trusted,
     other_user,
     reach_beyond,
+    real_and_trusted,
     require_mine,
 )
 
@@ -55,6 +58,75 @@ def test_another_user_s_link_to_one_s_own_folder_is_theirs(tmp_path):
     assert not is_trusted(link)
     (tmp_path / "mine" / "0000").mkdir()
     assert not is_mine(link / "0000")
+
+
+def exchange(one, other):
+    spare = one.with_name("spare")
+    one.rename(spare)
+    other.rename(one)
+    spare.rename(other)
+
+
+def ask(question, count, moments, before, *args, **kwargs):
+    if next(count) in moments:
+        before()
+    return question(*args, **kwargs)
+
+
+@pytest.mark.parametrize("below", [".", "0000", "../x/0000"])
+@pytest.mark.parametrize("first", ["folder", "link"])
+def test_what_is_exchanged_while_it_is_asked_about_is_never_one_s_own(open_place, monkeypatch, below, first):
+    shared, mine = open_place / "shared", open_place / "mine"
+    (mine / "0000").mkdir(parents=True)
+    (shared / "x" / "0000").mkdir(parents=True)
+    (shared / "y").symlink_to(mine)
+    shared.chmod(0o1777)
+    another_user.give(shared / "x")
+    another_user.give(shared / "y")
+    if first == "link":
+        exchange(shared / "x", shared / "y")
+    asked, most = shared / "x" / below, 40  # questions to the system, before any two of which it is exchanged
+    for moments in itertools.combinations(range(most), 2):
+        count = itertools.count()
+        with monkeypatch.context() as during:
+            for name in ("open", "lstat", "stat", "fstat", "readlink"):
+                asking = partial(ask, getattr(os, name), count, moments, lambda: exchange(shared / "x", shared / "y"))
+                during.setattr(os, name, asking)
+            found = is_mine(asked)
+        assert not found, moments
+
+
+def test_what_is_done_with_a_folder_is_done_with_its_real_path(open_place):
+    (open_place / "mine").mkdir()
+    (open_place / "latest").symlink_to("mine")
+    assert require_mine(open_place / "latest", "x") == open_place / "mine"
+    assert real_and_trusted(open_place / "latest") == (open_place / "mine", "")
+
+
+def test_one_s_own_folder_where_everybody_could_exchange_it_is_not_acted_upon(open_place):
+    (open_place / "shared" / "mine").mkdir(parents=True)
+    (open_place / "shared").chmod(0o777)
+    assert is_mine(open_place / "shared" / "mine")
+    with pytest.raises(HpcmmError, match=r"shared can be written by everybody.*not acted upon: chmod \+t .*shared"):
+        require_mine(open_place / "shared" / "mine", "x")
+    assert "can be written by everybody" in real_and_trusted(open_place / "shared" / "mine")[1]
+    (open_place / "shared").chmod(0o1777)
+    require_mine(open_place / "shared" / "mine", "x")
+
+
+def test_two_dots_behind_a_link_lead_to_where_the_system_goes(open_place):
+    (open_place / "theirs" / "inner").mkdir(parents=True)
+    (open_place / "theirs" / "run").mkdir()
+    (open_place / "run").mkdir()
+    another_user.give(open_place / "theirs" / "run")
+    (open_place / "link").symlink_to("theirs/inner")
+    assert not is_mine(open_place / "link" / ".." / "run")
+    assert is_mine(open_place / "link" / ".." / ".." / "run")
+
+
+def test_a_folder_that_is_not_there_is_not_acted_upon(open_place):
+    with pytest.raises(HpcmmError, match="none is not there, or closed to you"):
+        require_mine(open_place / "none", "x")
 
 
 def test_what_others_can_write_is_not_acted_upon(tmp_path):
