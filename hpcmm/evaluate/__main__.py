@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,10 +24,10 @@ from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import shipped_workloads, workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.evaluation import Evaluation, Scored
-from hpcmm.files import is_regular
+from hpcmm.files import is_regular, names_in, open_regular, resolved, write_together, write_whole
 from hpcmm.jobs.find_run import find_folder
 from hpcmm.runs.ledger import LedgerPoint, read_ledger
-from hpcmm.runs.ownership import is_trusted, other_user
+from hpcmm.runs.ownership import other_user, settle
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.text import printable
 
@@ -81,7 +84,7 @@ def evaluate(options: Options, evaluation: Evaluation) -> tuple[Comparison, list
     if unfinished:
         names = ", ".join(run.root.name for run in unfinished)
         print(f"Left out, for they have no finished checkpoint: {printable(names)}", file=sys.stderr)
-    _make_own(options.out)
+    out = _make_own(options.out)
     frames: list[pd.DataFrame] = []
     shown: list[tuple[str, Scored]] = []
     unscored: list[str] = []
@@ -110,16 +113,18 @@ def evaluate(options: Options, evaluation: Evaluation) -> tuple[Comparison, list
     table = pd.concat(frames, ignore_index=True)
     table = table[[*_ABOUT, *(name for name in frames[0] if name not in _ABOUT)]]
     comparison = Comparison.of(evaluation, table)
-    _write(comparison, options.out)
-    evaluation.draw(options.out, shown)
+    _write(comparison, out)
+    _draw(evaluation, shown, out)
     return comparison, unscored
 
 
-def _make_own(out: Path) -> None:
-    """Make the folder, unless it is there. Raises HpcmmError if it is another user's, who may have left links in it."""
+def _make_own(out: Path) -> Path:
+    """Make the folder, unless it is there; returns its real path. Raises HpcmmError if it is another user's."""
     out.mkdir(parents=True, exist_ok=True)
-    if not is_trusted(out):
+    place = settle(out)
+    if place is None or place.uid not in {0, os.geteuid()}:
         raise HpcmmError(f"{out} is another user's ({other_user(out)}): name a folder of your own with --out.")
+    return place.real
 
 
 def _evaluation_of(arguments: Sequence[str]) -> Evaluation:
@@ -200,11 +205,23 @@ def _score(run: RunDir, config: RunConfig, evaluation: Evaluation) -> Scored:
 
 
 def _write(comparison: Comparison, out: Path) -> None:
-    comparison.table.to_csv(out / "scores.csv", index=False)
-    comparison.summary.to_csv(out / "summary.csv", index=False)
-    (out / "comparison.md").write_text(comparison.markdown(), encoding="utf-8")
-    (out / "comparison.tex").write_text(comparison.latex(), encoding="utf-8")
+    texts = {
+        "scores.csv": comparison.table.to_csv(index=False),
+        "summary.csv": comparison.summary.to_csv(index=False),
+        "comparison.md": comparison.markdown(),
+        "comparison.tex": comparison.latex(),
+    }
+    write_together(out, texts)
     comparison.draw_chart(out / "comparison.png")
+
+
+def _draw(evaluation: Evaluation, shown: Sequence[tuple[str, Scored]], out: Path) -> None:
+    """The workload draws in a folder that nobody else can come to: in ``out`` others may have left links."""
+    with tempfile.TemporaryDirectory(prefix="hpcmm-") as private:
+        evaluation.draw(Path(private), shown)
+        for name in sorted(names_in(Path(private), within=Path(private))):
+            with open_regular(Path(private) / name, within=Path(private)) as picture:
+                write_whole(out / name, lambda file, picture=picture: shutil.copyfileobj(picture, file))  # type: ignore[misc]
 
 
 def _print(comparison: Comparison, out: Path) -> None:
@@ -250,7 +267,7 @@ def find_runs(paths: Sequence[Path], named_by: Sequence[str] = ()) -> tuple[list
     unfinished: list[RunDir] = []
     for path in map(find_folder, paths):
         if not _is_sweep(path):
-            found.append(Candidate(RunDir(path.resolve())))
+            found.append(Candidate(RunDir(resolved(path))))
             continue
         for candidate in _points(path, (_SEED, *named_by)):
             if candidate.run.has_checkpoint():
@@ -267,7 +284,7 @@ def _is_sweep(path: Path) -> bool:
 
 
 def _points(path: Path, named_otherwise: tuple[str, ...]) -> Iterator[Candidate]:
-    ledger = read_ledger(path.resolve())
+    ledger = read_ledger(resolved(path))
     for point in ledger.points:
         yield Candidate(ledger.run(point), _settings(point, named_otherwise))
 

@@ -114,9 +114,9 @@ class Evaluation(ABC):
         return True
 
     def draw(self, out: Path, results: Sequence[tuple[str, Scored]]) -> None:
-        """Write pictures into the folder ``out``. ``results``: one run of each model, by the model's name.
+        """Write pictures, as files, into the folder ``out``, which is empty; what is there then is copied from there.
 
-        All are comparable with the first.
+        ``results``: one run of each model, by the model's name. All are comparable with the first.
         """
         del out, results
 

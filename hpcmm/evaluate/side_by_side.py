@@ -12,6 +12,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from hpcmm.evaluate.evaluation import MEAN, Evaluation
+from hpcmm.files import write_whole
 
 CONFIDENCE = 0.95
 COLUMNS = ["model", "category", "metric", "seeds", "mean", "low", "high"]
@@ -157,7 +158,7 @@ class Comparison:
             top += 16
         for heading, rows in panels:
             top = _panel(canvas, top + 8, heading, rows, self.summary, models)
-        canvas.image.save(path)
+        write_whole(path, lambda file: canvas.image.save(file, format="PNG"))
 
     def _cell(self, model: str, category: str, metric: str) -> str:
         """``mean [low, high]``, the mean alone of one seed, a dash if there is none."""

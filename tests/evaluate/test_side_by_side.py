@@ -13,7 +13,7 @@ from PIL import Image
 
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.evaluate.__main__ import find_runs
+from hpcmm.evaluate.__main__ import _draw, _write, find_runs
 from hpcmm.evaluate.evaluation import MEAN
 from hpcmm.evaluate.side_by_side import COLOURS, Comparison
 from hpcmm.runs.run_dir import RunDir, SweepDir
@@ -41,6 +41,26 @@ def scores(spread: float = 0.02, trained_on: str = "stand-ins", scored_on: str =
 
 def compared(table: pd.DataFrame) -> Comparison:
     return Comparison.of(AnomalyEvaluation(), table)
+
+
+class Drawing(AnomalyEvaluation):
+    def draw(self, out, results):
+        (out / "maps.png").write_text(f"{len(results)} pictures")
+
+
+def test_no_output_is_written_through_a_link_that_another_user_left(tmp_path: Path) -> None:
+    out, precious = tmp_path / "evaluation", tmp_path / "precious"
+    out.mkdir()
+    precious.write_text("mine")
+    names = ["scores.csv", "summary.csv", "comparison.md", "comparison.tex", "comparison.png", "maps.png"]
+    for name in names:
+        (out / name).symlink_to(precious)
+    _write(compared(scores()), out)
+    _draw(Drawing(), [], out)
+    assert precious.read_text() == "mine"
+    assert sorted(path.name for path in out.iterdir() if not path.is_symlink()) == sorted(names)
+    assert (out / "maps.png").read_text() == "0 pictures"
+    assert Image.open(out / "comparison.png").format == "PNG"
 
 
 def sweep(folder: Path, points: list[list[str]], trained: set[int]) -> SweepDir:

@@ -35,7 +35,6 @@ READ_ELSEWHERE = {
     ("train/checkpoint.py", "read_trained"),
     # Nothing is read: names that an error, or a choice of the user's own path, depends on.
     ("reports/find.py", "find_reports"),
-    ("analyze/runs.py", "_file"),
     ("evaluate/__main__.py", "_is_sweep"),
 }
 OF_FILES = {"read_text", "read_tail", "read_json_object", "open_regular", "open_checked", "read_checked", "names_in"}

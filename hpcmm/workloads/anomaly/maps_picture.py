@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from hpcmm.files import write_whole
 from hpcmm.workloads.anomaly.pixels import CHANNEL_MEAN, CHANNEL_STD
 from hpcmm.workloads.anomaly.scoring import ImageScores
 
@@ -47,7 +48,7 @@ def draw(path: Path, images: Mapping[int, NDArray[np.float32]], results: Sequenc
         for place, cell in enumerate(cells):
             picture = Image.fromarray(np.round(cell * 255).astype(np.uint8)).resize((_CELL, _CELL))
             canvas.paste(picture, (_LABEL + place * (_CELL + _GAP), top))
-    canvas.save(path)
+    write_whole(path, lambda file: canvas.save(file, format="PNG"))
 
 
 def heat(values: NDArray[np.float32]) -> NDArray[np.float32]:
