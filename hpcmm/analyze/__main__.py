@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcmm.analyze.analysis import ALL_READ, analyze, as_paths, default_folder
-from hpcmm.analyze.runs import compare, read_reference
+from hpcmm.analyze.runs import compare, file_of, read_reference
 from hpcmm.cli import progress_bar, run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import Found, find_reports
@@ -168,7 +168,7 @@ def _compare(arguments: Sequence[str], prog: str) -> int:
 
 def _folder_of(run: Path) -> Path:
     """Where the analysis of ``run`` lies or would lie."""
-    if run.is_dir() and (run / "efficiency.csv").is_file():
+    if run.is_dir() and file_of(run, "efficiency") is not None:
         return _own(run)
     return _own(default_folder(find_reports(as_paths(run))))
 

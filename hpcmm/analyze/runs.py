@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +16,7 @@ from hpcmm.analysis.compare import compare as compare_tables
 from hpcmm.analysis.pop_metrics import EFFICIENCIES, STEP, Reference, samples_per_step
 from hpcmm.analyze.analysis import Analysis, Paths, analyze, as_paths
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_regular
+from hpcmm.files import is_regular, open_regular, resolved
 from hpcmm.reports.find import find_reports
 from hpcmm.reports.report import Progress
 from hpcmm.reports.run_record import read_run_record
@@ -35,6 +38,12 @@ _TEXTS = {
     "bottlenecks": ("cause", "phase", "node"),
 }
 """... and of text."""
+_MOST_ROWS, _MOST_COLUMNS, _MOST_BYTES = 10_000_000, 100, 1 << 29
+"""Of a table once it is read; a small file may stand for a much larger one."""
+_MOST_BYTES_OF_CSV = 1 << 26
+_LONG_LINE = re.compile(rb"[^\n]{65536}")
+_ROWS_PER_PIECE = 1 << 16
+_TOO_LARGE = "it is larger than an analysis writes"
 
 
 def compare(run_a: Paths | Analysis, run_b: Paths | Analysis, *, progress: Progress | None = None) -> Comparison:
@@ -75,35 +84,101 @@ def _tables_folder(paths: Sequence[Path]) -> Path | None:
     """The folder of an earlier analysis: named itself, or that of a run directory whose reports are gone."""
     if len(paths) != 1 or not paths[0].is_dir():
         return None
-    if _file(paths[0], "efficiency") is not None:
+    if file_of(paths[0], "efficiency") is not None:
         return paths[0]
     analysis = RunDir(paths[0]).analysis
-    gone = _file(analysis, "efficiency") is not None and not find_reports(paths).sources
+    gone = file_of(analysis, "efficiency") is not None and not find_reports(paths).sources
     return analysis if gone else None
 
 
-def _file(folder: Path, table: str) -> Path | None:
+def file_of(folder: Path, table: str) -> Path | None:
+    """The file of a table that an analysis wrote into this folder; None if there is none."""
     candidates = (folder / f"{table}.parquet", folder / f"{table}.csv")
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if is_regular(path)), None)
 
 
 def _written(folder: Path) -> RunTables:
-    run_dir = RunDir(folder.resolve().parent)
+    run_dir = RunDir(resolved(folder).parent)
     record = read_run_record(run_dir if is_regular(run_dir.config) else None)
     return RunTables(record.name or str(folder), {name: _read(folder, name) for name in _NUMBERS}, record.config)
 
 
 def _read(folder: Path, table: str) -> pd.DataFrame:
-    path = _file(folder, table)
+    path = file_of(folder, table)
     if path is None:
         raise HpcmmError(f"{folder} has no table {table}: analyse the run again.")
     try:
-        read = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        with open_regular(path, within=folder) as file:
+            read = _parquet(file) if path.suffix == ".parquet" else _csv(file)
     except (OSError, ValueError, KeyError) as error:  # what pyarrow and pandas raise for a damaged file
         raise HpcmmError(f"{path} cannot be read ({error}): analyse the run again.") from error
     wrong = _wrong_column(read, _NUMBERS[table], _TEXTS[table])
     if wrong:
         raise HpcmmError(f"{path} is not what an analysis writes ({wrong}): analyse the run again.")
+    return read
+
+
+def _parquet(file: IO[bytes]) -> pd.DataFrame:
+    """A table in pieces, so that no more is in memory than was asked for. Raises what pyarrow does, and ValueError."""
+    import pyarrow as pa  # noqa: PLC0415 -- 0.1 s, for a comparison alone
+    from pyarrow import parquet  # noqa: PLC0415
+
+    opened = parquet.ParquetFile(file)
+    facts, schema = opened.metadata, opened.schema_arrow
+    groups = [facts.row_group(index).total_byte_size for index in range(facts.num_row_groups)]
+    if facts.num_rows > _MOST_ROWS or facts.num_columns > _MOST_COLUMNS or sum(groups) > _MOST_BYTES:
+        raise ValueError(_TOO_LARGE)
+    texts = [field.name for field in schema if _is_text(field.type)]
+    if any(field.name not in texts and not _is_number(field.type) for field in schema):
+        raise ValueError("it has columns of other types")
+    # A text that stands in each of many rows is there once.
+    opened = parquet.ParquetFile(file, read_dictionary=texts)
+    pieces: list[pa.RecordBatch] = []
+    size = rows = 0
+    for piece in opened.iter_batches(batch_size=_ROWS_PER_PIECE):
+        size, rows = size + piece.nbytes, rows + piece.num_rows
+        if size > _MOST_BYTES or rows > _MOST_ROWS:
+            raise ValueError(_TOO_LARGE)
+        pieces.append(piece)
+    frame: pd.DataFrame = pa.Table.from_batches(pieces, opened.schema_arrow).to_pandas()
+    if size + sum(_length(frame[name]) for name in texts) > _MOST_BYTES:
+        raise ValueError(_TOO_LARGE)
+    return frame.assign(**{name: _text(frame[name]) for name in texts})
+
+
+def _length(column: pd.Series[Any]) -> int:
+    """Of all texts of a column, each of which is there once, as a category."""
+    lengths, codes = column.cat.categories.str.len().to_numpy(np.int64), column.cat.codes.to_numpy()
+    return int(lengths[codes[codes >= 0]].sum())
+
+
+def _text(column: pd.Series[Any]) -> pd.Series[str]:
+    texts = column.cat.categories.astype("str").array.take(column.cat.codes.to_numpy(), allow_fill=True)
+    return pd.Series(texts, index=column.index, dtype="str")
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa  # noqa: PLC0415 -- as above
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_number(kind: Any) -> bool:
+    from pyarrow import types  # noqa: PLC0415 -- as above
+
+    kinds = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
+    return any(is_one(kind) for is_one in kinds)
+
+
+def _csv(file: IO[bytes]) -> pd.DataFrame:
+    """A table of at most so many bytes. Raises what pandas does, and ValueError."""
+    content = file.read(_MOST_BYTES_OF_CSV + 1)
+    if len(content) > _MOST_BYTES_OF_CSV or _LONG_LINE.search(content):
+        raise ValueError(_TOO_LARGE)
+    read = pd.read_csv(io.BytesIO(content), nrows=_MOST_ROWS + 1)
+    if len(read) > _MOST_ROWS:
+        raise ValueError(_TOO_LARGE)
     return read
 
 

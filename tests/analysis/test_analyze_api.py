@@ -1,9 +1,14 @@
 """The analysis as Python and the command line see it."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from hpcmm.analysis.study import TABLES
@@ -129,6 +134,60 @@ def test_two_runs_may_be_reports_tables_or_analyses(clean: Analysis, slow_data: 
     pd.testing.assert_frame_equal(by_reports, compare(clean, slow_data).table)
     worse = by_reports[by_reports["kind"] == "bottleneck"].iloc[0]
     assert (worse["rank"], worse["phase"], worse["verdict"]) == (2, "data", "worse")
+
+
+def test_a_table_reads_as_it_was_written(written: Path) -> None:
+    found = read_run(written).tables
+    for name, table in found.items():
+        pd.testing.assert_frame_equal(table, pd.read_parquet(written / f"{name}.parquet"))
+
+
+def many_alike(written: Path, folder: Path, **columns: pa.Array) -> Path:
+    """A folder with a table of few bytes, which stands for one of very many, in the place of ``steps``."""
+    for path in written.glob("*.parquet"):
+        shutil.copy(path, folder)
+    pa.parquet.write_table(pa.table(columns), folder / "steps.parquet", compression="zstd")
+    assert (folder / "steps.parquet").stat().st_size < 1 << 20
+    return folder
+
+
+@pytest.mark.parametrize("rows", [1000, 30_000_000])
+def test_a_small_table_that_stands_for_a_huge_one_is_not_read(written: Path, tmp_path: Path, rows: int) -> None:
+    numbers = pa.array(np.zeros(rows, np.int8))
+    text = pa.DictionaryArray.from_arrays(numbers, ["x" * (1 << 22 if rows == 1000 else 1)])
+    many_alike(written, tmp_path, rank=numbers, step=numbers, duration_s=numbers, node=text)
+    with pytest.raises(HpcmmError, match=r"steps.parquet cannot be read \(it is larger than an analysis writes\)"):
+        read_run(tmp_path)
+
+
+def test_a_table_of_lists_is_not_read(written: Path, tmp_path: Path) -> None:
+    many_alike(written, tmp_path, rank=pa.array([[1, 2]]))
+    with pytest.raises(HpcmmError, match="it has columns of other types"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"", b"," * (1 << 17)])
+def test_a_csv_file_of_any_size_ends_at_once(written: Path, tmp_path: Path, line: bytes) -> None:
+    for path in written.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    with (tmp_path / "efficiency.csv").open("wb") as file:
+        file.write(line)
+        file.truncate(len(line) or 1 << 40)
+    with pytest.raises(HpcmmError, match=r"efficiency.csv cannot be read \(it is larger than an analysis writes\)"):
+        read_run(tmp_path)
+
+
+def test_no_link_and_no_pipe_is_read_as_a_table(written: Path, tmp_path: Path) -> None:
+    for path in written.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "steps.csv").unlink()
+    (tmp_path / "steps.csv").symlink_to(written / "steps.csv")
+    with pytest.raises(HpcmmError, match="has no table steps"):
+        read_run(tmp_path)
+    (tmp_path / "steps.csv").unlink()
+    os.mkfifo(tmp_path / "steps.csv")
+    with pytest.raises(HpcmmError, match="has no table steps"):
+        read_run(tmp_path)
 
 
 def test_tables_are_read_from_csv_where_there_is_no_parquet(written: Path, tmp_path: Path) -> None:
