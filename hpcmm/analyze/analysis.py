@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hpcmm.reports.find import Found, ReportSource, find_reports
 from hpcmm.reports.load import read_all
 from hpcmm.reports.report import Parts, Progress
 from hpcmm.reports.run_record import RunRecord, read_run_record
+from hpcmm.runs.ownership import exchangeable
 from hpcmm.text import printable
 
 ALL_READ, PARTIAL = 0, 2
@@ -202,9 +204,8 @@ def analyze(
     record = read_run_record(found.run_dir)
     parts = parts_for(tables)
     report_progress = progress or (lambda _what, _done, _of: None)
-    with tempfile.TemporaryDirectory(prefix="hpcmm-") as scratch:
-        # Exports hold the environment of the processes, and the temporary folder is closed to other users.
-        converter = Converter.locate(Path(scratch) if out is None else Path(out) / "cache")
+    with _cache(None if out is None else Path(out) / "cache", keep=keep_cache) as cache:
+        converter = Converter.locate(cache)
         facts = _read(found.sources, converter, parts, report_progress, keep_cache=keep_cache and out is not None)
     inventory = _usable_inventory(facts, record)
     made: Study | Selection = (
@@ -216,6 +217,29 @@ def analyze(
     if out is not None:
         analysis.write()
     return analysis
+
+
+@contextmanager
+def _cache(wanted: Path | None, *, keep: bool) -> Iterator[Path]:
+    """Where the exports go, which hold the environment of the processes: ``wanted``, or the temporary folder if members
+    of a group, or others, could exchange that.
+
+    Raises HpcmmError if it shall be kept there all the same, or they could exchange the temporary folder too.
+    """
+    found = None if wanted is None else exchangeable(wanted)
+    if wanted is not None and found is None:
+        yield wanted
+        return
+    if found is not None and keep:
+        raise HpcmmError(
+            f"{found.why}, so others could read the ranks' environment in {wanted}: leave --keep-cache out, or name a "
+            "folder of your own with --out."
+        )
+    with tempfile.TemporaryDirectory(prefix="hpcmm-") as scratch:
+        cache = Path(scratch) / "cache"
+        if (found := exchangeable(cache)) is not None:
+            raise HpcmmError(f"{found.why}: set TMPDIR to a folder of your own, for exports of reports are made there.")
+        yield cache
 
 
 def _read(

@@ -11,16 +11,20 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import resolved
 from hpcmm.nsys.importer import import_qdstrm
 from hpcmm.reports.find import ReportSource
-from hpcmm.runs.ownership import require_mine
+from hpcmm.runs.ownership import Reach, exchangeable, require_mine
 from hpcmm.runs.run_dir import make_private
 
 EXPORT_TIMEOUT_S = 3600
+_PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +54,32 @@ class Converter:
                 return self._convert(candidate)
             except HpcmmError as error:
                 reason = str(error)
+            except OSError as error:
+                reason = f"{candidate} could not be read: {error.strerror}."
         raise HpcmmError(reason)
 
     def _convert(self, path: Path) -> Path:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise HpcmmError(f"{path} is not a file, although it has the name of a report.")
-        if status.st_size == 0:
-            raise HpcmmError(f"{path} has no bytes: the capture was cut off before anything was written.")
-        if path.suffix == ".sqlite":
-            return path
-        if self.cache.exists():
-            require_mine(self.cache, "name a folder of your own with --out, for exports hold the ranks' environment")
-        target = self._target(path)
-        if not target.exists():
+        # A pipe would be waited for. What is open here is what is read, whatever lies at ``path`` by then.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise HpcmmError(f"{path} is not a file, although it has the name of a report.")
+            if status.st_size == 0:
+                raise HpcmmError(f"{path} has no bytes: the capture was cut off before anything was written.")
+            if path.suffix == ".sqlite" and not _is_exchangeable(path, status):
+                return path
             self._prepare_cache()
-            with tempfile.TemporaryDirectory(dir=self.cache, prefix=f"export-{self.owner}-") as scratch:
-                report = self._import(path, Path(scratch)) if path.suffix == ".qdstrm" else path
-                self._export(report, Path(scratch), target)
+            target = self._target(path, status)
+            if not target.exists():
+                with tempfile.TemporaryDirectory(dir=self.cache, prefix=f"export-{self.owner}-") as scratch:
+                    self._export(path, file, Path(scratch), target)
         return target
 
     def discard(self, source: ReportSource) -> None:
         """Remove what was exported of ``source``; never the user's own files."""
         for candidate in source.candidates:
-            if candidate.suffix != ".sqlite" and candidate.exists():
-                self._target(candidate).unlink(missing_ok=True)
+            with suppress(OSError):  # the report is gone
+                self._target(candidate, candidate.stat()).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove what workers that died have left, and the cache if nothing is in it any more."""
@@ -83,39 +88,72 @@ class Converter:
         if self.cache.is_dir() and not any(self.cache.iterdir()):
             self.cache.rmdir()
 
-    def _target(self, path: Path) -> Path:
-        return self.cache / f"{path.stem}-{_cache_key(path)}.sqlite"
+    def _target(self, path: Path, status: os.stat_result) -> Path:
+        text = f"{resolved(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+        key = hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+        return self.cache / f"{path.stem}-{key}.sqlite"
 
     def _prepare_cache(self) -> None:
-        try:
+        with suppress(FileExistsError):  # of an earlier analysis, or of another worker of this one
             make_private(self.cache)
-        except FileExistsError:  # of an earlier analysis, or of another worker of this one
-            self.cache.chmod(0o700)
+        require_mine(self.cache, "name a folder of your own with --out, for exports hold the ranks' environment")
+        self.cache.chmod(0o700)
 
-    def _import(self, qdstrm: Path, scratch: Path) -> Path:
-        """The ``.nsys-rep`` of a raw capture, which nsys leaves where it was killed or finds no importer."""
-        copy, report = scratch / "capture.qdstrm", scratch / "report.nsys-rep"
-        shutil.copyfile(qdstrm, copy)
-        import_qdstrm(copy, report, subject=qdstrm)
-        copy.unlink()
-        return report
-
-    def _export(self, report: Path, scratch: Path, target: Path) -> None:
-        if self.nsys is None:
-            raise HpcmmError(
-                f"{report} needs nsys to be read: put nsys on the PATH, or export it to .sqlite elsewhere."
-            )
+    def _export(self, path: Path, file: IO[bytes], scratch: Path, target: Path) -> None:
+        """``path`` is the report by its name, ``file`` what is open of it."""
         partial = scratch / "report.sqlite"
-        _run([str(self.nsys), "export", "--type", "sqlite", "-o", str(partial), str(report.resolve())], scratch, report)
+        if path.suffix == ".sqlite":
+            _copy(file, partial)
+        else:
+            report = scratch / "report.nsys-rep"
+            if path.suffix == ".qdstrm":
+                _import(path, file, report)
+            else:
+                report.symlink_to(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+            self._run_nsys(path, report, partial)
         if not partial.is_file():
-            raise HpcmmError(f"{report} could not be exported: the report is truncated or damaged.")
+            raise HpcmmError(f"{path} could not be exported: the report is truncated or damaged.")
         partial.replace(target)
 
+    def _run_nsys(self, subject: Path, report: Path, export: Path) -> None:
+        if self.nsys is None:
+            raise HpcmmError(
+                f"{subject} needs nsys to be read: put nsys on the PATH, or export it to .sqlite elsewhere."
+            )
+        _run([str(self.nsys), "export", "--type", "sqlite", "-o", str(export), str(report)], export.parent, subject)
 
-def _cache_key(path: Path) -> str:
-    status = path.stat()
-    text = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+def _is_exchangeable(path: Path, status: os.stat_result) -> bool:
+    """Whether anybody could put a pipe in the place of this file before SQLite opens it, which takes a name alone."""
+    found = exchangeable(path)
+    return status.st_uid not in {0, os.geteuid()} or (found is not None and found.reach >= Reach.everybody)
+
+
+def _import(qdstrm: Path, file: IO[bytes], report: Path) -> None:
+    """Make ``report`` of a raw capture, which nsys leaves where it was killed or finds no importer."""
+    copy = report.with_name("capture.qdstrm")
+    _copy(file, copy)
+    import_qdstrm(copy, report, subject=qdstrm)
+    copy.unlink()
+
+
+def _copy(file: IO[bytes], target: Path) -> None:
+    """Copy what data a file has: another user's may be said to be of any size."""
+    size = os.fstat(file.fileno()).st_size
+    with target.open("xb") as copied:
+        at = 0
+        while at < size:
+            try:
+                at = file.seek(at, os.SEEK_DATA)
+            except OSError:  # there is none behind this
+                break
+            end = file.seek(at, os.SEEK_HOLE)
+            file.seek(at)
+            copied.seek(at)
+            while at < end and (piece := file.read(min(_PIECE_BYTES, end - at))):
+                at += copied.write(piece)
+            at = end
+        copied.truncate(size)
 
 
 def _run(command: list[str], folder: Path, subject: Path) -> None:

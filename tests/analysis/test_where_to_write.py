@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
+import another_user
 import pytest
 
 from hpcmm.analyze.__main__ import main
+from hpcmm.analyze.analysis import _cache
+from hpcmm.errors import HpcmmError
+from hpcmm.runs.ownership import exchangeable
+
+
+@pytest.mark.parametrize(("mode", "is_own"), [(0o755, True), (0o1777, True), (0o2775, False), (0o777, False)])
+def test_exports_go_where_nobody_else_can_exchange_them(mode: int, is_own: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="hpcmm-", dir="/tmp") as made:
+        Path(made).chmod(0o755)
+        out = Path(made) / "out"
+        out.mkdir()
+        if os.geteuid() != 0:
+            pytest.skip("a group of one's own has no other members")
+        os.chown(out, 0, another_user.UID)
+        out.chmod(mode)
+        with _cache(out / "cache", keep=False) as cache:
+            assert (cache == out / "cache") == is_own
+            assert exchangeable(cache) is None
+        assert [*out.iterdir()] == []
+        if not is_own:
+            kept = _cache(out / "cache", keep=True)
+            with pytest.raises(HpcmmError, match="leave --keep-cache out"), kept:
+                pass
+
 
 SAMPLE = Path(__file__).parents[2] / "profiles" / "samples" / "clean"
 

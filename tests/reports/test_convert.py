@@ -1,7 +1,11 @@
+import os
 import shutil
 import stat
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import another_user
 import pytest
 
 from hpcmm.errors import HpcmmError
@@ -37,6 +41,68 @@ def test_an_empty_file_is_a_cut_off_capture(tmp_path: Path) -> None:
     (tmp_path / "x.sqlite").touch()
     with pytest.raises(HpcmmError, match="no bytes"):
         Converter(tmp_path / "cache", None).to_sqlite(ReportSource((tmp_path / "x.sqlite",)))
+
+
+@pytest.fixture
+def nsys(tmp_path: Path) -> Path:
+    """A stand-in of nsys whose export is a copy of the report."""
+    made = tmp_path / "nsys"
+    made.write_text('#!/bin/sh\ncat "$6" > "$5"\n')
+    made.chmod(0o755)
+    return made
+
+
+def test_what_takes_a_report_s_place_once_it_was_looked_at_is_not_read(
+    tmp_path: Path, nsys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "x.nsys-rep"
+    report.write_text("the report")
+    run = subprocess.run
+
+    def after_exchange(*args: Any, **kwargs: Any) -> Any:
+        report.unlink()
+        os.mkfifo(report)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr("subprocess.run", after_exchange)
+    export = Converter(tmp_path / "cache", nsys).to_sqlite(ReportSource((report,)))
+    assert export.read_text() == "the report"
+
+
+def test_an_export_that_another_user_could_exchange_is_copied_without_its_holes(tmp_path: Path) -> None:
+    export = tmp_path / "x.sqlite"
+    with export.open("wb") as file:
+        file.write(b"begin")
+        file.seek(1 << 36)
+        file.write(b"end")
+    another_user.give(export)
+    converter = Converter(tmp_path / "cache", None)
+    copy = converter.to_sqlite(ReportSource((export,)))
+    assert copy.parent == converter.cache
+    assert (copy.stat().st_size, copy.stat().st_blocks) == (export.stat().st_size, export.stat().st_blocks)
+    with copy.open("rb") as file:
+        assert file.read(5) == b"begin"
+        file.seek(1 << 36)
+        assert file.read() == b"end"
+    converter.discard(ReportSource((export,)))
+    assert list(converter.cache.iterdir()) == []
+    assert export.exists()
+
+
+def test_exports_go_into_no_folder_that_another_user_made_at_that_moment(
+    tmp_path: Path, nsys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.nsys-rep").write_text("the report")
+
+    def too_late(folder: Path) -> None:
+        folder.mkdir(mode=0o777)
+        another_user.give(folder)
+        raise FileExistsError
+
+    monkeypatch.setattr("hpcmm.reports.convert.make_private", too_late)
+    with pytest.raises(HpcmmError, match="cache is another user's"):
+        Converter(tmp_path / "cache", nsys).to_sqlite(ReportSource((tmp_path / "x.nsys-rep",)))
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 needs_nsys = pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not installed")
