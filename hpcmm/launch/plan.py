@@ -25,7 +25,7 @@ from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.config.validate import validate
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_regular, other_writer
+from hpcmm.files import is_regular
 from hpcmm.launch.script import Job, arrays_of, python_of, rank_command, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import profiled_ranks, tasks_in
@@ -263,15 +263,13 @@ def _run_named(named: str, runs_root: Path) -> RunDir | None:
 
 def _readable(named: Path, config: RunConfig) -> RunDir:
     """A checkpoint is a pickle, which the ranks refuse to read if another user than root could have written it."""
-    root, reason = real_and_trusted(named)
-    run = RunDir(root)
-    writer = other_writer(*(each for each in (root, run.checkpoints) if each.exists()))
-    if reason or writer is not None:
+    root, reason = real_and_trusted(named, RunDir(named).checkpoints.name)
+    if reason:
         raise HpcmmError(
-            f"train.init_from={config.train.init_from}: {reason or f'{writer} can be written by another user'}, and "
-            "reading a checkpoint runs code from it: take it over (chown, chmod go-w) if you trust it."
+            f"train.init_from={config.train.init_from}: {reason}, and reading a checkpoint runs code from it: take it "
+            "over (chown, chmod go-w) if you trust it."
         )
-    return run
+    return RunDir(root)
 
 
 def _trained(run: RunDir, config: RunConfig) -> RunDir:

@@ -12,7 +12,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import others_write
+from hpcmm.files import other_writer, others_write
 from hpcmm.text import visible
 
 _WHOLE_RANGE = ["0", "0", str(2**32 - 1)]
@@ -71,14 +71,20 @@ def require_mine(folder: Path, refused: str) -> Path:
     return place.real
 
 
-def real_and_trusted(folder: Path) -> tuple[Path, str]:
-    """The real path of a folder whose files run as code, and why they must not; empty if only this user and root could
-    have put them there."""
+def real_and_trusted(folder: Path, *inside: str) -> tuple[Path, str]:
+    """The real path of a folder whose files run as code, and why they must not, else an empty text.
+
+    That another user could write it or what lies ``inside`` of it, if that is there, or that everybody could exchange
+    it.
+    """
     place = settle(folder)
     if place is None or place.uid not in {0, os.geteuid()}:
         return folder, f"{visible(str(folder))} can be written by another user"
-    found = place.exchangeable
-    return place.real, found.why if found is not None and found.reach >= Reach.everybody else ""
+    found, there = place.exchangeable, [each for name in inside if (each := place.real / name).exists()]
+    if found is not None and found.reach >= Reach.everybody:
+        return place.real, found.why
+    writer = other_writer(place.real, *there)
+    return place.real, "" if writer is None else f"{visible(str(writer))} can be written by another user"
 
 
 def is_link(path: Path) -> bool:
