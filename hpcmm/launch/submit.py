@@ -205,8 +205,7 @@ def _accepted(planned: Plan) -> Submission:
 @contextmanager
 def _locked_ledger(path: Path) -> Iterator[Ledger]:
     """The ledger while nobody else submits points of its sweep."""
-    ledger = read_ledger(path)
-    with ledger.locked():
+    with (ledger := read_ledger(path)).locked():
         yield read_ledger(ledger.sweep.root)  # as it is now that nobody else writes it
 
 

@@ -22,7 +22,7 @@ WRITTEN_ELSEWHERE = {
     ("launch/snapshot.py", "_copy"),
     ("worker/__main__.py", ""),
     ("runs/attempts.py", "begin_attempt"),
-    ("runs/failures.py", "write"),
+    ("runs/failures.py", ""),
     ("train/checkpoint.py", ""),
     ("train/loop.py", ""),
     ("node/recorder.py", "_stacks_go_to"),
