@@ -10,6 +10,7 @@ import os
 import random
 import re
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,34 @@ def listening_socket(backlog: int) -> socket.socket:
 def port_of(held: socket.socket) -> int:
     """The port that a socket is bound to."""
     return int(held.getsockname()[1])
+
+
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_ANY_COOKIE = 0xFFFFFFFF
+_UID_AT = 16 + 64
+"""Of the answer: after ``nlmsghdr``, at ``idiag_uid`` of ``inet_diag_msg``."""
+
+
+def peer_uid(connection: socket.socket) -> int | None:
+    """The user who made the other end of a TCP connection within this machine; None if that cannot be told.
+
+    Asked by sock_diag(7), for one socket: /proc/net/tcp lists all of the machine, which other users can make many.
+    """
+    try:
+        (host, port, *_), (own_host, own_port, *_) = connection.getpeername(), connection.getsockname()
+        packed = [socket.inet_pton(connection.family, each).ljust(16, b"\0") for each in (host, own_host)]
+        ends = struct.pack("!HH16s16s", port, own_port, *packed)
+        asked = struct.pack("=BBBxI", connection.family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + ends
+        asked += struct.pack("=III", 0, _ANY_COOKIE, _ANY_COOKIE)
+        header = struct.pack("=IHHII", 16 + len(asked), _SOCK_DIAG_BY_FAMILY, 1, 0, 0)  # 1: NLM_F_REQUEST
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+            kernel.send(header + asked)
+            answer = kernel.recv(4096, socket.MSG_DONTWAIT)
+    except (OSError, ValueError):
+        return None
+    is_found = len(answer) >= _UID_AT + 4 and struct.unpack_from("=H", answer, 4)[0] == _SOCK_DIAG_BY_FAMILY
+    return int(struct.unpack_from("=I", answer, _UID_AT)[0]) if is_found else None
 
 
 def _ephemeral_start() -> int:

@@ -1,22 +1,24 @@
 """What stands in front of the page: nothing passes without the token, from another site, to another route or too large.
 
 A plain ASGI application around another. The first visit brings the token in the address and gets it as a cookie, which
-scripts cannot read and other sites cannot send; every other request needs that cookie.
+scripts cannot read and other sites cannot send; every other request needs that cookie. What is done before the token is
+seen takes time in proportion to the request's head, and a head is small.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import html
 import json
 import os
 import re
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping, Set
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote
 
 from starlette.exceptions import HTTPException
 
@@ -38,7 +40,15 @@ _OPEN_ROUTES = re.compile(
 """What the page itself asks for. gradio has more: a proxy, its own API, recordings, code written by a model."""
 _ASKING_ROUTES = frozenset({f"{API}/queue/join", f"{API}/run/predict"})
 _LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
+HEAD_LIMIT_BYTES = 32_000
+"""The address and the headers of a request. A browser sends the cookies of all ports of a machine."""
+_LONGEST_PATH = 4096
 _JSON_LIMIT_BYTES = 300_000
+_PIECE_S = 60.0
+_BODY_S = 900.0
+"""Time for a request's body, and between two pieces of it."""
+_SMALLEST_FILE_BYTES = 100_000
+"""What an upload counts at least: each costs an inode, and time when the folder is looked through."""
 _DRAINED = 4
 """Times the limit, of a request that is refused for its size."""
 _HEADERS = {
@@ -67,6 +77,10 @@ class RefusalError(Exception):
         self.sentence = sentence
 
 
+PROVED = "hpcmm_proved"
+"""In a request's state: what is called once its connection has brought the token."""
+
+
 class Guard:
     """The application in front of ``app``. ``cache`` is the only folder of which files are shown.
 
@@ -89,6 +103,7 @@ class Guard:
         self._cache = cache.resolve()
         self._max_body_bytes = max_body_bytes
         self._functions = functions
+        self._expected_bytes = 0  # of uploads that are on their way
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -98,22 +113,31 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         try:
+            _check_head(scope)
             _check_site(scope)
             if self._brings_token(scope):
+                _tell_proved(scope)
                 await self._welcome(send)
                 return
             self._check_cookie(scope)
+            _tell_proved(scope)
             self._check_route(scope)
-            receive = await self._bounded(scope, receive)
-            await self._app(scope, receive, _Outgoing(scope, send))
+            if scope["path"] == UPLOAD and scope["method"] == "POST":
+                await self._take_upload(scope, receive, _Outgoing(scope, send))
+            else:
+                receive = await self._bounded(scope, receive)
+                await self._app(scope, receive, _Outgoing(scope, send))
         except RefusalError as refusal:
             await _answer(send, refusal.status, refusal.sentence)
 
     def _brings_token(self, scope: Message) -> bool:
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token")
-        if scope["path"] != "/" or scope["method"] != "GET" or given is None:
+        if scope["path"] != "/" or scope["method"] != "GET":
             return False
-        if not self._is_token(given[0]):
+        parts = scope["query_string"].decode("latin-1").split("&")
+        given = next((part.removeprefix("token=") for part in parts if part.startswith("token=")), "")
+        if not given:
+            return False
+        if not self._is_token(given):
             raise RefusalError(403, "This is not the token of this server: open the address that hpcmm.serve printed.")
         return True
 
@@ -130,8 +154,7 @@ class Guard:
         await _answer_page(send, 200, page, [(b"set-cookie", cookie.encode("ascii"))])
 
     def _check_cookie(self, scope: Message) -> None:
-        given = _cookies(scope).get(self._cookie, "")
-        if not self._is_token(given):
+        if not any(self._is_token(given) for given in _cookies(scope, self._cookie)):
             raise RefusalError(403, "A token is needed: open the address that hpcmm.serve printed, with its token.")
 
     def _check_route(self, scope: Message) -> None:
@@ -143,30 +166,35 @@ class Guard:
 
     def _is_ours(self, name: Any) -> bool:
         """Whether ``name`` is an absolute path of a file in the cache, links followed."""
-        if not isinstance(name, str) or "\0" in name or not name.startswith("/"):
+        if not isinstance(name, str) or not name.startswith("/") or len(name) > _LONGEST_PATH:
             return False
         try:
             return Path(unquote(name)).resolve().is_relative_to(self._cache) and Path(name).resolve().is_relative_to(
                 self._cache
             )
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):  # ValueError: characters that no path can hold
             return False
+
+    async def _take_upload(self, scope: Message, receive: Receive, send: Send) -> None:
+        limit = self._max_body_bytes
+        receive = _timed(receive)
+        size = await _declared_size(scope, receive, limit)
+        expected = self._expected_bytes
+        self._expected_bytes += size  # at once, for another upload may come while the folder is looked through
+        try:
+            if await asyncio.to_thread(_folder_bytes, self._cache) + expected > CACHE_LIMIT_BYTES:
+                raise RefusalError(507, "Too many uploads lie here already: try again in a quarter of an hour.")
+            await self._app(scope, _counted(receive, limit), send)
+        finally:
+            self._expected_bytes -= size
 
     async def _bounded(self, scope: Message, receive: Receive) -> Receive:
         """``receive`` that ends a request above the limit; that of a question is read and looked at first."""
         if scope["method"] in {"GET", "HEAD", "OPTIONS"}:
             return receive
-        uploads = scope["path"] == UPLOAD
-        limit = self._max_body_bytes if uploads else _JSON_LIMIT_BYTES
-        declared = _header(scope, b"content-length")
-        if declared and (not declared.isdecimal() or int(declared) > limit):
-            await _drain(receive, _DRAINED * limit)
-            raise RefusalError(413, _too_large(limit))
-        if uploads:
-            if _folder_bytes(self._cache) > CACHE_LIMIT_BYTES:
-                raise RefusalError(507, "Too many uploads lie here already: try again in a quarter of an hour.")
-            return _counted(receive, limit)
-        body = await _read(receive, limit)
+        receive = _timed(receive)
+        await _declared_size(scope, receive, _JSON_LIMIT_BYTES)
+        body = await _read(receive, _JSON_LIMIT_BYTES)
         self._check_question(scope["path"], body)
         return _replayed(body, receive)
 
@@ -193,6 +221,20 @@ class Guard:
                 raise RefusalError(400, "The page has no such function.")
 
 
+def _tell_proved(scope: Message) -> None:
+    proved = scope.get("state", {}).pop(PROVED, None)
+    if proved is not None:
+        proved()
+
+
+def _check_head(scope: Message) -> None:
+    size = (
+        len(scope["path"]) + len(scope["query_string"]) + sum(len(key) + len(value) for key, value in scope["headers"])
+    )
+    if size > HEAD_LIMIT_BYTES:
+        raise RefusalError(431, "The request's address and headers are too long: delete the cookies of 127.0.0.1.")
+
+
 def _check_site(scope: Message) -> None:
     """Refuse names that another site could point to this machine, and pages of other sites or ports."""
     host = _header(scope, b"host")
@@ -200,7 +242,7 @@ def _check_site(scope: Message) -> None:
     if name.lower() not in _LOOPBACK_NAMES:
         raise RefusalError(421, "This server answers to 127.0.0.1 and localhost alone.")
     origin = _header(scope, b"origin")
-    if origin and urlsplit(origin).netloc.lower() != host.lower():
+    if origin and origin.lower() not in {f"http://{host}".lower(), f"https://{host}".lower()}:
         raise RefusalError(403, "Requests from the pages of other sites are refused.")
     if _header(scope, b"sec-fetch-site") == "cross-site" and scope["method"] != "GET":
         raise RefusalError(403, "Requests from the pages of other sites are refused.")
@@ -211,27 +253,58 @@ def _header(scope: Message, name: bytes) -> str:
     return values[0].decode("latin-1") if len(values) == 1 else ""
 
 
-def _cookies(scope: Message) -> dict[str, str]:
-    # Cookies are those of all ports of this machine: one that is malformed must not hide ours.
-    found: dict[str, str] = {}
+def _cookies(scope: Message, name: str) -> Iterator[str]:
+    """Values of the cookies of that name. Others are those of all ports of this machine, and may be malformed."""
     for part in _header(scope, b"cookie").split(";"):
-        try:
-            found |= {name: morsel.value for name, morsel in SimpleCookie(part.strip()).items()}
-        except CookieError:
-            continue
-    return found
+        key, _, value = part.partition("=")
+        if key.strip() == name:
+            yield value.strip()
 
 
 def _named_files(value: Any) -> Iterator[Any]:
     """All values of the key ``path``, at any depth, and of ``url`` if no path is given."""
-    if isinstance(value, dict):
-        if "path" in value:
-            yield value["path"]
-        elif isinstance(value.get("url"), str):
-            yield value["url"]
-        yield from (name for each in value.values() for name in _named_files(each))
-    elif isinstance(value, list):
-        yield from (name for each in value for name in _named_files(each))
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            if "path" in each:
+                yield each["path"]
+            elif isinstance(each.get("url"), str):
+                yield each["url"]
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+
+
+def _timed(receive: Receive) -> Receive:
+    """``receive`` that ends a request whose body takes too long. Raises RefusalError."""
+    until = time.monotonic() + _BODY_S
+    is_read = False
+
+    async def timed() -> Message:
+        nonlocal is_read
+        if is_read:  # what comes now is only that the other side goes
+            return await receive()
+        try:
+            async with asyncio.timeout(min(_PIECE_S, until - time.monotonic())):
+                message = await receive()
+        except TimeoutError as error:
+            raise RefusalError(408, "The request takes too long to arrive: try again, with smaller files.") from error
+        is_read = not message.get("more_body")
+        return message
+
+    return timed
+
+
+async def _declared_size(scope: Message, receive: Receive, limit: int) -> int:
+    """The size of a request's body, at most ``limit``, which it also is if the request does not tell."""
+    declared = _header(scope, b"content-length")
+    if not declared:
+        return limit
+    if not re.fullmatch("[0-9]{1,18}", declared) or int(declared) > limit:
+        await _drain(receive, _DRAINED * limit)
+        raise RefusalError(413, _too_large(limit))
+    return int(declared)
 
 
 async def _drain(receive: Receive, most: int) -> None:
@@ -272,10 +345,13 @@ def _counted(receive: Receive, limit: int) -> Receive:
 
     async def counted() -> Message:
         nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
-            raise HTTPException(413, _too_large(limit))  # the application is at work already, and answers with it
+        try:
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise RefusalError(413, _too_large(limit))
+        except RefusalError as refusal:  # the application is at work already, and answers with it
+            raise HTTPException(refusal.status, refusal.sentence) from refusal
         return message
 
     return counted
@@ -290,7 +366,7 @@ def _folder_bytes(folder: Path) -> int:
     for parent, _, names in os.walk(folder):
         for name in names:
             try:
-                total += (Path(parent) / name).lstat().st_size
+                total += max(_SMALLEST_FILE_BYTES, (Path(parent) / name).lstat().st_size)
             except OSError:
                 continue  # swept away meanwhile
     return total

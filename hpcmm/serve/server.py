@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -11,19 +12,23 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.node.network import hold_free_port
+from hpcmm.node.network import hold_free_port, peer_uid
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, new_token, this_host
+from hpcmm.serve.guard import HEAD_LIMIT_BYTES, PROVED, Guard
 from hpcmm.serve.options import ServeOptions
 from hpcmm.serve.served import ServedModel, ServedPage
 from hpcmm.serve.service import RequestLog, Service
@@ -33,6 +38,11 @@ LOOPBACK = "127.0.0.1"
 _SESSIONS = 500
 """Open pages of which the server remembers what they show."""
 _CONNECTIONS = 400
+_ACCEPTED_AT_ONCE = 128
+"""Few, since a connection that is closed at once has a file descriptor until the next turn of the event loop."""
+_PROOF_S = 15.0
+"""Time for a connection to bring the token."""
+_MOST_UNPROVED = 100
 _KEPT_S = 900
 """How long an upload stays in the server's private folder."""
 _SWEEP_S = 30.0
@@ -47,7 +57,7 @@ def serve(
     asked_to_end: Callable[[], bool] = lambda: False,
     node: str | None = None,
 ) -> None:
-    """Serve until SIGTERM, Ctrl-C or ``asked_to_end``. ``ready`` is told the address once it answers.
+    """Serve until SIGTERM, SIGHUP, Ctrl-C or ``asked_to_end``. ``ready`` is told the address once it answers.
 
     Call it in the main thread. Raises HpcmmError if the run cannot be served.
     """
@@ -91,8 +101,6 @@ def build_app(page: ServedPage, service: Service[Any, Any], cache: Path, address
     import gradio  # noqa: PLC0415 -- takes seconds
     from fastapi import FastAPI  # noqa: PLC0415
 
-    from hpcmm.serve.guard import Guard  # noqa: PLC0415
-
     options = service.options
     blocks = gradio.Blocks(title=f"{Path(options.run).name} · hpcmm", analytics_enabled=False)
     with blocks:
@@ -133,14 +141,57 @@ def _theme(themes: Any) -> Any:
     return plain.set(**quiet, **{f"{name}_dark": value for name, value in quiet.items()})
 
 
+class Connection(H11Protocol):
+    """uvicorn's connection, closed if it has not brought the token within ``_PROOF_S``.
+
+    Anybody on this machine can connect. So of too many that have not brought it, the oldest one is closed of the user
+    who has most of them: who floods the server closes their own.
+    """
+
+    uid: int | None = None
+    since_s = 0.0
+    _timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_unproved(self) -> bool:
+        """Whether it has still to bring the token, and is not closed yet."""
+        return self._timer is not None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.uid = peer_uid(transport.get_extra_info("socket"))
+        self.since_s = self.loop.time()
+        self.app_state = {**self.app_state, PROVED: self.forget}
+        self._timer = self.loop.call_later(_PROOF_S, self.refuse)
+        unproved = [each for each in self.connections if isinstance(each, Connection) and each.is_unproved]
+        if len(unproved) > _MOST_UNPROVED:
+            [(most, _)] = Counter(each.uid for each in unproved).most_common(1)
+            min((each for each in unproved if each.uid == most), key=lambda each: each.since_s).refuse()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.forget()
+        super().connection_lost(exc)
+
+    def forget(self) -> None:
+        """It needs to prove nothing any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+
+    def refuse(self) -> None:
+        """Close it at once."""
+        self.forget()
+        self.transport.abort()
+
+
 def _run(app: Any, held: socket.socket, cache: Path, ready: Callable[[], None], ends: Callable[[], bool]) -> None:
     """Answer requests in a thread of their own, and watch over it here until it is to end."""
     import uvicorn  # noqa: PLC0415
 
-    # No log of accesses: addresses hold the token.
+    # No log of accesses: addresses hold the token. Nor of warnings: anybody without the token could fill the disk.
     settings = uvicorn.Config(
         app,
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         ws="none",
@@ -148,8 +199,9 @@ def _run(app: Any, held: socket.socket, cache: Path, ready: Callable[[], None], 
         timeout_graceful_shutdown=_GRACE_S,
         timeout_keep_alive=30,
         limit_concurrency=_CONNECTIONS,
-        h11_max_incomplete_event_size=64 * 1024,
-        http="h11",
+        backlog=_ACCEPTED_AT_ONCE,
+        h11_max_incomplete_event_size=HEAD_LIMIT_BYTES,
+        http=Connection,
     )
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [held]}, name="http", daemon=True)
@@ -174,13 +226,16 @@ def _run(app: Any, held: socket.socket, cache: Path, ready: Callable[[], None], 
 
 @contextmanager
 def _told_to_end() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set, as long as this is entered."""
+    """An event that SIGTERM, Ctrl-C and a closed terminal set, as long as this is entered."""
     told = threading.Event()
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+        numbers.append(signal.SIGHUP)
 
     def tell(_number: int, _frame: FrameType | None) -> None:
         told.set()
 
-    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, tell) for number in numbers}
     try:
         yield told
     finally:
@@ -193,6 +248,7 @@ def _listening(port: int) -> Iterator[socket.socket]:
     """A socket of this machine's loopback interface; no other machine reaches it."""
     try:
         held = hold_free_port(LOOPBACK) if port == 0 else _bound(port)
+        held.listen()  # two may be bound to a port, but only one can listen: no other user takes it while we load
     except OSError as error:
         raise HpcmmError(f"Port {port} cannot be had ({error.strerror}): choose another, or --port 0.") from error
     with held:
@@ -204,7 +260,6 @@ def _bound(port: int) -> socket.socket:
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         held.bind((LOOPBACK, port))
-        held.listen()  # two may be bound to a port, but only one can listen
     except OSError:
         held.close()
         raise

@@ -136,6 +136,75 @@ def test_a_page_of_another_site_or_port_cannot_send_anything(origin, ask):
     assert ask("POST", "/gradio_api/queue/join", {**OURS, "origin": origin}, json={}).status_code == 403
 
 
+@pytest.mark.parametrize(
+    "origin", ["http://[", "http://]", "http://[::1", "//", "http://\xbd", "[" * 9000, " ", "http:"]
+)
+def test_an_origin_that_is_no_address_is_refused(origin, ask):
+    headers = {**OURS, "origin": origin.encode("latin-1")}
+    assert ask("POST", "/gradio_api/queue/join", headers, json={}).status_code == 403
+
+
+ODD = st.binary(max_size=40) | st.sampled_from(
+    [b"http://[", b"[", b"[::1]:x", b"127.0.0.1:99999999", b'a="\\', b"=;=;", b"9" * 5000, b"-1", b"\xb2", b"\0"]
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from([b"host", b"origin", b"sec-fetch-site", b"cookie", b"content-length", b"content-type"]),
+    value=ODD,
+    query=ODD,
+    path=st.sampled_from(["/", "/config", "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/file=/x"]),
+    method=st.sampled_from(["GET", "POST"]),
+)
+def test_whatever_a_stranger_s_head_holds_is_refused_and_breaks_nothing(name, value, query, path, method, cache):
+    headers = [(b"host", b"127.0.0.1")] if name != b"host" else []
+    scope = {
+        "type": "http", "method": method, "path": path, "query_string": query, "headers": [*headers, (name, value)],
+    }  # fmt: skip
+    assert 400 <= status_of(scope, cache) < 500
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from([b"origin", b"sec-fetch-site", b"cookie", b"content-length", b"content-type"]),
+    value=ODD,
+    path=st.sampled_from(["/config", "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/file=/x"]),
+    method=st.sampled_from(["GET", "POST"]),
+)
+def test_nor_does_that_of_who_has_the_token_break_anything(name, value, path, method, cache):
+    ours = f"{COOKIE}={TOKEN}".encode() + (b"; " + value if name == b"cookie" else b"")
+    headers = [(b"host", b"127.0.0.1"), (b"cookie", ours)]
+    scope = {
+        "type": "http", "method": method, "path": path, "query_string": b"",
+        "headers": [*headers, *([] if name == b"cookie" else [(name, value)])],
+    }  # fmt: skip
+    assert 200 <= status_of(scope, cache) < 500
+
+
+def status_of(scope: dict, cache: Path) -> int:
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Guard(behind, token=TOKEN, cookie=COOKIE, cache=cache, max_body_bytes=1000)(scope, receive, send))
+    return sent[0]["status"]
+
+
+def test_a_head_has_bounds(ask):
+    assert ask("GET", "/config", {"cookie": "a=" + "x" * 40_000 + f"; {COOKIE}={TOKEN}"}).status_code == 431
+    assert ask("GET", "/config?" + "a=b&" * 9000).status_code == 431
+    assert ask("GET", "/config", {"cookie": "a=" + "x" * 20_000 + f"; {COOKIE}={TOKEN}"}).status_code == 200
+
+
+def test_the_token_need_not_be_in_the_first_cookie_of_that_name(ask):
+    assert ask("GET", "/config", {"cookie": f"{COOKIE}=old; {COOKIE}={TOKEN}; {COOKIE}=other"}).status_code == 200
+
+
 def test_the_own_page_can(ask):
     answer = ask("POST", "/gradio_api/queue/join", {**OURS, "origin": "http://127.0.0.1:9000"}, json={"data": [1]})
     assert answer.json() == {"path": "/gradio_api/queue/join", "body": len(b'{"data":[1]}')}
@@ -210,6 +279,14 @@ def test_a_function_that_the_page_does_not_have_is_refused_in_one_line(number, d
     assert ask("POST", f"/gradio_api/{door}", json={"data": [], "fn_index": 2}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "name", ["/\\ud800", "/a\\u0000", "/" + "a/" * 20_000, "/" + "a" * 300], ids=["half", "nul", "deep", "long"]
+)
+def test_a_name_that_no_file_can_have_is_refused(name, ask):
+    body = f'{{"data": [{{"path": "{name}"}}]}}'.encode()
+    assert ask("POST", "/gradio_api/queue/join", content=body).status_code == 400
+
+
 @pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"\xff"])
 def test_what_is_no_json_is_said(body, ask):
     assert ask("POST", "/gradio_api/queue/join", content=body).status_code == 400
@@ -220,6 +297,66 @@ def test_when_the_cache_is_full_no_more_uploads_are_taken(cache, ask, monkeypatc
     answer = ask("POST", "/gradio_api/upload", content=b"x")
     assert answer.status_code == 507
     assert "try again" in answer.text
+
+
+def test_many_small_uploads_fill_the_cache_too(cache, ask, monkeypatch):
+    monkeypatch.setattr("hpcmm.serve.guard.CACHE_LIMIT_BYTES", 2_000_000)
+    assert ask("POST", "/gradio_api/upload", content=b"x").status_code == 200
+    for number in range(20):
+        (cache / f"{number}.png").touch()
+    assert ask("POST", "/gradio_api/upload", content=b"x").status_code == 507
+
+
+def test_uploads_that_are_on_their_way_count_as_well(cache, monkeypatch):
+    monkeypatch.setattr("hpcmm.serve.guard.CACHE_LIMIT_BYTES", 800_000)
+    arriving, go_on = asyncio.Event(), asyncio.Event()
+
+    async def app(scope, receive, send):
+        arriving.set()
+        await go_on.wait()
+        await behind(scope, receive, send)
+
+    async def run() -> list[int]:
+        transport = httpx.ASGITransport(Guard(app, token=TOKEN, cookie=COOKIE, cache=cache, max_body_bytes=1_000_000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:9000", headers=OURS) as client:
+
+            async def upload() -> int:
+                return (await client.post("/gradio_api/upload", content=b"x" * 900_000)).status_code
+
+            first = asyncio.create_task(upload())
+            await arriving.wait()
+            second = await upload()
+            go_on.set()
+            return [second, await first, await upload()]
+
+    assert asyncio.run(run()) == [507, 200, 200]
+
+
+@pytest.mark.parametrize("bound", ["_PIECE_S", "_BODY_S"])
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join"])
+def test_a_body_that_trickles_in_has_bounded_time(path, bound, cache, monkeypatch):
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    monkeypatch.setattr(f"hpcmm.serve.guard.{bound}", 0.2)
+    sent, pieces = [], 0
+
+    async def receive():
+        nonlocal pieces
+        pieces += 1
+        if bound == "_PIECE_S" and pieces > 1:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1"), (b"cookie", f"{COOKIE}={TOKEN}".encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    app = Starlette(routes=[Mount("/", behind)])  # as gradio's, it makes an answer of what is raised while it reads
+    asyncio.run(Guard(app, token=TOKEN, cookie=COOKIE, cache=cache, max_body_bytes=10**9)(scope, receive, send))
+    assert sent[0]["status"] == 408
 
 
 def test_the_page_names_no_other_host_and_may_ask_none(ask):
