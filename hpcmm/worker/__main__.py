@@ -122,13 +122,14 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     from hpcmm.config.schema import Executor  # noqa: PLC0415
     from hpcmm.node import startup  # noqa: PLC0415
     from hpcmm.runs.attempts import current_attempt  # noqa: PLC0415
-    from hpcmm.worker.environment import RankEnvironment, use_copies  # noqa: PLC0415
+    from hpcmm.worker.environment import RankEnvironment, forget_outer_run, use_copies  # noqa: PLC0415
     from hpcmm.worker.signal_forwarding import run_watched  # noqa: PLC0415
 
+    config = config_file.load(run.config)
+    forget_outer_run(has_script=config.cluster.executor is Executor.slurm)
     os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
     os.environ[RUN_DIR] = str(run.root.absolute())
     os.environ[RESTART_COUNT] = str(current_attempt(run) - 1)
-    config = config_file.load(run.config)
     rank_env = RankEnvironment.read()
     rank = rank_env.rank
     if config.cluster.executor is Executor.local:

@@ -128,6 +128,11 @@ def _rendezvous(rank_env: RankEnvironment, config: RunConfig, backend: str) -> N
             timeout=timedelta(seconds=config.parallel.collective_timeout_s),
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if rank_env.rank == 0 and "EADDRINUSE" in str(error):
+            raise HpcmmError(
+                f"Rank 0 cannot listen for the others at {where} (EADDRINUSE): after the job found that port free, "
+                f"another process on {rank_env.node} took it. See `ss -tlnp` there, and submit the job again."
+            ) from error
         raise HpcmmError(
             f"Rank {rank_env.rank} on {rank_env.node} did not meet the other ranks at {where} within {wait_s} s: did "
             f"all {rank_env.world_size} start (see the others' logs), and does {rank_env.master_addr} resolve "

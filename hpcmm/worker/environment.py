@@ -14,10 +14,12 @@ from functools import reduce
 from pathlib import Path
 from typing import IO, Any
 
+from hpcmm.annotate import stopping
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.files import open_regular, read_json_object
+from hpcmm.files import json_object, open_regular, read_json_object
+from hpcmm.node import startup
 from hpcmm.runs.ownership import exchangeable
 from hpcmm.runs.run_dir import RunDir
 
@@ -66,7 +68,7 @@ class RankEnvironment:
             world_size=int(environ[names["world_size"]]),
             local_world_size=_ranks_on_this_node(environ, int(environ[names["world_size"]])),
             job_id=environ[names["job_id"]],
-            node=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            node=_node(environ),
             master_addr=environ["MASTER_ADDR"],
             master_port=int(environ["MASTER_PORT"]),
         )
@@ -83,6 +85,10 @@ class RankEnvironment:
         environ["LOCAL_WORLD_SIZE"] = str(self.local_world_size)
         environ["MASTER_ADDR"] = self.master_addr
         environ["MASTER_PORT"] = str(self.master_port)
+
+
+def _node(environ: Mapping[str, str]) -> str:
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _ranks_on_this_node(environ: Mapping[str, str], world_size: int) -> int:
@@ -132,8 +138,19 @@ STAGE_DIR, STAGED = "HPCMM_STAGE_DIR", "HPCMM_STAGED"
 """Variables of a rank: the folder with this node's copies of ``launch.stage``, each under its source's name, and a JSON
 object that has the copy of each source."""
 
+_OF_THE_SCRIPT = (startup.SCRIPT_BEGAN, startup.SRUN_BEGAN)
+_OF_A_RANK = (stopping.RUN_DIR, stopping.RESTART_COUNT, startup.CAPTURE_BEGAN, startup.COMMAND_BEGAN, STAGE_DIR, STAGED)
 _MOST_BYTES = 64 << 20
 _held: list[IO[bytes]] = []
+
+
+def forget_outer_run(environ: MutableMapping[str, str] = os.environ, *, has_script: bool) -> None:
+    """Drop what another run told its ranks, one of which has launched this run.
+
+    Its folders may be gone, or be another user's by now. A job's script has set its own marks anew.
+    """
+    for name in (*_OF_A_RANK, *(() if has_script else _OF_THE_SCRIPT)):
+        environ.pop(name, None)
 
 
 def use_copies(run: RunDir, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -143,7 +160,7 @@ def use_copies(run: RunDir, environ: MutableMapping[str, str] = os.environ) -> N
     """
     from hpcmm.worker.stage import LOCK  # noqa: PLC0415 -- few runs stage
 
-    node = environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = _node(environ)
     nodes = read_json_object(run.staged, _MOST_BYTES, within=run.root).get("nodes")
     found = nodes.get(node) if isinstance(nodes, dict) else None
     try:
@@ -151,22 +168,41 @@ def use_copies(run: RunDir, environ: MutableMapping[str, str] = os.environ) -> N
             raise HpcmmError(f"{run.staged} names no copy of launch.stage on {node}: launch the run again.")
         folder, places = Path(found["folder"]), found["places"]
         held = open_regular(folder / LOCK)
-        if not folder.stat().st_uid == os.fstat(held.fileno()).st_uid == os.geteuid():
-            raise HpcmmError(f"The copy of launch.stage in {folder} on {node} is not yours: launch the run again.")
         fcntl.flock(held, fcntl.LOCK_SH)
     except OSError as error:
-        raise HpcmmError(
-            f"The copy of launch.stage is gone from {node} ({error.strerror}): did something clean its scratch folder?"
-        ) from error
+        raise _gone(node, error) from error
+    _require_own(folder, node)
     _held.append(held)
     environ.update({STAGE_DIR: str(folder / "data"), STAGED: json.dumps(places)})
 
 
+def _require_own(folder: Path, node: str) -> None:
+    """Raises HpcmmError if it is not a folder of this user that nobody else can write."""
+    try:
+        facts = folder.lstat()
+    except OSError as error:
+        raise _gone(node, error) from error
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+        raise HpcmmError(f"The copy of launch.stage in {folder} on {node} is not yours alone: launch the run again.")
+
+
+def _gone(node: str, error: OSError) -> HpcmmError:
+    return HpcmmError(
+        f"The copy of launch.stage is gone from {node} ({error.strerror}): did something clean its scratch folder?"
+    )
+
+
 def with_local_paths(config: RunConfig, environ: Mapping[str, str] = os.environ) -> RunConfig:
-    """``config`` with the copy of each file or folder that the user named for a workload and that is staged."""
-    workload, copies = workload_of(config), json.loads(environ.get(STAGED, "{}"))
-    given = workload.given_paths(config) if workload is not None else {}
-    for key, path in given.items():
+    """``config`` with the copy of each file or folder that the user named for a workload and that is staged.
+
+    Raises HpcmmError if another user could have written the copies.
+    """
+    workload = workload_of(config)
+    copies = json_object(environ.get(STAGED, "{}")) if config.launch.stage else {}
+    if workload is None or not copies:
+        return config
+    _require_own(Path(environ[STAGE_DIR]).parent, _node(environ))
+    for key, path in workload.given_paths(config).items():
         named = path and str(Path(path).expanduser().absolute())
         for source, copy in copies.items():
             if named and (named == source or named.startswith(f"{source}/")):

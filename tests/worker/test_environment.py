@@ -6,7 +6,7 @@ import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.node.network import find_free_port
-from hpcmm.worker.environment import RankEnvironment
+from hpcmm.worker.environment import RankEnvironment, forget_outer_run
 
 SLURM = {
     "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node3",
@@ -44,6 +44,16 @@ def test_the_local_executor_is_believed_within_a_slurm_job():
 def test_what_is_missing_is_named():
     with pytest.raises(HpcmmError, match=r"SLURM_PROCID, MASTER_PORT not set"):
         RankEnvironment.read({k: v for k, v in SLURM.items() if k not in ("SLURM_PROCID", "MASTER_PORT")})
+
+
+def test_only_a_run_with_a_script_keeps_the_script_s_marks_and_the_user_s_settings_stay():
+    script = {"HPCMM_SCRIPT_BEGAN_S": "1", "HPCMM_SRUN_BEGAN_S": "2"}
+    users = {"HPCMM_CLUSTER_DIR": "/mine", "HPCMM_OF_MY_OWN": "x"}
+    outer = {"HPCMM_RUN_DIR": "/r", "HPCMM_STAGED": "{}", "HPCMM_STAGE_DIR": "/s", "HPCMM_COMMAND_BEGAN_S": "3"}
+    for has_script, kept in ((True, script | users), (False, users)):
+        environ = script | users | outer
+        forget_outer_run(environ, has_script=has_script)
+        assert environ == kept
 
 
 def test_a_free_port_can_be_bound_and_one_that_is_taken_is_not_given(monkeypatch):

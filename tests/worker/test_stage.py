@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from another_user import give
 
 from hpcmm.config import config_file
 from hpcmm.config.compose import compose_run
@@ -374,13 +375,45 @@ def test_a_rank_without_a_copy_does_not_start(run, node):
 
 @pytest.mark.parametrize(
     ("root", "expected"),
-    [("/data/set", "/s/set"), ("/data/set/train", "/s/set/train"), ("/data/set2", "/data/set2"), (None, None)],
+    [("/data/set", "{copy}"), ("/data/set/train", "{copy}/train"), ("/data/set2", "/data/set2"), (None, None)],
 )
-def test_a_workload_reads_the_copy_of_what_the_user_named(root, expected):
+def test_a_workload_reads_the_copy_of_what_the_user_named(root, expected, tmp_path):
     given = [] if root is None else [f"data.root={root}"]
     config = compose_run(["cluster=slurm", *given])
-    local = with_local_paths(config, {"HPCMM_STAGED": json.dumps({"/data/set": "/s/set"})})
-    assert local.data.root == expected
+    config.launch.stage = ["/data/set"]
+    with own_folder(tmp_path) as folder:
+        local = with_local_paths(config, told(folder))
+    assert local.data.root == (expected and expected.replace("{copy}", f"{folder}/data/set"))
+
+
+def told(folder):
+    """What a rank's environment says of copies in a folder."""
+    return {"HPCMM_STAGE_DIR": f"{folder}/data", "HPCMM_STAGED": json.dumps({"/data/set": f"{folder}/data/set"})}
+
+
+def test_a_run_that_stages_nothing_reads_no_copies(tmp_path):
+    config = compose_run(["cluster=slurm", "data.root=/data/set"])
+    assert with_local_paths(config, told(tmp_path)).data.root == "/data/set"
+    assert with_local_paths(config, {"HPCMM_STAGED": "garbage"}).data.root == "/data/set"
+
+
+def test_copies_that_another_user_could_have_made_are_not_read(tmp_path):
+    config = compose_run(["cluster=slurm", "data.root=/data/set"])
+    config.launch.stage = ["/data/set"]
+    with pytest.raises(HpcmmError, match="is gone from"):
+        with_local_paths(config, told(tmp_path / "gone"))
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    with pytest.raises(HpcmmError, match="is not yours alone"):
+        with_local_paths(config, told(folder))
+    folder.chmod(0o700)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(HpcmmError, match="is not yours alone"):
+        with_local_paths(config, told(tmp_path / "link"))
+    give(folder)
+    with pytest.raises(HpcmmError, match="is not yours alone"):
+        with_local_paths(config, told(folder))
 
 
 # What is refused at launch.

@@ -85,6 +85,28 @@ def test_a_rank_that_ends_well_leaves_a_mark_whatever_it_runs(tmp_path, command,
     assert [path.name for path in folder.glob("*_of_*")] == marks
 
 
+@pytest.mark.parametrize("staged", ['{"/data": "/tmp/of-another-user"}', "garbage"])
+def test_a_run_that_a_rank_launches_takes_nothing_from_the_run_around_it(tmp_path, monkeypatch, staged):
+    for name in ("RUN_DIR", "RESTART_COUNT", "STAGE_DIR", "CAPTURE_BEGAN_S", "COMMAND_BEGAN_S"):
+        monkeypatch.setenv(f"HPCMM_{name}", "of-the-outer-run")
+    monkeypatch.setenv("HPCMM_STAGED", staged)
+    for name in ("SCRIPT", "SRUN"):
+        monkeypatch.setenv(f"HPCMM_{name}_BEGAN_S", "12.5")  # as the run's own script sets it
+    (tmp_path / "train.py").write_text(
+        "import json, os\n"
+        "told = {name: value for name, value in os.environ.items() if name.startswith('HPCMM_')}\n"
+        "json.dump(told, open('told.json', 'w'))\n"
+    )
+    run, done = run_rank(tmp_path, "task=script", f"task.path={tmp_path / 'train.py'}")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told.pop("HPCMM_RUN_DIR") == str(run.root)
+    assert told.pop("HPCMM_RESTART_COUNT") == "0"
+    assert float(told.pop("HPCMM_CAPTURE_BEGAN_S")) <= float(told.pop("HPCMM_COMMAND_BEGAN_S"))
+    assert (told.pop("HPCMM_SCRIPT_BEGAN_S"), told.pop("HPCMM_SRUN_BEGAN_S")) == ("12.5", "12.5")
+    assert not {"HPCMM_STAGED", "HPCMM_STAGE_DIR"} & set(told)
+
+
 ENDS = [
     ("sys.exit()", 0, ""),
     ("sys.exit(0)", 0, ""),
