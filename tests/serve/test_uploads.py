@@ -48,7 +48,7 @@ def test_of_an_animation_the_first_image_is_taken_and_that_is_said(name, tmp_pat
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green")]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
     uploaded = open_upload(tmp_path / name, options)
-    assert uploaded.note == "The file holds 3 images; this is the first."
+    assert uploaded.note == "The file holds several images; this is the first."
     red, _, blue = uploaded.image.getpixel((5, 5))
     assert red > 200
     assert blue < 60
@@ -110,6 +110,27 @@ def test_a_small_file_with_many_pixels_is_refused_before_one_is_decoded(side, tm
     path.write_bytes(png_of(side, side))
     with pytest.raises(UnusableImageError, match=r"At most 4 million pixels are taken"):
         open_upload(path, options)
+
+
+def test_a_small_file_whose_image_is_many_passes_over_its_pixels_is_refused(picture, options):
+    path = picture("scans.jpg", progressive=True)
+    content = path.read_bytes()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    assert open_upload(path, options).image.size == (64, 48)
+    path.write_bytes(content[:-2] + 200 * last + b"\xff\xd9")
+    with pytest.raises(UnusableImageError, match="in very many pieces"):
+        open_upload(path, options)
+
+
+def test_a_small_file_of_very_many_strips_is_refused(tmp_path, options):
+    count = 210_000
+    shape = [(256, 3, 1, 64), (257, 3, 1, 48), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    strips = [(273, 4, count, 200), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, count, 200)]
+    entries = b"".join(struct.pack("<HHII", *entry) for entry in [*shape, *strips])
+    head = b"II*\0" + struct.pack("<IH", 8, 9) + entries + struct.pack("<I", 0)
+    (tmp_path / "strips.tiff").write_bytes(head.ljust(200, b"\0") + bytes(4 * count))
+    with pytest.raises(UnusableImageError, match="in very many pieces"):
+        open_upload(tmp_path / "strips.tiff", options)
 
 
 def test_a_large_file_is_refused(tmp_path, options):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from hpcmm.errors import HpcmmError
 from hpcmm.serve.options import MEGABYTE
@@ -20,6 +21,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """What the page's file dialogue offers."""
 _RANGE_UNKNOWN = ("I", "F")
+_MOST_SCANS = 100
+_MOST_PIECES = 200_000
+"""Scans of a JPEG, each of which is a pass over all pixels, and strips or tiles of a TIFF: a file may have millions."""
 
 
 class UnusableImageError(HpcmmError):
@@ -62,6 +66,7 @@ def open_upload(path: Path, limits: ImageLimits) -> Uploaded:
             warnings.simplefilter("ignore")  # a bomb is refused by its size below
             with Image.open(path, formats=FORMATS) as image:
                 _check_size(image, limits)
+                _check_pieces(image, path)
                 note = _note(image)
                 image.load()
                 return Uploaded(_as_rgb(image), size, note)
@@ -83,13 +88,29 @@ def _check_size(image: Image.Image, limits: ImageLimits) -> None:
         raise UnusableImageError(f"The image has {width} x {height} pixels, too few to show anything.")
 
 
+def _check_pieces(image: Image.Image, path: Path) -> None:
+    scans = path.read_bytes().count(b"\xff\xda") if isinstance(image, JpegImageFile) else 0
+    if scans > _MOST_SCANS or len(getattr(image, "tile", ())) > _MOST_PIECES:
+        raise UnusableImageError("The image is stored in very many pieces, which take too long: save it anew.")
+
+
 def _too_many(limits: ImageLimits) -> str:
     return f"At most {limits.max_megapixels:g} million pixels are taken: make it smaller."
 
 
 def _note(image: Image.Image) -> str:
-    frames = getattr(image, "n_frames", 1)
-    return f"The file holds {frames} images; this is the first." if frames > 1 else ""
+    return "The file holds several images; this is the first." if _has_several(image) else ""
+
+
+def _has_several(image: Image.Image) -> bool:
+    if image.format != "TIFF":
+        return bool(getattr(image, "is_animated", False))
+    try:
+        image.seek(1)  # to count them, a TIFF's would all be read
+    except EOFError:
+        return False
+    image.seek(0)
+    return True
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
