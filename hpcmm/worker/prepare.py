@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hpcmm.config.schema import RunConfig
@@ -19,7 +21,7 @@ from hpcmm.worker.compiled_ops import build_ops, ops_are_built
 
 
 def prepare(config: RunConfig) -> None:
-    """Build and make what is missing, one process at a time. Cheap when nothing is.
+    """Build and make what is missing, each by one process at a time. Cheap when nothing is.
 
     Raises HpcmmError if that fails, InputError for files and folders of the user's that cannot be used.
     """
@@ -28,14 +30,27 @@ def prepare(config: RunConfig) -> None:
         _check_given_paths(workload, config)
     if importlib.util.find_spec("deepspeed") is None:
         return  # a script of the user's, in an environment without it
-    check_cache_dir(config.cluster)
-    with one_at_a_time(cache_dir(config.cluster) / "prepare.lock"):
-        check_cache_dir(config.cluster)  # once more, now that folders that were missing are made
-        ops = Path(os.path.realpath(extensions_dir(config.cluster)))
-        if not ops_are_built(ops):
-            build_ops(ops)
-        if workload is not None:
+    are_there = ops_are_built(_ops(config))
+    check_cache_dir(config.cluster)  # after the look, so that it was into what is checked
+    if not are_there:
+        # Its own lock for each environment, so that none waits for what is compiled for another.
+        with _alone(config, extensions_dir(config.cluster).name):
+            if not ops_are_built(_ops(config)):
+                build_ops(_ops(config))
+    if workload is not None:
+        with _alone(config, "data"):
             workload.prepare(config)
+
+
+def _ops(config: RunConfig) -> Path:
+    return Path(os.path.realpath(extensions_dir(config.cluster)))
+
+
+@contextmanager
+def _alone(config: RunConfig, what: str) -> Iterator[None]:
+    with one_at_a_time(cache_dir(config.cluster) / f"{what}.lock"):
+        check_cache_dir(config.cluster)  # once more, now that folders that were missing are made
+        yield
 
 
 def _check_given_paths(workload: Workload, config: RunConfig) -> None:

@@ -1,10 +1,11 @@
 """The cache folder, and what is said where there can be none."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import another_user
@@ -126,7 +127,7 @@ def test_a_cache_folder_behind_another_user_s_link_is_refused(shared: Path, belo
 
 
 def test_nothing_is_compiled_where_another_user_s_link_leads(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpcmm.worker.prepare.ops_are_built", lambda folder: pytest.fail(f"{folder} was used"))
+    monkeypatch.setattr("hpcmm.worker.prepare.build_ops", lambda folder: pytest.fail(f"{folder} was used"))
     (shared / "open").mkdir()
     (shared / "open").chmod(0o1777)
     (shared / "theirs").mkdir()
@@ -158,6 +159,60 @@ def test_ops_are_compiled_in_a_closed_folder_by_its_real_path(shared: Path, monk
     (shared / "cache").chmod(0o777)
     with pytest.raises(HpcmmError, match="cache can be written by everybody, so no ops are compiled"):
         build_ops(shared / "link" / "ops")
+
+
+@pytest.fixture
+def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who would wait for a lock gets BlockingIOError."""
+    lock = fcntl.flock
+    monkeypatch.setattr("fcntl.flock", lambda file, how: lock(file, how | fcntl.LOCK_NB))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+
+
+def compile_by(monkeypatch: pytest.MonkeyPatch, build: Callable[[Path], None]) -> None:
+    def build_whole(folder: Path) -> None:
+        build(folder)
+        folder.mkdir(parents=True)
+        (folder / "hpcmm-ops-built").touch()
+
+    monkeypatch.setattr("hpcmm.worker.prepare.build_ops", build_whole)
+
+
+@pytest.mark.usefixtures("nobody_waits")
+def test_a_job_waits_for_no_ops_that_are_compiled_for_another_environment(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(name="run", cluster=cluster(shared / "cache"))
+    built: list[Path] = []
+
+    def build_while_another_job_prepares(folder: Path) -> None:
+        built.append(folder)
+        if len(built) == 1:
+            monkeypatch.setattr("sys.prefix", "/another/environment")
+            prepare(config)
+
+    compile_by(monkeypatch, build_while_another_job_prepares)
+    prepare(config)
+    assert len(set(built)) == 2
+    assert built[0].parent == built[1].parent == shared / "cache" / "torch_extensions"
+
+
+@pytest.mark.usefixtures("nobody_waits")
+def test_a_job_waits_for_what_another_one_compiles_for_the_same_environment_and_for_nothing_once_it_is_there(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(name="run", cluster=cluster(shared / "cache"))
+
+    def build_while_another_job_prepares(_: Path) -> None:
+        with pytest.raises(BlockingIOError):
+            prepare(config)
+
+    compile_by(monkeypatch, build_while_another_job_prepares)
+    prepare(config)
+    for lock in (shared / "cache").glob("*.lock"):
+        lock.unlink()
+        lock.mkdir()  # which nobody can hold
+    prepare(config)
 
 
 def test_a_lock_that_is_a_link_truncates_nothing(tmp_path: Path) -> None:
