@@ -155,7 +155,8 @@ def site_folders(cluster: ClusterConfig, working_directory: Path) -> list[Path]:
         home = Path(os.path.expanduser("~"), ".local", "lib")  # noqa: PTH111
         users = (home / version / "site-packages" for version in sorted({site.parent.name for site in sites}))
         sites += [site for site in users if is_folder_here(site)]
-    return sites
+    # By the first of its names each: lib64 is often a link to lib.
+    return [*{os.path.realpath(site): site for site in reversed(sites)}.values()][::-1]
 
 
 def importable(root: Path, *, spaces: bool = True) -> dict[str, Path]:

@@ -262,7 +262,15 @@ def _changed(path: str) -> HpcmmError:
 
 
 def _amount(size: float) -> str:
-    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+    if size >= 999.5e6:
+        return f"{size / 1e9:,.1f} GB"
+    if size >= 999.5:
+        return f"{size / 1e6:.3g} MB" if size >= 999.5e3 else f"{size / 1e3:.3g} kB"
+    return _counted(round(size), "byte")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def copy_all(sources: Sequence[str], folder: Path, check: StageCheck) -> Tally:
@@ -414,7 +422,7 @@ def collect(run: RunDir, count: int, lines: Iterable[str]) -> bool:
         if len(copied) == count:
             break
     if len(copied) < count:
-        print(f"{len(copied)} of {count} nodes have their copy of launch.stage.")
+        print(f"{len(copied)} of {_counted(count, 'node')} {'has' if count == 1 else 'have'} a copy of launch.stage.")
         return False
     write_json(run.staged, {"nodes": {node: asdict(each) for node, each in sorted(copied.items())}}, indent=1)
     print(_summary([*copied.values()]), flush=True)
@@ -424,11 +432,14 @@ def collect(run: RunDir, count: int, lines: Iterable[str]) -> bool:
 def _summary(copied: Sequence[Copied]) -> str:
     slowest = max(copied, key=lambda each: each.took_s)
     rate = f", {_amount(slowest.bytes / slowest.took_s)}/s" if slowest.took_s else ""
+    where = (
+        f"each of {len(copied)} nodes; the slowest, {slowest.node}," if len(copied) > 1 else f"{slowest.node}, which"
+    )
     said = (
-        f"Staged {_amount(slowest.bytes)} in {slowest.files:,} files on each of {len(copied)} nodes; the slowest, "
-        f"{slowest.node}, took {slowest.took_s:.1f} s{rate}."
+        f"Staged {_amount(slowest.bytes)} in {_counted(slowest.files, 'file')} on {where} took "
+        f"{slowest.took_s:.1f} s{rate}."
     )
     other = next((each for each in copied if (each.bytes, each.files) != (slowest.bytes, slowest.files)), None)
     if other is not None:
-        said += f" {other.node} sees other data there: {_amount(other.bytes)} in {other.files:,} files."
+        said += f" {other.node} sees other data there: {_amount(other.bytes)} in {_counted(other.files, 'file')}."
     return said

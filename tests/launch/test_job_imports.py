@@ -269,6 +269,7 @@ def test_the_folders_of_a_python_are_known_by_its_layout(tmp_path: Path, monkeyp
     conda, user = tmp_path / "conda", tmp_path / ".local" / "lib" / "python3.9" / "site-packages"
     for folder in (conda / "lib" / "python3.9" / "site-packages", conda / "bin", tmp_path / "bin", user):
         folder.mkdir(parents=True)
+    (conda / "lib64").symlink_to("lib")
     (conda / "bin" / "python3.9").touch()
     (tmp_path / "bin" / "python").symlink_to(conda / "bin" / "python3.9")
     cluster = compose_run([f"cluster.python={tmp_path / 'bin' / 'python'}"]).cluster

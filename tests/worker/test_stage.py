@@ -25,7 +25,7 @@ from hpcmm.launch.plan import plan
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker import stage as module
 from hpcmm.worker.environment import scratch_dir, use_copies, with_local_paths
-from hpcmm.worker.stage import collect, copy_all, own_folder
+from hpcmm.worker.stage import _amount, collect, copy_all, own_folder
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_source_that_is_not_there_is_named(place):
 @pytest.mark.parametrize(
     ("blocks", "files", "said"),
     [
-        (9, 1000, r"has 0.0369 MB free, but launch.stage copies 0.1 MB: set cluster.scratch_dir"),
+        (9, 1000, r"has 36.9 kB free, but launch.stage copies 100 kB: set cluster.scratch_dir"),
         (1000, 4, r"has room for 4 files, but launch.stage copies 5 files and folders: set cluster.scratch_dir"),
     ],
 )
@@ -341,6 +341,24 @@ def test_the_batch_script_says_how_long_the_slowest_node_took(run, capsys):
     assert set(json.loads(run.staged.read_text())["nodes"]) == {"n1", "n2"}
 
 
+def test_a_single_node_is_named_and_is_not_the_slowest(run, capsys):
+    assert collect(run, 1, [word("kd1", size=9, took_s=0.04)])
+    assert capsys.readouterr().out == "Staged 9 bytes in 7 files on kd1, which took 0.0 s, 225 bytes/s.\n"
+    assert not collect(run, 1, [])
+    assert capsys.readouterr().out == "0 of 1 node has a copy of launch.stage.\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (999.6, "1 kB"), (1234, "1.23 kB"), (999_499, "999 kB"),
+        (999_501, "1 MB"), (999_499_999, "999 MB"), (999_500_000, "1.0 GB"), (12.5e9, "12.5 GB"), (2e13, "20,000.0 GB"),
+    ],
+)  # fmt: skip
+def test_an_amount_is_said_in_the_unit_that_suits_it(size, said):
+    assert _amount(size) == said
+
+
 def test_nodes_that_see_other_data_are_told(run, capsys):
     assert collect(run, 2, [word("n1", took_s=5.0), word("n2", size=1_000_000_000)])
     assert "n2 sees other data there: 1.0 GB in 7 files." in capsys.readouterr().out
@@ -348,7 +366,7 @@ def test_nodes_that_see_other_data_are_told(run, capsys):
 
 def test_without_all_nodes_there_is_no_start(run, capsys):
     assert not collect(run, 2, [word("n1")])
-    assert capsys.readouterr().out == "1 of 2 nodes have their copy of launch.stage.\n"
+    assert capsys.readouterr().out == "1 of 2 nodes have a copy of launch.stage.\n"
     assert not run.staged.exists()
 
 
