@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -286,3 +287,102 @@ def holds_python(folder: Path) -> bool:
     return any(entry.suffix == ".py" for entry in inside) or any(
         each.suffix == ".py" for entry in islice(folders, 20) for each in entries_of(entry, _MOST_LOOKED_AT)
     )
+
+
+# Kinds of files, and credentials among them. The patterns are compiled when they are first used, for that takes a tenth
+# of a dry run.
+
+CODE = frozenset({".py", ".pyi", ".so", ".pyd", ".cu", ".cuh", ".c", ".cc", ".cpp", ".h", ".hpp", ".sh"})
+"""How the names of code end."""
+SETTINGS = frozenset({".txt", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".md", ".j2", ".jinja"})
+"""How the names of small texts end that programs read."""
+
+_DATA = r"(json|ya?ml|toml|ini|cfg|conf|txt|csv|xml)"
+_ISSUER = r"(hf|hugging_?face|wandb|github|gh|gitlab|api|auth|access|refresh|bearer|slack|openai|aws|azure|gcp|jwt)"
+_SECRET_NAME = (
+    r"\.env([._-].*)?|.+\.env|\.envrc"
+    r"|[._]netrc|\.pypirc|\.git-credentials|\.pgpass|\.my\.cnf|\.npmrc|\.htpasswd|\.boto|\.s3cfg|\.docker(cfg|configjson)"
+    r"|\.vault[._-]?token|kaggle\.json|\.?rclone\.conf|(.*[._-])?kubeconfig(\.ya?ml)?|krb5cc.*"
+    r"|id_(rsa|dsa|ecdsa|ed25519|xmss)(?!.*\.pub)([._-].*)?"
+    r"|.+\.(pem|key|p8|p12|pfx|kdbx?|jks|keystore|ppk|keytab|ovpn|token|kubeconfig)"
+    rf"|(.*[._-])?(credentials?|secrets?|api[._-]?keys?|passwords?|passwd)(\.{_DATA})?"
+    r"|(.*[._-])?sa\.json|(.*[._-])?service[._-]?account.*\.json|client_secrets?.*\.json"
+    rf"|(.*[._-])?token|({_ISSUER}[._-])*token\.{_DATA}"
+)
+_CREDENTIAL_PATH = (
+    r"(.*/)?(wandb/settings|\.docker/config\.json|\.(aws|kube|ssh|gnupg|azure|huggingface)/.*"
+    r"|gcloud/.*|gh/hosts\.ya?ml)"
+)
+_SAVED = r"(~|\.(bak|old|orig|save|swp))+$"
+"""What editors append to the name of a file that they keep."""
+_SECRET_TEXT = (
+    rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY"
+    rb'|"private_key(_id)?"\s*:\s*"[^"]|"(client_secret|refresh_token)"\s*:\s*"[^"]|"type"\s*:\s*"service_account"'
+    rb"|\bhf_[A-Za-z0-9]{30}|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{30}|\bglpat-[\w-]{20}|\bxox[baprs]-[\w-]{20}"
+    rb"|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bwandb_v1_\w{20}"
+    # What is given to a name that ends like a key's, in the notation of any language.
+    rb"|(?i:((?<!public)(?<!public.)(?<!cache.)keys?|tokens?|secrets?|passw(or)?ds?)"
+    rb"([_-]?(prod(uction)?|dev|test|staging|live|\d+))?[\"'\\\])]*(,?\s{1,40}[\"']?value[\"']?)?"
+    rb"\s{0,9}[:=>]{1,2}[\s\[>|-]{0,20}|\bbearer\s{1,9}|\b(?=sk-[\w-]{20}))[bfru]?[\"'\\]*(?P<value>[\w+/.=~-]{12,})"
+)
+_MARKS = (
+    *(
+        b"-----begin ",
+        b'"private_key',
+        b'"client_secret',
+        b'"refresh_token',
+        b'"type"',
+        b"hf_",
+        b"ghp_",
+        b"gho_",
+        b"ghu_",
+    ),
+    *(b"ghs_", b"ghr_", b"github_pat_", b"glpat-", b"xox", b"akia", b"asia", b"aiza", b"wandb_v1_"),
+    *(b"key", b"token", b"secret", b"passw", b"bearer", b"sk-"),
+)
+"""How these begin, in lower case. To look for one after the other is many times as fast as for the pattern."""
+_READ_FOR_SECRETS = SETTINGS | {"", ".xml", ".properties", ".asc", ".crt", ".cert", ".ipynb", ".tfvars"}
+_SECRET_TEXT_BYTES = 10**6
+
+
+def is_secret(root: Path, name: str) -> bool:
+    """Whether ``name`` below ``root`` looks like credentials: by its name, or a text by how it begins."""
+    if has_secret_name(Path(name).name) or re.fullmatch(_CREDENTIAL_PATH, name.lower(), re.DOTALL):
+        return True
+    file = root / re.sub(_SAVED, "", name.lower())
+    if file.suffix not in _READ_FOR_SECRETS:
+        return False
+    try:
+        text = read_followed(root / name, _SECRET_TEXT_BYTES).replace(b"\0", b"")  # so that UTF-16 reads as ASCII
+    except OSError:  # closed to us, so it is not copied either
+        return False
+    return any(found["value"] is None or _is_random(found["value"]) for found in _secrets_in(text))
+
+
+def _secrets_in(text: bytes) -> Iterator[re.Match[bytes]]:
+    pattern, lower = re.compile(_SECRET_TEXT), text.lower()
+    for mark in _MARKS:
+        start = lower.find(mark)
+        while start >= 0:
+            if found := pattern.match(text, start):
+                yield found
+            start = lower.find(mark, start + 1)
+
+
+def _is_random(value: bytes) -> bool:
+    """Whether a value has a long run of letters and digits that no word or path has; or is a UUID."""
+    if value.startswith((b"/", b"~", b".")):
+        return False
+    if re.match(rb"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value):
+        return True
+    for run in re.findall(rb"[A-Za-z0-9]{12,}", value):
+        words = re.findall(rb"[A-Z]?[a-z]+|[A-Z]+|[0-9]+", run)
+        is_mixed = not run.isdigit() and not run.isalpha()
+        if len(set(run)) > 5 and (is_mixed or 3 * len(words) >= len(run)):
+            return True
+    return False
+
+
+def has_secret_name(name: str) -> bool:
+    """Whether a file of this name, without its folders, looks like credentials. The name may hold line breaks."""
+    return re.fullmatch(_SECRET_NAME, re.sub(_SAVED, "", name.lower()), re.DOTALL) is not None

@@ -14,72 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import entries_of, holds_python, is_file_here, is_folder_here, read_followed
+from hpcmm.files import (
+    CODE,
+    SETTINGS,
+    entries_of,
+    has_secret_name,
+    holds_python,
+    is_file_here,
+    is_folder_here,
+    is_secret,
+    read_followed,
+)
 from hpcmm.launch.vouched import Repository, Vouched, not_vouched_for
 from hpcmm.runs.ownership import Reach, is_open_to_all, is_trusted, reach_beyond
 
-CODE = frozenset({".py", ".pyi", ".so", ".pyd", ".cu", ".cuh", ".c", ".cc", ".cpp", ".h", ".hpp", ".sh"})
-"""How the names of code end."""
-SETTINGS = frozenset({".txt", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".md", ".j2", ".jinja"})
-"""How the names of small texts end that programs read."""
 _LARGEST_BYTES = 10**7
 """Of a file that git does not vouch for: a larger one is data."""
 _MOST_LINKS = 1000
 _MOST_ENTRIES = 20_000
 """Files and folders that are looked at in a project without git."""
 _MARKERS = ("pyproject.toml", "setup.py", "setup.cfg")
-_NO_CODE = frozenset({"__pycache__", "node_modules", "site-packages"})
-
-# Credentials. The patterns are compiled when they are first used, for that takes a tenth of a dry run.
-
-_DATA = r"(json|ya?ml|toml|ini|cfg|conf|txt|csv|xml)"
-_ISSUER = r"(hf|hugging_?face|wandb|github|gh|gitlab|api|auth|access|refresh|bearer|slack|openai|aws|azure|gcp|jwt)"
-_SECRET_NAME = (
-    r"\.env([._-].*)?|.+\.env|\.envrc"
-    r"|[._]netrc|\.pypirc|\.git-credentials|\.pgpass|\.my\.cnf|\.npmrc|\.htpasswd|\.boto|\.s3cfg|\.docker(cfg|configjson)"
-    r"|\.vault[._-]?token|kaggle\.json|\.?rclone\.conf|(.*[._-])?kubeconfig(\.ya?ml)?|krb5cc.*"
-    r"|id_(rsa|dsa|ecdsa|ed25519|xmss)(?!.*\.pub)([._-].*)?"
-    r"|.+\.(pem|key|p8|p12|pfx|kdbx?|jks|keystore|ppk|keytab|ovpn|token|kubeconfig)"
-    rf"|(.*[._-])?(credentials?|secrets?|api[._-]?keys?|passwords?|passwd)(\.{_DATA})?"
-    r"|(.*[._-])?sa\.json|(.*[._-])?service[._-]?account.*\.json|client_secrets?.*\.json"
-    rf"|(.*[._-])?token|({_ISSUER}[._-])*token\.{_DATA}"
-)
-_CREDENTIAL_PATH = (
-    r"(.*/)?(wandb/settings|\.docker/config\.json|\.(aws|kube|ssh|gnupg|azure|huggingface)/.*"
-    r"|gcloud/.*|gh/hosts\.ya?ml)"
-)
-_SAVED = r"(~|\.(bak|old|orig|save|swp))+$"
-"""What editors append to the name of a file that they keep."""
 _PRIVATE_WORDS = r"(^|[._-])(secrets?|credentials?|passwords?|tokens?|api_?keys?)([._-]|$)"
-_SECRET_TEXT = (
-    rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY"
-    rb'|"private_key(_id)?"\s*:\s*"[^"]|"(client_secret|refresh_token)"\s*:\s*"[^"]|"type"\s*:\s*"service_account"'
-    rb"|\bhf_[A-Za-z0-9]{30}|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{30}|\bglpat-[\w-]{20}|\bxox[baprs]-[\w-]{20}"
-    rb"|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bsk-[\w-]{32}|\bwandb_v1_\w{20}"
-    rb"|(?m:^\s*(export\s+)?[A-Z0-9_]*(API_KEY|SECRET|ACCESS_KEY|TOKEN|PASSWORD)[A-Z0-9_]*\s*=\s*[\"']?[\w+/-]{16})"
-)
-_READ_FOR_SECRETS = SETTINGS - {".md"} | {"", ".xml", ".properties", ".asc", ".crt", ".cert"}
-_SECRET_TEXT_BYTES = 65_536
-
-
-def is_secret(root: Path, name: str) -> bool:
-    """Whether ``name`` below ``root`` looks like credentials: by its name, or a small text by what it holds."""
-    if has_secret_name(Path(name).name) or re.fullmatch(_CREDENTIAL_PATH, name.lower(), re.DOTALL):
-        return True
-    file = root / re.sub(_SAVED, "", name.lower())
-    if file.suffix not in _READ_FOR_SECRETS:
-        return False
-    try:
-        text = read_followed(root / name, _SECRET_TEXT_BYTES + 1)
-    except OSError:  # closed to us, so it is not copied either
-        return False
-    return len(text) <= _SECRET_TEXT_BYTES and re.search(_SECRET_TEXT, text) is not None
-
-
-def has_secret_name(name: str) -> bool:
-    """Whether a file of this name, without its folders, looks like credentials. The name may hold line breaks."""
-    return re.fullmatch(_SECRET_NAME, re.sub(_SAVED, "", name.lower()), re.DOTALL) is not None
-
+_NO_CODE = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 # Where a project begins, and its state.
 

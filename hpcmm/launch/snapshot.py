@@ -21,7 +21,7 @@ from typing import NoReturn
 from hpcmm.config.class_source import holder_of
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.files import entries_of, is_file_here, is_folder_here, open_followed
+from hpcmm.files import CODE, SETTINGS, entries_of, has_secret_name, is_file_here, is_folder_here, open_followed
 from hpcmm.launch.job_imports import (
     INSTALLED,
     Editable,
@@ -33,11 +33,8 @@ from hpcmm.launch.job_imports import (
     site_folders,
 )
 from hpcmm.launch.project_files import (
-    CODE,
-    SETTINGS,
     ProjectFiles,
     files_of,
-    has_secret_name,
     marked_root,
     passed_over,
     project_root,

@@ -13,9 +13,9 @@ import another_user
 import pytest
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import is_secret
 from hpcmm.launch.project_files import (
     files_of,
-    is_secret,
     marked_root,
     passed_over,
     project_root,
@@ -192,6 +192,67 @@ def test_ordinary_files_are_not_taken_for_credentials(tmp_path: Path, name: str)
 def test_small_texts_that_hold_keys_are_credentials(tmp_path: Path, name: str, text: str):
     write(tmp_path, {name: text})
     assert is_secret(tmp_path, name)
+
+
+HEX = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b"
+AWS = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
+UUID = "123e4567-e89b-12d3-a456-426614174000"
+CELL = '{"cells": [{"cell_type": "code", "source": ["%s\\n"]}]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("s3.ini", f"[default]\naws_secret_access_key = {AWS}\n"), ("s3.cfg", f"aws_secret_access_key={AWS}"),
+        ("wandb.yaml", f"wandb_key: {HEX}"), ("a.yaml", f"x:\n  - api_key: '{HEX}'"), ("a.yml", f"Token :   {HEX}"),
+        ("a.toml", f'dbPassword = "{HEX[:12]}"'), ("a.json", f'{{"apiKey":"{UUID}"}}'), ("a.txt", f"API-KEY={HEX}"),
+        ("a.json", f'{{"name": "WANDB_API_KEY", "value": "{HEX}"}}'), ("a.yaml", f"- name: TOKEN\n  value: {HEX}"),
+        ("a.conf", f"client_secret = {HEX}"), ("a.md", f"export KEY={HEX}"), ("a.txt", f"key_prod: {HEX}"),
+        ("a.yaml", f"api_keys:\n  - {HEX}"), ("a.txt", f"Authorization: Bearer {HEX}"),
+        ("a.xml", f"<token>{HEX}</token>"),
+        ("a.tfvars", f'secret = "{HEX}"'), ("a.txt", f"AccountKey={HEX}=="), ("a.yaml", f"api_key: >-\n  {HEX}"),
+        ("a.ipynb", CELL % f"client = OpenAI('sk-proj-{HEX}')"), ("a.ipynb", CELL % f"wandb.login(key=\\\"{HEX}\\\")"),
+        ("a.ipynb", CELL % f"os.environ[\\\"HF_KEY\\\"] = b\\\"{HEX}\\\""), ("a.ipynb", CELL % f"%env API_KEY={HEX}"),
+        ("a.json", '{"pad": "' + "x" * 70_000 + '", ' + SERVICE_ACCOUNT[1:]),
+    ],
+)  # fmt: skip
+def test_a_long_random_value_that_is_given_to_a_key_is_a_credential(tmp_path: Path, name: str, text: str):
+    write(tmp_path, {name: text})
+    assert is_secret(tmp_path, name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "utf-32"])
+@pytest.mark.parametrize("text", [SERVICE_ACCOUNT, f"wandb_key: {HEX}", f"use {TOKEN}"])
+def test_credentials_are_found_in_any_encoding(tmp_path: Path, encoding: str, text: str):
+    (tmp_path / "a.json").write_bytes(text.encode(encoding))
+    assert is_secret(tmp_path, "a.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pad_token: <pad>", "token_dropout: 0.1234567890123", "tokenizer: meta-llama/Llama-3.1-8B-Instruct",
+        "TOKENIZER=meta-llama/Llama-3.1-8B-Instruct", f"tokenizer_revision: {HEX}", f"sha256: {HEX}{HEX[:24]}",
+        "key_file: /scratch/project_465000123/a1b2c3d4e5f6g7h8/key", "ssh_key: /home/me/a1b2c3d4e5f6g7h8/id",
+        "api_key: ${oc.env:KEY}", "api_key: ${oc.env:WANDB_API_KEY_0123456789abcdef}", "api_key: null", "api_key:",
+        "password: ''", "api_key: YOUR_API_KEY_GOES_HERE", "api_key: xxxxxxxxxxxxxxxxxxxxxxxxxxxx", "secret: <secret>",
+        "token: $TOKEN", "token: {{ token0123456789abcdef }}", "eos_token: <|end_of_text|>", "bos_token_id: 128000",
+        "max_tokens: 1000000000000", "tokens: 15000000000000", "image_key: observation.images.top_camera_2",
+        "sort_key: validation_accuracy_top1", "key: openai/clip-vit-base-patch32", "key: ./a1b2c3d4e5f6g7h8",
+        f"public_key: {HEX}", f"cache_key: {HEX}", f"md5: {HEX[:32]}", f"commit: {HEX}",
+        "monkey: chimpanzeesandgorillas",
+        "keyboardlayout0123456789: x", "feature_key: observationImagesTopCamera", "key: fs.readFileSync",
+        "token_type_ids: [0, 0, 1]", "cls_token: [unused12]", "key_dim: 123456789012",
+        "secret_name: my-deployment-secret",
+        '{"key": "layer.12.attention.self.query.weight"}', '{"vocab": {"key": 2536, "token": 1245, "secret": 2107}}',
+        '{"merges": ["key =", "tok en", "sec ret"], "unk_token": "<unk>", "mask_token": "<extra_id_99>"}',
+        '{"image/png": "' + "iVBORw0KGgoAAAANSUhEUgAAkey" * 40 + '="}', '<div class="sk-estimator-doc-link fitted">',
+    ],
+)  # fmt: skip
+def test_settings_that_speak_of_keys_and_tokens_are_copied(tmp_path: Path, text: str):
+    for name in ("a.yaml", "tokenizer.json", "a.ipynb", ".hidden", "a.md"):
+        write(tmp_path, {name: text})
+        assert not is_secret(tmp_path, name)
 
 
 def test_code_that_holds_a_key_is_code(tmp_path: Path):
