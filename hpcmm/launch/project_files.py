@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -35,6 +36,12 @@ _MOST_ENTRIES = 20_000
 """Files and folders that are looked at in a project without git."""
 _MARKERS = ("pyproject.toml", "setup.py", "setup.cfg")
 _PRIVATE_WORDS = r"(^|[._-])(secrets?|credentials?|passwords?|tokens?|api_?keys?)([._-]|$)"
+_PLACEHOLDERS = frozenset(
+    (".gitkeep", ".keep", ".gitignore", ".placeholder", ".empty", "README", "README.md", "README.rst", "README.txt")
+)
+"""Files for whose sake git keeps a folder that a program fills."""
+_MOST_SETTINGS = 500
+"""Files and folders in a folder of settings."""
 _NO_CODE = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 # Where a project begins, and its state.
@@ -123,6 +130,16 @@ class ProjectFiles:
         elif is_folder or is_file:
             self.linked.add(path)
 
+    def link_folders_to_fill(self, root: Path) -> None:
+        """Link folders that are empty but for placeholders: what a program writes there shall stay, and be seen."""
+        placeholders = {file for file in self.copied if file.name in _PLACEHOLDERS}
+        held = {parent for file in (self.copied - placeholders) | self.secret | self.foreign for parent in file.parents}
+        empty = (path for path in entries_of(root, _MOST_LINKS) if is_folder_here(path) and _holds_no_file(path))
+        for folder in {*empty, *(file.parent for file in placeholders)} - held - {root}:
+            if not any(part.startswith(".") for part in folder.relative_to(root).parts):
+                self.linked.add(folder)
+        self.copied -= {file for file in placeholders if file.parent in self.linked}
+
 
 def files_of(
     project: Path, scripts: Sequence[Path], include: Sequence[str], working_directory: Path, runs_root: Path
@@ -139,7 +156,7 @@ def files_of(
     else:
         files = _files_without_git(vouched, scripts, runs_root)
     files.not_for_git = not_for_git
-    asked, exact = set(scripts), set(scripts)
+    asked, exact, kept_out = set(scripts), set(scripts), set[Path]()
     for pattern in include:
         for file, is_exact in _included(pattern, working_directory, vouched):
             if is_exact:
@@ -147,11 +164,11 @@ def files_of(
             if is_exact or not is_secret(project, str(file.relative_to(project))):
                 asked.add(file)
             else:
-                files.secret.add(file)
+                kept_out.add(file)
     files.copied |= asked
-    files.secret -= asked
+    files.secret = (files.secret | kept_out) - asked
     # What is asked for may lie in a folder that would be a link: then all that lies beside it is looked at by itself.
-    above = {parent for file in asked for parent in file.parents}
+    above = {parent for file in asked | kept_out for parent in file.parents}
     for folder in files.linked & above:
         files.linked.remove(folder)
         for entry in _around(folder, above):
@@ -164,8 +181,9 @@ def files_of(
     files.foreign = {path for path in files.foreign - exact if not path.is_relative_to(runs_root)}
     kept = (file for file in files.copied - files.foreign if file in exact or not file.is_relative_to(runs_root))
     files.copied = {file for file in kept if _is_below_no_link(file, whole)}
-    holders = {project} | {parent for file in files.copied | files.foreign for parent in file.parents}
-    linked = (path for path in files.linked - files.copied - files.foreign if not path.is_relative_to(runs_root))
+    holders = {project} | {parent for file in files.copied | files.foreign | files.secret for parent in file.parents}
+    linked = files.linked - files.copied - files.foreign - files.secret
+    linked = {path for path in linked if not path.is_relative_to(runs_root)}
     files.linked = {_widest(path, holders) for path in linked}
     return files
 
@@ -203,7 +221,12 @@ def _files_in_git(root: Path, vouched: Vouched, runs_root: Path) -> ProjectFiles
             _is_environment(root.joinpath(*parents[:depth])) for depth in range(1, len(parents) + 1)
         ):
             files.add_ignored(root / name)
+    files.link_folders_to_fill(root)
     return files
+
+
+def _holds_no_file(folder: Path) -> bool:
+    return not any(names for _, _, names in islice(os.walk(folder), _MOST_LINKS))
 
 
 def _is_code(path: Path) -> bool:
@@ -250,13 +273,19 @@ def _included(pattern: str, working_directory: Path, vouched: Vouched) -> Iterat
             found = True
             if is_folder_here(path):
                 yield from ((file, False) for file in _files_below(path, vouched))
-            elif is_file_here(path):
+            elif is_file_here(path) or path.is_dir():
                 yield path, match == exact
+            elif match == exact:
+                raise HpcmmError(f"launch.include names {pattern}, but {path} is {_kind_of(path)}: leave it out.")
         if found:
             return
     if outside:
         raise HpcmmError(f"launch.include names {pattern}, which is not in {project}: the job reads it where it lies.")
     raise HpcmmError(f"launch.include names {pattern}, which is not there in {' or '.join(map(str, bases))}.")
+
+
+def _kind_of(path: Path) -> str:
+    return f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "no file or folder"
 
 
 def _matches(base: Path, pattern: str) -> list[Path]:
@@ -318,16 +347,33 @@ def _files_without_git(vouched: Vouched, scripts: Sequence[Path], runs_root: Pat
             inside = entries_of(path, left + 1)
             if path.name in _NO_CODE or path.suffix == ".egg-info" or _is_environment(path):
                 continue
-            if len(inside) <= left and holds_python(path):
+            is_copied = holds_python(path) or _is_of_settings(path, is_in_package=path.parent != project)
+            if len(inside) <= left and is_copied:
                 queue += sorted(inside)
                 left -= len(inside)
-            elif inside:
+            else:
                 files.linked.add(path)
         elif is_file_here(path):
             name = str(path.relative_to(project))
             is_small = path.suffix in CODE | SETTINGS and path.stat().st_size <= _LARGEST_BYTES
             (files.secret if is_secret(project, name) else files.copied if is_small else files.linked).add(path)
     return files
+
+
+def _is_of_settings(folder: Path, *, is_in_package: bool) -> bool:
+    """Whether all files in and below it are small settings. Texts and JSON alone are data, unless a package's."""
+    queue, size, found = [folder], 0, is_in_package
+    for path in queue:
+        if is_folder_here(path):
+            queue += [each for each in entries_of(path, _MOST_SETTINGS) if not each.name.startswith(".")]
+        elif not is_file_here(path) or not (path.suffix in CODE | SETTINGS or has_secret_name(path.name)):
+            return False
+        else:
+            size += path.stat().st_size
+            found = found or path.suffix not in {".txt", ".json", ".md"}
+        if len(queue) > _MOST_SETTINGS or size > _LARGEST_BYTES:
+            return False
+    return found and len(queue) > 1
 
 
 def _used_by(scripts: Sequence[Path], vouched: Vouched) -> Iterator[Path]:

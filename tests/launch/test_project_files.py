@@ -141,6 +141,70 @@ def test_credentials_come_in_by_their_very_path_alone(project: Path):
     assert {".env", "keys/id_rsa"} <= sorted_out(project, ".env", "keys/id_rsa")["copied"]
 
 
+def test_credentials_that_a_pattern_names_are_not_linked_either(project: Path):
+    write(project, {".gitignore": "*.json\nassets/\n", "robot.json": SERVICE_ACCOUNT, "a.json": "{}"})
+    write(project, {"assets/robot.json": SERVICE_ACCOUNT, "assets/in/a.bin": ""})
+    found = sorted_out(project, "*", "assets/*.json")
+    assert found["secret"] == {"robot.json", "assets/robot.json"}
+    assert found["linked"] == set()
+    assert {"a.json", "assets/in/a.bin"} <= found["copied"]
+    found = sorted_out(project, "assets/*.json")
+    assert found["secret"] == {"assets/robot.json"}
+    assert found["linked"] == {"robot.json", "a.json", "assets/in"}
+
+
+def test_an_included_link_that_leads_nowhere_or_what_is_no_file_is_refused(project: Path):
+    write(project, {"big/a.txt": ""})
+    (project / "big" / "dang").symlink_to("none")
+    os.mkfifo(project / "big" / "pipe")
+    with pytest.raises(
+        HpcmmError, match=r"^launch\.include names big/dang, but .*dang is a link to none, which is not"
+    ):
+        sorted_out(project, "big/dang")
+    with pytest.raises(HpcmmError, match=r"^launch\.include names big/pipe, but .*pipe is no file or folder: leave"):
+        sorted_out(project, "big/pipe")
+    assert "big/a.txt" in sorted_out(project, "big/*")["copied"]
+
+
+def test_an_included_link_to_a_folder_is_copied_as_a_link(project: Path, tmp_path: Path):
+    write(project, {".gitignore": "set\n"})
+    (tmp_path / "elsewhere").mkdir()
+    (project / "set").symlink_to(tmp_path / "elsewhere")
+    assert "set" in sorted_out(project, "set")["copied"]
+
+
+# Folders that programs fill.
+
+
+def test_a_folder_that_git_keeps_by_a_placeholder_alone_is_linked(project: Path):
+    write(
+        project, {"data/raw/.gitkeep": "", "data/out/.gitignore": "*\n!.gitignore\n", "logs/.keep": "", "log/a.py": ""}
+    )
+    write(
+        project, {"log/.gitkeep": "", ".cache/.gitkeep": "", "models/README.md": "", "docs/README.md": "", "docs/a": ""}
+    )
+    (project / "empty" / "in").mkdir(parents=True)
+    commit(project)
+    write(project, {"data/out/a.bin": "", "data/out/b/c.bin": ""})
+    found = sorted_out(project)
+    assert found["linked"] == {"data", "logs", "models", "empty"}
+    assert found["copied"] == {
+        "train.py", "lib/helper.py", ".gitignore", "log/a.py", "log/.gitkeep", ".cache/.gitkeep",
+        "docs/README.md", "docs/a",
+    }  # fmt: skip
+
+
+def test_a_folder_to_fill_with_code_or_credentials_or_what_is_asked_for_is_copied_in_part(project: Path):
+    write(
+        project, {"a/.gitkeep": "", "b/.gitkeep": "", "c/.gitkeep": "", "c/x.bin": "", "c/y.bin": "", "b/.env": "A=1"}
+    )
+    write(project, {"a/_version.py": "", "b/z.bin": "", ".gitignore": "*.bin\n_version.py\n"})
+    found = sorted_out(project, "c/x.bin")
+    assert {"a/_version.py", "b/.gitkeep", "c/x.bin"} <= found["copied"]
+    assert found["linked"] == {"b/z.bin", "c/y.bin"}
+    assert found["secret"] == {"b/.env"}
+
+
 def test_a_script_below_runs_root_is_copied_and_nothing_else_there_is(project: Path):
     write(project, {"runs/old/code/again.py": "", "runs/old/near.py": ""})
     files = files_of(project, [project / "runs/old/code/again.py"], [], project, project / "runs")
@@ -378,6 +442,24 @@ def test_without_git_code_and_small_settings_are_copied_and_data_is_linked(tmp_p
         "copied": {"train.py", "config.yaml", "package/__init__.py", "package/words.txt", "space/inner/module.py"},
         "linked": {"data.csv", "images"},
         "secret": {".env", "a.json"},
+    }
+
+
+def test_without_git_folders_of_settings_are_copied_and_those_of_data_are_linked(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    settings = {
+        "conf/config.yaml": "", "conf/model/big.yaml": "", "conf/.hidden": "", "conf/key.pem": "", "mylib/a.py": "",
+        "mylib/conf/c.yaml": "", "mylib/prompts/a/b.txt": "", "templates/a.j2": "", "templates/a.txt": "",
+    }  # fmt: skip
+    data = {"logs/a.txt": "", "results/a.json": "", "mixed/a.yaml": "", "mixed/b.bin": "", "mylib/data/a.npy": ""}
+    many = {f"many/{each}.yaml": "" for each in range(501)}
+    write(tmp_path / "work", {"train.py": ""} | settings | data | many)
+    (tmp_path / "work" / "to_fill").mkdir()
+    found = sorted_out(tmp_path / "work")
+    assert found == {
+        "copied": {"train.py"} | settings.keys() - {"conf/key.pem", "conf/.hidden"},
+        "linked": {"logs", "results", "mixed", "mylib/data", "many", "to_fill"},
+        "secret": {"conf/key.pem"},
     }
 
 

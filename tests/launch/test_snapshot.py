@@ -320,3 +320,23 @@ def test_what_keeps_a_run_from_being_written_is_named(tmp_path, monkeypatch, err
     overrides = ["cluster=local", f"runs_root={tmp_path / 'runs'}", f"cluster.cache_dir={tmp_path / 'cache'}"]
     with pytest.raises(HpcmmError, match=said):
         write(plan(compose_points(overrides), overrides))
+
+
+assert {path.name: path.is_symlink() for path in (run.code / "project").iterdir()} == {
+    "train.py": False,
+    "folder.py": True,
+}
+
+
+@pytest.mark.parametrize("placeholder", [".gitkeep", ".gitignore", ".keep", "README.md", None])
+def test_what_a_script_writes_beside_itself_into_a_folder_to_fill_lies_where_the_project_does(project, placeholder):
+    (project / "data" / "raw").mkdir(parents=True)
+    if placeholder:
+        (project / "data" / "raw" / placeholder).write_text("*\n!.gitignore\n")
+    config, run, code = planned(project)
+    take_snapshot(config, run, code)
+    (project / "data" / "later.txt").write_text("seen")
+    copy = Path(code.script).parent
+    (copy / "data" / "raw" / "model.pt").write_text("kept")
+    assert (project / "data" / "raw" / "model.pt").read_text() == "kept"
+    assert (copy / "data" / "later.txt").read_text() == "seen"
