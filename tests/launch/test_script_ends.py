@@ -36,7 +36,7 @@ class Script:
             (self.fakes / name).write_text(f"#!/bin/bash\n{body}\n")
             (self.fakes / name).chmod(0o755)
 
-    def start(self, *overrides, task=None, restart=0, **popen):
+    def start(self, *overrides, task=None, restart=0, environ=(), **popen):
         sweep = SweepDir(self.root)
         self.run = RunDir(self.root) if task is None else sweep.point(task)
         self.run.create()
@@ -46,7 +46,7 @@ class Script:
         environment = {
             "PATH": f"{self.fakes}:/usr/bin:/bin", "FAKES": str(self.fakes), "RUN": str(self.run.root),
             "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "node1",
-        }  # fmt: skip
+        } | dict(environ)  # fmt: skip
         if restart:
             environment["SLURM_RESTART_COUNT"] = str(restart)
         if task is not None:  # the last task of an array has the array's own number
@@ -80,6 +80,29 @@ def script(tmp_path):
     return Script(tmp_path)
 
 
+BUILTINS = subprocess.run(["bash", "-c", "compgen -b"], capture_output=True, text=True, check=True).stdout.split()
+OTHERS = ["apptainer", "cp", "date", "hostname", "ln", "mv", "rm", "scontrol", "sleep", "srun", "tail", "timeout"]
+
+
+@pytest.mark.parametrize("requeue", ["never", "on_stop", "on_node_failure", "slurm"])
+@pytest.mark.parametrize("ranks", ["exit 3", STOPS])
+def test_functions_that_the_submitting_shell_exports_take_the_place_of_no_command(script, requeue, ranks):
+    script.ranks = ranks
+    names = {*BUILTINS, *OTHERS} - {"builtin", "command", "unset", "eval", "."}
+    body = '() { case $0 in */script.sh) builtin echo %s >> "$FAKES/called";; esac; command %s "$@"; }'
+    functions = {f"BASH_FUNC_{name}%%": body % (name, name) for name in names}
+    as_ever = script.ends(f"requeue={requeue}")[0]
+    (script.root).rename(script.folder / "before")
+    with_functions = script.ends(
+        f"requeue={requeue}", "cluster.setup=['module load cuda']", environ=functions | {"BASH_FUNC_module%%": MODULE}
+    )
+    assert with_functions[0] == as_ever
+    assert "loaded cuda" in with_functions[1]
+    called = script.fakes / "called"
+    assert (called.read_text().split() if called.exists() else []) == []
+
+
+MODULE = "() { builtin echo loaded $2; }"
 REQUEUED = ["update JobId=7 Requeue=1", "requeue 7"]
 
 
