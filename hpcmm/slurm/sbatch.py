@@ -76,6 +76,9 @@ _UNCERTAIN = (
 
 _ACCEPTED = re.compile(rf"Submitted batch job ([1-9][0-9]{{0,9}})\b(?: on cluster ({CLUSTER_NAME}))?(?! on cluster)")
 _PARSABLE = re.compile(rf"([1-9][0-9]{{0,9}})(?:;({CLUSTER_NAME}))?")
+_OF_A_JOB = ("SLURM_JOB_ID", "SLURM_JOBID")
+_SET_BY_SLURM = re.compile(r"SRUN_DEBUG$|SRUN_CPUS_PER_TASK$|SBATCH_(CPU|MEM)_BIND(_|$)")
+"""Variables that srun and sbatch set by themselves within a job."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -158,7 +161,12 @@ def identity_at_launch(accepted: Accepted, script: Path, name: str, submitted_un
 
 def _say_what_is_ignored(variables: Sequence[str]) -> None:
     """Of those that a user sets; what an outer job left is nobody's wish."""
-    options = [name for name in variables if name.startswith(("SBATCH_", "SRUN_"))]
+    is_within_a_job = any(name in variables for name in _OF_A_JOB)
+    options = [
+        name
+        for name in variables
+        if name.startswith(("SBATCH_", "SRUN_")) and not (is_within_a_job and _SET_BY_SLURM.match(name))
+    ]
     if options:
         named = visible(", ".join(options))
         print(

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from hpcmm.slurm.commands import job_variables, outside_of_jobs
+from hpcmm.slurm.sbatch import _say_what_is_ignored
 
 SHELL = {"SBATCH_PARTITION": "other", "SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "3", "SRUN_CPU_BIND": "none"}
 CLUSTER = {"SLURM_CONF": "/site/slurm.conf", "HOME": "/home/me"}
@@ -42,6 +43,16 @@ def test_sbatch_sees_no_option_of_the_shell_and_the_user_is_told(tmp_path):
     assert "SBATCH_PARTITION" in done.stderr
     assert "SRUN_CPU_BIND" in done.stderr
     assert "SLURM_JOB_ID" not in done.stderr
+
+
+def test_what_srun_sets_by_itself_is_told_of_only_outside_of_a_job(capsys):
+    by_srun = {"SRUN_DEBUG": "3", "SRUN_CPUS_PER_TASK": "2", "SBATCH_MEM_BIND_TYPE": "local"}
+    _say_what_is_ignored(job_variables({"SLURM_JOB_ID": "5"} | by_srun))
+    assert capsys.readouterr().err == ""
+    _say_what_is_ignored(job_variables({"SLURM_JOB_ID": "5", "SBATCH_PARTITION": "other"} | by_srun))
+    assert capsys.readouterr().err.startswith("hpcmm: SBATCH_PARTITION of your environment is not used")
+    _say_what_is_ignored(job_variables({"SRUN_DEBUG": "3"}))
+    assert "SRUN_DEBUG" in capsys.readouterr().err
 
 
 VALUE = secrets.token_hex(16)
