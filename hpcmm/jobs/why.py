@@ -20,7 +20,7 @@ from hpcmm.node.classify import ADVICE, ADVICE_FOR_SCRIPTS
 from hpcmm.ranges import tasks_in, write_ranges
 from hpcmm.runs.ledger import overrides_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.slurm.jobs import ACTIVE, PENDING, Job
+from hpcmm.slurm.jobs import ACTIVE, ENDED, PENDING, Job
 
 
 def advice(verdict: Verdict, job_id: str, excluded: str = "", *, is_script: bool = False) -> list[str]:
@@ -324,7 +324,7 @@ def _became(point: PointExplanation) -> str:
         return words[point.state]
     if point.state in PENDING:
         return "waiting"
-    return "running" if point.state in ACTIVE else _FAILED
+    return "running" if point.state in ACTIVE else _FAILED if point.state in ENDED else words[_UNKNOWN]
 
 
 def _failed_at_s(explanation: Explanation) -> float:

@@ -39,7 +39,7 @@ from hpcmm.runs.ownership import check_runs_root
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import JobIdentity, identity_of, write_submission
 from hpcmm.slurm.commands import clusters_asked, job_variables
-from hpcmm.slurm.jobs import ACTIVE, array_states
+from hpcmm.slurm.jobs import ENDED, array_states
 from hpcmm.slurm.sbatch import (
     RefusedError,
     as_slurm_has_it,
@@ -183,7 +183,7 @@ def point_states(ledger: Ledger) -> dict[int, str]:
     """
     arrays = {job_id: identity_of(ledger.sweep.shared, job_id) for job_id in ledger.newest_arrays()}
     told = array_states(arrays)
-    active = {task for task, state in told.items() if state in ACTIVE}
+    active = {task for task, state in told.items() if state not in ENDED}
     return states_of_points(ledger, active, {task: state for task, state in told.items() if task not in active})
 
 

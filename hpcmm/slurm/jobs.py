@@ -15,9 +15,15 @@ from hpcmm.runs.submission import JobIdentity
 from hpcmm.slurm.commands import CLUSTER_LINE, ask, clusters_asked, new_separator, on_cluster, rows_of_answer
 from hpcmm.text import visible
 
-PENDING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
+PENDING = frozenset(
+    {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "EXPEDITING"}
+)
 ACTIVE = PENDING | {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 """States after which another one comes."""
+ENDED = frozenset(
+    {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
+) | {"REVOKED", "LAUNCH_FAILED", "RECONFIG_FAIL"}
+"""States after which none comes. What squeue shows in any other one, also a newer Slurm's, counts as active."""
 
 _SQUEUE = {
     "job_id": "%i",
@@ -98,7 +104,7 @@ class Job:
 
     @property
     def active(self) -> bool:
-        return self.state in ACTIVE
+        return self.state in ACTIVE or (self.source == "squeue" and self.state not in ENDED)
 
     @property
     def pending(self) -> bool:
@@ -307,7 +313,7 @@ def array_states(arrays: Mapping[str, JobIdentity]) -> dict[str, str]:
         rows = _squeue(["--array", "--states=all", asked], environ)
         try:
             # What accounting still takes for active, and the queue does not know, died with a controller.
-            rows += [row for row in _sacct([asked, "--duplicates"], environ) if not row.active]
+            rows += [row for row in _sacct([asked, "--duplicates"], environ) if row.state in ENDED]
         except HpcmmError as error:
             print(f"hpcmm: {visible(_without_sacct(error))}", file=sys.stderr)
         by_number = _ByNumber(rows)

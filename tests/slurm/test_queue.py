@@ -16,9 +16,17 @@ from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import default_environment, find_targets, slurm_environment
 from hpcmm.jobs.state import states_of
+from hpcmm.ranges import count_tasks
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import job_ids_of
-from hpcmm.slurm.jobs import Job, UnknownJobError, count_tasks, find_job, find_jobs, node_states
+from hpcmm.slurm.jobs import (
+    Job,
+    UnknownJobError,
+    account_of,
+    find_job,
+    find_jobs,
+    node_states,
+)
 from hpcmm.slurm.polling import LONGEST_S, Poller
 
 SEPARATOR = "\x1f"
@@ -110,6 +118,28 @@ def test_a_controller_that_is_silent_is_one_sentence(slurm):
 )
 def test_the_tasks_of_an_array_are_counted(job_id, tasks):
     assert count_tasks(job_id) == tasks
+
+
+def test_a_queue_of_arrays_of_millions_of_tasks_takes_no_time(slurm):
+    others = [squeue_row(f"{number}_[0-9999998]", str(number), "PENDING") for number in range(700, 1000)]
+    slurm.answers("squeue", squeue_row("7_[0-9999998]", "7", "PENDING"), *others)
+    began = time.process_time()
+    assert cancel("7_4000", find_targets("7_4000", Path("runs"))).ids == ["7_4000"]
+    assert account_of(find_jobs(["7", "700"]).jobs) == {}
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("state", ["REQUEUE_FED", "EXPEDITING", "POWERED_BY_A_NEWER_SLURM", "", "RUNNING"])
+def test_whatever_squeue_shows_in_no_state_that_ends_a_job_is_active(slurm, state):
+    slurm.answers("squeue", squeue_row(state=state))
+    (job,) = find_jobs(["7"]).jobs
+    assert job.active
+
+
+@pytest.mark.parametrize("state", ["COMPLETED", "CANCELLED by 0", "LAUNCH_FAILED", "OUT_OF_MEMORY", "REVOKED"])
+def test_a_known_end_is_none(slurm, state):
+    slurm.answers("squeue", squeue_row(state=state))
+    assert not any(job.active for job in find_jobs(["7"]).jobs)
 
 
 def test_a_run_is_found_by_its_directory_its_name_and_the_start_of_it(tmp_path):
