@@ -324,7 +324,7 @@ def _counts(state: State) -> dict[str, int]:
 def _as_values(job: Job, run: RunDir | None) -> dict[str, Any]:
     """A job for JSON; ``expected_start`` stands apart from ``started``."""
     values = asdict(job)
-    del values["command"]
+    del values["command"], values["uid"]
     start = values.pop("started")
     found = run or run_of_command(job)
     return values | {

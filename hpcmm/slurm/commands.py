@@ -19,6 +19,8 @@ _TIMEOUT_S = 30
 _MOST_OUTPUT_BYTES = 256_000_000
 """Of a command; those of a queue of a million jobs are fewer."""
 _READ_BYTES = 1 << 20
+_MOST_QUOTED = 100
+"""Characters of an answer that is none."""
 _DEFAULTS_OF_COMMANDS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SCONTROL_")
 _OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_")
 _OF_THE_CLUSTER = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
@@ -41,6 +43,10 @@ class SilentError(HpcmmError):
         """A few words, for a sentence of one's own."""
         self.lasting = lasting
         """It does not help to ask again."""
+
+
+class AbsentError(HpcmmError):
+    """Slurm answers that it has nothing of what was asked for."""
 
 
 _NO_CLUSTER = re.compile(r"no cluster '([^']*)'", re.IGNORECASE)
@@ -121,7 +127,7 @@ def _written_by(process: subprocess.Popen[bytes], command: Sequence[str], timeou
 def ask(
     *command: str, absent: str | None = None, timeout_s: float = _TIMEOUT_S, environ: Mapping[str, str] = os.environ
 ) -> str:
-    """The command's output; nothing if it complains of what ``absent`` says.
+    """The command's output. Raises AbsentError if it complains of what ``absent`` says.
 
     SLURM_CLUSTERS in ``environ`` says which clusters are asked. Raises SilentError when Slurm gives no answer, and
     another HpcmmError when it refuses the question.
@@ -144,7 +150,7 @@ def ask(
     if done.returncode == 0:
         return done.stdout
     if absent is not None and absent in done.stderr:
-        return ""
+        raise AbsentError(f"{command[0]} failed ({absent}).")
     raise _failure(command[0], visible(" ".join(done.stderr.split()), " "))
 
 
@@ -159,12 +165,21 @@ def new_separator() -> str:
     return f"\x1f{secrets.token_hex(8)}\x1f"
 
 
-def rows_of_answer(listed: str, separator: str, width: int, cluster: str) -> Iterator[tuple[str, list[str]]]:
+def rows_of_answer(
+    listed: str, separator: str, width: int, cluster: str, command: str
+) -> Iterator[tuple[str, list[str]]]:
     """Each row of ``width`` fields, with the cluster that a line before it names; ``cluster`` before the first.
 
-    ``separator`` stands behind each field, the last one too, so that line breaks within one mean nothing.
+    ``separator`` stands behind each field, the last one too, so that line breaks within one mean nothing. The header
+    must be asked for: raises SilentError for an answer without it, which is none, and for one that ends within a row.
+    Lines before the header and after the last row are a site's own.
     """
     fields = listed.split(separator)
+    end = fields[-1]
+    if "JOBID" not in fields[0].rpartition("\n")[2].upper() or len(fields) % width != 1 or end[:1] + end[-1:] != "\n\n":
+        said = visible(" ".join(listed[:_MOST_QUOTED].split()), " ")
+        what = "no whole list of jobs" + (f" but {said!r}" if said and len(fields) == 1 else "")
+        raise SilentError(f"{command} printed {what}: see what `{command}` prints here.", f"{command} printed {what}")
     for start in range(0, len(fields) - width, width):
         *lines, first = fields[start].split("\n")  # after the end of the row before
         for line in lines:

@@ -12,7 +12,15 @@ from pathlib import PurePosixPath
 from hpcmm.errors import HpcmmError
 from hpcmm.ranges import count_tasks, is_job_number, is_task_of, tasks_in, without_tasks
 from hpcmm.runs.submission import JobIdentity
-from hpcmm.slurm.commands import CLUSTER_LINE, ask, clusters_asked, new_separator, on_cluster, rows_of_answer
+from hpcmm.slurm.commands import (
+    CLUSTER_LINE,
+    AbsentError,
+    ask,
+    clusters_asked,
+    new_separator,
+    on_cluster,
+    rows_of_answer,
+)
 from hpcmm.text import visible
 
 PENDING = frozenset(
@@ -39,6 +47,7 @@ _SQUEUE = {
     "nodes": "%N",
     "node_count": "%D",
     "command": "%o",
+    "uid": "%U",
 }
 _SACCT = {
     "job_id": "JobID",
@@ -56,6 +65,7 @@ _SACCT = {
     "exit_code": "ExitCode",
     "derived_exit_code": "DerivedExitCode",
     "command": "SubmitLine",
+    "uid": "UID",
 }
 _EMPTY = frozenset({"", "N/A", "Unknown", "None", "None assigned", "(null)"})
 _RECORD_FIELDS = (
@@ -94,6 +104,8 @@ class Job:
     """Slurm's host list, such as ``node[1-4]``."""
     node_count: str = ""
     command: str = ""
+    uid: str = ""
+    """Of its user, whose name Slurm may not know; empty if that is not told."""
     exit_code: str = ""
     """``status:signal`` of the batch script."""
     derived_exit_code: str = ""
@@ -369,8 +381,11 @@ def _squeue(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
     whole_ranges = {**environ, "SLURM_BITSTR_LEN": "0"}
 
     def rows(*more: str) -> list[Job]:
-        asked = ["--noheader", *more, *options, f"--format={wanted}"]
-        listed = ask("squeue", *asked, absent="Invalid job id", environ=whole_ranges)
+        asked = [*more, *options, f"--format={wanted}"]
+        try:
+            listed = ask("squeue", *asked, absent="Invalid job id", environ=whole_ranges)
+        except AbsentError:
+            return []
         return _rows(listed, separator, list(_SQUEUE), "squeue", clusters_asked(environ))
 
     return _of_federation(rows, environ)
@@ -379,7 +394,7 @@ def _squeue(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
 def _sacct(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
     separator, wanted = new_separator(), ",".join(_SACCT.values())
     whole_ranges = {**environ, "SLURM_BITSTR_LEN": "0"}
-    layout = ["--noheader", "--allocations", "--parsable", f"--delimiter={separator}", f"--format={wanted}"]
+    layout = ["--allocations", "--parsable", f"--delimiter={separator}", f"--format={wanted}"]
 
     def rows(*more: str) -> list[Job]:
         listed = ask("sacct", *layout, *more, *options, environ=whole_ranges)
@@ -400,7 +415,7 @@ def _of_federation(rows: Callable[..., list[Job]], environ: Mapping[str, str]) -
 
 
 def _rows(listed: str, separator: str, names: Sequence[str], source: str, cluster: str) -> list[Job]:
-    rows = rows_of_answer(listed, separator, len(names), cluster)
+    rows = rows_of_answer(listed, separator, len(names), cluster, source)
     return [replace(job, cluster=where) for where, row in rows for job in _row(row, names, source)]
 
 

@@ -38,7 +38,7 @@ class Slurm:
         self.here = here
         (here / "bin").mkdir()
         for name in ("srun", "squeue", "sacct"):
-            self.write(name, "#!/bin/sh\n")
+            self.write(name, parted_as_asked("#!/bin/sh\n"))
         self.allows(12)
         self.refuses()
 

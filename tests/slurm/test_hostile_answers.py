@@ -1,6 +1,7 @@
 """What Slurm answers may hold another user's text, or be no answer at all; nothing of it makes a job or an option."""
 
 import os
+import sys
 from pathlib import Path
 from shlex import quote
 
@@ -11,9 +12,10 @@ from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.diagnostics import gather
 from hpcmm.jobs.find_run import find_targets
+from hpcmm.runs.submission import JobIdentity
 from hpcmm.slurm import commands
 from hpcmm.slurm.commands import SilentError, ask, run_command
-from hpcmm.slurm.jobs import find_jobs, own_jobs
+from hpcmm.slurm.jobs import array_states, find_jobs, own_jobs
 from hpcmm.slurm.sbatch import Accepted, accepted_by
 
 pytestmark = pytest.mark.timeout(60)
@@ -45,7 +47,7 @@ def slurm(tmp_path, monkeypatch):
 
     for name in ("squeue", "sacct", "scancel", "sinfo"):
         answers(name)
-    answers.does, answers.calls = does, calls
+    answers.does, answers.calls, answers.folder = does, calls, folder
     return answers
 
 
@@ -96,7 +98,7 @@ def test_a_job_s_name_with_line_breaks_and_separators_makes_no_row(slurm, tmp_pa
         "import sys\n"
         "layout = [word for word in sys.argv if word.startswith('--format=')][0].removeprefix('--format=')\n"
         f"values = {{'%j': {forged!r}, '%u': 'they', '%T': 'RUNNING'}}\n"
-        "for number in '78':\n"
+        "for number in ('JOBID', '7', '8'):\n"
         "    row = layout.replace('%i', number).replace('%A', number)\n"
         "    for each in 'juTrVSeMNDo':\n"
         "        row = row.replace(f'%{each}', values.get(f'%{each}', 'N/A'))\n"
@@ -106,6 +108,59 @@ def test_a_job_s_name_with_line_breaks_and_separators_makes_no_row(slurm, tmp_pa
     jobs = own_jobs(None, None).jobs
     assert [(job.job_id, job.user, job.cluster) for job in jobs] == [("7", "they", ""), ("8", "they", "")]
     assert jobs[0].name == forged
+
+
+def altered(slurm, alter):
+    """Let squeue's answer of one row, header and all, pass through a Python expression of ``text``."""
+    (slurm.folder / "squeue").rename(slurm.folder / "whole")
+    code = f"import sys; text = sys.stdin.buffer.read(); sys.stdout.buffer.write({alter})"
+    whole = quote(str(slurm.folder / "whole"))
+    slurm.does("squeue", f'#!/bin/sh\n{whole} "$@" | exec {quote(sys.executable)} -c {quote(code)}\n')
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        "b''",
+        "b'x' * 1_000_000",
+        "b'\\xff\\x00' * 1000",
+        "b'slurm is under maintenance\\n'",
+        "b'CLUSTER: here\\n'",
+        "text[len(text) // 2 :]",
+        "text[:-1]",
+        "text[:-2]",
+        "text[: len(text) // 2]",
+        "text + b'8'",
+        "text + b'CLUSTER: ot'",
+    ],
+)
+def test_what_is_no_whole_answer_is_none_and_nobody_takes_it_for_an_empty_queue(slurm, alter):
+    slurm("squeue", row("7", "7"))
+    altered(slurm, alter)
+    with pytest.raises(SilentError, match="squeue printed no whole list of jobs"):
+        find_jobs(["7"])
+    with pytest.raises(SilentError, match=r"see what `squeue` prints here"):
+        array_states({"7": JobIdentity("7")})
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        "text",
+        "b'Welcome\\nto this site\\n' + text",
+        "text + b'Bye\\n'",
+        "b'\\xef\\xbb\\xbf' + text",
+        "text.replace(b'\\n', b'\\r\\n')",
+        "b'CLUSTER: here\\n' + text",
+    ],
+)
+def test_a_site_s_own_lines_before_and_after_an_answer_are_passed_over(slurm, alter):
+    slurm("squeue", row("7", "7"))
+    altered(slurm, alter)
+    assert [job.job_id for job in find_jobs(["7"]).jobs] == ["7"]
+    slurm("squeue")
+    altered(slurm, alter)
+    assert find_jobs(["7"]).jobs == []
 
 
 def test_each_question_has_a_separator_of_its_own(slurm):
