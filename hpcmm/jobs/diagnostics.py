@@ -39,7 +39,8 @@ from hpcmm.runs.failures import (
 )
 from hpcmm.runs.metrics import RankProgress, progress_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
-from hpcmm.slurm.jobs import Job, account_of, node_states
+from hpcmm.slurm.commands import node_states
+from hpcmm.slurm.jobs import Job, account_of
 
 _TAIL_BYTES = 256 * 1024
 _LAST_LINES = 6

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +33,13 @@ _RUN_NAME = re.compile(r".+-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 """A run directory's name as the launcher makes it, which no other run has."""
 _MOST_S = 1e12
 """Of a time in seconds since 1970; a larger one is damage."""
+
+
+_OPTION_WITH_A_VALUE = re.compile(
+    r"-[^-hHIkKOQsvVW]|--(?!(?:contiguous|exclusive|hold|help|ignore-pbs|no-kill|no-requeue|overcommit|oversubscribe|"
+    r"parsable|quiet|reboot|requeue|spread-job|test-only|usage|use-min-nodes|verbose|version|wait)$)[^=]+"
+)
+"""Of sbatch's, whose value is the next word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +71,40 @@ class JobIdentity:
     """Seconds since 1970, by the clock of who submitted it."""
     slurm_submitted_unix_s: float | None = None
     """The same by Slurm's own record; a requeue makes Slurm's time later."""
+    uid: int | None = None
+    """Of the user, who may have no name here; None of a job that an older version has launched."""
+
+    def is_of_another_user(self, user: str, uid: str) -> bool:
+        """Whether the user that Slurm shows is another one: by the numbers if both are known, else by the names.
+
+        Slurm shows all users without a name alike (``nobody``), or by no name.
+        """
+        mine = self.uid if self.uid is not None else _uid_of(self.user)
+        theirs = uid or user
+        if theirs.isdecimal():
+            return mine is not None and mine != int(theirs)
+        return bool(self.user and user) and self.user != user
 
     def is_named_in(self, command: str, *, is_word_of_sbatch: bool) -> bool | None:
-        """Whether Slurm's record names its script; None if it names no script, or one by a path that does not tell.
+        """Whether ``command`` runs one of the scripts; None if it tells of no script, or of one by a path that does not
+        tell. A script that is only an argument of another one counts for nothing.
 
-        ``is_word_of_sbatch``: the record is the command line that submitted the job, as accounting has it.
+        ``is_word_of_sbatch``: it is the command line that submitted the job, as accounting has it.
         """
         if not self.scripts or not command:
             return None
-        if any(f" {script} " in f" {command} " for script in self.scripts):
+        run = _from_script_on(command) if is_word_of_sbatch else command
+        if not run:  # from the standard input
+            return None if PurePosixPath(command.split(maxsplit=1)[0]).name == "sbatch" else False
+        if any(f"{run} ".startswith(f"{script} ") for script in self.scripts):
             return True
         paths = [PurePosixPath(script) for script in self.scripts]
-        tails = {f"/{path.parent.name}/{path.name} " for path in paths if _RUN_NAME.fullmatch(path.parent.name)}
-        if any(tail in f"{command} " for tail in tails):  # another path to the same folder
-            return True
-        submitter, *words = command.split()
-        if is_word_of_sbatch and not words and PurePosixPath(submitter).name == "sbatch":
-            return None  # from the standard input
-        last = command.rsplit(maxsplit=1)[-1]
-        return None if any(last in {path.name, f"./{path.name}"} for path in paths) else False
+        for path in paths:
+            if _RUN_NAME.fullmatch(path.parent.name):  # another path to the same folder
+                before, found, _ = f"{run} ".partition(f"/{path.parent.name}/{path.name} ")
+                if found and before.count(" ") <= str(path).count(" "):
+                    return True
+        return None if any(run.split()[0] in {path.name, f"./{path.name}"} for path in paths) else False
 
     def is_after(self, submitted_s: float | None) -> bool:
         """Whether it was submitted after a job of this time in seconds since 1970, which is another one then."""
@@ -99,6 +124,27 @@ class JobIdentity:
         )
 
 
+@cache
+def _uid_of(user: str) -> int | None:
+    try:
+        return pwd.getpwnam(user).pw_uid if user else None
+    except (KeyError, ValueError):
+        return None
+
+
+def _from_script_on(line: str) -> str:
+    """What stands behind sbatch and its options in a submit line: the script and its arguments; empty if nothing."""
+    rest = line.strip().partition(" ")[2].lstrip()
+    while rest.startswith("-"):
+        option, _, behind = rest.partition(" ")
+        if option.startswith("--wrap"):
+            return rest
+        if _OPTION_WITH_A_VALUE.fullmatch(option):
+            behind = behind.lstrip().partition(" ")[2]
+        rest = behind.lstrip()
+    return rest
+
+
 def write_submission(run: RunDir, *jobs: JobIdentity, **job_ids: str | None) -> None:
     """Write ``submission.json``: ``job_id``, ``analysis_job_id`` if one may be queued, and what identifies ``jobs``.
 
@@ -106,7 +152,9 @@ def write_submission(run: RunDir, *jobs: JobIdentity, **job_ids: str | None) -> 
     """
     kept = read_json_object(run.submission, within=run.root).get("jobs")
     known = kept if isinstance(kept, dict) else {}
-    known |= {job.job_id: {key: value for key, value in _values(job).items() if value} for job in jobs}
+    known |= {
+        job.job_id: {key: value for key, value in _values(job).items() if value not in ("", None)} for job in jobs
+    }
     write_json(run.submission, {**job_ids, "submitted_unix_s": time.time(), "jobs": known})
 
 
@@ -139,6 +187,7 @@ def identity_of(run: RunDir, job_id: str) -> JobIdentity:
         _paths(_text(noted, "script"), _text(noted, "slurm_script"), *paths),
         _number(noted or (record if number in map(str, first) else {}), "submitted_unix_s"),
         _number(noted, "slurm_submitted_unix_s"),
+        None if (uid := _number(noted, "uid")) is None else int(uid),
     )
 
 
@@ -152,6 +201,7 @@ def _values(job: JobIdentity) -> dict[str, str | float | None]:
         "slurm_script": others[0] if others else "",
         "submitted_unix_s": job.submitted_unix_s,
         "slurm_submitted_unix_s": job.slurm_submitted_unix_s,
+        "uid": job.uid,
     }
 
 

@@ -241,3 +241,21 @@ def outside_of_jobs(environ: Mapping[str, str]) -> dict[str, str]:
     """``environ`` as it would be in a plain shell of a login node, without :func:`job_variables`."""
     dropped = set(job_variables(environ))
     return {name: value for name, value in environ.items() if name not in dropped}
+
+
+def node_states(nodes: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Slurm's state of each node of a host list, with its reason if there is one: ``down* (Not responding)``.
+
+    Raises HpcmmError when sinfo does not answer.
+    """
+    if not nodes:
+        return {}
+    listed = ask("sinfo", "-hN", f"--nodes={nodes}", "--format=%N\x1f%T\x1f%E", environ=environ)
+    states = {}
+    for line in listed.splitlines():
+        if CLUSTER_LINE.fullmatch(line):
+            continue
+        name, _, rest = line.partition("\x1f")
+        state, _, reason = rest.partition("\x1f")
+        states[name.strip()] = state if reason.strip() in {"", "none"} else f"{state} ({reason.strip()})"
+    return states

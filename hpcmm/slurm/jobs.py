@@ -13,7 +13,6 @@ from hpcmm.errors import HpcmmError
 from hpcmm.ranges import count_tasks, is_job_number, is_task_of, tasks_in, without_tasks
 from hpcmm.runs.submission import JobIdentity
 from hpcmm.slurm.commands import (
-    CLUSTER_LINE,
     AbsentError,
     ask,
     clusters_asked,
@@ -34,39 +33,15 @@ ENDED = frozenset(
 """States after which none comes. What squeue shows in any other one, also a newer Slurm's, counts as active."""
 
 _SQUEUE = {
-    "job_id": "%i",
-    "raw_id": "%A",
-    "name": "%j",
-    "user": "%u",
-    "state": "%T",
-    "reason": "%r",
-    "submitted": "%V",
-    "started": "%S",
-    "ended": "%e",
-    "elapsed": "%M",
-    "nodes": "%N",
-    "node_count": "%D",
-    "command": "%o",
-    "uid": "%U",
-}
+    "job_id": "%i", "raw_id": "%A", "name": "%j", "user": "%u", "state": "%T", "reason": "%r", "submitted": "%V",
+    "started": "%S", "ended": "%e", "elapsed": "%M", "nodes": "%N", "node_count": "%D", "command": "%o", "uid": "%U",
+}  # fmt: skip
 _SACCT = {
-    "job_id": "JobID",
-    "raw_id": "JobIDRaw",
-    "name": "JobName",
-    "user": "User",
-    "state": "State",
-    "reason": "Reason",
-    "submitted": "Submit",
-    "started": "Start",
-    "ended": "End",
-    "elapsed": "Elapsed",
-    "nodes": "NodeList",
-    "node_count": "NNodes",
-    "exit_code": "ExitCode",
-    "derived_exit_code": "DerivedExitCode",
-    "command": "SubmitLine",
+    "job_id": "JobID", "raw_id": "JobIDRaw", "name": "JobName", "user": "User", "state": "State", "reason": "Reason",
+    "submitted": "Submit", "started": "Start", "ended": "End", "elapsed": "Elapsed", "nodes": "NodeList",
+    "node_count": "NNodes", "exit_code": "ExitCode", "derived_exit_code": "DerivedExitCode", "command": "SubmitLine",
     "uid": "UID",
-}
+}  # fmt: skip
 _EMPTY = frozenset({"", "N/A", "Unknown", "None", "None assigned", "(null)"})
 _RECORD_FIELDS = (
     "JobID,JobName,State,ExitCode,DerivedExitCode,Reason,NNodes,NTasks,NodeList,"
@@ -147,20 +122,21 @@ class Answer:
 def is_same_job(known: JobIdentity, row: Job) -> bool:
     """Whether a row of squeue's or sacct's is of the job that is ``known``, and of no other with its number.
 
-    The script decides if the row names one. If it does not, neither user nor name may differ, and the job must not
-    have been submitted before the known one. A later time is no objection, for a requeue sets it anew.
+    Its user must be the same. Then the script decides if the row names one. If it does not, the name may not differ,
+    and the job must not have been submitted before the known one. A later time is no objection, for a requeue sets it
+    anew.
     """
-    if not _has_number(known.job_id, row) or _differ(known.user, row.user):
+    if not _has_number(known.job_id, row) or known.is_of_another_user(row.user, row.uid):
         return False
     named = known.is_named_in(row.command, is_word_of_sbatch=row.source == "sacct")
     if named:
         return True
-    if _differ(known.name, row.name):
+    if known.name and row.name and known.name != row.name:
         return False
     submitted_s = row.submitted_unix_s
     if named is False:  # a site's own sbatch may hand over a copy of the script: the second tells that it is the same
         is_copy = PurePosixPath(row.command).name not in {PurePosixPath(script).name for script in known.scripts}
-        return is_copy and bool(known.user) and known.is_of_second(submitted_s)
+        return is_copy and bool(known.user or known.uid) and known.is_of_second(submitted_s)
     return not known.is_after(submitted_s)
 
 
@@ -168,6 +144,8 @@ def rows_of(wanted: Wanted, rows: Sequence[Job]) -> list[Job]:
     """The rows of a job and of its tasks: squeue's, and of what squeue does not tell sacct's newest."""
     if isinstance(wanted, JobIdentity):
         mine = [row for row in rows if is_same_job(wanted, row)]
+        if _is_denied(wanted, rows):
+            mine = [row for row in mine if not row.active]
     else:
         mine = [row for row in rows if _has_number(wanted, row)]
     queued = [row for row in mine if row.source == "squeue"]
@@ -304,7 +282,8 @@ def account_of(jobs: Sequence[Job], environ: Mapping[str, str] = os.environ) -> 
     rows = _ByNumber(_sacct([f"--jobs={','.join(asked)}"], environ) if asked else [])
     found: dict[str, Job] = {}
     for job in jobs:
-        known = JobIdentity(job.job_id, user=job.user, name=job.name, scripts=(job.command,) if job.command else ())
+        scripts, uid = (job.command,) if job.command else (), int(job.uid) if job.uid.isdecimal() else None
+        known = JobIdentity(job.job_id, user=job.user, name=job.name, scripts=scripts, uid=uid)
         # A task that waits has the raw number of its array, as another task may have.
         mine = [row for row in rows.rows(job.job_id) if row.job_id == job.job_id and is_same_job(known, row)]
         if mine:
@@ -351,24 +330,6 @@ def job_records(known: JobIdentity, environ: Mapping[str, str] = os.environ) -> 
 def _job_of_record(record: Mapping[str, str]) -> Job:
     given = {name: record.get(of_sacct, "") for name, of_sacct in _SACCT.items()}
     return Job(**{name: "" if value in _EMPTY else value for name, value in given.items()}, source="sacct")
-
-
-def node_states(nodes: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Slurm's state of each node of a host list, with its reason if there is one: ``down* (Not responding)``.
-
-    Raises HpcmmError when sinfo does not answer.
-    """
-    if not nodes:
-        return {}
-    listed = ask("sinfo", "-hN", f"--nodes={nodes}", "--format=%N\x1f%T\x1f%E", environ=environ)
-    states = {}
-    for line in listed.splitlines():
-        if CLUSTER_LINE.fullmatch(line):
-            continue
-        name, _, rest = line.partition("\x1f")
-        state, _, reason = rest.partition("\x1f")
-        states[name.strip()] = state if reason.strip() in {"", "none"} else f"{state} ({reason.strip()})"
-    return states
 
 
 def _without_sacct(error: HpcmmError) -> str:
@@ -466,6 +427,7 @@ class _ByNumber:
         return self._rows.get(number, []) + [row for row in ranges if is_task_of(number, row.job_id)]
 
 
-def _differ(known: str, given: str) -> bool:
-    """Whether both are known and are not the same; Slurm shows a user without a name by number."""
-    return bool(known and given) and known != given and not given.isdecimal()
+def _is_denied(known: JobIdentity, rows: Iterable[Job]) -> bool:
+    """Whether squeue shows the number as another job's alone: what accounting then tells of as active is no longer."""
+    shown = [row for row in rows if row.source == "squeue" and _has_number(known.job_id, row)]
+    return bool(shown) and not any(is_same_job(known, row) for row in shown)

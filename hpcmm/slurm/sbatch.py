@@ -156,7 +156,7 @@ def identity_at_launch(accepted: Accepted, script: Path, name: str, submitted_un
     except KeyError:  # as in some containers
         user = ""
     cluster = accepted.cluster or clusters_asked(os.environ)
-    return JobIdentity(accepted.job_id, cluster, user, name, (str(script),), submitted_unix_s)
+    return JobIdentity(accepted.job_id, cluster, user, name, (str(script),), submitted_unix_s, uid=os.geteuid())
 
 
 def _say_what_is_ignored(variables: Sequence[str]) -> None:

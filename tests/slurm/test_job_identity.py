@@ -23,7 +23,7 @@ from hpcmm.launch.script import Job as ScriptJob
 from hpcmm.launch.script import render_analysis_script, render_script
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import JobIdentity, identity_of, write_submission
-from hpcmm.slurm.commands import SilentError, ask, cluster_here, on_cluster
+from hpcmm.slurm.commands import SilentError, ask, cluster_here, node_states, on_cluster
 from hpcmm.slurm.jobs import (
     Job,
     UnknownJobError,
@@ -32,7 +32,6 @@ from hpcmm.slurm.jobs import (
     find_job,
     is_same_job,
     job_records,
-    node_states,
     own_jobs,
 )
 from hpcmm.slurm.polling import Poller
@@ -46,8 +45,8 @@ NOON_S = time.mktime(time.strptime(NOON, "%Y-%m-%dT%H:%M:%S"))
 KNOWN = JobIdentity("7", "", "me", "old", (SCRIPT,), NOON_S - 5, NOON_S)
 
 
-def row(command="", user="me", name="old", submitted=NOON, state="RUNNING", source="squeue", job_id="7"):
-    return Job(job_id, job_id, name, user, state, submitted=submitted, command=command, source=source)
+def row(command="", user="me", name="old", submitted=NOON, state="RUNNING", source="squeue", job_id="7", uid=""):
+    return Job(job_id, job_id, name, user, state, submitted=submitted, command=command, uid=uid, source=source)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +63,9 @@ def row(command="", user="me", name="old", submitted=NOON, state="RUNNING", sour
         row("", submitted=LATER),
         row("sbatch", source="sacct"),
         row("", user="1000"),  # a user without a name
+        row(SCRIPT, uid="1000"),
+        row(f"sbatch -p gpu --mail-type END -HN2 --hold {SCRIPT} --an-argument", source="sacct"),
+        row("sbatch -p gpu ./submission.sh", source="sacct"),
         row("", submitted=""),
         row("/var/spool/copy-by-the-site", submitted=NOON),  # to the second, by the same user and with the same name
         row(SCRIPT, job_id="7_3"),
@@ -85,12 +87,44 @@ def test_a_row_with_the_script_or_else_with_user_name_and_time_is_of_the_job(sam
         row("", user="you"),
         row(SCRIPT, user="you"),
         row("", name="precious"),
+        row("/home/you/evil.sh " + SCRIPT, submitted=LATER),
+        row("/home/you/evil.sh runs" + SCRIPT, submitted=LATER),
+        row(f"sbatch --hold evil.sh {SCRIPT}", source="sacct", submitted=LATER),
+        row(f"sbatch --job-name=old --begin=now+1hour evil.sh {SCRIPT}", source="sacct", submitted=LATER),
+        row(f"sbatch -o /dev/null --wrap sleep {SCRIPT}", source="sacct", submitted=LATER),
+        row(f"sbatch -o {SCRIPT} evil.sh", source="sacct", submitted=LATER),
         row("", submitted=EARLIER),
         row(SCRIPT, job_id="8"),
     ],
 )
 def test_a_row_with_another_script_user_or_name_or_from_before_is_another_job_s(another):
     assert not is_same_job(KNOWN, another)
+
+
+@pytest.mark.parametrize("user", ["me", "nobody", "", "54321"])
+def test_a_user_s_number_counts_and_not_the_name_that_slurm_shows(user):
+    known = replace(KNOWN, uid=1000)
+    assert is_same_job(known, row(SCRIPT, user=user, uid="1000"))
+    assert not is_same_job(known, row(SCRIPT, user=user, uid="54321"))
+    assert not is_same_job(replace(known, user=""), row(SCRIPT, user=user, uid="54321"))
+    of_root = replace(KNOWN, user="root")  # as an older version noted it
+    assert not is_same_job(of_root, row(SCRIPT, user=user, uid="54321"))
+    assert is_same_job(of_root, row(SCRIPT, user=user, uid="0"))
+
+
+def test_the_number_of_the_user_is_noted_also_of_one_without_a_name(tmp_path):
+    for uid in (0, 54321):
+        run = make_run(tmp_path, f"run-{uid}", user="", uid=uid)
+        assert (identity_of(run, "7").uid, identity_of(run, "7").user) == (uid, "")
+
+
+def test_accounting_shows_no_job_as_active_whose_number_squeue_shows_as_another_s(slurm, tmp_path):
+    run = make_run(tmp_path, "v3-1", uid=1000)
+    slurm.answers("squeue", queued(run, name="v3", command="/home/you/evil.sh", user="nobody", uid="54321"))
+    slurm.answers("sacct", accounted(run, name="v3", state="PENDING", user=""))
+    with pytest.raises(HpcmmError, match=r"Nothing to cancel: Slurm's job 7 is another job now \(v3, of nobody\)"):
+        cancel("v3", find_targets("v3", tmp_path))
+    assert slurm.called("scancel") == []
 
 
 def test_a_clock_of_the_login_node_that_is_ahead_is_no_reason_to_disown_a_job():
@@ -134,9 +168,24 @@ class Slurm:
         return [line for line in self.calls.read_text(encoding="utf-8").splitlines() if line.split()[0] == name]
 
 
-def queued(run, job_id="7", raw_id=None, name="run", state="RUNNING", command=None, submitted=NOON, user="me"):
+def queued(run, job_id="7", raw_id=None, name="run", state="RUNNING", command=None, submitted=NOON, user="me", uid=""):
     command = str(run.submission_script) if command is None else command
-    values = [job_id, raw_id or job_id, name, user, state, "None", submitted, NOON, "N/A", "0:10", "n1", "1", command]
+    values = [
+        job_id,
+        raw_id or job_id,
+        name,
+        user,
+        state,
+        "None",
+        submitted,
+        NOON,
+        "N/A",
+        "0:10",
+        "n1",
+        "1",
+        command,
+        uid,
+    ]
     return SEPARATOR.join(values)
 
 

@@ -19,13 +19,13 @@ from hpcmm.jobs.state import states_of
 from hpcmm.ranges import count_tasks
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import job_ids_of
+from hpcmm.slurm.commands import node_states
 from hpcmm.slurm.jobs import (
     Job,
     UnknownJobError,
     account_of,
     find_job,
     find_jobs,
-    node_states,
 )
 from hpcmm.slurm.polling import LONGEST_S, Poller
 
