@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,15 @@ from hpcmm.config.schema import cluster_variables
 from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, other_writer
+from hpcmm.ranges import is_task_of
 from hpcmm.resources import resource
 from hpcmm.runs.attempts import attempts_of
-from hpcmm.runs.ledger import array_of, jobs_of_points
+from hpcmm.runs.ledger import array_of, jobs_of_points, read_ledger
 from hpcmm.runs.ownership import exchangeable, is_mine, other_user, settle
 from hpcmm.runs.run_dir import JOB_ID, RUNS, RunDir, SweepDir, first_point_of, is_run, runs_in
-from hpcmm.runs.submission import job_ids_of
-from hpcmm.slurm.jobs import Job
+from hpcmm.runs.submission import JobIdentity, job_ids_of, noted_jobs, write_submission
+from hpcmm.slurm.commands import clusters_asked
+from hpcmm.slurm.jobs import Job, jobs_of_scripts
 
 _MOST_RUNS = 20
 _MOST_POINTS_OF_OTHERS = 1000
@@ -104,6 +106,51 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
         raise NoSuchRunError(_no_such_run(asked, runs_root, runs_in(runs_root)))
     targets = [_target(asked, run.root) for run in found]
     return sorted(targets, key=lambda target: not target.job_ids)
+
+
+def take_over(run: RunDir, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Note the jobs that Slurm has of this run, or sweep, and no record names; returns their numbers.
+
+    A launch that was killed while it submitted leaves such jobs, and one that lost sbatch's answer. Of a sweep they are
+    looked for among the points: who calls this keeps the ledger locked. Raises HpcmmError if squeue does not answer.
+    """
+    sweep, noted = SweepDir(run.root), noted_jobs(run)
+    firsts = sweep.first_points() if sweep.is_there() else [0]
+    scripts = {str(sweep.submission_script(first)): first for first in firsts}
+    groups: dict[str, list[Job]] = {}
+    for row in jobs_of_scripts(list(scripts), environ):
+        if row.number not in noted:
+            groups.setdefault(row.number, []).append(row)
+    taken = []
+    for job_id, rows in groups.items():
+        row = rows[-1]
+        script = next(
+            each
+            for each in scripts
+            if JobIdentity("", scripts=(each,)).names_script_of(row.command, is_submit_line=False)
+        )
+        if sweep.is_there() and not _note_points(sweep, scripts[script], job_id, rows):
+            continue
+        submitted_s, cluster = row.submitted_unix_s, row.cluster or clusters_asked(environ)
+        known = JobIdentity(job_id, cluster, row.user, row.name, (script,), submitted_s, submitted_s, int(row.uid))
+        write_submission(run, known, job_id=job_id, analysis_job_id=None)
+        taken.append(job_id)
+    return taken
+
+
+def _note_points(sweep: SweepDir, first: int, job_id: str, rows: Sequence[Job]) -> bool:
+    """Note the points that an array runs, or ran; False if there are none, or it is over and they have later jobs."""
+    ledger = read_ledger(sweep.root)
+    points = [
+        point
+        for point in ledger.points
+        if any(is_task_of(f"{job_id}_{point.index - first}", row.job_id) for row in rows)
+        or f"{job_id}_{point.index - first}" in job_ids_of(ledger.run(point), ())
+    ]
+    if not points or not (any(row.active for row in rows) or not any(point.jobs for point in points)):
+        return False
+    ledger.note_array(job_id, points, first)
+    return True
 
 
 def target_of(run: RunDir) -> Target:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import psutil
 
 from hpcmm.config.untyped_config import read_untyped_config
+from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import (
     Target,
     is_local_cluster,
     run_of_command,
     settings,
     slurm_environment,
+    take_over,
     target_of,
 )
 from hpcmm.ranges import is_task_of, tasks_in
 from hpcmm.runs.attempts import attempts_of, raw_id_of
 from hpcmm.runs.exit_status import COMPLETED, FAILED, STOPPED, outcome_of
-from hpcmm.runs.ledger import array_of
+from hpcmm.runs.ledger import array_of, read_ledger
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 from hpcmm.runs.submission import identity_of, job_ids_of
 from hpcmm.slurm.commands import SilentError, on_cluster
@@ -148,6 +151,7 @@ def states_of(
     Raises HpcmmError when squeue does not answer; unless ``needs_slurm``, what run directories tell is taken then,
     which is nothing of a job that waits or runs.
     """
+    targets = [_with_unnoted_jobs(target, environ) for target in targets]
     clusters: dict[tuple[str, str], dict[str, str]] = {}
     asked: dict[tuple[str, str], list[Wanted]] = {}
     tasks: dict[tuple[str, str], list[str]] = {}
@@ -172,6 +176,22 @@ def states_of(
         else _state(target, [(wanted, answers[key]) for wanted, key in part])
         for target, part in zip(targets, parts, strict=True)
     ]
+
+
+def _with_unnoted_jobs(target: Target, environ: Mapping[str, str]) -> Target:
+    """The target with the jobs that Slurm has of it though no record names one, as a launch that was killed leaves."""
+    run = target.run
+    lacks_one = not target.job_ids or not all(point.job_ids for point in target.points)
+    if run is None or target.by_number or not lacks_one or target.user is not None or is_local(run):
+        return target
+    place = SweepDir.of_point(run)
+    sweep = place[0] if place is not None else target.sweep
+    try:
+        with read_ledger(sweep.root).locked() if sweep is not None else nullcontext():
+            taken = take_over(sweep.shared if sweep is not None else run, slurm_environment(run, dict(environ)))
+    except (HpcmmError, OSError):  # a launch is at work on it, or squeue is silent, which the next question tells
+        return target
+    return replace(target_of(run), asked=target.asked) if taken else target
 
 
 def _asked_of(target: Target) -> Sequence[str]:

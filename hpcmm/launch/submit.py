@@ -10,17 +10,14 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
 from bisect import bisect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import submitit
@@ -29,6 +26,7 @@ from hpcmm.config import config_file
 from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, open_checked
+from hpcmm.jobs.find_run import take_over
 from hpcmm.launch.plan import Plan, check_environment_from
 from hpcmm.launch.script import parallel_shares, rank_command
 from hpcmm.node.network import find_free_port
@@ -38,10 +36,11 @@ from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
 from hpcmm.runs.ownership import check_runs_root
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import JobIdentity, identity_of, write_submission
-from hpcmm.slurm.commands import clusters_asked, job_variables
+from hpcmm.slurm.commands import clusters_asked, job_variables, signals_deferred
 from hpcmm.slurm.jobs import ENDED, array_states
 from hpcmm.slurm.sbatch import (
     RefusedError,
+    UncertainError,
     as_slurm_has_it,
     enter_cluster,
     identity_at_launch,
@@ -118,22 +117,32 @@ def submit(planned: Plan, *, is_latest: bool = True) -> Submission:
     this launch has made, is removed: else it would be the newest run of its name, which never ran.
     """
     try:
-        submission = _accepted(planned)
+        return _accepted(planned, _Queued(planned.run if is_latest else None))
     except RefusedError:
         shutil.rmtree(planned.run.root, ignore_errors=True)
         raise
-    except _PartlySubmittedError:
-        if is_latest:
-            _link_latest(planned.run)
-        raise
-    if is_latest and not _link_latest(planned.run):  # the job is queued already, so this is no error
-        link = planned.run.root.parent / "latest"
-        print(f"hpcmm: {printable(str(link))} does not point to this run; it is no link of ours.", file=sys.stderr)
-    return submission
 
 
-class _PartlySubmittedError(HpcmmError):
-    """Some arrays of a sweep are queued, and the others are not."""
+@dataclass
+class _Queued:
+    """The jobs of this launch that are queued, and what is said of them if it is interrupted."""
+
+    latest: RunDir | None
+    """The run that ``latest`` is to point to once a job of it is queued; None: no change."""
+    ids: list[str] = field(default_factory=list)
+    rest: str = ""
+    """How to submit what is not."""
+
+    def add(self, job_id: str) -> None:
+        self.ids.append(job_id)
+        if self.latest is not None and not _link_latest(self.latest):  # the job is queued already, so this is no error
+            link = printable(str(self.latest.root.parent / "latest"))
+            print(f"hpcmm: {link} does not point to this run; it is no link of ours.", file=sys.stderr)
+        self.latest = None
+
+    def told(self) -> str:
+        commands = " and ".join(f"python -m hpcmm.jobs cancel {job_id}" for job_id in self.ids)
+        return f"what is submitted stays; to take it back: {commands}{self.rest}" if commands else ""
 
 
 def resubmit(path: Path, indices: Collection[int] | None = None) -> Resubmission:
@@ -142,17 +151,20 @@ def resubmit(path: Path, indices: Collection[int] | None = None) -> Resubmission
     ``indices``: of these points alone; None: of all. Points that were never submitted count as failed. Raises
     HpcmmError if there is no ledger at ``path``, or the scheduler does not accept the job.
     """
-    with _locked_ledger(path) as ledger:
-        config = config_file.load(ledger.run(ledger.points[0]).config)
-        check_runs_root(ledger.sweep.root)
-        _check_scripts(ledger.sweep)
+    with _locked_ledger(path) as found:
+        config = config_file.load(found.run(found.points[0]).config)
+        check_runs_root(found.sweep.root)
+        _check_scripts(found.sweep)
         enter_cluster(config)
+        if taken := take_over(found.sweep.shared):
+            print(f"hpcmm: squeue shows {_jobs(taken)} of this sweep, which no launch had noted.", file=sys.stderr)
+        ledger = read_ledger(path)
         states = point_states(ledger)
         asked = [point for point in ledger.points if indices is None or point.index in indices]
         failed = [point for point in asked if states[point.index] == FAILED]
         if failed:
             check_environment_from(config)
-        job_ids = tuple(each.known.job_id for each in _submit_arrays(config, ledger, failed))
+        job_ids = tuple(each.known.job_id for each in _submit_arrays(config, ledger, failed, _Queued(None)))
         code = ledger.sweep.shared.code
         states_before = [states[point.index] for point in asked]
         return Resubmission(failed, job_ids, states_before, code if code.is_dir() else None)
@@ -187,18 +199,19 @@ def point_states(ledger: Ledger) -> dict[int, str]:
     return states_of_points(ledger, active, {task: state for task, state in told.items() if task not in active})
 
 
-def _accepted(planned: Plan) -> Submission:
+def _accepted(planned: Plan, queued: _Queued) -> Submission:
     config, run = planned.config, planned.run
     if config.cluster.executor is Executor.local:
         job = _submit_locally(planned)
+        queued.add(job.job_id)
         return Submission(planned, job.job_id, local_job=job)
     if not planned.is_sweep:
-        with defer_sigint() as submitted:
-            job = _submit_script(config, SweepDir(run.root), submitted)
-        _look_at(config, run, [job])
-        return Submission(planned, *job.ids)
+        with signals_deferred(queued.told):
+            accepted = _submit_script(config, SweepDir(run.root), queued)
+        _look_at(config, run, [accepted], queued)
+        return Submission(planned, *accepted.ids)
     with _locked_ledger(run.root) as ledger:
-        jobs = _submit_arrays(config, ledger, ledger.points)
+        jobs = _submit_arrays(config, ledger, ledger.points, queued)
         return Submission(planned, *jobs[0].ids, array_ids=tuple(each.known.job_id for each in jobs))
 
 
@@ -222,7 +235,9 @@ class _Accepted:
         return self.known.job_id, self.analysis_job_id
 
 
-def _submit_arrays(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoint]) -> list[_Accepted]:
+def _submit_arrays(
+    config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoint], queued: _Queued
+) -> list[_Accepted]:
     """Submit ``points`` in the arrays that their sweep was split into, and note them in the ledger.
 
     Returns the arrays. Raises HpcmmError if Slurm refuses one; those before it stay.
@@ -232,23 +247,28 @@ def _submit_arrays(config: RunConfig, ledger: Ledger, points: Sequence[LedgerPoi
     for point in points:
         groups.setdefault(firsts[bisect(firsts, point.index) - 1], []).append(point)
     shares = parallel_shares(config.launch.parallel_points, len(groups)) if groups else []
-    before = {point.index: len(point.jobs) for point in points}
+    left = list(points)
+    command = f"python -m hpcmm.launch resubmit {shlex.quote(str(ledger.sweep.root))}"
     jobs: list[_Accepted] = []
-    with defer_sigint() as submitted:
-        for (first, group), share in zip(groups.items(), shares, strict=True):
-            tasks = f"--array={write_ranges(point.index - first for point in group)}" + (f"%{share}" if share else "")
+    for (first, group), share in zip(groups.items(), shares, strict=True):
+        tasks = f"--array={write_ranges(point.index - first for point in group)}" + (f"%{share}" if share else "")
+        with signals_deferred(queued.told):
+            before = len(queued.ids)
             try:
-                jobs.append(_submit_script(config, ledger.sweep, submitted, tasks, array=(ledger, first, group)))
+                jobs.append(_submit_script(config, ledger.sweep, queued, tasks, array=(ledger, first, group)))
             except HpcmmError as error:
-                left = [point.index for point in points if len(point.jobs) == before[point.index]]
+                left = [point for point in left if len(queued.ids) == before or point not in group]
                 if not left or len(left) == len(points):
                     raise
-                raise _PartlySubmittedError(
-                    f"{len(points) - len(left)} of {len(points)} points are submitted and stay, in {_jobs(submitted)}; "
-                    f"points {write_ranges(left)} are not. {error} To submit what is left: python -m hpcmm.launch "
-                    f"resubmit {shlex.quote(str(ledger.sweep.root))}"
+                are_not = "may not be" if isinstance(error, UncertainError) else "are not"
+                raise HpcmmError(
+                    f"{len(points) - len(left)} of {len(points)} points are submitted and stay, in "
+                    f"{_jobs(queued.ids)}; points {write_ranges(point.index for point in left)} {are_not}. {error} To "
+                    f"submit what is left: {command}"
                 ) from error
-    _look_at(config, ledger.sweep.shared, jobs)
+            left = [point for point in left if point not in group]
+            queued.rest = f"; to submit the other {len(left)} points: {command}" if left else ""
+    _look_at(config, ledger.sweep.shared, jobs, queued)
     return jobs
 
 
@@ -259,38 +279,41 @@ def _jobs(ids: Sequence[str]) -> str:
 def _submit_script(
     config: RunConfig,
     scripts: SweepDir,
-    submitted: list[str],
+    queued: _Queued,
     *options: str,
     array: tuple[Ledger, int, Sequence[LedgerPoint]] | None = None,
 ) -> _Accepted:
     """Hand the job's script to Slurm, and that of the analysis behind it.
 
-    ``submitted`` gets them as they are known. ``array``: the ledger, the point that is task 0, and the points.
+    ``queued`` gets them once they are noted. ``array``: the ledger, the point that is task 0, and the points.
     """
     run, first = scripts.shared, array[1] if array is not None else 0
     known = _submitted(config, scripts.submission_script(first), config.name, *options)
     job_id = known.job_id
-    submitted.append(job_id)
     if array is not None:
         _note_array(*array, job_id)
     _note_submission(run, known, job_id=job_id, analysis_job_id=None)
+    queued.add(job_id)
     # Also of a run that failed: its reports may say why. Each point's analysis waits for its own point alone.
     condition = "afterany" if array is None else "aftercorr"
     analysis_job_id = _submit_analysis(
         config, run, scripts.analysis_script(first), known, *options, f"--dependency={condition}:{job_id}"
     )
-    submitted.extend([analysis_job_id] if analysis_job_id else [])
+    queued.ids.extend([analysis_job_id] if analysis_job_id else [])
     return _Accepted(known, analysis_job_id)
 
 
-def _look_at(config: RunConfig, run: RunDir, jobs: Sequence[_Accepted]) -> None:
+def _look_at(config: RunConfig, run: RunDir, jobs: Sequence[_Accepted], queued: _Queued) -> None:
     """Note how Slurm has the job, or each array, and say so if it cannot start."""
-    for place, accepted in enumerate(jobs):
-        known, job = as_slurm_has_it(accepted.known)
-        if job is not None:
-            _note_submission(run, known, job_id=known.job_id, analysis_job_id=accepted.analysis_job_id)
-        if job is not None and place == 0:  # the arrays of a sweep are alike
-            warn_where_it_cannot_start(config, job)
+    try:
+        for place, accepted in enumerate(jobs):
+            known, job = as_slurm_has_it(accepted.known)
+            if job is not None:
+                _note_submission(run, known, job_id=known.job_id, analysis_job_id=accepted.analysis_job_id)
+            if job is not None and place == 0:  # the arrays of a sweep are alike
+                warn_where_it_cannot_start(config, job)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(queued.told()) from None
 
 
 def _submitted(config: RunConfig, script: Path, name: str, *options: str, without: Sequence[str] = ()) -> JobIdentity:
@@ -355,35 +378,6 @@ def _link_latest(run: RunDir) -> bool:
         fresh.unlink(missing_ok=True)
         return False
     return True
-
-
-@contextmanager
-def defer_sigint() -> Iterator[list[str]]:
-    """Within, a first SIGINT is kept, and raised as KeyboardInterrupt at the end; a second one is raised at once.
-
-    Jobs that were submitted are to be appended to the list, which the KeyboardInterrupt then names.
-    """
-    submitted: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield submitted  # signals are the main thread's
-        return
-    came = False
-    before = signal.getsignal(signal.SIGINT)
-
-    def keep(signum: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        signal.signal(signum, before)
-
-    if callable(before):  # else it is ignored already
-        signal.signal(signal.SIGINT, keep)
-    try:
-        yield submitted
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        commands = " and ".join(f"python -m hpcmm.jobs cancel {job_id}" for job_id in submitted)
-        raise KeyboardInterrupt(f"what is submitted stays; to take it back: {commands}" if commands else "")
 
 
 class _WrappedLocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]

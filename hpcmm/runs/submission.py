@@ -158,6 +158,14 @@ def write_submission(run: RunDir, *jobs: JobIdentity, **job_ids: str | None) -> 
     write_json(run.submission, {**job_ids, "submitted_unix_s": time.time(), "jobs": known})
 
 
+def noted_jobs(run: RunDir) -> set[str]:
+    """Numbers of all jobs that the records of a run, or of a sweep, name, the analysis' too."""
+    record = read_json_object(run.submission, within=run.root)
+    jobs = record.get("jobs")
+    first = {str(record.get(key)) for key in ("job_id", "analysis_job_id")}
+    return first | set(jobs if isinstance(jobs, dict) else ()) | set(arrays_of(jobs_of_points(SweepDir(run.root))))
+
+
 def identity_of(run: RunDir, job_id: str) -> JobIdentity:
     """What identifies the run's job ``job_id``, a number or a task of an array.
 

@@ -6,9 +6,13 @@ import os
 import re
 import secrets
 import selectors
+import signal
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -32,6 +36,9 @@ _OF_ANY_CLUSTER = frozenset({"squeue", "sacct", "scancel", "scontrol", "sinfo"})
 """Commands that take ``--clusters``; sacct does not heed the variable."""
 _CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
 _CONFIGURED_NAME = re.compile(r"^\s*ClusterName\s*=\s*([\w.-]+)", re.IGNORECASE | re.MULTILINE)
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class SilentError(HpcmmError):
@@ -93,6 +100,34 @@ def run_command(
             process.kill()
             raise
     return subprocess.CompletedProcess(command, process.returncode, *written)
+
+
+@contextmanager
+def signals_deferred(told: Callable[[], str]) -> Iterator[None]:
+    """Within, signals that end a process wait for the end of the block: Slurm's answer must not be lost.
+
+    Ctrl-C is a KeyboardInterrupt then. For another one, as of a terminal that closes, what ``told`` gives is printed,
+    and the process ends by it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    came: list[int] = []
+    before = {each: signal.getsignal(each) for each in _ENDING}
+    kept = {each: handler for each, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    try:
+        for each in kept:
+            signal.signal(each, lambda signum, _frame: came.append(signum))
+        yield
+    finally:
+        for each, handler in kept.items():
+            signal.signal(each, handler)
+    if signal.SIGINT in came:
+        raise KeyboardInterrupt(told())
+    if came:
+        with suppress(OSError, ValueError):  # the terminal may be gone
+            print(f"hpcmm: {told() or signal.strsignal(came[0])}.", file=sys.stderr, flush=True)
+        signal.raise_signal(came[0])
 
 
 def _written_by(process: subprocess.Popen[bytes], command: Sequence[str], timeout_s: float) -> tuple[str, str]:

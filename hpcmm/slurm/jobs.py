@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -88,6 +89,11 @@ class Job:
     source: str = "squeue"
     cluster: str = ""
     """Slurm's name of the cluster that told of it; empty if that is not known."""
+
+    @property
+    def number(self) -> str:
+        """Of the job, or of the array that a task belongs to."""
+        return re.split("[_+]", self.job_id)[0]
 
     @property
     def active(self) -> bool:
@@ -274,6 +280,15 @@ def own_jobs(user: str | None, since: str | None, environ: Mapping[str, str] = o
         notes = [_without_sacct(error) + " Jobs that are over are shown as long as squeue keeps them."]
     told = [job for job in over if job.raw_id not in listed and not job.active]
     return Answer(_each_task_once([*active, *told]), notes)
+
+
+def jobs_of_scripts(scripts: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[Job]:
+    """What squeue shows of this user's jobs that run one of these scripts, the oldest first, whatever their state."""
+    uid = os.geteuid()
+    asked = JobIdentity("", scripts=tuple(scripts), uid=uid)
+    rows = _squeue([f"--user={uid}", "--states=all"], environ)
+    mine = [row for row in rows if row.uid == str(uid) and asked.is_named_in(row.command, is_word_of_sbatch=False)]
+    return sorted(mine, key=lambda row: row.submitted)
 
 
 def account_of(jobs: Sequence[Job], environ: Mapping[str, str] = os.environ) -> dict[str, Job]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from hpcmm.config.schema import ClusterConfig, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.runs.submission import JobIdentity
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.submission import JobIdentity, noted_jobs
 from hpcmm.slurm.commands import (
     CLUSTER_NAME,
     SilentError,
@@ -25,10 +28,12 @@ from hpcmm.slurm.commands import (
     outside_of_jobs,
     run_command,
 )
-from hpcmm.slurm.jobs import Job, find_jobs, is_same_job, rows_of, who_has
+from hpcmm.slurm.jobs import Job, find_jobs, is_same_job, jobs_of_scripts, rows_of, who_has
 from hpcmm.text import visible
 
 _TIMEOUT_S = 120
+_CLOCKS_S = 900
+"""The most by which this clock may be ahead of the controller's."""
 
 _CANNOT_START = {
     "PartitionConfig": "breaks a limit of its partition",
@@ -86,6 +91,10 @@ class RefusedError(HpcmmError):
     """Nothing was queued, for certain."""
 
 
+class UncertainError(HpcmmError):
+    """sbatch's answer was lost: the job may be queued all the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Accepted:
     """What sbatch says of a job that it took."""
@@ -96,8 +105,8 @@ class Accepted:
 
 
 def sbatch(config: RunConfig, script: Path, *options: str, without: Sequence[str] = ()) -> Accepted:
-    """Submit ``script``. Raises RefusedError, with a remedy, when Slurm refuses it, and another HpcmmError where the
-    job may be queued all the same.
+    """Submit ``script``. Raises RefusedError, with a remedy, when Slurm refuses it, and UncertainError if the job may
+    be queued all the same.
 
     The job is what the script says: variables of the user's shell that would change it do not reach sbatch,
     nor do those in ``without``.
@@ -107,26 +116,54 @@ def sbatch(config: RunConfig, script: Path, *options: str, without: Sequence[str
     environ = {name: value for name, value in outside_of_jobs(os.environ).items() if name not in without}
     if _CLUSTERS in config.cluster.sbatch and "SLURM_CLUSTERS" not in config.cluster.submit_environment:
         environ.pop("SLURM_CLUSTERS", None)  # it would outweigh the script's own line
+    began_s = time.time()
     try:
         command = ["sbatch", *options, str(script)]
         done = run_command(command, environ, _TIMEOUT_S, process_group=0)
-    except subprocess.TimeoutExpired as error:
-        raise HpcmmError(
-            f"sbatch gave no answer within {_TIMEOUT_S} s: see in squeue whether the job is there."
-        ) from error
+    except subprocess.TimeoutExpired:
+        return _accepted_unheard(script, f"sbatch gave no answer within {_TIMEOUT_S} s", began_s)
+    except SilentError as error:
+        return _accepted_unheard(script, error.reason, began_s)
     except OSError as error:
         raise RefusedError(f"sbatch cannot be run ({error.strerror}): see `which sbatch`.") from error
     complaint, answer = done.stderr, done.stdout
-    if done.returncode != 0:
-        kind = RefusedError if _is_certain(done.returncode, complaint, answer) else HpcmmError
-        raise kind(refusal(config, complaint, script))
-    if complaint.strip():
+    if done.returncode != 0 and _is_certain(done.returncode, complaint, answer):
+        raise RefusedError(refusal(config, complaint, script))
+    if complaint.strip() and done.returncode == 0:
         print(visible(complaint.strip(), " "), file=sys.stderr)
     accepted = accepted_by(answer)
-    if accepted is None:
-        said = visible(answer.strip().splitlines()[0], " ") if answer.strip() else "nothing was said"
-        raise HpcmmError(f"sbatch gave no job id, so the job may or may not run, see squeue ({said}).")
+    if accepted is None or done.returncode != 0:
+        if done.returncode < 0:
+            why = f"sbatch was ended by signal {-done.returncode}"
+        elif done.returncode > 0:
+            why = f"sbatch failed ({on_one_line('sbatch', complaint)})"
+        else:
+            said = visible(answer.strip().splitlines()[0], " ") if answer.strip() else "nothing was said"
+            why = f"sbatch gave no job id ({said})"
+        return _accepted_unheard(script, why, began_s)
     return accepted
+
+
+def _accepted_unheard(script: Path, why: str, began_s: float) -> Accepted:
+    """The job that Slurm took all the same, though its answer was lost. Raises UncertainError if it shows none."""
+    noted = noted_jobs(RunDir(script.parent))
+    try:
+        rows = [
+            row
+            for row in jobs_of_scripts([str(script)])
+            if row.number not in noted and (row.submitted_unix_s or began_s) > began_s - _CLOCKS_S
+        ]
+        numbers = list(dict.fromkeys(row.number for row in rows))
+        if len(numbers) == 1:
+            print(f"hpcmm: {why}, but squeue shows the job, {numbers[0]}.", file=sys.stderr)
+            return Accepted(numbers[0], rows[0].cluster if "," not in rows[0].cluster else "")
+        shown = f"squeue shows {', '.join(numbers)}" if numbers else "squeue does not show it (yet)"
+    except HpcmmError as error:
+        shown = f"squeue cannot tell: {error}"
+    raise UncertainError(
+        f"{why}, so the job may or may not be queued; {shown.rstrip('.')}. Before you launch again, see "
+        f"with python -m hpcmm.jobs status {shlex.quote(str(script.parent))}, which notes the job if Slurm has it."
+    )
 
 
 def accepted_by(answer: str) -> Accepted | None:
