@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -104,6 +105,22 @@ def test_a_cluster_takes_names_that_nobody_has_unless_they_were_given(
     monkeypatch.setattr(network, "free_subnet", lambda: IPv4Network("10.77.3.0/24"))
     monkeypatch.setattr(host_names, "_names_that_resolve", lambda names: [name for name in names if name in taken])
     assert lifecycle._layout_to_start(tmp_path, given).prefix == chosen
+
+
+def test_of_clusters_that_start_at_once_one_chooses_its_subnet_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster import network
+
+    monkeypatch.setattr(network, "LOCK", tmp_path / "lock")
+    another = ["flock", "--nonblock", str(tmp_path / "lock"), "true"]
+    with network.machine_locked():
+        assert subprocess.run(another, check=False, timeout=60).returncode == 1
+    assert subprocess.run(another, check=False, timeout=60).returncode == 0
+    (tmp_path / "lock").unlink()
+    (tmp_path / "lock").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="symbolic links"), network.machine_locked():
+        pass
 
 
 def test_lines_of_one_s_own_come_last_in_slurm_conf(tmp_path: Path) -> None:

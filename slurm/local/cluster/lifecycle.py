@@ -29,22 +29,23 @@ RESUMABLE = re.compile(r"(down|drain|drained|draining|fail|inval)")
 def up(root: Path, prefix: str | None) -> Layout:
     """Start the cluster, or what is missing of it, and return once jobs can run and be accounted for."""
     prerequisites.require_packages()
-    _forget_abandoned_names(root)
-    layout = _layout_to_start(root, prefix)
-    if not problems(layout):
-        return layout
-    all_stopped = not network.is_complete(layout)
-    if all_stopped:
-        prerequisites.require_namespaces()
-        _stop_everything(layout)
-        layout = Layout(root, layout.prefix, network.free_subnet())
-    state_directory.record(layout)
-    layout.create()
-    slurm_config.write(layout)
-    if not host_names.are_written(layout):
-        host_names.write(layout)
-    if all_stopped:
-        network.create(layout)
+    with network.machine_locked():
+        _forget_abandoned_names(root)
+        layout = _layout_to_start(root, prefix)
+        if not problems(layout):
+            return layout
+        all_stopped = not network.is_complete(layout)
+        if all_stopped:
+            prerequisites.require_namespaces()
+            _stop_everything(layout)
+            layout = Layout(root, layout.prefix, network.free_subnet())
+        state_directory.record(layout)
+        layout.create()
+        slurm_config.write(layout)
+        if not host_names.are_written(layout):
+            host_names.write(layout)
+        if all_stopped:
+            network.create(layout)
     _start_controller(layout)
     if all_stopped:
         _fail_jobs_without_processes(layout)

@@ -6,8 +6,13 @@ never sees the traffic between hosts. The machine itself reaches the cluster by 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import IPv4Network, ip_network
+from pathlib import Path
 
 from .errors import ClusterError
 from .layout import Layout
@@ -15,6 +20,19 @@ from .processes import run, run_on
 
 BRIDGE = "switch"
 NODE_INTERFACE = "eth0"
+LOCK = Path("/run/hpcmm-cluster.lock")
+"""Of the machine: a subnet is taken only once its bridge is there. Nobody but root can make a file in /run."""
+
+
+@contextmanager
+def machine_locked() -> Iterator[None]:
+    """Keep other clusters of this machine from choosing a subnet or host names, waiting for whoever does."""
+    descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def free_subnet() -> IPv4Network:
