@@ -62,6 +62,15 @@ _NO_CONFIGURATION = (
     "knows that of the local cluster (make cluster-up starts it)."
 )
 _USUAL_SCRIPT_BYTES = 4 * 1024**2
+_USUAL_OPTION_CHARACTERS = 1024
+_OPTION = re.compile(r"#SBATCH --([a-z-]+)=(.*)")
+_OF_THE_PATH = frozenset({"output", "array"})
+_KEYS = {
+    "job-name": "name",
+    "dependency": "after",
+    **{name: f"cluster.{name}" for name in ("partition", "account", "qos", "constraint", "exclude")},
+}
+"""Configuration keys of options that have one of their own."""
 _TOO_LONG = re.compile("too long|too large|max_script_size", re.IGNORECASE)
 _CLUSTERS = "clusters"
 """sbatch's option, which an ``#SBATCH`` line may hold too."""
@@ -327,13 +336,22 @@ def refusal(config: RunConfig, complaint: str, script: Path | None = None) -> st
 
 
 def _too_long(script: Path) -> str:
-    """Slurm has one sentence for a script that is too large and for a path that is too long."""
+    """Slurm has one sentence for a script that is too large, and for a path or another value that is too long."""
     size_bytes = script.stat().st_size
     if size_bytes > _USUAL_SCRIPT_BYTES // 2:
         return (
             f"The job's script has {size_bytes / 1e6:.1f} MB; Slurm takes {_USUAL_SCRIPT_BYTES / 1e6:.0f} MB unless "
             "max_script_size in `scontrol show config` says otherwise: put long cluster.setup lines and long texts in "
             "cluster.environment into files, and name these."
+        )
+    with script.open(encoding="utf-8", errors="replace") as file:
+        options = [match for match in map(_OPTION.match, file) if match is not None and match[1] not in _OF_THE_PATH]
+    longest = max(options, key=lambda option: len(option[2]), default=None)
+    if longest is not None and len(longest[2]) > max(_USUAL_OPTION_CHARACTERS, len(str(script))):
+        name = longest[1]
+        return (
+            f"The job's option --{name} has {len(longest[2])} characters, which Slurm may not take: shorten it "
+            f"({_KEYS.get(name, f'cluster.sbatch.{name}')})."
         )
     return f"{script.parent} is too long for Slurm: set runs_root to a shorter path."
 

@@ -57,13 +57,19 @@ def test_a_refusal_is_one_sentence_with_its_remedy(said, remedy):
     assert "\n" not in sentence
 
 
-def test_what_is_too_long_for_slurm_is_named_the_script_or_the_path(tmp_path):
+def test_what_is_too_long_for_slurm_is_named_the_script_an_option_or_the_path(tmp_path):
     config = compose_run(["cluster=slurm"])
     said = FAILED + "Pathname of a file, directory or other parameter too long\n"
     script = tmp_path / "submission.sh"
     script.write_text("x" * 5_000_000)
     assert "The job's script has 5.0 MB; Slurm takes 4 MB" in refusal(config, said, script)
-    script.write_text("x")
+    script.write_text(f"#SBATCH --job-name=x\n#SBATCH --comment={'c' * 6000}\n#SBATCH --output={'o' * 7000}\n")
+    assert "option --comment has 6000 characters, which Slurm may not take: shorten it (cluster.sbatch.comment)." in (
+        refusal(config, said, script)
+    )
+    script.write_text(f"#SBATCH --exclude={'n,' * 40_000}\n")
+    assert "shorten it (cluster.exclude)" in refusal(config, said, script)
+    script.write_text("#SBATCH --comment=short\n")
     assert f"{tmp_path} is too long for Slurm: set runs_root" in refusal(config, said, script)
 
 
