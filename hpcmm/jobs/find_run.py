@@ -124,28 +124,33 @@ def take_over(run: RunDir, environ: Mapping[str, str] = os.environ) -> list[str]
     taken = []
     for job_id, rows in groups.items():
         row = rows[-1]
-        script = next(
-            each
-            for each in scripts
-            if JobIdentity("", scripts=(each,)).names_script_of(row.command, is_submit_line=False)
-        )
-        if sweep.is_there() and not _note_points(sweep, scripts[script], job_id, rows):
-            continue
+        known = (JobIdentity(job_id, scripts=(each,), uid=int(row.uid)) for each in scripts)
+        (script,) = next(each for each in known if is_same_job(each, row)).scripts
         submitted_s, cluster = row.submitted_unix_s, row.cluster or clusters_asked(environ)
-        known = JobIdentity(job_id, cluster, row.user, row.name, (script,), submitted_s, submitted_s, int(row.uid))
-        write_submission(run, known, job_id=job_id, analysis_job_id=None)
+        job = JobIdentity(job_id, cluster, row.user, row.name, (script,), submitted_s, submitted_s, int(row.uid))
+        try:
+            if sweep.is_there() and not _note_points(sweep, scripts[script], job_id, rows):
+                continue
+            write_submission(run, job, job_id=job_id, analysis_job_id=None)
+        except OSError as error:
+            raise HpcmmError(
+                f"squeue shows job {job_id} of {run.root}, but that cannot be noted there ({error.strerror}): free "
+                "some space."
+            ) from error
         taken.append(job_id)
     return taken
 
 
 def _note_points(sweep: SweepDir, first: int, job_id: str, rows: Sequence[Job]) -> bool:
     """Note the points that an array runs, or ran; False if there are none, or it is over and they have later jobs."""
-    ledger = read_ledger(sweep.root)
+    ledger, single = read_ledger(sweep.root), {row.job_id for row in rows}
+    ranges = [each for each in single if "_[" in each]
     points = [
         point
         for point in ledger.points
-        if any(is_task_of(f"{job_id}_{point.index - first}", row.job_id) for row in rows)
-        or f"{job_id}_{point.index - first}" in job_ids_of(ledger.run(point), ())
+        if (task := f"{job_id}_{point.index - first}") in single
+        or any(is_task_of(task, each) for each in ranges)
+        or task in job_ids_of(ledger.run(point), ())
     ]
     if not points or not (any(row.active for row in rows) or not any(point.jobs for point in points)):
         return False

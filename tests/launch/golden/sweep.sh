@@ -15,8 +15,8 @@
 #SBATCH --signal=B:USR1@120
 
 # A function that the submitting shell exports takes the place of no command of this script.
-unset -f : [ apptainer break cp echo exec exit export hostname kill ln local mapfile mv printf read return rm \
-    scontrol set sleep source srun tail test timeout trap true type wait
+unset -f : [ apptainer break cp echo exec exit export hostname kill ln local mapfile mv printf read return rm
+unset -f scontrol set sleep source srun tail test timeout trap true type wait
 set -eo pipefail
 unset SLURM_CLUSTERS # Slurm's commands ask the job's own cluster, whatever the shell that submitted it asks
 export HPCMM_SCRIPT_BEGAN_S=$EPOCHREALTIME
