@@ -23,7 +23,7 @@ from hpcmm.runs.ownership import exchangeable, is_mine, other_user, settle
 from hpcmm.runs.run_dir import JOB_ID, RUNS, RunDir, SweepDir, first_point_of, is_run, runs_in
 from hpcmm.runs.submission import JobIdentity, job_ids_of, noted_jobs, write_submission
 from hpcmm.slurm.commands import clusters_asked
-from hpcmm.slurm.jobs import Job, jobs_of_scripts
+from hpcmm.slurm.jobs import Job, is_same_job, jobs_of_scripts
 
 _MOST_RUNS = 20
 _MOST_POINTS_OF_OTHERS = 1000
