@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -40,6 +39,8 @@ _PLACEHOLDERS = frozenset(
     (".gitkeep", ".keep", ".gitignore", ".placeholder", ".empty", "README", "README.md", "README.rst", "README.txt")
 )
 """Files for whose sake git keeps a folder that a program fills."""
+_TEXTS = frozenset({".txt", ".json", ".md"})
+"""Of settings, those that may as well be data."""
 _MOST_SETTINGS = 500
 """Files and folders in a folder of settings."""
 _NO_CODE = frozenset({"__pycache__", "node_modules", "site-packages"})
@@ -130,15 +131,24 @@ class ProjectFiles:
         elif is_folder or is_file:
             self.linked.add(path)
 
-    def link_folders_to_fill(self, root: Path) -> None:
-        """Link folders that are empty but for placeholders: what a program writes there shall stay, and be seen."""
-        placeholders = {file for file in self.copied if file.name in _PLACEHOLDERS}
-        held = {parent for file in (self.copied - placeholders) | self.secret | self.foreign for parent in file.parents}
-        empty = (path for path in entries_of(root, _MOST_LINKS) if is_folder_here(path) and _holds_no_file(path))
-        for folder in {*empty, *(file.parent for file in placeholders)} - held - {root}:
-            if not any(part.startswith(".") for part in folder.relative_to(root).parts):
-                self.linked.add(folder)
-        self.copied -= {file for file in placeholders if file.parent in self.linked}
+    def link_folders_to_fill(self, root: Path, new: set[Path]) -> None:
+        """Link folders that are empty or kept by placeholders: what a program writes there shall stay, and be seen.
+
+        ``new``: files that git does not track. Data among them, and links out of the project, keep no folder.
+        """
+        folders = {file.parent for file in self.copied if file.name in _PLACEHOLDERS} - {root}
+        below = {file for file in self.copied if not folders.isdisjoint(file.parents)}
+        data = {file for file in below if file in new and file.suffix not in (CODE | SETTINGS) - _TEXTS}
+        data |= {file for file in below if file.name in _PLACEHOLDERS or leads_out(file, root)}
+        held = {parent for file in (self.copied - data) | self.secret | self.foreign for parent in file.parents}
+        empty = {path for path in entries_of(root, _MOST_LINKS) if is_folder_here(path) and _holds_no_file(path)}
+        filled = {
+            folder
+            for folder in (folders | empty) - held
+            if not any(part.startswith(".") for part in folder.relative_to(root).parts)
+        }
+        self.linked |= filled
+        self.copied -= {file for file in data if not filled.isdisjoint(file.parents)}
 
 
 def files_of(
@@ -221,12 +231,23 @@ def _files_in_git(root: Path, vouched: Vouched, runs_root: Path) -> ProjectFiles
             _is_environment(root.joinpath(*parents[:depth])) for depth in range(1, len(parents) + 1)
         ):
             files.add_ignored(root / name)
-    files.link_folders_to_fill(root)
+    files.link_folders_to_fill(root, {root / name for name in new})
     return files
 
 
+def leads_out(file: Path, root: Path) -> bool:
+    """Whether it is a link to what does not lie in ``root``."""
+    return file.is_symlink() and not Path(os.path.realpath(file)).is_relative_to(root)
+
+
 def _holds_no_file(folder: Path) -> bool:
-    return not any(names for _, _, names in islice(os.walk(folder), _MOST_LINKS))
+    queue = [folder]
+    for each in queue:
+        inside = entries_of(each, _MOST_LINKS)
+        if len(queue) > _MOST_LINKS or not all(map(is_folder_here, inside)):
+            return False
+        queue += inside
+    return True
 
 
 def _is_code(path: Path) -> bool:
@@ -370,7 +391,7 @@ def _is_of_settings(folder: Path, *, is_in_package: bool) -> bool:
             return False
         else:
             size += path.stat().st_size
-            found = found or path.suffix not in {".txt", ".json", ".md"}
+            found = found or path.suffix not in _TEXTS
         if len(queue) > _MOST_SETTINGS or size > _LARGEST_BYTES:
             return False
     return found and len(queue) > 1

@@ -35,6 +35,7 @@ from hpcmm.launch.job_imports import (
 from hpcmm.launch.project_files import (
     ProjectFiles,
     files_of,
+    leads_out,
     marked_root,
     passed_over,
     project_root,
@@ -250,7 +251,7 @@ def _say_what_is_not_copied(config: RunConfig, code: CodePlan, found: ProjectFil
         )
     if closed:
         said.append(f"not copied, for they cannot be read: {_named(closed, project)}.")
-    if linked := found.linked | {file for file in found.copied if _leads_out(file, project)}:
+    if linked := found.linked | {file for file in found.copied if leads_out(file, project)}:
         said.append(
             f"not copied, but linked, so that the job reads them as they are when it runs: {_named(linked, project)}. "
             "launch.include=[...] copies what the job needs as it is now."
@@ -412,10 +413,6 @@ def _check_size(project: Path, files: Collection[Path], limit_mb: int) -> None:
             f"largest file is {largest_file.relative_to(project)} ({sizes[largest_file] / _MB:.0f} MB): list data in "
             ".gitignore, raise the limit, or set launch.snapshot=false to run the code as it is when the job starts."
         )
-
-
-def _leads_out(file: Path, project: Path) -> bool:
-    return file.is_symlink() and not Path(os.path.realpath(file)).is_relative_to(project)
 
 
 def _copy(source: Path, target: Path, run: RunDir, project: Path | None) -> str:

@@ -194,6 +194,18 @@ def test_a_folder_that_git_keeps_by_a_placeholder_alone_is_linked(project: Path)
     }  # fmt: skip
 
 
+def test_a_folder_to_fill_stays_one_once_a_program_has_filled_it(project: Path, tmp_path: Path):
+    write(project, {"data/raw/.gitkeep": "", "conf/README.md": ""})
+    commit(project)
+    write(project, {"data/raw/new.txt": "", "data/raw/deep/a.npy": "", "data/b.bin": "", "conf/a.yaml": ""})
+    (tmp_path / "elsewhere").mkdir()
+    (project / "data" / "raw" / "imagenet").symlink_to(tmp_path / "elsewhere")
+    (project / "data" / "raw" / "dangling").symlink_to(tmp_path / "none")
+    found = sorted_out(project)
+    assert found["linked"] == {"data"}
+    assert found["copied"] == {"train.py", "lib/helper.py", ".gitignore", "conf/README.md", "conf/a.yaml"}
+
+
 def test_a_folder_to_fill_with_code_or_credentials_or_what_is_asked_for_is_copied_in_part(project: Path):
     write(
         project, {"a/.gitkeep": "", "b/.gitkeep": "", "c/.gitkeep": "", "c/x.bin": "", "c/y.bin": "", "b/.env": "A=1"}
