@@ -94,21 +94,13 @@ def _sha256(path: Path) -> str:
 
 def write(planned: Plan) -> None:
     """Write all that the job reads, or nothing. Raises HpcmmError if the disk refuses it, or code cannot be copied."""
-    is_made = False
     try:
         make_private(planned.run.root)
-        is_made = True
-        # Another user may have made a folder above that was missing when this was planned.
-        check_runs_root(planned.run.root, again=True, known=planned.exchangeable)
-        if planned.is_sweep:
-            planned.run.logs.mkdir()
-            for point in planned.points:
-                make_private(point.run.root)
-        for point in planned.points:
-            _write_point(point)
-        _write_shared_files(planned)
-        if planned.is_sweep:
-            _write_ledger(planned)
+        try:
+            _write_all(planned)
+        except BaseException:  # Ctrl-C too: else it would be the newest run of its name
+            shutil.rmtree(planned.run.root, ignore_errors=True)
+            raise
     except (OSError, UnicodeError) as error:
         code = error.errno if isinstance(error, OSError) else None
         is_full = code in {errno.ENOSPC, errno.EDQUOT}
@@ -117,9 +109,20 @@ def write(planned: Plan) -> None:
         raise HpcmmError(
             f"The run directory {planned.run.root} cannot be written ({reason}): {remedy}, or set runs_root."
         ) from error
-    finally:
-        if is_made and sys.exception() is not None:  # Ctrl-C too: else it would be the newest run of its name
-            shutil.rmtree(planned.run.root, ignore_errors=True)
+
+
+def _write_all(planned: Plan) -> None:
+    # Another user may have made a folder above that was missing when this was planned.
+    check_runs_root(planned.run.root, again=True, known=planned.exchangeable)
+    if planned.is_sweep:
+        planned.run.logs.mkdir()
+        for point in planned.points:
+            make_private(point.run.root)
+    for point in planned.points:
+        _write_point(point)
+    _write_shared_files(planned)
+    if planned.is_sweep:
+        _write_ledger(planned)
 
 
 def _write_point(point: PlannedPoint) -> None:

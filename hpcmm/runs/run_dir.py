@@ -1,4 +1,7 @@
-"""Where every file of a run lies, and the run that a name means. No other module builds such a path."""
+"""Where every file of a run lies, the run that a name means, and what its checkpoints are called.
+
+No other module builds such a path.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcmm.annotate.stopping import STOP, STOPPED
-from hpcmm.files import is_regular, names_in
+from hpcmm.files import is_regular, names_in, read_text, write_whole
 from hpcmm.runs.ownership import is_mine
 
 JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
@@ -17,6 +20,7 @@ _SCRIPT = re.compile(r"submission(?:_([1-9][0-9]{0,8}))?\.sh")
 _MOST_OF_OTHERS = 10_000
 """Runs of other users in a folder."""
 _POINT = re.compile(r"[0-9]{1,9}")
+_CHECKPOINT = re.compile(r"step_([0-9]{1,15})")
 
 
 @dataclass(frozen=True)
@@ -315,3 +319,38 @@ def _made_at(folder: Path) -> int:
         return RunDir(folder).submission_script.lstat().st_mtime_ns
     except OSError:
         return 0
+
+
+# Checkpoints. Each is a folder, and `checkpoints/latest` names the newest that is whole.
+
+
+def checkpoint_name(steps_done: int) -> str:
+    """The folder, in ``checkpoints/``, of the checkpoint after so many steps."""
+    return f"step_{steps_done:06d}"
+
+
+def steps_of_checkpoint(name: str) -> int | None:
+    """How many steps were done at a checkpoint of this name; None if it is another's."""
+    match = _CHECKPOINT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def note_newest_checkpoint(run: RunDir, name: str) -> None:
+    """Write down that checkpoint ``name`` is whole, and the newest. Raises OSError."""
+    write_whole(run.newest_checkpoint, name)
+
+
+def newest_checkpoint(run: RunDir) -> str:
+    """The name of the newest checkpoint that is whole; empty if it cannot be read. Raises OSError if there is none."""
+    try:
+        return read_text(run.newest_checkpoint, within=run.root).strip()
+    except ValueError:
+        return ""
+
+
+def steps_in_newest_checkpoint(run: RunDir) -> int | None:
+    """How many steps were done at the newest checkpoint; None if there is none."""
+    try:
+        return steps_of_checkpoint(newest_checkpoint(run))
+    except OSError:
+        return None

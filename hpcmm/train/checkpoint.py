@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import other_writer, read_text
-from hpcmm.runs.checkpoints import checkpoint_name, newest_checkpoint, note_newest_checkpoint, steps_of_checkpoint
 from hpcmm.runs.ownership import real_and_trusted
-from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir, checkpoint_name, newest_checkpoint, note_newest_checkpoint, steps_of_checkpoint
 from hpcmm.worker.environment import RankEnvironment
 
 if TYPE_CHECKING:

@@ -196,7 +196,7 @@ def is_finished(config: RunConfig, run: RunDir) -> bool:
     Its reports would be replaced by empty ones.
     """
     from hpcmm.config.workload import workload_of  # noqa: PLC0415
-    from hpcmm.runs.checkpoints import steps_in_newest_checkpoint  # noqa: PLC0415
+    from hpcmm.runs.run_dir import steps_in_newest_checkpoint  # noqa: PLC0415
 
     workload = workload_of(config)
     return workload is not None and workload.is_finished(config, steps_in_newest_checkpoint(run) or 0)

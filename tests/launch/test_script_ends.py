@@ -81,7 +81,21 @@ def script(tmp_path):
 
 
 BUILTINS = subprocess.run(["bash", "-c", "compgen -b"], capture_output=True, text=True, check=True).stdout.split()
-OTHERS = ["apptainer", "cp", "date", "hostname", "ln", "mv", "rm", "scontrol", "sleep", "srun", "tail", "timeout"]
+OTHERS = [
+    "apptainer",
+    "cp",
+    "date",
+    "hostname",
+    "ln",
+    "mkdir",
+    "mv",
+    "rm",
+    "scontrol",
+    "sleep",
+    "srun",
+    "tail",
+    "timeout",
+]
 
 
 @pytest.mark.parametrize("requeue", ["never", "on_stop", "on_node_failure", "slurm"])
@@ -258,6 +272,27 @@ def test_the_mark_of_a_rank_that_a_file_system_shows_late_is_waited_for(script):
     assert script.ends() == (0, "")
     assert script.noted == ["7 0"]
     assert not (script.run.ended / "7.0").exists()
+
+
+@pytest.mark.parametrize("options", ["set -f", "shopt -s nullglob failglob", "GLOBIGNORE=*"])
+def test_marks_are_found_and_missed_whatever_the_setup_lines_have_made_of_patterns(script, options):
+    script.marks = marks("0_of_2")
+    (script.fakes / "sleep").write_text(f"#!/bin/bash\n{marks('1_of_2')}\n")
+    setup = f"cluster.setup=['export SCRIPT=$$','{options}']"
+    assert script.ends(setup) == (0, "")
+    script.root.rename(script.folder / "before")
+    script.marks = ":"
+    (script.fakes / "sleep").write_text("#!/bin/bash\n")
+    status, said = script.ends(setup)
+    assert status == 1
+    assert "not all ranks are known to have ended well" in said
+
+
+def test_marks_that_a_job_of_the_same_number_left_do_not_count(script):
+    script.marks = ":"
+    (script.fakes / "sleep").write_text("#!/bin/bash\n")
+    left = 'mkdir -p "$RUN/ended/7.0" && touch "$RUN/ended/7.0/0_of_2" "$RUN/ended/7.0/1_of_2"'
+    assert script.ends(f"cluster.setup=['export SCRIPT=$$','{left}']")[0] == 1
 
 
 def test_a_node_that_slurm_gave_up_has_the_job_queued_again_though_srun_says_nothing(script):

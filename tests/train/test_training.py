@@ -26,7 +26,7 @@ load_ops(extensions_dir(ClusterConfig(name="test")))
 import torch
 from torch import nn
 from hpcmm.config.workload import Workload
-from hpcmm.runs.checkpoints import steps_in_newest_checkpoint
+from hpcmm.runs.run_dir import steps_in_newest_checkpoint
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.loop import train

@@ -9,8 +9,8 @@
 #SBATCH --output=/shared/runs/demo-1/logs/analysis.log
 
 # A function that the submitting shell exports takes the place of no command of this script.
-unset -f : [ apptainer break cp echo exec exit export hostname kill ln local mapfile mv printf read return rm
-unset -f scontrol set sleep source srun tail test timeout trap true type wait
+unset -f : [ apptainer break cp echo exec exit export hostname kill ln local mapfile mkdir mv printf read return rm
+unset -f scontrol set shopt sleep source srun tail test timeout trap true type wait
 set -eo pipefail
 unset SLURM_CLUSTERS # Slurm's commands ask the job's own cluster, whatever the shell that submitted it asks
 set -u  # only now, for not every site's own lines bear it

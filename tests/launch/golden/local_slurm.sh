@@ -12,8 +12,8 @@
 #SBATCH --signal=B:USR1@120
 
 # A function that the submitting shell exports takes the place of no command of this script.
-unset -f : [ apptainer break cp echo exec exit export hostname kill ln local mapfile mv printf read return rm
-unset -f scontrol set sleep source srun tail test timeout trap true type wait
+unset -f : [ apptainer break cp echo exec exit export hostname kill ln local mapfile mkdir mv printf read return rm
+unset -f scontrol set shopt sleep source srun tail test timeout trap true type wait
 set -eo pipefail
 unset SLURM_CLUSTERS # Slurm's commands ask the job's own cluster, whatever the shell that submitted it asks
 export HPCMM_SCRIPT_BEGAN_S=$EPOCHREALTIME
@@ -123,8 +123,10 @@ export MASTER_ADDR MASTER_PORT
 
 # Each rank that ends well leaves a mark there, by a link, which needs no room.
 ended=$run_dir/ended/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-{ mkdir -p "$ended" && : > "$ended/mark"; } || {
+rm -rf "$ended" || true # of a job with the same number, which a controller that counts anew gives
+{ mkdir -p "$ended" && : >| "$ended/mark"; } || {
     say "$ended cannot be made, so srun alone tells whether the ranks ended well."
+    rm -rf "$ended" || true
     ended=
 }
 
@@ -145,10 +147,13 @@ done
 
 # srun's 0 leaves out ranks of which it has heard nothing, as on a node that Slurm gave up: it stands if all ranks have left
 # their marks, which a shared file system may show late.
-all_ended_well() {
+all_ended_well() ( # in a shell of its own, for cluster.setup may have changed how names are found
+    set +f
+    shopt -u nullglob failglob
+    GLOBIGNORE=
     set -- "$ended"/*_of_*
     [ "$#" = "${1##*_of_}" ]
-}
+)
 if [ "$status" = 0 ] && [ -n "$ended" ]; then
     for ((looks = 0; looks < 60; looks++)); do
         ! all_ended_well || break

@@ -12,8 +12,7 @@ import numpy as np
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import read_text, write_json
-from hpcmm.runs.checkpoints import newest_checkpoint
-from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir, newest_checkpoint
 from hpcmm.workloads.anomaly.data.anomaly import TestImages, build_datasets
 from hpcmm.workloads.anomaly.data.samples import Sample
 from hpcmm.workloads.anomaly.data_root import data_config, data_root

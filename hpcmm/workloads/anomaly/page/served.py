@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcmm.config.parts import part_name
 from hpcmm.errors import HpcmmError
-from hpcmm.runs.checkpoints import newest_checkpoint
-from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir, newest_checkpoint
 from hpcmm.serve.options import ServeOptions, check_size, check_whole_number
 from hpcmm.serve.served import ServedModel, ServedPage
 from hpcmm.serve.service import Service
