@@ -319,8 +319,8 @@ def _open_at_the_end(lines: tuple[str, ...]) -> tuple[str, ...]:
     number = min(max(number, 1), len(lines))
     reason = re.sub(r"^(line \d+: )?(warning: )?", "", said)
     return (
-        f"cluster.setup line {number} (`{lines[number - 1]}`) is wrong or unfinished to bash ({reason}): close "
-        "what is left open up to there, such as a quote or a here-document, or mend the line.",
+        f"bash cannot read cluster.setup line {number} (`{lines[number - 1]}`): {reason}. Close what is left open up "
+        "to there, such as a quote or a here-document, or mend the line.",
     )
 
 

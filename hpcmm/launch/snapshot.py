@@ -239,7 +239,7 @@ def _say_what_is_not_copied(config: RunConfig, code: CodePlan, found: ProjectFil
         )
     if found.foreign:
         said.append(
-            "neither copied nor linked, for users could have written them who cannot change the script: "
+            "neither copied nor linked, because users who cannot change the script could have written them: "
             f"{_named(found.foreign, project)}. Take over what the job needs (chown, chmod go-w)."
         )
     if found.not_for_git:

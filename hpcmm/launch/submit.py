@@ -334,6 +334,9 @@ def _submit_analysis(config: RunConfig, run: RunDir, script: Path, known: JobIde
     try:
         without = config.cluster.environment_from
         analysis = _submitted(config, script, f"{config.name}-analysis", *options, without=without)
+    except UncertainError as error:
+        said = f"Job {job_id} is submitted and stays, but its analysis may not be: {error.why}. `squeue --me` shows it."
+        raise HpcmmError(said) from error
     except HpcmmError as error:
         raise HpcmmError(f"Job {job_id} is submitted and stays, but its analysis is not. {error}") from error
     _note_submission(run, analysis, job_id=job_id, analysis_job_id=analysis.job_id)

@@ -205,7 +205,7 @@ _REMEDIES: tuple[tuple[Kind, str, str], ...] = (
     (
         Kind.exception,
         r"Address already in use|EADDRINUSE",
-        "A port that the program itself wants is in use on the node: have it take a free one, or none.",
+        "A port that the program itself wants is in use on the node: let the program choose a free one.",
     ),
     (Kind.exception, _CONNECTS, _OWN_CONNECTION),
     (

@@ -25,7 +25,7 @@ _MOST_JOBS, _MOST_JOBS_OF_OTHERS = 1000, 5
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(?:,[A-Za-z0-9][A-Za-z0-9_.-]{0,63})*")
 _MOST_CHARACTERS = 4096
 """Of a path, the longest text that identifies a job."""
-_CLOCKS_S = 900
+CLOCKS_S = 900
 """The most by which a login node's clock may be ahead of the controller's."""
 _DAYLIGHT_SAVING_S = 3600
 _RUN_NAME = re.compile(r".+-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
@@ -35,10 +35,11 @@ _MOST_S = 1e12
 
 
 _OPTION_WITH_A_VALUE = re.compile(
-    r"-[^-hHIkKOQsvVW]|--(?!(?:contiguous|exclusive|hold|help|ignore-pbs|no-kill|no-requeue|overcommit|oversubscribe|"
-    r"parsable|quiet|reboot|requeue|spread-job|test-only|usage|use-min-nodes|verbose|version|wait)$)[^=]+"
+    r"-[^-hHIkKOQsvVW]|--(?!(?:consolidate-segments|contiguous|exclusive|get-user-env|hold|help|ignore-pbs|nice|no-kill|"
+    r"no-requeue|oom-kill-step|overcommit|oversubscribe|parsable|propagate|quiet|reboot|requeue|resv-ports|spread-job|"
+    r"spread-segments|stepmgr|test-only|usage|use-min-nodes|verbose|version|wait)$)[^=]+"
 )
-"""Of sbatch's, whose value is the next word."""
+"""Of sbatch's, whose value is the next word. An option that may have one takes it behind ``=`` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class JobIdentity:
 
         ``is_word_of_sbatch``: it is the command line that submitted the job, as accounting has it.
         """
-        if not self.scripts or not command:
+        if not self.scripts or not command.strip():
             return None
         run = _from_script_on(command) if is_word_of_sbatch else command
         if not run:  # from the standard input
@@ -100,10 +101,12 @@ class JobIdentity:
         paths = [PurePosixPath(script) for script in self.scripts]
         for path in paths:
             if _RUN_NAME.fullmatch(path.parent.name):  # another path to the same folder
-                before, found, _ = f"{run} ".partition(f"/{path.parent.name}/{path.name} ")
+                before, found, _ = f"/{run} ".partition(f"/{path.parent.name}/{path.name} ")
                 if found and before.count(" ") <= str(path).count(" "):
                     return True
-        return None if any(run.split()[0] in {path.name, f"./{path.name}"} for path in paths) else False
+        word = PurePosixPath(run.split()[0])
+        does_not_tell = not word.is_absolute() and not _RUN_NAME.fullmatch(word.parent.name)
+        return None if does_not_tell and word.name in {path.name for path in paths} else False
 
     def is_after(self, submitted_s: float | None) -> bool:
         """Whether it was submitted after a job of this time in seconds since 1970, which is another one then."""
@@ -111,7 +114,7 @@ class JobIdentity:
             return False
         if self.slurm_submitted_unix_s is not None:
             return submitted_s < self.slurm_submitted_unix_s - 1 and not self.is_of_second(submitted_s)
-        return self.submitted_unix_s is not None and submitted_s < self.submitted_unix_s - _CLOCKS_S
+        return self.submitted_unix_s is not None and submitted_s < self.submitted_unix_s - CLOCKS_S
 
     def is_of_second(self, submitted_s: float | None) -> bool:
         """Whether that is when Slurm took it. Slurm's times are local, so that one hour of a year comes twice."""

@@ -142,7 +142,7 @@ def is_same_job(known: JobIdentity, row: Job) -> bool:
     submitted_s = row.submitted_unix_s
     if named is False:  # a site's own sbatch may hand over a copy of the script: the second tells that it is the same
         is_copy = PurePosixPath(row.command).name not in {PurePosixPath(script).name for script in known.scripts}
-        return is_copy and bool(known.user or known.uid) and known.is_of_second(submitted_s)
+        return is_copy and bool(known.user or known.uid is not None) and known.is_of_second(submitted_s)
     return not known.is_after(submitted_s)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from hpcmm.config.schema import ClusterConfig, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.runs.submission import JobIdentity, noted_jobs
+from hpcmm.runs.submission import CLOCKS_S, JobIdentity, noted_jobs
 from hpcmm.slurm.commands import (
     CLUSTER_NAME,
     SilentError,
@@ -32,8 +32,6 @@ from hpcmm.slurm.jobs import Job, find_jobs, is_same_job, jobs_of_scripts, rows_
 from hpcmm.text import visible
 
 _TIMEOUT_S = 120
-_CLOCKS_S = 900
-"""The most by which this clock may be ahead of the controller's."""
 
 _CANNOT_START = {
     "PartitionConfig": "breaks a limit of its partition",
@@ -103,6 +101,10 @@ class RefusedError(HpcmmError):
 class UncertainError(HpcmmError):
     """sbatch's answer was lost: the job may be queued all the same."""
 
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(f"{why}, so the job may or may not be queued; {remedy}")
+        self.why = why
+
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
@@ -160,7 +162,7 @@ def _accepted_unheard(script: Path, why: str, began_s: float) -> Accepted:
         rows = [
             row
             for row in jobs_of_scripts([str(script)])
-            if row.number not in noted and (row.submitted_unix_s or began_s) > began_s - _CLOCKS_S
+            if row.number not in noted and (row.submitted_unix_s or began_s) > began_s - CLOCKS_S
         ]
         numbers = list(dict.fromkeys(row.number for row in rows))
         if len(numbers) == 1:
@@ -169,10 +171,8 @@ def _accepted_unheard(script: Path, why: str, began_s: float) -> Accepted:
         shown = f"squeue shows {', '.join(numbers)}" if numbers else "squeue does not show it (yet)"
     except HpcmmError as error:
         shown = f"squeue cannot tell: {error}"
-    raise UncertainError(
-        f"{why}, so the job may or may not be queued; {shown.rstrip('.')}. Before you launch again, see "
-        f"with python -m hpcmm.jobs status {shlex.quote(str(script.parent))}, which notes the job if Slurm has it."
-    )
+    look = f"python -m hpcmm.jobs status {shlex.quote(str(script.parent))}, which notes the job if Slurm has it"
+    raise UncertainError(why, f"{shown.rstrip('.')}. Before you launch again, see with {look}.")
 
 
 def accepted_by(answer: str) -> Accepted | None:

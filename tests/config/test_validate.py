@@ -126,7 +126,7 @@ def setup_problems(*lines):
 )
 def test_setup_lines_that_leave_something_open_are_refused_and_the_line_is_named(lines, named):
     said = setup_problems(*lines)
-    assert f"cluster.setup {named} is wrong or unfinished to bash (" in said
+    assert f"bash cannot read cluster.setup {named}: " in said
     assert "\n" not in said
 
 

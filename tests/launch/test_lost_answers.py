@@ -18,6 +18,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import find_targets
 from hpcmm.jobs.state import states_of
+from hpcmm.launch.plan import launch
 from hpcmm.launch.submit import resubmit
 from hpcmm.runs.ledger import read_ledger
 from hpcmm.runs.run_dir import RunDir, SweepDir
@@ -242,3 +243,21 @@ def test_ctrl_c_while_a_run_is_written_leaves_nothing_of_it(slurm: Slurm, monkey
     status, _, complained = slurm.launched(*SWEEP)
     assert status == 130, complained
     assert list(Path("runs").iterdir()) == []
+
+
+def test_if_only_the_analysis_may_be_queued_the_run_is_said_to_be(slurm: Slurm) -> None:
+    slurm.does("squeue", "true")
+    slurm.answers(f"case $script in *analysis.sh) {LOST};; esac\n{SAID}")
+    status, _, complained = slurm.launched("profile=nsys", "analyze=after")
+    assert status == 1
+    assert "Job 11 is submitted and stays, but its analysis may not be: " in complained
+    assert "squeue --me" in complained
+    assert "python -m hpcmm.jobs status" not in complained
+
+
+def test_a_launch_from_within_the_handling_of_an_error_keeps_its_run(slurm: Slurm) -> None:
+    try:
+        raise ValueError("of the caller's")
+    except ValueError:
+        submission = launch(["cluster=slurm", "task=script", "task.path=job.py", "launch.snapshot=false", "name=v"])
+    assert submission.run.submission_script.exists()

@@ -299,7 +299,7 @@ def test_what_others_could_have_written_is_named_and_so_is_that_git_is_not_asked
     monkeypatch.setattr("hpcmm.launch.snapshot.files_of", left_out)
     take_snapshot(config, run, code)
     said = capsys.readouterr().err
-    assert "users could have written them who cannot change the script: 'new.py'. Take over what the job needs" in said
+    assert "users who cannot change the script could have written them: 'new.py'. Take over what the job needs" in said
     assert f"git is not asked about {ascii(str(project))[1:-1]}, for other users can write" in said
 
 

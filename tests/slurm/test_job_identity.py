@@ -66,6 +66,10 @@ def row(command="", user="me", name="old", submitted=NOON, state="RUNNING", sour
         row(SCRIPT, uid="1000"),
         row(f"sbatch -p gpu --mail-type END -HN2 --hold {SCRIPT} --an-argument", source="sacct"),
         row("sbatch -p gpu ./submission.sh", source="sacct"),
+        row("sbatch old-20260101-120000-1a2b/submission.sh", source="sacct", submitted=LATER),  # by hand, from above
+        row("sbatch ../submission.sh", source="sacct"),
+        row(f"sbatch --nice --propagate --exclusive {SCRIPT}", source="sacct", submitted=LATER),
+        row("  ", source="sacct"),
         row("", submitted=""),
         row("/var/spool/copy-by-the-site", submitted=NOON),  # to the second, by the same user and with the same name
         row(SCRIPT, job_id="7_3"),
@@ -83,6 +87,7 @@ def test_a_row_with_the_script_or_else_with_user_name_and_time_is_of_the_job(sam
         row("/home/me/train.sh", submitted=LATER),
         row("/elsewhere/submission.sh", submitted=LATER),
         row(f"sbatch {OTHERS}", source="sacct", submitted=LATER),
+        row("sbatch precious-20260102-120000-3c4d/submission.sh", source="sacct"),
         row("sbatch --wrap=sleep 5", source="sacct", name="wrap"),
         row("", user="you"),
         row(SCRIPT, user="you"),
