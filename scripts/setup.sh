@@ -22,6 +22,9 @@ fingerprint() { # of all that decides what .venv holds; its scripts name the fol
 }
 
 create_venv() {
+    if [[ -L .venv && -n $(ls -A .venv/ 2>/dev/null) ]]; then # emptied, another checkout would lose its packages
+        fail ".venv is a link to $(readlink .venv), which holds what was not made for this folder: remove the link."
+    fi
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         fail "Python 3.11 or later is needed as python3 on the PATH."
     if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
@@ -29,9 +32,6 @@ create_venv() {
             apt-get -qq install -y --no-install-recommends python3-venv >/dev/null </dev/null || true
         fi
         python3 -c 'import ensurepip, venv' 2>/dev/null || fail "Python's venv module is missing: install python3-venv."
-    fi
-    if [[ -L .venv && -n $(ls -A .venv/ 2>/dev/null) ]]; then # emptied, another checkout would lose its packages
-        fail ".venv is a link to $(readlink .venv), which holds what was not made for this folder: remove the link."
     fi
     python3 -m venv --clear .venv
 }

@@ -123,7 +123,8 @@ def test_a_launch_prints_nothing_that_a_terminal_obeys(run, slurm, capsys, monke
 
 
 @pytest.mark.parametrize("failed", [True, False])
-def test_following_prints_nothing_that_a_terminal_obeys(run, slurm, capsys, failed):
+def test_following_prints_nothing_that_a_terminal_obeys(run, slurm, capsys, monkeypatch, failed):
+    monkeypatch.setattr(follow, "_RECORD_WAIT_S", 0)
     config = compose_run(["cluster=slurm", "task=script", "task.path=train.py", "analyze=after", "profile=nsys"])
     slurm("squeue", row("FAILED" if failed else "COMPLETED", run.submission_script))
     slurm("sacct", complaint=f"sacct: error: {HOSTILE}", status=1)

@@ -18,7 +18,7 @@ import os, signal, subprocess, sys, threading, time
 from pathlib import Path
 from hpcmm.nsys.supervisor import run_supervised
 folder = Path(sys.argv[1])
-LOUD = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: print('told', flush=True)); " + sys.argv[2]
+LOUD = "import os, signal, time; signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'told\\\\n')); " + sys.argv[2]
 
 def pid():
     try:
@@ -36,7 +36,7 @@ status = run_supervised(work, rank_pid=pid, ended=lambda end: print("ended", end
                         must_end=(folder / "must_end").exists)
 print("status", status)
 """
-FOR_EVER = "print('ready', flush=True)\nwhile True: time.sleep(0.1)"
+FOR_EVER = "os.write(1, b'ready\\n')\nwhile True: time.sleep(0.1)"
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); " + FOR_EVER
 
 

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,15 +15,27 @@ import httpx
 import pytest
 from another_user import UID
 
+from hpcmm.node.network import peer_uid
+
 pytestmark = pytest.mark.timeout(120)
 
 PROGRAM = """
-import contextlib, signal, sys
+import asyncio, contextlib, signal, sys, time
 from hpcmm.serve import server
 
 proof_s, most, hangup = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 server._PROOF_S, server._MOST_UNPROVED = proof_s, most
 signal.signal(signal.SIGHUP, signal.SIG_IGN if hangup == "ignored" else signal.SIG_DFL)
+
+passed_s = 0.0
+
+def let_pass(*_):
+    global passed_s
+    passed_s += 1000
+
+signal.signal(signal.SIGUSR1, let_pass)
+asyncio.BaseEventLoop.time = lambda _: time.monotonic() + passed_s
+server.Connection.timeout_keep_alive = property(lambda _: 1_000_000, lambda *_: None)  # for idle ones that are known
 
 async def page(scope, receive, send):
     if scope["type"] == "lifespan":
@@ -48,6 +59,10 @@ class Server:
         self.process = process
         port, folder = process.stdout.readline().split()
         self.port, self.folder = int(port), Path(folder)
+
+    def let_time_pass(self) -> None:
+        """Its clock goes on by 1000 seconds."""
+        self.process.send_signal(signal.SIGUSR1)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
@@ -79,33 +94,53 @@ def as_another_user() -> Iterator[None]:
         os.seteuid(0)
 
 
+def require_known_users() -> None:
+    """Skip the test if the kernel does not tell whose a connection is."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()):
+        accepted = listening.accept()[0]
+        with accepted:
+            if peer_uid(accepted) is None:
+                pytest.skip("the kernel does not tell whose a connection is (sock_diag)")
+
+
 def is_closed(connection: socket.socket, within_s: float = 60) -> bool:
     connection.settimeout(within_s)
     try:
         return connection.recv(1) == b""
     except TimeoutError:
         return False
-    except ConnectionResetError:
+    except ConnectionError:
         return True
+
+
+def answer_of(connection: socket.socket) -> bytes:
+    """How the answer begins; nothing if the connection was closed before it was read."""
+    try:
+        return connection.recv(10, socket.MSG_WAITALL)
+    except ConnectionError:
+        return b""
 
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-a: ", b"G"])
 def test_a_connection_that_does_not_bring_the_token_in_time_is_closed(said):
     with started(proof_s=0.5) as server, server.connect() as silent:
-        silent.sendall(said)
+        with contextlib.suppress(ConnectionError):  # it is closed already
+            silent.sendall(said)
         assert is_closed(silent)
 
 
 def test_one_that_brought_it_stays():
-    with started(proof_s=0.5) as server, httpx.Client(timeout=60) as client, server.connect() as silent:
-        assert server.ask(client) == 200
+    with started(proof_s=600) as server, server.connect() as silent, httpx.Client(timeout=60) as client:
+        assert server.ask(client) == 200  # so the silent one, which came first, is there too
         opened = client._transport._pool.connections[0]
+        server.let_time_pass()
         assert is_closed(silent)  # that time is over
         assert server.ask(client) == 200
         assert client._transport._pool.connections == [opened]
 
 
 def test_another_user_who_floods_the_server_closes_their_own_connections():
+    require_known_users()
     with started(most=20) as server, contextlib.ExitStack() as opened:
         own = opened.enter_context(server.connect())
         with as_another_user():
@@ -129,8 +164,9 @@ def test_an_upload_without_the_token_is_refused_before_its_body_is_read():
     with started() as server, server.connect() as stranger:
         stranger.sendall(head)
         assert stranger.recv(12) == b"HTTP/1.1 403"
-        while stranger.recv(4096):  # and then the connection ends
-            pass
+        with contextlib.suppress(ConnectionError):
+            while stranger.recv(4096):  # and then the connection ends
+                pass
 
 
 @pytest.mark.parametrize(
@@ -144,12 +180,12 @@ def test_an_upload_without_the_token_is_refused_before_its_body_is_read():
 def test_a_long_head_costs_others_no_time(head):
     with started() as server, contextlib.ExitStack() as opened:
         crowd = [opened.enter_context(server.connect()) for _ in range(10)]
-        began_s = time.monotonic()
         for stranger in crowd:
-            stranger.sendall(b"GET /?" + b"a=b&" * 500 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n" + head + b"\r\n")
+            with contextlib.suppress(ConnectionError):  # it closes what it has not read to its end
+                stranger.sendall(b"GET /?" + b"a=b&" * 500 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n" + head + b"\r\n")
+        # One such cookie alone took Python's parser eight seconds; ten of them take longer than is waited for.
         assert server.ask() == 200
-        assert time.monotonic() - began_s < 20  # one such cookie alone took Python's parser eight seconds
-        assert {stranger.recv(10)[:10] for stranger in crowd} == {b"HTTP/1.1 4"}
+        assert {answer_of(stranger) for stranger in crowd} <= {b"HTTP/1.1 4", b""}
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])

@@ -507,10 +507,10 @@ def launch(slurm, tmp_path):
     edits = "; ".join(f"s|{word}|{value}|" for word, value in {**shown, "STATE": "${STATE:-RUNNING}"}.items())
     slurm.does("squeue", f"""echo '{found}' | sed "{edits}" """)
 
-    def launched(*overrides, **environment):
+    def launched(*overrides, program=("-m", "hpcmm.launch"), **environment):
         words = ["cluster=slurm", "task=script", "task.path=job.py", "launch.snapshot=false", *overrides]
         return subprocess.run(
-            [sys.executable, "-m", "hpcmm.launch", *words],
+            [sys.executable, *program, *words],
             env=os.environ | environment, capture_output=True, text=True, cwd=tmp_path, check=False,
         )  # fmt: skip
 
@@ -697,7 +697,9 @@ def test_a_followed_launch_outlives_answers_that_fail_from_the_first_one_on(laun
 case $count in 1|2) echo 'slurm_load_jobs error: Resource temporarily unavailable' >&2; exit 1 ;; esac
 """
     (slurm.folder / "squeue").write_text(failing + before, encoding="utf-8")
-    done = launch("wait=true", STATE="COMPLETED")
+    soon = "from hpcmm.jobs import follow; follow._FIRST_S = follow._LONGEST_S = 0.01; follow._RECORD_WAIT_S = 0\n"
+    soon += "import sys; from hpcmm.launch.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = launch("wait=true", program=("-c", soon), STATE="COMPLETED")
     assert done.returncode == 0, done.stderr
     assert (
         done.stderr.count("Resource temporarily unavailable); the job itself is not affected. It is asked again.") == 1
