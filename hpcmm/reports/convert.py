@@ -5,6 +5,7 @@ Inputs are never written to, nor anything beside them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -145,9 +146,13 @@ def _copy(file: IO[bytes], target: Path) -> None:
         while at < size:
             try:
                 at = file.seek(at, os.SEEK_DATA)
-            except OSError:  # there is none behind this
-                break
-            end = file.seek(at, os.SEEK_HOLE)
+                end = file.seek(at, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # there is none behind this
+                    break
+                if error.errno != errno.EINVAL:
+                    raise
+                end = size  # the file system does not tell where data is
             file.seek(at)
             copied.seek(at)
             while at < end and (piece := file.read(min(_PIECE_BYTES, end - at))):

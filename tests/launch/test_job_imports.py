@@ -251,7 +251,7 @@ def test_files_that_cannot_be_read_as_text_or_python_are_passed_over(tmp_path: P
     assert (found.roots, dict(found.packages)) == ((), {})
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_pipes_among_the_files_of_a_python_are_not_waited_for(project: Path, python: Python):
     record = python.site / "mine-1.dist-info" / "direct_url.json"
     record.parent.mkdir()

@@ -58,7 +58,7 @@ def start(tmp_path):
 
 
 def gone(pid):
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         if not psutil.pid_exists(pid):
             return True

@@ -122,6 +122,26 @@ def test_a_small_file_whose_image_is_many_passes_over_its_pixels_is_refused(pict
         open_upload(path, options)
 
 
+@pytest.mark.parametrize("options_of_jpeg", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+def test_scans_of_what_a_jpeg_holds_or_precedes_are_not_its_own(options_of_jpeg, picture, options):
+    path = picture("motion.jpg", **options_of_jpeg)
+    content = path.read_bytes()
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 602) + 300 * b"\xff\xda"
+    film = b"\0\0\0\x18ftypmp42" + 200 * b"\xff\xda\0\x0c"
+    path.write_bytes(content[:2] + thumbnail + content[2:] + film)
+    assert open_upload(path, options).image.size == (64, 48)
+
+
+@pytest.mark.parametrize("before", [b"\xff\x50\xff\xff", b"\xff\x01\xff\xff", b"\xff\xd0\xff\xff", b"\xff\0\xff\xff"])
+def test_scans_behind_what_a_decoder_looks_past_are_counted(before, picture, options):
+    path = picture("scans.jpg", progressive=True)
+    content = path.read_bytes()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    path.write_bytes(content[:-2] + before + 200 * last + b"\xff\xd9")
+    with pytest.raises(UnusableImageError, match="in very many pieces.*save it again with another program"):
+        open_upload(path, options)
+
+
 def test_a_small_file_of_very_many_strips_is_refused(tmp_path, options):
     count = 210_000
     shape = [(256, 3, 1, 64), (257, 3, 1, 48), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]

@@ -6,6 +6,8 @@ a pixel is decoded, so that a small file cannot unfold into all of the memory.
 
 from __future__ import annotations
 
+import mmap
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +91,29 @@ def _check_size(image: Image.Image, limits: ImageLimits) -> None:
 
 
 def _check_pieces(image: Image.Image, path: Path) -> None:
-    scans = path.read_bytes().count(b"\xff\xda") if isinstance(image, JpegImageFile) else 0
+    scans = _scans_in(path) if isinstance(image, JpegImageFile) else 0
     if scans > _MOST_SCANS or len(getattr(image, "tile", ())) > _MOST_PIECES:
-        raise UnusableImageError("The image is stored in very many pieces, which take too long: save it anew.")
+        raise UnusableImageError(
+            "The image is stored in very many pieces, which take too long: save it again with another program."
+        )
+
+
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
+"""But for those of restarts, which lie within a scan, and the reserved ones, behind which a decoder looks on."""
+_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+
+
+def _scans_in(path: Path) -> int:
+    """Scans of a JPEG up to its end, and no more than matter: a phone appends a film to it, which is not decoded."""
+    scans, at = 0, 2
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        while scans <= _MOST_SCANS and (marker := _JPEG_MARKER.search(content, at)) is not None:
+            at, kind = marker.end(), marker[1][0]
+            if kind in {_SOI, _EOI}:
+                break
+            scans += kind == _SOS
+            at += max(2, int.from_bytes(content[at : at + 2], "big"))  # a thumbnail in a header has scans of its own
+    return scans
 
 
 def _too_many(limits: ImageLimits) -> str:
