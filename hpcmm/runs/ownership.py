@@ -15,6 +15,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import other_writer, others_write
 from hpcmm.text import visible
 
+_NOT_THERE = "{} is not there, or closed to you."
 _WHOLE_RANGE = ["0", "0", str(2**32 - 1)]
 
 
@@ -54,7 +55,7 @@ def require_mine(folder: Path, refused: str) -> Path:
     """
     shown, place = visible(str(folder)), settle(folder)
     if place is None:
-        raise HpcmmError(f"{shown} is not there, or closed to you.")
+        raise HpcmmError(_NOT_THERE.format(shown))
     if place.uid != os.geteuid():
         raise HpcmmError(f"{shown} is another user's ({name_of(place.uid)}): {refused}.")
     if others_write(place.facts):
@@ -75,15 +76,20 @@ def real_and_trusted(folder: Path, *inside: str) -> tuple[Path, str]:
     """The real path of a folder whose files run as code, and why they must not, else an empty text.
 
     That another user could write it or what lies ``inside`` of it, if that is there, or that everybody could exchange
-    it.
+    it. Raises HpcmmError if it is not there, or that cannot be seen.
     """
-    place = settle(folder)
-    if place is None or place.uid not in {0, os.geteuid()}:
-        return folder, f"{visible(str(folder))} can be written by another user"
-    found, there = place.exchangeable, [each for name in inside if (each := place.real / name).exists()]
+    shown, place = visible(str(folder)), settle(folder)
+    if place is None:
+        raise HpcmmError(_NOT_THERE.format(shown))
+    if place.uid not in {0, os.geteuid()}:
+        return folder, f"{shown} can be written by another user"
+    found = place.exchangeable
     if found is not None and found.reach >= Reach.everybody:
         return place.real, found.why
-    writer = other_writer(place.real, *there)
+    try:
+        writer = other_writer(place.real, *(each for name in inside if (each := place.real / name).exists()))
+    except OSError as error:
+        raise HpcmmError(f"{shown} cannot be looked into ({error.strerror}).") from error
     return place.real, "" if writer is None else f"{visible(str(writer))} can be written by another user"
 
 

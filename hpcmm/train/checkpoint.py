@@ -213,15 +213,16 @@ def read_trained(run: RunDir) -> dict[str, Tensor]:
 
     Raises HpcmmError if there is no checkpoint, it cannot be read, or another user could have written it.
     """
-    if not run.root.exists():
-        raise HpcmmError(f"{run.root} is not there: has the run trained to its end?")
     root, reason = real_and_trusted(run.root)
     if reason:
         raise HpcmmError(_NOT_READ.format(reason))
     run = RunDir(root)  # it stays the folder that was asked about
-    tag = _latest(run)
-    folders = (run.root, run.checkpoints, run.checkpoints / tag)
-    _refuse_if_others_write(*folders, *sorted((run.checkpoints / tag).iterdir()))
+    try:
+        tag = _latest(run)
+        folders = (run.root, run.checkpoints, run.checkpoints / tag)
+        _refuse_if_others_write(*folders, *sorted((run.checkpoints / tag).iterdir()))
+    except OSError as error:  # closed to this user, or just being removed
+        raise HpcmmError(f"The checkpoint of {run.root} cannot be read: {error.strerror}: {error.filename}.") from error
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: PLC0415 - takes seconds
 
     try:

@@ -112,6 +112,22 @@ def test_a_run_without_a_checkpoint_is_named(tmp_path):
         load_model(run, untrained)
 
 
+def test_a_checkpoint_that_is_gone_or_closed_is_told(tmp_path, monkeypatch):
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(HpcmmError, match="run is not there, or closed to you"):
+        load_model(run, untrained)
+    run.create()
+    (run.checkpoints / "latest").write_text("step_1")
+    (run.checkpoints / "step_1").mkdir()
+
+    def removed_meanwhile(*paths):
+        raise FileNotFoundError(2, "No such file or directory", str(paths[-1]))
+
+    monkeypatch.setattr("hpcmm.train.checkpoint.other_writer", removed_meanwhile)
+    with pytest.raises(HpcmmError, match=r"run cannot be read: No such file or directory: .*step_1"):
+        load_model(run, untrained)
+
+
 def test_a_checkpoint_that_others_can_write_is_not_read(tmp_path):
     run = RunDir(tmp_path / "run")
     run.create()

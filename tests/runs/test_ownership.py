@@ -125,8 +125,20 @@ def test_two_dots_behind_a_link_lead_to_where_the_system_goes(open_place):
 
 
 def test_a_folder_that_is_not_there_is_not_acted_upon(open_place):
-    with pytest.raises(HpcmmError, match="none is not there, or closed to you"):
-        require_mine(open_place / "none", "x")
+    for question in (require_mine, real_and_trusted):
+        with pytest.raises(HpcmmError, match="none is not there, or closed to you"):
+            question(open_place / "none", "x")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
+def test_a_folder_that_cannot_be_looked_into_is_told(open_place, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    (open_place / "mine" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr("hpcmm.runs.ownership.other_writer", fail)
+    with pytest.raises(HpcmmError, match=rf"mine cannot be looked into \({error.strerror}\)\.$"):
+        real_and_trusted(open_place / "mine", "checkpoints")
 
 
 def test_what_others_can_write_is_not_acted_upon(tmp_path):

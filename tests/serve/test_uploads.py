@@ -138,7 +138,7 @@ def test_scans_behind_what_a_decoder_looks_past_are_counted(before, picture, opt
     content = path.read_bytes()
     last = content[content.rindex(b"\xff\xda") : -2]
     path.write_bytes(content[:-2] + before + 200 * last + b"\xff\xd9")
-    with pytest.raises(UnusableImageError, match="in very many pieces.*save it again with another program"):
+    with pytest.raises(UnusableImageError, match=r"in very many pieces.*save it again with another program"):
         open_upload(path, options)
 
 
