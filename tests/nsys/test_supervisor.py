@@ -122,14 +122,12 @@ def test_a_capture_outlives_a_signal_to_everything_that_slurm_sees(nsys, tmp_pat
         [
             "import nvtx, pathlib, time",
             f"with nvtx.annotate('x', domain='hpcmm'): pathlib.Path({str(ready)!r}).touch()",
-            "time.sleep(60)",
+            "time.sleep(600)",
         ]
     )
     profile = [nsys, "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none"]
     before = children()
-    began = time.monotonic()
     status = run_under_nsys(profile, [sys.executable, "-c", training], report, must_end=ready.exists)
     assert status == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 50
     assert report.stat().st_size > 10_000
     assert children() <= before

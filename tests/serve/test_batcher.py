@@ -58,32 +58,28 @@ def test_each_gets_the_answer_to_its_own_request_in_batches_that_are_bounded(mod
 
 
 def test_who_is_alone_does_not_wait_for_others(model):
-    batcher = batcher_of(model, wait_s=5)
-    began = time.monotonic()
-    assert [batcher.submit(number).result(10) for number in (3, 4)] == [9, 16]
-    assert time.monotonic() - began < 4
+    batcher = batcher_of(model, wait_s=1000)
+    assert [batcher.submit(number).result(60) for number in (3, 4)] == [9, 16]
     batcher.close()
 
 
 def test_after_a_batch_the_first_waits_for_as_many_as_were_in_it_and_no_longer_than_it_may(model):
-    batcher = batcher_of(model, wait_s=0.5)
+    batcher = batcher_of(model, wait_s=1)
     held(model, batcher)
     together = [batcher.submit(number) for number in range(3)]
     model.gate.set()
     assert [future.result(10) for future in together] == [0, 1, 4]
     began = time.monotonic()
-    first, _, third = batcher.submit(1), time.sleep(0.1), batcher.submit(2)
-    assert (first.result(10), third.result(10)) == (1, 4)
-    assert 0.4 < time.monotonic() - began < 5
+    first, second = batcher.submit(1), batcher.submit(2)
+    assert (first.result(60), second.result(60)) == (1, 4)
+    assert time.monotonic() - began > 0.9
     assert model.sizes == [1, 3, 2]
     batcher.close()
 
 
 def test_a_full_batch_does_not_wait(model):
-    batcher = batcher_of(model, most=1, wait_s=5)
-    began = time.monotonic()
-    assert [batcher.submit(number).result(10) for number in range(3)] == [0, 1, 4]
-    assert time.monotonic() - began < 4
+    batcher = batcher_of(model, most=1, wait_s=1000)
+    assert [batcher.submit(number).result(60) for number in range(3)] == [0, 1, 4]
     batcher.close()
 
 
