@@ -16,7 +16,6 @@ from hpcmm.config.untyped_config import trains_a_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.state import State, all_over, environment_of_job, is_local, poller_of, states_of
-from hpcmm.ranges import tasks_in
 from hpcmm.runs.attempts import note_cancelled
 from hpcmm.runs.ownership import is_mine, require_mine
 from hpcmm.runs.run_dir import RunDir
@@ -72,16 +71,16 @@ def cancel(asked: str, targets: Sequence[Target], patience_s: float = 60.0) -> C
 
 def _note(state: State, jobs: Sequence[Job]) -> None:
     """Note in the run, or the sweep, that these were cancelled: Slurm keeps no record of a task that never started."""
-    tasks: dict[Path, list[str]] = {}
+    noted: dict[Path, dict[str, None]] = {}  # in order, each job once
     for job in jobs:
         run = state.run_of(job)
         if run is not None and is_mine(run.root):
-            tasks.setdefault(run.root, []).extend(tasks_in(job.job_id))
-    for root, job_ids in tasks.items():
+            noted.setdefault(run.root, {})[_cancellable(job, state.target)] = None
+    for root, job_ids in noted.items():
         try:
             note_cancelled(RunDir(root), job_ids)
         except OSError as error:
-            print(f"hpcmm.jobs: {printable(str(error))}: that it was cancelled is not noted there.", file=sys.stderr)
+            print(f"hpcmm.jobs: The cancellation could not be noted ({printable(str(error))}).", file=sys.stderr)
 
 
 def _stops_when_asked(state: State) -> bool:

@@ -8,15 +8,20 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from hpcmm.files import is_regular, json_object, open_regular, read_tail
+from hpcmm.ranges import count_tasks, is_task_of, tasks_in
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 
 RESTARTED = "restarted"
 """What a job's script notes of its job when Slurm has started it again."""
 _TAIL_BYTES = 1 << 20
 _MOST_BYTES = 1 << 26
+_MOST_WRITTEN_OUT = 200_000
+"""Of the tasks that were cancelled as many are looked up by their number; beyond that ranges are gone through."""
 _COUNT = re.compile(r"[0-9]{1,9}")
 
 
@@ -73,38 +78,102 @@ def _attempt(record: Mapping[str, Any]) -> Attempt:
     return Attempt(str(record.get("array_task", raw_id)), raw_id, restart if type(restart) is int else 0)
 
 
+@dataclass(frozen=True, slots=True)
+class JobNotes:
+    """What the run directory notes of one job."""
+
+    raw_id: str
+    """Slurm's own number of it; the number that a user writes if no attempt tells of another."""
+    restarts: int
+    """How often Slurm has started it again."""
+    ends: tuple[str, ...]
+    """What each of its lines in ``exit_status`` says, the latest last."""
+
+
+def notes_of(run: RunDir, job_id: str) -> JobNotes:
+    """What the attempts and the exit status tell of job ``job_id``; each file is read once."""
+    attempts = [each for each in attempts_of(run) if each.job_id == job_id]
+    ends = tuple(outcome for job, outcome in ends_of(run) if job == job_id)
+    restarts = max([ends.count(RESTARTED), *(each.restart for each in attempts)])
+    return JobNotes(attempts[-1].raw_id if attempts else job_id, restarts, ends)
+
+
 def raw_id_of(run: RunDir, job_id: str) -> str:
     """Slurm's own number of the job that a user calls ``job_id``; the same if no attempt tells of another."""
-    return next((each.raw_id for each in reversed(attempts_of(run)) if each.job_id == job_id), job_id)
+    return notes_of(run, job_id).raw_id
 
 
-def ends_of(run: RunDir, job_id: str | None = None) -> list[tuple[str, str]]:
-    """Job and outcome of each line of ``exit_status``, the latest last; of ``job_id`` alone if that is given."""
+def ends_of(run: RunDir) -> list[tuple[str, str]]:
+    """Job and outcome of each line of ``exit_status``, the latest last."""
     text = read_tail(run.exit_status, _TAIL_BYTES, within=run.root)
     lines = (line.partition(" ") for line in text.splitlines())
-    return [(job, outcome) for job, _, outcome in lines if job_id in {None, job}]
+    return [(job, outcome) for job, _, outcome in lines]
 
 
 def restarts_of(run: RunDir, job_id: str) -> int:
     """How often Slurm has started the job again, as far as the run directory notes it."""
-    noted = sum(outcome == RESTARTED for _, outcome in ends_of(run, job_id))
-    return max([noted, *(each.restart for each in attempts_of(run) if each.job_id == job_id)])
+    return notes_of(run, job_id).restarts
 
 
 def note_cancelled(run: RunDir, job_ids: Iterable[str]) -> None:
-    """Note that the user has cancelled these jobs of a run, or of a sweep's points. Raises OSError."""
-    sweep = SweepDir.of_point(run)
-    file = (sweep[0].shared if sweep is not None else run).cancelled
+    """Note that the user has cancelled these jobs of a run, or of a sweep's points. Raises OSError.
+
+    Tasks that wait together are one line (``12_[8-99]``).
+    """
     lines = "".join(f"{job_id} {restarts_of(run, job_id)}\n" for job_id in job_ids)
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(_file_of_cancelled(run), flags, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as notes:
         notes.write(lines)
 
 
-def was_cancelled(run: RunDir, job_id: str) -> bool:
-    """Whether the user has cancelled the job through hpcmm, and Slurm has not started it again since."""
+def was_cancelled(run: RunDir, job_id: str, restarts: int) -> bool:
+    """Whether the user has cancelled the job through hpcmm, and Slurm, which has started it again ``restarts`` times,
+    has not done so since."""
+    file = _file_of_cancelled(run)
+    try:
+        facts = file.lstat()
+    except OSError:  # none, or not ours to look at
+        return False
+    return _read_cancelled(file, (facts.st_ino, facts.st_size, facts.st_mtime_ns)).restarts_at(job_id) >= restarts
+
+
+def _file_of_cancelled(run: RunDir) -> Path:
     sweep = SweepDir.of_point(run)
-    notes = (sweep[0].shared if sweep is not None else run).cancelled
-    found = [line.partition(" ") for line in read_tail(notes, _TAIL_BYTES, within=notes.parent).splitlines()]
-    restarts = [int(count) for job, _, count in found if job == job_id and _COUNT.fullmatch(count)]
-    return bool(restarts) and max(restarts) >= restarts_of(run, job_id)
+    return (sweep[0].shared if sweep is not None else run).cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class _CancelNotes:
+    """How often Slurm had started each job again when it was cancelled."""
+
+    single: Mapping[str, int]
+    ranges: Mapping[str, Mapping[str, int]]
+    """Tasks that waited together and are too many to write out, by their array's number."""
+
+    def restarts_at(self, job_id: str) -> int:
+        """-1 if the job was not cancelled."""
+        ranges = self.ranges.get(job_id.partition("_")[0], {})
+        mine = [count for tasks, count in ranges.items() if is_task_of(job_id, tasks)]
+        return max([self.single.get(job_id, -1), *mine])
+
+
+@lru_cache(maxsize=4)
+def _read_cancelled(file: Path, _version: tuple[int, int, int]) -> _CancelNotes:
+    """The notes are parsed once for all points of a sweep, and again when the file has changed."""
+    single: dict[str, int] = {}
+    ranges: dict[str, dict[str, int]] = {}
+    left = _MOST_WRITTEN_OUT
+    text = read_tail(file, _TAIL_BYTES, within=file.parent)
+    for line in text.splitlines()[len(text) >= _TAIL_BYTES :]:  # the first is cut then, and may name another job
+        job_id, _, count = line.partition(" ")
+        if not _COUNT.fullmatch(count):
+            continue
+        if (tasks := count_tasks(job_id)) <= left:
+            left -= tasks
+            for task in tasks_in(job_id):
+                single[task] = max(int(count), single.get(task, -1))
+        else:
+            of_array = ranges.setdefault(job_id.partition("_")[0], {})
+            of_array[job_id] = max(int(count), of_array.get(job_id, -1))
+    return _CancelNotes(single, ranges)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from hpcmm.runs import failures
-from hpcmm.runs.attempts import RESTARTED, ends_of, raw_id_of, restarts_of, was_cancelled
+from hpcmm.runs.attempts import RESTARTED, JobNotes, ends_of, notes_of, was_cancelled
 from hpcmm.runs.ledger import Ledger, LedgerPoint
 from hpcmm.runs.metrics import progress_of
 from hpcmm.runs.run_dir import RunDir
@@ -62,29 +62,37 @@ def outcome_of(run: RunDir, job_id: str, ranks: int | None = None) -> Outcome | 
     the user cancelled through hpcmm is cancelled, unless it completed first. A job that stopped, or that Slurm has
     started again, may have gone on: only what tells of a later end counts then.
     """
-    record, restarts = read_job_record(run), restarts_of(run, job_id)
-    if record is not None and record.job_id == job_id and record.restarts >= restarts:
+    record, notes = read_job_record(run), notes_of(run, job_id)
+    if record is not None and record.job_id == job_id and record.restarts >= notes.restarts:
         return Outcome(record.state)
-    ended = [outcome for _, outcome in ends_of(run, job_id)][-1:]
+    ended = notes.ends[-1:]
+    cancelled = was_cancelled(run, job_id, notes.restarts)
     if ended and _STATUS.fullmatch(ended[0]):
-        return _of_status(run, job_id, int(ended[0]), restarts)
-    if ended != ["stopped"] and was_cancelled(run, job_id):
-        return Outcome(CANCELLED)
-    return _by_ranks(run, raw_id_of(run, job_id), ended, ranks)
-
-
-def _of_status(run: RunDir, job_id: str, status: int, restarts: int) -> Outcome:
-    if status == 0:
-        failed = failures.last_record_ns(run, raw_id_of(run, job_id), since_restart=restarts) is not None
-        return Outcome(FAILED) if failed else Outcome(COMPLETED, 0)
-    return Outcome(CANCELLED if was_cancelled(run, job_id) else FAILED, status)
-
-
-def _by_ranks(run: RunDir, raw_id: str, ended: Sequence[str], ranks: int | None) -> Outcome | None:
-    """``ended``: the last line of the script, which tells no end of the job; empty if there is none."""
-    mine = [each for each in progress_of(run).values() if each.job_id == raw_id]
-    if mine and all(each.ended for each in mine) and ranks in {None, len(mine)}:
+        return _of_status(run, notes, int(ended[0]), cancelled=cancelled)
+    # What Slurm has started again had not completed: its ranks' last records may be of the start before.
+    is_over = not (cancelled and ended == (RESTARTED,)) and _all_ranks_ended(run, notes.raw_id, ranks)
+    if is_over:
         return Outcome(COMPLETED)
+    if cancelled and ended != ("stopped",):
+        return Outcome(CANCELLED)
+    return _by_failures(run, notes.raw_id, ended)
+
+
+def _of_status(run: RunDir, notes: JobNotes, status: int, *, cancelled: bool) -> Outcome:
+    if status == 0:
+        failed = failures.last_record_ns(run, notes.raw_id, since_restart=notes.restarts) is not None
+        return Outcome(FAILED) if failed else Outcome(COMPLETED, 0)
+    return Outcome(CANCELLED if cancelled else FAILED, status)
+
+
+def _all_ranks_ended(run: RunDir, raw_id: str, ranks: int | None) -> bool:
+    """Whether the last record of each rank is that of its end. ``ranks``: as in :func:`outcome_of`."""
+    mine = [each for each in progress_of(run).values() if each.job_id == raw_id]
+    return bool(mine) and all(each.ended for each in mine) and ranks in {None, len(mine)}
+
+
+def _by_failures(run: RunDir, raw_id: str, ended: Sequence[str]) -> Outcome | None:
+    """``ended``: the last line of the script, which tells no end of the job; empty if there is none."""
     failed_ns = failures.last_record_ns(run, raw_id)
     if ended and ended[0] in _WITHOUT_AN_END:
         failed_since = failed_ns is not None and failed_ns > _written_ns(run)

@@ -344,6 +344,30 @@ def test_what_hpcmm_cancelled_before_it_started_is_told_though_slurm_forgot_it(s
     assert "Slurm:    CANCELLED, by run directory" in told
 
 
+@pytest.mark.parametrize(("asked", "noted"), [("19", "19 0\n"), ("20", "19+1 0\n")])
+def test_of_a_heterogeneous_job_what_was_cancelled_is_noted_by_the_number_that_its_run_has(slurm, sweep, asked, noted):
+    made = RunDir(sweep.root.parent / "mixed-20260102-030405-1a2b")
+    made.create()
+    made.submission_script.touch()
+    components = [("19+0", "19"), ("19+1", "20")]
+    slurm.answers("squeue", *(row(*each, "RUNNING", str(made.submission_script)) for each in components))
+    cancel(asked, find_targets(asked, sweep.root.parent), patience_s=0)
+    assert made.cancelled.read_text() == noted
+
+
+def test_tasks_that_wait_together_are_noted_as_cancelled_in_one_line(slurm, sweep):
+    slurm.answers("squeue", row("7_[2-3%2]", "7", "PENDING", str(sweep.submission_script(0))))
+    cancel("7", find_targets("7", sweep.root.parent), patience_s=0)
+    assert sweep.shared.cancelled.read_text() == "7_[2-3] 0\n"
+
+
+def test_a_cancellation_that_cannot_be_noted_is_said_so(slurm, sweep, capsys):
+    sweep.shared.cancelled.mkdir()
+    slurm.answers("squeue", *all_rows(sweep))
+    assert cancel("demo/0001", find_targets("demo/0001", sweep.root.parent), patience_s=0).ids == ["9_1"]
+    assert "hpcmm.jobs: The cancellation could not be noted ([Errno 21] Is a directory" in capsys.readouterr().err
+
+
 def test_a_number_that_no_job_has_names_the_run_that_is_called_so(slurm, sweep):
     made = RunDir(sweep.root.parent / "123-20260102-030405-1a2b")
     made.create()

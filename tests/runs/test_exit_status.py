@@ -11,7 +11,7 @@ from hpcmm.jobs.find_run import find_targets
 from hpcmm.jobs.state import states_of
 from hpcmm.jobs.why import explain
 from hpcmm.reports.run_record import read_run_record
-from hpcmm.runs import failures
+from hpcmm.runs import attempts, failures
 from hpcmm.runs.attempts import attempts_of, begin_attempt, note_cancelled, was_cancelled
 from hpcmm.runs.exit_status import Outcome, newest_outcome, outcome_of, states_of_points
 from hpcmm.runs.ledger import Ledger, LedgerPoint
@@ -65,6 +65,11 @@ def completed(job):
     job.starts()
     job.trains_to_its_end()
     job.script_ends(0)
+
+
+def completed_without_a_word_of_its_script(job):
+    job.starts()
+    job.trains_to_its_end()
 
 
 def failed(job):
@@ -248,6 +253,7 @@ def test_slurm_s_own_word_counts_before_the_script_s(tmp_path):
         (failed, "CANCELLED"),
         (preempted_and_queued_again_by_slurm, "CANCELLED"),
         (completed, "COMPLETED"),
+        (completed_without_a_word_of_its_script, "COMPLETED"),  # as on submitit's local executor
         (stopped, "STOPPED"),
         (completed_after_a_requeue, "COMPLETED"),
     ],
@@ -273,7 +279,57 @@ def test_a_link_in_the_place_of_the_note_is_not_written_through(tmp_path):
     run.cancelled.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic"):
         note_cancelled(run, ["7"])
-    assert not was_cancelled(run, "7")
+    assert not was_cancelled(run, "7", 0)
+
+
+def test_tasks_that_were_cancelled_while_they_waited_are_one_line_which_is_parsed_once_for_all_points(
+    tmp_path, monkeypatch
+):
+    ledger = Ledger(SweepDir(tmp_path / "demo-1"), [LedgerPoint(i, [], f"{i:04d}", ["7"]) for i in range(200)])
+    ledger.sweep.point(4).create()
+    ledger.write()
+    note_cancelled(ledger.sweep.shared, ["7_[100-3999999]", "7_3"])
+    assert ledger.sweep.shared.cancelled.read_text() == "7_[100-3999999] 0\n7_3 0\n"
+    reads = []
+    read_tail = attempts.read_tail
+    monkeypatch.setattr(attempts, "read_tail", lambda path, *a, **k: reads.append(path) or read_tail(path, *a, **k))
+    cancelled = [point.index for point in ledger.points if was_cancelled(ledger.run(point), point.job_id, 0)]
+    assert cancelled == [3, *range(100, 200)]
+    assert len(reads) == 1
+    note_cancelled(ledger.sweep.point(4), ["7_4"])  # a note that is added later counts too
+    assert was_cancelled(ledger.sweep.point(4), "7_4", 0)
+
+
+def test_a_task_that_slurm_started_again_after_its_range_was_cancelled_is_not_cancelled(tmp_path):
+    run = RunDir(tmp_path / "demo-1")
+    run.create()
+    note_cancelled(run, ["7_[0-9]"])
+    assert was_cancelled(run, "7_9", 0)
+    assert not was_cancelled(run, "7_9", 1)
+    assert not was_cancelled(run, "7_10", 0)
+
+
+def test_each_file_of_a_run_is_read_once_for_its_outcome(tmp_path, monkeypatch):
+    job = Job(RunDir(tmp_path / "demo-1"), "7")
+    failed(job)
+    note_cancelled(job.run, ["7"])
+    reads = []
+    read_tail = attempts.read_tail
+    monkeypatch.setattr(
+        attempts, "read_tail", lambda path, *a, **k: reads.append(path.name) or read_tail(path, *a, **k)
+    )
+    assert outcome_of(job.run, "7") == Outcome("CANCELLED", 1)
+    assert sorted(reads) == ["attempts.jsonl", "cancelled", "exit_status"]
+
+
+def test_of_many_notes_of_cancelled_tasks_a_line_that_is_cut_names_no_other_task(tmp_path):
+    run = RunDir(tmp_path / "demo-1")
+    run.create()
+    line = "117_5 0\n"
+    run.cancelled.write_text(line * (2**20 // len(line)) + "118_60 0\n")  # the last MiB begins with "17_5 0"
+    assert was_cancelled(run, "117_5", 0)
+    assert was_cancelled(run, "118_60", 0)
+    assert not was_cancelled(run, "17_5", 0)
 
 
 @pytest.mark.parametrize(
