@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from hpcmm.config.schema import cluster_variables
 from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_regular, other_writer
+from hpcmm.files import is_regular, other_writer, read_json_object
 from hpcmm.ranges import is_task_of
 from hpcmm.resources import resource
 from hpcmm.runs.attempts import attempts_of
@@ -114,24 +115,70 @@ def take_over(run: RunDir, environ: Mapping[str, str] = os.environ) -> list[str]
     A launch that was killed while it submitted leaves such jobs, and one that lost sbatch's answer. Of a sweep they are
     looked for among the points: who calls this keeps the ledger locked. Raises HpcmmError if squeue does not answer.
     """
-    sweep, noted = SweepDir(run.root), noted_jobs(run)
+    return _note_jobs(run, jobs_of_scripts(list(scripts_of(run)), environ), environ)
+
+
+def scripts_of(run: RunDir) -> dict[str, int]:
+    """The scripts that jobs of a run, or of a sweep, are submitted with, each with the first point that it runs."""
+    sweep = SweepDir(run.root)
     firsts = sweep.first_points() if sweep.is_there() else [0]
-    scripts = {str(sweep.submission_script(first)): first for first in firsts}
-    groups: dict[str, list[Job]] = {}
-    for row in jobs_of_scripts(list(scripts), environ):
-        if row.number not in noted:
-            groups.setdefault(row.number, []).append(row)
-    taken = []
-    for job_id, rows in groups.items():
-        row = rows[-1]
-        known = (JobIdentity(job_id, scripts=(each,), uid=int(row.uid)) for each in scripts)
-        (script,) = next(each for each in known if is_same_job(each, row)).scripts
+    return {str(sweep.submission_script(first)): first for first in firsts}
+
+
+def take_over_unless_locked(run: RunDir, rows: Sequence[Job], environ: Mapping[str, str]) -> bool:
+    """As :func:`take_over`, with squeue's answer; False if there is nothing to note, or a launch is at work, which
+    notes its own jobs.
+
+    A ledger is locked only to be written, never while squeue is waited for: a launch meanwhile would be refused.
+    """
+    if not _unnoted_jobs(run, rows):
+        return False
+    sweep = SweepDir(run.root)
+    with ExitStack() as stack:
+        try:
+            if sweep.is_there():
+                stack.enter_context(read_ledger(sweep.root).locked())
+        except (HpcmmError, OSError):
+            return False
+        return bool(_note_jobs(run, rows, environ))
+
+
+def shared_folder(run: RunDir) -> RunDir:
+    """The folder whose records name the run's jobs: of a point its sweep's."""
+    place = SweepDir.of_point(run)
+    return place[0].shared if place is not None else run
+
+
+def _unnoted_jobs(run: RunDir, rows: Sequence[Job]) -> dict[tuple[str, str], list[Job]]:
+    """Of squeue's rows, which may be of other runs too, those of jobs that no record of the run names.
+
+    By their number and their script. The records are read now: a launch may note its job while squeue answers.
+    """
+    noted, scripts, found = noted_jobs(run), scripts_of(run), dict[tuple[str, str], list[Job]]()
+    for row in rows:
+        known = (JobIdentity(row.number, scripts=(each,), uid=int(row.uid)) for each in scripts)
+        script = next((each.scripts[0] for each in known if is_same_job(each, row)), None)
+        if script is not None and row.number not in noted:
+            found.setdefault((row.number, script), []).append(row)
+    return found
+
+
+def _note_jobs(run: RunDir, rows: Sequence[Job], environ: Mapping[str, str]) -> list[str]:
+    """Note what :func:`_unnoted_jobs` finds in ``rows``; returns the numbers. Of a sweep the ledger is locked.
+
+    Raises HpcmmError if a job cannot be noted.
+    """
+    sweep, scripts, taken = SweepDir(run.root), scripts_of(run), []
+    for (job_id, script), mine in _unnoted_jobs(run, rows).items():
+        row = mine[-1]
         submitted_s, cluster = row.submitted_unix_s, row.cluster or clusters_asked(environ)
         job = JobIdentity(job_id, cluster, row.user, row.name, (script,), submitted_s, submitted_s, int(row.uid))
         try:
-            if sweep.is_there() and not _note_points(sweep, scripts[script], job_id, rows):
+            if sweep.is_there() and not _note_points(sweep, scripts[script], job_id, mine):
                 continue
-            write_submission(run, job, job_id=job_id, analysis_job_id=None)
+            analysis = read_json_object(run.submission, within=run.root).get("analysis_job_id")
+            analysis_job_id = analysis if isinstance(analysis, str) else None
+            write_submission(run, job, job_id=job_id, analysis_job_id=analysis_job_id)
         except OSError as error:
             raise HpcmmError(
                 f"squeue shows job {job_id} of {run.root}, but that cannot be noted there ({error.strerror}): free "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import psutil
 
@@ -17,20 +18,23 @@ from hpcmm.jobs.find_run import (
     Target,
     is_local_cluster,
     run_of_command,
+    scripts_of,
     settings,
+    shared_folder,
     slurm_environment,
-    take_over,
+    take_over_unless_locked,
     target_of,
 )
 from hpcmm.ranges import is_task_of, tasks_in
 from hpcmm.runs.attempts import attempts_of, raw_id_of
 from hpcmm.runs.exit_status import COMPLETED, FAILED, STOPPED, outcome_of
-from hpcmm.runs.ledger import array_of, read_ledger
+from hpcmm.runs.ledger import array_of
 from hpcmm.runs.run_dir import JOB_ID, RunDir, SweepDir
 from hpcmm.runs.submission import identity_of, job_ids_of
 from hpcmm.slurm.commands import SilentError, on_cluster
-from hpcmm.slurm.jobs import Answer, Job, Wanted, find_jobs, is_same_job, other_job, rows_of
+from hpcmm.slurm.jobs import Answer, Job, Wanted, find_jobs, is_same_job, jobs_of_scripts, other_job, rows_of
 from hpcmm.slurm.polling import LONGEST_S, Poller
+from hpcmm.text import printable
 
 
 def record_of(run: RunDir, job_id: str) -> Job | None:
@@ -148,10 +152,14 @@ def states_of(
 ) -> list[State]:
     """The states of all targets, with one call of squeue, and at most one of sacct, for each cluster they are on.
 
+    If no record names a job of a run or a point, squeue is asked once more for each cluster, by the runs' scripts.
     Raises HpcmmError when squeue does not answer; unless ``needs_slurm``, what run directories tell is taken then,
     which is nothing of a job that waits or runs.
     """
-    targets = [_with_unnoted_jobs(target, environ) for target in targets]
+    return _states(_with_unnoted_jobs(targets, environ, needs_slurm=needs_slurm), environ, needs_slurm=needs_slurm)
+
+
+def _states(targets: Sequence[Target], environ: Mapping[str, str], *, needs_slurm: bool) -> list[State]:
     clusters: dict[tuple[str, str], dict[str, str]] = {}
     asked: dict[tuple[str, str], list[Wanted]] = {}
     tasks: dict[tuple[str, str], list[str]] = {}
@@ -178,20 +186,39 @@ def states_of(
     ]
 
 
-def _with_unnoted_jobs(target: Target, environ: Mapping[str, str]) -> Target:
-    """The target with the jobs that Slurm has of it though no record names one, as a launch that was killed leaves."""
-    run = target.run
+def _with_unnoted_jobs(targets: Sequence[Target], environ: Mapping[str, str], *, needs_slurm: bool) -> list[Target]:
+    """The targets with the jobs that Slurm has of them though no record names one, as a killed launch leaves them."""
+    asked: dict[tuple[str, str], dict[Path, RunDir]] = {}
+    """By cluster the runs, or the sweeps' folders."""
+    clusters: dict[tuple[str, str], dict[str, str]] = {}
+    for target in targets:
+        if target.run is not None and _may_lack_a_job(target):
+            mine = slurm_environment(target.run, dict(environ))
+            key = (mine.get("SLURM_CONF", ""), mine.get("SLURM_CLUSTERS", ""))
+            shared = shared_folder(target.run)
+            clusters[key] = mine
+            asked.setdefault(key, {})[shared.root] = shared
+    taken: set[Path] = set()
+    for key, runs in asked.items():
+        try:
+            rows = jobs_of_scripts([script for run in runs.values() for script in scripts_of(run)], clusters[key])
+            taken.update(root for root, run in runs.items() if take_over_unless_locked(run, rows, clusters[key]))
+        except HpcmmError as error:
+            if needs_slurm:
+                raise
+            if not isinstance(error, SilentError):  # the next question tells of a silent Slurm
+                print(f"hpcmm.jobs: {printable(str(error))}", file=sys.stderr)
+    return [
+        replace(target_of(target.run), asked=target.asked)
+        if target.run is not None and _may_lack_a_job(target) and shared_folder(target.run).root in taken
+        else target
+        for target in targets
+    ]
+
+
+def _may_lack_a_job(target: Target) -> bool:
     lacks_one = not target.job_ids or not all(point.job_ids for point in target.points)
-    if run is None or target.by_number or not lacks_one or target.user is not None or is_local(run):
-        return target
-    place = SweepDir.of_point(run)
-    sweep = place[0] if place is not None else target.sweep
-    try:
-        with read_ledger(sweep.root).locked() if sweep is not None else nullcontext():
-            taken = take_over(sweep.shared if sweep is not None else run, slurm_environment(run, dict(environ)))
-    except (HpcmmError, OSError):  # a launch is at work on it, or squeue is silent, which the next question tells
-        return target
-    return replace(target_of(run), asked=target.asked) if taken else target
+    return lacks_one and not target.by_number and target.user is None and not is_local(target.run)
 
 
 def _asked_of(target: Target) -> Sequence[str]:
@@ -213,7 +240,14 @@ def poller_of(
     tell: Callable[[str], object] = lambda _: None,
 ) -> Poller[list[State]]:
     """The states of all targets, to be asked for again and again, at least every ``longest_s`` seconds."""
-    return Poller(lambda: states_of(targets), _changing, known=known, longest_s=longest_s, tell=tell)
+    complete = [] if known is None else list(targets)
+
+    def ask() -> list[State]:
+        if not complete:  # once is enough: a launch notes what it submits later
+            complete.extend(_with_unnoted_jobs(targets, os.environ, needs_slurm=True))
+        return _states(complete, os.environ, needs_slurm=True)
+
+    return Poller(ask, _changing, known=known, longest_s=longest_s, tell=tell)
 
 
 def all_over(states: Sequence[State]) -> bool:

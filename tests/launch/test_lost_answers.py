@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
+from typing import cast
 
 import pytest
 from slurm_stand_in import parted_as_asked
 
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.cancel import cancel
-from hpcmm.jobs.find_run import find_targets
-from hpcmm.jobs.state import states_of
+from hpcmm.jobs.find_run import find_targets, take_over
+from hpcmm.jobs.state import State, poller_of, states_of
 from hpcmm.launch.plan import launch
 from hpcmm.launch.submit import resubmit
 from hpcmm.runs.ledger import read_ledger
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import identity_of
 from hpcmm.slurm.commands import SilentError
+from hpcmm.slurm.jobs import Job
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -261,3 +265,94 @@ def test_a_launch_from_within_the_handling_of_an_error_keeps_its_run(slurm: Slur
     except ValueError:
         submission = launch(["cluster=slurm", "task=script", "task.path=job.py", "launch.snapshot=false", "name=v"])
     assert submission.run.submission_script.exists()
+
+
+def forget_the_points() -> SweepDir:
+    sweep = SweepDir(forget_the_job())
+    assert jobs_of(sweep.root) == [[]] * 4
+    return sweep
+
+
+def test_a_status_locks_no_ledger_while_it_waits_for_squeue(slurm: Slurm) -> None:
+    slurm.launched(*SWEEP)
+    sweep = forget_the_points()
+    slurm.does("squeue", f"flock --nonblock {quote(str(sweep.lock))} true || touch was_locked; cat rows")
+    assert [job.job_id for job in states_of(find_targets("v", Path("runs")))[0].jobs] == ["11_[0-3]"]
+    assert jobs_of(sweep.root) == [["11"]] * 4
+    assert not (slurm.here / "was_locked").exists()
+
+
+def test_a_status_notes_nothing_while_a_launch_is_at_work_on_the_sweep(slurm: Slurm) -> None:
+    slurm.launched(*SWEEP)
+    sweep = forget_the_points()
+    with read_ledger(sweep.root).locked():
+        assert states_of(find_targets("v", Path("runs")))[0].jobs == []
+        assert jobs_of(sweep.root) == [[]] * 4
+    assert len(states_of(find_targets("v", Path("runs")))[0].jobs) == 1
+
+
+def test_what_a_launch_notes_while_a_status_waits_for_squeue_stays(slurm: Slurm) -> None:
+    slurm.launched()
+    submission = the_run() / "submission.json"
+    noted = json.loads(submission.read_text())
+    noted |= {"analysis_job_id": "12", "jobs": noted["jobs"] | {"12": {"name": "run-analysis"}}}
+    (slurm.here / "noted").write_text(json.dumps(noted))
+    submission.unlink()
+    slurm.does("squeue", f"cp noted {quote(str(submission))}; cat rows")
+    states_of(find_targets("v", Path("runs")))
+    assert json.loads(submission.read_text()) == noted
+
+
+def test_the_analysis_that_is_noted_already_stays_when_another_job_is_taken_over(slurm: Slurm) -> None:
+    slurm.launched()
+    run = RunDir(the_run())
+    run.submission.write_text('{"job_id": "9", "analysis_job_id": "10", "jobs": {"10": {"name": "run-analysis"}}}')
+    assert take_over(run) == ["11"]
+    record = json.loads(run.submission.read_text())
+    assert (record["job_id"], record["analysis_job_id"], set(record["jobs"])) == ("11", "10", {"10", "11"})
+
+
+def test_squeue_is_asked_once_for_all_runs_of_a_cluster_whose_job_no_record_names(slurm: Slurm) -> None:
+    slurm.launched()
+    first = forget_the_job()
+    shutil.copytree(first, second := first.with_name("w-20260102-030405-1a2b"))
+    slurm.does("squeue", "echo $* >> squeue.calls; cat rows")
+    rows = slurm.here / "rows"
+    rows.write_text(
+        rows.read_text() + rows.read_text().replace("11\x1f11", "12\x1f12").replace(str(first), str(second))
+    )
+    states = states_of([*find_targets("v", Path("runs")), *find_targets("w", Path("runs"))])
+    assert [[job.job_id for job in state.jobs] for state in states] == [["11"], ["12"]]
+    asked = (slurm.here / "squeue.calls").read_text().splitlines()
+    assert ["--user=" in each for each in asked] == [True, False]
+
+
+def test_who_follows_a_sweep_looks_once_for_jobs_that_no_record_names(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm.launched(*SWEEP)
+    forget_the_points()
+    asked_by_script = []
+
+    def look(scripts: list[str], _: object) -> list[Job]:
+        asked_by_script.append(scripts)
+        if len(asked_by_script) == 1:
+            raise SilentError("no controller", "squeue")
+        return []
+
+    monkeypatch.setattr("hpcmm.jobs.state.jobs_of_scripts", look)
+    monkeypatch.setattr("hpcmm.jobs.state.Poller", lambda ask, *_, **__: ask)
+    ask = cast(Callable[[], list[State]], poller_of(find_targets("v", Path("runs"))))
+    with pytest.raises(SilentError):
+        ask()
+    for _ in range(3):  # after an answer it is not asked again
+        assert ask()[0].jobs == []
+    assert len(asked_by_script) == 2
+
+
+def test_if_squeue_is_silent_nobody_says_that_there_is_nothing_to_cancel(slurm: Slurm) -> None:
+    slurm.launched()
+    forget_the_job()
+    slurm.does("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(SilentError):
+        cancel("v", find_targets("v", Path("runs")))
