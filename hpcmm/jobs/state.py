@@ -206,8 +206,10 @@ def _with_unnoted_jobs(targets: Sequence[Target], environ: Mapping[str, str], *,
         except HpcmmError as error:
             if needs_slurm:
                 raise
-            if not isinstance(error, SilentError):  # the next question tells of a silent Slurm
+            if not isinstance(error, SilentError):
                 print(f"hpcmm.jobs: {printable(str(error))}", file=sys.stderr)
+            elif not any(target.job_ids for target in targets):  # else the next question tells it
+                print(f"hpcmm.jobs: {printable(silence(error, clusters[key]))}", file=sys.stderr)
     return [
         replace(target_of(target.run), asked=target.asked)
         if target.run is not None and _may_lack_a_job(target) and shared_folder(target.run).root in taken

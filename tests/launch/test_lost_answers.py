@@ -350,9 +350,13 @@ def test_who_follows_a_sweep_looks_once_for_jobs_that_no_record_names(
     assert len(asked_by_script) == 2
 
 
-def test_if_squeue_is_silent_nobody_says_that_there_is_nothing_to_cancel(slurm: Slurm) -> None:
+def test_if_squeue_is_silent_a_status_says_so_and_nobody_that_there_is_nothing_to_cancel(
+    slurm: Slurm, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.launched()
     forget_the_job()
     slurm.does("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(SilentError):
         cancel("v", find_targets("v", Path("runs")))
+    assert states_of(find_targets("v", Path("runs")), needs_slurm=False)[0].jobs == []
+    assert capsys.readouterr().err.startswith("hpcmm.jobs: Slurm does not answer (")
