@@ -16,6 +16,7 @@ from pathlib import Path
 from hpcmm.errors import HpcmmError
 from hpcmm.files import (
     CODE,
+    MOST_NAMES,
     SETTINGS,
     entries_of,
     has_secret_name,
@@ -59,8 +60,10 @@ def _marked(folder: Path, *markers: str) -> Iterator[Path]:
     for parent in (folder, *folder.parents):
         there = [parent / name for name in markers if (parent / name).exists()]
         reach = reach_beyond(parent, folder)
-        if reach is not None and not (reach is Reach.group and there and all(map(is_trusted, there))):
-            return
+        if reach is not None:
+            there = [marker for marker in there if is_trusted(marker)] if reach is Reach.group else []
+            if not there:
+                return
         if there:
             yield parent
 
@@ -358,7 +361,12 @@ def _is_by_name_shared_ground(folder: Path) -> bool:
 def _files_without_git(vouched: Vouched, scripts: Sequence[Path], runs_root: Path) -> ProjectFiles:
     """Code and small settings of the folder and of the packages in it. All else beside them is linked."""
     files, left, project = ProjectFiles(set(), set(), set()), _MOST_ENTRIES, vouched.project
-    queue = list(_used_by(scripts, vouched)) if _is_shared_ground(project) else entries_of(project, _MOST_ENTRIES)
+    if _is_shared_ground(project):
+        queue = list(_used_by(scripts, vouched))
+    else:  # others cannot use up what is looked at
+        there = entries_of(project, MOST_NAMES)
+        files.foreign |= {path for path in there if path.name[0] != "." and not vouched.accepts(path)}
+        queue = [path for path in there if path not in files.foreign][:_MOST_ENTRIES]
     for path in queue:
         if path == runs_root or (path.name.startswith(".") and not has_secret_name(path.name)):
             continue

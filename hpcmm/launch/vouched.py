@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWOTH
 
@@ -20,8 +19,10 @@ from hpcmm.files import entries_of, is_folder_here, read_followed
 from hpcmm.runs.ownership import is_closed, is_known_owner, others_can_write
 
 _TIMEOUT_S = 60
-_MOST_ENTRIES = 20_000
-"""Files and folders among which folders that others can write are looked for."""
+_MOST_FOLDERS = 20_000
+"""Among which those that others can write are looked for."""
+_MOST_OPEN = 5000
+"""Of these, each of which is named to git."""
 _MOST_NAMES = 1000
 """Of files, in one command line."""
 _IN_REPOSITORY = (".git", ".gitignore", ".gitattributes", ".gitmodules")
@@ -230,21 +231,21 @@ class Repository:
 
 
 def _open_folders(root: Path, vouched: Vouched) -> set[Path]:
-    """The folders below a work tree that others can write, without those in them."""
-    found, queue, left = set[Path](), [str(root)], 0 if vouched.all_of_it else _MOST_ENTRIES
-    for folder in queue if left else ():
+    """The folders below a work tree that others can write, without those in them.
+
+    Others cannot use up what is looked at: their own folders are not looked into, and files do not count.
+    """
+    found, queue = set[Path](), [str(root)]
+    for folder in () if vouched.all_of_it else queue:
         try:
             with os.scandir(folder) as entries:
-                seen = list(islice(entries, left))
+                folders = [each.path for each in entries if each.name != ".git" and each.is_dir(follow_symlinks=False)]
         except OSError:  # closed to us, and so to git
             continue
-        left -= len(seen)
-        for entry in seen:
-            if entry.name != ".git" and entry.is_dir(follow_symlinks=False):
-                if vouched.is_open(Path(entry.path)):
-                    found.add(Path(entry.path))
-                else:
-                    queue.append(entry.path)
+        found |= {Path(path) for path in folders if vouched.is_open(Path(path))}
+        queue += [path for path in folders if Path(path) not in found][: max(0, _MOST_FOLDERS - len(queue))]
+    if len(found) > _MOST_OPEN:
+        raise HpcmmError(_cannot(root, f"other users can write more than {_MOST_OPEN} folders in it"))
     return found
 
 

@@ -121,7 +121,7 @@ def note_cancelled(run: RunDir, job_ids: Iterable[str]) -> None:
     Tasks that wait together are one line (``12_[8-99]``).
     """
     lines = "".join(f"{job_id} {restarts_of(run, job_id)}\n" for job_id in job_ids)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(_file_of_cancelled(run), flags, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as notes:
         notes.write(lines)

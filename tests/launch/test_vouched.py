@@ -14,7 +14,7 @@ import pytest
 from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
 from hpcmm.launch import vouched as module
-from hpcmm.launch.project_files import files_of, revision
+from hpcmm.launch.project_files import files_of, marked_root, revision
 from hpcmm.launch.snapshot import plan_code
 from hpcmm.launch.vouched import Vouched, not_vouched_for
 from hpcmm.runs.run_dir import RunDir
@@ -113,6 +113,28 @@ def test_of_a_folder_with_an_included_file_the_others_are_named(project: Path, k
     taken, foreign = sorted_out(project, "drop/a.py")
     assert "drop/a.py" in taken
     assert foreign == {"drop/b.py"}
+
+
+def test_however_much_members_leave_there_one_s_own_files_are_found(project: Path, kind: str, monkeypatch):
+    monkeypatch.setattr("hpcmm.launch.project_files._MOST_ENTRIES", 4)
+    monkeypatch.setattr(module, "_MOST_FOLDERS", 4)
+    open_to_group(project, 0o3775)
+    for number in range(20):
+        another_user.give(write(project, f"theirs{number}.py"))
+        (project / f"folder{number}").mkdir()
+        another_user.give(project / f"folder{number}")
+    assert {"sub/train.py", "lib/helper.py", "near.py"} <= sorted_out(project)[0]
+    if kind == "with git":
+        git_open = module.Repository(project, Vouched(project, [project / "sub/train.py"])).open_folders
+        assert {each.name for each in git_open} == {f"folder{number}" for number in range(20)}
+
+
+@pytest.mark.parametrize("theirs", ["setup.cfg", "setup.py"])
+def test_a_marker_that_a_member_adds_takes_no_project_away(project: Path, theirs: str):
+    write(project, "pyproject.toml")
+    open_to_group(project, 0o3775)
+    another_user.give(write(project, theirs))
+    assert marked_root(project / "sub") == project
 
 
 @pytest.mark.parametrize("member_s", [True, False])
