@@ -362,7 +362,7 @@ def _squeue(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
             listed = ask("squeue", *asked, absent="Invalid job id", environ=whole_ranges)
         except AbsentError:
             return []
-        return _rows(listed, separator, list(_SQUEUE), "squeue", clusters_asked(environ))
+        return _rows(listed, separator, list(_SQUEUE), "squeue", environ)
 
     return _of_federation(rows, environ)
 
@@ -374,7 +374,7 @@ def _sacct(options: Sequence[str], environ: Mapping[str, str]) -> list[Job]:
 
     def rows(*more: str) -> list[Job]:
         listed = ask("sacct", *layout, *more, *options, environ=whole_ranges)
-        return _rows(listed, separator, list(_SACCT), "sacct", clusters_asked(environ))
+        return _rows(listed, separator, list(_SACCT), "sacct", environ)
 
     return _of_federation(rows, environ)
 
@@ -390,9 +390,11 @@ def _of_federation(rows: Callable[..., list[Job]], environ: Mapping[str, str]) -
     return [job for job in here if job.job_id not in found] + [job for job in elsewhere if job.job_id in revoked]
 
 
-def _rows(listed: str, separator: str, names: Sequence[str], source: str, cluster: str) -> list[Job]:
-    rows = rows_of_answer(listed, separator, len(names), cluster, source)
-    return [replace(job, cluster=where) for where, row in rows for job in _row(row, names, source)]
+def _rows(listed: str, separator: str, names: Sequence[str], source: str, environ: Mapping[str, str]) -> list[Job]:
+    rows = rows_of_answer(listed, separator, len(names), clusters_asked(environ), source)
+    given = environ.get("SLURM_CLUSTERS", "all")  # of one that was asked, jobs keep the name by which it is asked
+    one = given if "," not in given and given != "all" else ""
+    return [replace(job, cluster=one or where) for where, row in rows for job in _row(row, names, source)]
 
 
 def _row(values: Sequence[str], names: Sequence[str], source: str) -> Iterable[Job]:

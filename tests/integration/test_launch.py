@@ -131,7 +131,7 @@ def test_nodes_without_scontrol_of_a_site_that_passes_nothing_on_start_all_the_s
     assert {each["MY_TOKEN"] for each in told} == {"a; $(touch pwned)"}
     assert {(each["NOT_PASSED"], each["staged"]) for each in told} == {(None, "the data")}
     assert len({each["MASTER_ADDR"] for each in told}) == 1
-    assert "in 1 files on each of 2 nodes; the slowest" in log
+    assert "in 1 file on each of 2 nodes; the slowest" in log
     assert list(scratch.iterdir()) == []
 
 

@@ -414,7 +414,7 @@ def test_each_run_is_asked_for_at_its_own_cluster(slurm, tmp_path):
     slurm.does(
         "squeue",
         f"""case $* in
-*--clusters=big*) echo 'CLUSTER: big'; echo '{queued(there, state="PENDING")}' ;;
+*--clusters=big*) echo 'CLUSTER: its-own-name'; echo '{queued(there, state="PENDING")}' ;;
 *) echo '{queued(here)}' ;;
 esac""",
     )

@@ -125,7 +125,7 @@ def test_arrays_of_millions_of_tasks_in_the_queue_are_not_spread_into_their_task
         assert count_tasks(job_id) == 1
         return tasks_in(job_id)
 
-    for module in ("jobs.cancel", "jobs.state", "slurm.jobs"):
+    for module in ("jobs.state", "slurm.jobs"):
         monkeypatch.setattr(f"hpcmm.{module}.tasks_in", spread)
     others = [squeue_row(f"{number}_[0-9999998]", str(number), "PENDING") for number in range(700, 1000)]
     slurm.answers("squeue", squeue_row("7_[0-9999998]", "7", "PENDING"), *others)
