@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWOTH
+from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import entries_of, is_folder_here, read_followed
@@ -23,6 +23,7 @@ _MOST_FOLDERS = 20_000
 """Among which those that others can write are looked for."""
 _MOST_OPEN = 5000
 """Of these, each of which is named to git."""
+_MARKS_OF_ENVIRONMENTS = frozenset({"pyvenv.cfg", "conda-meta"})
 _MOST_NAMES = 1000
 """Of files, in one command line."""
 _IN_REPOSITORY = (".git", ".gitignore", ".gitattributes", ".gitmodules")
@@ -235,15 +236,23 @@ def _open_folders(root: Path, vouched: Vouched) -> set[Path]:
 
     Others cannot use up what is looked at: their own folders are not looked into, and files do not count.
     """
-    found, queue = set[Path](), [str(root)]
-    for folder in () if vouched.all_of_it else queue:
+    found, queue, own = set[Path](), [(str(root), False)], {0, os.geteuid()}
+    for folder, is_closed_to_others in () if vouched.all_of_it else queue:
         try:
             with os.scandir(folder) as entries:
-                folders = [each.path for each in entries if each.name != ".git" and each.is_dir(follow_symlinks=False)]
+                there = list(entries)
+                folders = [each for each in there if each.name != ".git" and each.is_dir(follow_symlinks=False)]
+                inner = [(each.path, each.stat(follow_symlinks=False)) for each in folders]
         except OSError:  # closed to us, and so to git
             continue
-        found |= {Path(path) for path in folders if vouched.is_open(Path(path))}
-        queue += [path for path in folders if Path(path) not in found][: max(0, _MOST_FOLDERS - len(queue))]
+        if folder != str(root) and not _MARKS_OF_ENVIRONMENTS.isdisjoint(each.name for each in there):
+            continue  # of its thousands of folders none is others', or its Python could not be trusted
+        for path, facts in inner:
+            is_closed_too = facts.st_uid in own and not facts.st_mode & (S_IWGRP | S_IWOTH)
+            if not (is_closed_to_others and is_closed_too) and vouched.is_open(Path(path)):
+                found.add(Path(path))
+            elif len(queue) < _MOST_FOLDERS:
+                queue.append((path, is_closed_too))
     if len(found) > _MOST_OPEN:
         raise HpcmmError(_cannot(root, f"other users can write more than {_MOST_OPEN} folders in it"))
     return found

@@ -129,6 +129,18 @@ def test_however_much_members_leave_there_one_s_own_files_are_found(project: Pat
         assert {each.name for each in git_open} == {f"folder{number}" for number in range(20)}
 
 
+def test_folders_that_others_can_write_are_found_at_any_depth_but_not_in_an_environment(project: Path):
+    for name in ("a/b/open", "a/group", ".venv/lib/open"):
+        (project / name).mkdir(parents=True)
+    (project / ".venv" / "pyvenv.cfg").touch()
+    (project / "a/b/open").chmod(0o777)
+    (project / ".venv/lib/open").chmod(0o777)
+    open_to_group(project / "a/group", 0o2775)
+    commit(project)
+    found = module.Repository(project, Vouched(project, [project / "sub/train.py"])).open_folders
+    assert found == {project / "a/b/open", project / "a/group"}
+
+
 @pytest.mark.parametrize("theirs", ["setup.cfg", "setup.py"])
 def test_a_marker_that_a_member_adds_takes_no_project_away(project: Path, theirs: str):
     write(project, "pyproject.toml")
