@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -221,7 +222,7 @@ def _draw(evaluation: Evaluation, shown: Sequence[tuple[str, Scored]], out: Path
         evaluation.draw(Path(private), shown)
         for name in sorted(names_in(Path(private), within=Path(private))):
             with open_regular(Path(private) / name, within=Path(private)) as picture:
-                write_whole(out / name, lambda file, picture=picture: shutil.copyfileobj(picture, file))  # type: ignore[misc]
+                write_whole(out / name, partial(shutil.copyfileobj, picture))
 
 
 def _print(comparison: Comparison, out: Path) -> None:

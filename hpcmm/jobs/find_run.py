@@ -23,7 +23,7 @@ from hpcmm.runs.ledger import array_of, jobs_of_points, read_ledger
 from hpcmm.runs.ownership import exchangeable, is_mine, other_user, settle
 from hpcmm.runs.run_dir import JOB_ID, RUNS, RunDir, SweepDir, first_point_of, is_run, runs_in
 from hpcmm.runs.submission import JobIdentity, job_ids_of, noted_jobs, write_submission
-from hpcmm.slurm.commands import clusters_asked
+from hpcmm.slurm.commands import CONFIGURATIONS, clusters_asked
 from hpcmm.slurm.jobs import Job, is_same_job, jobs_of_scripts
 
 _MOST_RUNS = 20
@@ -33,7 +33,6 @@ _COMPONENT = re.compile(r"[0-9]{1,12}\+[0-9]{1,4}")
 """Of a heterogeneous job, as Slurm writes it: ``12+1``."""
 _ADDED = re.compile(r"-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}$")
 """What a launch adds to a run's name: date, time and a random part."""
-_SLURM_S_OWN_PLACES = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
 
 
 class NoSuchRunError(HpcmmError):
@@ -281,7 +280,7 @@ def default_environment(runs_root: Path, environ: dict[str, str] | None = None) 
         found = slurm_environment(run, environ)
         if "SLURM_CONF" in found:
             return found
-    if any(Path(place).exists() for place in _SLURM_S_OWN_PLACES):
+    if any(Path(place).exists() for place in CONFIGURATIONS):
         return environ
     local = _local_slurm_conf()
     return environ | {"SLURM_CONF": str(local)} if local is not None else environ

@@ -180,7 +180,7 @@ class Repository:
         submodules = [self.root / name for name, (_, mode, *_) in self._index.items() if mode == "160000"]
         asked = [path for path in submodules if (path / ".git").exists() and not not_vouched_for(path, self._vouched)]
         # Git looks into submodules, with the settings that it is given here.
-        inner = {name for path in asked for name in Repository(path, self._vouched)._filters}
+        inner = {name for path in asked for name in _filters_of(path)}
         self._filters = sorted({*self._filters, *inner})
         left_out = [path for path in submodules if path not in asked]
         return {entry[3:] for entry in self._status("--untracked-files=no", left_out=left_out)}

@@ -26,7 +26,7 @@ MOST_LINES = 60
 MOST_CHARACTERS = 4000
 """Characters of a message that are kept."""
 
-TOLD_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+_ORDERED_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 """Signals by which somebody else ends a rank."""
 
 _STATUS_BYTES = 16
@@ -128,7 +128,7 @@ def note_status(record: RankExit, attempt: Path) -> None:
     Ranks that were told to end do not count. 1, with which Python ends for any exception, stands only if no rank has
     another: an exception is often that of a lost peer, and its rank may be faster to say so.
     """
-    if record.signal in TOLD_TO_END:
+    if record.signal in _ORDERED_TO_END:
         return
     path = status_file(attempt)
     if read_tail(path, _STATUS_BYTES, within=_root_of(attempt)).strip() in {"", "1"}:

@@ -34,7 +34,8 @@ _OF_THE_CLUSTER = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
 _CLUSTERS = "SLURM_CLUSTERS"
 _OF_ANY_CLUSTER = frozenset({"squeue", "sacct", "scancel", "scontrol", "sinfo"})
 """Commands that take ``--clusters``; sacct does not heed the variable."""
-_CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
+CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
+"""Where Slurm's commands look by themselves."""
 _CONFIGURED_NAME = re.compile(r"^\s*ClusterName\s*=\s*([\w.-]+)", re.IGNORECASE | re.MULTILINE)
 
 
@@ -240,7 +241,7 @@ def _failure(command: str, complaint: str) -> HpcmmError:
 
 def cluster_here(environ: Mapping[str, str]) -> str:
     """Slurm's name of the cluster that its commands ask by themselves; empty if no configuration here tells it."""
-    for path in map(Path, [environ["SLURM_CONF"]] if environ.get("SLURM_CONF") else _CONFIGURATIONS):
+    for path in map(Path, [environ["SLURM_CONF"]] if environ.get("SLURM_CONF") else CONFIGURATIONS):
         try:
             if path.is_file():  # the site's own, which may be a link and of whatever user: squeue reads it too
                 with path.open(encoding="utf-8", errors="replace") as file:
