@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from hpcmm.analysis.report_inventory import ReportInventory, take_inventory
 from hpcmm.analysis.study import Selection, Study, why_failed
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import find_folder
+from hpcmm.node.cache import private_folder
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import Found, ReportSource, find_reports
 from hpcmm.reports.load import read_all
@@ -235,11 +235,8 @@ def _cache(wanted: Path | None, *, keep: bool) -> Iterator[Path]:
             f"{found.why}, so others could read the ranks' environment in {wanted}: leave --keep-cache out, or name a "
             "folder of your own with --out."
         )
-    with tempfile.TemporaryDirectory(prefix="hpcmm-") as scratch:
-        cache = Path(scratch) / "cache"
-        if (found := exchangeable(cache)) is not None:
-            raise HpcmmError(f"{found.why}: set TMPDIR to a folder of your own, for exports of reports are made there.")
-        yield cache
+    with private_folder("hpcmm-") as scratch:
+        yield scratch / "cache"
 
 
 def _read(

@@ -6,7 +6,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.evaluation import Evaluation, Scored
 from hpcmm.files import is_regular, names_in, open_regular, resolved, write_together, write_whole
 from hpcmm.jobs.find_run import find_folder
+from hpcmm.node.cache import private_folder
 from hpcmm.runs.ledger import LedgerPoint, read_ledger
 from hpcmm.runs.ownership import other_user, settle
 from hpcmm.runs.run_dir import RunDir, SweepDir
@@ -218,10 +218,10 @@ def _write(comparison: Comparison, out: Path) -> None:
 
 def _draw(evaluation: Evaluation, shown: Sequence[tuple[str, Scored]], out: Path) -> None:
     """The workload draws in a folder that nobody else can come to: in ``out`` others may have left links."""
-    with tempfile.TemporaryDirectory(prefix="hpcmm-") as private:
-        evaluation.draw(Path(private), shown)
-        for name in sorted(names_in(Path(private), within=Path(private))):
-            with open_regular(Path(private) / name, within=Path(private)) as picture:
+    with private_folder("hpcmm-") as private:
+        evaluation.draw(private, shown)
+        for name in sorted(names_in(private, within=private)):
+            with open_regular(private / name, within=private) as picture:
                 write_whole(out / name, partial(shutil.copyfileobj, picture))
 
 

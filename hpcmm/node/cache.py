@@ -1,4 +1,7 @@
-"""What outlives a run: compiled ops and generated data sets, in one folder that all nodes share."""
+"""What outlives a run: compiled ops and generated data sets, in one folder that all nodes share.
+
+And temporary folders, which are for one user alone.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import fcntl
 import hashlib
 import os
 import platform
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,6 +23,7 @@ import platformdirs
 from hpcmm.config.schema import ClusterConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.ownership import Reach, exchangeable, is_closed, other_user, owner_above
+from hpcmm.text import visible
 
 
 def given_cache_dir(cluster: ClusterConfig) -> Path:
@@ -106,3 +112,29 @@ def extensions_dir(cluster: ClusterConfig) -> Path:
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     built_for = f"torch{version('torch')}-deepspeed{version('deepspeed')}-{python}-{platform.machine()}-{installation}"
     return cache_dir(cluster) / "torch_extensions" / built_for
+
+
+def make_private_folder(prefix: str, place: Path | None = None, setting: str = "TMPDIR") -> Path:
+    """A new folder in ``place``, which ``setting`` named, that nobody else can look into, or exchange for another.
+
+    Raises HpcmmError if others could, for what is written there may be secret, or run; OSError if none can be made.
+    """
+    place = Path(os.path.realpath(place or tempfile.gettempdir()))
+    found = exchangeable(place / prefix)
+    if found is not None:
+        without = " without the sticky bit" if found.reach is Reach.everybody else ""
+        raise HpcmmError(
+            f"{setting} is {visible(str(place))}, but {found.why}{without}, so another user could exchange the folders "
+            "that are made there: set it to a folder of your own."
+        )
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+
+
+@contextmanager
+def private_folder(prefix: str) -> Iterator[Path]:
+    """As :func:`make_private_folder`; it is removed at the end."""
+    folder = make_private_folder(prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

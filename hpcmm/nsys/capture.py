@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.node.cache import make_private_folder
 from hpcmm.node.startup import COMMAND_BEGAN
 from hpcmm.nsys.importer import import_qdstrm
 from hpcmm.nsys.supervisor import HEEDS_SIGTERM_S, End, Supervisor, run_supervised
@@ -40,7 +41,7 @@ def run_under_nsys(
     that the report survives it; ``ended``, ``must_end`` and ``heeds_s`` as in
     :func:`~hpcmm.nsys.supervisor.run_supervised`.
     """
-    folder = Path(tempfile.mkdtemp(prefix="hpcmm-nsys-"))
+    folder = make_private_folder("hpcmm-nsys-")
     started, output = folder / "started", folder / report.stem
 
     def record(apart: Supervisor) -> None:

@@ -14,7 +14,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import read_text, write_whole
-from hpcmm.node.cache import one_at_a_time
+from hpcmm.node.cache import one_at_a_time, private_folder
 from hpcmm.nsys.capture import START_ATTEMPTS, one_start_at_a_time
 from hpcmm.nsys.importer import import_qdstrm
 
@@ -63,8 +62,8 @@ def nsys_problem(nsys: str) -> str | None:
     Nothing is cached. Takes some seconds.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="hpcmm-nsys-probe-") as folder:
-            return _problem_of_a_capture(nsys, Path(folder))
+        with private_folder("hpcmm-nsys-probe-") as folder:
+            return _problem_of_a_capture(nsys, folder)
     except (OSError, subprocess.SubprocessError, sqlite3.Error, HpcmmError) as error:
         return f"a capture of one range failed ({error})"
 
@@ -102,7 +101,8 @@ def _record_one_range(nsys: str, raw: Path, report: Path) -> str:
     said = ""
     for _ in range(START_ATTEMPTS):
         with one_start_at_a_time():
-            said = _words(_run(nsys, "profile", *flags, sys.executable, "-c", _RECORD_ONE_RANGE, folder=raw.parent))
+            program = (sys.executable, "-P", "-c", _RECORD_ONE_RANGE)
+            said = _words(_run(nsys, "profile", *flags, *program, folder=raw.parent))
         if report.exists() or raw.exists():
             break
     return said

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -25,6 +23,7 @@ from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
+from hpcmm.node.cache import private_folder
 from hpcmm.node.network import hold_free_port, peer_uid
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.serve.address import Address, new_token, this_host
@@ -63,7 +62,7 @@ def serve(
     """
     with ExitStack() as stack:
         held = stack.enter_context(_listening(options.port))
-        cache = stack.enter_context(_private_folder())
+        cache = stack.enter_context(private_folder("hpcmm-serve-"))  # for uploads
         _settle_gradio(cache)
         page, service = load_page(options)
         stack.callback(service.close)
@@ -264,16 +263,6 @@ def _bound(port: int) -> socket.socket:
         held.close()
         raise
     return held
-
-
-@contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A folder for uploads that nobody else can read, gone with the server."""
-    folder = Path(tempfile.mkdtemp(prefix="hpcmm-serve-")).resolve()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _settle_gradio(cache: Path) -> None:

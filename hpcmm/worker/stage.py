@@ -19,7 +19,6 @@ import shutil
 import signal
 import stat
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -34,6 +33,7 @@ from typing import IO
 from hpcmm.config.schema import RunConfig, StageCheck
 from hpcmm.errors import HpcmmError
 from hpcmm.files import write_json
+from hpcmm.node.cache import make_private_folder
 from hpcmm.node.recorder import node_of
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.environment import scratch_dir
@@ -323,7 +323,7 @@ def own_folder(scratch: Path) -> Iterator[Path]:
     """
     _remove_left_behind(scratch)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.geteuid()}-", dir=scratch))
+        folder = make_private_folder(f"{_PREFIX}-{os.geteuid()}-", scratch, "cluster.scratch_dir")
         (folder / _DATA).mkdir(mode=0o700)
         held = os.open(folder / f"{LOCK}.new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(held, fcntl.LOCK_SH)

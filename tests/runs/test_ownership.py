@@ -11,6 +11,7 @@ import another_user
 import pytest
 
 from hpcmm.errors import HpcmmError
+from hpcmm.node.cache import private_folder
 from hpcmm.runs.ownership import (
     Reach,
     check_runs_root,
@@ -288,3 +289,17 @@ def test_a_group_that_could_exchange_a_run_is_said_with_what_prevents_it(open_pl
     project.chmod(0o3775)
     check_runs_root(project / "runs" / "demo-1")
     assert capsys.readouterr().err == ""
+
+
+def test_a_temporary_folder_that_others_could_exchange_is_not_made(open_place, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(open_place))
+    open_place.chmod(0o777)
+    why = "can be written by everybody without the sticky bit"
+    said = rf"^TMPDIR is {open_place}, but {open_place} {why}, so .*: set it to a folder of your own\.$"
+    with pytest.raises(HpcmmError, match=said), private_folder("hpcmm-"):
+        pass
+    assert not list(open_place.iterdir())
+    open_place.chmod(0o1777)
+    with private_folder("hpcmm-") as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.timeout(120)
 
 PROGRAM = """
 import asyncio, contextlib, signal, sys, time
+from hpcmm.node.cache import private_folder
 from hpcmm.serve import server
 
 proof_s, most, hangup = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -46,7 +47,7 @@ async def page(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
     await send({"type": "http.response.body", "body": b"page"})
 
-with server._listening(0) as held, server._private_folder() as cache:
+with server._listening(0) as held, private_folder("hpcmm-serve-") as cache:
     (cache / "upload.png").write_text("a picture")
     port = held.getsockname()[1]
     guard = server.Guard(page, token="token", cookie="c", cache=cache, max_body_bytes=1_000_000)
