@@ -14,6 +14,8 @@ from pathlib import Path
 from stat import S_ISREG, S_IWGRP, S_IWOTH
 from typing import IO, Any
 
+from hpcmm.text import visible
+
 Content = str | Callable[[IO[bytes]], None]
 """A file's text, or what writes its bytes."""
 
@@ -24,6 +26,8 @@ _MOST_LOOKED_AT = 1000
 """Of what lies in a folder, to know whether it is a package."""
 MOST_NAMES = 1 << 18
 """Of a folder's that are looked at; more are another user's trap."""
+
+_WHOLE_RANGE = ["0", "0", str(2**32 - 1)]
 
 _TO_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -246,6 +250,37 @@ def other_writer(*paths: Path) -> Path | None:
 def others_write(facts: os.stat_result) -> bool:
     """Whether another user than this one and root owns a file or folder, or could write it."""
     return facts.st_uid not in {os.geteuid(), 0} or facts.st_mode & (S_IWGRP | S_IWOTH) != 0
+
+
+def is_known_owner(uid: int) -> bool:
+    """Whether what this user owns is this user's own, root's, or of nobody that is known in this container."""
+    return uid in trusted_above() or _has_no_name_here(uid)
+
+
+def trusted_above() -> set[int]:
+    """Who may own a folder above a run: root, this user, and who became root by sudo, in a folder of their own."""
+    sudo = os.environ.get("SUDO_UID", "")
+    return {0, os.geteuid()} | ({int(sudo)} if os.geteuid() == 0 and sudo.isdecimal() else set())
+
+
+def _has_no_name_here(uid: int) -> bool:
+    """Whether this stands for the users that a container's user namespace does not know, root among them."""
+    try:
+        overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+        mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return False
+    return uid == overflow and mapped != _WHOLE_RANGE
+
+
+def name_of(uid: int) -> str:
+    """A user's name; the number if there is none."""
+    import pwd  # noqa: PLC0415 -- seldom needed, and may ask a server
+
+    try:
+        return visible(pwd.getpwuid(uid).pw_name)
+    except (KeyError, OverflowError):
+        return str(uid)
 
 
 def entries_of(folder: Path, most: int | None = None) -> list[Path]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hpcmm.config.class_source import class_source, fits, syntax_problem
+from hpcmm.config.class_source import class_source, fits, guard_imports, syntax_problem
 from hpcmm.config.keys import PartGroup, parts_of
 from hpcmm.config.untyped_config import refuse_endless_aliases
 from hpcmm.errors import HpcmmError
@@ -182,8 +182,11 @@ def import_class(target: str) -> type:
     module, _, name = target.rpartition(".")
     if not all(each.isidentifier() for each in target.split(".")) or not module:
         raise HpcmmError(f"{target[:_LONGEST_NAME]} cannot be imported: write package.module.Class.")
+    guard_imports()
     try:
         found = getattr(importlib.import_module(module), name)
+    except HpcmmError:  # of a module that is another user's
+        raise
     except (ModuleNotFoundError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and not f"{target}.".startswith(f"{error.name}."):
             raise HpcmmError(f"{target} cannot be imported: its module failed with {own_error(error)}.") from error

@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpcmm.config.class_source import INSTALLED
 from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
 from hpcmm.files import entries_of, holds_python, is_file_here, is_folder_here, read_followed
 from hpcmm.launch.project_files import project_root, syntax_tree
 from hpcmm.resources import PACKAGE
 
-INSTALLED = frozenset({"site-packages", "dist-packages"})
-"""Names of the folders that packages are installed in."""
 _NEVER_IMPORTED = frozenset(
     ("hpcmm", "setup", "conftest", "noxfile", "test", "tests", "docs", "examples", "benchmarks", "scripts", "tools")
 )

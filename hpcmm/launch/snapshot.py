@@ -15,15 +15,15 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
-from hpcmm.config.class_source import holder_of
+from hpcmm.config.class_source import INSTALLED, holder_of, require_own_module
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import CODE, SETTINGS, entries_of, has_secret_name, is_file_here, is_folder_here, open_followed
 from hpcmm.launch.job_imports import (
-    INSTALLED,
     Editable,
     folders_of_pythonpath,
     import_roots,
@@ -167,12 +167,17 @@ def _holder_of_function(target: str, working_directory: Path, installed: Editabl
 
 
 def _modules(targets: Iterable[str], holders: Iterable[Path]) -> Iterator[Path]:
-    """The files of the user's own modules that hold functions or classes."""
+    """The files of the user's own modules that hold functions or classes.
+
+    Raises HpcmmError if another user can have put one there, for who owns such a file vouches for others.
+    """
     for target in sorted(targets):
         module = target.partition(":")[0] if ":" in target else target.rpartition(".")[0]
         for holder in holders if module else ():
+            require_own_module(module, holder)
             path = holder.joinpath(*module.split("."))
-            yield from (file for file in (path.with_suffix(".py"), path / "__init__.py") if is_file_here(file))
+            files = (path / "__init__.py", path.with_name(f"{path.name}.py"))  # in the order in which Python looks
+            yield from islice(filter(is_file_here, files), 1)
 
 
 def take_snapshot(config: RunConfig, run: RunDir, code: CodePlan | None) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import entries_of, is_folder_here, read_followed
-from hpcmm.runs.ownership import is_closed, is_known_owner, others_can_write
+from hpcmm.files import entries_of, is_folder_here, is_known_owner, read_followed
+from hpcmm.runs.ownership import is_closed, others_can_write
 
 _TIMEOUT_S = 60
 _MOST_FOLDERS = 20_000

@@ -12,11 +12,10 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import other_writer, others_write
+from hpcmm.files import is_known_owner, name_of, other_writer, others_write, trusted_above
 from hpcmm.text import visible
 
 _NOT_THERE = "{} is not there, or closed to you."
-_WHOLE_RANGE = ["0", "0", str(2**32 - 1)]
 
 
 def is_mine(folder: Path) -> bool:
@@ -35,16 +34,6 @@ def other_user(folder: Path) -> str | None:
     """The name of the other user whose folder, or link to one, this is; None if it is this user's, or not there."""
     place = settle(folder)
     return None if place is None or place.uid == os.geteuid() else name_of(place.uid)
-
-
-def name_of(uid: int) -> str:
-    """A user's name; the number if there is none."""
-    import pwd  # noqa: PLC0415 -- seldom needed, and may ask a server
-
-    try:
-        return visible(pwd.getpwuid(uid).pw_name)
-    except (KeyError, OverflowError):
-        return str(uid)
 
 
 def require_mine(folder: Path, refused: str) -> Path:
@@ -307,7 +296,7 @@ def _chosen_by(step: _Step) -> Exchangeable | None:
     if step.uid is None or step.is_closed or is_known_owner(step.uid):
         return None
     facts = step.above
-    by_others = facts.st_mode & S_IWOTH or facts.st_uid not in _trusted_above()
+    by_others = facts.st_mode & S_IWOTH or facts.st_uid not in trusted_above()
     is_so = by_others or _group_can_write(step.path.parent, facts)
     return Exchangeable(Reach.link, step.path, step.uid) if is_so else None
 
@@ -385,29 +374,8 @@ def _is_group_of_one(gid: int, uid: int) -> bool:
     return own.pw_gid == gid and group.gr_name == own.pw_name and set(group.gr_mem) <= {own.pw_name}
 
 
-def _trusted_above() -> set[int]:
-    """Who may own a folder above a run: root, this user, and who became root by sudo, in a folder of their own."""
-    sudo = os.environ.get("SUDO_UID", "")
-    return {0, os.geteuid()} | ({int(sudo)} if os.geteuid() == 0 and sudo.isdecimal() else set())
-
-
-def _has_no_name_here(uid: int) -> bool:
-    """Whether this stands for the users that a container's user namespace does not know, root among them."""
-    try:
-        overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
-        mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return False
-    return uid == overflow and mapped != _WHOLE_RANGE
-
-
 def others_can_write(path: Path, facts: os.stat_result, known: Sequence[tuple[Path, os.stat_result]]) -> bool:
     """Whether users can write ``path`` by the rights of its group or of all, who can write none of ``known`` so."""
     if facts.st_mode & S_IWOTH:
         return not any(each.st_mode & S_IWOTH for _, each in known)
     return _group_can_write(path, facts) and not any(_is_same_group(path, facts, *each) for each in known)
-
-
-def is_known_owner(uid: int) -> bool:
-    """Whether what this user owns is this user's own, root's, or of nobody that is known in this container."""
-    return uid in _trusted_above() or _has_no_name_here(uid)

@@ -1,0 +1,89 @@
+"""Another user's module in a shared folder never stands for one of the user's own."""
+
+import importlib
+import py_compile
+import sys
+import tempfile
+from pathlib import Path
+
+import another_user
+import pytest
+
+from hpcmm.config import class_source
+from hpcmm.config.class_source import require_own_module
+from hpcmm.config.parts import import_class
+from hpcmm.errors import HpcmmError
+from hpcmm.launch.snapshot import _modules
+
+pytestmark = pytest.mark.timeout(60)
+OWN = "class Mine:\n    pass\n"
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch):
+    """A folder in which others can make files; it is searched for modules."""
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    with tempfile.TemporaryDirectory(prefix="hpcmm-", dir="/tmp") as made:
+        folder = Path(made)
+        folder.chmod(0o1777)
+        (folder / "my_own_module.py").write_text(OWN)
+        monkeypatch.syspath_prepend(made)
+        yield folder
+        class_source._spec_on.cache_clear()
+        for name in [name for name in sys.modules if name.startswith("my_own_module")]:
+            del sys.modules[name]
+
+
+def plant(path: Path, text: str = "raise SystemExit('code of another user')\n") -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    another_user.give(path if path.parent.stat().st_mode & 0o1000 else path.parent)
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o1775, 0o2775])
+@pytest.mark.parametrize("name", ["my_own_module/__init__.py", "my_own_module.abi3.so"])
+def test_a_package_that_another_user_puts_before_the_users_module_is_refused(shared, name, mode):
+    plant(shared / name)
+    shared.chmod(mode)
+    said = rf"{shared / Path(name).parts[0]} belongs to user {another_user.UID}, so it is not imported as your code"
+    with pytest.raises(HpcmmError, match=said):
+        import_class("my_own_module.Mine")
+    with pytest.raises(HpcmmError, match=said):
+        list(_modules(["my_own_module:main"], [shared]))
+
+
+def test_a_module_that_the_users_own_one_imports_is_not_another_users(shared):
+    (shared / "my_own_module.py").write_text(f"import my_own_module_parts\n{OWN}")
+    (shared / "my_own_module_parts.py").write_text("")
+    plant(shared / "my_own_module_parts" / "__init__.py")
+    with pytest.raises(HpcmmError, match=r"my_own_module_parts belongs to user"):
+        import_class("my_own_module.Mine")
+
+
+def test_a_compiled_copy_that_another_user_made_is_not_run(shared):
+    source, cache = shared / "my_own_module.py", shared / "__pycache__"
+    other = shared / "other.py"
+    other.write_text("class Mine:\n    is_planted = True\n")
+    cache.mkdir()
+    planted = cache / Path(importlib.util.cache_from_source(str(source))).name
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(other), cfile=str(planted), invalidation_mode=mode)
+    another_user.give(cache)
+    importlib.invalidate_caches()
+    assert not hasattr(import_class("my_own_module.Mine"), "is_planted")
+
+
+def test_one_s_own_modules_and_a_colleagues_whole_folder_are_imported(shared):
+    assert list(_modules(["my_own_module:main"], [shared])) == [shared / "my_own_module.py"]
+    assert import_class("my_own_module.Mine").__name__ == "Mine"
+    shared.chmod(0o755)
+    another_user.give(shared)
+    require_own_module("my_own_module", shared)
+
+
+def test_the_package_is_what_python_would_import(shared):
+    (shared / "my_own_module").mkdir()
+    assert list(_modules(["my_own_module:main"], [shared])) == [shared / "my_own_module.py"]
+    (shared / "my_own_module" / "__init__.py").write_text(OWN)
+    assert list(_modules(["my_own_module:main"], [shared])) == [shared / "my_own_module" / "__init__.py"]
