@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from stat import S_ISREG, S_IWGRP, S_IWOTH
@@ -22,8 +23,6 @@ Content = str | Callable[[IO[bytes]], None]
 MOST_BYTES = 1 << 20
 """Of a small file; a longer one is damage."""
 
-_MOST_LOOKED_AT = 1000
-"""Of what lies in a folder, to know whether it is a package."""
 MOST_NAMES = 1 << 18
 """Of a folder's that are looked at; more are another user's trap."""
 
@@ -283,6 +282,34 @@ def name_of(uid: int) -> str:
         return str(uid)
 
 
+def group_can_write(folder: Path, facts: os.stat_result) -> bool:
+    """Whether others can by the rights of the group, in which those of an access control list show as well."""
+    if not facts.st_mode & S_IWGRP:
+        return False
+    return access_list(folder) != b"" or not _is_group_of_one(facts.st_gid, os.geteuid())
+
+
+def access_list(path: Path) -> bytes:
+    """The POSIX access control list in the kernel's form; empty if there is none beside the mode."""
+    try:
+        return os.getxattr(path, "system.posix_acl_access")
+    except OSError:  # none, or a file system without them
+        return b""
+
+
+@cache  # a server may be asked, and a path has many folders of one group
+def _is_group_of_one(gid: int, uid: int) -> bool:
+    """Whether this is the group that many systems make for each user: of the same name, with no other member."""
+    import grp  # noqa: PLC0415 -- as above
+    import pwd  # noqa: PLC0415
+
+    try:
+        own, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+    except (KeyError, OverflowError):
+        return False
+    return own.pw_gid == gid and group.gr_name == own.pw_name and set(group.gr_mem) <= {own.pw_name}
+
+
 def entries_of(folder: Path, most: int | None = None) -> list[Path]:
     """What lies in a folder, ``most`` of it; nothing if it is closed to us, and so to the job."""
     try:
@@ -313,15 +340,6 @@ def is_file_here(path: Path, *, unknown: bool = False) -> bool:
         return path.is_file()
     except OSError:
         return unknown
-
-
-def holds_python(folder: Path) -> bool:
-    """Whether Python files lie in it, or in a folder in it."""
-    inside = entries_of(folder, _MOST_LOOKED_AT)
-    folders = (entry for entry in inside if is_folder_here(entry))
-    return any(entry.suffix == ".py" for entry in inside) or any(
-        each.suffix == ".py" for entry in islice(folders, 20) for each in entries_of(entry, _MOST_LOOKED_AT)
-    )
 
 
 # Kinds of files, and credentials among them. The patterns are compiled when they are first used, for that takes a tenth

@@ -10,10 +10,13 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import os
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWOTH
 from typing import Any, TypeVar
 
 import yaml
@@ -22,10 +25,12 @@ from hpcmm.config.class_source import class_source, fits, guard_imports, syntax_
 from hpcmm.config.keys import PartGroup, parts_of
 from hpcmm.config.untyped_config import refuse_endless_aliases
 from hpcmm.errors import HpcmmError
-from hpcmm.files import read_text
+from hpcmm.files import group_can_write, is_known_owner, name_of, read_text
 from hpcmm.resources import resource
+from hpcmm.text import visible
 
 T = TypeVar("T")
+CONFIG_DIR = "launch.config_dir"
 TARGET = "_target_"
 NAME = "name"
 """Key of a resolved part that says what its file is called; no parameter."""
@@ -69,8 +74,45 @@ def resolved_part(value: Any, group: str, folders: Sequence[Path]) -> Any:
         return value
     for folder in folders:
         if (file := folder / group / f"{value}.yaml").is_file():
+            if folder != folders[0]:
+                check_writers(file, folder)
             return {NAME: value, **_contents(file, file.stat().st_mtime_ns)}
     return value
+
+
+def check_writers(file: Path, top: Path) -> None:
+    """Say, once for the folder ``top`` of a user's, who else could change a file that is chosen there.
+
+    Such a file may name code, and commands that the job starts with. Raises HpcmmError if everybody could change it.
+    """
+    real, real_top = (Path(os.path.realpath(each)) for each in (file, top))
+    for path, above in {(file, top), (real, real_top)}:
+        for each in (*reversed(path.parents), path):
+            facts = each.lstat()
+            if S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077:
+                break  # nobody else comes further
+            # With the sticky bit others cannot exchange a folder, but they can add a file.
+            is_asked = not S_ISLNK(facts.st_mode) and (each.is_relative_to(above) or not facts.st_mode & S_ISVTX)
+            if is_asked and facts.st_mode & S_IWOTH:
+                raise HpcmmError(
+                    f"{CONFIG_DIR} is {visible(str(top))}, but {visible(str(each))} can be written by everybody, and "
+                    "what lies there would run as you: close it to them (chmod o-w), or copy it to a folder of your "
+                    "own."
+                )
+            if is_asked and group_can_write(each, facts):
+                _say_who_writes(top, f"{visible(str(each))} can be written by its group")
+            elif not is_known_owner(facts.st_uid):
+                _say_who_writes(top, f"{visible(str(each))} belongs to user {name_of(facts.st_uid)}")
+
+
+_said: set[Path] = set()
+
+
+def _say_who_writes(top: Path, who: str) -> None:
+    if top not in _said:
+        _said.add(top)
+        shown = visible(str(top))
+        print(f"hpcmm: {CONFIG_DIR} is {shown}; {who}, so others could change what this run does.", file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=1000)

@@ -32,16 +32,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcmm.config.keys import parts_of, type_hints
-from hpcmm.config.parts import TARGET, folders_of, yaml_problem
+from hpcmm.config.parts import CONFIG_DIR, TARGET, check_writers, folders_of, yaml_problem
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.untyped_config import refuse_endless_aliases
 from hpcmm.config.workload import load_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.files import MOST_BYTES
 from hpcmm.resources import resource
+from hpcmm.text import printable
 
 TASK_CLASS = f"task.{TARGET}"
-CONFIG_DIR = "launch.config_dir"
 MOST_ENTRIES = 10_000
 DEEPEST = 3
 """Levels of config groups below a group, such as the one of ``model/decoder``."""
@@ -161,7 +161,7 @@ def explained(space: ConfigSpace) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         raise HpcmmError(_explain(error, space)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HpcmmError(f"{_unreadable_file(error, space)} cannot be read: {yaml_problem(error)}.") from error
+        raise HpcmmError(f"The configuration cannot be read: {yaml_problem(error)}.") from error
     except RecursionError:
         raise HpcmmError("The configuration is nested too deeply, or refers to itself.") from None
 
@@ -213,17 +213,26 @@ class _CheckedRepository(CachingConfigRepository):
     """One that reads no file of the user's which would take Hydra without end to understand, or all of the memory."""
 
     def load_config(self, config_path: str) -> ConfigResult | None:
-        if f"config_path={config_path}" not in self.cache:
-            for source in self.get_sources():
-                if isinstance(source, FileConfigSource) and source.path != str(resource("conf")):
-                    _check_file(Path(source.path) / f"{config_path.removesuffix('.yaml')}.yaml")
-        return super().load_config(config_path)
+        if f"config_path={config_path}" in self.cache:
+            return super().load_config(config_path)
+        folders = [Path(source.path) for source in self.get_sources() if isinstance(source, FileConfigSource)]
+        name = f"{config_path.removesuffix('.yaml')}.yaml"
+        for folder in folders:
+            if folder != resource("conf"):
+                _check_file(folder / name, folder)
+        try:
+            return super().load_config(config_path)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            file = next((folder / name for folder in folders if (folder / name).exists()), name)
+            raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
 
 
-def _check_file(file: Path) -> None:
+def _check_file(file: Path, top: Path) -> None:
+    """Raises HpcmmError if a file of the folder ``top`` cannot be read, or everybody could have written it."""
     try:
         if not file.exists():
             return
+        check_writers(file, top)
         if not file.is_file():
             raise HpcmmError(f"{file} cannot be read: it is not a file.")
         with file.open("rb") as opened:  # what a link names too, for the folder is the user's own choice
@@ -233,8 +242,6 @@ def _check_file(file: Path) -> None:
         refuse_endless_aliases(content.decode())
     except OSError as error:
         raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
-    except yaml.MarkedYAMLError:
-        return  # Hydra's reader says it with the name of the file
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
 
@@ -320,7 +327,7 @@ def _groups_in(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 def groups_help(space: ConfigSpace) -> str:
     """A line for each config group with its options."""
-    return "\n".join(f"  {name + '=':<12} {', '.join(options)}" for name, options in space.groups.items())
+    return "\n".join(printable(f"  {name + '=':<12} {', '.join(options)}") for name, options in space.groups.items())
 
 
 def _explain(error: Exception, space: ConfigSpace) -> str:
@@ -349,20 +356,6 @@ def _explain(error: Exception, space: ConfigSpace) -> str:
     else:
         said = f"{key[1]}: {first_line(cause)}" if key else first_line(cause)
     return said
-
-
-def _unreadable_file(error: Exception, space: ConfigSpace) -> str:
-    """The file that an error of YAML names, or else the first one of the config folders that is not UTF-8."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is not None and mark.name:
-        return str(mark.name)
-    for folder in space.folders:
-        for file in sorted(folder.rglob("*.yaml")):
-            try:
-                _check_file(file)
-            except HpcmmError:
-                return str(file)
-    return "A file of the configuration"
 
 
 def first_line(error: BaseException) -> str:

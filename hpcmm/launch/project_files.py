@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -20,7 +21,6 @@ from hpcmm.files import (
     SETTINGS,
     entries_of,
     has_secret_name,
-    holds_python,
     is_file_here,
     is_folder_here,
     is_secret,
@@ -30,6 +30,8 @@ from hpcmm.launch.vouched import Repository, Vouched, not_vouched_for
 from hpcmm.runs.ownership import Reach, is_open_to_all, is_trusted, reach_beyond
 
 _LARGEST_BYTES = 10**7
+_MOST_LOOKED_AT = 1000
+"""Of what lies in a folder, to know whether it is a package."""
 """Of a file that git does not vouch for: a larger one is data."""
 _MOST_LINKS = 1000
 _MOST_ENTRIES = 20_000
@@ -433,3 +435,12 @@ def syntax_tree(script: Path) -> ast.AST:
         return ast.parse(read_followed(script, _LARGEST_BYTES))
     except (OSError, SyntaxError, ValueError, RecursionError):
         return ast.Module([], [])
+
+
+def holds_python(folder: Path) -> bool:
+    """Whether Python files lie in it, or in a folder in it."""
+    inside = entries_of(folder, _MOST_LOOKED_AT)
+    folders = (entry for entry in inside if is_folder_here(entry))
+    return any(entry.suffix == ".py" for entry in inside) or any(
+        each.suffix == ".py" for entry in islice(folders, 20) for each in entries_of(entry, _MOST_LOOKED_AT)
+    )

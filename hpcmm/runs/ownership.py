@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_known_owner, name_of, other_writer, others_write, trusted_above
+from hpcmm.files import access_list, group_can_write, is_known_owner, name_of, other_writer, others_write, trusted_above
 from hpcmm.text import visible
 
 _NOT_THERE = "{} is not there, or closed to you."
@@ -122,7 +121,7 @@ class Exchangeable:
             return f"{above} belongs to user {name_of(self.uid)}"
         if self.reach is Reach.everybody:
             return f"{above} can be written by everybody"
-        by_list = ", or by those that its access control list names" if _access_list(self.above) else ""
+        by_list = ", or by those that its access control list names" if access_list(self.above) else ""
         return f"{above} can be written by its group{by_list}"
 
 
@@ -297,23 +296,8 @@ def _chosen_by(step: _Step) -> Exchangeable | None:
         return None
     facts = step.above
     by_others = facts.st_mode & S_IWOTH or facts.st_uid not in trusted_above()
-    is_so = by_others or _group_can_write(step.path.parent, facts)
+    is_so = by_others or group_can_write(step.path.parent, facts)
     return Exchangeable(Reach.link, step.path, step.uid) if is_so else None
-
-
-def _group_can_write(folder: Path, facts: os.stat_result) -> bool:
-    """Whether others can by the rights of the group, in which those of an access control list show as well."""
-    if not facts.st_mode & S_IWGRP:
-        return False
-    return _access_list(folder) != b"" or not _is_group_of_one(facts.st_gid, os.geteuid())
-
-
-def _access_list(path: Path) -> bytes:
-    """The POSIX access control list in the kernel's form; empty if there is none beside the mode."""
-    try:
-        return os.getxattr(path, "system.posix_acl_access")
-    except OSError:  # none, or a file system without them
-        return b""
 
 
 def _allowed_by(step: _Step) -> Exchangeable | None:
@@ -324,7 +308,7 @@ def _allowed_by(step: _Step) -> Exchangeable | None:
         return None
     if facts.st_mode & S_IWOTH and not sticky:
         reach = Reach.everybody
-    elif not sticky and _group_can_write(parent, facts):
+    elif not sticky and group_can_write(parent, facts):
         reach = Reach.group
     elif not is_known_owner(facts.st_uid):
         reach = Reach.owner
@@ -351,31 +335,18 @@ def reach_beyond(above: Path, folder: Path) -> Reach | None:
     elif facts.st_uid != below.st_uid and owner_above(above) is not None:
         reach = Reach.owner
     elif not _is_same_group(above, facts, folder, below):
-        reach = Reach.group if _group_can_write(above, facts) else None
+        reach = Reach.group if group_can_write(above, facts) else None
     return None if reach is None or is_closed(above) else reach
 
 
 def _is_same_group(above: Path, facts: os.stat_result, folder: Path, below: os.stat_result) -> bool:
     """Whether those who can write ``above`` by the rights of its group can write ``folder`` by the same."""
     by_group = below.st_mode & S_IWGRP and below.st_gid == facts.st_gid
-    return bool(by_group) and _access_list(above) == _access_list(folder)
-
-
-@cache  # a server may be asked, and a path has many folders of one group
-def _is_group_of_one(gid: int, uid: int) -> bool:
-    """Whether this is the group that many systems make for each user: of the same name, with no other member."""
-    import grp  # noqa: PLC0415 -- as above
-    import pwd  # noqa: PLC0415
-
-    try:
-        own, group = pwd.getpwuid(uid), grp.getgrgid(gid)
-    except (KeyError, OverflowError):
-        return False
-    return own.pw_gid == gid and group.gr_name == own.pw_name and set(group.gr_mem) <= {own.pw_name}
+    return bool(by_group) and access_list(above) == access_list(folder)
 
 
 def others_can_write(path: Path, facts: os.stat_result, known: Sequence[tuple[Path, os.stat_result]]) -> bool:
     """Whether users can write ``path`` by the rights of its group or of all, who can write none of ``known`` so."""
     if facts.st_mode & S_IWOTH:
         return not any(each.st_mode & S_IWOTH for _, each in known)
-    return _group_can_write(path, facts) and not any(_is_same_group(path, facts, *each) for each in known)
+    return group_can_write(path, facts) and not any(_is_same_group(path, facts, *each) for each in known)
