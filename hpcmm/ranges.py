@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 
 from hpcmm.errors import HpcmmError
 
@@ -28,7 +29,8 @@ def parse_ranges(listed: str) -> list[range | None]:
 
 def ranks_in(listed: str) -> list[int]:
     """The ranks of ``0-2,5`` as another program wrote them, in its order; what cannot be a rank is left out."""
-    return [rank for part in parse_ranges(listed) if part is not None and part.stop <= MAX_RANK + 1 for rank in part]
+    parts = [part for part in parse_ranges(listed) if part is not None and part.stop <= MAX_RANK + 1]
+    return list(islice(chain.from_iterable(parts), MAX_RANK + 1))
 
 
 def write_ranges(numbers: Iterable[int], separator: str = ",") -> str:
@@ -139,11 +141,16 @@ def profiled_ranks(
     if choice == "one_per_node":
         return frozenset(range(0, world_size, ranks_per_node))
     ranks: set[int] = set()
+    read = 0
     for part in parse_ranges(choice):
         if part is None:
             raise HpcmmError(f"{asked_by} is {choice!r}: write all, one_per_node, or ranks such as '0,3-5'.")
         # One number beyond the run is enough to refuse it: a huge range must not become a huge set.
-        ranks.update(range(min(part.start, world_size), min(part.stop, world_size + 1)))
+        named = range(min(part.start, world_size), min(part.stop, world_size + 1))
+        ranks.update(named)
+        read += len(named)
+        if read > 4 * MAX_RANK:  # the same ones again and again
+            raise HpcmmError(f"{asked_by} names more ranks than a run can have: name each once.")
     if not ranks or max(ranks) >= world_size:
         raise HpcmmError(f"{asked_by} is {choice!r}, but the ranks of this run are 0 to {world_size - 1}.")
     return frozenset(ranks)

@@ -1,9 +1,20 @@
 """Number ranges and untrusted text: each has one module that reads and writes it."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcmm.ranges import count_tasks, is_task_of, parse_ranges, ranks_in, tasks_in, without_tasks, write_ranges
+from hpcmm.errors import HpcmmError
+from hpcmm.ranges import (
+    count_tasks,
+    is_task_of,
+    parse_ranges,
+    profiled_ranks,
+    ranks_in,
+    tasks_in,
+    without_tasks,
+    write_ranges,
+)
 from hpcmm.text import printable, visible
 
 
@@ -46,6 +57,8 @@ def test_a_part_that_is_no_range_is_told_apart() -> None:
 def test_a_huge_range_costs_no_memory() -> None:
     assert parse_ranges("0-999999999999") == [range(1_000_000_000_000)]
     assert ranks_in("0-999999999999,3") == [3]
+    with pytest.raises(HpcmmError, match="names more ranks than a run can have"):
+        profiled_ranks(",".join(["0-131071"] * 100_000), 131_072, 4)
 
 
 def test_untrusted_text_is_escaped_replaced_or_left_out() -> None:

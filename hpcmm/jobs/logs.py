@@ -6,13 +6,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, names_in, open_regular
-from hpcmm.ranges import ranks_in, write_ranges
+from hpcmm.ranges import MAX_RANK, ranks_in, write_ranges
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.text import visible
 
@@ -202,18 +202,22 @@ _SRUN_TASKS = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,
 def srun_words(lines: list[str]) -> dict[int, tuple[str, str]]:
     """Node and srun's word, such as ``Killed``, of each rank that srun named."""
     found: dict[int, tuple[str, str]] = {}
-    for line in lines:
-        match = _SRUN_TASKS.fullmatch(f"srun: error: {line}")
-        for rank in ranks_in(match["ranks"]) if match else []:
-            found.setdefault(rank, (match["node"], match["what"]) if match else ("", ""))
+    matches = [match for line in lines if (match := _SRUN_TASKS.fullmatch(f"srun: error: {line}"))]
+    for match, rank in _ranks_named(matches):
+        found.setdefault(rank, (match["node"], match["what"]))
     return found
+
+
+def _ranks_named(matches: Iterable[re.Match[str]]) -> Iterator[tuple[re.Match[str], int]]:
+    """No more than a job can have, for a log may name all of them in each line."""
+    return islice(((match, rank) for match in matches for rank in ranks_in(match["ranks"])), MAX_RANK + 1)
 
 
 def early_ends(batch_lines: Sequence[str]) -> tuple[str, list[int]]:
     """Ranks that ended with status 0 while others went on, and the seconds after which srun therefore ended those."""
     waited_s = next((match[1] for line in batch_lines if (match := _SRUN_WAITED.match(line))), "")
-    exited = [match["ranks"] for line in batch_lines if (match := _SRUN_EXITED.fullmatch(line.strip()))]
-    return waited_s, [rank for ranks in exited for rank in ranks_in(ranks)] if waited_s else []
+    exited = [match for line in batch_lines if (match := _SRUN_EXITED.fullmatch(line.strip()))]
+    return waited_s, [rank for _, rank in _ranks_named(exited)] if waited_s else []
 
 
 _SAID_BY_NSYS = re.compile(
@@ -233,8 +237,8 @@ def without_nsys(lines: Sequence[str]) -> list[str]:
     return [*lines[: end - 1], _AFTER_A_BAR.sub("", lines[end - 1])] if end else []
 
 
-_OTHER_JOB = re.compile(r"(?:StepId=|\bJOB )(\d+)\b[^\n]*\n")
-_WENT_BACK = re.compile(r"(?:DUE TO (?:JOB REQUEUE|PREEMPTION|NODE FAILURE)|^hpcmm: .*\bqueue\b)[^\n]*\n", re.MULTILINE)
+_OTHER_JOB = re.compile(r"(?:StepId=|\bJOB )(\d+)\b")
+_WENT_BACK = re.compile(r"DUE TO (?:JOB REQUEUE|PREEMPTION|NODE FAILURE)|^hpcmm: .*\bqueue\b")
 _OF_SLURM = re.compile(r"\s*(?:srun|slurmstepd[\w.-]*): ")
 
 
@@ -244,16 +248,23 @@ def log_ends(lines: Sequence[str]) -> str:
 
 def part_of_job(log: str, raw_id: str) -> str:
     """The part of a batch log, to which each job of the run appends, from this job's first mention on."""
-    others = [match.end() for match in _OTHER_JOB.finditer(log) if match[1] != raw_id]
-    return log[others[-1] :] if others else log
+    lines = log.split("\n")
+    for index in range(len(lines) - 2, -1, -1):  # the last one is not whole
+        match = _OTHER_JOB.search(lines[index])
+        if match and match[1] != raw_id:
+            return "\n".join(lines[index + 1 :])
+    return log
 
 
 def part_of_attempt(log: str) -> str:
     """The part of a job's log that is of its newest attempt: what follows after it went back into the queue."""
-    for match in reversed(list(_WENT_BACK.finditer(log))):
-        after = log[match.end() :]
-        if any(line.strip() and not _OF_SLURM.match(line) for line in after.splitlines()):
-            return after
+    lines = log.split("\n")
+    told = False
+    """Whether a line behind this one is not Slurm's."""
+    for index in range(len(lines) - 1, -1, -1):
+        if told and _WENT_BACK.search(lines[index]):
+            return "\n".join(lines[index + 1 :])
+        told = told or any(part.strip() and not _OF_SLURM.match(part) for part in lines[index].splitlines())
     return log
 
 

@@ -83,7 +83,7 @@ ADVICE_FOR_SCRIPTS = ADVICE | {
 
 _MEMORY = (
     r"\bout of memory\b(?! (?!(?:allocat\w*|while|when|trying|on|in|at|during|error)\b)\w)|oom[-_ ]kill|std::bad_alloc"
-    r"|can't allocate memory|cannot allocate memory|unable to allocate .* array"
+    r"|can't allocate memory|cannot allocate memory|unable to allocate .{0,300} array"
 )
 """Not that somebody "ran out of memory bank entries"."""
 _CUDA = r"CUDA (?:driver |runtime )?error(?:$|[^\w ]| (?:\d|\(|at\b|in\b))"
@@ -98,13 +98,13 @@ _BY_WORDS: tuple[tuple[Kind, str, str], ...] = (
     (
         Kind.out_of_memory,
         rf"{_MEMORY}|^[\w.]*(?:OutOfMemoryError|MemoryError)\b|DefaultCPUAllocator"
-        r"|DataLoader worker .* killed by signal: Bus error.*shared memory",
+        r"|DataLoader worker .{0,300} killed by signal: Bus error.{0,300}shared memory",
         "",
     ),
     (
         Kind.disk_full,
         r"No space left on device|Disk quota exceeded|\[Errno (?:28|122)\]|PytorchStreamWriter failed"
-        r"|^hpcmm\.errors\.HpcmmError: .* has (?:.* free|room for .* files), but launch\.stage copies",
+        r"|^hpcmm\.errors\.HpcmmError: .* has (?:.{0,300} free|room for .{0,300} files), but launch\.stage copies",
         "",
     ),
     (
@@ -124,7 +124,7 @@ _BY_WORDS: tuple[tuple[Kind, str, str], ...] = (
         Kind.collective_timeout,
         r"Timed out waiting \d+ ?ms for|collective operation timeout|Wait timeout after \d+ ?ms",
         r"(?:Read|Socket) timeout|Connection timed out|No route to host|Network is unreachable|Host is unreachable"
-        r"|timed out.*(?:all_?reduce|all_?gather|broadcast|barrier|reduce)",
+        r"|timed out.{0,300}(?:all_?reduce|all_?gather|broadcast|barrier|reduce)",
     ),
     (
         Kind.peer_lost,
@@ -143,13 +143,13 @@ _BY_WORDS: tuple[tuple[Kind, str, str], ...] = (
         r"^hpcmm\.errors\.\w+: (?:Input cannot be used: |(?:[\w.-]+: )?launch\.stage |.* stage data that)",
         "",
     ),
-    (Kind.killed, r"DataLoader worker .* killed by signal: Killed", ""),
+    (Kind.killed, r"DataLoader worker .{0,300} killed by signal: Killed", ""),
     (
         Kind.crashed,
-        r"DataLoader worker .* by signal: (?:Segmentation fault|Bus error|Aborted|Illegal|Floating point)",
+        r"DataLoader worker .{0,300} by signal: (?:Segmentation fault|Bus error|Aborted|Illegal|Floating point)",
         "",
     ),
-    (Kind.signalled, r"DataLoader worker .* killed by signal: ", ""),
+    (Kind.signalled, r"DataLoader worker .{0,300} killed by signal: ", ""),
 )
 """Kinds by an exception's words. The second ones count only of communication between ranks: any connection may fail."""
 _BETWEEN_RANKS = re.compile(
@@ -188,7 +188,7 @@ _OWN_CONNECTION = (
 _CONNECTS = (
     rf"{_NO_NAME}|Connection (?:refused|reset|timed out|aborted)|Network is unreachable|No route to host"
     r"|Max retries exceeded|could(?:n't| not) (?:connect|resolve)|cannot connect|failed to connect|Failed to establish"
-    r"|^[\w.]*(?:gaierror|Connection\w*Error|Connect(?:Timeout|Error)|ReadTimeout(?:Error)?)\b"
+    r"|^[\w.]{0,300}(?:gaierror|Connection\w{0,100}Error|Connect(?:Timeout|Error)|ReadTimeout(?:Error)?)\b"
 )
 _REMEDIES: tuple[tuple[Kind, str, str], ...] = (
     (
@@ -198,7 +198,7 @@ _REMEDIES: tuple[tuple[Kind, str, str], ...] = (
     ),
     (
         Kind.exception,
-        r"DataLoader worker .* exited unexpectedly",
+        r"DataLoader worker .{0,300} exited unexpectedly",
         "A loader's worker ended without a word: its own words may stand in the rank's log; if not, memory may have "
         "run out (fewer workers, or more with cluster.memory_gb).",
     ),
@@ -221,7 +221,7 @@ _REMEDIES: tuple[tuple[Kind, str, str], ...] = (
     ),
     (
         Kind.out_of_memory,
-        r"DataLoader worker .* out of shared memory",
+        r"DataLoader worker .{0,300} out of shared memory",
         "The node's /dev/shm is too small for the loader's workers: use fewer of them, or smaller batches.",
     ),
 )
@@ -278,11 +278,11 @@ _CONSOLE: tuple[tuple[Kind, str, str], ...] = (
     ),
     (
         Kind.import_failed,
-        r"Lmod has detected the following error|Unable to locate a modulefile|\bmodule\(s\) .*(?:unknown|cannot)",
+        r"Lmod has detected the following error|Unable to locate a modulefile|\bmodule\(s\) .{0,300}(?:unknown|cannot)",
         "See the names with `module avail` on a node of the job, and set cluster.modules.",
     ),
     (Kind.import_failed, r"command not found|: not found$", _NO_PROGRAM),
-    (Kind.import_failed, r"execve\(\): .*No such file or directory|bad interpreter: No such file", _NOT_SHARED),
+    (Kind.import_failed, r"execve\(\): .{0,300}No such file or directory|bad interpreter: No such file", _NOT_SHARED),
     (
         Kind.import_failed,
         r"ModuleNotFoundError|ImportError|No module named|error while loading shared libraries|undefined symbol"
@@ -327,6 +327,8 @@ _SAYS_NOTHING = re.compile(
 """Slurm's words of what follows from another failure."""
 _COPY_OF_SCRIPT = re.compile(r"^\S*/slurm_script: ")
 _MOST_COMPLAINTS = 5
+_MOST_CHARACTERS, _MOST_LINES = 4000, 200
+"""Of a line that is looked at, and of a traceback: what is beyond is no sentence any more."""
 _LAST_LINES = 3
 
 
@@ -334,7 +336,7 @@ def complaint_in(lines: Sequence[str]) -> Complaint | None:
     """What the end of a log complains of; None if it says nothing. ``lines`` as :func:`hpcmm.jobs.logs.lines_in`."""
     said = [
         _COPY_OF_SCRIPT.sub("submission.sh: ", line).strip()
-        for line in lines
+        for line in (line[:_MOST_CHARACTERS] for line in lines)
         if line.strip() and not _SAYS_NOTHING.match(line)
     ]
     if not said:
@@ -371,7 +373,8 @@ def cause_of_exception(kind: str, message: str, traceback: Sequence[str] = ()) -
     Its own words count before those it was raised from. Only exceptions in the chain are looked at, not source lines,
     since these may well mention a timeout.
     """
-    chain = _chain(f"{kind}: {message}", traceback)
+    kept = [line[:_MOST_CHARACTERS] for line in traceback[-_MOST_LINES:]]
+    chain = _chain(f"{kind}: {message}"[:_MOST_CHARACTERS], kept)
     said = [_by_words(text, frame) for text, frame in chain]
     found = next((each for each in said if each is not None), Kind.exception)
     if said[0] is Kind.import_failed:  # which may hide why it failed

@@ -66,11 +66,11 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
     config = read_untyped_config(run_dir.config)
     cluster = _section(config, "cluster")
     nodes, ranks_per_node = _positive(cluster.get("nodes")), _positive(cluster.get("ranks_per_node"))
-    world_size = nodes * ranks_per_node
+    world_size = _positive(nodes * ranks_per_node)
     profile = _section(config, "profile")
     return RunRecord(
         world_size=world_size,
-        ranks_per_node=ranks_per_node,
+        ranks_per_node=ranks_per_node if world_size else 0,
         profiled=_profiled(profile, world_size, ranks_per_node),
         starts={each.last.rank: each.last for each in ranks},
         config=config,

@@ -14,6 +14,7 @@ import signal
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,9 +205,16 @@ def _root_of(attempt: Path) -> Path:
     return attempt.parent.parent
 
 
+def _short(value: Any) -> Any:
+    """As much of it as a rank would have written, so that nobody who looks at it has to fear its size."""
+    if isinstance(value, list):
+        return [_short(each) for each in value[-MOST_LINES:]]
+    return value[:MOST_CHARACTERS] if isinstance(value, str) else value
+
+
 def _typed(given: dict[str, Any], kind: type[Record]) -> Record | None:
     names = {each.name for each in fields(kind)}
-    values = {name: value for name, value in given.items() if name in names}
+    values = {name: _short(value) for name, value in given.items() if name in names}
     integers = {"rank": False, "unix_ns": False, "status": True, "signal": True, "step": True}
     for name, value in values.items():
         if name in integers:
@@ -250,6 +258,8 @@ _WHILE_IT_ENDS = re.compile(
 _THROWN = re.compile(r"terminate called after throwing an instance of '(?P<kind>[^']+)'")
 _WHAT = re.compile(r"\s*what\(\):\s*(?P<message>.*)")
 _MOST_THROWN = 8
+_MOST_TRACEBACKS = 100
+"""Looked at, from a log's end."""
 
 
 def exception_line(kind: str, message: str) -> str:
@@ -265,13 +275,16 @@ def last_logged_error(text: str) -> LoggedError | None:
     A traceback that ends its process is the last thing that the process says, apart from what threads, clean-up and
     destructors add: so the last one that is not theirs counts, if nothing else follows it.
     """
-    lines = [_LOG_PREFIX.sub("", line) for line in text.splitlines()]
-    found = [(_beside(lines, start), error) for start, error in _tracebacks(lines)]
-    for is_beside, error in found:
-        if not is_beside and error.lines_after <= LINES_THAT_TELL:
+    lines = [_LOG_PREFIX.sub("", line[:MOST_CHARACTERS]) for line in text.splitlines()]
+    last: LoggedError | None = None
+    for start, error in islice(_tracebacks(lines), _MOST_TRACEBACKS):
+        last = last or error
+        if error.lines_after > LINES_THAT_TELL:  # so many or more follow those before it, too
+            break
+        if not _beside(lines, start):
             return error
-    if found:
-        return found[0][1]
+    if last is not None:
+        return last
     said = [index for index, line in enumerate(lines) if line.startswith("hpcmm: ")]
     if not said:
         return None
@@ -284,21 +297,24 @@ def thrown_error(lines: Sequence[str]) -> LoggedError | None:
     """The C++ exception that ended a program, as its runtime prints it before it aborts."""
     for start in range(len(lines) - 1, -1, -1):
         if match := _THROWN.search(lines[start]):
-            shown = list(lines[start : start + _MOST_THROWN])
+            shown = [line[:MOST_CHARACTERS] for line in lines[start : start + _MOST_THROWN]]
             said = next((found["message"] for line in shown if (found := _WHAT.match(line))), "")
-            return LoggedError(match["kind"], said, shown)
+            return LoggedError(match["kind"][:MOST_CHARACTERS], said, shown)
     return None
 
 
 def _tracebacks(lines: Sequence[str]) -> Iterator[tuple[int, LoggedError]]:
     """Where each begins, and what it tells; the last one first."""
-    for start in [index for index, line in enumerate(lines) if _TRACEBACK in line][::-1]:
-        end = _end_of_traceback(lines, start)
-        match = _LAST_LINE.match(lines[end]) if end is not None else None
+    end: int | None = None
+    """The first line after ``start`` that is not indented."""
+    for start in range(len(lines) - 1, -1, -1):
+        match = _LAST_LINE.match(lines[end]) if _TRACEBACK in lines[start] and end is not None else None
         if match is not None and end is not None:
-            shown = [_TRACEBACK, *lines[start + 1 : end + 1]]  # a progress bar may stand before the first
+            # A progress bar may stand before the first.
+            shown = [_TRACEBACK, *lines[max(start + 1, end + 1 - MOST_LINES) : end + 1]]
             after = _with_text(lines[end + 1 :])
             yield start, LoggedError(match["kind"], match["message"] or "", shown, after)
+        end = start if lines[start][:1].strip() else end
 
 
 def _end_of_traceback(lines: Sequence[str], start: int) -> int | None:
@@ -330,7 +346,7 @@ def says_why(line: str) -> bool:
 
 
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.+)')
-_THREAD = re.compile(r"(?:Current t|T)hread 0x[0-9a-f]+.*\(most recent call first\):")
+_THREAD = re.compile(r"(?:Current t|T)hread 0x[0-9a-f]{1,16}\b.*\(most recent call first\):")
 _WAITING = re.compile(r"/(?:torch/distributed/|deepspeed/comm/|hpcmm/annotate/collectives)")
 _MEETING = re.compile(
     r"/torch/distributed/rendezvous\.py\"|/torch/distributed/distributed_c10d\.py\", line \d+ in init_process_group"

@@ -74,11 +74,21 @@ def test_a_run_that_failed_before_its_first_step(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "- 1", "cluster: 3", "cluster: {nodes: many}", "a: [", "!!python/object:os.system x"]
+    "text",
+    [
+        "",
+        "- 1",
+        "cluster: 3",
+        "cluster: {nodes: many}",
+        "a: [",
+        "!!python/object:os.system x",
+        "cluster: {nodes: 131072, ranks_per_node: 131072}\nprofile: {ranks: all}",
+    ],
 )
 def test_a_damaged_configuration_leaves_nothing_expected(tmp_path: Path, text: str) -> None:
     RunDir(tmp_path).config.write_text(text)
-    assert read_run_record(RunDir(tmp_path)).world_size == 0
+    record = read_run_record(RunDir(tmp_path))
+    assert (record.world_size, record.ranks_per_node, record.profiled) == (0, 0, frozenset())
 
 
 def test_the_records_of_each_start_are_kept_with_the_first_step_alone(tmp_path: Path) -> None:

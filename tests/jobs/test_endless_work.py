@@ -1,0 +1,110 @@
+"""What another user left in a run directory makes no command work without end."""
+
+import inspect
+import itertools
+import re
+import signal
+
+import pytest
+
+from hpcmm.jobs import logs
+from hpcmm.node import classify
+from hpcmm.ranges import MAX_RANK, ranks_in
+from hpcmm.runs import failures
+
+_PROCESSOR_TIME_S = 20
+"""The work of each test takes a second at most; were it not bounded, it would take minutes."""
+_CHARACTERS = 64_000
+_TRACEBACK = "Traceback (most recent call last):"
+
+
+@pytest.fixture(autouse=True)
+def _ends():
+    def stop(*_):
+        raise AssertionError("it takes too long")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, _PROCESSOR_TIME_S)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
+
+
+def _patterns(module):
+    """Each with the way in which it is used: one that is only matched at a text's start may be slow to search."""
+    source = inspect.getsource(module)
+    for name, value in vars(module).items():
+        if isinstance(value, re.Pattern) and isinstance(value.pattern, str):
+            look = value.search if re.search(rf"\b{name}\.(?:search|finditer|sub)\(", source) else value.match
+            yield pytest.param(value.pattern, look, id=name)
+        if name in {"_BY_WORDS", "_CONSOLE", "_REMEDIES"}:
+            for kind, *texts in value:
+                for text in texts if name == "_BY_WORDS" else texts[:1]:
+                    yield pytest.param(text, re.compile(text, re.IGNORECASE).search, id=f"{name} {kind}")
+    if module is classify:
+        yield pytest.param(classify._CONNECTS, re.compile(classify._CONNECTS, re.IGNORECASE).search, id="_CONNECTS")
+
+
+@pytest.mark.parametrize(("pattern", "look"), [*_patterns(classify), *_patterns(failures), *_patterns(logs)])
+def test_no_pattern_takes_long_for_what_nearly_fits_it_again_and_again(pattern, look):
+    literals = re.findall(r"[A-Za-z0-9'\":(),/. \[*^-]{2,}", pattern.replace("\\", ""))
+    pairs = [first + second for first, second in itertools.pairwise(literals)]
+    for text in [*literals, *pairs, "a", "1", " ", "a.", "'", '"']:
+        many = text * (_CHARACTERS // len(text))
+        look(many)
+        look("".join(literals[:1]) + many)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "DataLoader worker " * 25_000 + " killed by signal: Bus error" * 16_000,
+        "hpcmm.errors.HpcmmError: " + " has room for " * 30_000,
+        "Connection" * 80_000,
+        "timed out" * 80_000 + " gloo",
+    ],
+)
+def test_an_exception_of_many_words_is_classified_by_its_first_ones(words):
+    classify.cause_of_exception("RuntimeError", words, [words] * 1000)
+    classify.complaint_in([words] * 100)
+
+
+def test_what_is_read_of_a_record_is_as_long_as_a_rank_writes_it(tmp_path):
+    attempt = tmp_path / "failures" / "7.0"
+    path = failures.error_file(attempt, 0)
+    failures.write(failures.RankError(0, "n1", 1, "E", "x" * 100_000, ["y" * 10_000] * 80, ["n2"] * 5000), path)
+    error = failures.read(path, failures.RankError)
+    assert error is not None
+    assert len(error.message) == failures.MOST_CHARACTERS
+    assert [len(line) for line in error.traceback] == [failures.MOST_CHARACTERS] * failures.MOST_LINES
+
+
+def test_of_many_tracebacks_the_last_ones_are_looked_at():
+    assert failures.last_logged_error(f" {_TRACEBACK}\n" * 50_000 + "X: y").message == "y"
+    assert failures.last_logged_error(f" {_TRACEBACK}\n" * 50_000) is None
+    threads = f"Exception in thread 1\n{_TRACEBACK}\n  File\nX: in a thread\n" * 10_000
+    assert failures.last_logged_error(threads).message == "in a thread"
+    assert failures.last_logged_error(f"{_TRACEBACK}\nA: b\n{threads[:1000]}\n").message == "b"
+
+
+def test_stacks_and_words_of_many_characters_are_looked_at_once():
+    assert failures.main_place("Thread 0x" + "a" * 200_000) is None
+    assert logs.part_of_job("JOB 8 " * 40_000, "7") == "JOB 8 " * 40_000
+    assert logs.part_of_job("a\nJOB 8 b\nJOB 7 c\n", "7") == "JOB 7 c\n"
+
+
+def test_a_log_of_many_requeues_holds_one_attempt():
+    requeues = "srun: DUE TO JOB REQUEUE\n" * 40_000
+    assert logs.part_of_attempt(requeues) == requeues
+    assert logs.part_of_attempt(requeues + "more\n") == "more\n"
+    assert logs.part_of_attempt(requeues.replace("\n", " ")) == requeues.replace("\n", " ")
+    assert logs.part_of_attempt("first\nJOB 7 DUE TO PREEMPTION\nagain\nsrun: DUE TO JOB REQUEUE\n") == (
+        "again\nsrun: DUE TO JOB REQUEUE\n"
+    )
+
+
+def test_all_ranks_named_again_and_again_are_as_many_as_a_job_can_have():
+    assert len(ranks_in(",".join(["0-999999"] * 5000))) == MAX_RANK + 1
+    lines = [f"n1: tasks 0-{number + 500_000}: Killed" for number in range(5000)]
+    assert logs.srun_words(lines)[3] == ("n1", "Killed")
+    assert logs.early_ends(["srun: First task exited 60s ago", *(f"srun: {line}" for line in lines)])[0] == "60"
