@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,13 @@ _TAIL_BYTES = 64 * 1024
 _MOST_BYTES = 1 << 30
 """Of a rank's records that are read."""
 _MOST_RANKS_OF_OTHERS = 10_000
+_MOST_BYTES_OF_OTHERS = 1 << 31
+"""Of all ranks' records that are looked through; a line counts for more than its length."""
+_MOST_PARSED_OF_OTHERS = 32 * 1024**2
+"""Of these, what is understood: the starts, and what stands before a first step."""
+_MOST_TAILS_OF_OTHERS = 32 * 1024**2
+_BYTES_OF_A_LINE = 128
+"""As long as a record; so much also an empty line costs."""
 _RANK_FILE = re.compile(r"rank_([0-9]{1,9})\.jsonl")
 _STEPPED = ("step", "lost")
 """Events of a rank that came as far as a step."""
@@ -176,13 +183,22 @@ class FinishedStep:
 
 
 def starts_of(run: RunDir) -> list[RankStarts]:
-    """The starts of each rank that says which one it is, by the names of the files in ``RUN/metrics``."""
-    return [found for path in _rank_files(run).values() if (found := _starts(run, path)) is not None]
+    """The starts of each rank that says which one it is, by the names of the files in ``RUN/metrics``.
+
+    None at all of another user's run whose files hold more than those of any run.
+    """
+    allowance = None if is_mine(run.root) else _Allowance()
+    try:
+        return [found for path in _rank_files(run).values() if (found := _starts(run, path, allowance)) is not None]
+    except _BeyondAllowanceError:
+        return []
 
 
 def progress_of(run: RunDir) -> dict[int, RankProgress]:
     """How far each rank came, by its number; from the ends of the files, however long these are."""
-    found = {rank: _progress(run, path, rank) for rank, path in _rank_files(run).items()}
+    files = _rank_files(run)
+    share = _TAIL_BYTES if is_mine(run.root) else min(_TAIL_BYTES, _MOST_TAILS_OF_OTHERS // max(1, len(files)))
+    found = {rank: _progress(run, path, rank, share) for rank, path in files.items()}
     return {rank: progress for rank, progress in found.items() if progress is not None}
 
 
@@ -216,7 +232,26 @@ def _rank_files(run: RunDir) -> dict[int, Path]:
     return {int(match[1]): run.metrics / name for name, match in found.items() if match}
 
 
-def _starts(run: RunDir, path: Path) -> RankStarts | None:
+class _BeyondAllowanceError(Exception):
+    """A part of the records would tell another story than all."""
+
+
+@dataclass(slots=True)
+class _Allowance:
+    """What may still be read of another user's run, so that nobody can make a reader work without end."""
+
+    to_look_through: int = _MOST_BYTES_OF_OTHERS
+    to_parse: int = _MOST_PARSED_OF_OTHERS
+
+    def take(self, line: bytes, *, parsed: bool) -> None:
+        cost = len(line) + _BYTES_OF_A_LINE
+        self.to_look_through -= cost
+        self.to_parse -= cost if parsed else 0
+        if min(self.to_look_through, self.to_parse) < 0:
+            raise _BeyondAllowanceError
+
+
+def _starts(run: RunDir, path: Path, allowance: _Allowance | None) -> RankStarts | None:
     """None if no record says which rank wrote the file."""
     start: RankStart | None = None
     records: list[dict[str, Any]] = []
@@ -228,8 +263,10 @@ def _starts(run: RunDir, path: Path) -> RankStarts | None:
                 most -= len(line)
                 if most < 0:
                     break
-                if b'"start' in line or before_first_step:
-                    record = json_object(line.decode(errors="replace")) or {}
+                tells = line.startswith(b"{") and (before_first_step or b'"start' in line)
+                if allowance is not None:
+                    allowance.take(line, parsed=tells)
+                if tells and (record := json_object(line.decode(errors="replace"))):
                     start = _as_start(record) or start
                     before_first_step = record.get("event") not in _STEPPED
                     if record.get("event") != "start":
@@ -248,12 +285,13 @@ def _as_start(record: dict[str, Any]) -> RankStart | None:
         return None
 
 
-def _progress(run: RunDir, path: Path, rank: int) -> RankProgress | None:
-    records = _records(read_tail(path, _TAIL_BYTES, within=run.root))
+def _progress(run: RunDir, path: Path, rank: int, most_bytes: int) -> RankProgress | None:
+    most_lines = most_bytes // _BYTES_OF_A_LINE
+    records = _records(read_tail(path, most_bytes, within=run.root).splitlines()[-most_lines:])
     began = [number for number, record in enumerate(records) if record.get("event") == "start"]
     since = records[began[-1] :] if began else records
     start = (
-        since[0] if began else _first_start(run, path)
+        since[0] if began else _first_start(run, path, most_bytes)
     )  # of a long file the tail may hold no start, but the head does
     if start is None or not since:
         return None
@@ -269,18 +307,19 @@ def _progress(run: RunDir, path: Path, rank: int) -> RankProgress | None:
     )
 
 
-def _first_start(run: RunDir, path: Path) -> dict[str, Any] | None:
+def _first_start(run: RunDir, path: Path, most_bytes: int) -> dict[str, Any] | None:
     try:
         with open_regular(path, within=run.root) as file:
-            head = file.read(_TAIL_BYTES).decode(errors="replace")
+            head = file.read(most_bytes).decode(errors="replace")
     except OSError:
         return None
-    return next((record for record in _records(head) if record.get("event") == "start"), None)
+    records = _records(head.splitlines()[: most_bytes // _BYTES_OF_A_LINE])
+    return next((record for record in records if record.get("event") == "start"), None)
 
 
-def _records(text: str) -> list[dict[str, Any]]:
+def _records(lines: Sequence[str]) -> list[dict[str, Any]]:
     """Of whole lines: the tail of a file begins within one, and a rank may have died while it wrote another."""
-    return [record for line in text.splitlines() if (record := json_object(line)) is not None]
+    return [record for line in lines if (record := json_object(line)) is not None]
 
 
 def _is_count(value: object) -> bool:

@@ -4,13 +4,15 @@ import inspect
 import itertools
 import re
 import signal
+from functools import partial
 
 import pytest
 
 from hpcmm.jobs import logs
 from hpcmm.node import classify
 from hpcmm.ranges import MAX_RANK, ranks_in
-from hpcmm.runs import failures
+from hpcmm.runs import failures, metrics
+from hpcmm.runs.run_dir import RunDir
 
 _PROCESSOR_TIME_S = 20
 """The work of each test takes a second at most; were it not bounded, it would take minutes."""
@@ -108,3 +110,42 @@ def test_all_ranks_named_again_and_again_are_as_many_as_a_job_can_have():
     lines = [f"n1: tasks 0-{number + 500_000}: Killed" for number in range(5000)]
     assert logs.srun_words(lines)[3] == ("n1", "Killed")
     assert logs.early_ends(["srun: First task exited 60s ago", *(f"srun: {line}" for line in lines)])[0] == "60"
+
+
+START = '{"event": "start", "rank": 0, "node": "n1", "job_id": "7", "pid": 1, "attempt": 1, "unix_ns": 5}\n'
+STEP = '{"event": "step", "step": 4, "loss": 0.5, "step_s": 0.1, "attempt": 1, "unix_ns": 6}\n'
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "is_mine", lambda _: False)
+    run = RunDir(tmp_path / "run")
+    run.create()
+    return run
+
+
+def test_empty_lines_in_front_of_a_first_step_are_not_kept(foreign):
+    foreign.rank_metrics(0).write_text("\n" * 1_000_000 + START + STEP)
+    (found,) = metrics.starts_of(foreign)
+    assert (found.last.node, len(found.records)) == ("n1", 1)
+
+
+@pytest.mark.parametrize("line", ["\n", "{}\n", '{"event": "startup", "part": "x"}\n', START])
+def test_files_that_hold_more_than_those_of_any_run_tell_nothing(foreign, monkeypatch, line):
+    monkeypatch.setattr(metrics, "_Allowance", partial(metrics._Allowance, 10_000_000, 1_000_000))
+    first = foreign.rank_metrics(0)
+    first.write_text(START + STEP)
+    assert len(metrics.starts_of(foreign)) == 1
+    first.write_text(START + line * (1_000_000 // len(line)))
+    for rank in range(1, 300):
+        foreign.rank_metrics(rank).hardlink_to(first)
+    assert metrics.starts_of(foreign) == []
+
+
+def test_of_many_files_the_last_lines_tell_how_far_the_ranks_came(foreign):
+    first = foreign.rank_metrics(0)
+    first.write_text(START + "{}\n" * 100_000 + STEP)
+    for rank in range(1, 2000):
+        foreign.rank_metrics(rank).hardlink_to(first)
+    progress = metrics.progress_of(foreign)
+    assert (len(progress), progress[1999].last_step, progress[1999].node) == (2000, 4, "n1")
