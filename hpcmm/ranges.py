@@ -17,6 +17,8 @@ _MOST_TASKS = 10_000_000
 """Of an array; Slurm's own limit is 4 million."""
 _MOST_DIGITS = 9
 """Of a task's number."""
+MAX_WORLD_SIZE = 1 << 17
+"""A record of more ranks is damaged."""
 MAX_RANK = 999_999
 """A larger number in a list that another program wrote is no rank."""
 

@@ -11,7 +11,8 @@ import pandas as pd
 
 from hpcmm.analysis.extraction import OLDER_NVTX, ReportFacts
 from hpcmm.analysis.trace import RankTrace
-from hpcmm.reports.run_record import MAX_WORLD_SIZE, RunRecord
+from hpcmm.ranges import MAX_WORLD_SIZE
+from hpcmm.reports.run_record import RunRecord
 
 FOUND = "found"
 MISSING = "missing"

@@ -10,9 +10,18 @@ from datetime import datetime
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_regular, read_tail, read_text
-from hpcmm.jobs.find_run import Target, folder_of_command, settings
-from hpcmm.jobs.logs import early_ends, lines_in, log_ends, part_of_attempt, part_of_job, srun_words, without_nsys
+from hpcmm.files import MOST_BYTES, is_regular, read_tail
+from hpcmm.jobs.find_run import Target, folder_of_command, settings, world_size_of
+from hpcmm.jobs.logs import (
+    early_ends,
+    lines_in,
+    log_ends,
+    part_of_attempt,
+    part_of_job,
+    ranks_with_logs,
+    srun_words,
+    without_nsys,
+)
 from hpcmm.jobs.state import DEPENDENCY_FAILED, State, environment_of_job, reason_of_end, states_of
 from hpcmm.node.classify import (
     Kind,
@@ -38,11 +47,14 @@ from hpcmm.runs.failures import (
     thrown_error,
 )
 from hpcmm.runs.metrics import RankProgress, progress_of
+from hpcmm.runs.ownership import is_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.slurm.commands import node_states
 from hpcmm.slurm.jobs import Job, account_of
 
 _TAIL_BYTES = 256 * 1024
+_MOST_OF_OTHERS = 64 * 1024**2
+"""Read of the records of another user's ranks, of their stacks and of their logs; each rank's has its share."""
 _LAST_LINES = 6
 _MOST_JOBS_NAMED = 3
 _MOST_LOGS = 8
@@ -325,15 +337,9 @@ def _waited_for(run: RunDir) -> list[str]:
     """The numbers in the script, for ``after=`` may be a name that means another run by now."""
     place = SweepDir.of_point(run)
     scripts = place[0].shared if place is not None else run
-    named = re.search(r"^#SBATCH --dependency=\w+((?::\d+(?:_\d+)?)+)$", _script_of(scripts), re.MULTILINE)
+    script = read_tail(scripts.submission_script, MOST_BYTES, within=scripts.root)
+    named = re.search(r"^#SBATCH --dependency=\w+((?::\d+(?:_\d+)?)+)$", script, re.MULTILINE)
     return named[1].strip(":").split(":")[:_MOST_JOBS_NAMED] if named else []
-
-
-def _script_of(run: RunDir) -> str:
-    try:
-        return read_text(run.submission_script, within=run.root)
-    except (OSError, ValueError):  # gone, or damaged
-        return ""
 
 
 def _gone(run: RunDir | None) -> str:
@@ -392,10 +398,10 @@ def _ranks(
         if each.job_id == job.raw_id and each.last_unix_ns >= since_ns
     }
     named = srun_words([line.removeprefix("srun: error: ") for line in batch_lines])
-    numbers = set(progress)
-    if attempt is not None:
-        numbers |= failures.ranks_with_records(attempt)
-        numbers |= set(range(_world_size(run)))
+    told_by = failures.ranks_with_records(attempt) if attempt is not None else set()
+    numbers = {*progress, *told_by, *range(world_size_of(run) if attempt is not None else 0)}
+    most_bytes = _TAIL_BYTES if is_mine(run.root) else min(_TAIL_BYTES, _MOST_OF_OTHERS // max(1, len(told_by)))
+    there = set(ranks_with_logs(run))
     early = early_ends(batch_lines)[1]
     told = [*named, *early][:_MOST_LOGS]
     numbers |= set(told)
@@ -403,18 +409,19 @@ def _ranks(
     is_profiled = isinstance(profile, dict) and profile.get("tool") is not None
     found = {}
     for rank in sorted(numbers):
-        error = failures.read(failures.error_file(attempt, rank), RankError) if attempt else None
-        ended = failures.read(failures.exit_file(attempt, rank), RankExit) if attempt else None
+        folder = attempt if rank in told_by else None
+        error = failures.read(failures.error_file(folder, rank), RankError, 4 * most_bytes) if folder else None
+        ended = failures.read(failures.exit_file(folder, rank), RankExit, 4 * most_bytes) if folder else None
         if error is not None and error.kind == "SystemExit" and ended is not None:
             error = None  # its status tells as much
         here = progress.get(rank)
         node = error.node if error else ended.node if ended else here.node if here else named.get(rank, ("", ""))[0]
-        stacks = read_tail(failures.stacks_file(attempt, rank), _TAIL_BYTES, within=run.root) if attempt else ""
+        stacks = read_tail(failures.stacks_file(folder, rank), most_bytes, within=run.root) if folder else ""
         each = RankDiagnostics(rank, node, error, ended, stacks=stacks, progress=here)
-        if len(told) < _MOST_LOGS and each.silent and job.state != "COMPLETED" and not job.active:
+        if len(told) < _MOST_LOGS and each.silent and rank in there and job.state != "COMPLETED" and not job.active:
             told += [rank] if _is_newer(run.rank_log(rank), _started_ns(job)) else []
         if error is None and (ended is not None or rank in told):
-            each = _with_log(each, run, is_profiled=is_profiled)
+            each = _with_log(each, run, most_bytes, is_profiled=is_profiled)
         found[rank] = each
     return found
 
@@ -426,20 +433,13 @@ def _is_newer(log: Path, than_ns: int) -> bool:
         return False
 
 
-def _with_log(rank: RankDiagnostics, run: RunDir, *, is_profiled: bool) -> RankDiagnostics:
+def _with_log(rank: RankDiagnostics, run: RunDir, most_bytes: int, *, is_profiled: bool) -> RankDiagnostics:
     """With what the end of its log tells."""
-    lines = lines_in(read_tail(run.rank_log(rank.rank), _TAIL_BYTES, within=run.root))
+    lines = lines_in(read_tail(run.rank_log(rank.rank), most_bytes, within=run.root))
     lines = without_nsys(lines) if is_profiled else lines
     by_signal = rank.exit is not None and rank.exit.signal not in {None, signal.SIGINT}
     logged = thrown_error(lines) if by_signal else last_logged_error("\n".join(lines))
     return replace(rank, logged=logged, last_lines=[line for line in lines if says_why(line)][-_LAST_LINES:])
-
-
-def _world_size(run: RunDir) -> int:
-    cluster = settings(run).get("cluster")
-    given = [cluster.get(key) for key in ("nodes", "ranks_per_node")] if isinstance(cluster, dict) else []
-    sizes = [each for each in given if isinstance(each, int) and 0 < each <= 1_000_000]
-    return min(sizes[0] * sizes[1], 1_000_000) if len(sizes) == 2 else 0
 
 
 def _started_ns(job: Job) -> int:

@@ -16,7 +16,7 @@ from hpcmm.config.schema import cluster_variables
 from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, other_writer, read_json_object
-from hpcmm.ranges import is_task_of
+from hpcmm.ranges import MAX_WORLD_SIZE, is_task_of
 from hpcmm.resources import resource
 from hpcmm.runs.attempts import attempts_of
 from hpcmm.runs.ledger import array_of, jobs_of_points, read_ledger
@@ -247,6 +247,15 @@ def settings(run: RunDir) -> dict[str, Any]:
     Of a sweep that of its first point, for all that the points share.
     """
     return read_untyped_config(_with_config(run).config)
+
+
+def world_size_of(run: RunDir) -> int:
+    """The ranks of a run, as its configuration says; 0 if that says no number, or one beyond any run's."""
+    cluster = settings(run).get("cluster")
+    given = [cluster.get(key) for key in ("nodes", "ranks_per_node")] if isinstance(cluster, dict) else []
+    sizes = [each for each in given if isinstance(each, int) and 0 < each <= MAX_WORLD_SIZE]
+    size = sizes[0] * sizes[1] if len(sizes) == 2 else 0
+    return size if size <= MAX_WORLD_SIZE else 0
 
 
 def _with_config(run: RunDir) -> RunDir:

@@ -22,11 +22,12 @@ _BLOCK_BYTES = 64 * 1024
 _MOST_NEW_BYTES = 16 * 1024**2
 """Read at one look; what is left is for the next."""
 _MOST_SOUGHT_BYTES = 512 * 1024**2
-"""Looked through from the end of a log for the last lines."""
+"""Looked through for the last lines from the end of logs, and read of them once their job is over; of each its share,
+a block at least."""
 _MOST_LINE_BYTES = 64 * 1024
 _MOST_ROWS_BACK = 256
 """A program may go back over as many lines."""
-_RANK_LOG = re.compile(r"rank_(\d+)\.log")
+_RANK_LOG = re.compile(r"rank_([0-9]{1,9})\.log")
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~]|)")
 _MOVE = re.compile(rb"(\n|\x1b\[[0-9]{0,4}[AF])")
 _CUT_MOVE = re.compile(rb"\x1b(?:\[[0-9]{0,4})?\Z")
@@ -118,7 +119,7 @@ class Log:
     _told: list[str] = field(default_factory=list, repr=False)
     """Unfinished lines as they were shown."""
 
-    def tail(self, lines: int) -> list[str]:
+    def tail(self, lines: int, most_bytes: int = _MOST_SOUGHT_BYTES) -> list[str]:
         """Its last lines, also one that no line break ends yet. ``new_lines`` goes on from there."""
         self._offset, self._rows, self._told = 0, _Rows(), []
         wanted = lines
@@ -126,10 +127,10 @@ class Log:
             with open_regular(self.path, within=self.path.parent.parent) as file:
                 end = file.seek(0, 2)
                 while True:
-                    begin = _start_of_lines(file, end, wanted)
+                    begin = _start_of_lines(file, end, wanted, most_bytes)
                     rows = self._read_rows(file, begin, end, lines)
                     # Lines that were drawn over each other are fewer than line breaks.
-                    if len(rows) >= lines or begin == 0 or end - begin >= _MOST_SOUGHT_BYTES:
+                    if len(rows) >= lines or begin == 0 or end - begin >= most_bytes:
                         break
                     wanted *= 8
         except OSError:
@@ -148,14 +149,14 @@ class Log:
         self._offset = begin
         return self._rows.take()[-lines:] if lines else self._rows.take()[:0]
 
-    def new_lines(self) -> list[str]:
+    def new_lines(self, most_bytes: int = _MOST_NEW_BYTES) -> list[str]:
         """The lines that became whole since the last look. A log that was cut short is read from its start."""
         try:
             with open_regular(self.path, within=self.path.parent.parent) as file:
                 end = file.seek(0, 2)
                 if end < self._offset:
                     self._offset, self._rows, self._told = 0, _Rows(), []
-                return self._new_lines(file, min(end, self._offset + _MOST_NEW_BYTES))
+                return self._new_lines(file, min(end, self._offset + most_bytes))
         except OSError:
             return []
 
@@ -173,21 +174,37 @@ class Log:
         told = self._told
         return [line for line in lines if not (told and told.pop(0) == line)]
 
-    def rest(self) -> Iterator[str]:
-        """All that is left, also a line that no line break ends: for a log to which nothing more will come."""
-        while True:
+    def rest(self, most_bytes: int = _MOST_SOUGHT_BYTES) -> Iterator[str]:
+        """What is left, also a line that no line break ends: for a log to which nothing more will come.
+
+        Its owner may go on to write for ever: it ends where it ends now.
+        """
+        size = _size_of(self.path)
+        unread = size - self._offset if size >= self._offset else size
+        left = min(unread, most_bytes)
+        while left > 0:
             before = self._offset
-            yield from self.new_lines()
-            if self._offset <= before:
+            yield from self.new_lines(min(_MOST_NEW_BYTES, left))
+            if self._offset == before:
                 break
+            left -= self._offset - (before if before < self._offset else 0)
         rows, self._rows = self._rows.pending(), _Rows()
         yield from self._not_told(_shown(row, is_whole=True) for row in rows)
+        if unread > most_bytes:
+            yield f"… and {unread - most_bytes} bytes more, which are in the file alone"
 
 
-def _start_of_lines(file: IO[bytes], end: int, lines: int) -> int:
+def _size_of(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
+
+
+def _start_of_lines(file: IO[bytes], end: int, lines: int, most_bytes: int) -> int:
     """From where to read for the last lines: the place of a line break that stands before them, or the file's start."""
     begin, found = end, 0
-    while begin > 0 and found <= lines and end - begin < _MOST_SOUGHT_BYTES:
+    while begin > 0 and found <= lines and end - begin < most_bytes:
         begin = max(0, begin - _BLOCK_BYTES)
         file.seek(begin)
         found += file.read(min(_BLOCK_BYTES, end - begin)).count(b"\n")
@@ -302,14 +319,17 @@ def _without_deleted(text: str) -> str:
     return "".join(kept)
 
 
+def ranks_with_logs(run: RunDir) -> list[int]:
+    names = names_in(run.logs, within=run.root)
+    return sorted(int(match[1]) for name in names if (match := _RANK_LOG.fullmatch(name)))
+
+
 def logs_of(run: RunDir, ranks: frozenset[int] | None) -> list[Log]:
     """The logs of these ranks (None: of all, and the batch script's), whether or not they exist yet.
 
     Raises HpcmmError for a rank that left no log, while others did.
     """
-    there = sorted(
-        int(match[1]) for name in names_in(run.logs, within=run.root) if (match := _RANK_LOG.fullmatch(name))
-    )
+    there = ranks_with_logs(run)
     if ranks is None:
         return [Log("batch", run.batch_log)] + [Log(str(rank), run.rank_log(rank)) for rank in there]
     absent = sorted(ranks - set(there))
@@ -323,9 +343,14 @@ def logs_of(run: RunDir, ranks: frozenset[int] | None) -> list[Log]:
 
 def last_lines(logs: Iterable[Log], lines: int) -> Iterator[tuple[str, str]]:
     """Label and line of the last lines of each log, log after log."""
+    logs = list(logs)
     for log in logs:
-        for line in log.tail(lines):
+        for line in log.tail(lines, _share(_MOST_SOUGHT_BYTES, logs)):
             yield log.label, line
+
+
+def _share(most_bytes: int, logs: Sequence[Log]) -> int:
+    return max(_BLOCK_BYTES, most_bytes // max(1, len(logs)))
 
 
 def logs_of_points(points: Sequence[RunDir], ranks: frozenset[int] | None) -> list[Log]:
@@ -355,7 +380,8 @@ def follow(find: Callable[[], list[Log]], logs: list[Log], is_over: Callable[[],
         known = {log.label for log in logs}
         logs += [log for log in find() if log.label not in known]
         for log in logs:
-            for line in chain(log.new_lines(), log.rest() if over else ()):
+            rest = log.rest(_share(_MOST_SOUGHT_BYTES, logs)) if over else ()
+            for line in chain(log.new_lines(min(_MOST_NEW_BYTES, _share(_MOST_SOUGHT_BYTES, logs))), rest):
                 yield log.label, line
         if over:
             return

@@ -8,14 +8,11 @@ from typing import Any
 from hpcmm.config.untyped_config import read_untyped_config, trains_a_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.files import resolved
-from hpcmm.ranges import profiled_ranks
+from hpcmm.ranges import MAX_WORLD_SIZE, profiled_ranks
 from hpcmm.runs.exit_status import newest_outcome
 from hpcmm.runs.metrics import RankStart, starts_of
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import package_version
-
-MAX_WORLD_SIZE = 1 << 17
-"""More ranks than this are a damaged record."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpcmm.files import names_in, read_json_object, read_tail, write_json, write_whole
+from hpcmm.files import MOST_BYTES, names_in, read_json_object, read_tail, write_json, write_whole
 from hpcmm.runs.run_dir import RunDir
 
 MOST_LINES = 60
@@ -154,9 +154,9 @@ def note_good_end(run: RunDir, rank: int, environ: Mapping[str, str] = os.enviro
 Record = TypeVar("Record", RankError, RankExit)
 
 
-def read(path: Path, kind: type[Record]) -> Record | None:
+def read(path: Path, kind: type[Record], most_bytes: int = MOST_BYTES) -> Record | None:
     """The record in a file that others could write to; None if there is none, or it is not one."""
-    return _typed(read_json_object(path, within=_root_of(path.parent)), kind)
+    return _typed(read_json_object(path, most_bytes, within=_root_of(path.parent)), kind)
 
 
 def newest_attempt(run: RunDir, raw_id: str) -> tuple[Path, int] | None:

@@ -8,11 +8,13 @@ from functools import partial
 
 import pytest
 
-from hpcmm.jobs import logs
+from hpcmm.jobs import diagnostics, logs
+from hpcmm.jobs.find_run import world_size_of
 from hpcmm.node import classify
-from hpcmm.ranges import MAX_RANK, ranks_in
+from hpcmm.ranges import MAX_RANK, MAX_WORLD_SIZE, ranks_in
 from hpcmm.runs import failures, metrics
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.slurm.jobs import Job
 
 _PROCESSOR_TIME_S = 20
 """The work of each test takes a second at most; were it not bounded, it would take minutes."""
@@ -149,3 +151,22 @@ def test_of_many_files_the_last_lines_tell_how_far_the_ranks_came(foreign):
         foreign.rank_metrics(rank).hardlink_to(first)
     progress = metrics.progress_of(foreign)
     assert (len(progress), progress[1999].last_step, progress[1999].node) == (2000, 4, "n1")
+
+
+@pytest.mark.parametrize(("nodes", "size"), [(2, 2000), (1000, 0), (10**30, 0)])
+def test_a_configuration_of_more_ranks_than_any_run_has_tells_of_none(foreign, nodes, size):
+    foreign.config.write_text(f"cluster: {{nodes: {nodes}, ranks_per_node: 1000}}")
+    assert world_size_of(foreign) == size
+
+
+def test_of_ranks_that_left_no_record_no_file_is_opened(foreign, monkeypatch):
+    foreign.config.write_text(f"cluster: {{nodes: {MAX_WORLD_SIZE}, ranks_per_node: 1}}")
+    attempt = foreign.failures / "7.0"
+    failures.write(failures.RankError(3, "n1", 1, "ValueError", "x"), failures.error_file(attempt, 3))
+    opened = []
+    read = failures.read
+    monkeypatch.setattr(failures, "read", lambda path, *more: opened.append(path.name) or read(path, *more))
+    job = Job("7", "7", state="FAILED")
+    ranks = diagnostics._ranks(foreign, job, attempt, [], 0)
+    assert (len(ranks), ranks[3].error.message) == (MAX_WORLD_SIZE, "x")
+    assert opened == ["rank_0003.error.json", "rank_0003.exit.json"]

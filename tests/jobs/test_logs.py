@@ -1,8 +1,11 @@
 """Logs with their rank in front, as they are and as they grow."""
 
+import os
+
 import pytest
 
 from hpcmm.errors import HpcmmError
+from hpcmm.jobs import logs
 from hpcmm.jobs.logs import Log, follow, last_lines, logs_of, printable
 from hpcmm.runs.run_dir import RunDir
 
@@ -158,3 +161,41 @@ def test_a_character_that_is_half_written_is_waited_for(tmp_path):
 
 def test_what_a_hole_in_a_file_reads_as_is_not_shown(tmp_path):
     assert written(tmp_path, b"\0" * 5000, b"after\0 a log was cut\n").tail(5) == ["after a log was cut"]
+
+
+def test_all_logs_together_are_looked_through_up_to_a_bound(run, monkeypatch):
+    monkeypatch.setattr("hpcmm.jobs.logs._MOST_SOUGHT_BYTES", 8 * 64 * 1024)
+    sought = []
+    begin = logs._start_of_lines
+    monkeypatch.setattr(
+        "hpcmm.jobs.logs._start_of_lines",
+        lambda file, end, *more: sought.append(end - (found := begin(file, end, *more))) or found,
+    )
+    os.truncate(run.rank_log(0), 1 << 40)
+    for rank in range(3, 99):
+        run.rank_log(rank).hardlink_to(run.rank_log(0))
+    last_lines_of_all = list(last_lines(logs_of(run, None), 5))
+    assert ("1", "line 4 of 1") in last_lines_of_all
+    assert max(sought) <= 64 * 1024
+    assert len(sought) == 100
+
+
+def test_a_log_that_grows_for_ever_ends_where_it_ended_when_its_job_did(run):
+    grown = []
+
+    class Growing(Log):
+        def new_lines(self, *most):
+            grown.append(1)
+            with self.path.open("a") as file:
+                file.write("more\n")
+            return super().new_lines(*most)
+
+    log = Growing("0", run.rank_log(0))
+    assert [line for _, line in follow(lambda: [], [log], lambda: True)][:5] == [f"line {n} of 0" for n in range(5)]
+    assert len(grown) <= 2
+
+
+def test_of_a_log_without_end_a_line_tells_that_there_is_more(run):
+    os.truncate(run.rank_log(0), 1 << 40)
+    *_, last = Log("0", run.rank_log(0)).rest(most_bytes=128 * 1024)
+    assert last == f"… and {(1 << 40) - 128 * 1024} bytes more, which are in the file alone"
