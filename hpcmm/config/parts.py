@@ -23,7 +23,7 @@ import yaml
 
 from hpcmm.config.class_source import class_source, fits, guard_imports, syntax_problem
 from hpcmm.config.keys import PartGroup, parts_of
-from hpcmm.config.untyped_config import refuse_endless_aliases
+from hpcmm.config.untyped_config import refuse_traps_of_own
 from hpcmm.errors import HpcmmError
 from hpcmm.files import group_can_write, is_known_owner, name_of, read_text
 from hpcmm.resources import resource
@@ -124,7 +124,7 @@ def read_config_yaml(file: Path) -> dict[str, Any]:
     """The values of a file of a config group. Raises HpcmmError that names file, line and what is wrong there."""
     try:
         text = read_text(file)
-        refuse_endless_aliases(text)
+        refuse_traps_of_own(text)
         values = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error

@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hpcmm.config.keys import parts_of, type_hints
 from hpcmm.config.parts import CONFIG_DIR, TARGET, check_writers, folders_of, yaml_problem
 from hpcmm.config.schema import RunConfig
-from hpcmm.config.untyped_config import refuse_endless_aliases
+from hpcmm.config.untyped_config import refuse_traps_of_own
 from hpcmm.config.workload import load_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.files import MOST_BYTES
@@ -239,7 +239,7 @@ def _check_file(file: Path, top: Path) -> None:
             content = opened.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise HpcmmError(f"{file} cannot be read: it is larger than {MOST_BYTES} bytes.")
-        refuse_endless_aliases(content.decode())
+        refuse_traps_of_own(content.decode())
     except OSError as error:
         raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:

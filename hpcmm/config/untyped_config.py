@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hpcmm.files import MOST_BYTES, read_checked
 VERSION = 2
 """Of the files that are written today; a file that names none is of version 1."""
 VERSION_KEY = "version"
-_MOST_DEPTH, _MOST_VALUES, _MOST_DIGITS = 100, 100_000, 100
+_MOST_DEPTH, _MOST_VALUES, _MOST_DIGITS, _MOST_SHOWN = 100, 100_000, 100, 60
 MAX_BYTES = MOST_BYTES
 
 
@@ -49,6 +50,28 @@ def _refuse_traps(text: str) -> None:
             raise yaml.YAMLError("it has YAML aliases")
         if depth > _MOST_DEPTH or count > _MOST_VALUES:
             raise yaml.YAMLError("it has more values, or values within values, than expected")
+
+
+_LONG = re.compile(rf"!|[0-9a-fA-F_:.]{{{_MOST_DIGITS},}}")
+_NUMBER = re.compile(r"[-+]?(?:[0-9_:.]+(?:[eE][-+]?[0-9_]+)?|0[xX][0-9a-fA-F_]+)")
+
+
+def refuse_traps_of_own(text: str) -> None:
+    """Raises YAMLError for what a file of a user's own cannot mean, and its reader would work on without end."""
+    refuse_endless_aliases(text)
+    if not _LONG.search(text):
+        return
+    for event in yaml.parse(text, _PlainLoader):
+        if not isinstance(event, yaml.ScalarEvent) or len(event.value) <= _MOST_DIGITS:
+            continue
+        is_number = event.implicit[0] and _NUMBER.fullmatch(event.value)
+        mark = event.start_mark
+        if mark is not None and (is_number or (event.tag or "").endswith((":int", ":float"))):
+            key = text.split("\n", mark.line + 1)[mark.line][: mark.column].strip(" \t-:{[,")[-_MOST_SHOWN:]
+            said = f"{key} is a number" if key else "there is a number"
+            raise yaml.YAMLError(
+                f"line {mark.line + 1}: {said} of {len(event.value)} characters: write {_MOST_DIGITS} at most"
+            )
 
 
 def refuse_endless_aliases(text: str) -> None:

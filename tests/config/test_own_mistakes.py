@@ -101,6 +101,11 @@ def many_aliases(merge: bool) -> str:
         (many_aliases(True), "its aliases stand for more than 100000 values"),
         ("a: &a [*a]\n", "its alias *a stands for what it lies in"),
         ("a: " + "[" * 10_000 + "*a", "it has more values within values than expected"),
+        ("a: 2\ntime_limit_min: " + "1:" * 400_000 + "1\n", "line 2: time_limit_min is a number of 800001 characters"),
+        ("nodes: -" + "1" * 1_000_000, "line 1: nodes is a number of 1000001 characters: write 100 at most"),
+        ("nodes: 0x" + "a" * 100_000, "line 1: nodes is a number of 100002 characters"),
+        ('nodes: !!int "' + "1:" * 10_000 + '1"', "line 1: nodes is a number of 20001 characters"),
+        ("a:\n  - " + "1_" * 10_000, "line 2: there is a number of 20000 characters"),
     ],
 )
 @pytest.mark.parametrize(
