@@ -11,11 +11,10 @@ import secrets
 import shlex
 import shutil
 import sys
-import time
 from bisect import bisect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,7 @@ from hpcmm.slurm.sbatch import (
     UncertainError,
     as_slurm_has_it,
     enter_cluster,
-    identity_at_launch,
-    sbatch,
+    submitted,
     warn_where_it_cannot_start,
 )
 from hpcmm.text import printable
@@ -158,7 +156,7 @@ def resubmit(path: Path, indices: Collection[int] | None = None) -> Resubmission
         enter_cluster(config)
         if taken := take_over(found.sweep.shared):
             print(f"hpcmm: squeue shows {_jobs(taken)} of this sweep, which no launch had noted.", file=sys.stderr)
-        ledger = read_ledger(path)
+        ledger = replace(read_ledger(path), lock=found.lock)
         states = point_states(ledger)
         asked = [point for point in ledger.points if indices is None or point.index in indices]
         failed = [point for point in asked if states[point.index] == FAILED]
@@ -218,8 +216,8 @@ def _accepted(planned: Plan, queued: _Queued) -> Submission:
 @contextmanager
 def _locked_ledger(path: Path) -> Iterator[Ledger]:
     """The ledger while nobody else submits points of its sweep."""
-    with (ledger := read_ledger(path)).locked():
-        yield read_ledger(ledger.sweep.root)  # as it is now that nobody else writes it
+    with (ledger := read_ledger(path)).locked() as lock:
+        yield replace(read_ledger(ledger.sweep.root), lock=lock)  # as it is now that nobody else writes it
 
 
 @dataclass(frozen=True)
@@ -288,7 +286,8 @@ def _submit_script(
     ``queued`` gets them once they are noted. ``array``: the ledger, the point that is task 0, and the points.
     """
     run, first = scripts.shared, array[1] if array is not None else 0
-    known = _submitted(config, scripts.submission_script(first), config.name, *options)
+    lock = array[0].lock if array is not None else None
+    known = submitted(config, scripts.submission_script(first), config.name, *options, lock=lock)
     job_id = known.job_id
     if array is not None:
         _note_array(*array, job_id)
@@ -316,11 +315,6 @@ def _look_at(config: RunConfig, run: RunDir, jobs: Sequence[_Accepted], queued: 
         raise KeyboardInterrupt(queued.told()) from None
 
 
-def _submitted(config: RunConfig, script: Path, name: str, *options: str, without: Sequence[str] = ()) -> JobIdentity:
-    began_s = time.time()
-    return identity_at_launch(sbatch(config, script, *options, without=without), script, name, began_s)
-
-
 def _submit_analysis(config: RunConfig, run: RunDir, script: Path, known: JobIdentity, *options: str) -> str | None:
     """Queue the analysis behind the job that is ``known``, if one was asked for. Returns its job's id.
 
@@ -333,7 +327,7 @@ def _submit_analysis(config: RunConfig, run: RunDir, script: Path, known: JobIde
         options = (*options, f"--clusters={known.cluster}")  # of several the one that has the job to wait for
     try:
         without = config.cluster.environment_from
-        analysis = _submitted(config, script, f"{config.name}-analysis", *options, without=without)
+        analysis = submitted(config, script, f"{config.name}-analysis", *options, without=without)
     except UncertainError as error:
         said = f"Job {job_id} is submitted and stays, but its analysis may not be: {error.why}. `squeue --me` shows it."
         raise HpcmmError(said) from error

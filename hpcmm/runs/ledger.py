@@ -42,6 +42,8 @@ class Ledger:
 
     sweep: SweepDir
     points: list[LedgerPoint]
+    lock: int | None = None
+    """The descriptor that keeps other launchers out, while this one does; for sbatch to hold it too."""
 
     def run(self, point: LedgerPoint) -> RunDir:
         return RunDir(self.sweep.root / point.run)
@@ -57,10 +59,11 @@ class Ledger:
         write_json(self.sweep.ledger, {"points": [asdict(point) for point in self.points]}, indent=1)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[int]:
         """Keep other launchers from this sweep. Raises HpcmmError if one is at work on it.
 
-        ``flock`` holds between the login nodes of a shared file system too, where that supports it.
+        ``flock`` holds between the login nodes of a shared file system too, if that supports it. Gives the descriptor
+        that holds it: a command that inherits it keeps others out for as long as it runs, whatever becomes of us.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(self.sweep.lock, flags, 0o600), "w") as lock:
@@ -72,7 +75,7 @@ class Ledger:
                 ) from error
             except OSError:  # a file system without locks; better once more than never
                 pass
-            yield
+            yield lock.fileno()
 
     def newest_arrays(self) -> set[str]:
         """Ids of the arrays that points were last submitted in, to ask Slurm for."""

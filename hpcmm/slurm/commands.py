@@ -79,13 +79,18 @@ _LASTING_SILENCE = "no Slurm configuration is found"
 
 
 def run_command(
-    command: Sequence[str], environ: Mapping[str, str], timeout_s: float, *, process_group: int | None = None
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    timeout_s: float,
+    *,
+    process_group: int | None = None,
+    keep_open: Sequence[int] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of Slurm's to its end, with its words whatever their encoding.
 
     Raises OSError (ValueError for an environment that no program can be given) if it cannot be started, and
     subprocess.TimeoutExpired, and SilentError if it writes without end. ``process_group=0``: in a process group of its
-    own, which Ctrl-C does not reach.
+    own, which Ctrl-C does not reach. ``keep_open``: descriptors that the command inherits.
     """
     with subprocess.Popen(
         command,
@@ -93,6 +98,7 @@ def run_command(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         process_group=process_group,
+        pass_fds=keep_open,
         env=dict(environ),
     ) as process:
         try:

@@ -115,12 +115,15 @@ class Accepted:
     """The cluster that has it; empty if sbatch did not say."""
 
 
-def sbatch(config: RunConfig, script: Path, *options: str, without: Sequence[str] = ()) -> Accepted:
+def sbatch(
+    config: RunConfig, script: Path, *options: str, without: Sequence[str] = (), lock: int | None = None
+) -> Accepted:
     """Submit ``script``. Raises RefusedError, with a remedy, when Slurm refuses it, and UncertainError if the job may
     be queued all the same.
 
-    The job is what the script says: variables of the user's shell that would change it do not reach sbatch,
-    nor do those in ``without``.
+    The job is what the script says: variables of the user's shell that would change it do not reach sbatch, nor do
+    those in ``without``. ``lock``: a descriptor that sbatch holds too. What it locks stays locked until sbatch has its
+    answer, also if this process is killed before.
     """
     check_slurm_is_here()
     _say_what_is_ignored(job_variables(os.environ))
@@ -130,7 +133,7 @@ def sbatch(config: RunConfig, script: Path, *options: str, without: Sequence[str
     began_s = time.time()
     try:
         command = ["sbatch", *options, str(script)]
-        done = run_command(command, environ, _TIMEOUT_S, process_group=0)
+        done = run_command(command, environ, _TIMEOUT_S, process_group=0, keep_open=() if lock is None else (lock,))
     except subprocess.TimeoutExpired:
         return _accepted_unheard(script, f"sbatch gave no answer within {_TIMEOUT_S} s", began_s)
     except SilentError as error:
@@ -195,14 +198,18 @@ def enter_cluster(config: RunConfig) -> None:
         os.environ["SLURM_CLUSTERS"] = config.cluster.sbatch[_CLUSTERS]
 
 
-def identity_at_launch(accepted: Accepted, script: Path, name: str, submitted_unix_s: float) -> JobIdentity:
-    """What is known of a job once sbatch has accepted it. ``submitted_unix_s``: when sbatch was called."""
+def submitted(
+    config: RunConfig, script: Path, name: str, *options: str, without: Sequence[str] = (), lock: int | None = None
+) -> JobIdentity:
+    """As :func:`sbatch`: submit ``script``, and give what is known of its job then."""
+    began_s = time.time()
+    accepted = sbatch(config, script, *options, without=without, lock=lock)
     try:
         user = pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:  # as in some containers
         user = ""
     cluster = accepted.cluster or clusters_asked(os.environ)
-    return JobIdentity(accepted.job_id, cluster, user, name, (str(script),), submitted_unix_s, uid=os.geteuid())
+    return JobIdentity(accepted.job_id, cluster, user, name, (str(script),), began_s, uid=os.geteuid())
 
 
 def _say_what_is_ignored(variables: Sequence[str]) -> None:

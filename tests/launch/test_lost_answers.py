@@ -114,6 +114,20 @@ def jobs_of(sweep: Path) -> list[list[str]]:
     return [point.jobs for point in read_ledger(sweep).points]
 
 
+def until(holds: Callable[[], bool]) -> None:
+    """The time that a test may take bounds it."""
+    while not holds():
+        time.sleep(0.05)
+
+
+def is_free(sweep: Path) -> bool:
+    try:
+        with read_ledger(sweep).locked():
+            return True
+    except HpcmmError:
+        return False
+
+
 def forget_the_job() -> Path:
     """As a launch leaves it that is killed before it can note sbatch's answer."""
     run = the_run()
@@ -212,6 +226,23 @@ def test_resubmit_queues_no_point_again_whose_job_no_record_names(slurm: Slurm) 
     assert resubmit(sweep).job_ids == ()
     assert jobs_of(sweep) == [["11"]] * 4
     assert slurm.calls == ["11 0-3"]
+
+
+def test_while_sbatch_waits_for_slurm_its_sweep_stays_locked_though_the_launch_was_killed(slurm: Slurm) -> None:
+    waits = "i=0; touch asked; until [ -e go ] || [ $((i += 1)) -gt 1200 ]; do sleep 0.05; done"
+    slurm.does("sbatch", f"{waits}\n{SBATCH}")
+    process = slurm.launch(*SWEEP)
+    until((slurm.here / "asked").exists)
+    process.kill()
+    process.communicate(timeout=60)
+    with pytest.raises(HpcmmError, match="are being submitted by another launch: wait for it"):
+        resubmit(the_run())
+    assert slurm.calls == []
+    (slurm.here / "go").touch()
+    until(lambda: is_free(the_run()))
+    assert resubmit(the_run()).job_ids == ()
+    assert slurm.calls == ["11 0-3"]
+    assert jobs_of(the_run()) == [["11"]] * 4
 
 
 def test_of_such_a_job_the_points_that_are_over_count_as_they_ended(slurm: Slurm) -> None:
