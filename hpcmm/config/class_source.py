@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, all_suffixes
 from pathlib import Path
-from stat import S_IWGRP, S_IWOTH
+from stat import S_ISVTX, S_IWGRP, S_IWOTH
 from typing import Any
 
 from hpcmm.errors import HpcmmError
@@ -123,13 +123,16 @@ def source_file(module: str) -> Path | None:
 def planted(path: Path) -> tuple[Path, int] | None:
     """``path``, or what a link there leads to, and its owner, if that is another user who can have put it there.
 
-    Its owner may be this user, root, or who owns the folder that it lies in. If others can write that folder, such as
-    one of a group, its owner is one of them: with the sticky bit they cannot exchange a file, but add one.
+    Its owner may be this user, root, or who owns the folder that it lies in. If others can write that folder, its owner
+    is one of them: with the sticky bit they cannot exchange a file, but add one. Without it, members of a group can
+    exchange the user's own module too, so who lets them trusts them.
     """
     for each in dict.fromkeys((path, Path(os.path.realpath(path)))):
         try:
             uid, folder = each.lstat().st_uid, each.parent.stat()
         except OSError:
+            continue
+        if folder.st_mode & (S_IWGRP | S_IWOTH | S_ISVTX) == S_IWGRP:
             continue
         is_shared = folder.st_mode & (S_IWGRP | S_IWOTH)
         if not is_known_owner(uid) and (is_shared or uid != folder.st_uid):

@@ -41,7 +41,7 @@ def plant(path: Path, text: str = "raise SystemExit('code of another user')\n") 
     importlib.invalidate_caches()
 
 
-@pytest.mark.parametrize("mode", [0o1777, 0o1775, 0o2775])
+@pytest.mark.parametrize("mode", [0o1777, 0o1775, 0o3775, 0o777])
 @pytest.mark.parametrize("name", ["my_own_module/__init__.py", "my_own_module.abi3.so"])
 def test_a_package_that_another_user_puts_before_the_users_module_is_refused(shared, name, mode):
     plant(shared / name)
@@ -80,6 +80,13 @@ def test_one_s_own_modules_and_a_colleagues_whole_folder_are_imported(shared):
     shared.chmod(0o755)
     another_user.give(shared)
     require_own_module("my_own_module", shared)
+
+
+def test_a_group_that_could_exchange_the_users_own_module_is_trusted_with_it(shared):
+    shared.chmod(0o2775)
+    another_user.give(shared / "my_own_module.py")
+    require_own_module("my_own_module", shared)
+    assert import_class("my_own_module.Mine").__name__ == "Mine"
 
 
 def test_the_package_is_what_python_would_import(shared):
