@@ -208,7 +208,7 @@ def _root_of(attempt: Path) -> Path:
 def _short(value: Any) -> Any:
     """As much of it as a rank would have written, so that nobody who looks at it has to fear its size."""
     if isinstance(value, list):
-        return [_short(each) for each in value[-MOST_LINES:]]
+        return [_short(each) for each in value[-2 * MOST_LINES :]]  # what it was raised from, and the end
     return value[:MOST_CHARACTERS] if isinstance(value, str) else value
 
 

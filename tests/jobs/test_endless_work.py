@@ -76,11 +76,11 @@ def test_an_exception_of_many_words_is_classified_by_its_first_ones(words):
 def test_what_is_read_of_a_record_is_as_long_as_a_rank_writes_it(tmp_path):
     attempt = tmp_path / "failures" / "7.0"
     path = failures.error_file(attempt, 0)
-    failures.write(failures.RankError(0, "n1", 1, "E", "x" * 100_000, ["y" * 10_000] * 80, ["n2"] * 5000), path)
+    failures.write(failures.RankError(0, "n1", 1, "E", "x" * 100_000, ["y" * 5000] * 150, ["n2"] * 5000), path)
     error = failures.read(path, failures.RankError)
     assert error is not None
     assert len(error.message) == failures.MOST_CHARACTERS
-    assert [len(line) for line in error.traceback] == [failures.MOST_CHARACTERS] * failures.MOST_LINES
+    assert [len(line) for line in error.traceback] == [failures.MOST_CHARACTERS] * 2 * failures.MOST_LINES
 
 
 def test_of_many_tracebacks_the_last_ones_are_looked_at():
