@@ -29,7 +29,6 @@ from hpcmm.files import is_regular
 from hpcmm.launch.script import Job, arrays_of, python_of, rank_command, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import profiled_ranks, tasks_in
-from hpcmm.runs.exit_status import outcome_of
 from hpcmm.runs.ledger import array_of, jobs_of_points
 from hpcmm.runs.ownership import Exchangeable, check_runs_root, is_mine, real_and_trusted, require_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
@@ -363,8 +362,9 @@ def _end_of_run(job_id: str, named: str, run: RunDir) -> str | None:
     except SilentError:
         raise
     except HpcmmError as error:  # Slurm knows it no longer, or keeps no accounts
-        outcome = outcome_of(run, job_id)
-        if outcome is None:
+        from hpcmm.runs.exit_status import outcome_of  # noqa: PLC0415 -- as above
+
+        if (outcome := outcome_of(run, job_id)) is None:
             raise HpcmmError(f"after={named}: {error} {run.root} notes no end of it either.") from error
         return outcome.state
     return None if job.active else job.state

@@ -10,13 +10,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from stat import S_IMODE
 from typing import NoReturn
 
 from hpcmm.config.class_source import INSTALLED, holder_of, require_own_module
@@ -47,6 +47,7 @@ from hpcmm.runs.ownership import is_open_to_all
 from hpcmm.runs.run_dir import RunDir
 
 _MB = 10**6
+_CHUNK_BYTES = 1 << 20
 _MOST_FILES = 50_000
 _MOST_LINKS = 1000
 _RESOURCES = ("conf", "slurm", "profiles/nsys")
@@ -432,8 +433,10 @@ def _copy(source: Path, target: Path, run: RunDir, project: Path | None) -> str:
         else:
             target.symlink_to(pointed if pointed.is_absolute() else (source.parent / pointed).absolute())
         return str(pointed)
+    digest = hashlib.sha256()
     with open_followed(source) as file, target.open("wb") as made:  # a pipe may be there by now
-        shutil.copyfileobj(file, made)
-    shutil.copymode(source, target)
-    with target.open("rb") as copied:
-        return hashlib.file_digest(copied, "sha256").hexdigest()
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            made.write(chunk)
+        os.fchmod(made.fileno(), S_IMODE(os.fstat(file.fileno()).st_mode))
+    return digest.hexdigest()

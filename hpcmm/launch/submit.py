@@ -25,12 +25,10 @@ from hpcmm.config import config_file
 from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, open_checked
-from hpcmm.jobs.find_run import take_over
 from hpcmm.launch.plan import Plan, check_environment_from
 from hpcmm.launch.script import parallel_shares, rank_command
 from hpcmm.node.network import find_free_port
 from hpcmm.ranges import write_ranges
-from hpcmm.runs.exit_status import COMPLETED, FAILED, IN_QUEUE, states_of_points
 from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
 from hpcmm.runs.ownership import check_runs_root
 from hpcmm.runs.run_dir import RunDir, SweepDir
@@ -105,6 +103,8 @@ class Resubmission:
 
     def summary(self) -> str:
         """How many points were in which state."""
+        from hpcmm.runs.exit_status import COMPLETED, FAILED, IN_QUEUE  # noqa: PLC0415 -- a launch asks for no state
+
         return ", ".join(f"{self.states.count(each)} {each.lower()}" for each in (COMPLETED, IN_QUEUE, FAILED))
 
 
@@ -149,6 +149,9 @@ def resubmit(path: Path, indices: Collection[int] | None = None) -> Resubmission
     ``indices``: of these points alone; None: of all. Points that were never submitted count as failed. Raises
     HpcmmError if there is no ledger at ``path``, or the scheduler does not accept the job.
     """
+    from hpcmm.jobs.find_run import take_over  # noqa: PLC0415 -- as above
+    from hpcmm.runs.exit_status import FAILED  # noqa: PLC0415 -- as above
+
     with _locked_ledger(path) as found:
         config = config_file.load(found.run(found.points[0]).config)
         check_runs_root(found.sweep.root)
@@ -191,6 +194,8 @@ def point_states(ledger: Ledger) -> dict[int, str]:
 
     Raises HpcmmError when Slurm does not answer.
     """
+    from hpcmm.runs.exit_status import states_of_points  # noqa: PLC0415 -- as above
+
     arrays = {job_id: identity_of(ledger.sweep.shared, job_id) for job_id in ledger.newest_arrays()}
     told = array_states(arrays)
     active = {task for task, state in told.items() if state not in ENDED}

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hpcmm.errors import ScriptExitError
-from hpcmm.node.recorder import rank_of, recording_failure
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.signal_forwarding import record_exit
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,9 @@ class RankTask:
 
         Raises ScriptExitError, and has this process end with its status, if the user's code did.
         """
+        from hpcmm.node.recorder import rank_of, recording_failure  # noqa: PLC0415 -- on the node only
+        from hpcmm.worker.signal_forwarding import record_exit  # noqa: PLC0415 -- on the node only
+
         _keep_files_private()
         _leave_signals_alone()
         run = RunDir(Path(self.run_dir))
