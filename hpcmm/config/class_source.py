@@ -16,12 +16,13 @@ import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, all_suffixes
+from itertools import islice
 from pathlib import Path
 from stat import S_ISVTX, S_IWGRP, S_IWOTH
 from typing import Any
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_known_owner, name_of
+from hpcmm.files import entries_of, is_folder_here, is_known_owner, name_of, read_followed
 from hpcmm.text import visible
 
 _PLAIN_TYPES: Mapping[str, tuple[type, ...]] = {
@@ -34,6 +35,10 @@ _PLAIN_TYPES: Mapping[str, tuple[type, ...]] = {
 }
 _DEEPEST = 20
 """Base classes and re-exports that are followed."""
+_LARGEST_BYTES = 10**7
+"""Of a source."""
+_MOST_LOOKED_AT = 1000
+"""Of what lies in a folder, to know whether it is a package."""
 INSTALLED = frozenset({"site-packages", "dist-packages"})
 """Names of the folders that packages are installed in."""
 
@@ -120,21 +125,45 @@ def source_file(module: str) -> Path | None:
     return Path(spec.origin).resolve() if spec is not None and spec.origin and spec.has_location else None
 
 
-def planted(path: Path) -> tuple[Path, int] | None:
+def syntax_tree(script: Path) -> ast.AST:
+    """The script's syntax tree; an empty one if it cannot be parsed, which Python itself will say, or is no file."""
+    try:
+        return ast.parse(read_followed(script, _LARGEST_BYTES))
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return ast.Module([], [])
+
+
+def holds_python(folder: Path) -> bool:
+    """Whether Python files lie in it, or in a folder in it."""
+    inside = entries_of(folder, _MOST_LOOKED_AT)
+    folders = (entry for entry in inside if is_folder_here(entry))
+    return any(entry.suffix == ".py" for entry in inside) or any(
+        each.suffix == ".py" for entry in islice(folders, 20) for each in entries_of(entry, _MOST_LOOKED_AT)
+    )
+
+
+def planted(path: Path, *, found: bool = False) -> tuple[Path, int | None] | None:
     """``path``, or what a link there leads to, and its owner, if that is another user who can have put it there.
 
     Its owner may be this user, root, or who owns the folder that it lies in. If others can write that folder, its owner
     is one of them: with the sticky bit they cannot exchange a file, but add one. Without it, members of a group can
-    exchange the user's own module too, so who lets them trusts them.
+    exchange the user's own module too, so who lets them trusts them. ``found``: it was there just now, or may be at
+    once. If it is not, and others can write the folder, it is theirs: of an owner who is not known (None).
     """
     for each in dict.fromkeys((path, Path(os.path.realpath(path)))):
         try:
-            uid, folder = each.lstat().st_uid, each.parent.stat()
+            folder = each.parent.stat()
         except OSError:
             continue
         if folder.st_mode & (S_IWGRP | S_IWOTH | S_ISVTX) == S_IWGRP:
             continue
         is_shared = folder.st_mode & (S_IWGRP | S_IWOTH)
+        try:
+            uid = each.lstat().st_uid
+        except OSError:
+            if found and is_shared:
+                return each, None
+            continue
         if not is_known_owner(uid) and (is_shared or uid != folder.st_uid):
             return each, uid
     return None
@@ -154,12 +183,21 @@ def require_own_module(module: str, holder: Path) -> None:
             _require_own(folder / f"__init__{suffix}")
 
 
-def _require_own(path: Path) -> None:
-    found = planted(path)
-    if found is not None:
-        file, uid = found
+def require_own_path(path: Path, holder: Path) -> None:
+    """Raises HpcmmError if another user can have put ``path`` below ``holder``, or a folder on its way."""
+    for each in (path, *path.parents):
+        if each == holder:
+            return
+        _require_own(each, found=True)
+
+
+def _require_own(path: Path, *, found: bool = False) -> None:
+    theirs = planted(path, found=found)
+    if theirs is not None:
+        file, uid = theirs
+        why = "comes and goes in a folder that others can write" if uid is None else f"belongs to user {name_of(uid)}"
         raise HpcmmError(
-            f"{visible(str(file))} belongs to user {name_of(uid)}, so it is not imported as your code: have it "
+            f"{visible(str(file))} {why}, so it is not imported as your code: have it "
             "removed, or start hpcmm in a folder of your own that holds your code."
         )
 
@@ -182,9 +220,9 @@ class _Guard:
         packages = [Path(each) for each in spec.submodule_search_locations or ()]
         files = [*packages, *([Path(spec.origin)] if spec.has_location and spec.origin else [])]
         for file in (each for each in files if not _is_installed(each)):
-            _require_own(file)
+            _require_own(file, found=True)
             compiled = [file.parent / "__pycache__", *([Path(spec.cached)] if spec.cached else [])]
-            if isinstance(spec.loader, SourceFileLoader) and any(map(planted, compiled)):
+            if isinstance(spec.loader, SourceFileLoader) and any(planted(each, found=True) for each in compiled):
                 spec.loader = _FromSource(spec.loader.name, spec.loader.path)
         return spec
 

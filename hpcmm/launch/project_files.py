@@ -10,10 +10,11 @@ import ast
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
+from hpcmm.config.class_source import holds_python, syntax_tree
 from hpcmm.errors import HpcmmError
 from hpcmm.files import (
     CODE,
@@ -24,14 +25,11 @@ from hpcmm.files import (
     is_file_here,
     is_folder_here,
     is_secret,
-    read_followed,
 )
 from hpcmm.launch.vouched import Repository, Vouched, not_vouched_for
 from hpcmm.runs.ownership import Reach, is_open_to_all, is_trusted, reach_beyond
 
 _LARGEST_BYTES = 10**7
-_MOST_LOOKED_AT = 1000
-"""Of what lies in a folder, to know whether it is a package."""
 """Of a file that git does not vouch for: a larger one is data."""
 _MOST_LINKS = 1000
 _MOST_ENTRIES = 20_000
@@ -136,6 +134,22 @@ class ProjectFiles:
         elif is_folder or is_file:
             self.linked.add(path)
 
+    def look_into_links(self, above: set[Path], vouched: Vouched) -> None:
+        """Replace links to folders by what lies in them: to those ``above`` what is asked for, and to those in which
+        others can put something, such as an ``__init__.py`` that makes a package of it, once the job is queued."""
+        queue = [*self.linked]
+        for path in queue:
+            is_open = path not in above and is_folder_here(path) and vouched.is_open(path)
+            if not is_open and path not in above:
+                continue
+            self.linked.discard(path)
+            entries = entries_of(path, _MOST_LINKS)
+            if is_open and not 0 < len(entries) < _MOST_LINKS:
+                self.foreign.add(path)
+            for entry in entries:
+                self.add_ignored(entry)
+                queue += [entry] if entry in self.linked else []
+
     def link_folders_to_fill(self, root: Path, new: set[Path]) -> None:
         """Link folders that are empty or kept by placeholders: what a program writes there shall stay, and be seen.
 
@@ -182,30 +196,27 @@ def files_of(
                 kept_out.add(file)
     files.copied |= asked
     files.secret = (files.secret | kept_out) - asked
-    # What is asked for may lie in a folder that would be a link: then all that lies beside it is looked at by itself.
     above = {parent for file in asked | kept_out for parent in file.parents}
-    for folder in files.linked & above:
-        files.linked.remove(folder)
-        for entry in _around(folder, above):
-            files.add_ignored(entry)
+    files.look_into_links(above, vouched)
     for folder in files.foreign & above:
         files.foreign.remove(folder)
         files.foreign |= {*_around(folder, above)}
     whole: dict[Path, bool] = {}
-    files.foreign |= {path for path in (files.copied | files.linked) - exact if not vouched.accepts(path)}
+    listed = (files.copied | files.linked) - exact
+    files.foreign |= {path for path in listed if not vouched.accepts(path, gone=False)}
     files.foreign = {path for path in files.foreign - exact if not path.is_relative_to(runs_root)}
     kept = (file for file in files.copied - files.foreign if file in exact or not file.is_relative_to(runs_root))
     files.copied = {file for file in kept if _is_below_no_link(file, whole)}
     holders = {project} | {parent for file in files.copied | files.foreign | files.secret for parent in file.parents}
     linked = files.linked - files.copied - files.foreign - files.secret
     linked = {path for path in linked if not path.is_relative_to(runs_root)}
-    files.linked = {_widest(path, holders) for path in linked}
+    files.linked = {_widest(path, holders, vouched) for path in linked}
     return files
 
 
-def _widest(path: Path, holders: set[Path]) -> Path:
+def _widest(path: Path, holders: set[Path], vouched: Vouched) -> Path:
     """The widest folder that holds ``path`` and nothing that is copied, so that one link stands for many."""
-    while path.parent not in holders:
+    while path.parent not in holders and not vouched.is_open(path.parent):
         path = path.parent
     return path
 
@@ -256,7 +267,13 @@ def _holds_no_file(folder: Path) -> bool:
 
 
 def _is_code(path: Path) -> bool:
-    return path.suffix in CODE and path.stat().st_size <= _LARGEST_BYTES
+    return path.suffix in CODE and _is_small(path)
+
+
+def _is_small(path: Path) -> bool:
+    with suppress(FileNotFoundError):  # deleted since it was listed
+        return path.stat().st_size <= _LARGEST_BYTES
+    return False
 
 
 def _is_environment(folder: Path) -> bool:
@@ -386,7 +403,7 @@ def _files_without_git(vouched: Vouched, scripts: Sequence[Path], runs_root: Pat
                 files.linked.add(path)
         elif is_file_here(path):
             name = str(path.relative_to(project))
-            is_small = path.suffix in CODE | SETTINGS and path.stat().st_size <= _LARGEST_BYTES
+            is_small = path.suffix in CODE | SETTINGS and _is_small(path)
             (files.secret if is_secret(project, name) else files.copied if is_small else files.linked).add(path)
     return files
 
@@ -400,7 +417,7 @@ def _is_of_settings(folder: Path, *, is_in_package: bool) -> bool:
         elif not is_file_here(path) or not (path.suffix in CODE | SETTINGS or has_secret_name(path.name)):
             return False
         else:
-            size += path.stat().st_size
+            size += path.lstat().st_size if os.path.lexists(path) else 0
             found = found or path.suffix not in _TEXTS
         if len(queue) > _MOST_SETTINGS or size > _LARGEST_BYTES:
             return False
@@ -427,20 +444,3 @@ def _used_by(scripts: Sequence[Path], vouched: Vouched) -> Iterator[Path]:
             if path not in seen and path.parent == folder and path.name != ".." and path.exists():
                 seen.add(path)
                 queue.append(path)
-
-
-def syntax_tree(script: Path) -> ast.AST:
-    """The script's syntax tree; an empty one if it cannot be parsed, which Python itself will say, or is no file."""
-    try:
-        return ast.parse(read_followed(script, _LARGEST_BYTES))
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return ast.Module([], [])
-
-
-def holds_python(folder: Path) -> bool:
-    """Whether Python files lie in it, or in a folder in it."""
-    inside = entries_of(folder, _MOST_LOOKED_AT)
-    folders = (entry for entry in inside if is_folder_here(entry))
-    return any(entry.suffix == ".py" for entry in inside) or any(
-        each.suffix == ".py" for entry in islice(folders, 20) for each in entries_of(entry, _MOST_LOOKED_AT)
-    )

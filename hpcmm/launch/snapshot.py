@@ -19,7 +19,7 @@ from pathlib import Path
 from stat import S_IMODE
 from typing import NoReturn
 
-from hpcmm.config.class_source import INSTALLED, holder_of, require_own_module
+from hpcmm.config.class_source import INSTALLED, holder_of, require_own_module, require_own_path, syntax_tree
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import CODE, SETTINGS, entries_of, has_secret_name, is_file_here, is_folder_here, open_followed
@@ -39,7 +39,6 @@ from hpcmm.launch.project_files import (
     marked_root,
     passed_over,
     project_root,
-    syntax_tree,
 )
 from hpcmm.launch.vouched import Vouched
 from hpcmm.resources import PACKAGE, resource
@@ -178,7 +177,9 @@ def _modules(targets: Iterable[str], holders: Iterable[Path]) -> Iterator[Path]:
             require_own_module(module, holder)
             path = holder.joinpath(*module.split("."))
             files = (path / "__init__.py", path.with_name(f"{path.name}.py"))  # in the order in which Python looks
-            yield from islice(filter(is_file_here, files), 1)
+            for file in islice(filter(is_file_here, files), 1):
+                require_own_path(file, holder)
+                yield file
 
 
 def take_snapshot(config: RunConfig, run: RunDir, code: CodePlan | None) -> str:

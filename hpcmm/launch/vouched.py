@@ -56,16 +56,18 @@ class Vouched:
         self._above = {folder for script in scripts for folder in script.parents}
         self._folders = {project: _Counts.everything} if is_closed(project) else {}
 
-    def accepts(self, path: Path, *, closed: bool = False) -> bool:
+    def accepts(self, path: Path, *, closed: bool = False, gone: bool = True) -> bool:
         """Whether nobody else can have put ``path`` there or changed it; ``closed``: nor put anything into it.
 
-        True for what is not there, or closed to us.
+        ``gone`` for what is not there, which others may put there at once; True for what is closed to us.
         """
         above = self._of_folder(path.parent)
         if above in {_Counts.everything, _Counts.nothing}:
             return above is _Counts.everything
         try:
             facts = path.lstat()
+        except FileNotFoundError:
+            return gone
         except OSError:
             return True
         is_closed_enough = not closed or not S_ISDIR(facts.st_mode) or not self._others_can_write(path, facts)

@@ -1,6 +1,7 @@
 """Another user's module in a shared folder never stands for one of the user's own."""
 
 import importlib
+import os
 import py_compile
 import sys
 import tempfile
@@ -94,3 +95,35 @@ def test_the_package_is_what_python_would_import(shared):
     assert list(_modules(["my_own_module:main"], [shared])) == [shared / "my_own_module.py"]
     (shared / "my_own_module" / "__init__.py").write_text(OWN)
     assert list(_modules(["my_own_module:main"], [shared])) == [shared / "my_own_module" / "__init__.py"]
+
+
+def hide_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As its owner can, who takes it away and puts it back all the time."""
+    lstat = Path.lstat
+
+    def flicker(path: Path):
+        if path.name != name or not os.path.lexists(path):
+            return lstat(path)
+        path.rename(path.with_name(".hidden"))
+        try:
+            return lstat(path)
+        finally:
+            path.with_name(".hidden").rename(path)
+
+    monkeypatch.setattr(Path, "lstat", flicker)
+
+
+def test_a_package_that_comes_and_goes_is_not_imported(shared, monkeypatch):
+    plant(shared / "my_own_module/__init__.py")
+    hide_while_it_is_looked_at(monkeypatch, "my_own_module")
+    said = r"my_own_module comes and goes in a folder that others can write, so it is not imported as your code"
+    with pytest.raises(HpcmmError, match=said):
+        import_class("my_own_module.Mine")
+    with pytest.raises(HpcmmError, match=said):
+        list(_modules(["my_own_module:main"], [shared]))
+
+
+def test_where_others_could_put_a_compiled_copy_at_once_none_is_read(shared):
+    import_class("my_own_module.Mine")
+    assert not (shared / "__pycache__").exists()
+    assert sys.modules["my_own_module"].__spec__.loader.path == str(shared / "my_own_module.py")

@@ -12,6 +12,7 @@ from pathlib import Path
 import another_user
 import pytest
 
+from hpcmm.config.class_source import syntax_tree
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_secret
 from hpcmm.launch.project_files import (
@@ -20,7 +21,6 @@ from hpcmm.launch.project_files import (
     passed_over,
     project_root,
     revision,
-    syntax_tree,
 )
 
 NO_RUNS = Path("/nowhere/runs")

@@ -232,6 +232,54 @@ def test_nothing_is_looked_for_in_folders_that_another_user_put_into_each_other(
         subprocess.run(["rm", "-r", project / "drop"], check=True)  # which shutil cannot
 
 
+@pytest.mark.parametrize("folder", ["", "lib"])
+def test_what_comes_and_goes_while_it_is_looked_at_is_not_copied(project: Path, kind: str, folder: str, monkeypatch):
+    open_to_group(project / folder, 0o3775)
+    another_user.give(write(project, f"{folder}/sitecustomize.py"))
+    lstat = Path.lstat
+
+    def flicker(path: Path) -> os.stat_result:
+        if path.name != "sitecustomize.py":
+            return lstat(path)
+        path.rename(path.with_name("hidden"))
+        try:
+            return lstat(path)
+        finally:
+            path.with_name("hidden").rename(path)
+
+    monkeypatch.setattr(Path, "lstat", flicker)
+    assert sorted_out(project)[0] == {"sub/train.py", "lib/helper.py", "near.py"}
+
+
+def test_a_folder_in_which_others_can_put_a_package_s_file_later_is_no_link_in_the_copy(project: Path, kind: str):
+    write(project, "datasets/a.npz", "datasets/deep/b.npz", "closed/c.npz")
+    (project / "datasets").chmod(0o1777)
+    taken, foreign = sorted_out(project)
+    if kind == "with git":  # which does not look into such a folder, and tracked none of this
+        assert "datasets" in foreign
+        assert not [name for name in taken if name.startswith("datasets")]
+    else:
+        assert {"datasets/a.npz", "datasets/deep"} <= taken
+        assert "datasets" not in taken
+        assert "closed" in taken
+
+
+@pytest.mark.parametrize("name", ["outputs", "lib/outputs"])
+def test_nor_is_one_that_is_empty_yet(project: Path, kind: str, name: str):
+    (project / name).mkdir()
+    (project / name).chmod(0o1777)
+    assert name not in sorted_out(project)[0]
+
+
+def test_of_a_folder_with_more_files_than_are_linked_the_rest_is_named(project: Path, monkeypatch):
+    monkeypatch.setattr("hpcmm.launch.project_files._MOST_LINKS", 3)
+    write(project, *(f"datasets/{number}.npz" for number in range(5)))
+    (project / "datasets").chmod(0o1777)
+    taken, foreign = sorted_out(project)
+    assert "datasets" in foreign
+    assert "datasets" not in taken
+
+
 # What git reads.
 
 
