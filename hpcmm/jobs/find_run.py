@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from hpcmm.runs.run_dir import JOB_ID, RUNS, RunDir, SweepDir, first_point_of, i
 from hpcmm.runs.submission import JobIdentity, job_ids_of, noted_jobs, write_submission
 from hpcmm.slurm.commands import CONFIGURATIONS, clusters_asked
 from hpcmm.slurm.jobs import Job, is_same_job, jobs_of_scripts
+from hpcmm.text import visible
 
 _MOST_RUNS = 20
 _MOST_POINTS_OF_OTHERS = 1000
@@ -209,18 +211,27 @@ def target_of(run: RunDir) -> Target:
     return _target(run.root.name, run.root)
 
 
-def find_folder(given: Path) -> Path:
+def find_folder(given: Path, runs_root: Path = RUNS) -> Path:
     """``given`` if that exists, else the directory of the run, point or sweep in ``./runs`` that it names.
 
-    What names none is given back. Raises HpcmmError for a point that a sweep lacks.
+    Of what a plain word names, another user's comes after all that is this user's, and a line says whose it is. What
+    names none is given back. Raises HpcmmError for a point that a sweep lacks.
     """
     try:
-        if given.exists() or given.is_symlink():
-            return given
-        run = find_targets(str(given), RUNS)[0].run
-    except (NoSuchRunError, OSError):  # too long for a name
+        is_there = given.exists() or given.is_symlink()
+    except OSError:  # too long for a name
         return given
-    return run.root if run is not None else given
+    theirs = other_user(given) if is_there and len(given.parts) == 1 else None
+    if is_there and theirs is None:
+        return given
+    try:
+        run = find_targets(str(given), runs_root)[0].run
+    except NoSuchRunError:
+        run = None
+    if theirs is not None and (run is None or not is_mine(run.root)):
+        print(f"hpcmm: {visible(str(given))} is another user's ({theirs}).", file=sys.stderr)
+        return given
+    return given if run is None else run.root
 
 
 def run_of_command(job: Job) -> RunDir | None:

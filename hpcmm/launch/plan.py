@@ -235,8 +235,7 @@ def run_to_start_from(config: RunConfig) -> str | None:
     runs_root = Path(config.runs_root).expanduser()
     if named and "\0" not in named:
         places = (runs_root / named, Path(named).expanduser())
-        # Another user may have left a run of the same name.
-        for folder in sorted(places, key=lambda place: not is_mine(place)):
+        for folder in filter(is_mine, places):  # another user may have left a run of the same name
             if is_regular(folder / "config.yaml"):
                 return str(_trained(_readable(folder, config), config).root)
     if (run := _run_named(named, runs_root)) is None:

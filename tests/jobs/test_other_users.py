@@ -11,12 +11,14 @@ from pathlib import Path
 import another_user
 import pytest
 
+from hpcmm.config.schema import RunConfig, TrainConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.__main__ import main
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import default_environment, find_folder, find_targets, slurm_environment
 from hpcmm.jobs.state import local_job
-from hpcmm.launch.plan import job_to_wait_for
+from hpcmm.launch.__main__ import _resubmit
+from hpcmm.launch.plan import job_to_wait_for, run_to_start_from
 from hpcmm.launch.submit import resubmit
 from hpcmm.runs import run_dir
 from hpcmm.runs.ledger import read_ledger
@@ -292,6 +294,26 @@ def test_an_analysis_takes_one_s_own_run_of_a_name_first(tmp_path, monkeypatch):
     os.utime(mine.submission_script, (1, 1))
     foreign(tmp_path / "runs", "demo-2")
     assert find_folder(type(tmp_path)("demo")).name == "demo-1"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_also_before_a_folder_of_that_name_that_another_user_made_here(tmp_path, monkeypatch, capsys, is_link):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o1777)
+    mine = make_run(tmp_path / "runs", "demo-1")
+    theirs = foreign(tmp_path, "theirs" if is_link else "demo")
+    if is_link:
+        (tmp_path / "demo").symlink_to(theirs.root)
+        another_user.give(tmp_path / "demo")
+    assert find_folder(Path("demo")).resolve() == mine.root
+    assert find_folder(Path("demo/nsys")) == Path("demo/nsys")
+    assert run_to_start_from(RunConfig(train=TrainConfig(init_from="demo"), after="1")) == str(mine.root)
+    with pytest.raises(HpcmmError, match=r"runs/demo-1 is a single run, and no sweep"):
+        _resubmit(["demo"])
+    capsys.readouterr()
+    another_user.give(mine.root)
+    assert find_folder(Path("demo")) == Path("demo")
+    assert f"demo is another user's ({another_user.UID})" in capsys.readouterr().err
 
 
 def test_another_user_s_process_that_names_one_s_own_local_run_is_not_the_run(root):
