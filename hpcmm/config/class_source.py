@@ -1,29 +1,20 @@
-"""What the source text of a class tells: its bases and parameters, read with ``ast``. Nothing is imported or run.
-
-And whose the modules are that would be imported: another user's must not stand for one of the user's own.
-"""
+"""What the source text of a class tells: its bases and parameters, read with ``ast``. Nothing is imported or run."""
 
 from __future__ import annotations
 
 import ast
 import builtins
-import errno
 import functools
 import importlib.util
-import os
 import sys
-import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, all_suffixes
+from importlib.machinery import ModuleSpec, PathFinder
 from itertools import islice
 from pathlib import Path
-from stat import S_ISVTX, S_IWGRP, S_IWOTH
 from typing import Any
 
-from hpcmm.errors import HpcmmError
-from hpcmm.files import entries_of, is_folder_here, is_known_owner, name_of, read_followed
-from hpcmm.text import visible
+from hpcmm.files import entries_of, is_folder_here, read_followed
 
 _PLAIN_TYPES: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
@@ -39,8 +30,6 @@ _LARGEST_BYTES = 10**7
 """Of a source."""
 _MOST_LOOKED_AT = 1000
 """Of what lies in a folder, to know whether it is a package."""
-INSTALLED = frozenset({"site-packages", "dist-packages"})
-"""Names of the folders that packages are installed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,107 +129,6 @@ def holds_python(folder: Path) -> bool:
     return any(entry.suffix == ".py" for entry in inside) or any(
         each.suffix == ".py" for entry in islice(folders, 20) for each in entries_of(entry, _MOST_LOOKED_AT)
     )
-
-
-def planted(path: Path, *, found: bool = False) -> tuple[Path, int | None] | None:
-    """``path``, or what a link there leads to, and its owner, if that is another user who can have put it there.
-
-    Its owner may be this user, root, or who owns the folder that it lies in. If others can write that folder, its owner
-    is one of them: with the sticky bit they cannot exchange a file, but add one. Without it, members of a group can
-    exchange the user's own module too, so who lets them trusts them. ``found``: it was there just now, or may be at
-    once. If it is not, and others can write the folder, it is theirs: of an owner who is not known (None).
-    """
-    for each in dict.fromkeys((path, Path(os.path.realpath(path)))):
-        try:
-            folder = each.parent.stat()
-        except OSError:
-            continue
-        if folder.st_mode & (S_IWGRP | S_IWOTH | S_ISVTX) == S_IWGRP:
-            continue
-        is_shared = folder.st_mode & (S_IWGRP | S_IWOTH)
-        try:
-            uid = each.lstat().st_uid
-        except OSError:
-            if found and is_shared:
-                return each, None
-            continue
-        if not is_known_owner(uid) and (is_shared or uid != folder.st_uid):
-            return each, uid
-    return None
-
-
-def require_own_module(module: str, holder: Path) -> None:
-    """Raises HpcmmError if another user can have put what Python would import as ``module``, or could, from a folder.
-
-    A package comes before a module of its name, and a compiled one before its source.
-    """
-    folder = holder
-    for name in module.split("."):
-        for file in (folder / name, *(folder / f"{name}{suffix}" for suffix in all_suffixes())):
-            _require_own(file)
-        folder /= name
-        for suffix in all_suffixes():
-            _require_own(folder / f"__init__{suffix}")
-
-
-def require_own_path(path: Path, holder: Path) -> None:
-    """Raises HpcmmError if another user can have put ``path`` below ``holder``, or a folder on its way."""
-    for each in (path, *path.parents):
-        if each == holder:
-            return
-        _require_own(each, found=True)
-
-
-def _require_own(path: Path, *, found: bool = False) -> None:
-    theirs = planted(path, found=found)
-    if theirs is not None:
-        file, uid = theirs
-        why = "comes and goes in a folder that others can write" if uid is None else f"belongs to user {name_of(uid)}"
-        raise HpcmmError(
-            f"{visible(str(file))} {why}, so it is not imported as your code: have it "
-            "removed, or start hpcmm in a folder of your own that holds your code."
-        )
-
-
-def guard_imports() -> None:
-    """From now on, import no module that another user can have put there. Those that are installed are not asked."""
-    if _Guard not in sys.meta_path:
-        place = sys.meta_path.index(PathFinder) if PathFinder in sys.meta_path else 0
-        sys.meta_path.insert(place, _Guard)
-
-
-class _Guard:
-    """Finds modules as Python does, and refuses another user's by an HpcmmError."""
-
-    @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None = None, _target: object = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path)
-        if spec is None or name.partition(".")[0] == "hpcmm":
-            return spec
-        packages = [Path(each) for each in spec.submodule_search_locations or ()]
-        files = [*packages, *([Path(spec.origin)] if spec.has_location and spec.origin else [])]
-        for file in (each for each in files if not _is_installed(each)):
-            _require_own(file, found=True)
-            compiled = [file.parent / "__pycache__", *([Path(spec.cached)] if spec.cached else [])]
-            if isinstance(spec.loader, SourceFileLoader) and any(planted(each, found=True) for each in compiled):
-                spec.loader = _FromSource(spec.loader.name, spec.loader.path)
-        return spec
-
-
-class _FromSource(SourceFileLoader):
-    """Reads no compiled copy, which another user can have made of other code."""
-
-    def path_stats(self, path: Any) -> Mapping[str, Any]:
-        raise OSError(errno.EPERM, "its compiled copy is not used", str(path))
-
-
-def _is_installed(file: Path) -> bool:
-    return not INSTALLED.isdisjoint(file.parts) or any(map(file.is_relative_to, _folders_of_python()))
-
-
-@functools.cache
-def _folders_of_python() -> frozenset[Path]:
-    return frozenset(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
 
 
 @dataclass(frozen=True)

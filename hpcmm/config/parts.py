@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hpcmm.config.class_source import class_source, fits, guard_imports, syntax_problem
+from hpcmm.config.class_source import class_source, fits, syntax_problem
 from hpcmm.config.keys import PartGroup, parts_of
 from hpcmm.config.untyped_config import refuse_traps_of_own
 from hpcmm.errors import HpcmmError
 from hpcmm.files import group_can_write, is_known_owner, name_of, read_text
-from hpcmm.resources import resource
+from hpcmm.resources import guard_imports, resource, why_not_found
 from hpcmm.text import visible
 
 T = TypeVar("T")
@@ -227,9 +227,9 @@ def import_class(target: str) -> type:
     guard_imports()
     try:
         found = getattr(importlib.import_module(module), name)
-    except HpcmmError:  # of a module that is another user's
-        raise
     except (ModuleNotFoundError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and (why := why_not_found(str(error.name))) is not None:
+            raise HpcmmError(why) from error
         if isinstance(error, ModuleNotFoundError) and not f"{target}.".startswith(f"{error.name}."):
             raise HpcmmError(f"{target} cannot be imported: its module failed with {own_error(error)}.") from error
         raise HpcmmError(

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpcmm.config.class_source import INSTALLED, holds_python, syntax_tree
+from hpcmm.config.class_source import holds_python, syntax_tree
 from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
 from hpcmm.files import entries_of, is_file_here, is_folder_here, read_followed
 from hpcmm.launch.project_files import project_root
-from hpcmm.resources import PACKAGE
+from hpcmm.resources import INSTALLED, PACKAGE
 
 _NEVER_IMPORTED = frozenset(
     ("hpcmm", "setup", "conftest", "noxfile", "test", "tests", "docs", "examples", "benchmarks", "scripts", "tools")

@@ -19,7 +19,7 @@ from pathlib import Path
 from stat import S_IMODE
 from typing import NoReturn
 
-from hpcmm.config.class_source import INSTALLED, holder_of, require_own_module, require_own_path, syntax_tree
+from hpcmm.config.class_source import holder_of, syntax_tree
 from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import CODE, SETTINGS, entries_of, has_secret_name, is_file_here, is_folder_here, open_followed
@@ -41,7 +41,7 @@ from hpcmm.launch.project_files import (
     project_root,
 )
 from hpcmm.launch.vouched import Vouched
-from hpcmm.resources import PACKAGE, resource
+from hpcmm.resources import INSTALLED, PACKAGE, require_own_module, require_own_path, resource
 from hpcmm.runs.ownership import is_open_to_all
 from hpcmm.runs.run_dir import RunDir
 

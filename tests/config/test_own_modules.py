@@ -11,10 +11,10 @@ import another_user
 import pytest
 
 from hpcmm.config import class_source
-from hpcmm.config.class_source import require_own_module
 from hpcmm.config.parts import import_class
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.snapshot import _modules
+from hpcmm.resources import require_own_module
 
 pytestmark = pytest.mark.timeout(60)
 OWN = "class Mine:\n    pass\n"
