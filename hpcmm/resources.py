@@ -11,11 +11,12 @@ import functools
 import os
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, MutableMapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, all_suffixes
 from pathlib import Path
-from stat import S_ISVTX, S_IWGRP, S_IWOTH
+from stat import S_ISDIR, S_ISVTX, S_IWGRP, S_IWOTH
 from typing import Any
 
 from hpcmm.errors import HpcmmError
@@ -43,6 +44,8 @@ def environment_of_modules(environ: Mapping[str, str] = os.environ) -> dict[str,
     return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
+_OTHERS_WRITE = S_IWGRP | S_IWOTH
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 _WITHOUT_CLASSES = frozenset({"jobs", "analyze"})
 """Commands that import no class of the user's."""
 _left_out: list[str] = []
@@ -93,7 +96,7 @@ def planted(path: Path, *, found: bool = False) -> tuple[Path, int | None] | Non
             continue
         if folder.st_mode & (S_IWGRP | S_IWOTH | S_ISVTX) == S_IWGRP:
             continue
-        is_shared = folder.st_mode & (S_IWGRP | S_IWOTH)
+        is_shared = folder.st_mode & _OTHERS_WRITE
         try:
             uid = each.lstat().st_uid
         except OSError:
@@ -143,10 +146,32 @@ def guard_imports() -> None:
 
     :func:`why_not_found` tells it then: packages look for many modules that they can do without.
     """
+    keep_compiled_code_to_oneself()
     if PathFinder in sys.meta_path:
         sys.meta_path[sys.meta_path.index(PathFinder)] = _Guard
     elif _Guard not in sys.meta_path:
         sys.meta_path.insert(0, _Guard)
+
+
+def keep_compiled_code_to_oneself(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have torch, which this process or its children may import, read compiled code of this user alone.
+
+    By itself it takes a folder in TMPDIR by the user's name, whoever made that, and runs what is written there. If
+    ``TORCHINDUCTOR_CACHE_DIR`` is set, it stays. Else the folder is on the node's own disk; if others took its name, or
+    could, it is in the user's home.
+    """
+    if _COMPILED in environ:
+        return
+    above = Path(os.path.realpath(tempfile.gettempdir()))
+    folder = above / f"hpcmm-{os.geteuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        facts, mode = folder.lstat(), above.stat().st_mode
+        is_mine = S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & _OTHERS_WRITE
+        is_kept = is_mine and (mode & S_ISVTX or not mode & _OTHERS_WRITE)
+    except OSError:
+        is_kept = False
+    environ[_COMPILED] = str((folder if is_kept else Path(os.path.expanduser("~/.cache/hpcmm"))) / "torchinductor")  # noqa: PTH111 -- raises nothing
 
 
 _not_found: dict[str, str] = {}

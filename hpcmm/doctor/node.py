@@ -33,6 +33,7 @@ from hpcmm.files import json_object, read_checked, write_whole
 from hpcmm.node.cache import make_folder
 from hpcmm.node.network import find_free_port, job_nodes, listening_socket
 from hpcmm.nsys.probe import nsys_problem
+from hpcmm.resources import keep_compiled_code_to_oneself
 from hpcmm.runs.ownership import Reach, exchangeable
 
 _MEET_S, _TALK_S, _MEASURE_S, _SHARED_S = 30.0, 120.0, 60.0, 20.0
@@ -138,6 +139,7 @@ def _is_told(told: Any, node: str) -> bool:
 
 
 def _measure(told: dict[str, Any], member: int, found: dict[str, Any]) -> None:
+    keep_compiled_code_to_oneself()
     try:
         from hpcmm.doctor.all_reduce import pair_bandwidths  # noqa: PLC0415 -- imports torch, late and on nodes alone
 

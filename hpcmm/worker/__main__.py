@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError, ProfilerUnusableError
+from hpcmm.resources import keep_compiled_code_to_oneself
 from hpcmm.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def _prepare(run: RunDir) -> int:
     from hpcmm.runs.attempts import begin_attempt  # noqa: PLC0415
     from hpcmm.worker.prepare import prepare  # noqa: PLC0415
 
+    keep_compiled_code_to_oneself()
     prepare(config_file.load(run.config))
     began = os.environ.get(startup.SCRIPT_BEGAN)
     begin_attempt(run, began_s=float(began) if began else None)
@@ -128,6 +130,7 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     config = config_file.load(run.config)
     forget_outer_run(has_script=config.cluster.executor is Executor.slurm)
     os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
+    keep_compiled_code_to_oneself()
     os.environ[RUN_DIR] = str(run.root.absolute())
     os.environ[RESTART_COUNT] = str(current_attempt(run) - 1)
     rank_env = RankEnvironment.read()

@@ -14,7 +14,7 @@ from hpcmm.config import class_source
 from hpcmm.config.parts import import_class
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.snapshot import _modules
-from hpcmm.resources import require_own_module
+from hpcmm.resources import keep_compiled_code_to_oneself, require_own_module
 
 pytestmark = pytest.mark.timeout(60)
 OWN = "class Mine:\n    pass\n"
@@ -127,3 +127,51 @@ def test_where_others_could_put_a_compiled_copy_at_once_none_is_read(shared):
     import_class("my_own_module.Mine")
     assert not (shared / "__pycache__").exists()
     assert sys.modules["my_own_module"].__spec__.loader.path == str(shared / "my_own_module.py")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for temporary files that all can write, as /tmp."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    place.chmod(0o1777)
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return place
+
+
+def compiled_code(**environ: str) -> str:
+    keep_compiled_code_to_oneself(environ)
+    return environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
+def test_torch_s_compiled_code_lies_in_a_folder_of_one_s_own(place):
+    own = place / f"hpcmm-{os.geteuid()}"
+    assert [compiled_code(), compiled_code()] == [str(own / "torchinductor")] * 2
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert compiled_code(TORCHINDUCTOR_CACHE_DIR="/mine") == "/mine"
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file", "open to all", "exchangeable"])
+def test_if_others_took_its_name_or_could_it_lies_in_the_home(place, kind):
+    taken = place / f"hpcmm-{os.geteuid()}"
+    (place / "theirs").mkdir()
+    if kind == "link":
+        taken.symlink_to(place / "theirs")
+    elif kind == "file":
+        taken.touch()
+    else:
+        taken.mkdir()
+        taken.chmod(0o777 if kind == "open to all" else 0o700)
+    if kind in {"folder", "link", "file"}:
+        another_user.give(taken)
+    if kind == "exchangeable":
+        place.chmod(0o777)
+    assert compiled_code() == str(place.parent / "home/.cache/hpcmm/torchinductor")
+
+
+def test_who_imports_a_class_has_torch_look_there_alone(shared, place, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is forgotten afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    import_class("my_own_module.Mine")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(place / f"hpcmm-{os.geteuid()}" / "torchinductor")
