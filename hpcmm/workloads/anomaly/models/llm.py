@@ -69,7 +69,12 @@ def _load(folder: Path) -> Llm:
                 raise HpcmmError(f"{folder} holds a model of type {found.model_type}; only LLaMA's architecture fits.")
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             network, report = LlamaForCausalLM.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise HpcmmError(f"The language model in {folder} cannot be loaded: {_first_line(error)}") from error

@@ -44,6 +44,7 @@ def load_pretrained(model_class: Any, folder: Path, what: str, key: str, **optio
             model, report = model_class.from_pretrained(
                 folder,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -84,7 +85,7 @@ def load_tokenizer(folder: Path, what: str, key: str) -> Any:
 
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             raise HpcmmError(
                 f"The tokenizer of {what} cannot be loaded from {folder}: {first_line(error)} {key} must name a folder "

@@ -54,10 +54,12 @@ def _convert(gguf: Path, folder: Path) -> None:
     from hpcmm.workloads.anomaly.models.llm import quiet  # noqa: PLC0415
 
     with quiet():
-        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        source = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
         settings = source.config.to_dict()
         del settings["quantization_config"]  # it would have the copy taken for a GGUF file
         copy = LlamaForCausalLM(LlamaConfig.from_dict(settings)).to(torch.bfloat16)
         copy.load_state_dict(source.state_dict())
         copy.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False).save_pretrained(folder)

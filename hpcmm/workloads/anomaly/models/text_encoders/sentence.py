@@ -53,9 +53,15 @@ class SentenceEncoder(TextEncoder):
         shows_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # one bar a rank would fill the logs
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self._folder, local_files_only=True, trust_remote_code=False
+            )
             self._model = AutoModel.from_pretrained(
-                self._folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                self._folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
             ).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).partition("\n")[0]
