@@ -30,6 +30,11 @@ INSTALLED = frozenset({"site-packages", "dist-packages"})
 """Names of the folders that packages are installed in."""
 
 
+FOLDER_OF_NSYS = "/"
+"""Where nsys and its tools are started: the Python within nsys 2022.4 runs what it finds in the current folder, such as
+``sitecustomize.py``, and in ``lib/python3.8`` of every folder above."""
+
+
 def own_module(name: str) -> list[str]:
     """Words that run a module of hpcmm in a process of its own, with :func:`environment_of_modules`.
 

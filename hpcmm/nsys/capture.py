@@ -18,6 +18,7 @@ from hpcmm.node.cache import make_private_folder
 from hpcmm.node.startup import COMMAND_BEGAN
 from hpcmm.nsys.importer import import_qdstrm
 from hpcmm.nsys.supervisor import HEEDS_SIGTERM_S, End, Supervisor, run_supervised
+from hpcmm.resources import FOLDER_OF_NSYS
 
 START_ATTEMPTS = 4
 _START_POLL_S = 0.02
@@ -52,19 +53,30 @@ def run_under_nsys(
     return run_supervised(record, rank_pid=lambda: _pid_in(started), ended=ended, must_end=must_end, heeds_s=heeds_s)
 
 
+_AS_BEFORE = """\
+cd -- "$1" && umask "$2" || exit
+if [ -n "$3" ]; then TMPDIR=$3; else unset TMPDIR; fi
+shift 3
+echo $$ >"$0" && exec "$@"
+"""
+"""Starts a command in the folder, and with the umask and TMPDIR, that nsys itself does not get."""
+
+
 def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Path) -> int:
     """Run nsys until the command is over; again where nsys fails before it has made the file ``started``.
 
-    ``started`` then holds the command's process id.
+    ``started`` then holds the command's process id. It lies in a folder of this user alone, in which nsys keeps the raw
+    capture while it grows: that holds the whole environment, and nsys would let all users of the node read it.
 
     The ranks of a node start their nsys one after the other. Several at once meet in nsys 2022.4's shared session table
     and fail, one in twenty, with "Local Endpoint is not available", "sem_open" or "End of file".
     """
-    noting_the_start = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(started)]
+    as_before = [current_folder(), f"{_umask():o}", os.environ.get("TMPDIR", "")]
+    noting_the_start = ["/bin/sh", "-c", _AS_BEFORE, str(started), *as_before]
     for attempts_left in reversed(range(START_ATTEMPTS)):
         with one_start_at_a_time():
-            environment = os.environ | {COMMAND_BEGAN: f"{time.time():.3f}"}
-            process = subprocess.Popen([*profile, *noting_the_start, *command], env=environment)
+            environment = os.environ | {COMMAND_BEGAN: f"{time.time():.3f}", "TMPDIR": str(started.parent)}
+            process = subprocess.Popen([*profile, *noting_the_start, *command], env=environment, cwd=FOLDER_OF_NSYS)
             while not started.exists() and process.poll() is None:
                 time.sleep(_START_POLL_S)
         status = process.wait()
@@ -72,6 +84,21 @@ def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Pa
             return status
         print(f"hpcmm: nsys failed to start the rank; {attempts_left} more attempts.", file=sys.stderr, flush=True)
     return status
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+def current_folder() -> str:
+    """By the name that the shell has for it, which may lead through links."""
+    named = os.environ.get("PWD", "")
+    with contextlib.suppress(OSError):
+        if named.startswith("/") and os.path.samefile(named, "."):  # noqa: PTH121 -- of names
+            return named
+    return os.getcwd()  # noqa: PTH109 -- of names
 
 
 @contextlib.contextmanager

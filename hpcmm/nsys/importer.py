@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
+from hpcmm.resources import FOLDER_OF_NSYS
 
 _NAME = "QdstrmImporter"
 _TIMEOUT_S = 3600
@@ -40,7 +41,7 @@ def _hops(path: Path) -> Iterator[Path]:
 
 
 def import_qdstrm(raw: Path, report: Path, subject: Path | None = None) -> None:
-    """Make ``report`` from ``raw``, to which the importer appends, so give it a file of your own.
+    """Make ``report`` from ``raw``, to which the importer appends: give it a file, and a folder, of your own.
 
     Raises HpcmmError, which names ``subject`` (``raw`` by default), when that cannot be done.
     """
@@ -48,10 +49,17 @@ def import_qdstrm(raw: Path, report: Path, subject: Path | None = None) -> None:
     importer = find_importer()
     if importer is None:
         raise HpcmmError(f"{subject} needs {_NAME}, which comes with nsys: install nsys, or put {_NAME} on the PATH.")
-    command = [str(importer), "--input-file", str(raw), "--output-file", str(report)]
+    command = [str(importer.absolute()), "--input-file", str(raw.absolute()), "--output-file", str(report.absolute())]
     try:
         done = subprocess.run(
-            command, cwd=raw.parent, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_TIMEOUT_S
+            command,
+            cwd=FOLDER_OF_NSYS,
+            env=os.environ | {"TMPDIR": str(raw.parent.absolute())},
+            umask=0o077,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=_TIMEOUT_S,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HpcmmError(f"{subject} could not be imported: {importer} did not run to its end ({error}).") from error

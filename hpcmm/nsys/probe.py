@@ -24,6 +24,7 @@ from hpcmm.files import read_text, write_whole
 from hpcmm.node.cache import one_at_a_time, private_folder
 from hpcmm.nsys.capture import START_ATTEMPTS, one_start_at_a_time
 from hpcmm.nsys.importer import import_qdstrm
+from hpcmm.resources import FOLDER_OF_NSYS
 
 _TIMEOUT_S = 120
 _MOST_WORDS = 200
@@ -84,7 +85,7 @@ def _problem_of_a_capture(nsys: str, folder: Path) -> str | None:
         if not raw.exists():
             return f"nsys left no report ({said or 'it said nothing'})"
         import_qdstrm(raw, report)
-    said = _words(_run(nsys, "export", "--type=sqlite", f"--output={table}", str(report)))
+    said = _words(_run(nsys, "export", "--type=sqlite", f"--output={table}", str(report), folder=folder))
     if not table.exists():
         return f"nsys exports no SQLite ({said or 'it said nothing'})"
     if _holds_range(table):
@@ -123,9 +124,12 @@ def _holds_range(table: Path) -> bool:
 
 
 def _run(*command: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``folder``: of this user alone, for what nsys writes meanwhile."""
     return subprocess.run(
-        command,
-        cwd=folder,
+        [os.path.abspath(command[0]), *command[1:]],  # noqa: PTH100 -- a word
+        cwd=FOLDER_OF_NSYS,
+        env=None if folder is None else os.environ | {"TMPDIR": str(folder)},
+        umask=0o077,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import resolved
 from hpcmm.nsys.importer import import_qdstrm
 from hpcmm.reports.find import ReportSource
+from hpcmm.resources import FOLDER_OF_NSYS
 from hpcmm.runs.ownership import Reach, exchangeable, require_mine
 from hpcmm.runs.run_dir import make_private
 
@@ -121,7 +122,8 @@ class Converter:
             raise HpcmmError(
                 f"{subject} needs nsys to be read: put nsys on the PATH, or export it to .sqlite elsewhere."
             )
-        _run([str(self.nsys), "export", "--type", "sqlite", "-o", str(export), str(report)], export.parent, subject)
+        made, given = str(export.absolute()), str(report.absolute())
+        _run([str(self.nsys.absolute()), "export", "--type", "sqlite", "-o", made, given], export.parent, subject)
 
 
 def _is_exchangeable(path: Path, status: os.stat_result) -> bool:
@@ -161,12 +163,14 @@ def _copy(file: IO[bytes], target: Path) -> None:
         copied.truncate(size)
 
 
-def _run(command: list[str], folder: Path, subject: Path) -> None:
+def _run(command: list[str], scratch: Path, subject: Path) -> None:
     """Run one of nsys's tools; its own complaint becomes the reason."""
     try:
         done = subprocess.run(
             command,
-            cwd=folder,
+            cwd=FOLDER_OF_NSYS,
+            env=os.environ | {"TMPDIR": str(scratch.absolute())},
+            umask=0o077,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

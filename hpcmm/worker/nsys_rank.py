@@ -49,7 +49,7 @@ def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[st
     if dropped:
         print(f"hpcmm: {facts.version} has no {', '.join(dropped)}; recorded without.", file=sys.stderr)
     return run_under_nsys(
-        [nsys, "profile", *flags],
+        [os.path.abspath(nsys), "profile", *flags],  # noqa: PTH100 -- a word
         command,
         run.rank_report(rank),
         run.reports_before(current_attempt(run)),
