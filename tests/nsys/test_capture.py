@@ -24,7 +24,8 @@ import json, os, sys
 umask = os.umask(0)
 there = os.listdir(sys.argv[2])
 told = {"folder": os.getcwd(), "umask": umask, "tmpdir": os.environ.get("TMPDIR"), "pwd": os.environ["PWD"]}
-open(sys.argv[1], "w").write(json.dumps(told | {"seen": sorted(name for name in there if not name.startswith("hpcmm-"))}))
+told["seen"] = sorted(name for name in there if not name.startswith("hpcmm-"))
+open(sys.argv[1], "w").write(json.dumps(told))
 """
 
 
