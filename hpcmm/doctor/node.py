@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     place = nodes.index(found["node"])
     found["names"] = {node: _address(node) for node in nodes}
     for folder in folders:
-        _leave_token(folder, request_id(request_file), nodes[place], found)
+        _leave_token(token_file(folder, request_id(request_file), request["secret"], nodes[place]), nodes[place], found)
     try:
         _with_others(request, request_file.parent, nodes, place, found)
     except OSError as error:
@@ -126,7 +127,9 @@ def _with_others(request: dict[str, Any], folder: Path, nodes: list[str], place:
     found["address"] = own
     found["interface"] = next((name for name, each in found["interfaces"].items() if own in each["addresses"]), None)
     members: list[str] = told["members"]
-    found["shared"] = _shared([Path(each) for each in request["folders"]], request_id(port_file), members)
+    check = request_id(port_file), request["secret"]
+    tokens = {folder: [token_file(Path(folder), *check, node) for node in members] for folder in request["folders"]}
+    found["shared"] = _shared(tokens, members)
     if len(members) > 1:
         _measure(told, members.index(nodes[place]), found)
 
@@ -161,38 +164,44 @@ def _address(node: str) -> str | None:
         return None
 
 
-def _leave_token(folder: Path, request_id: str, node: str, found: dict[str, Any]) -> None:
+def _leave_token(token: Path, node: str, found: dict[str, Any]) -> None:
     """Write a file that the other nodes look for; whoever asked removes all, once every node has looked."""
+    folder = token.parent
     changed = exchangeable(folder)
     if changed is not None and changed.reach is Reach.everybody:
         found.setdefault("unwritable", {})[str(folder)] = changed.why
         return
     try:
         make_folder(folder)
-        # The folder may be one that others write, and the request's id is seen by all once one node has left its file.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(token_file(folder, request_id, node), flags, 0o600), "w", encoding="utf-8") as file:
+        with os.fdopen(os.open(token, flags, 0o600), "w", encoding="utf-8") as file:
             file.write(node)
     except OSError as error:
         found.setdefault("unwritable", {})[str(folder)] = str(error.strerror)
 
 
-def token_file(folder: Path, request_id: str, node: str) -> Path:
-    return folder / f".hpcmm-doctor-{request_id}-{node}"
+def token_file(folder: Path, request_id: str, secret: str, node: str) -> Path:
+    """The file of one node. Others may write the folder: they know its name no sooner than it is there."""
+    named = hashlib.sha256(f"{secret} {node}".encode()).hexdigest()[:32]
+    return folder / f"{beginning_of_tokens(request_id)}{named}"
 
 
-def _shared(folders: Sequence[Path], asked: str, members: list[str]) -> dict[str, list[str]]:
+def beginning_of_tokens(request_id: str) -> str:
+    return f".hpcmm-doctor-{request_id}-"
+
+
+def _shared(tokens: Mapping[str, Sequence[Path]], members: Sequence[str]) -> dict[str, list[str]]:
     """For each folder the members whose file this node does not see within some seconds."""
     unseen: dict[str, list[str]] = {}
     until = time.monotonic() + _SHARED_S
-    for folder in folders:
-        missing = list(members)
+    for folder, of_members in tokens.items():
+        missing = dict(zip(of_members, members, strict=True))
         while missing:
-            missing = [node for node in missing if not _sees(token_file(folder, asked, node), node)]
+            missing = {token: node for token, node in missing.items() if not _sees(token, node)}
             if not missing or time.monotonic() > until:
                 break
             time.sleep(0.2)
-        unseen[str(folder)] = missing
+        unseen[folder] = list(missing.values())
     return unseen
 
 
@@ -201,7 +210,9 @@ def _sees(token: Path, node: str) -> bool:
         os.listdir(token.parent)  # noqa: PTH208 -- makes NFS look again
         descriptor = os.open(token, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
-            return S_ISREG(os.fstat(descriptor).st_mode) and file.read(_MOST_BYTES) == node.encode()
+            facts = os.fstat(descriptor)
+            is_own = S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid()
+            return is_own and file.read(_MOST_BYTES) == node.encode()
     except OSError:
         return False
 

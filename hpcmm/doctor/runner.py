@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any
 
 from hpcmm.config.schema import ClusterConfig
-from hpcmm.doctor.node import is_name_of_node, request_id, token_file
+from hpcmm.doctor.node import beginning_of_tokens, is_name_of_node, request_id
 from hpcmm.errors import HpcmmError
 from hpcmm.files import json_object, names_in, read_checked, write_whole
 from hpcmm.node.cache import make_folder
@@ -104,7 +104,7 @@ def clean_up(request: Path, folders: Sequence[Path]) -> None:
     Nothing that is read decides what is removed.
     """
     for folder in folders:
-        beginning = token_file(folder, request_id(request), "").name
+        beginning = beginning_of_tokens(request_id(request))
         for name in names_in(folder):
             if name.startswith(beginning):
                 with suppress(OSError):  # another user's

@@ -11,7 +11,7 @@ from pathlib import Path
 import another_user
 import pytest
 
-from hpcmm.doctor.node import _leave_token
+from hpcmm.doctor.node import _leave_token, token_file
 from hpcmm.doctor.node import main as answer
 from hpcmm.doctor.runner import check_nodes, clean_up, read_answers, write_request
 from hpcmm.errors import HpcmmError
@@ -135,7 +135,7 @@ def open_to_all():
 
 def test_a_node_makes_no_folder_where_everybody_could_exchange_it(open_to_all):
     found: dict[str, object] = {}
-    _leave_token(open_to_all / "cache", "ab", "n1", found)
+    _leave_token(token_file(open_to_all / "cache", "ab", "secret", "n1"), "n1", found)
     assert "can be written by everybody" in str(found["unwritable"])
     assert [*open_to_all.iterdir()] == []
 

@@ -113,15 +113,23 @@ def test_training_starts_from_one_s_own_run_if_another_user_left_one_of_the_same
 
 def test_a_node_s_token_goes_through_no_planted_link(tmp_path):
     (tmp_path / "thesis").write_text("mine")
-    token_file(tmp_path, "ab", "n1").symlink_to("thesis")
-    os.mkfifo(token_file(tmp_path, "ab", "n2"))
+    tokens = {node: token_file(tmp_path, "ab", "secret", node) for node in ("n1", "n2", "n3", "n4")}
+    tokens["n1"].symlink_to("thesis")
+    os.mkfifo(tokens["n2"])
     found: dict[str, object] = {}
     for node in ("n1", "n2", "n3"):
-        _leave_token(tmp_path, "ab", node, found)
+        _leave_token(tokens[node], node, found)
     assert found == {"unwritable": {str(tmp_path): "File exists"}}
     assert (tmp_path / "thesis").read_text() == "mine"
-    seen = [node for node in ("n1", "n2", "n3") if _sees(token_file(tmp_path, "ab", node), node)]
-    assert seen == ["n3"]
+    tokens["n4"].write_text("n4")
+    another_user.give(tokens["n4"])
+    assert [node for node, token in tokens.items() if _sees(token, node)] == ["n3"]
+
+
+def test_the_name_of_a_node_s_token_tells_neither_the_secret_nor_another_node_s(tmp_path):
+    names = {token_file(tmp_path, "ab", secret, node).name for secret in ("s", "t") for node in ("n1", "n2")}
+    assert len(names) == 4
+    assert all(name.startswith(".hpcmm-doctor-ab-") and "n1" not in name for name in names)
 
 
 @pytest.mark.parametrize("planted", ["link", "pipe", "file"])
