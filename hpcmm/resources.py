@@ -61,7 +61,8 @@ def find_modules_in(folder: str, command: str) -> None:
 
     If another user than this one and root could have put a module there, it may hide none of those that Python finds
     elsewhere, nor stand for one that a package of ours would use if it were there. So the folder comes last, and not
-    before :func:`find_modules_at_last`; not at all for a command that needs no class of the user's.
+    before :func:`find_modules_at_last`; not at all for a command that needs no class of the user's. It is not on
+    ``sys.path``, where packages look for entry points, which name code, as well.
     """
     try:
         facts = Path(folder).stat()
@@ -78,7 +79,22 @@ def find_modules_at_last(needed: Sequence[str]) -> None:
     if _left_out:
         for name in needed:
             import_module(name)
-        sys.path.append(_left_out.pop())
+        sys.meta_path.append(_AtLast(_left_out.pop()))
+
+
+def searched_at_last() -> list[str]:
+    """The folder that is searched for modules after all that is on ``sys.path``, if there is one."""
+    return [each.folder for each in sys.meta_path if isinstance(each, _AtLast)]
+
+
+class _AtLast:
+    """Finds the user's own modules in a folder that others can write too, if they are nowhere else."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, _target: object = None) -> ModuleSpec | None:
+        return _Guard.find_spec(name, [self.folder]) if path is None and name != PACKAGE.name else None
 
 
 def resource(name: str) -> Path:

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import another_user
@@ -14,7 +16,7 @@ import pytest
 
 from hpcmm.cli import COMMANDS, INTERRUPTED, main, run_command
 from hpcmm.errors import HpcmmError
-from hpcmm.resources import find_modules_at_last, find_modules_in
+from hpcmm.resources import find_modules_at_last, find_modules_in, guard_imports, searched_at_last
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 HEAVY = ("pandas", "numpy", "torch", "hydra", "omegaconf", "submitit", "rich", "gradio")
@@ -145,15 +147,39 @@ def test_modules_in_another_user_s_folder_are_not_imported(hpcmm: Path, tmp_path
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("mode", "place"), [(0o755, 0), (0o775, -1)])
-def test_one_s_own_modules_are_found_first_only_if_nobody_else_writes_the_folder(tmp_path, monkeypatch, mode, place):
+@pytest.mark.parametrize("mode", [0o755, 0o775, 0o1777])
+def test_one_s_own_modules_are_found_first_only_if_nobody_else_writes_the_folder(tmp_path, monkeypatch, mode):
     tmp_path.chmod(mode)
-    monkeypatch.setattr(sys, "path", ["/site"])
+    (tmp_path / "my_module_here.py").touch()
+    (tmp_path / "sched.py").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    before = [*sys.path]
     find_modules_in(str(tmp_path), "launch")
-    assert sys.path == ([str(tmp_path), "/site"] if place == 0 else ["/site"])
+    assert sys.path == ([str(tmp_path), *before] if mode == 0o755 else before)
+    assert (find_spec("my_module_here") is None) == (mode != 0o755)
     find_modules_at_last(("json",))
-    assert sys.path[place] == str(tmp_path)
-    assert sorted(sys.path) == sorted([str(tmp_path), "/site"])
+    assert searched_at_last() == ([] if mode == 0o755 else [str(tmp_path)])
+    assert sys.path == ([str(tmp_path), *before] if mode == 0o755 else before)
+    found = [find_spec(name) for name in ("my_module_here", "sched", "my_module_nowhere")]
+    is_first = [each is not None and each.origin == str(tmp_path / f"{each.name}.py") for each in found]
+    assert is_first == [True, mode == 0o755, False]
+
+
+def test_entry_points_that_others_left_in_a_shared_folder_are_not_looked_at(tmp_path, monkeypatch):
+    tmp_path.chmod(0o1777)
+    metadata = tmp_path / "planted-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\nplanted = pdb:set_trace\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    find_modules_in(str(tmp_path), "evaluate")
+    find_modules_at_last(())
+    guard_imports()
+    assert searched_at_last() == [str(tmp_path)]
+    assert "planted" not in [each.name for each in entry_points(group="torch.backends")]
+    assert "pytest" in [each.metadata["Name"] for each in distributions()]
 
 
 def _module(name: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from hpcmm.config.class_source import holds_python, syntax_tree
 from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
 from hpcmm.files import entries_of, is_file_here, is_folder_here, read_followed
 from hpcmm.launch.project_files import project_root
-from hpcmm.resources import INSTALLED, PACKAGE
+from hpcmm.resources import INSTALLED, PACKAGE, searched_at_last
 
 _NEVER_IMPORTED = frozenset(
     ("hpcmm", "setup", "conftest", "noxfile", "test", "tests", "docs", "examples", "benchmarks", "scripts", "tools")
@@ -235,7 +235,7 @@ def _searched(config: RunConfig, working_directory: Path) -> Iterator[Path]:
     asked, here = list(folders_of_pythonpath(config, working_directory)), working_directory.resolve()
     yield from asked
     library = Path(os.__file__).parent.resolve()
-    for folder in (Path(entry).resolve() for entry in sys.path if entry):
+    for folder in (Path(entry).resolve() for entry in (*sys.path, *searched_at_last()) if entry):
         # `python -m` puts the folder of the launch first, which a script is not run with.
         is_of_the_launch = folder == here and config.task.name != FUNCTION
         is_installed = bool(INSTALLED & set(folder.parts)) or folder.is_relative_to(library)
