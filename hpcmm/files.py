@@ -252,7 +252,10 @@ def others_write(facts: os.stat_result) -> bool:
 
 
 def is_known_owner(uid: int) -> bool:
-    """Whether what this user owns is this user's own, root's, or of nobody that is known in this container."""
+    """Whether what this user owns is this user's own, root's, or of nobody that is known in this container.
+
+    The last may be anybody: root made what lies where others cannot write, but not what lies where they can.
+    """
     return uid in trusted_above() or _has_no_name_here(uid)
 
 

@@ -20,7 +20,7 @@ from stat import S_ISDIR, S_ISVTX, S_IWGRP, S_IWOTH
 from typing import Any
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_known_owner, name_of
+from hpcmm.files import is_known_owner, name_of, trusted_above
 from hpcmm.text import visible
 
 PACKAGE = Path(__file__).resolve().parent
@@ -124,7 +124,7 @@ def planted(path: Path, *, found: bool = False) -> tuple[Path, int | None] | Non
             if found and is_shared:
                 return each, None
             continue
-        if not is_known_owner(uid) and (is_shared or uid != folder.st_uid):
+        if uid not in trusted_above() if is_shared else not is_known_owner(uid) and uid != folder.st_uid:
             return each, uid
     return None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWGRP, S_IWOTH
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import entries_of, is_folder_here, is_known_owner, read_followed
+from hpcmm.files import entries_of, is_folder_here, is_known_owner, read_followed, trusted_above
 from hpcmm.runs.ownership import is_closed, others_can_write
 
 _TIMEOUT_S = 60
@@ -51,7 +51,7 @@ class Vouched:
         self.project = project
         paths = dict.fromkeys(each for script in scripts for each in (script, script.parent)) or {project: None}
         facts = [(path, path.stat()) for path in paths if path.exists()]
-        self._owners = {each.st_uid for _, each in facts if not is_known_owner(each.st_uid)}
+        self._owners = {each.st_uid for _, each in facts if not is_known_owner(each.st_uid)} | trusted_above()
         self._known = [(path, each) for path, each in facts if not (S_ISDIR(each.st_mode) and each.st_mode & S_ISVTX)]
         self._above = {folder for script in scripts for folder in script.parents}
         self._folders = {project: _Counts.everything} if is_closed(project) else {}
@@ -100,7 +100,7 @@ class Vouched:
         """What counts of a file, or of what lies in a folder; ``above``: of the folder that it lies in."""
         if above in {_Counts.everything, _Counts.nothing}:
             return above
-        if above is _Counts.own and facts.st_uid not in self._owners and not is_known_owner(facts.st_uid):
+        if above is _Counts.own and facts.st_uid not in self._owners:
             return _Counts.nothing
         if S_ISLNK(facts.st_mode):
             return above

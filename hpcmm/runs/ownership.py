@@ -292,11 +292,11 @@ def is_closed(folder: Path) -> bool:
 
 def _chosen_by(step: _Step) -> Exchangeable | None:
     """That a link is another user's, in a folder where they could make it anew."""
-    if step.uid is None or step.is_closed or is_known_owner(step.uid):
+    if step.uid is None or step.is_closed or step.uid in trusted_above():
         return None
     facts = step.above
-    by_others = facts.st_mode & S_IWOTH or facts.st_uid not in trusted_above()
-    is_so = by_others or group_can_write(step.path.parent, facts)
+    by_owner = not is_known_owner(step.uid) and facts.st_uid not in trusted_above()
+    is_so = by_owner or facts.st_mode & S_IWOTH or group_can_write(step.path.parent, facts)
     return Exchangeable(Reach.link, step.path, step.uid) if is_so else None
 
 

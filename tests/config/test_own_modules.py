@@ -113,6 +113,13 @@ def hide_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch, name: str) -> No
     monkeypatch.setattr(Path, "lstat", flicker)
 
 
+def test_in_a_container_s_namespace_a_package_of_nobody_that_is_known_may_be_anybody_s(shared, monkeypatch):
+    monkeypatch.setattr("hpcmm.files._has_no_name_here", lambda uid: uid == another_user.UID)
+    plant(shared / "my_own_module/__init__.py")
+    with pytest.raises(HpcmmError, match="my_own_module belongs to user"):
+        import_class("my_own_module.Mine")
+
+
 def test_a_package_that_comes_and_goes_is_not_imported(shared, monkeypatch):
     plant(shared / "my_own_module/__init__.py")
     hide_while_it_is_looked_at(monkeypatch, "my_own_module")

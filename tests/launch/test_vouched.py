@@ -187,6 +187,15 @@ def test_the_owner_of_the_script_is_trusted_and_so_are_all_if_nobody_else_comes_
     assert sorted_out(project)[0] == {"sub/train.py", "near.py", "lib/helper.py"}
 
 
+def test_in_a_container_s_namespace_a_file_of_nobody_that_is_known_may_be_anybody_s(
+    project: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("hpcmm.files._has_no_name_here", lambda uid: uid == another_user.UID)
+    open_to_group(project, 0o3775)
+    another_user.give(write(project, "sitecustomize.py"))
+    assert sorted_out(project) == ({"sub/train.py", "lib/helper.py", "near.py"}, {"sitecustomize.py"})
+
+
 def test_a_link_counts_as_its_owner_s(project: Path, kind: str):
     (project / "mine.py").symlink_to("near.py")
     (project / "theirs.py").symlink_to("near.py")

@@ -208,8 +208,11 @@ def test_the_folder_of_a_link_counts_too(open_place):
     assert found.above == open_place / "shared"
 
 
+@pytest.mark.parametrize("namespace", [False, True])
 @pytest.mark.parametrize("place", ["the folder itself", "a folder above", "behind a link of one's own"])
-def test_whose_link_leads_to_a_folder_could_exchange_it(open_place, place):
+def test_whose_link_leads_to_a_folder_could_exchange_it(open_place, place, namespace, monkeypatch):
+    if namespace:  # nobody that is known there may be anybody
+        monkeypatch.setattr("hpcmm.files._has_no_name_here", lambda uid: uid == another_user.UID)
     shared, mine = open_place / "shared", open_place / "mine"
     shared.mkdir()
     shared.chmod(0o1777)
