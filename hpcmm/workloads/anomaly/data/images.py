@@ -16,6 +16,8 @@ from hpcmm.workloads.anomaly.pixels import CHANNEL_MEAN, CHANNEL_STD
 
 Floats = NDArray[np.float32]
 
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+"""Decoded, whatever a file is called. Pillow would know many more: an EPS file it gives to Ghostscript to run."""
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 """What Pillow raises for damaged files, depending on where the damage lies."""
 
@@ -62,7 +64,7 @@ def read_pair(sample: Sample, side: int) -> tuple[Floats, Floats]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return image.size
 
 
@@ -89,7 +91,7 @@ def normalise(image: Floats) -> Floats:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
         image.load()
     except (*_UNREADABLE, Image.DecompressionBombError) as error:
         raise HpcmmError(f"The image {path} cannot be read: {error}; replace it or take it out of the set.") from error

@@ -18,8 +18,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from hpcmm.errors import HpcmmError
 from hpcmm.serve.options import MEGABYTE
+from hpcmm.workloads.anomaly.data.images import FORMATS
 
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """What the page's file dialogue offers."""
 _RANGE_UNKNOWN = ("I", "F")

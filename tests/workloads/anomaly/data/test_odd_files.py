@@ -181,3 +181,12 @@ def test_the_wrong_layout_is_named_whatever_on_error_says(as_mvtec: Path, as_vis
         build_datasets(as_mvtec, replace(skipping, layout=Layout.visa), seed=0)
     with pytest.raises(HpcmmError, match="must be in MVTec-AD's layout"):
         build_datasets(as_visa, skipping, seed=0)
+
+
+def test_a_file_of_another_kind_is_not_decoded_whatever_it_is_called(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript, which runs an EPS file."""
+    path = tmp_path / "image.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(HpcmmError, match=r"The image .*image\.png cannot be read"):
+        read_image(path, 16)
