@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from hpcmm.files import read_tail
 from hpcmm.jobs.diagnostics import Event, JobDiagnostics, gather_newest, gather_points, known_state
-from hpcmm.jobs.find_run import Target, settings
+from hpcmm.jobs.find_run import Target, settings, shared_folder
 from hpcmm.jobs.first_failure import Verdict, events_of, first_failure
 from hpcmm.jobs.logs import printable
 from hpcmm.jobs.state import State, is_local, why_it_waits
@@ -40,6 +41,7 @@ def _node_names(verdict: Verdict) -> list[str]:
 
 _NODE = r"[A-Za-z0-9][\w.-]*"
 _NODES = r"[A-Za-z0-9][\w.,\[\]-]*"
+_PREPARES, _SCRIPT_BYTES = "-m hpcmm.worker prepare ", 1 << 20
 _DRAWS_OVER = {ord(each): "\N{REPLACEMENT CHARACTER}" for each in "\r\b\0"}
 """What would take back the label of a line, as a progress bar does."""
 _MOST_LINES = 12
@@ -270,6 +272,11 @@ def _restarts(evidence: JobDiagnostics) -> str:
 def _progress(evidence: JobDiagnostics) -> str:
     if evidence.job.state == "COMPLETED":
         stopped = evidence.run is not None and is_local(evidence.run) and evidence.run.stopped.exists()
+        if not stopped and _ended_before_its_ranks(evidence):
+            return (
+                "That is Slurm's word, but none of its ranks started: its script ended before that, such as by exec or "
+                "exit in cluster.setup."
+            )
         return "It stopped as asked; nothing has failed." if stopped else "Nothing has failed."
     if evidence.job.pending:
         return _waiting(evidence.job)
@@ -283,6 +290,15 @@ def _progress(evidence: JobDiagnostics) -> str:
         f"Nothing has failed so far: {len(known)} ranks finished step {min(steps)} to {max(steps)}, rank {slowest} the "
         f"fewest, the last one {ago_s:.0f} s ago."
     )
+
+
+def _ended_before_its_ranks(evidence: JobDiagnostics) -> bool:
+    """Whether a script of ours left neither the note that it had prepared the ranks, nor one of its end."""
+    run = evidence.run
+    if run is None or evidence.prepared or evidence.ranks or is_local(run) or evidence.gone:
+        return False
+    shared = shared_folder(run)
+    return _PREPARES in read_tail(shared.submission_script, _SCRIPT_BYTES, within=shared.root)
 
 
 def _waiting(job: Job) -> str:

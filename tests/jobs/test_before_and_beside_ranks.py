@@ -302,6 +302,24 @@ def test_a_time_limit_before_the_ranks_tells_what_the_job_was_at(run, launch, at
     assert do in told.split("do: ")[1]
 
 
+@pytest.mark.parametrize(
+    ("script", "attempts", "is_odd"),
+    [
+        ('"$python" -P -m hpcmm.worker prepare "$run_dir"', "", True),
+        ('"$python" -P -m hpcmm.worker prepare "$run_dir"', '{"job_id": "7"}\n', False),
+        ("srun train", "", False),
+    ],
+)
+def test_a_script_that_ended_well_before_its_ranks_is_not_said_to_have_done_its_work(run, script, attempts, is_odd):
+    run.submission_script.write_text(f"#!/bin/bash\nexec true\n{script}\n")
+    run.attempts.write_text(attempts, encoding="utf-8")
+    queue(run, state="COMPLETED", reason="", exit_code="0:0")
+    told = why(run)
+    assert told.startswith("job 7 (demo-1): COMPLETED. ")
+    assert ("none of its ranks started" in told) == is_odd
+    assert ("Nothing has failed" in told) != is_odd
+
+
 def test_advice_for_a_script_names_no_key_of_hpcmm_s_own_training(run):
     for message in ("CUDA out of memory. Tried", "gloo: Timed out waiting 5ms for recv"):
         write(RankError(0, "n1", 5, "RuntimeError", message, []), error_file(run.failures / "7.0", 0))
