@@ -50,7 +50,7 @@ def environment_of_modules(environ: Mapping[str, str] = os.environ) -> dict[str,
 
 
 _OTHERS_WRITE = S_IWGRP | S_IWOTH
-_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+_COMPILED, _SET_BY_US = "TORCHINDUCTOR_CACHE_DIR", "HPCMM_TORCHINDUCTOR_CACHE_DIR"
 _WITHOUT_CLASSES = frozenset({"jobs", "analyze"})
 """Commands that import no class of the user's."""
 _left_out: list[str] = []
@@ -177,11 +177,11 @@ def guard_imports() -> None:
 def keep_compiled_code_to_oneself(environ: MutableMapping[str, str] = os.environ) -> None:
     """Have torch, which this process or its children may import, read compiled code of this user alone.
 
-    By itself it takes a folder in TMPDIR by the user's name, whoever made that, and runs what is written there. If
-    ``TORCHINDUCTOR_CACHE_DIR`` is set, it stays. Else the folder is on the node's own disk; if others took its name, or
-    could, it is in the user's home.
+    By itself it takes a folder in TMPDIR by the user's name, whoever made that, and runs what is written there. If the
+    user has set ``TORCHINDUCTOR_CACHE_DIR``, it stays. Else the folder is on the node's own disk; if others took its
+    name, or could, it is in the user's home. What a launch has set so is another disk's, and is set anew on a node.
     """
-    if _COMPILED in environ:
+    if _COMPILED in environ and environ[_COMPILED] != environ.get(_SET_BY_US):
         return
     above = Path(os.path.realpath(tempfile.gettempdir()))
     folder = above / f"hpcmm-{os.geteuid()}"
@@ -192,7 +192,8 @@ def keep_compiled_code_to_oneself(environ: MutableMapping[str, str] = os.environ
         is_kept = is_mine and (mode & S_ISVTX or not mode & _OTHERS_WRITE)
     except OSError:
         is_kept = False
-    environ[_COMPILED] = str((folder if is_kept else Path(os.path.expanduser("~/.cache/hpcmm"))) / "torchinductor")  # noqa: PTH111 -- raises nothing
+    home = Path(os.path.expanduser("~/.cache/hpcmm"))  # noqa: PTH111 -- raises nothing
+    environ[_COMPILED] = environ[_SET_BY_US] = str((folder if is_kept else home) / "torchinductor")
 
 
 _not_found: dict[str, str] = {}

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from hpcmm.slurm.jobs import Job, is_same_job, jobs_of_scripts
 from hpcmm.text import visible
 
 _MOST_RUNS = 20
-_MOST_POINTS_OF_OTHERS = 1000
+MOST_POINTS_OF_OTHERS = 100
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _COMPONENT = re.compile(r"[0-9]{1,12}\+[0-9]{1,4}")
 """Of a heterogeneous job, as Slurm writes it: ``12+1``."""
@@ -64,7 +64,7 @@ class Target:
         """Of a sweep its points, each with its newest job (none if it was never submitted); of an array its tasks."""
         if self.sweep is None:
             return ()
-        jobs = sorted(jobs_of_points(self.sweep).items())[: None if self.user is None else _MOST_POINTS_OF_OTHERS]
+        jobs = sorted(jobs_of_points(self.sweep).items())[: None if self.user is None else MOST_POINTS_OF_OTHERS]
         if self.array is None:
             return tuple(_point(self.sweep, index, tasks) for index, tasks in jobs)
         mine = ((index, [task for task in tasks if array_of(task) == self.array][-1:]) for index, tasks in jobs)
@@ -138,7 +138,8 @@ def take_over_unless_locked(run: RunDir, rows: Sequence[Job], environ: Mapping[s
     with ExitStack() as stack:
         try:
             if sweep.is_there():
-                stack.enter_context(read_ledger(sweep.root).locked())
+                lock = stack.enter_context(read_ledger(sweep.root).locked())
+                stack.callback(os.ftruncate, lock, 0)  # the mark that a launcher left there
         except (HpcmmError, OSError):
             return False
         return bool(_note_jobs(run, rows, environ))
@@ -214,24 +215,23 @@ def target_of(run: RunDir) -> Target:
 def find_folder(given: Path, runs_root: Path = RUNS) -> Path:
     """``given`` if that exists, else the directory of the run, point or sweep in ``./runs`` that it names.
 
-    Of what a plain word names, another user's comes after all that is this user's, and a line says whose it is. What
-    names none is given back. Raises HpcmmError for a point that a sweep lacks.
+    Of what a plain word names, another user's comes after all that is this user's; a line says whose it is. What names
+    none is given back. Raises HpcmmError for a point that a sweep lacks.
     """
     try:
         is_there = given.exists() or given.is_symlink()
     except OSError:  # too long for a name
         return given
-    theirs = other_user(given) if is_there and len(given.parts) == 1 else None
-    if is_there and theirs is None:
-        return given
-    try:
-        run = find_targets(str(given), runs_root)[0].run
-    except NoSuchRunError:
-        run = None
-    if theirs is not None and (run is None or not is_mine(run.root)):
-        print(f"hpcmm: {visible(str(given))} is another user's ({theirs}).", file=sys.stderr)
-        return given
-    return given if run is None else run.root
+    theirs = is_there and other_user(given) is not None
+    found = None
+    if not is_there or (theirs and len(given.parts) == 1):
+        with suppress(NoSuchRunError):
+            found = find_targets(str(given), runs_root)[0].run
+    if found is not None and (not is_there or is_mine(found.root)):
+        given = found.root
+    if (user := other_user(given)) is not None:
+        print(f"hpcmm: {visible(str(given))} is of user {user}, who may have written anything there.", file=sys.stderr)
+    return given
 
 
 def run_of_command(job: Job) -> RunDir | None:

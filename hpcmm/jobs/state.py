@@ -79,9 +79,7 @@ def _runs(pid: int, run: RunDir) -> bool:
 
 _MOST_POINTS = 5
 """Of the points of a sweep whose state nobody tells, as many are named."""
-
-
-_MOST_ARRAYS = 1000
+_MOST_ARRAYS, _MOST_ARRAYS_OF_OTHERS = 1000, 20
 """Of a sweep that Slurm is asked for."""
 
 
@@ -212,22 +210,25 @@ def _with_unnoted_jobs(targets: Sequence[Target], environ: Mapping[str, str], *,
                 print(f"hpcmm.jobs: {printable(silence(error, clusters[key]))}", file=sys.stderr)
     return [
         replace(target_of(target.run), asked=target.asked)
-        if target.run is not None and _may_lack_a_job(target) and shared_folder(target.run).root in taken
+        if target.run is not None and not target.by_number and shared_folder(target.run).root in taken
         else target
         for target in targets
     ]
 
 
 def _may_lack_a_job(target: Target) -> bool:
-    lacks_one = not target.job_ids or not all(point.job_ids for point in target.points)
-    return lacks_one and not target.by_number and target.user is None and not is_local(target.run)
+    if target.by_number or target.user is not None or is_local(target.run):
+        return False
+    was_killed = target.run is not None and SweepDir(shared_folder(target.run).root).may_lack_a_job
+    return was_killed or not target.job_ids or not all(point.job_ids for point in target.points)
 
 
 def _asked_of(target: Target) -> Sequence[str]:
     """The numbers that Slurm is asked for: of a sweep the arrays of its points' newest jobs."""
     if target.sweep is None or target.array is not None:
         return target.job_ids
-    return list(dict.fromkeys(array_of(task) for task in target.tasks))[-_MOST_ARRAYS:] or target.job_ids
+    most = _MOST_ARRAYS if target.user is None else _MOST_ARRAYS_OF_OTHERS
+    return list(dict.fromkeys(array_of(task) for task in target.tasks))[-most:] or target.job_ids
 
 
 def environment_of_job(run: RunDir | None, job: Job) -> dict[str, str]:

@@ -328,7 +328,7 @@ def job_to_wait_for(named: str, runs_root: Path) -> str:
     if job_ids := job_ids_of(run):
         return ":".join(job_ids) if SweepDir(run.root).is_there() else job_ids[-1]
     if (job_id := submitted_job(run)) is None:
-        raise HpcmmError(f"after={named}: {run.submission} does not tell that run's job, so it was not submitted.")
+        raise HpcmmError(f"after={named}: {run.submission} tells no job: see python -m hpcmm.jobs status {named}.")
     if not _JOB_ID.fullmatch(job_id):
         raise HpcmmError(f"after={named}: {run.submission} holds {job_id[:40]!r}, which is not a job id.")
     return job_id

@@ -120,9 +120,8 @@ class ProjectFiles:
     def add_ignored(self, path: Path) -> None:
         """Copy code, link data, and leave out credentials and what no program reads."""
         is_folder, name = is_folder_here(path), path.name
-        if name in _NO_CODE or name.endswith((".egg-info", ".pyc", ".pyo", "~", ".swp")):
-            return
-        if is_folder and _is_environment(path):
+        is_no_code = name in _NO_CODE or name.endswith((".egg-info", ".pyc", ".pyo", "~", ".swp"))
+        if is_no_code or (is_folder and _is_environment(path)):
             return
         is_file = is_file_here(path)
         if is_file and has_secret_name(name):
@@ -134,21 +133,23 @@ class ProjectFiles:
         elif is_folder or is_file:
             self.linked.add(path)
 
-    def look_into_links(self, above: set[Path], vouched: Vouched) -> None:
-        """Replace links to folders by what lies in them: to those ``above`` what is asked for, and to those in which
-        others can put something, such as an ``__init__.py`` that makes a package of it, once the job is queued."""
-        queue = [*self.linked]
+    def look_into_links(self, above: set[Path], vouched: Vouched) -> set[Path]:
+        """Replace links to folders by what lies in them: to those ``above`` what is asked for, and to those in or below
+        which others can put something, such as a package beside a module, once the job is queued. Returns these."""
+        queue, looked_into = [*self.linked], set[Path]()
         for path in queue:
-            is_open = path not in above and is_folder_here(path) and vouched.is_open(path)
+            is_open = path not in above and is_folder_here(path) and vouched.is_open_within(path)
             if not is_open and path not in above:
                 continue
             self.linked.discard(path)
+            looked_into.add(path)
             entries = entries_of(path, _MOST_LINKS)
             if is_open and not 0 < len(entries) < _MOST_LINKS:
                 self.foreign.add(path)
             for entry in entries:
                 self.add_ignored(entry)
                 queue += [entry] if entry in self.linked else []
+        return looked_into
 
     def link_folders_to_fill(self, root: Path, new: set[Path]) -> None:
         """Link folders that are empty or kept by placeholders: what a program writes there shall stay, and be seen.
@@ -180,10 +181,8 @@ def files_of(
     vouched = Vouched(project, scripts)
     is_in_git = project_root(project) == project
     not_for_git = not_vouched_for(project, vouched) if is_in_git else None
-    if is_in_git and not_for_git is None:
-        files = _files_in_git(project, vouched, runs_root)
-    else:
-        files = _files_without_git(vouched, scripts, runs_root)
+    by_git = is_in_git and not_for_git is None
+    files = _files_in_git(project, vouched, runs_root) if by_git else _files_without_git(vouched, scripts, runs_root)
     files.not_for_git = not_for_git
     asked, exact, kept_out = set(scripts), set(scripts), set[Path]()
     for pattern in include:
@@ -197,7 +196,7 @@ def files_of(
     files.copied |= asked
     files.secret = (files.secret | kept_out) - asked
     above = {parent for file in asked | kept_out for parent in file.parents}
-    files.look_into_links(above, vouched)
+    looked_into = files.look_into_links(above, vouched)
     for folder in files.foreign & above:
         files.foreign.remove(folder)
         files.foreign |= {*_around(folder, above)}
@@ -207,7 +206,11 @@ def files_of(
     files.foreign = {path for path in files.foreign - exact if not path.is_relative_to(runs_root)}
     kept = (file for file in files.copied - files.foreign if file in exact or not file.is_relative_to(runs_root))
     files.copied = {file for file in kept if _is_below_no_link(file, whole)}
-    holders = {project} | {parent for file in files.copied | files.foreign | files.secret for parent in file.parents}
+    holders = (
+        {project}
+        | looked_into
+        | {parent for file in files.copied | files.foreign | files.secret for parent in file.parents}
+    )
     linked = files.linked - files.copied - files.foreign - files.secret
     linked = {path for path in linked if not path.is_relative_to(runs_root)}
     files.linked = {_widest(path, holders, vouched) for path in linked}

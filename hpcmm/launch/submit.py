@@ -160,6 +160,7 @@ def resubmit(path: Path, indices: Collection[int] | None = None) -> Resubmission
         if taken := take_over(found.sweep.shared):
             print(f"hpcmm: squeue shows {_jobs(taken)} of this sweep, which no launch had noted.", file=sys.stderr)
         ledger = replace(read_ledger(path), lock=found.lock)
+        ledger.note_sbatch(runs=False)
         states = point_states(ledger)
         asked = [point for point in ledger.points if indices is None or point.index in indices]
         failed = [point for point in asked if states[point.index] == FAILED]
@@ -291,8 +292,9 @@ def _submit_script(
     ``queued`` gets them once they are noted. ``array``: the ledger, the point that is task 0, and the points.
     """
     run, first = scripts.shared, array[1] if array is not None else 0
-    lock = array[0].lock if array is not None else None
-    known = submitted(config, scripts.submission_script(first), config.name, *options, lock=lock)
+    ledger = array[0] if array is not None else Ledger(scripts, [])
+    ledger.note_sbatch(runs=True)
+    known = submitted(config, scripts.submission_script(first), config.name, *options, lock=ledger.lock)
     job_id = known.job_id
     if array is not None:
         _note_array(*array, job_id)

@@ -77,6 +77,16 @@ class Vouched:
         """Whether others can have put something into a folder."""
         return not self.accepts(folder, closed=True)
 
+    def is_open_within(self, folder: Path) -> bool:
+        """Whether others can have put something into a folder or one below it, as far as is looked."""
+        queue = [] if self.all_of_it else [folder]
+        for each in queue:
+            if self.is_open(each):
+                return True
+            if len(queue) < _MOST_FOLDERS and each.lstat().st_nlink != 2:  # which has no folders in it
+                queue += filter(is_folder_here, entries_of(each, _MOST_NAMES))
+        return False
+
     @property
     def all_of_it(self) -> bool:
         """Whether other users cannot come to the project."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hpcmm.errors import HpcmmError
+from hpcmm.errors import HpcmmError, ProfilerUnusableError
 from hpcmm.node.cache import make_private_folder
 from hpcmm.node.startup import COMMAND_BEGAN
 from hpcmm.nsys.importer import import_qdstrm
@@ -40,26 +40,47 @@ def run_under_nsys(
     finished here, what there is is copied beside ``report`` and the reason is printed. A report that stands there from
     an earlier attempt is moved to the folder ``aside``. A signal to this process reaches the command and not nsys, so
     that the report survives it; ``ended``, ``must_end`` and ``heeds_s`` as in
-    :func:`~hpcmm.nsys.supervisor.run_supervised`.
+    :func:`~hpcmm.nsys.supervisor.run_supervised`. Raises ProfilerUnusableError if nsys does not start the command.
     """
     folder = make_private_folder("hpcmm-nsys-")
-    started, output = folder / "started", folder / report.stem
+    started, unusable, output = folder / "started", folder / "unusable", folder / report.stem
 
     def record(apart: Supervisor) -> None:
-        apart.say_ended(start_under_nsys([*profile, f"--output={output}"], command, started))
+        status = start_under_nsys([*profile, f"--output={output}"], command, started)
+        if not started.exists() and not apart.in_a_hurry:
+            unusable.touch()
+            return
+        apart.say_ended(status)
         if _finish(output, report, aside, keep_raw=apart.in_a_hurry):
             shutil.rmtree(folder, ignore_errors=True)
 
-    return run_supervised(record, rank_pid=lambda: _pid_in(started), ended=ended, must_end=must_end, heeds_s=heeds_s)
+    status = run_supervised(record, rank_pid=lambda: _pid_in(started), ended=ended, must_end=must_end, heeds_s=heeds_s)
+    if unusable.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ProfilerUnusableError(
+            f"nsys on {os.uname().nodename} did not start the rank; what it said stands above. What another user "
+            "left of nsys in /dev/shm can be why"
+        )
+    return status
 
 
 _AS_BEFORE = """\
+set -f; IFS=:; libraries=
+for each in ${LD_LIBRARY_PATH-}; do
+  [ -z "$each" ] || libraries=$libraries${libraries:+:}$each
+done
+set +f; unset IFS
+if [ -n "$libraries" ]; then LD_LIBRARY_PATH=$libraries; else unset LD_LIBRARY_PATH; fi
 cd -- "$1" && umask "$2" || exit
 if [ -n "$3" ]; then TMPDIR=$3; else unset TMPDIR; fi
 shift 3
 echo $$ >"$0" && exec "$@"
 """
-"""Starts a command in the folder, and with the umask and TMPDIR, that nsys itself does not get."""
+"""Starts a command in the folder, and with the umask and TMPDIR, that nsys itself does not get.
+
+And without the empty entry that nsys 2022.4 puts before its own in LD_LIBRARY_PATH: each program would take libraries
+from the folder that it runs in.
+"""
 
 
 def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Path) -> int:

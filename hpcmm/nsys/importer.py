@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
-from hpcmm.resources import FOLDER_OF_NSYS
+from hpcmm.resources import FOLDER_OF_NSYS, planted
 
 _NAME = "QdstrmImporter"
 _TIMEOUT_S = 3600
 
 
 def find_importer() -> Path | None:
-    """The importer that is on the PATH, or that belongs to the nsys there."""
+    """The importer that is on the PATH, or that belongs to the nsys there, and no other user can have put there."""
     on_path = shutil.which(_NAME)
     if on_path is not None:
         return Path(on_path)
@@ -28,7 +28,8 @@ def find_importer() -> Path | None:
     if nsys is None:
         return None
     found = (path for place in _hops(Path(nsys)) for path in sorted(place.parent.parent.glob(f"host-linux-*/{_NAME}")))
-    return next((path for path in found if os.access(path, os.X_OK)), None)
+    own = (path for path in found if not any(map(planted, (path, path.parent))))
+    return next((path for path in own if os.access(path, os.X_OK)), None)
 
 
 def _hops(path: Path) -> Iterator[Path]:

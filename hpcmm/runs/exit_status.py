@@ -119,8 +119,11 @@ def states_of_points(
 
 
 def _state_of_point(ledger: Ledger, point: LedgerPoint, active: Collection[str], ended: Mapping[str, str]) -> str:
-    if not point.jobs:
-        return FAILED
+    if not point.jobs:  # a launch that was killed notes none, of which the point's own folder may tell
+        run = ledger.run(point)
+        known = job_ids_of(run, ()) or tuple(job for job, _ in ends_of(run))
+        ended_so = outcome_of(run, known[-1]) if known else None
+        return COMPLETED if ended_so and ended_so.completed else FAILED
     if point.job_id in active:
         return IN_QUEUE
     told = ended.get(point.job_id)

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class Ledger:
         for point in points:
             point.jobs.append(f"{job_id}_{point.index - first}" if first else job_id)
         self.write()
+        self.note_sbatch(runs=False)
 
     def write(self) -> None:
         """Replace the file in one step: a reader sees the old one or the new one."""
@@ -76,6 +77,12 @@ class Ledger:
             except OSError:  # a file system without locks; better once more than never
                 pass
             yield lock.fileno()
+
+    def note_sbatch(self, *, runs: bool) -> None:
+        """Leave a mark beside the lock while a job may be queued that is not noted yet; it stays if we are killed."""
+        if self.lock is not None:
+            with suppress(OSError):  # a full disk, which is told when the job is noted
+                os.ftruncate(self.lock, 1 if runs else 0)
 
     def newest_arrays(self) -> set[str]:
         """Ids of the arrays that points were last submitted in, to ask Slurm for."""

@@ -17,6 +17,8 @@ from hpcmm.runs.ownership import is_mine
 JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
 """A job's number, or that of an array's task, as a run's files name it."""
 _SCRIPT = re.compile(r"submission(?:_([1-9][0-9]{0,8}))?\.sh")
+_MOST_ARRAYS = 1000
+"""Of a sweep; hpcmm makes 100 at most."""
 _MOST_OF_OTHERS = 10_000
 """Runs of other users in a folder."""
 _POINT = re.compile(r"[0-9]{1,9}")
@@ -225,6 +227,14 @@ class SweepDir:
         """Held by a launcher that submits points once more."""
         return self.root / ".resubmit.lock"
 
+    @property
+    def may_lack_a_job(self) -> bool:
+        """Whether a launcher was killed, or lost sbatch's answer, before it noted the job."""
+        try:
+            return self.lock.lstat().st_size > 0
+        except OSError:
+            return False
+
     def point(self, index: int) -> RunDir:
         """The run directory of point ``index``; the job's script builds the same name."""
         return RunDir(self.root / f"{index:04d}")
@@ -252,7 +262,7 @@ class SweepDir:
     def first_points(self) -> list[int]:
         """The first point of each array that the sweep was split into, ascending; ``[0]`` for a single array."""
         numbers = (first_point_of(Path(name)) for name in names_in(self.root, within=self.root))
-        return sorted({0, *(number for number in numbers if number is not None)})
+        return sorted({0, *(number for number in numbers if number is not None)})[:_MOST_ARRAYS]
 
     @property
     def shared(self) -> RunDir:

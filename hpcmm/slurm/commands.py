@@ -20,6 +20,8 @@ from hpcmm.files import MOST_BYTES
 from hpcmm.text import visible
 
 _TIMEOUT_S = 30
+MOST_COMPLAINT = 10_000
+"""Characters of what a command complains of, that are looked at."""
 _MOST_OUTPUT_BYTES = 256_000_000
 """Of a command; those of a queue of a million jobs are fewer."""
 _READ_BYTES = 1 << 20
@@ -193,7 +195,7 @@ def ask(
         return done.stdout
     if absent is not None and absent in done.stderr:
         raise AbsentError(f"{command[0]} failed ({absent}).")
-    raise _failure(command[0], visible(" ".join(done.stderr.split()), " "))
+    raise _failure(command[0], visible(" ".join(done.stderr[:MOST_COMPLAINT].split()), " "))
 
 
 CLUSTER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"

@@ -20,6 +20,7 @@ from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import CLOCKS_S, JobIdentity, noted_jobs
 from hpcmm.slurm.commands import (
     CLUSTER_NAME,
+    MOST_COMPLAINT,
     SilentError,
     ask,
     clusters_asked,
@@ -367,7 +368,7 @@ def on_one_line(command: str, complaint: str) -> str:
     """What a command of Slurm's said, each thing once, on one line and without control characters."""
     lines = [
         visible(line, " ").strip().removeprefix(f"{command}: ").removeprefix("error: ").removeprefix("fatal: ").strip()
-        for line in complaint.splitlines()
+        for line in complaint[:MOST_COMPLAINT].splitlines()
     ]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or f"{command} said nothing"
 

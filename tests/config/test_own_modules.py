@@ -159,6 +159,20 @@ def test_torch_s_compiled_code_lies_in_a_folder_of_one_s_own(place):
     assert compiled_code(TORCHINDUCTOR_CACHE_DIR="/mine") == "/mine"
 
 
+def test_what_a_launch_has_set_on_a_login_node_is_set_anew_on_a_node_whose_disk_is_another(place):
+    environ: dict[str, str] = {}
+    keep_compiled_code_to_oneself(environ)
+    own = place / f"hpcmm-{os.geteuid()}"
+    own.rmdir()
+    own.mkdir()
+    another_user.give(own)
+    keep_compiled_code_to_oneself(environ)
+    assert environ["TORCHINDUCTOR_CACHE_DIR"] == str(place.parent / "home/.cache/hpcmm/torchinductor")
+    environ["TORCHINDUCTOR_CACHE_DIR"] = "/mine"
+    keep_compiled_code_to_oneself(environ)
+    assert environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+
+
 @pytest.mark.parametrize("kind", ["folder", "link", "file", "open to all", "exchangeable"])
 def test_if_others_took_its_name_or_could_it_lies_in_the_home(place, kind):
     taken = place / f"hpcmm-{os.geteuid()}"

@@ -313,7 +313,7 @@ def test_also_before_a_folder_of_that_name_that_another_user_made_here(tmp_path,
     capsys.readouterr()
     another_user.give(mine.root)
     assert find_folder(Path("demo")) == Path("demo")
-    assert f"demo is another user's ({another_user.UID})" in capsys.readouterr().err
+    assert f"demo is of user {another_user.UID}, who may have written anything there." in capsys.readouterr().err
 
 
 def test_another_user_s_process_that_names_one_s_own_local_run_is_not_the_run(root):

@@ -245,6 +245,39 @@ def test_while_sbatch_waits_for_slurm_its_sweep_stays_locked_though_the_launch_w
     assert jobs_of(the_run()) == [["11"]] * 4
 
 
+def test_points_that_ended_well_are_not_queued_again_though_squeue_has_forgotten_their_job(slurm: Slurm) -> None:
+    slurm.launched(*SWEEP)
+    sweep = SweepDir(forget_the_job())
+    for index in range(4):
+        sweep.point(index).exit_status.write_text(f"11_{index} {3 if index == 2 else 0}\n")
+    (slurm.here / "rows").write_text("")
+    again = resubmit(sweep.root)
+    assert [point.index for point in again.points] == [2]
+    assert slurm.calls == ["11 0-3", "12 2"]
+
+
+def test_an_array_of_a_resubmit_that_was_killed_is_shown_and_cancelled(slurm: Slurm) -> None:
+    slurm.launched(*SWEEP)
+    sweep = SweepDir(the_run())
+    for index in range(4):
+        sweep.point(index).exit_status.write_text(f"11_{index} 1\n")
+    (slurm.here / "rows").write_text("")
+    slurm.answers("kill -9 $PPID")
+    killed = subprocess.run(
+        [sys.executable, "-m", "hpcmm.launch", "resubmit", str(sweep.root)],
+        cwd=slurm.here, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    until(lambda: is_free(sweep.root))
+    slurm.answers(SAID)
+    assert jobs_of(sweep.root) == [["11"]] * 4
+    (state,) = states_of(find_targets("v", Path("runs")))
+    assert {job.job_id for job in state.active} == {"12_[0-3]"}
+    assert jobs_of(sweep.root) == [["11", "12"]] * 4
+    assert not sweep.may_lack_a_job
+    assert cancel("v", find_targets("v", Path("runs")), 0).ids == ["12_[0-3]"]
+
+
 def test_of_such_a_job_the_points_that_are_over_count_as_they_ended(slurm: Slurm) -> None:
     slurm.launched(*SWEEP)
     sweep = forget_the_job()

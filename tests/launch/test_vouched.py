@@ -273,6 +273,19 @@ def test_a_folder_in_which_others_can_put_a_package_s_file_later_is_no_link_in_t
         assert "closed" in taken
 
 
+def test_nor_is_one_with_such_a_folder_deeper_in_it(project: Path, kind: str):
+    write(project, "closed/a/open/w.npz", "closed/a/open/model.bin", "closed/a/b/c.npz", "closed/d/e.npz")
+    for folder in (project / "closed", *(each for each in (project / "closed").rglob("*") if each.is_dir())):
+        folder.chmod(0o755)
+    (project / "closed/a/open").chmod(0o1777)
+    if kind == "with git":
+        write(project, ".gitignore", text="closed/\n")
+    taken, _ = sorted_out(project)
+    assert not taken & {"closed", "closed/a", "closed/a/open"}
+    assert "closed/d" in taken
+    assert "closed/a/b" in taken
+
+
 @pytest.mark.parametrize("name", ["outputs", "lib/outputs"])
 def test_nor_is_one_that_is_empty_yet(project: Path, kind: str, name: str):
     (project / name).mkdir()

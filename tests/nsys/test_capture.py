@@ -7,9 +7,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import another_user
 import pytest
 
+from hpcmm.errors import ProfilerUnusableError
 from hpcmm.nsys.capture import run_under_nsys
+from hpcmm.nsys.importer import find_importer
 from hpcmm.nsys.probe import nsys_problem
 
 NSYS = shutil.which("nsys")
@@ -23,7 +26,9 @@ TELLS = """\
 import json, os, sys
 umask = os.umask(0)
 there = os.listdir(sys.argv[2])
+libraries = os.environ.get("LD_LIBRARY_PATH", "none")
 told = {"folder": os.getcwd(), "umask": umask, "tmpdir": os.environ.get("TMPDIR"), "pwd": os.environ["PWD"]}
+told["empty"] = "" in libraries.split(":")
 told["seen"] = sorted(name for name in there if not name.startswith("hpcmm-"))
 open(sys.argv[1], "w").write(json.dumps(told))
 """
@@ -67,6 +72,7 @@ def test_a_rank_starts_as_without_nsys_which_reads_and_leaves_nothing_that_other
     finally:
         os.umask(umask)
     assert json.loads(told.read_text()) == {
+        "empty": False,
         "folder": str(tmp_path / "shared"),
         "umask": 0o027,
         "tmpdir": str(place) if tmpdir == "set" else None,
@@ -81,3 +87,50 @@ def test_a_rank_starts_as_without_nsys_which_reads_and_leaves_nothing_that_other
 def test_nor_does_the_look_whether_nsys_records_run_what_others_left(place: Path, tmp_path: Path):
     assert nsys_problem(str(NSYS)) is None
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(":/a::/b:", "/a:/b"), ("/a b/*:/c", "/a b/*:/c"), (":", None), ("", None), (None, None)]
+)
+def test_a_rank_takes_no_libraries_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before, after):
+    """A stand-in for nsys that starts the command at once."""
+    stand_in, told = tmp_path / "stand-in", tmp_path / "told"
+    setting = "unset LD_LIBRARY_PATH" if before is None else f"export LD_LIBRARY_PATH='{before}'"
+    stand_in.write_text(f'#!/bin/sh\nshift\n{setting}\nexec "$@"\n')
+    stand_in.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    tells = [
+        sys.executable,
+        "-c",
+        f"import os; open({str(told)!r}, 'w').write(repr(os.environ.get('LD_LIBRARY_PATH')))",
+    ]
+    # The output's flag is the first word, which the stand-in leaves out.
+    assert run_under_nsys([str(stand_in)], tells, tmp_path / "rank.nsys-rep") == 0
+    assert told.read_text() == repr(after)
+
+
+def test_an_nsys_that_never_starts_the_rank_is_unusable_and_leaves_nothing(place: Path, tmp_path: Path):
+    stand_in = tmp_path / "stand-in"
+    stand_in.write_text("#!/bin/sh\nexit 1\n")
+    stand_in.chmod(0o755)
+    ends: list[object] = []
+    with pytest.raises(ProfilerUnusableError, match=r"did not start the rank; what it said stands above"):
+        run_under_nsys([str(stand_in)], ["true"], tmp_path / "rank.nsys-rep", ended=ends.append)
+    assert ends == []
+    assert not [each for each in place.glob("hpcmm-nsys-*") if each.is_dir()]
+
+
+@pytest.mark.parametrize("is_planted", [True, False])
+def test_an_importer_that_another_user_put_beside_a_link_to_nsys_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_planted: bool
+):
+    tools = tmp_path / "tools"
+    importer = tools / "host-linux-x64" / "QdstrmImporter"
+    for path in (tools / "bin" / "nsys", importer):
+        path.parent.mkdir(parents=True)
+        path.touch(mode=0o755)
+    tools.chmod(0o1777)
+    if is_planted:
+        another_user.give(importer.parent)
+    monkeypatch.setenv("PATH", f"{tools / 'bin'}")
+    assert find_importer() == (None if is_planted else importer)

@@ -88,8 +88,8 @@ def test_the_job_of_a_run_is_found_by_the_run_s_name(tmp_path):
     ("record", "expected"),
     [
         (None, "holds no run of that name"),
-        ("", "was not submitted"),
-        ("[]", "was not submitted"),
+        ("", "tells no job: see python -m hpcmm.jobs status demo"),
+        ("[]", "tells no job: see python -m hpcmm.jobs status demo"),
         ('{"job_id": "1 --wrap=pwn"}', "is not a job id"),
     ],
 )
