@@ -87,14 +87,31 @@ def searched_at_last() -> list[str]:
     return [each.folder for each in sys.meta_path if isinstance(each, _AtLast)]
 
 
+def ask_for_module(module: str) -> None:
+    """Let the module, which the user has named, be found in the folder that is searched at last."""
+    for each in sys.meta_path:
+        if isinstance(each, _AtLast):
+            each.asked.add(module.partition(".")[0])
+
+
 class _AtLast:
-    """Finds the user's own modules in a folder that others can write too, if they are nowhere else."""
+    """Finds the user's own modules in a folder that others own or can write too, if they are nowhere else.
+
+    Packages look for many modules that they can do without, and none of these is to be its owner's. So what is found
+    there first is a module that the user has named, and then also what that may import.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+        self.asked: set[str] = set()
+        self._is_used = False
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, _target: object = None) -> ModuleSpec | None:
-        return _Guard.find_spec(name, [self.folder]) if path is None and name != PACKAGE.name else None
+        if path is not None or name == PACKAGE.name or not (self._is_used or name in self.asked):
+            return None
+        found = _Guard.find_spec(name, [self.folder])
+        self._is_used |= found is not None
+        return found
 
 
 def resource(name: str) -> Path:

@@ -16,7 +16,7 @@ import pytest
 
 from hpcmm.cli import COMMANDS, INTERRUPTED, main, run_command
 from hpcmm.errors import HpcmmError
-from hpcmm.resources import find_modules_at_last, find_modules_in, guard_imports, searched_at_last
+from hpcmm.resources import ask_for_module, find_modules_at_last, find_modules_in, guard_imports, searched_at_last
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 HEAVY = ("pandas", "numpy", "torch", "hydra", "omegaconf", "submitit", "rich", "gradio")
@@ -159,6 +159,12 @@ def test_one_s_own_modules_are_found_first_only_if_nobody_else_writes_the_folder
     assert sys.path == ([str(tmp_path), *before] if mode == 0o755 else before)
     assert (find_spec("my_module_here") is None) == (mode != 0o755)
     find_modules_at_last(("json",))
+    assert (find_spec("my_module_here") is None) == (mode != 0o755)  # nobody has named it yet
+    (tmp_path / "its_import.py").touch()
+    assert (find_spec("its_import") is None) == (mode != 0o755)
+    ask_for_module("my_module_here.sub")
+    assert find_spec("my_module_here") is not None
+    assert find_spec("its_import") is not None
     assert searched_at_last() == ([] if mode == 0o755 else [str(tmp_path)])
     assert sys.path == ([str(tmp_path), *before] if mode == 0o755 else before)
     found = [find_spec(name) for name in ("my_module_here", "sched", "my_module_nowhere")]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcmm.files import entries_of, is_folder_here, read_followed
+from hpcmm.resources import ask_for_module
 
 _PLAIN_TYPES: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
@@ -61,6 +62,7 @@ class ClassSource:
 def class_source(target: str) -> ClassSource | None:
     """What is known of the class ``package.module.Class``; None if no module or no such class is there."""
     module, _, name = target.rpartition(".")
+    ask_for_module(module)
     return _read_class(module, name, _DEEPEST)
 
 
@@ -99,6 +101,7 @@ def syntax_problem(module: str) -> str | None:
 
 def holder_of(package: str) -> Path | None:
     """The folder that a top-level package or module is imported from; None if it is not there as a file or folder."""
+    ask_for_module(package)
     spec = _spec(package)
     if spec is None:
         return None
@@ -110,6 +113,7 @@ def holder_of(package: str) -> Path | None:
 
 def source_file(module: str) -> Path | None:
     """The file of a module, which is not imported; of a package its ``__init__.py``. None if there is none."""
+    ask_for_module(module)
     spec = _spec(module)
     return Path(spec.origin).resolve() if spec is not None and spec.origin and spec.has_location else None
 

@@ -26,7 +26,7 @@ from hpcmm.config.keys import PartGroup, parts_of
 from hpcmm.config.untyped_config import refuse_traps_of_own
 from hpcmm.errors import HpcmmError
 from hpcmm.files import group_can_write, is_known_owner, name_of, read_text
-from hpcmm.resources import guard_imports, resource, why_not_found
+from hpcmm.resources import ask_for_module, guard_imports, resource, why_not_found
 from hpcmm.text import visible
 
 T = TypeVar("T")
@@ -225,6 +225,7 @@ def import_class(target: str) -> type:
     if not all(each.isidentifier() for each in target.split(".")) or not module:
         raise HpcmmError(f"{target[:_LONGEST_NAME]} cannot be imported: write package.module.Class.")
     guard_imports()
+    ask_for_module(module)
     try:
         found = getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, ValueError) as error:
@@ -269,6 +270,8 @@ def _why_unknown(target: str, group: PartGroup) -> str:
     if target.partition(".")[0] == "torch":  # whose sources are not read: none of its classes is any group's
         return f"that is not a {group.base.rpartition('.')[2]} ({group.base})."
     module = target.rpartition(".")[0]
+    if (why := why_not_found(module)) is not None:
+        return why
     if (problem := syntax_problem(module)) is not None:
         return f"{problem}."
     return (
