@@ -50,7 +50,8 @@ def environment_of_modules(environ: Mapping[str, str] = os.environ) -> dict[str,
 
 
 _OTHERS_WRITE = S_IWGRP | S_IWOTH
-_COMPILED, _SET_BY_US = "TORCHINDUCTOR_CACHE_DIR", "HPCMM_TORCHINDUCTOR_CACHE_DIR"
+_COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "QUACK_CACHE_DIR": "quack"}
+"""Variables that name folders of compiled code to torch, which runs it, each with its folder's own name."""
 _WITHOUT_CLASSES = frozenset({"jobs", "analyze"})
 """Commands that import no class of the user's."""
 _left_out: list[str] = []
@@ -194,12 +195,10 @@ def guard_imports() -> None:
 def keep_compiled_code_to_oneself(environ: MutableMapping[str, str] = os.environ) -> None:
     """Have torch, which this process or its children may import, read compiled code of this user alone.
 
-    By itself it takes a folder in TMPDIR by the user's name, whoever made that, and runs what is written there. If the
-    user has set ``TORCHINDUCTOR_CACHE_DIR``, it stays. Else the folder is on the node's own disk; if others took its
-    name, or could, it is in the user's home. What a launch has set so is another disk's, and is set anew on a node.
+    By itself it takes folders in TMPDIR by the user's name, whoever made them, and runs what is written there. A
+    variable of :data:`_COMPILED` that the user has set stays. Else its folder is on the node's own disk; if others took
+    its name, or could, in the user's home. What a launch has set so is another disk's, and is set anew on a node.
     """
-    if _COMPILED in environ and environ[_COMPILED] != environ.get(_SET_BY_US):
-        return
     above = Path(os.path.realpath(tempfile.gettempdir()))
     folder = above / f"hpcmm-{os.geteuid()}"
     try:
@@ -210,7 +209,9 @@ def keep_compiled_code_to_oneself(environ: MutableMapping[str, str] = os.environ
     except OSError:
         is_kept = False
     home = Path(os.path.expanduser("~/.cache/hpcmm"))  # noqa: PTH111 -- raises nothing
-    environ[_COMPILED] = environ[_SET_BY_US] = str((folder if is_kept else home) / "torchinductor")
+    for name, within in _COMPILED.items():
+        if name not in environ or environ[name] == environ.get(f"HPCMM_{name}"):
+            environ[name] = environ[f"HPCMM_{name}"] = str((folder if is_kept else home) / within)
 
 
 _not_found: dict[str, str] = {}

@@ -157,6 +157,9 @@ def test_torch_s_compiled_code_lies_in_a_folder_of_one_s_own(place):
     assert [compiled_code(), compiled_code()] == [str(own / "torchinductor")] * 2
     assert own.stat().st_mode & 0o777 == 0o700
     assert compiled_code(TORCHINDUCTOR_CACHE_DIR="/mine") == "/mine"
+    environ = {"TORCHINDUCTOR_CACHE_DIR": "/mine"}
+    keep_compiled_code_to_oneself(environ)
+    assert environ["QUACK_CACHE_DIR"] == str(own / "quack")
 
 
 def test_what_a_launch_has_set_on_a_login_node_is_set_anew_on_a_node_whose_disk_is_another(place):
