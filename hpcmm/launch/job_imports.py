@@ -10,14 +10,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from hpcmm.config.class_source import holds_python, syntax_tree
 from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
 from hpcmm.files import entries_of, is_file_here, is_folder_here, read_followed
 from hpcmm.launch.project_files import project_root
+from hpcmm.launch.vouched import Vouched
 from hpcmm.resources import INSTALLED, PACKAGE, searched_at_last
 
 _NEVER_IMPORTED = frozenset(
@@ -264,3 +266,25 @@ def live_packages(
             live[root] = names
     outside = {path: names for path, names in live.items() if project is None or not path.is_relative_to(project)}
     return {path: names for path, names in (outside | _unknown_finders(installed)).items() if names != [PACKAGE.name]}
+
+
+def links_in_the_way(links: Iterable[Path], project: Path, scripts: Sequence[Path]) -> set[Path]:
+    """Those that lead to a folder in which others can put an ``__init__.py``, and by whose name the job may import a
+    package from elsewhere: beside the script, that package would come first."""
+    vouched = Vouched(project, scripts)
+    named = [link for link in links if link.name.isidentifier() and link.is_symlink() and link.is_dir()]
+    opened = [link for link in named if vouched.is_open(Path(os.path.realpath(link)))]
+    if not opened:
+        return set()
+    imported = {name for script in scripts for name in _imported_by(script)}
+    elsewhere = [entry for entry in sys.path if entry and not Path(entry).resolve().is_relative_to(project)]
+    return {link for link in opened if link.name in imported or PathFinder.find_spec(link.name, elsewhere) is not None}
+
+
+def _imported_by(script: Path) -> Iterator[str]:
+    """The first parts of the names of modules that a script imports."""
+    for node in ast.walk(syntax_tree(script)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]

@@ -28,6 +28,7 @@ from hpcmm.launch.job_imports import (
     folders_of_pythonpath,
     import_roots,
     importable,
+    links_in_the_way,
     live_packages,
     read_editable,
     site_folders,
@@ -193,6 +194,9 @@ def take_snapshot(config: RunConfig, run: RunDir, code: CodePlan | None) -> str:
     if code is not None and (project := code.project) is not None:
         runs_root = Path(config.runs_root).expanduser().absolute()
         found = files_of(project, code.scripts, config.launch.include, code.working_directory, runs_root.resolve())
+        in_the_way = links_in_the_way(found.copied, project, code.scripts)
+        found.copied -= in_the_way
+        found.foreign |= in_the_way
         _check_size(project, found.copied, config.launch.snapshot_limit_mb)
         files |= {_project_copy(run) / file.relative_to(project): file for file in found.copied}
     digest, closed = hashlib.sha256(), []

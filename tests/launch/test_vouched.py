@@ -14,8 +14,9 @@ import pytest
 from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
 from hpcmm.launch import vouched as module
+from hpcmm.launch.job_imports import links_in_the_way
 from hpcmm.launch.project_files import files_of, marked_root, revision
-from hpcmm.launch.snapshot import plan_code
+from hpcmm.launch.snapshot import plan_code, take_snapshot
 from hpcmm.launch.vouched import Vouched, not_vouched_for
 from hpcmm.runs.run_dir import RunDir
 
@@ -300,6 +301,45 @@ def test_of_a_folder_with_more_files_than_are_linked_the_rest_is_named(project: 
     taken, foreign = sorted_out(project)
     assert "datasets" in foreign
     assert "datasets" not in taken
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "is_left_out"),
+    [
+        ("pytest", 0o1777, True),  # which is installed
+        ("json", 0o1777, True),
+        ("named_by_the_script", 0o1777, True),
+        ("of_a_package", 0o1777, True),
+        ("data", 0o1777, False),
+        ("pytest", 0o755, False),
+        ("a-b", 0o1777, False),
+    ],
+)
+def test_a_link_to_a_folder_of_others_is_left_out_if_the_job_may_import_a_package_of_its_name(
+    project: Path, name: str, mode: int, *, is_left_out: bool
+):
+    script = write(project, "sub/train.py", text="import named_by_the_script.a\nfrom of_a_package.b import c\n")
+    shared = project.parent / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    link = project / "sub" / name
+    link.symlink_to(shared)
+    assert links_in_the_way([link, script], project, [script]) == ({link} if is_left_out else set())
+
+
+def test_such_a_link_is_not_in_the_copy_and_is_named(project: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    (project.parent / "shared").mkdir()
+    (project.parent / "shared").chmod(0o1777)
+    for name in ("json", "data"):
+        (project / name).symlink_to(project.parent / "shared")
+    commit(project)
+    monkeypatch.chdir(project)
+    config = compose_run(["task=script", "task.path=sub/train.py", f"runs_root={project.parent / 'runs'}"])
+    run = RunDir(project.parent / "runs" / "run")
+    take_snapshot(config, run, plan_code(config, run, project))
+    assert sorted(path.name for path in (run.code / "project").iterdir()) == ["data", "lib", "near.py", "sub"]
+    said = capsys.readouterr().err
+    assert "could have written them: 'json'." in said
 
 
 # What git reads.
