@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -21,6 +21,7 @@ from hpcmm.files import entries_of, is_file_here, is_folder_here, read_followed
 from hpcmm.launch.project_files import project_root
 from hpcmm.launch.vouched import Vouched
 from hpcmm.resources import INSTALLED, PACKAGE, searched_at_last
+from hpcmm.runs.ownership import exchangeable
 
 _NEVER_IMPORTED = frozenset(
     ("hpcmm", "setup", "conftest", "noxfile", "test", "tests", "docs", "examples", "benchmarks", "scripts", "tools")
@@ -268,23 +269,35 @@ def live_packages(
     return {path: names for path, names in (outside | _unknown_finders(installed)).items() if names != [PACKAGE.name]}
 
 
-def links_in_the_way(links: Iterable[Path], project: Path, scripts: Sequence[Path]) -> set[Path]:
-    """Those that lead to a folder in which others can put an ``__init__.py``, and by whose name the job may import a
-    package from elsewhere: beside the script, that package would come first."""
-    vouched = Vouched(project, scripts)
-    named = [link for link in links if link.name.isidentifier() and link.is_symlink() and link.is_dir()]
-    opened = [link for link in named if vouched.is_open(Path(os.path.realpath(link)))]
+def links_in_the_way(copied: Collection[Path], project: Path, scripts: Sequence[Path]) -> set[Path]:
+    """Of the links among the files that are copied, those that others may make a package of once the job is queued, by
+    an ``__init__.py`` in the folder to which they lead, and by whose name the job may import something else."""
+    named = [path for path in copied if path.name.isidentifier() and path.is_symlink()]
+    opened = {link for link in named if not link.is_file() and _may_become_a_package(link, scripts)}
     if not opened:
         return set()
-    imported = {name for script in scripts for name in _imported_by(script)}
+    bases = {project, *(script.parent for script in scripts)}
     elsewhere = [entry for entry in sys.path if entry and not Path(entry).resolve().is_relative_to(project)]
-    return {link for link in opened if link.name in imported or PathFinder.find_spec(link.name, elsewhere) is not None}
+    found = {link for link in opened if link.parent in bases and PathFinder.find_spec(link.name, elsewhere)}
+    looked_for = {path for file in copied if file.suffix == ".py" for path in _looked_for(file, bases)}
+    return found | (opened & looked_for) | {link for link in opened if link.with_suffix(".py") in copied}
 
 
-def _imported_by(script: Path) -> Iterator[str]:
-    """The first parts of the names of modules that a script imports."""
-    for node in ast.walk(syntax_tree(script)):
+def _may_become_a_package(link: Path, scripts: Sequence[Path]) -> bool:
+    """Whether others can change where a link leads, or put something into the folder that is there or one below it."""
+    end = Path(os.path.realpath(link))
+    return not is_folder_here(end) or exchangeable(link) is not None or Vouched(end, scripts).is_open_within(end)
+
+
+def _looked_for(file: Path, bases: Collection[Path]) -> Iterator[Path]:
+    """Where the imports of a file may find what they name, without the suffix."""
+    for node in ast.walk(syntax_tree(file)):
+        starts, names = {*bases, file.parent}, list[str]()
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.partition(".")[0]
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            starts = {file.parents[min(node.level, len(file.parents)) - 1]} if node.level else starts
+            names = [".".join(filter(None, [node.module, alias.name])) for alias in node.names]
+        for start in starts:
+            for parts in (name.split(".") for name in names):
+                yield from (start.joinpath(*parts[:length]) for length in range(1, len(parts) + 1))

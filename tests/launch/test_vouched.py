@@ -303,28 +303,66 @@ def test_of_a_folder_with_more_files_than_are_linked_the_rest_is_named(project: 
     assert "datasets" not in taken
 
 
+IMPORTS = """\
+import named_by_the_script.a, torch.utils.data
+from of_a_package.b import c
+from lib import beside
+from .relative import d
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "mode", "is_left_out"),
     [
-        ("pytest", 0o1777, True),  # which is installed
+        ("sub/pytest", 0o1777, True),  # which is installed
         ("json", 0o1777, True),
-        ("named_by_the_script", 0o1777, True),
+        ("sub/named_by_the_script", 0o1777, True),
         ("of_a_package", 0o1777, True),
+        ("lib/beside", 0o1777, True),
+        ("sub/relative", 0o1777, True),
+        ("near", 0o1777, True),  # beside near.py
+        ("lib/imported_there", 0o1777, True),
         ("data", 0o1777, False),
-        ("pytest", 0o755, False),
+        ("lib/json", 0o1777, False),
+        ("sub/pytest", 0o755, False),
         ("a-b", 0o1777, False),
     ],
 )
-def test_a_link_to_a_folder_of_others_is_left_out_if_the_job_may_import_a_package_of_its_name(
+def test_a_link_to_a_folder_of_others_is_left_out_if_the_job_may_import_something_else_by_its_name(
     project: Path, name: str, mode: int, *, is_left_out: bool
 ):
-    script = write(project, "sub/train.py", text="import named_by_the_script.a\nfrom of_a_package.b import c\n")
+    script = write(project, "sub/train.py", text=IMPORTS)
+    helper = write(project, "lib/helper.py", text="import imported_there\n")
     shared = project.parent / "shared"
     shared.mkdir()
     shared.chmod(mode)
-    link = project / "sub" / name
+    link = project / name
     link.symlink_to(shared)
-    assert links_in_the_way([link, script], project, [script]) == ({link} if is_left_out else set())
+    copied = {link, script, helper, project / "near.py"}
+    assert links_in_the_way(copied, project, [script]) == ({link} if is_left_out else set())
+
+
+@pytest.mark.parametrize("kind", ["deeper", "another user's link", "not there yet", "exchangeable"])
+def test_so_is_one_that_others_can_lead_elsewhere_or_fill_deeper(project: Path, kind: str):
+    shared = project.parent / "shared"
+    (shared / "a/b").mkdir(parents=True)
+    for folder in (shared, shared / "a", shared / "a/b"):
+        folder.chmod(0o755)
+    link, end = project / "json", shared / "a"
+    if kind == "deeper":
+        (shared / "a/b").chmod(0o1777)
+    elif kind == "another user's link":
+        shared.chmod(0o1777)
+        end = shared / "latest"
+        end.symlink_to("a")
+        another_user.give(end)
+    elif kind == "not there yet":
+        end = shared / "nothing"
+    else:
+        shared.chmod(0o777)
+    link.symlink_to(end)
+    script = project / "sub/train.py"
+    assert links_in_the_way({link, script}, project, [script]) == {link}
 
 
 def test_such_a_link_is_not_in_the_copy_and_is_named(project: Path, monkeypatch: pytest.MonkeyPatch, capsys):
