@@ -17,11 +17,11 @@ from hpcmm.annotate.schema import CAPTURE_DOMAIN, CAPTURE_RANGE
 from hpcmm.config.schema import ProfileConfig, Requeue, RunConfig
 from hpcmm.errors import ProfilerUnusableError
 from hpcmm.node.cache import cache_dir
-from hpcmm.nsys.capture import run_under_nsys
+from hpcmm.nsys.capture import current_folder, run_under_nsys
 from hpcmm.nsys.probe import NsysFacts, nsys_facts
 from hpcmm.nsys.supervisor import HEEDS_SIGTERM_S
 from hpcmm.ranges import step_window
-from hpcmm.resources import resource
+from hpcmm.resources import planted, resource
 from hpcmm.runs import failures
 from hpcmm.runs.attempts import current_attempt
 from hpcmm.runs.run_dir import RunDir
@@ -45,6 +45,9 @@ def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[st
     facts = nsys_facts(nsys, cache_dir(config.cluster) / "nsys")
     if facts.problem is not None:
         raise ProfilerUnusableError(f"nsys on {os.uname().nodename} cannot be used: {facts.problem}")
+    settings = Path(current_folder()) / "config.ini"  # which nsys' library in the rank reads, and a pipe for ever
+    if os.path.lexists(settings) and (planted(settings) is not None or not settings.is_file()):
+        raise ProfilerUnusableError(f"nsys would read {settings}, which is another user's or no file: have it removed")
     flags, dropped = known_flags(profile_flags(config.profile, config.train.steps, gpu=_GPU_DEVICE.exists()), facts)
     if dropped:
         print(f"hpcmm: {facts.version} has no {', '.join(dropped)}; recorded without.", file=sys.stderr)
