@@ -12,7 +12,7 @@ import os
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, all_suffixes
 from pathlib import Path
@@ -49,6 +49,8 @@ def environment_of_modules(environ: Mapping[str, str] = os.environ) -> dict[str,
     return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
+_MOST_LINKS = 40
+"""One behind the other, as for Linux."""
 _OTHERS_WRITE = S_IWGRP | S_IWOTH
 _COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "QUACK_CACHE_DIR": "quack"}
 """Variables that name folders of compiled code to torch, which runs it, each with its folder's own name."""
@@ -128,7 +130,7 @@ def planted(path: Path, *, found: bool = False) -> tuple[Path, int | None] | Non
     exchange the user's own module too, so who lets them trusts them. ``found``: it was there just now, or may be at
     once. If it is not, and others can write the folder, it is theirs: of an owner who is not known (None).
     """
-    for each in dict.fromkeys((path, Path(os.path.realpath(path)))):
+    for each in dict.fromkeys((*_hops(path), Path(os.path.realpath(path)))):
         try:
             folder = each.parent.stat()
         except OSError:
@@ -145,6 +147,16 @@ def planted(path: Path, *, found: bool = False) -> tuple[Path, int | None] | Non
         if uid not in trusted_above() if is_shared else not is_known_owner(uid) and uid != folder.st_uid:
             return each, uid
     return None
+
+
+def _hops(path: Path) -> Iterator[Path]:
+    """``path``, and if it is a link where it leads, link by link."""
+    for _ in range(_MOST_LINKS):
+        yield path
+        try:
+            path = Path(os.path.normpath(path.parent / path.readlink()))
+        except OSError:  # no link, or not there
+            return
 
 
 def require_own_module(module: str, holder: Path) -> None:

@@ -21,7 +21,7 @@ from hpcmm.files import entries_of, is_file_here, is_folder_here, read_followed
 from hpcmm.launch.project_files import project_root
 from hpcmm.launch.vouched import Vouched
 from hpcmm.resources import INSTALLED, PACKAGE, searched_at_last
-from hpcmm.runs.ownership import exchangeable
+from hpcmm.runs.ownership import Reach, exchangeable
 
 _NEVER_IMPORTED = frozenset(
     ("hpcmm", "setup", "conftest", "noxfile", "test", "tests", "docs", "examples", "benchmarks", "scripts", "tools")
@@ -284,9 +284,14 @@ def links_in_the_way(copied: Collection[Path], project: Path, scripts: Sequence[
 
 
 def _may_become_a_package(link: Path, scripts: Sequence[Path]) -> bool:
-    """Whether others can change where a link leads, or put something into the folder that is there or one below it."""
-    end = Path(os.path.realpath(link))
-    return not is_folder_here(end) or exchangeable(link) is not None or Vouched(end, scripts).is_open_within(end)
+    """Whether others can change where a link leads, or put something into the folder that is there or one below it.
+
+    Not who owns that folder: the link's owner has chosen it.
+    """
+    end, found = Path(os.path.realpath(link)), exchangeable(link)
+    if not is_folder_here(end) or (found is not None and found.reach >= Reach.group):
+        return True
+    return Vouched(end, scripts, trusted=[end.stat().st_uid]).is_open_within(end)
 
 
 def _looked_for(file: Path, bases: Collection[Path]) -> Iterator[Path]:

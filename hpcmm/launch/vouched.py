@@ -47,11 +47,13 @@ class Vouched:
     sticky bit nobody can change another's script, so who can write that folder is none of them.
     """
 
-    def __init__(self, project: Path, scripts: Sequence[Path] = ()) -> None:
+    def __init__(self, project: Path, scripts: Sequence[Path] = (), trusted: Collection[int] = ()) -> None:
+        """``trusted``: other users whose files count, too."""
         self.project = project
         paths = dict.fromkeys(each for script in scripts for each in (script, script.parent)) or {project: None}
         facts = [(path, path.stat()) for path in paths if path.exists()]
-        self._owners = {each.st_uid for _, each in facts if not is_known_owner(each.st_uid)} | trusted_above()
+        self._owners = {each.st_uid for _, each in facts if not is_known_owner(each.st_uid)}
+        self._owners |= {*trusted_above(), *trusted}
         self._known = [(path, each) for path, each in facts if not (S_ISDIR(each.st_mode) and each.st_mode & S_ISVTX)]
         self._above = {folder for script in scripts for folder in script.parents}
         self._folders = {project: _Counts.everything} if is_closed(project) else {}

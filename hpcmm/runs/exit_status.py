@@ -119,15 +119,15 @@ def states_of_points(
 
 
 def _state_of_point(ledger: Ledger, point: LedgerPoint, active: Collection[str], ended: Mapping[str, str]) -> str:
-    if not point.jobs:  # a launch that was killed notes none, of which the point's own folder may tell
-        run = ledger.run(point)
-        known = job_ids_of(run, ()) or tuple(job for job, _ in ends_of(run))
-        ended_so = outcome_of(run, known[-1]) if known else None
-        return COMPLETED if ended_so and ended_so.completed else FAILED
-    if point.job_id in active:
+    # A launch that was killed notes no job, of which the point's own folder may tell.
+    run = ledger.run(point)
+    known = job_ids_of(run, point.tasks) or tuple(job for job, _ in ends_of(run))
+    if not known:
+        return FAILED
+    if known[-1] in active:
         return IN_QUEUE
-    told = ended.get(point.job_id)
-    outcome = outcome_of(ledger.run(point), point.job_id) or (told and Outcome(told))
+    told = ended.get(known[-1])
+    outcome = outcome_of(run, known[-1]) or (told and Outcome(told))
     return COMPLETED if outcome and outcome.completed and told in {None, COMPLETED} else FAILED
 
 

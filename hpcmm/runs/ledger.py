@@ -31,6 +31,11 @@ class LedgerPoint:
     """Its jobs, the latest last: an array's number (``12``) if its task has the point's index, else ``12_3``."""
 
     @property
+    def tasks(self) -> list[str]:
+        """Its jobs, the latest last, as Slurm names an array's tasks."""
+        return [_task_name(job, self.index) for job in self.jobs]
+
+    @property
     def job_id(self) -> str:
         """The latest job, as Slurm names an array's task."""
         return _task_name(self.jobs[-1], self.index)

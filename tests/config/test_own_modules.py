@@ -113,6 +113,21 @@ def hide_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch, name: str) -> No
     monkeypatch.setattr(Path, "lstat", flicker)
 
 
+def test_a_link_that_another_user_can_lead_elsewhere_is_followed_to_no_module(shared, tmp_path):
+    (shared / "open").mkdir()
+    (shared / "open").chmod(0o1777)
+    (shared / "end").mkdir(mode=0o755)
+    (shared / "end" / "__init__.py").write_text(OWN)
+    (shared / "my_own_module").symlink_to("open/hop")
+    (shared / "open" / "hop").symlink_to("../end")
+    importlib.invalidate_caches()
+    assert import_class("my_own_module.Mine").__name__ == "Mine"
+    del sys.modules["my_own_module"]
+    another_user.give(shared / "open" / "hop")
+    with pytest.raises(HpcmmError, match="open/hop belongs to user"):
+        import_class("my_own_module.Mine")
+
+
 def test_in_a_container_s_namespace_a_package_of_nobody_that_is_known_may_be_anybody_s(shared, monkeypatch):
     monkeypatch.setattr("hpcmm.files._has_no_name_here", lambda uid: uid == another_user.UID)
     plant(shared / "my_own_module/__init__.py")

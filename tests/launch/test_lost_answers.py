@@ -256,6 +256,20 @@ def test_points_that_ended_well_are_not_queued_again_though_squeue_has_forgotten
     assert slurm.calls == ["11 0-3", "12 2"]
 
 
+def test_points_of_a_resubmit_that_was_killed_count_by_their_newest_job_though_it_is_over(slurm: Slurm) -> None:
+    slurm.launched(*SWEEP)
+    sweep = SweepDir(the_run())
+    for index in range(4):
+        point = sweep.point(index)
+        point.exit_status.write_text(f"11_{index} 1\n12_{index} {1 if index == 3 else 0}\n")
+        for number in (11, 12):
+            (point.submitit / f"{number}_{index}_submitted.pkl").touch()
+            os.utime(point.submitit / f"{number}_{index}_submitted.pkl", (number, number))
+    (slurm.here / "rows").write_text("")
+    assert jobs_of(sweep.root) == [["11"]] * 4
+    assert [point.index for point in resubmit(sweep.root).points] == [3]
+
+
 def test_an_array_of_a_resubmit_that_was_killed_is_shown_and_cancelled(slurm: Slurm) -> None:
     slurm.launched(*SWEEP)
     sweep = SweepDir(the_run())

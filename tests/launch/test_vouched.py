@@ -342,6 +342,16 @@ def test_a_link_to_a_folder_of_others_is_left_out_if_the_job_may_import_somethin
     assert links_in_the_way(copied, project, [script]) == ({link} if is_left_out else set())
 
 
+def test_the_owner_of_the_folder_to_which_one_s_link_leads_is_trusted_with_it(project: Path):
+    theirs = project.parent / "theirs"
+    theirs.mkdir(mode=0o755)
+    another_user.give(theirs)
+    link = project / "near"
+    link.symlink_to(theirs)
+    copied = {link, project / "near.py", project / "sub/train.py"}
+    assert links_in_the_way(copied, project, [project / "sub/train.py"]) == set()
+
+
 @pytest.mark.parametrize("kind", ["deeper", "another user's link", "not there yet", "exchangeable"])
 def test_so_is_one_that_others_can_lead_elsewhere_or_fill_deeper(project: Path, kind: str):
     shared = project.parent / "shared"
