@@ -215,15 +215,20 @@ def keep_compiled_code_to_oneself(environ: MutableMapping[str, str] = os.environ
     folder = above / f"hpcmm-{os.geteuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        facts, mode = folder.lstat(), above.stat().st_mode
+        facts = folder.lstat()
         is_mine = S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & _OTHERS_WRITE
-        is_kept = is_mine and (mode & S_ISVTX or not mode & _OTHERS_WRITE)
+        is_kept = is_mine and not any(_lets_others_exchange(each.stat()) for each in (above, *above.parents))
     except OSError:
         is_kept = False
     home = Path(os.path.expanduser("~/.cache/hpcmm"))  # noqa: PTH111 -- raises nothing
     for name, within in _COMPILED.items():
         if name not in environ or environ[name] == environ.get(f"HPCMM_{name}"):
             environ[name] = environ[f"HPCMM_{name}"] = str((folder if is_kept else home) / within)
+
+
+def _lets_others_exchange(facts: os.stat_result) -> bool:
+    """Whether another user can rename what lies in a folder."""
+    return not is_known_owner(facts.st_uid) or (facts.st_mode & _OTHERS_WRITE != 0 and not facts.st_mode & S_ISVTX)
 
 
 _not_found: dict[str, str] = {}

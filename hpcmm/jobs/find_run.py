@@ -218,14 +218,11 @@ def find_folder(given: Path, runs_root: Path = RUNS) -> Path:
     Of what a plain word names, another user's comes after all that is this user's; a line says whose it is. What names
     none is given back. Raises HpcmmError for a point that a sweep lacks.
     """
-    try:
-        is_there = given.exists() or given.is_symlink()
-    except OSError:  # too long for a name
-        return given
+    is_there = os.path.lexists(given)
     theirs = is_there and other_user(given) is not None
     found = None
     if not is_there or (theirs and len(given.parts) == 1):
-        with suppress(NoSuchRunError):
+        with suppress(NoSuchRunError, OSError):  # such as a name that is too long
             found = find_targets(str(given), runs_root)[0].run
     if found is not None and (not is_there or is_mine(found.root)):
         given = found.root

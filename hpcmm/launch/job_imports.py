@@ -278,7 +278,8 @@ def links_in_the_way(copied: Collection[Path], project: Path, scripts: Sequence[
         return set()
     bases = {project, *(script.parent for script in scripts)}
     elsewhere = [entry for entry in sys.path if entry and not Path(entry).resolve().is_relative_to(project)]
-    found = {link for link in opened if link.parent in bases and PathFinder.find_spec(link.name, elsewhere)}
+    installed = {link: PathFinder.find_spec(link.name, elsewhere) for link in opened if link.parent in bases}
+    found = {link for link, spec in installed.items() if spec is not None and spec.origin}  # no mere folder
     looked_for = {path for file in copied if file.suffix == ".py" for path in _looked_for(file, bases)}
     return found | (opened & looked_for) | {link for link in opened if link.with_suffix(".py") in copied}
 

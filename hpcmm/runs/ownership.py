@@ -30,9 +30,16 @@ def is_trusted(folder: Path) -> bool:
 
 
 def other_user(folder: Path) -> str | None:
-    """The name of the other user whose folder, or link to one, this is; None if it is this user's, or not there."""
+    """The name of the other user whose folder, or link to one, this is; None if it is this user's, or not there.
+
+    If it is closed to us, or a link that leads nowhere, its own owner tells.
+    """
     place = settle(folder)
-    return None if place is None or place.uid == os.geteuid() else name_of(place.uid)
+    try:
+        uid = folder.lstat().st_uid if place is None else place.uid
+    except (OSError, ValueError):
+        return None
+    return None if uid == os.geteuid() else name_of(uid)
 
 
 def require_mine(folder: Path, refused: str) -> Path:
@@ -206,38 +213,45 @@ def _walk(folder: Path) -> tuple[list[_Step], tuple[str, os.stat_result] | None]
     names = [(name, place >= len(given) - 2) for place, name in enumerate(given)][::-1]
     steps: list[_Step] = []
     links = 0
-    descriptor = os.open("/", _TO_WALK)
-    opened = [descriptor]
-    way = [("/", descriptor, os.fstat(descriptor), False)]
+    here = os.open("/", _TO_WALK)  # one folder is open at a time: another user's link may name any number of them
+    way = [("/", os.fstat(here), False)]
     try:
         while names:
             name, is_named = names.pop()
-            if name == "..":
-                way = way[:-1] or way
-                continue
-            above, descriptor, above_facts, closed = way[-1]
+            above, above_facts, closed = way[-1]
             path = f"{above.rstrip('/')}/{name}"
             try:
-                descriptor = _look_up(name, descriptor)
-                opened.append(descriptor)
-                facts = os.fstat(descriptor)
-                text = os.readlink("", dir_fd=descriptor) if S_ISLNK(facts.st_mode) else None
+                found = _look_up(name, here)
             except (OSError, ValueError):
                 steps.append(_Step(Path(path), None, above_facts, closed, is_named))
                 return steps, None
+            facts = os.fstat(found)
+            text = os.readlink("", dir_fd=found) if S_ISLNK(facts.st_mode) else None
+            if text is None:
+                os.close(here)
+                here = found
+                if name == "..":
+                    way = way[:-1] or way
+                    if not os.path.samestat(facts, way[-1][1]):  # it was moved meanwhile
+                        return steps, None
+                    continue
+            else:
+                os.close(found)
             steps.append(_Step(Path(path), None if text is None else facts.st_uid, above_facts, closed, is_named))
             if text is None:
-                way.append((path, descriptor, facts, closed or _lets_nobody_in(facts)))
+                way.append((path, facts, closed or _lets_nobody_in(facts)))
                 continue
             links += 1
             if links > _MOST_LINKS:
                 return steps, None
             names += [(part, False) for part in text.split("/")[::-1] if part not in {"", "."}]
-            way = way[:1] if text.startswith("/") else way
+            if text.startswith("/"):
+                os.close(here)
+                here = os.open("/", _TO_WALK)
+                way = way[:1]
     finally:
-        for each in opened:
-            os.close(each)
-    return steps, (way[-1][0], way[-1][2])
+        os.close(here)
+    return steps, (way[-1][0], way[-1][1])
 
 
 def _look_up(name: str, above: int) -> int:

@@ -296,6 +296,16 @@ def test_an_analysis_takes_one_s_own_run_of_a_name_first(tmp_path, monkeypatch):
     assert find_folder(type(tmp_path)("demo")).name == "demo-1"
 
 
+def test_also_before_a_link_of_that_name_that_leads_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o1777)
+    mine = make_run(tmp_path / "runs", "demo-1")
+    (tmp_path / "demo").symlink_to("nowhere")
+    another_user.give(tmp_path / "demo")
+    assert find_folder(Path("demo")).resolve() == mine.root
+    assert find_folder(Path("n" * 5000)) == Path("n" * 5000)
+
+
 @pytest.mark.parametrize("is_link", [False, True])
 def test_also_before_a_folder_of_that_name_that_another_user_made_here(tmp_path, monkeypatch, capsys, is_link):
     monkeypatch.chdir(tmp_path)

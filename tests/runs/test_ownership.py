@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import resource
 import struct
 import tempfile
 from functools import partial
@@ -23,6 +24,7 @@ from hpcmm.runs.ownership import (
     reach_beyond,
     real_and_trusted,
     require_mine,
+    settle,
 )
 
 
@@ -240,6 +242,36 @@ def test_a_link_that_its_owner_could_not_make_anew_is_no_danger(open_place):
     (open_place / "link").symlink_to("data")
     another_user.give(open_place / "link")
     assert exchangeable(open_place / "link" / "demo-1") is None
+
+
+def test_a_long_way_of_another_user_s_link_is_walked_with_few_open_files(open_place):
+    shared, theirs = open_place / "shared", open_place / "shared" / "theirs"
+    (theirs / "d").mkdir(parents=True)
+    (theirs / "run").mkdir()
+    shared.chmod(0o1777)
+    (theirs / "link").symlink_to("d/../" * 700 + "run")
+    (shared / "latest").symlink_to("theirs/link")
+    for each in (theirs, shared / "latest"):
+        another_user.give(each)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 200), hard))
+    try:
+        place = settle(shared / "latest")
+        assert other_user(shared / "latest") == str(another_user.UID)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert place is not None
+    assert place.real == theirs / "run"
+
+
+@pytest.mark.parametrize("end", ["nowhere", "itself"])
+def test_a_link_that_leads_nowhere_is_its_owner_s(open_place, end):
+    link = open_place / "link"
+    link.symlink_to("link" if end == "itself" else end)
+    assert other_user(link) is None
+    another_user.give(link)
+    assert other_user(link) == str(another_user.UID)
+    assert other_user(open_place / "nothing") is None
 
 
 def test_links_that_lead_in_a_circle_come_to_an_end(open_place):
