@@ -31,6 +31,8 @@ from hpcmm.text import visible
 _MOST_RUNS = 20
 MOST_POINTS_OF_OTHERS = 100
 _NUMBER = re.compile(r"[0-9]{1,9}")
+_WORD = re.compile(r"[^/]*(/[0-9]{1,9})?/?")
+"""A run's name, or a point of a sweep: one's own come before another user's folder of that name in the current one."""
 _COMPONENT = re.compile(r"[0-9]{1,12}\+[0-9]{1,4}")
 """Of a heterogeneous job, as Slurm writes it: ``12+1``."""
 _ADDED = re.compile(r"-[0-9]{8}-[0-9]{6}-[0-9a-f]{4}$")
@@ -96,7 +98,7 @@ def find_targets(asked: str, runs_root: Path) -> list[Target]:
     Raises NoSuchRunError, with the nearest names, if there is none, and HpcmmError for a point that a sweep lacks.
     """
     named = _path(asked)
-    if named is not None and is_run(named) and (is_mine(named) or "/" in asked):
+    if named is not None and is_run(named) and (is_mine(named) or not _WORD.fullmatch(asked)):
         return [_target(asked, named)]
     if JOB_ID.fullmatch(asked) or _COMPONENT.fullmatch(asked):
         return [_target_of_job(asked, runs_root)]
@@ -221,7 +223,7 @@ def find_folder(given: Path, runs_root: Path = RUNS) -> Path:
     is_there = os.path.lexists(given)
     theirs = is_there and other_user(given) is not None
     found = None
-    if not is_there or (theirs and len(given.parts) == 1):
+    if not is_there or (theirs and _WORD.fullmatch(str(given))):
         with suppress(NoSuchRunError, OSError):  # such as a name that is too long
             found = find_targets(str(given), runs_root)[0].run
     if found is not None and (not is_there or is_mine(found.root)):

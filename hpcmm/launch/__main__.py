@@ -123,7 +123,7 @@ def _resubmit(arguments: Sequence[str]) -> int:
             f"number, or SWEEP/0003; {_ROOT}DIR if it does not lie in ./{RUNS}."
         )
     path, indices = Path(named[0]), None
-    theirs = len(path.parts) == 1 and other_user(path) is not None  # one's own run of that name comes first
+    theirs = not path.is_absolute() and other_user(path) is not None  # one's own run of that name comes first
     if theirs or not path.exists() or SweepDir.of_point(RunDir(path.resolve())) is not None or named[0].isdecimal():
         path, indices = _points_of(find_targets(named[0], Path(roots[0]).expanduser() if roots else RUNS)[0])
     again = resubmit(path, indices)

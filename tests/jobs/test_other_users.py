@@ -296,6 +296,23 @@ def test_an_analysis_takes_one_s_own_run_of_a_name_first(tmp_path, monkeypatch):
     assert find_folder(type(tmp_path)("demo")).name == "demo-1"
 
 
+def test_a_point_of_one_s_own_sweep_comes_before_another_user_s_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o1777)
+    for made, where in ((make_run, tmp_path / "runs" / "sweep-1"), (foreign, tmp_path / "sweep")):
+        run = made(where, "0003")
+        points = [{"index": index, "overrides": [], "run": f"{index:04d}", "jobs": []} for index in range(4)]
+        (where / "ledger.json").write_text(json.dumps({"points": points}))
+        (where / "submission.sh").touch()
+        if made is foreign:
+            another_user.give(where)
+        else:
+            mine = run
+    assert find_folder(Path("sweep/0003")).resolve() == mine.root
+    assert [target.run.root.resolve() for target in find_targets("sweep/0003", Path("runs"))] == [mine.root]
+    assert find_targets(str(tmp_path / "sweep" / "0003"), Path("runs"))[0].user == str(another_user.UID)
+
+
 def test_also_before_a_link_of_that_name_that_leads_nowhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o1777)
