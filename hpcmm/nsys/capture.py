@@ -136,7 +136,8 @@ def one_start_at_a_time() -> Iterator[None]:
         yield
         return
     with os.fdopen(descriptor, "w") as held:
-        if os.fstat(descriptor).st_uid == os.geteuid():
+        facts = os.fstat(descriptor)  # it may be a hard link to a file of ours that others can open
+        if facts.st_uid == os.geteuid() and not facts.st_mode & 0o077:
             fcntl.flock(held, fcntl.LOCK_EX)
         yield
 

@@ -1,5 +1,7 @@
 """What another user planted where a command writes or looks is not followed, truncated or overwritten."""
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -132,7 +134,7 @@ def test_the_name_of_a_node_s_token_tells_neither_the_secret_nor_another_node_s(
     assert all(name.startswith(".hpcmm-doctor-ab-") and "n1" not in name for name in names)
 
 
-@pytest.mark.parametrize("planted", ["link", "pipe", "file"])
+@pytest.mark.parametrize("planted", ["link", "pipe", "file", "hard link"])
 def test_nsys_starts_though_another_user_took_the_lock_s_name(tmp_path, monkeypatch, planted):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     lock = tmp_path / f"hpcmm-nsys-start-{os.geteuid()}.lock"
@@ -141,11 +143,17 @@ def test_nsys_starts_though_another_user_took_the_lock_s_name(tmp_path, monkeypa
         lock.symlink_to("thesis")
     elif planted == "pipe":
         os.mkfifo(lock)
+    elif planted == "hard link":  # to a file of one's own that others can open, and so hold a lock of
+        (tmp_path / "thesis").chmod(0o666)
+        lock.hardlink_to(tmp_path / "thesis")
     else:
         lock.touch()
         another_user.give(lock)
-    with one_start_at_a_time():
-        assert (tmp_path / "thesis").read_text() == "mine"
+    with lock.open("r") if planted == "hard link" else contextlib.nullcontext() as theirs:
+        if theirs is not None:
+            fcntl.flock(theirs, fcntl.LOCK_EX)
+        with one_start_at_a_time():
+            assert (tmp_path / "thesis").read_text() == "mine"
 
 
 def test_nothing_is_written_beside_another_user_s_run_unless_a_folder_is_named(tmp_path):
