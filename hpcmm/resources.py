@@ -49,8 +49,8 @@ def environment_of_modules(environ: Mapping[str, str] = os.environ) -> dict[str,
     return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-_MOST_LINKS = 40
-"""One behind the other, as for Linux."""
+_MOST_NAMES = 4096
+"""On the way of a path and its links."""
 _OTHERS_WRITE = S_IWGRP | S_IWOTH
 _COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "QUACK_CACHE_DIR": "quack"}
 """Variables that name folders of compiled code to torch, which runs it, each with its folder's own name."""
@@ -150,13 +150,21 @@ def planted(path: Path, *, found: bool = False) -> tuple[Path, int | None] | Non
 
 
 def _hops(path: Path) -> Iterator[Path]:
-    """``path``, and if it is a link where it leads, link by link."""
-    for _ in range(_MOST_LINKS):
-        yield path
-        try:
-            path = Path(os.path.normpath(path.parent / path.readlink()))
-        except OSError:  # no link, or not there
+    """``path``, and each link on the way to where it leads, those among its folders too."""
+    yield path
+    here, names = Path("/"), [*reversed(path.absolute().parts[1:])]
+    for _ in range(_MOST_NAMES):
+        if not names:
             return
+        name = names.pop()
+        here, above = (here.parent if name == ".." else here / name), here
+        try:
+            target = here.readlink()
+        except OSError:  # no link, or not there
+            continue
+        yield here
+        names += reversed([part for part in target.parts if part != "/"])
+        here = Path("/") if target.is_absolute() else above
 
 
 def require_own_module(module: str, holder: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hpcmm.config.class_source import holds_python, syntax_tree
 from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
-from hpcmm.files import entries_of, is_file_here, is_folder_here, read_followed
+from hpcmm.files import CODE, entries_of, is_file_here, is_folder_here, read_followed
 from hpcmm.launch.project_files import project_root
 from hpcmm.launch.vouched import Vouched
 from hpcmm.resources import INSTALLED, PACKAGE, searched_at_last
@@ -269,19 +269,21 @@ def live_packages(
     return {path: names for path, names in (outside | _unknown_finders(installed)).items() if names != [PACKAGE.name]}
 
 
-def links_in_the_way(copied: Collection[Path], project: Path, scripts: Sequence[Path]) -> set[Path]:
+def open_links(copied: Collection[Path], project: Path, scripts: Sequence[Path]) -> tuple[set[Path], set[Path]]:
     """Of the links among the files that are copied, those that others may make a package of once the job is queued, by
-    an ``__init__.py`` in the folder to which they lead, and by whose name the job may import something else."""
+    an ``__init__.py`` in the folder to which they lead; and the ones by whose name the job may import something else.
+    """
     named = [path for path in copied if path.name.isidentifier() and path.is_symlink()]
     opened = {link for link in named if not link.is_file() and _may_become_a_package(link, scripts)}
     if not opened:
-        return set()
+        return set(), set()
     bases = {project, *(script.parent for script in scripts)}
     elsewhere = [entry for entry in sys.path if entry and not Path(entry).resolve().is_relative_to(project)]
     installed = {link: PathFinder.find_spec(link.name, elsewhere) for link in opened if link.parent in bases}
     found = {link for link, spec in installed.items() if spec is not None and spec.origin}  # no mere folder
     looked_for = {path for file in copied if file.suffix == ".py" for path in _looked_for(file, bases)}
-    return found | (opened & looked_for) | {link for link in opened if link.with_suffix(".py") in copied}
+    found |= (opened & looked_for) | {link for link in opened if link.with_suffix(".py") in copied}
+    return opened, found
 
 
 def _may_become_a_package(link: Path, scripts: Sequence[Path]) -> bool:
@@ -290,9 +292,16 @@ def _may_become_a_package(link: Path, scripts: Sequence[Path]) -> bool:
     Not who owns that folder: the link's owner has chosen it.
     """
     end, found = Path(os.path.realpath(link)), exchangeable(link)
-    if not is_folder_here(end) or (found is not None and found.reach >= Reach.group):
+    if found is not None and found.reach >= Reach.group:
         return True
-    return Vouched(end, scripts, trusted=[end.stat().st_uid]).is_open_within(end)
+    there = next(each for each in (end, *end.parents) if is_folder_here(each))
+    return Vouched(there, scripts, trusted=[there.stat().st_uid]).is_open_within(there)
+
+
+def data_in(link: Path) -> set[Path]:
+    """What lies in the folder to which a link leads now, by the link, without code: to be linked one by one."""
+    there = entries_of(Path(os.path.realpath(link)), _MOST_BESIDE)
+    return {link / each.name for each in there if each.suffix not in CODE and each.name != "__pycache__"}
 
 
 def _looked_for(file: Path, bases: Collection[Path]) -> Iterator[Path]:

@@ -25,11 +25,12 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import CODE, SETTINGS, entries_of, has_secret_name, is_file_here, is_folder_here, open_followed
 from hpcmm.launch.job_imports import (
     Editable,
+    data_in,
     folders_of_pythonpath,
     import_roots,
     importable,
-    links_in_the_way,
     live_packages,
+    open_links,
     read_editable,
     site_folders,
 )
@@ -194,9 +195,11 @@ def take_snapshot(config: RunConfig, run: RunDir, code: CodePlan | None) -> str:
     if code is not None and (project := code.project) is not None:
         runs_root = Path(config.runs_root).expanduser().absolute()
         found = files_of(project, code.scripts, config.launch.include, code.working_directory, runs_root.resolve())
-        in_the_way = links_in_the_way(found.copied, project, code.scripts)
-        found.copied -= in_the_way
+        opened, in_the_way = open_links(found.copied, project, code.scripts)
+        found.copied -= opened
         found.foreign |= in_the_way
+        for link in opened - in_the_way:
+            found.linked |= data_in(link)
         _check_size(project, found.copied, config.launch.snapshot_limit_mb)
         files |= {_project_copy(run) / file.relative_to(project): file for file in found.copied}
     digest, closed = hashlib.sha256(), []

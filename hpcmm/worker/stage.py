@@ -355,11 +355,14 @@ def _wait_until_unused(held: int) -> None:
 
 
 def _remove_left_behind(scratch: Path) -> None:
-    """Remove what jobs of this user left that were killed: folders that nobody holds."""
+    """Remove what jobs of this user left that were killed: folders that nobody holds.
+
+    Another user may have moved a folder of this user's here that they can write; a staged one they cannot.
+    """
     for folder in scratch.glob(f"{_PREFIX}-{os.geteuid()}-*"):
         with contextlib.suppress(OSError):  # another process removes it too, or it is not ours
             facts = folder.lstat()
-            if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+            if (facts.st_uid, facts.st_mode) != (os.geteuid(), stat.S_IFDIR | 0o700):
                 continue
             held = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:

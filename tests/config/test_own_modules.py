@@ -113,12 +113,16 @@ def hide_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch, name: str) -> No
     monkeypatch.setattr(Path, "lstat", flicker)
 
 
-def test_a_link_that_another_user_can_lead_elsewhere_is_followed_to_no_module(shared, tmp_path):
+@pytest.mark.parametrize("way", ["open/hop", "open/hop/deep", "own/hop/deep"])
+def test_a_link_that_another_user_can_lead_elsewhere_is_followed_to_no_module(shared, way):
+    (shared / "own").symlink_to("open")
     (shared / "open").mkdir()
     (shared / "open").chmod(0o1777)
     (shared / "end").mkdir(mode=0o755)
-    (shared / "end" / "__init__.py").write_text(OWN)
-    (shared / "my_own_module").symlink_to("open/hop")
+    (shared / "end" / "deep").mkdir(mode=0o755)
+    for folder in (shared / "end", shared / "end" / "deep"):
+        (folder / "__init__.py").write_text(OWN)
+    (shared / "my_own_module").symlink_to(way)
     (shared / "open" / "hop").symlink_to("../end")
     importlib.invalidate_caches()
     assert import_class("my_own_module.Mine").__name__ == "Mine"

@@ -14,7 +14,7 @@ import pytest
 from hpcmm.config.compose import compose_run
 from hpcmm.errors import HpcmmError
 from hpcmm.launch import vouched as module
-from hpcmm.launch.job_imports import links_in_the_way
+from hpcmm.launch.job_imports import open_links
 from hpcmm.launch.project_files import files_of, marked_root, revision
 from hpcmm.launch.snapshot import plan_code, take_snapshot
 from hpcmm.launch.vouched import Vouched, not_vouched_for
@@ -339,7 +339,7 @@ def test_a_link_to_a_folder_of_others_is_left_out_if_the_job_may_import_somethin
     link = project / name
     link.symlink_to(shared)
     copied = {link, script, helper, project / "near.py"}
-    assert links_in_the_way(copied, project, [script]) == ({link} if is_left_out else set())
+    assert open_links(copied, project, [script])[1] == ({link} if is_left_out else set())
 
 
 def test_the_owner_of_the_folder_to_which_one_s_link_leads_is_trusted_with_it(project: Path):
@@ -349,7 +349,7 @@ def test_the_owner_of_the_folder_to_which_one_s_link_leads_is_trusted_with_it(pr
     link = project / "near"
     link.symlink_to(theirs)
     copied = {link, project / "near.py", project / "sub/train.py"}
-    assert links_in_the_way(copied, project, [project / "sub/train.py"]) == set()
+    assert open_links(copied, project, [project / "sub/train.py"]) == (set(), set())
 
 
 @pytest.mark.parametrize("kind", ["deeper", "another user's link", "not there yet", "exchangeable"])
@@ -368,26 +368,33 @@ def test_so_is_one_that_others_can_lead_elsewhere_or_fill_deeper(project: Path, 
         another_user.give(end)
     elif kind == "not there yet":
         end = shared / "nothing"
+        shared.chmod(0o1777)
     else:
         shared.chmod(0o777)
     link.symlink_to(end)
     script = project / "sub/train.py"
-    assert links_in_the_way({link, script}, project, [script]) == {link}
+    assert open_links({link, script}, project, [script]) == ({link}, {link})
 
 
-def test_such_a_link_is_not_in_the_copy_and_is_named(project: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    (project.parent / "shared").mkdir()
-    (project.parent / "shared").chmod(0o1777)
+def test_of_any_other_such_link_the_data_that_is_there_is_linked(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    shared = project.parent / "shared"
+    write(shared, "a.npz", "sub/b.npz", "__init__.py", "code.py")
+    shared.chmod(0o1777)
     for name in ("json", "data"):
-        (project / name).symlink_to(project.parent / "shared")
+        (project / name).symlink_to(shared)
     commit(project)
     monkeypatch.chdir(project)
     config = compose_run(["task=script", "task.path=sub/train.py", f"runs_root={project.parent / 'runs'}"])
     run = RunDir(project.parent / "runs" / "run")
     take_snapshot(config, run, plan_code(config, run, project))
-    assert sorted(path.name for path in (run.code / "project").iterdir()) == ["data", "lib", "near.py", "sub"]
-    said = capsys.readouterr().err
-    assert "could have written them: 'json'." in said
+    copy = run.code / "project"
+    assert sorted(path.name for path in copy.iterdir()) == ["data", "lib", "near.py", "sub"]
+    assert not (copy / "data").is_symlink()
+    assert sorted(path.name for path in (copy / "data").iterdir()) == ["a.npz", "sub"]
+    assert (copy / "data" / "sub" / "b.npz").exists()
+    assert "could have written them: 'json/'." in capsys.readouterr().err
 
 
 # What git reads.

@@ -251,8 +251,12 @@ def test_the_folder_is_new_private_and_gone_at_the_end(tmp_path):
 def test_what_a_killed_job_left_is_removed_and_what_is_used_or_not_a_folder_of_ours_stays(tmp_path):
     with own_folder(tmp_path) as used:
         left = tmp_path / f"{used.name[:-8]}leftover"
-        left.mkdir()
+        left.mkdir(mode=0o700)
         (left / "lock").touch()
+        moved = tmp_path / f"{used.name[:-8]}moved"  # by another user, who can write it
+        moved.mkdir()
+        moved.chmod(0o3775)
+        (moved / "lock").touch()
         precious = tmp_path / "precious"
         precious.mkdir()
         (precious / "lock").touch()
@@ -261,6 +265,7 @@ def test_what_a_killed_job_left_is_removed_and_what_is_used_or_not_a_folder_of_o
         with own_folder(tmp_path):
             assert not left.exists()
             assert used.exists()
+            assert moved.exists()
             assert (precious / "lock").exists()
 
 
