@@ -12,7 +12,7 @@ from hpcmm.analyze.runs import compare, file_of, read_reference
 from hpcmm.cli import progress_bar, run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import Found, find_reports
-from hpcmm.runs.ownership import other_user
+from hpcmm.runs.ownership import other_user, refuse_folder_of_others
 from hpcmm.text import printable
 
 DESCRIPTION = """\
@@ -129,6 +129,7 @@ def _apart_from_inputs(folder: Path, found: Found) -> Path:
         raise HpcmmError(
             f"{folder} holds the reports, and nothing is written beside them: name another folder with --out."
         )
+    refuse_folder_of_others(folder)
     return folder
 
 
@@ -161,6 +162,7 @@ def _compare(arguments: Sequence[str], prog: str) -> int:
     from hpcmm.page.terminal import print_comparison  # noqa: PLC0415
 
     folder = options.out or _folder_of(options.run_b)
+    refuse_folder_of_others(folder)
     write_comparison(comparison, folder)
     print_comparison(comparison, folder)
     return ALL_READ

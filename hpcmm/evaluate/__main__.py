@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from hpcmm.files import is_regular, names_in, open_regular, resolved, write_toge
 from hpcmm.jobs.find_run import find_folder
 from hpcmm.node.cache import private_folder
 from hpcmm.runs.ledger import LedgerPoint, read_ledger
-from hpcmm.runs.ownership import other_user, settle
+from hpcmm.runs.ownership import own_output_folder
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.text import printable
 
@@ -85,7 +84,7 @@ def evaluate(options: Options, evaluation: Evaluation) -> tuple[Comparison, list
     if unfinished:
         names = ", ".join(run.root.name for run in unfinished)
         print(f"Left out, for they have no finished checkpoint: {printable(names)}", file=sys.stderr)
-    out = _make_own(options.out)
+    out = own_output_folder(options.out)
     frames: list[pd.DataFrame] = []
     shown: list[tuple[str, Scored]] = []
     unscored: list[str] = []
@@ -117,15 +116,6 @@ def evaluate(options: Options, evaluation: Evaluation) -> tuple[Comparison, list
     _write(comparison, out)
     _draw(evaluation, shown, out)
     return comparison, unscored
-
-
-def _make_own(out: Path) -> Path:
-    """Make the folder, unless it is there; returns its real path. Raises HpcmmError if it is another user's."""
-    out.mkdir(parents=True, exist_ok=True)
-    place = settle(out)
-    if place is None or place.uid not in {0, os.geteuid()}:
-        raise HpcmmError(f"{out} is another user's ({other_user(out)}): name a folder of your own with --out.")
-    return place.real
 
 
 def _evaluation_of(arguments: Sequence[str]) -> Evaluation:

@@ -67,6 +67,24 @@ def require_mine(folder: Path, refused: str) -> Path:
     return place.real
 
 
+def refuse_folder_of_others(folder: Path) -> None:
+    """Raises HpcmmError if the folder that ``--out`` names is another user's, or named by another user's link."""
+    place, user = settle(folder), other_user(folder)
+    if user is not None and (place is None or place.uid != 0):
+        raise HpcmmError(f"{visible(str(folder))} is another user's ({user}): name a folder of your own with --out.")
+
+
+def own_output_folder(folder: Path) -> Path:
+    """Make the folder that ``--out`` names, unless it is there; returns its real path.
+
+    Raises HpcmmError as :func:`refuse_folder_of_others`; OSError.
+    """
+    refuse_folder_of_others(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_folder_of_others(folder)
+    return Path(os.path.realpath(folder)) if (place := settle(folder)) is None else place.real
+
+
 def real_and_trusted(folder: Path, *inside: str) -> tuple[Path, str]:
     """The real path of a folder whose files run as code, and why they must not, else an empty text.
 

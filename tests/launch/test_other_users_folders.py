@@ -15,13 +15,13 @@ from hpcmm.config.compose import compose_run
 from hpcmm.config.sweep import compose_points
 from hpcmm.doctor.node import _leave_token, _sees, token_file
 from hpcmm.errors import HpcmmError
-from hpcmm.evaluate.__main__ import _make_own
 from hpcmm.launch.plan import plan, run_to_start_from
 from hpcmm.launch.submit import _link_latest
 from hpcmm.launch.write import write
 from hpcmm.nsys.capture import one_start_at_a_time
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import ReportSource
+from hpcmm.runs.ownership import own_output_folder, refuse_folder_of_others
 from hpcmm.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.timeout(120)
@@ -170,6 +170,24 @@ def test_nothing_is_written_beside_another_user_s_run_unless_a_folder_is_named(t
     assert [*(tmp_path / "site").iterdir()] == []
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder"])
+def test_a_folder_that_another_user_made_or_linked_by_the_name_of_out_is_refused(tmp_path, kind):
+    (tmp_path / "thesis").mkdir()
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    else:
+        out.symlink_to("thesis" if kind == "link" else "nowhere")
+    another_user.give(out)
+    tmp_path.chmod(0o1777)
+    with pytest.raises(HpcmmError, match="is another user's .* name a folder of your own with --out"):
+        refuse_folder_of_others(out)
+    with pytest.raises(HpcmmError, match="is another user's"):
+        own_output_folder(out)
+    assert own_output_folder(tmp_path / "mine") == tmp_path / "mine"
+    assert [*(tmp_path / "thesis").iterdir()] == []
+
+
 def test_exports_which_hold_the_environment_go_into_no_folder_of_another_user(tmp_path):
     (tmp_path / "cache").mkdir()
     another_user.give(tmp_path / "cache")
@@ -180,7 +198,7 @@ def test_exports_which_hold_the_environment_go_into_no_folder_of_another_user(tm
 
 
 def test_scores_go_into_no_folder_of_another_user(tmp_path):
-    _make_own(tmp_path / "evaluation")
+    own_output_folder(tmp_path / "evaluation")
     another_user.give(tmp_path / "evaluation")
     with pytest.raises(HpcmmError, match=r"evaluation is another user's \(54321\)"):
-        _make_own(tmp_path / "evaluation")
+        own_output_folder(tmp_path / "evaluation")
