@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, all_suffixes
 from pathlib import Path
-from stat import S_ISDIR, S_ISVTX, S_IWGRP, S_IWOTH
+from stat import S_ISDIR, S_ISREG, S_ISVTX, S_IWGRP, S_IWOTH
 from typing import Any
 
 from hpcmm.errors import HpcmmError
@@ -139,11 +139,14 @@ def planted(path: Path, *, found: bool = False) -> tuple[Path, int | None] | Non
             continue
         is_shared = folder.st_mode & _OTHERS_WRITE
         try:
-            uid = each.lstat().st_uid
+            facts = each.lstat()
         except OSError:
             if found and is_shared:
                 return each, None
             continue
+        uid = facts.st_uid
+        if is_shared and S_ISREG(facts.st_mode) and facts.st_mode & _OTHERS_WRITE:  # it may be a hard link of theirs
+            return each, uid
         if uid not in trusted_above() if is_shared else not is_known_owner(uid) and uid != folder.st_uid:
             return each, uid
     return None
@@ -194,6 +197,7 @@ def _require_own(path: Path, *, found: bool = False) -> None:
     if theirs is not None:
         file, uid = theirs
         why = "comes and goes in a folder that others can write" if uid is None else f"belongs to user {name_of(uid)}"
+        why = "can be written by other users (chmod go-w)" if uid in trusted_above() else why
         raise HpcmmError(
             f"{visible(str(file))} {why}, so it is not imported as your code: have it "
             "removed, or start hpcmm in a folder of your own that holds your code."

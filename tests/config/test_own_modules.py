@@ -132,6 +132,21 @@ def test_a_link_that_another_user_can_lead_elsewhere_is_followed_to_no_module(sh
         import_class("my_own_module.Mine")
 
 
+@pytest.mark.parametrize("name", ["my_own_module.abi3.so", "my_own_module_parts.py"])
+def test_a_file_of_one_s_own_that_others_can_write_is_no_module_in_a_shared_folder(shared, name):
+    """They may have made a hard link to it, and written what they like."""
+    (shared / "my_own_module.py").write_text(f"import my_own_module_parts\n{OWN}")
+    notes = shared / "notes.txt"
+    notes.write_text("raise SystemExit('code of another user')\n")
+    notes.chmod(0o664)
+    (shared / name).hardlink_to(notes)
+    importlib.invalidate_caches()
+    with pytest.raises(
+        HpcmmError, match=rf"{name} can be written by other users \(chmod go-w\), so it is not imported"
+    ):
+        import_class("my_own_module.Mine")
+
+
 def test_in_a_container_s_namespace_a_package_of_nobody_that_is_known_may_be_anybody_s(shared, monkeypatch):
     monkeypatch.setattr("hpcmm.files._has_no_name_here", lambda uid: uid == another_user.UID)
     plant(shared / "my_own_module/__init__.py")

@@ -180,7 +180,7 @@ def test_a_folder_that_another_user_made_or_linked_by_the_name_of_out_is_refused
         out.symlink_to("thesis" if kind == "link" else "nowhere")
     another_user.give(out)
     tmp_path.chmod(0o1777)
-    with pytest.raises(HpcmmError, match="is another user's .* name a folder of your own with --out"):
+    with pytest.raises(HpcmmError, match=r"is another user's .* name a folder of your own with --out"):
         refuse_folder_of_others(out)
     with pytest.raises(HpcmmError, match="is another user's"):
         own_output_folder(out)
