@@ -19,6 +19,7 @@ from hpcmm.runs import failures
 from hpcmm.runs.run_dir import RunDir
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+_TO_WRITE_STACKS_S = 0.5
 _PR_SET_PDEATHSIG = 1
 """From Linux' sys/prctl.h."""
 
@@ -35,6 +36,8 @@ def run_watched(command: Sequence[str], run: RunDir, rank: int) -> int:
     process = subprocess.Popen(command, preexec_fn=in_the_child)  # noqa: PLW1509 -- one thread here
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:  # Slurm sends it to the rank as well, whose stacks a second one would cut off
+            time.sleep(_TO_WRITE_STACKS_S)
         if process.returncode is None:
             process.send_signal(number)
 

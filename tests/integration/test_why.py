@@ -137,6 +137,16 @@ class Jobs:
                     continue
                 job.over_at = time.monotonic()
 
+    def wait_for_the_last_words(self):
+        """Of ranks that are told to end: until no job completes any more, but for that of a lost node."""
+        asked = {job.job_id for job in self.all.values() if job.name != "node_failure"}
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            listed = self.cluster.run("squeue", "--noheader", "--states=COMPLETING", "--format=%A").split()
+            if not asked & set(listed):
+                return
+            time.sleep(0.3)
+
     def reports(self, name):
         """Ranks that left a report that the analysis can read."""
         return {path.stem for path in (self.all[name].run / "nsys").glob("rank_*.*") if path.stat().st_size > 50_000}
@@ -202,6 +212,7 @@ def jobs(request, slurm_cluster, tmp_path_factory):
 
         wait_until(all_over, 180)
         jobs.node_failure = jobs.why("node_failure")  # while the node is down
+        jobs.wait_for_the_last_words()
         yield jobs
     finally:
         slurm_cluster.run("scancel", *(job.job_id for job in jobs.all.values()))
