@@ -29,7 +29,7 @@ from hpcmm.slurm.jobs import Job, is_same_job, jobs_of_scripts
 from hpcmm.text import visible
 
 _MOST_RUNS = 20
-MOST_POINTS_OF_OTHERS = 100
+_MOST_POINTS_OF_OTHERS = 100
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _WORD = re.compile(r"[^/]*(/[0-9]{1,9})?/?")
 """A run's name, or a point of a sweep: one's own come before another user's folder of that name in the current one."""
@@ -66,7 +66,7 @@ class Target:
         """Of a sweep its points, each with its newest job (none if it was never submitted); of an array its tasks."""
         if self.sweep is None:
             return ()
-        jobs = sorted(jobs_of_points(self.sweep).items())[: None if self.user is None else MOST_POINTS_OF_OTHERS]
+        jobs = sorted(jobs_of_points(self.sweep).items())[: None if self.user is None else _MOST_POINTS_OF_OTHERS]
         if self.array is None:
             return tuple(_point(self.sweep, index, tasks) for index, tasks in jobs)
         mine = ((index, [task for task in tasks if array_of(task) == self.array][-1:]) for index, tasks in jobs)
@@ -214,7 +214,7 @@ def target_of(run: RunDir) -> Target:
     return _target(run.root.name, run.root)
 
 
-def find_folder(given: Path, runs_root: Path = RUNS) -> Path:
+def find_folder(given: Path) -> Path:
     """``given`` if that exists, else the directory of the run, point or sweep in ``./runs`` that it names.
 
     Of what a plain word names, another user's comes after all that is this user's; a line says whose it is. What names
@@ -225,7 +225,7 @@ def find_folder(given: Path, runs_root: Path = RUNS) -> Path:
     found = None
     if not is_there or (theirs and _WORD.fullmatch(str(given))):
         with suppress(NoSuchRunError, OSError):  # such as a name that is too long
-            found = find_targets(str(given), runs_root)[0].run
+            found = find_targets(str(given), RUNS)[0].run
     if found is not None and (not is_there or is_mine(found.root)):
         given = found.root
     if (user := other_user(given)) is not None:
