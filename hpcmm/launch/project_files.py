@@ -206,13 +206,9 @@ def files_of(
     files.foreign = {path for path in files.foreign - exact if not path.is_relative_to(runs_root)}
     kept = (file for file in files.copied - files.foreign if file in exact or not file.is_relative_to(runs_root))
     files.copied = {file for file in kept if _is_below_no_link(file, whole)}
-    holders = (
-        {project}
-        | looked_into
-        | {parent for file in files.copied | files.foreign | files.secret for parent in file.parents}
-    )
-    linked = files.linked - files.copied - files.foreign - files.secret
-    linked = {path for path in linked if not path.is_relative_to(runs_root)}
+    taken = files.copied | files.foreign | files.secret
+    holders = {project} | looked_into | {parent for file in taken for parent in file.parents}
+    linked = {path for path in files.linked - taken if not path.is_relative_to(runs_root)}
     files.linked = {_widest(path, holders, vouched) for path in linked}
     return files
 
