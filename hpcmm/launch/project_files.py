@@ -201,6 +201,7 @@ def files_of(
         files.foreign.remove(folder)
         files.foreign |= {*_around(folder, above)}
     whole: dict[Path, bool] = {}
+    files.foreign -= asked  # of these each is looked at now, also if its folder was not
     listed = (files.copied | files.linked) - exact
     files.foreign |= {path for path in listed if not vouched.accepts(path, gone=False)}
     files.foreign = {path for path in files.foreign - exact if not path.is_relative_to(runs_root)}
@@ -307,7 +308,8 @@ def _included(pattern: str, working_directory: Path, vouched: Vouched) -> Iterat
     for base in (bases := dict.fromkeys((working_directory, project))):
         found = False
         exact = base / Path(pattern).expanduser()
-        for match in [exact] if os.path.lexists(exact) else _matches(base, pattern):
+        is_there = os.path.lexists(exact) and (not set("*?[") & set(pattern) or vouched.accepts(exact))
+        for match in [exact] if is_there else _matches(base, pattern):
             path = Path(os.path.realpath(match.parent)) / match.name if match.name != ".." else match.resolve()
             if not path.is_relative_to(project):
                 outside = True
@@ -316,8 +318,8 @@ def _included(pattern: str, working_directory: Path, vouched: Vouched) -> Iterat
             if is_folder_here(path):
                 yield from ((file, False) for file in _files_below(path, vouched))
             elif is_file_here(path) or path.is_dir():
-                yield path, match == exact
-            elif match == exact:
+                yield path, is_there
+            elif is_there:
                 raise HpcmmError(f"launch.include names {pattern}, but {path} is {_kind_of(path)}: leave it out.")
         if found:
             return

@@ -226,6 +226,17 @@ def test_of_an_included_folder_the_same_files_count_and_a_file_that_is_named_its
     assert "drop/evil.py" in sorted_out(project, "drop/evil.py")[0]
 
 
+def test_a_file_of_others_that_is_named_like_a_pattern_does_not_take_its_place(project: Path, kind: str):
+    (project / "drop").mkdir()
+    (project / "drop").chmod(0o1777)
+    write(project, "drop/a.weights", "drop/[b].weights")
+    another_user.give(write(project, "drop/*.weights"))
+    files = files_of(project, [project / "sub/train.py"], ["drop/*.weights", "drop/[[]b].weights"], project, NO_RUNS)
+    assert {project / "drop/a.weights", project / "drop/[b].weights"} <= files.copied
+    assert project / "drop/*.weights" not in files.copied | files.linked
+    assert project / "drop/[b].weights" in files_of(project, [], ["drop/[b].weights"], project, NO_RUNS).copied
+
+
 def test_nothing_is_looked_for_in_folders_that_another_user_put_into_each_other(project: Path, kind: str):
     (project / "drop").mkdir()
     deep = str(project / "drop")
