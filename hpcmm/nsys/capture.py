@@ -96,6 +96,7 @@ def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Pa
     noting_the_start = ["/bin/sh", "-c", _AS_BEFORE, str(started), *as_before]
     for attempts_left in reversed(range(START_ATTEMPTS)):
         with one_start_at_a_time():
+            take_injection_name()
             environment = os.environ | {COMMAND_BEGAN: f"{time.time():.3f}", "TMPDIR": str(started.parent)}
             process = subprocess.Popen([*profile, *noting_the_start, *command], env=environment, cwd=FOLDER_OF_NSYS)
             while not started.exists() and process.poll() is None:
@@ -140,6 +141,28 @@ def one_start_at_a_time() -> Iterator[None]:
         if facts.st_uid == os.geteuid() and not facts.st_mode & 0o077:
             fcntl.flock(held, fcntl.LOCK_EX)
         yield
+
+
+INJECTION_NAME = Path("/dev/shm/cuda_injection_path_shm")  # noqa: S108 -- libcuda's
+"""If a file of this name is the user's, each CUDA program of the user loads the library that it names."""
+
+
+def take_injection_name() -> None:
+    """Have the user's own empty file there, mode 0600, which names no library.
+
+    nsys leaves files of the user in /dev/shm that all users can write. Who can write one can make a hard link of it by
+    this name, and have their code run in all CUDA programs of the user on this node, also once nsys has ended.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        facts = INJECTION_NAME.lstat()
+        if facts.st_uid == os.geteuid() and (facts.st_nlink > 1 or facts.st_mode & 0o022):
+            INJECTION_NAME.unlink(missing_ok=True)
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+    with contextlib.suppress(FileExistsError, FileNotFoundError):
+        os.close(os.open(INJECTION_NAME, flags, 0o600))
+    with contextlib.suppress(FileNotFoundError):
+        if (owner := INJECTION_NAME.lstat().st_uid) != os.geteuid():  # CUDA passes it over as long as it is theirs
+            print(f"hpcmm: {INJECTION_NAME} is of user {owner}: see docs/security.md.", file=sys.stderr, flush=True)
 
 
 def _pid_in(started: Path) -> int | None:

@@ -194,6 +194,9 @@ MAX_NAME_LENGTH = 256
 """Characters of a name that are read; longer names come from damaged or hostile reports."""
 MAX_NS = 1 << 52
 """Longest capture that is believed: 52 days in nanoseconds. Times beyond it are damage."""
+STEPS_A_LOOK = 1_000_000
+LEAST_STEPS, STEPS_A_BYTE = 100_000_000, 10
+"""What a query may take of the steps of SQLite's machine. Those on real exports take at most 0.4 for each byte."""
 
 
 class ReportDatabase:
@@ -211,6 +214,9 @@ class ReportDatabase:
         try:
             self._connection = sqlite3.connect(uri, uri=True)
             self._connection.text_factory = lambda raw: printable(raw.decode("utf-8", "replace"))
+            self._most_looks = (LEAST_STEPS + STEPS_A_BYTE * path.stat().st_size) // STEPS_A_LOOK
+            self._looks = 0
+            self._connection.set_progress_handler(self._takes_too_long, STEPS_A_LOOK)
             self._columns = self._read_schema()
         except (sqlite3.Error, UnicodeError) as error:
             raise HpcmmError(f"{path} is not a readable SQLite export: {error}.") from error
@@ -233,13 +239,26 @@ class ReportDatabase:
         self._connection.close()
 
     def _read_schema(self) -> dict[str, frozenset[str]]:
-        tables = self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        """The columns of each table that has pages of its own: a virtual one can stand for a query without an end."""
+        of_its_own = "type = 'table' AND rootpage > 0 AND sql LIKE 'CREATE TABLE%'"
+        tables = self._execute(f"SELECT name FROM sqlite_master WHERE {of_its_own}").fetchall()  # noqa: S608
         return {
-            str(name): frozenset(
-                str(row[0]) for row in self._connection.execute("SELECT name FROM pragma_table_info(?)", (name,))
-            )
+            str(name): frozenset(str(row[0]) for row in self._execute("SELECT name FROM pragma_table_info(?)", (name,)))
             for (name,) in tables
         }
+
+    def _execute(self, query: str, parameters: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        self._looks = 0
+        return self._connection.execute(query, parameters)
+
+    def _takes_too_long(self) -> bool:
+        """Whether SQLite is to give up the query; it asks after each STEPS_A_LOOK of its machine."""
+        self._looks += 1
+        return self._looks > self._most_looks
+
+    def _damage(self, error: Exception) -> HpcmmError:
+        is_endless = self._looks > self._most_looks
+        return HpcmmError(f"{self.path} is damaged: {'it takes far too long to be read' if is_endless else error}.")
 
     def has(self, table: str, *columns: str) -> bool:
         """Whether ``table`` exists with all of ``columns``; exports leave out tables without rows."""
@@ -247,8 +266,10 @@ class ReportDatabase:
 
     def strings(self) -> str:
         """What a query joins as ``StringIds``, whose ids a damaged export may hold more than once: one row an id."""
-        keys = self.rows("SELECT name FROM pragma_table_info('StringIds') WHERE pk > 0")
-        return "StringIds" if keys == [("id",)] else "(SELECT id, value FROM StringIds GROUP BY id) AS StringIds"
+        keys = self.rows("SELECT name, upper(type) FROM pragma_table_info('StringIds') WHERE pk > 0")
+        return (
+            "StringIds" if keys == [("id", "INTEGER")] else "(SELECT id, value FROM StringIds GROUP BY id) AS StringIds"
+        )
 
     def column(self, table: str, name: str) -> str:
         """``name`` qualified by its table where it exists, else ``NULL``: for a query that bears older schemas."""
@@ -260,9 +281,9 @@ class ReportDatabase:
         Raises HpcmmError when the file is damaged where the rows lie.
         """
         try:
-            return self._connection.execute(query, parameters).fetchall()
+            return self._execute(query, parameters).fetchall()
         except (sqlite3.Error, UnicodeError) as error:
-            raise HpcmmError(f"{self.path} is damaged: {error}.") from error
+            raise self._damage(error) from error
 
     def integers(self, table: str, columns: Sequence[str]) -> Iterator[list[Integers]]:
         """The rows of ``table`` whose ``columns``, all of them there, are integers: pieces of one array a column.
@@ -291,9 +312,9 @@ class ReportDatabase:
         query = f"SELECT {', '.join(quoted)} FROM (SELECT * FROM {table} LIMIT -1 OFFSET ?) WHERE {checks}"  # noqa: S608
         row = np.dtype([(column, np.int64) for column in columns])
         try:
-            cursor = self._connection.execute(query, (skipped,))
+            cursor = self._execute(query, (skipped,))
             while rows := cursor.fetchmany(ROWS_PER_FETCH):
                 piece = np.array(rows, dtype=row)
                 yield [piece[column] for column in columns]
         except (sqlite3.Error, UnicodeError) as error:
-            raise HpcmmError(f"{self.path} is damaged: {error}.") from error
+            raise self._damage(error) from error

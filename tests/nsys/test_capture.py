@@ -11,7 +11,7 @@ import another_user
 import pytest
 
 from hpcmm.errors import ProfilerUnusableError
-from hpcmm.nsys.capture import run_under_nsys
+from hpcmm.nsys.capture import run_under_nsys, take_injection_name
 from hpcmm.nsys.importer import find_importer
 from hpcmm.nsys.probe import nsys_problem
 
@@ -134,3 +134,56 @@ def test_an_importer_that_another_user_put_beside_a_link_to_nsys_is_not_run(
         another_user.give(importer.parent)
     monkeypatch.setenv("PATH", f"{tools / 'bin'}")
     assert find_importer() == (None if is_planted else importer)
+
+
+@pytest.fixture
+def injection(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In a folder that stands for /dev/shm, the file by which CUDA's library is told of another one."""
+    monkeypatch.setattr("hpcmm.nsys.capture.INJECTION_NAME", place / "injection")
+    return place / "injection"
+
+
+@pytest.mark.parametrize("planted", ["nothing", "hard link", "open to all"])
+def test_before_nsys_starts_the_name_is_taken_by_which_others_could_name_a_library(injection: Path, planted: str):
+    left_by_nsys = injection.with_name("left-by-nsys")
+    left_by_nsys.write_text("evil.so")
+    left_by_nsys.chmod(0o666)
+    if planted == "hard link":
+        injection.hardlink_to(left_by_nsys)
+    elif planted == "open to all":
+        left_by_nsys.rename(injection)
+    take_injection_name()
+    facts = injection.lstat()
+    assert (facts.st_uid, facts.st_mode & 0o777, facts.st_nlink, facts.st_size) == (os.geteuid(), 0o600, 1, 0)
+    take_injection_name()
+    assert injection.lstat().st_ino == facts.st_ino
+
+
+def test_the_name_is_taken_by_a_rank_under_nsys_and_by_the_probe(injection: Path, tmp_path: Path):
+    nsys_problem(str(NSYS))
+    assert injection.exists()
+    injection.unlink()
+    command = [
+        sys.executable,
+        "-c",
+        f"import os; open({str(tmp_path / 'seen')!r}, 'w').write(str(os.path.exists({str(injection)!r})))",
+    ]
+    run_under_nsys([str(NSYS), "profile", *FLAGS], command, tmp_path / "rank_0000.nsys-rep")
+    assert (tmp_path / "seen").read_text() == "True"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
+@pytest.mark.parametrize("kind", ["file", "link", "pipe"])
+def test_what_another_user_has_by_that_name_stays_and_is_told(injection: Path, tmp_path: Path, kind: str, capsys):
+    (tmp_path / "thesis").write_text("mine")
+    if kind == "link":
+        injection.symlink_to(tmp_path / "thesis")
+    elif kind == "pipe":
+        os.mkfifo(injection, 0o600)
+    else:
+        injection.touch()
+    another_user.give(injection)
+    take_injection_name()
+    assert injection.lstat().st_uid == another_user.UID
+    assert (tmp_path / "thesis").read_text() == "mine"
+    assert f"is of user {another_user.UID}: see docs/security.md." in capsys.readouterr().err

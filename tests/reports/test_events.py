@@ -1,10 +1,12 @@
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.events import read_report
+from hpcmm.reports.sqlite import ReportDatabase
 
 SAMPLES = Path(__file__).parents[2] / "profiles" / "samples"
 
@@ -118,6 +120,49 @@ def test_a_damaged_schema_or_cell_costs_only_its_own_rows(damaged_sample, statem
     report = read_report(path, path)
     assert report.events > 0
     assert (report.nvtx["end_ns"] >= report.nvtx["start_ns"]).all()
+
+
+ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT x AS start FROM r"
+
+
+@pytest.mark.parametrize("table", ["NVTX_EVENTS", "PROCESSES", "TARGET_INFO_SYSTEM_ENV"])
+def test_a_table_that_stands_for_a_query_without_an_end_counts_as_absent(damaged_sample, table: str) -> None:
+    with closing(sqlite3.connect(":memory:")) as here:
+        if ("ENABLE_FTS4",) not in here.execute("PRAGMA compile_options").fetchall():
+            pytest.skip("this SQLite has no FTS4, a kind of virtual table")
+    path = damaged_sample() / "rank_0001.sqlite"
+    with closing(sqlite3.connect(path)) as sample:
+        names = [f'"{row[1]}"' for row in sample.execute(f"PRAGMA table_info({table})")]
+        columns = ", ".join(f"x AS {name}" for name in ("rowid", "docid", *names))
+        sample.execute(f"DROP TABLE {table}")
+        sample.execute(f"CREATE VIEW evil AS SELECT {columns} FROM (SELECT start AS x FROM ({ENDLESS}))")  # noqa: S608
+        sample.execute(f"CREATE VIRTUAL TABLE {table} USING fts4(content='evil', {', '.join(names)})")
+        sample.commit()
+    with ReportDatabase(path) as database:
+        assert not database.has(table)
+    assert read_report(path, path).events >= 0
+
+
+def test_a_query_that_takes_far_longer_than_its_tables_account_for_is_given_up(damaged_sample, monkeypatch) -> None:
+    monkeypatch.setattr("hpcmm.reports.sqlite.STEPS_A_LOOK", 1000)
+    monkeypatch.setattr("hpcmm.reports.sqlite.LEAST_STEPS", 10_000)
+    with ReportDatabase(damaged_sample() / "rank_0001.sqlite") as database:
+        before = database.rows("SELECT COUNT(*) FROM NVTX_EVENTS")
+        with pytest.raises(HpcmmError, match=r"rank_0001.sqlite is damaged: it takes far too long to be read\.$"):
+            database.rows(f"SELECT MAX(start) FROM ({ENDLESS})")  # noqa: S608
+        assert database.rows("SELECT COUNT(*) FROM NVTX_EVENTS") == before
+
+
+def test_ids_of_strings_that_are_not_declared_as_integers_are_taken_once_each(damaged_sample) -> None:
+    moved = "CREATE TABLE other(id TEXT PRIMARY KEY, value); INSERT INTO other SELECT * FROM StringIds"
+    sample = damaged_sample()
+    path = sample / "rank_0001.sqlite"
+    wanted = list(read_report(path, path).nvtx["name"])
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(f"{moved}; DROP TABLE StringIds; ALTER TABLE other RENAME TO StringIds")
+    with ReportDatabase(path) as database:
+        assert database.strings() != "StringIds"
+    assert list(read_report(path, path).nvtx["name"]) == wanted
 
 
 def test_reading_locks_nothing_and_writes_nothing(damaged_sample) -> None:
