@@ -8,9 +8,11 @@ import os
 import select
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import find_modules_at_last, find_modules_in
@@ -68,6 +70,7 @@ def run_command(
     - ``needs_folder``: a working directory that is gone is an error, but not for ``--help``.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.excepthook = _trace_printably
     try:
         if needs_folder and not _HELP & set(given):
             check_working_directory()
@@ -91,6 +94,13 @@ def run_command(
         if said is not None:
             print(f"{name}: interrupted; {said}." if said else f"{name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _trace_printably(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback, whose words may come from a file of another user."""
+    for text in traceback.format_exception(kind, error, trace):
+        for line in text.splitlines():
+            print(printable(line), file=sys.stderr)
 
 
 def check_working_directory() -> None:

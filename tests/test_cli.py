@@ -231,6 +231,19 @@ def test_ctrl_c_is_130_with_the_command_s_words(capsys, own, general, told: str)
     assert capsys.readouterr() == ("", told)
 
 
+def test_the_words_of_an_unexpected_error_steer_no_terminal() -> None:
+    code = """\
+from hpcmm.cli import run_command
+def fails(_):
+    raise RuntimeError("\\x1b[31mred\\nnext\\u202e")
+run_command("x", fails, [])
+"""
+    done = python(code)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+    assert done.stderr.endswith("RuntimeError: \\x1b[31mred\nnext\\u202e\n")
+
+
 @pytest.mark.parametrize("name", ["jobs", "doctor", "evaluate", "serve"])
 def test_ctrl_c_in_a_command_leaves_no_traceback(name: str, tmp_path: Path) -> None:
     code = f"import hpcmm.{name}.__main__ as command, sys\ndef interrupt(*_): raise KeyboardInterrupt\n"

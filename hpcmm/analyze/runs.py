@@ -119,8 +119,18 @@ def _read(folder: Path, table: str) -> pd.DataFrame:
 
 
 def _parquet(file: IO[bytes]) -> pd.DataFrame:
-    """A table in pieces, so that no more is in memory than was asked for. Raises what pyarrow does, and ValueError."""
+    """Raises ValueError if the table is damaged or too large, and OSError."""
     import pyarrow as pa  # noqa: PLC0415 -- 0.1 s, for a comparison alone
+
+    try:
+        return _in_pieces(file)
+    except pa.ArrowException as error:  # not all of its kinds are errors of value
+        raise ValueError(str(error)) from error
+
+
+def _in_pieces(file: IO[bytes]) -> pd.DataFrame:
+    """The table, so that no more is in memory than was asked for. Raises what pyarrow does, and ValueError."""
+    import pyarrow as pa  # noqa: PLC0415 -- as above
     from pyarrow import parquet  # noqa: PLC0415
 
     opened = parquet.ParquetFile(file)

@@ -160,6 +160,13 @@ def test_a_small_table_that_stands_for_a_huge_one_is_not_read(written: Path, tmp
         read_run(tmp_path)
 
 
+def test_a_table_whose_text_is_no_text_is_named(written: Path, tmp_path: Path) -> None:
+    raw = pa.array([b"\x1b[31m\xff"])
+    many_alike(written, tmp_path, node=pa.StringArray.from_buffers(1, raw.buffers()[1], raw.buffers()[2]))
+    with pytest.raises(HpcmmError, match=r"steps.parquet cannot be read \(.*\): analyse the run again"):
+        read_run(tmp_path)
+
+
 def test_a_table_of_lists_is_not_read(written: Path, tmp_path: Path) -> None:
     many_alike(written, tmp_path, rank=pa.array([[1, 2]]))
     with pytest.raises(HpcmmError, match="it has columns of other types"):
