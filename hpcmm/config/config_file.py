@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from hpcmm.config.parts import TARGET, folders_of, targets_of, with_parts
+from hpcmm.config.parts import TARGET, own_folders, targets_of, with_parts
 from hpcmm.config.schema import RunConfig, cluster_variables
 from hpcmm.config.untyped_config import VERSION, VERSION_KEY, plain_values, values_of_today
 from hpcmm.config.workload import load_workload
@@ -85,7 +85,7 @@ def load(path: Path) -> RunConfig:
             f"{path} is not a configuration of this version of hpcmm: {_reason(error)}.{_of_its_own_time(path.parent)}"
         ) from error
     assert isinstance(loaded, RunConfig)
-    loaded = with_parts(loaded, folders_of(None))
+    loaded = with_parts(loaded, own_folders())
     _refuse_foreign_classes(targets_of(loaded), path, writer)
     return loaded
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISVTX, S_IWOTH
 from typing import Any, TypeVar
 
+import platformdirs
 import yaml
 
 from hpcmm.config.class_source import class_source, fits, syntax_problem
@@ -31,6 +32,7 @@ from hpcmm.text import visible
 
 T = TypeVar("T")
 CONFIG_DIR = "launch.config_dir"
+CONFIG_DIRS_VARIABLE = "HPCMM_CONFIG_DIR"
 TARGET = "_target_"
 NAME = "name"
 """Key of a resolved part that says what its file is called; no parameter."""
@@ -53,14 +55,64 @@ _Loader.add_implicit_resolver(
 )
 
 
+def own_folders() -> tuple[Path, ...]:
+    """The folder of hpcmm's own config groups alone, for what a frozen configuration may still ask."""
+    return (resource("conf"),)
+
+
 def folders_of(config_dir: str | None) -> tuple[Path, ...]:
-    """The folders that config groups are searched in: hpcmm's own, then the user's ``launch.config_dir``."""
-    if not config_dir:
-        return (resource("conf"),)
+    """The folders that config groups are searched in, in this order; some of them may not be there.
+
+    hpcmm's own, then those of ``launch.config_dir``, of HPCMM_CONFIG_DIR (both several by ``:``), and the user's own.
+    """
+    given = [*_named_in(config_dir or "", CONFIG_DIR), *_of_the_environment(), *_of_the_user()]
+    return tuple(dict.fromkeys([*own_folders(), *given]))
+
+
+def given_folders(config_dir: str | None) -> list[Path]:
+    """Those that ``launch.config_dir`` names, which must be there."""
+    return _named_in(config_dir or "", CONFIG_DIR)
+
+
+def user_config_folder() -> Path:
+    """Where the user's own config groups lie: ``~/.config/hpcmm/conf``. It may not be there."""
+    return Path(platformdirs.user_config_dir("hpcmm", appauthor=False)) / "conf"
+
+
+def searched_places(folders: Sequence[Path]) -> str:
+    """The folders as a list in a sentence: what each is, and which is not there."""
+    own, *others = folders
+    said = [f"{visible(str(own))} (hpcmm's own)"]
+    for folder in others:
+        readable = os.access(folder, os.R_OK | os.X_OK)
+        missing = "not there" if not folder.is_dir() else "" if readable else "cannot be read"
+        said.append(f"{visible(str(folder))}{f' ({missing})' if missing else ''}")
+    return ", ".join(said)
+
+
+def given_as(folder: Path) -> str:
+    """How a folder of config groups was given, as the begin of a sentence."""
+    if folder in _of_the_environment():
+        return f"{CONFIG_DIRS_VARIABLE} has {visible(str(folder))}"
+    if folder in _of_the_user():
+        return f"Your configuration folder is {visible(str(folder))}"
+    return f"{CONFIG_DIR} is {visible(str(folder))}"
+
+
+def _of_the_environment() -> list[Path]:
+    return _named_in(os.environ.get(CONFIG_DIRS_VARIABLE, ""), CONFIG_DIRS_VARIABLE)
+
+
+def _of_the_user() -> list[Path]:
+    folder = user_config_folder()
+    return [folder] if folder.is_absolute() else []  # without a home it would be one of the current folder
+
+
+def _named_in(listed: str, setting: str) -> list[Path]:
     try:
-        return (resource("conf"), Path(config_dir).expanduser().absolute())
+        return [Path(name).expanduser().absolute() for name in listed.split(os.pathsep) if name]
     except RuntimeError as error:
-        raise HpcmmError(f"launch.config_dir is {config_dir}, but there is no such user's home.") from error
+        raise HpcmmError(f"{setting} is {visible(listed)}, but there is no such user's home.") from error
 
 
 def options_of(group: str, folders: Sequence[Path]) -> list[str]:
@@ -95,7 +147,7 @@ def check_writers(file: Path, top: Path) -> None:
             is_asked = not S_ISLNK(facts.st_mode) and (each.is_relative_to(above) or not facts.st_mode & S_ISVTX)
             if is_asked and facts.st_mode & S_IWOTH:
                 raise HpcmmError(
-                    f"{CONFIG_DIR} is {visible(str(top))}, but {visible(str(each))} can be written by everybody, and "
+                    f"{given_as(top)}, but {visible(str(each))} can be written by everybody, and "
                     "what lies there would run as you: close it to them (chmod o-w), or copy it to a folder of your "
                     "own."
                 )
@@ -111,8 +163,7 @@ _said: set[Path] = set()
 def _say_who_writes(top: Path, who: str) -> None:
     if top not in _said:
         _said.add(top)
-        shown = visible(str(top))
-        print(f"hpcmm: {CONFIG_DIR} is {shown}; {who}, so others could change what this run does.", file=sys.stderr)
+        print(f"hpcmm: {given_as(top)}; {who}, so others could change what this run does.", file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=1000)
@@ -204,10 +255,10 @@ def build_part(part: Any, group: PartGroup, **given: Any) -> Any:
 
     Raises HpcmmError if the class cannot be imported, is not a subclass of the group's base, or refuses its parameters.
     """
-    part = resolved_part(part, group.group, folders_of(None))
+    part = resolved_part(part, group.group, own_folders())
     if not isinstance(part, Mapping):
         raise HpcmmError(
-            f"{group.group}={part} is not known; valid: {', '.join(options_of(group.group, folders_of(None)))}."
+            f"{group.group}={part} is not known; valid: {', '.join(options_of(group.group, own_folders()))}."
         )
     base, found = import_class(group.base), import_class(str(part[TARGET]))
     if not issubclass(found, base):

@@ -130,8 +130,8 @@ class LaunchConfig:
     )
     config_dir: str | None = key(
         None,
-        "Folder with config groups of your own, beside hpcmm's: ``task/``, ``model/decoder/`` and so on. Give it on "
-        "the command line.",
+        "Folders with config groups of your own, several by ``:``, beside hpcmm's: ``cluster/``, ``task/`` and so on. "
+        "Give it on the command line; ``--config-dir DIR`` is the same. See docs/launching.md for others.",
     )
     stage: list[str] = made_by(
         list, "Files and folders to copy to each node's own disk before the ranks start; HPCMM_STAGE_DIR tells where."

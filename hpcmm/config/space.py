@@ -24,7 +24,7 @@ from hydra._internal.defaults_list import create_defaults_list
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, ValueType
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from hydra.version import setbase
@@ -32,7 +32,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcmm.config.keys import parts_of, type_hints
-from hpcmm.config.parts import CONFIG_DIR, TARGET, check_writers, folders_of, yaml_problem
+from hpcmm.config.parts import (
+    CONFIG_DIR,
+    TARGET,
+    check_writers,
+    folders_of,
+    given_as,
+    given_folders,
+    searched_places,
+    yaml_problem,
+)
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.untyped_config import refuse_traps_of_own
 from hpcmm.config.workload import load_workload
@@ -43,6 +52,7 @@ from hpcmm.text import printable
 
 TASK_CLASS = f"task.{TARGET}"
 MOST_ENTRIES = 10_000
+CONFIG_DIR_OPTION = "--config-dir"
 DEEPEST = 3
 """Levels of config groups below a group, such as the one of ``model/decoder``."""
 
@@ -52,7 +62,7 @@ class ConfigSpace:
     """The groups and keys that a run can have."""
 
     folders: tuple[Path, ...]
-    """Folders with config groups: hpcmm's own, then the user's."""
+    """Folders with config groups: hpcmm's own, then the user's, of which the first that has a name counts."""
     schema: type[RunConfig]
     loader: ConfigLoaderImpl = field(repr=False)
     repository: CachingConfigRepository = field(repr=False)
@@ -132,7 +142,7 @@ class ConfigSpace:
 
 
 def space_of(overrides: Sequence[str]) -> ConfigSpace:
-    """The space of a run: the folders that ``launch.config_dir=`` adds, and the keys of the task that is chosen.
+    """The space of a run: the folders with config groups, and the keys of the task that is chosen.
 
     The task is chosen as Hydra does it, by overrides, experiments and the defaults of files. Raises HpcmmError if the
     folder, the task or its class is not there, and for a sweep over tasks of different keys.
@@ -166,6 +176,36 @@ def explained(space: ConfigSpace) -> Iterator[None]:
         raise HpcmmError("The configuration is nested too deeply, or refers to itself.") from None
 
 
+def with_config_dirs(words: Sequence[str], folders: Sequence[str] = ()) -> list[str]:
+    """``words`` with ``folders`` of the option ``--config-dir`` in front of what ``launch.config_dir=`` names.
+
+    The option may also stand among ``words``, but for what comes after ``--``. Raises HpcmmError if its folder is
+    missing there.
+    """
+    end = list(words).index("--") if "--" in words else len(words)
+    found, others, is_next = list(folders), [], False
+    for word in words[:end]:
+        name, equals, value = word.partition("=")
+        if is_next or (name == CONFIG_DIR_OPTION and equals):
+            found.append(word if is_next else value)
+            is_next = False
+        elif word == CONFIG_DIR_OPTION:
+            is_next = True
+        else:
+            others.append(word)
+    if is_next or "" in found:
+        raise HpcmmError(f"{CONFIG_DIR_OPTION} needs a folder: write {CONFIG_DIR_OPTION} DIR.")
+    if not found:
+        return list(words)
+    given = _group_overrides(others).get(CONFIG_DIR)
+    if given is not None and not given.is_sweep_override() and isinstance(given.value(), str):
+        found.append(str(given.value()))
+        others = [word for word in others if word.partition("=")[0] != CONFIG_DIR]
+    value = QuotedString(os.pathsep.join(found), Quote.single).with_quotes()
+    # In front, for of several words for a key the last one counts, and one that is refused must be.
+    return [f"{CONFIG_DIR}={value}", *others, *words[end:]]
+
+
 def _group_overrides(words: Sequence[str]) -> dict[str, Override]:
     """The overrides that may choose the task or the folders, by their key; what does not parse is refused later."""
     parser = OverridesParser.create()
@@ -179,18 +219,17 @@ def _group_overrides(words: Sequence[str]) -> dict[str, Override]:
 
 
 def _folders(parsed: Mapping[str, Override]) -> tuple[Path, ...]:
-    """Where config groups lie, by ``launch.config_dir``. Raises HpcmmError if that cannot be used."""
+    """Where config groups lie, ``launch.config_dir`` among them. Raises HpcmmError if that cannot be used."""
     given = parsed.get(CONFIG_DIR)
     if given is not None and given.is_sweep_override():
         raise HpcmmError(f"{CONFIG_DIR} cannot be swept: name one folder.")
     config_dir = None if given is None else given.value()
-    if config_dir is None:
-        return folders_of(None)
-    if not isinstance(config_dir, str) or "${" in config_dir:
+    if config_dir is not None and (not isinstance(config_dir, str) or "${" in config_dir):
         raise HpcmmError(f"{CONFIG_DIR} is {config_dir}, but must be the plain name of a folder.")
+    for folder in given_folders(config_dir):
+        if not folder.is_dir():
+            raise HpcmmError(f"{CONFIG_DIR} is {config_dir}, but there is no such folder: {folder}.")
     folders = folders_of(config_dir)
-    if not folders[-1].is_dir():
-        raise HpcmmError(f"{CONFIG_DIR} is {config_dir}, but there is no such folder.")
     _refuse_same_names(folders)
     return folders
 
@@ -218,8 +257,8 @@ class _CheckedRepository(CachingConfigRepository):
         folders = [Path(source.path) for source in self.get_sources() if isinstance(source, FileConfigSource)]
         name = f"{config_path.removesuffix('.yaml')}.yaml"
         for folder in folders:
-            if folder != resource("conf"):
-                _check_file(folder / name, folder)
+            if (folder / name).exists() if folder == resource("conf") else _is_checked(folder / name, folder):
+                break  # the others' files of that name are not read
         try:
             return super().load_config(config_path)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -227,11 +266,12 @@ class _CheckedRepository(CachingConfigRepository):
             raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
 
 
-def _check_file(file: Path, top: Path) -> None:
-    """Raises HpcmmError if a file of the folder ``top`` cannot be read, or everybody could have written it."""
+def _is_checked(file: Path, top: Path) -> bool:
+    """Whether a file of the folder ``top`` is there. Raises HpcmmError if it is, and cannot be read, or everybody
+    could have written it."""
     try:
         if not file.exists():
-            return
+            return False
         check_writers(file, top)
         if not file.is_file():
             raise HpcmmError(f"{file} cannot be read: it is not a file.")
@@ -240,6 +280,7 @@ def _check_file(file: Path, top: Path) -> None:
         if len(content) > MOST_BYTES:
             raise HpcmmError(f"{file} cannot be read: it is larger than {MOST_BYTES} bytes.")
         refuse_traps_of_own(content.decode())
+        return True
     except OSError as error:
         raise HpcmmError(f"{file} cannot be read: {yaml_problem(error)}.") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -317,7 +358,7 @@ def _groups_in(root: Path) -> Iterator[tuple[str, list[str]]]:
         seen += len(folders) + len(files)
         if seen > MOST_ENTRIES:
             raise HpcmmError(
-                f"{CONFIG_DIR} is {root}, which holds more than {MOST_ENTRIES} files: name a folder with config groups."
+                f"{given_as(root)}, which holds more than {MOST_ENTRIES} files: name a folder with config groups."
             )
         group = Path(folder).relative_to(root).as_posix()
         folders[:] = [each for each in folders if not each.startswith(".")] if group.count("/") < DEEPEST else []
@@ -326,8 +367,9 @@ def _groups_in(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def groups_help(space: ConfigSpace) -> str:
-    """A line for each config group with its options."""
-    return "\n".join(printable(f"  {name + '=':<12} {', '.join(options)}") for name, options in space.groups.items())
+    """A line for each config group with its options, and where they were searched."""
+    lines = [printable(f"  {name + '=':<12} {', '.join(options)}") for name, options in space.groups.items()]
+    return "\n".join([*lines, f"  searched: {searched_places(space.folders)}"])
 
 
 def _explain(error: Exception, space: ConfigSpace) -> str:
@@ -338,7 +380,11 @@ def _explain(error: Exception, space: ConfigSpace) -> str:
     group = re.search(r"Could not (?:find|load) '?([\w/]+)/([^'\s/]+?)'?[\s.]", text + " ")
     if group and group[1] in (groups := space.groups):
         options = ", ".join(groups[group[1]])
-        return f"{group[1]}={group[2]} is not an option of the group {group[1]}: choose one of {options}."
+        searched = searched_places(space.folders)
+        return (
+            f"{group[1]}={group[2]} is not an option of the group {group[1]}: choose one of {options}. "
+            f"Searched: {searched}."
+        )
     if unused := re.search(r"Could not override '([\w/]+)(?:@[^']*)?'", text):
         return (
             f"{unused[1]} is a config group, but the chosen task has no use for it: choose a task that has, or leave "

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hpcmm.config.parts import TARGET, folders_of, import_class, options_of, own_error, read_config_yaml
+from hpcmm.config.parts import TARGET, import_class, options_of, own_error, own_folders, read_config_yaml
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 
@@ -90,7 +90,7 @@ def workload_of(config: RunConfig) -> Workload | None:
 
 def shipped_workloads() -> list[Workload]:
     """Every workload that a task of hpcmm's own ``conf/task`` names."""
-    (folder,) = folders_of(None)
+    (folder,) = own_folders()
     tasks = [read_config_yaml(folder / "task" / f"{name}.yaml") for name in options_of("task", [folder])]
     targets = [task["task"][TARGET] for task in tasks if isinstance(task.get("task"), dict)]
     return [load_workload(target) for target in targets]

@@ -13,7 +13,9 @@ from typing import Any
 
 from hpcmm.cli import run_command
 from hpcmm.config.compose import compose_run
+from hpcmm.config.parts import folders_of, options_of
 from hpcmm.config.schema import RunConfig
+from hpcmm.config.space import with_config_dirs
 from hpcmm.config.validate import cluster_problems
 from hpcmm.doctor.checks import HERE, Finding, Weight, check_findings, report_lines, report_values
 from hpcmm.doctor.node import node_facts
@@ -24,6 +26,7 @@ from hpcmm.nsys.probe import nsys_problem
 from hpcmm.runs.ownership import check_runs_root
 from hpcmm.slurm.commands import outside_of_jobs
 from hpcmm.slurm.sbatch import check_slurm_conf, on_one_line, remedy
+from hpcmm.text import printable
 
 _TIME_LIMIT_MIN = 8
 
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.do
 
 
 def _command(options: argparse.Namespace) -> int:
-    config = compose_run(options.overrides)
+    config = compose_run(with_config_dirs(options.overrides, options.config_dir))
     if problems := list(cluster_problems(config)):
         raise HpcmmError("\n".join(problems))
     return _check(config, options)
@@ -54,16 +57,22 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Check this machine, and the nodes of a cluster, for what breaks or slows multi-node training.",
-        epilog=EPILOG,
+        epilog=f"clusters: {_clusters()}\n\n{EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of hpcmm.launch: cluster=NAME ...")
+    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="folder of your own clusters")
     parser.add_argument("--nodes", type=int, default=0, metavar="N", help="check N nodes in a job of their own")
     parser.add_argument("--nodelist", metavar="LIST", help="these nodes, as a Slurm host list")
     parser.add_argument("--wait", type=int, default=120, metavar="S", help="seconds to wait for nodes (default: 120)")
     parser.add_argument("--no-nsys", action="store_true", help="do not record a range with nsys (saves 10 s a node)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
+
+
+def _clusters() -> str:
+    """The names that ``cluster=`` takes here, as argparse wants them."""
+    return printable(", ".join(options_of("cluster", folders_of(None)))).replace("%", "%%")
 
 
 def _check(config: RunConfig, options: argparse.Namespace) -> int:

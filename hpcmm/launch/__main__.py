@@ -54,9 +54,11 @@ def _command(given: list[str], prog: str) -> int:
 
 
 def _launch(overrides: Sequence[str]) -> int:
-    from hpcmm.config.sweep import compose_points  # noqa: PLC0415 -- after --help, which needs none of it
+    from hpcmm.config.space import with_config_dirs  # noqa: PLC0415 -- after --help, which needs none of it
+    from hpcmm.config.sweep import compose_points  # noqa: PLC0415
     from hpcmm.launch.plan import dry_run_text, plan  # noqa: PLC0415
 
+    overrides = with_config_dirs(overrides)
     options = [word for word in overrides if word.startswith("-")]
     if options:
         raise HpcmmError(f"{options[0]} is not an option: everything is given as KEY=VALUE, see --help.")
@@ -152,14 +154,14 @@ def _points_of(target: Target) -> tuple[Path, set[int] | None]:
 
 def _help(given: Sequence[str], prog: str) -> str:
     from hpcmm.config.keys import keys_help  # noqa: PLC0415
-    from hpcmm.config.space import groups_help, space_of  # noqa: PLC0415
+    from hpcmm.config.space import groups_help, space_of, with_config_dirs  # noqa: PLC0415
 
-    space = space_of([word for word in given if "=" in word])
+    space = space_of([word for word in with_config_dirs(given) if "=" in word])
     keys = "\n".join(keys_help(space.schema))
 
     return argparse.ArgumentParser(
         prog=prog,
-        usage=f"%(prog)s [KEY=VALUE ...]\n       %(prog)s {RESUBMIT} SWEEP",
+        usage=f"%(prog)s [--config-dir DIR] [KEY=VALUE ...]\n       %(prog)s {RESUBMIT} SWEEP",
         description="Compose a run from conf/, check it, and submit it. Prints the job id, the run directory and what "
         "to run next, and returns at once. Several values of a key (a,b or range(0,5)) are a sweep: one job array.\n\n"
         f"config groups and their options:\n{groups_help(space)}\n\nkeys, with their defaults:\n{keys}",

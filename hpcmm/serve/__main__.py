@@ -83,7 +83,8 @@ def _parser(pages: Sequence[ServedModel], prog: str) -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every page."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the Slurm job")
-    parser.add_argument("--cluster", metavar="NAME", help="run as a Slurm job there: a file of conf/cluster")
+    parser.add_argument("--cluster", metavar="NAME", help="run as a Slurm job there, as cluster=NAME of hpcmm.launch")
+    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="folder of your own clusters")
     parser.add_argument("--detach", action="store_true", help="return once the job is queued, do not wait for it")
     parser.add_argument("--address", action="store_true", help="say how to reach the server whose job's run is RUN")
     parser.add_argument("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
@@ -122,9 +123,11 @@ def _say_here(address: Address) -> None:
 
 
 def _submit(given: argparse.Namespace, pages: Sequence[ServedModel]) -> int:
+    from hpcmm.config.space import with_config_dirs  # noqa: PLC0415 -- hydra, which a server does not need
     from hpcmm.serve.job import submit, wait_for_address  # noqa: PLC0415
 
-    submission = submit(_options(given, pages), given.cluster, given.overrides, given.runs_root)
+    overrides = with_config_dirs(given.overrides, given.config_dir)
+    submission = submit(_options(given, pages), given.cluster, overrides, given.runs_root)
     name = submission.run.root.name
     print(f"job id:         {submission.job_id}")
     print(f"run directory:  {submission.run.root}")

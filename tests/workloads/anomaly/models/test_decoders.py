@@ -8,14 +8,14 @@ import inspect
 import pytest
 import torch
 
-from hpcmm.config.parts import folders_of, import_class, options_of, resolved_part
+from hpcmm.config.parts import import_class, options_of, own_folders, resolved_part
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models.decoders import build_decoder
 from hpcmm.workloads.anomaly.models.decoders.batch_norm import Float32BatchNorm2d
 from hpcmm.workloads.anomaly.models.decoders.decoder import Decoder
 
 CHANNELS = (24, 40, 16)
-DECODERS = options_of("model/decoder", folders_of(None))
+DECODERS = options_of("model/decoder", own_folders())
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_only_the_perceptrons_judge_each_place_of_the_finest_map_by_itself(
 
 @pytest.mark.parametrize("name", sorted(DECODERS))
 def test_each_name_is_a_decoder_s_class_whose_parameters_are_what_the_docstring_says(name: str):
-    decoder = import_class(resolved_part(name, "model/decoder", folders_of(None))["_target_"])
+    decoder = import_class(resolved_part(name, "model/decoder", own_folders())["_target_"])
     assert issubclass(decoder, Decoder)
     first, second, *more = list(inspect.signature(decoder).parameters.values())
     assert (first.name, second.name) == ("channels", "width")

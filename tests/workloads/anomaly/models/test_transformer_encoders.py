@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, ViTConfig, ViTForImageClassification
 
 from hpcmm.config.compose import compose_run
-from hpcmm.config.parts import folders_of, import_class, options_of, part_name, resolved_part
+from hpcmm.config.parts import import_class, options_of, own_folders, part_name, resolved_part
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models import build_model
 from hpcmm.workloads.anomaly.models.image_encoders import ImageEncoder, build_image_encoder
@@ -26,8 +26,8 @@ from hpcmm.workloads.anomaly.models.text_encoders import TextEncoder, build_text
 from hpcmm.workloads.anomaly.pixels import CHANNEL_MEAN, CHANNEL_STD
 from hpcmm.workloads.anomaly.schema import ModelConfig
 
-IMAGE_ENCODERS = options_of("model/image_encoder", folders_of(None))
-TEXT_ENCODERS = options_of("model/text_tower", folders_of(None))
+IMAGE_ENCODERS = options_of("model/image_encoder", own_folders())
+TEXT_ENCODERS = options_of("model/text_tower", own_folders())
 TINY = ("clip_tiny", "vit_tiny", "imagebind_tiny")
 WORDS = ["a", "photo", "of", "grass", "wall"]
 
@@ -342,8 +342,8 @@ def test_tiny_text_towers_tell_sentences_apart(name: str):
     [("model/image_encoder", ["weights", "taps", "frozen"]), ("model/text_tower", ["folder", "image_weights"])],
 )
 def test_each_class_is_built_from_plain_values(group: str, parameters: list[str]):
-    for name in options_of(group, folders_of(None)):
-        encoder = import_class(resolved_part(name, group, folders_of(None))["_target_"])
+    for name in options_of(group, own_folders()):
+        encoder = import_class(resolved_part(name, group, own_folders())["_target_"])
         assert list(inspect.signature(encoder).parameters) == parameters
 
 
@@ -390,4 +390,4 @@ def test_each_name_is_a_class_of_its_group():
     ):
         assert len(names) >= 5
         for name in names:
-            assert issubclass(import_class(resolved_part(name, group, folders_of(None))["_target_"]), base)
+            assert issubclass(import_class(resolved_part(name, group, own_folders())["_target_"]), base)
