@@ -22,6 +22,7 @@ COMMANDS = {
     "launch": "compose a run from conf/, check it, and submit it to Slurm",
     "analyze": "read the nsys reports of a run: how many seconds a step loses, to what, because of which rank",
     "jobs": "what runs, where, what it says, and why it failed",
+    "init": "ask Slurm, and propose a file that describes your cluster",
     "doctor": "check this machine and the nodes of a cluster for what breaks or slows training",
     "evaluate": "score trained runs on held-out data, side by side",
     "serve": "a trained run as a page, for those who have its token",

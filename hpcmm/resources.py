@@ -54,7 +54,7 @@ _MOST_NAMES = 4096
 _OTHERS_WRITE = S_IWGRP | S_IWOTH
 _COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "QUACK_CACHE_DIR": "quack"}
 """Variables that name folders of compiled code to torch, which runs it, each with its folder's own name."""
-_WITHOUT_CLASSES = frozenset({"jobs", "analyze"})
+_WITHOUT_CLASSES = frozenset({"jobs", "analyze", "init"})
 """Commands that import no class of the user's."""
 _left_out: list[str] = []
 

@@ -45,7 +45,7 @@ def test_its_help_lists_the_commands_with_a_line_each(hpcmm: Path) -> None:
     done = run(hpcmm, "--help", env=os.environ | {"COLUMNS": "200"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: hpcmm ")
-    assert [*COMMANDS] == ["launch", "analyze", "jobs", "doctor", "evaluate", "serve"]
+    assert [*COMMANDS] == ["launch", "analyze", "jobs", "init", "doctor", "evaluate", "serve"]
     for name, line in COMMANDS.items():
         assert re.search(rf"^ +{name} +{re.escape(line)}$", done.stdout, re.MULTILINE), name
     assert run(sys.executable, "-m", "hpcmm", "-h").stdout.startswith("usage: python -m hpcmm ")

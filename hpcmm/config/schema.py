@@ -44,6 +44,14 @@ class ContainerEngine(StrEnum):
     apptainer = "apptainer"
 
 
+class GpuOption(StrEnum):
+    """The option of Slurm's commands that asks for GPUs."""
+
+    gpus_per_node = "gpus_per_node"
+    gres = "gres"
+    """Which clusters take that do not select nodes by ``select/cons_tres``."""
+
+
 class Analyze(StrEnum):
     """When a profiled run is analysed."""
 
@@ -157,6 +165,9 @@ class ClusterConfig:
     cpus_per_rank: int = key(1, "Processor cores of each rank.", least=1)
     gpus_per_node: int = key(0, least=0)
     gpu_type: str | None = key(None, "The GPUs' type as Slurm names it (``a30``), where a partition has several.")
+    gpu_option: GpuOption = key(
+        GpuOption.gpus_per_node, "How Slurm is asked for GPUs: by ``gpus_per_node``, or by ``gres`` if it refuses that."
+    )
     memory_gb: float | None = key(None, "Memory of a node in GB; None leaves it to the scheduler's default.")
     time_limit_min: int = key(60, "Minutes after which Slurm ends the job.", least=1)
     partition: str | None = key(None)
@@ -205,6 +216,14 @@ class ClusterConfig:
         " None is 0 then.",
         least=0,
     )
+
+    @property
+    def gpu_request(self) -> dict[str, str]:
+        """The option of ``sbatch`` and ``srun`` that asks for the GPUs of each node; empty without any."""
+        if not self.gpus_per_node:
+            return {}
+        wanted = f"{self.gpu_type}:{self.gpus_per_node}" if self.gpu_type else str(self.gpus_per_node)
+        return {"gres": f"gpu:{wanted}"} if self.gpu_option is GpuOption.gres else {"gpus-per-node": wanted}
 
 
 @dataclass

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,37 +76,55 @@ def _clusters() -> str:
 
 
 def _check(config: RunConfig, options: argparse.Namespace) -> int:
+    examined = examine(config, options.nodes, options.nodelist, options.wait, nsys=not options.no_nsys)
+    if options.json:
+        print(json.dumps(report_values(examined.names, examined.found, examined.findings), indent=2))
+    else:
+        print("\n".join(report_lines(examined.names, examined.found, examined.findings)))
+    return 1 if examined.is_bad else 0
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found out: of this machine, whose name comes first, and of the nodes."""
+
+    names: list[str]
+    found: dict[str, dict[str, Any]]
+    findings: list[Finding]
+
+    @property
+    def is_bad(self) -> bool:
+        return any(finding.weight is Weight.bad for finding in self.findings)
+
+
+def examine(config: RunConfig, count: int, nodelist: str | None, wait_s: int, *, nsys: bool) -> Examined:
+    """Check this machine, and ``count`` nodes in a job of their own. Raises HpcmmError if Slurm gives none."""
     os.environ.update(config.cluster.submit_environment)
     folders = [Path(config.runs_root).expanduser().absolute(), cache_dir(config.cluster)]
-    if options.nodes > 0:
+    if count > 0:
         check_runs_root(folders[0] / "of-a-check")
         check_cache_dir(config.cluster)
-    nsys = not options.no_nsys
     here = node_facts(folders)
     if nsys and here["nsys"]:
         here["nsys_problem"], here["nsys_checked"] = nsys_problem(here["nsys"]), True
     login = f"{here['node']} {HERE}"
     found: dict[str, dict[str, Any]] = {login: here}
     nodes: list[str] = []
-    if options.nodes > 0:
+    if count > 0:
         check_slurm_conf()
-        srun = ["srun", *allocation_options(config.cluster, _TIME_LIMIT_MIN), f"--immediate={options.wait}"]
-        srun += [f"--nodelist={options.nodelist}"] if options.nodelist else []
+        srun = ["srun", *allocation_options(config.cluster, _TIME_LIMIT_MIN), f"--immediate={wait_s}"]
+        srun += [f"--nodelist={nodelist}"] if nodelist else []
         srun += [f"--exclude={config.cluster.exclude}"] if config.cluster.exclude else []
         environ = outside_of_jobs(os.environ)
-        result = check_nodes(None, options.nodes, folders, srun, nsys=nsys, environ=environ)
+        result = check_nodes(None, count, folders, srun, nsys=nsys, environ=environ)
         nodes = result.nodes
         found |= result.found
         if not nodes:
-            raise HpcmmError(_refused(config, options.nodes, result.complaint))
+            raise HpcmmError(_refused(config, count, result.complaint))
     names = [login, *nodes]
     findings = check_findings([login], found) + check_findings(nodes, found, config.cluster.gpus_per_node)
     findings += [] if not nodes else _against_nodes(login, found, nodes)
-    if options.json:
-        print(json.dumps(report_values(names, found, findings), indent=2))
-    else:
-        print("\n".join(report_lines(names, found, findings)))
-    return 1 if any(finding.weight is Weight.bad for finding in findings) else 0
+    return Examined(names, found, findings)
 
 
 def _refused(config: RunConfig, nodes: int, complaint: str) -> str:

@@ -121,7 +121,7 @@ def allocation_options(cluster: ClusterConfig, time_limit_min: int) -> list[str]
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "gpus-per-node": cluster.gpus_per_node or None,
+        **cluster.gpu_request,
     }
     return [f"--{key}={value}" for key, value in wanted.items() if value is not None]
 

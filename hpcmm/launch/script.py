@@ -203,7 +203,7 @@ def _directives(config: RunConfig, job: Job) -> dict[str, str | None]:
             "nodes": cluster.nodes + config.launch.spare_nodes,
             "ntasks-per-node": cluster.ranks_per_node,
             "cpus-per-task": cluster.cpus_per_rank,
-            "gpus-per-node": _gpus(config),
+            **cluster.gpu_request,
             "mem": None if cluster.memory_gb is None else f"{round(cluster.memory_gb * 1024)}M",
             "time": cluster.time_limit_min,
             **_site(config),
@@ -257,13 +257,6 @@ def _site(config: RunConfig) -> dict[str, str | None]:
 def _given(directives: dict[str, Any]) -> dict[str, str | None]:
     """Those that are given; an empty text is an option without a value."""
     return {key: str(value) or None for key, value in directives.items() if value is not None}
-
-
-def _gpus(config: RunConfig) -> str | None:
-    cluster = config.cluster
-    if not cluster.gpus_per_node:
-        return None
-    return f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else str(cluster.gpus_per_node)
 
 
 def _stop_warning(config: RunConfig) -> str | None:
