@@ -12,6 +12,7 @@ from hpcmm.analyze.runs import compare, file_of, read_reference
 from hpcmm.cli import progress_bar, run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import Found, find_reports
+from hpcmm.resources import resource
 from hpcmm.runs.ownership import other_user, refuse_folder_of_others
 from hpcmm.text import printable
 
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.an
 
 
 def _analyze(arguments: Sequence[str], prog: str) -> int:
-    parser = _parser(prog, DESCRIPTION, EPILOG)
+    samples = str(resource("profiles/samples")).replace("%", "%%")
+    parser = _parser(prog, DESCRIPTION, f"{EPILOG}\nto try it, recorded reports: {samples}/slow_data --out slow_data\n")
     parser.usage = (
         f"{prog} [--out DIR] [--tables NAME,...] [--reference RUN] [--keep-cache] PATH [PATH ...]\n"
         f"       {prog} compare RUN_A RUN_B [--out DIR]"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-RESOURCES = ("conf", "slurm", "profiles/nsys")
+RESOURCES = ("conf", "slurm", "profiles")
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git checkout")
 
