@@ -30,6 +30,7 @@ from hpcmm.init.proposal import Line, Wanted, propose, written
 from hpcmm.init.site import Site, ask_site, is_name
 from hpcmm.node.cache import given_cache_dir, make_folder
 from hpcmm.runs.ownership import own_output_folder
+from hpcmm.slurm.sbatch import check_slurm_conf
 from hpcmm.text import printable
 
 EPILOG = """\
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.in
 
 def _command(given: Sequence[str], prog: str) -> int:
     options = _parser(prog).parse_args(given)
+    check_slurm_conf()
     site = ask_site()
     asks = sys.stdin.isatty() and not (options.yes or options.print)
     wanted = _asked(site, _wanted(site, options)) if asks else _wanted(site, options)
@@ -234,7 +236,8 @@ def _asked(site: Site, wanted: Wanted) -> Wanted:
     if wanted.account is None and "account" in guessed:
         print(printable(guessed["account"].why))
         account = _answer("account, or - for none", str(guessed["account"].value or "-"), _name_of_slurm)
-        wanted = replace(wanted, account=account) if account not in ("-", guessed["account"].value) else wanted
+        if account != str(guessed["account"].value or "-"):
+            wanted = replace(wanted, account="" if account == "-" else account)
     if wanted.nodes is None:
         wanted = replace(wanted, nodes=_number_asked("nodes of a job", guessed["nodes"]))
     if wanted.time_limit_min is None:

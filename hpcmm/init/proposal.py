@@ -30,6 +30,7 @@ class Wanted:
     name: str
     partition: str | None = None
     account: str | None = None
+    """Empty: none is to be given."""
     qos: str | None = None
     nodes: int | None = None
     ranks_per_node: int | None = None
@@ -158,7 +159,7 @@ def _account(site: Site, partition: Partition, wanted: Wanted) -> tuple[list[Lin
     yours = f"Yours: {', '.join(names)}." if names else f"Yours are not known ({printable(known.problem)})."
     account, said = wanted.account, f"As you said. {yours}"
     if account is not None:
-        if names and known.is_required and account not in names:
+        if account and names and known.is_required and account not in names:
             raise HpcmmError(
                 f"{printable(account)} is not an account of yours there: choose one of {', '.join(names)}."
             )
@@ -172,7 +173,7 @@ def _account(site: Site, partition: Partition, wanted: Wanted) -> tuple[list[Lin
         said = f"Slurm requires none here, though a site may have rules of its own. {yours}"
     charged = account or known.default_account
     of_it = [each for each in mine if each.account == charged] or mine
-    return [Line("account", account, said)], of_it
+    return [Line("account", account or None, said)], of_it
 
 
 def _qos(partition: Partition, mine: Sequence[Association], wanted: Wanted) -> Iterator[Line]:

@@ -170,6 +170,12 @@ def test_without_slurm_a_sentence_says_what_to_do(slurm, capsys):
     assert "cluster=local needs no file" in error
 
 
+def test_a_configuration_that_is_gone_is_not_waited_for(slurm, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_CONF", "/gone/slurm.conf")
+    assert init() == 1
+    assert "SLURM_CONF is /gone/slurm.conf, which is not a file" in capsys.readouterr().err
+
+
 def test_a_site_without_accounting_needs_no_account(slurm, tmp_path):
     (tmp_path / "config").write_text(
         CONFIG.replace("accounting_storage/slurmdbd", "(null)").replace("associations,limits", "none")
@@ -252,6 +258,12 @@ def test_on_a_terminal_the_answers_count_and_enter_takes_what_is_proposed(slurm,
     shown = capsys.readouterr().out
     for refused in ("Choose one of gpu.", "Give a number from 1 on.", "hpcmm has a cluster/slurm.yaml of its own"):
         assert refused in shown
+
+
+def test_on_a_terminal_a_dash_means_no_account(slurm, tmp_path, answers):
+    answers += ["", "-", "", "", "", "yes"]
+    assert main(["--no-check"]) == 0
+    assert "account" not in yaml.safe_load(home(tmp_path).read_text())
 
 
 def test_on_a_terminal_nothing_is_written_without_a_yes(slurm, tmp_path, answers, capsys):
