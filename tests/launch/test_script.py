@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpcmm.config.compose import compose_run
+from hpcmm.doctor.runner import allocation_options
 from hpcmm.errors import HpcmmError
 from hpcmm.launch.script import Job, render_analysis_script, render_script
 from hpcmm.resources import resource
@@ -43,6 +44,22 @@ def test_the_script_of_each_preset_is_as_recorded(preset):
     text = render_script(config, job_of())
     assert is_bash(text)
     assert text == (GOLDEN / f"{preset}.sh").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ([], "gpus-per-node=2"),
+        (["cluster.gpu_type=a30"], "gpus-per-node=a30:2"),
+        (["cluster.gpu_option=gres"], "gres=gpu:2"),
+        (["cluster.gpu_option=gres", "cluster.gpu_type=a30"], "gres=gpu:a30:2"),
+    ],
+)
+def test_gpus_are_asked_for_by_the_option_that_the_cluster_takes_and_so_by_the_doctor(words, asked):
+    sizes = ["cluster=slurm", "cluster.ranks_per_node=2", "cluster.gpus_per_node=2", *words]
+    options = [line for line in rendered(*sizes).splitlines() if "gpu" in line and line.startswith("#SBATCH")]
+    assert options == [f"#SBATCH --{asked}"]
+    assert f"--{asked}" in allocation_options(compose_run(sizes).cluster, 8)
 
 
 def test_a_sweep_s_script_is_as_recorded():
