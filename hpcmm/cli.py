@@ -64,6 +64,8 @@ def run_command(
 ) -> int:
     """Run ``command`` with the arguments (None: of this process). Returns the exit status.
 
+    What follows a word ``--`` is not for hpcmm.
+
     - ``errors`` are the user's, the cluster's or a file's: one sentence after ``name``, and 1. With ``one_line`` a line
       break in it, which the name of a file may hold, begins no new line.
     - Ctrl-C is 130. ``interrupted`` is said of it, None: nothing. The words of a KeyboardInterrupt itself come first.
@@ -73,7 +75,7 @@ def run_command(
     given = list(sys.argv[1:] if arguments is None else arguments)
     sys.excepthook = _trace_printably
     try:
-        if needs_folder and not _HELP & set(given):
+        if needs_folder and not _HELP & set(given[: given.index("--") if "--" in given else None]):
             check_working_directory()
         find_modules_at_last(_OWN)
         return _with_all_output(command, given)

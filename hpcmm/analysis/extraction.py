@@ -95,6 +95,9 @@ def extract_traces(report: Report) -> list[RankTrace]:
     ranges = report.nvtx[report.nvtx["domain"] == schema.DOMAIN]
     stepping = ranges[ranges["name"] == schema.STEP]
     workers = [int(pid) for pid in stepping["pid"].drop_duplicates()]
+    if workers:  # and those that take part, though they run no steps
+        talking = set(report.nvtx.loc[report.nvtx["domain"] == schema.COMM_DOMAIN, "pid"])
+        workers += [pid for pid in report.ranks if pid in talking and pid not in workers]
     roles = waitpid.process_roles(report.osrt, report.processes, frozenset(workers))
     family = waitpid.Family.of(report, roles)
     if not workers and report.cuda is not None:

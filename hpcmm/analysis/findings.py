@@ -164,8 +164,16 @@ def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
         return _shell(finding)
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
+    if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
+        return "see what else uses the cores of this machine: top"
     scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
     return _override(finding, config) if trains or (config and scheduled) else _advice(finding)
+
+
+def _is_local(config: Mapping[str, Any]) -> bool:
+    """Whether the run had this machine alone, whose node nothing can exclude."""
+    cluster = config.get("cluster")
+    return isinstance(cluster, Mapping) and cluster.get("executor") == "local"
 
 
 def _shell(finding: Finding) -> str:

@@ -55,18 +55,22 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     """Give each report its rank and status; then add the expected ranks that have no report."""
     facts = [replace(fact, no_ranges=_in_this_run(fact.no_ranges, record)) for fact in facts]
     job_id = _majority_job(facts, record)
+    resolved = [_with_ranks(fact, record) for fact in facts]
     told = max((f.identity.world_size or 0 for f in facts if job_id in (None, f.job_id)), default=0)
-    world_size = min(record.world_size or told, MAX_WORLD_SIZE)
+    # A launcher of a node is one process for the run's record, and its workers are ranks.
+    workers = max((len({rank for rank, _ in ranks}) for ranks in resolved), default=1) or 1
+    workers = workers if record.ranks_per_node == 1 else 1
+    world_size = min(record.world_size * workers or told, MAX_WORLD_SIZE)
     rows: list[tuple[object, ...]] = []
     claims: dict[int, list[tuple[ReportFacts, RankTrace]]] = {}
     nameless: list[str] = []
-    for fact in facts:
+    for fact, ranks in zip(facts, resolved, strict=True):
         if not fact.traces:
             rank = _rank_without_trace(fact, record)
             rows.append(_row(fact, rank, None, _status_without_trace(fact)))
             nameless += [fact.name] if rank is None and fact.damage else []
-        for trace in fact.traces:
-            rank = _resolve_rank(fact, trace, record)
+        for told_rank, trace in ranks:
+            rank = told_rank
             if fact.job_id and job_id and fact.job_id != job_id:
                 why = f"belongs to job {fact.job_id}, the others to job {job_id}"
                 rows.append(_row(fact, rank, trace, (WRONG_JOB, why)))
@@ -74,13 +78,14 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
             if rank is None:
                 nameless.append(fact.name)
                 rank = -len(nameless)
-            claims.setdefault(rank, []).append((fact, replace(trace, rank=rank, node=_node(trace, rank, record))))
-    used = _settle_claims(claims, record, rows)
+            node = _node(trace, rank, record) if workers == 1 else trace.node
+            claims.setdefault(rank, []).append((fact, replace(trace, rank=rank, node=node)))
+    used = _settle_claims(claims, record if workers == 1 else replace(record, starts={}), rows)
     # Ranks are numbered from 0: whoever is rank 7 has seven peers, also if nothing tells how many ranks there are.
     if not record.world_size:
         world_size = max([world_size, *(rank + 1 for rank in claims if rank < MAX_WORLD_SIZE)])
     present = {int(str(row[0])) for row in rows if row[0] is not None and row[2] != WRONG_JOB}
-    rows.extend(_without_report(present, world_size, record, list(dict.fromkeys(nameless))))
+    rows.extend(_without_report(present, world_size, record, list(dict.fromkeys(nameless)), workers))
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
     table = table.sort_values(["rank", "report"], na_position="last", kind="stable", ignore_index=True)
     fine = {FOUND, NOT_PROFILED} if record.world_size else {FOUND, NO_NVTX}
@@ -92,6 +97,40 @@ def _majority_job(facts: Sequence[ReportFacts], record: RunRecord) -> str | None
     """The job of most reports. Between equals the run's record tells; alone it does if no report does."""
     jobs = Counter(fact.job_id for fact in facts if fact.job_id)
     return max(jobs, key=lambda job: (jobs[job], job == record.job_id, job)) if jobs else record.job_id
+
+
+def _with_ranks(fact: ReportFacts, record: RunRecord) -> list[tuple[int | None, RankTrace]]:
+    """The traces of a report, each with its rank.
+
+    Several processes that ran at once and tell the same rank have it from their launcher's environment. They are its
+    workers, and so are several that tell none in a report of a run of ours: their ranks follow the order in which they
+    were started, after those of the launchers before.
+    """
+    traces = fact.traces
+    ranks = [_resolve_rank(fact, trace, record) for trace in traces]
+    told = list(zip(ranks, traces, strict=True))
+    same = [
+        trace
+        for rank, trace in told
+        if any(other is not trace and rank == its and _are_workers(trace, other) for its, other in told)
+    ]
+    launcher = _rank_without_trace(fact, record)
+    is_launcher = record.ranks_per_node == 1 or (not record.world_size and None not in ranks)
+    if not same or launcher is None or not is_launcher:
+        return told
+    in_order = sorted(same, key=lambda trace: trace.pid)
+    first = launcher * len(in_order)
+    numbered = {id(trace): first + place for place, trace in enumerate(in_order)}
+    return [(numbered.get(id(trace), rank), trace) for rank, trace in told]
+
+
+def _are_workers(one: RankTrace, other: RankTrace) -> bool:
+    """Whether both do the same at once. A worker that was started again comes after the one before, and a process that
+    a rank starts on the side, to evaluate for instance, takes no part in collectives."""
+    if (len(one.collectives) > 0) != (len(other.collectives) > 0):
+        return False
+    spans = [(each.steps["start_ns"].min(), each.steps["end_ns"].max()) for each in (one, other) if len(each.steps)]
+    return len(spans) == 2 and max(start for start, _ in spans) < min(end for _, end in spans)
 
 
 def _resolve_rank(fact: ReportFacts, trace: RankTrace, record: RunRecord) -> int | None:
@@ -146,7 +185,7 @@ def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
         return TRUNCATED, f"read in part: {fact.damage}"
     if not len(trace.steps):
         stands_for = f"process {trace.pid}, GPU {trace.device}: " if trace.device is not None else ""
-        return NO_NVTX, stands_for + fact.no_ranges
+        return NO_NVTX, stands_for + fact.no_ranges or "it takes part in collectives, but runs no steps"
     unclosed = trace.steps.loc[~trace.steps["closed"], "step"]
     if len(unclosed):
         return FOUND, f"step {int(unclosed.iloc[-1])} has no end: the process or its capture stopped in mid-step"
@@ -180,14 +219,17 @@ def _row(fact: ReportFacts, rank: int | None, trace: RankTrace | None, outcome: 
 
 
 def _without_report(
-    present: set[int], world_size: int, record: RunRecord, nameless: Sequence[str]
+    present: set[int], world_size: int, record: RunRecord, nameless: Sequence[str], workers: int
 ) -> list[tuple[object, ...]]:
-    """Rows of expected ranks that no report claims; ``nameless`` reports may be theirs, but do not tell."""
+    """Rows of expected ranks that no report claims; ``nameless`` reports may be theirs, but do not tell.
+
+    ``workers``: ranks of each process that the run's record knows.
+    """
     rows: list[tuple[object, ...]] = []
     for rank in sorted(set(range(world_size)) - present):
-        start = record.starts.get(rank)
+        start = record.starts.get(rank // workers)
         node = start.node if start is not None else ""
-        if record.world_size and rank not in record.profiled:
+        if record.world_size and rank // workers not in record.profiled:
             told = (
                 "profile.ranks leaves this rank out"
                 if record.profiled

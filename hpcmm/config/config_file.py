@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from enum import StrEnum
-from io import StringIO
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from hpcmm.config.keys import MISSING
 from hpcmm.config.parts import TARGET, own_folders, targets_of, with_parts
 from hpcmm.config.schema import RunConfig, cluster_variables
 from hpcmm.config.untyped_config import VERSION, VERSION_KEY, plain_values, values_of_today
@@ -77,9 +79,12 @@ def load(path: Path) -> RunConfig:
     """
     given, writer = _frozen(path)
     try:
-        values = _of_the_cluster_alone(values_of_today(_keys_and_values(given)))
+        values = _of_the_cluster_alone(values_of_today(given))
         schema = _schema_of(values, path, writer)
-        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
+        texts: dict[str, str] = {}
+        created = OmegaConf.create(_with_marks(values, texts))
+        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), created))
+        loaded = _without_marks(loaded, texts) if texts else loaded
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise HpcmmError(
             f"{path} is not a configuration of this version of hpcmm: {_reason(error)}.{_of_its_own_time(path.parent)}"
@@ -119,27 +124,47 @@ def _of_the_cluster_alone(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _frozen(path: Path) -> tuple[DictConfig, Path | None]:
+def _with_marks(value: Any, texts: dict[str, str], *, in_list: bool = False) -> Any:
+    """``value`` with a mark, a key of ``texts``, for each text in which OmegaConf would see more than a text.
+
+    A frozen configuration holds no interpolations, but words of a command line that may look like one.
+    """
+    if isinstance(value, dict):
+        return {key: _with_marks(each, texts) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_marks(each, texts, in_list=True) for each in value]
+    if not isinstance(value, str) or not ("${" in value or (in_list and value == MISSING)):
+        return value
+    mark = f"text-{len(texts)}-{uuid4().hex}"
+    texts[mark] = value
+    return mark
+
+
+def _without_marks(value: Any, texts: dict[str, str]) -> Any:
+    """``value`` with the texts again that its marks stand for."""
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {each.name: _without_marks(getattr(value, each.name), texts) for each in fields(value)}
+        return replace(value, **changed)
+    if isinstance(value, dict):
+        return {key: _without_marks(each, texts) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_marks(each, texts) for each in value]
+    return texts.get(value, value) if isinstance(value, str) else value
+
+
+def _frozen(path: Path) -> tuple[dict[str, Any], Path | None]:
     """The values of a configuration of whatever version of hpcmm, and who else could have written them."""
     try:
         text, writer = read_checked(path)
         plain_values(text)  # refuses what would have OmegaConf work without end
-        given = OmegaConf.load(StringIO(text))
+        given = yaml.load(text, get_yaml_loader())  # noqa: S506 -- made of the SafeLoader
     except OSError as error:
         raise HpcmmError(f"{path} cannot be read ({error.strerror}): is this a run directory?") from error
     except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise HpcmmError(
             f"{path} is damaged ({_reason(error)}): put back what hpcmm.launch wrote, which nothing changes later."
         ) from error
-    assert isinstance(given, DictConfig)
-    return given, writer
-
-
-def _keys_and_values(given: DictConfig) -> dict[str, Any]:
-    """As plain values, with interpolations as they stand."""
-    values = OmegaConf.to_container(given, resolve=False)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return {str(key): value for key, value in given.items()}, writer
 
 
 def _reason(error: Exception) -> str:

@@ -22,7 +22,7 @@ class Executor(StrEnum):
 
 
 SCRIPT = "script"
-"""``task.name`` of a Python script of the user's."""
+"""``task.name`` of a script, module or executable of the user's."""
 FUNCTION = "function"
 """``task.name`` of a Python function of the user's."""
 
@@ -101,7 +101,9 @@ class TaskConfig:
     name: str = key(SCRIPT, "``script``, ``function``, or the name of a workload in ``conf/task/``.")
     _target_: str | None = None
     """The workload's class, as package.module.Class: a subclass of :class:`hpcmm.config.workload.Workload`."""
-    path: str | None = key(None, "The script; for task=script.")
+    path: str | None = key(None, "The script; for task=script. Or write it behind ``--``.")
+    module: str | None = key(None, "In place of a script a module, which runs as by ``python -m``.")
+    program: str | None = key(None, "In place of a script an executable.")
     args: list[str] = made_by(list, "The script's command line, passed on as it is written.")
     target: str | None = key(None, "The function, as package.module:function; for task=function.")
     kwargs: dict[str, Any] = made_by(dict, "The function's keyword arguments.")

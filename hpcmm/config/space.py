@@ -134,7 +134,7 @@ class ConfigSpace:
         if not parent and part in self.groups:
             return (
                 f"{part} is a config group, but the chosen task has no such key: choose a task that has it, or leave "
-                f"{part} out."
+                f"{part} out. A script has arguments of its own, in task.args or behind --."
             )
         hint = f"did you mean {close[0]}? " if close else ""
         where = f"Keys of {parent}" if parent else "Keys"

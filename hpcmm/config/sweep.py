@@ -12,16 +12,17 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra.core.override_parser.types import Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
+from hpcmm.config import command as command_line
 from hpcmm.config.compose import compose_tree, override_text, parse_overrides, to_run
 from hpcmm.config.keys import copied
 from hpcmm.config.parts import with_parts
-from hpcmm.config.schema import RunConfig
+from hpcmm.config.schema import SCRIPT, RunConfig
 from hpcmm.config.space import ConfigSpace, elements_of, explained, space_of
 from hpcmm.errors import HpcmmError
 
@@ -40,14 +41,32 @@ class Point:
     config: RunConfig
 
 
-def compose_points(overrides: Sequence[str]) -> list[Point]:
-    """The points that ``overrides`` span; a single one without overrides of its own if nothing is swept.
+def compose_points(words: Sequence[str]) -> list[Point]:
+    """The points that overrides span; a single one without overrides of its own if nothing is swept.
 
-    Raises HpcmmError as :func:`~hpcmm.config.compose.compose_run` does, for a sweep without a finite number of points,
-    and for points that differ in what the array shares.
+    What follows the word ``--`` is the command of all points. Raises HpcmmError as
+    :func:`~hpcmm.config.compose.compose_run` does, for a sweep without a finite number of points, for points that
+    differ in what the array shares, and for keys that mean nothing to the program that a point runs.
     """
+    overrides, command = command_line.split(words)
+    if command is not None and not any(word.startswith(_CHOOSES_THE_TASK) for word in overrides):
+        overrides = [*overrides, f"task={SCRIPT}"]
     space = space_of(overrides)
     parsed = parse_overrides(overrides, space)
+    points = _composed(parsed, space)
+    if command is not None:
+        swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+        points = [replace(point, config=command_line.with_command(point.config, command, swept)) for point in points]
+    given = [override.key_or_group for override in parsed]
+    for point in points:
+        command_line.refuse_keys_without_effect(point.config, given)
+    return points
+
+
+_CHOOSES_THE_TASK = ("task=", "+task=", "++task=", "experiment=", "+experiment=")
+
+
+def _composed(parsed: Sequence[Override], space: ConfigSpace) -> list[Point]:
     swept = [override for override in parsed if override.is_sweep_override()]
     fixed = [override for override in parsed if not override.is_sweep_override()]
     if not swept:

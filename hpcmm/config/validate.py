@@ -9,9 +9,18 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from hpcmm.config.command import starts_workers
 from hpcmm.config.keys import leaves, out_of_bounds
 from hpcmm.config.parts import own_error, part_problems
-from hpcmm.config.schema import FUNCTION, SCRIPT, SUBMIT_VARIABLES, Analyze, Executor, Requeue, RunConfig
+from hpcmm.config.schema import (
+    FUNCTION,
+    SCRIPT,
+    SUBMIT_VARIABLES,
+    Analyze,
+    Executor,
+    Requeue,
+    RunConfig,
+)
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.ranges import profiled_ranks, step_window
@@ -64,10 +73,11 @@ def is_file_of(name: str, folder: str) -> bool:
 
 def _cluster(config: RunConfig) -> Iterator[str]:
     cluster = config.cluster
-    if cluster.gpus_per_node and cluster.ranks_per_node != cluster.gpus_per_node:
+    if cluster.gpus_per_node and cluster.ranks_per_node not in (1, cluster.gpus_per_node):
         yield (
             f"cluster.ranks_per_node is {cluster.ranks_per_node} and gpus_per_node is {cluster.gpus_per_node}: "
-            "each rank drives one GPU, so make them equal."
+            "each rank drives one GPU, so make them equal; a script that starts its own workers takes "
+            "cluster.ranks_per_node=1."
         )
     if cluster.executor is Executor.local and cluster.nodes != 1:
         yield f"cluster.nodes is {cluster.nodes}, but the local executor has this machine alone: set cluster.nodes=1."
@@ -204,6 +214,7 @@ def validate(config: RunConfig) -> None:
     problems = [
         *out_of_bounds(config),
         *_task(config),
+        *_workers(config),
         *_batch(config),
         *_optimisation(config),
         *cluster_problems(config),
@@ -242,22 +253,48 @@ def _task(config: RunConfig) -> Iterator[str]:
     task = config.task
     if task._target_ is None and task.name not in (SCRIPT, FUNCTION):
         yield f"task.name is {task.name!r}, which is not a task by itself: choose a workload as task=NAME."
-    if task.name == SCRIPT and not task.path:
-        yield "task=script needs a script: give it as task.path=train.py."
+    if task.name == SCRIPT and not (task.path or task.module or task.program):
+        yield "task=script needs a script: give it as task.path=train.py, or write -- train.py ARGUMENTS at the end."
+    if len(named := [key for key in ("path", "module", "program") if getattr(task, key)]) > 1:
+        yield f"task.{named[0]} and task.{named[1]} are given, and one of them runs: leave out the other."
+    if task.module is not None and not re.fullmatch(_DOTTED, task.module):
+        yield f"the module is {task.module!r}: name it as Python imports it, as in -- -m package.module."
     if task.name == FUNCTION and not re.fullmatch(_DOTTED + ":" + _DOTTED, task.target or ""):
         yield f"task.target is {task.target!r}: name a function as package.module:function."
     wrong = {
         "task.path": task.path and task.name != SCRIPT,
+        "task.module": task.module and task.name != SCRIPT,
+        "task.program": task.program and task.name != SCRIPT,
         "task.args": task.args and task.name != SCRIPT,
         "task.target": task.target and task.name != FUNCTION,
         "task.kwargs": task.kwargs and task.name != FUNCTION,
     }
     for key, is_wrong in wrong.items():
         if is_wrong:
-            fitting = "script" if key in ("task.path", "task.args") else "function"
+            fitting = "function" if key in ("task.target", "task.kwargs") else "script"
             yield f"{key} is given, but the task is {task.name}: add task={fitting}, or leave it out."
-    if any(is_unwritable(word) for word in (task.path or "", *task.args)):
+    if any(is_unwritable(word) for word in (task.path or "", task.program or "", *task.args)):
         yield "task.path or task.args holds a NUL byte, which no command line can, or bytes that are no UTF-8."
+
+
+def _workers(config: RunConfig) -> Iterator[str]:
+    """Of a node with one process, what starts a process for each GPU."""
+    cluster, launcher = config.cluster, starts_workers(config.task)
+    if config.task._target_ is not None and cluster.ranks_per_node == 1 < cluster.gpus_per_node:
+        yield (
+            f"cluster.ranks_per_node is 1 and gpus_per_node is {cluster.gpus_per_node}: each rank of a workload drives "
+            "one GPU, so make them equal."
+        )
+    if launcher is not None and cluster.ranks_per_node > 1:
+        yield (
+            f"{launcher} starts the workers of a node itself, and cluster.ranks_per_node is {cluster.ranks_per_node}: "
+            "set cluster.ranks_per_node=1, or leave the launcher out and write -- train.py ARGUMENTS."
+        )
+    elif launcher is not None and cluster.nodes > 1 and launcher.startswith(("accelerate", "deepspeed")):
+        yield (
+            f"{launcher} takes the node's number as an argument, which differs between the {cluster.nodes} nodes: call "
+            "it in a shell, with $HPCMM_NODE_RANK (docs/launching.md has the line), or write -- torchrun train.py."
+        )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcmm.cli import run_command
+from hpcmm.config.command import SEPARATOR, split
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.ownership import other_user
 from hpcmm.runs.run_dir import JOB_ID, RUNS, RunDir, SweepDir
@@ -24,7 +25,9 @@ examples:
   python -m hpcmm.launch experiment=anomaly_demo            the main job, on the local four-node Slurm
   python -m hpcmm.launch experiment=anomaly_demo wait=true  ... and follow it to its end
   python -m hpcmm.launch cluster=local train.steps=20       four ranks on this machine, no Slurm
-  python -m hpcmm.launch cluster=a30 task=script task.path=train.py 'task.args=[--lr,1e-4]' profile=nsys analyze=after
+  python -m hpcmm.launch cluster=a30 profile=nsys analyze=after -- train.py --lr 1e-4    a script; or -m MODULE ...
+  python -m hpcmm.launch cluster=a30 cluster.ranks_per_node=1 -- torchrun train.py       it starts a node's workers
+  python -m hpcmm.launch cluster=a30 'task.args=[--lr,1e-3],[--lr,1e-4]' -- train.py     two points, one job array
   python -m hpcmm.launch cluster=a30 task=function task.target=my_pkg.train:main task.kwargs.lr=1e-4
   python -m hpcmm.launch cluster=a30 train.learning_rate=1e-3,1e-4 'train.seed=range(0,5)'    ten points, one job array
   python -m hpcmm.launch resubmit latest                    the failed points of a sweep once more; latest/0003: one
@@ -45,15 +48,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.la
 
 
 def _command(given: list[str], prog: str) -> int:
-    if {"-h", "--help"} & set(given):
-        print(_help(given, prog))
+    overrides, command = split(given)
+    if {"-h", "--help"} & set(overrides):
+        print(_help(overrides, prog))
         return 0
     if given[:1] == [RESUBMIT]:
         return _resubmit(given[1:])
-    return _launch([word for word in given if word not in ("-m", "--multirun")])
+    return _launch([word for word in overrides if word not in ("-m", "--multirun")], command)
 
 
-def _launch(overrides: Sequence[str]) -> int:
+def _launch(overrides: Sequence[str], command: Sequence[str] | None) -> int:
     from hpcmm.config.space import with_config_dirs  # noqa: PLC0415 -- after --help, which needs none of it
     from hpcmm.config.sweep import compose_points  # noqa: PLC0415
     from hpcmm.launch.plan import dry_run_text, plan  # noqa: PLC0415
@@ -61,8 +65,12 @@ def _launch(overrides: Sequence[str]) -> int:
     overrides = with_config_dirs(overrides)
     options = [word for word in overrides if word.startswith("-")]
     if options:
-        raise HpcmmError(f"{options[0]} is not an option: everything is given as KEY=VALUE, see --help.")
-    planned = plan(compose_points(overrides), overrides)
+        raise HpcmmError(
+            f"{options[0]} is not an option: everything is given as KEY=VALUE, and the arguments of a script behind "
+            "--, see --help."
+        )
+    words = overrides if command is None else [*overrides, SEPARATOR, *command]
+    planned = plan(compose_points(words), words)
     if planned.config.dry_run:
         print(dry_run_text(planned), end="")
         return 0
@@ -161,7 +169,7 @@ def _help(given: Sequence[str], prog: str) -> str:
 
     return argparse.ArgumentParser(
         prog=prog,
-        usage=f"%(prog)s [--config-dir DIR] [KEY=VALUE ...]\n       %(prog)s {RESUBMIT} SWEEP",
+        usage=f"%(prog)s [--config-dir DIR] [KEY=VALUE ...] [-- COMMAND ...]\n       %(prog)s {RESUBMIT} SWEEP",
         description="Compose a run from conf/, check it, and submit it. Prints the job id, the run directory and what "
         "to run next, and returns at once. Several values of a key (a,b or range(0,5)) are a sweep: one job array.\n\n"
         f"config groups and their options:\n{groups_help(space)}\n\nkeys, with their defaults:\n{keys}",

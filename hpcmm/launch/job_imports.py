@@ -17,7 +17,8 @@ from pathlib import Path
 
 from hpcmm.config.class_source import holds_python, syntax_tree
 from hpcmm.config.schema import FUNCTION, ClusterConfig, RunConfig
-from hpcmm.files import CODE, entries_of, is_file_here, is_folder_here, read_followed
+from hpcmm.errors import HpcmmError
+from hpcmm.files import CODE, SETTINGS, entries_of, is_file_here, is_folder_here, read_followed
 from hpcmm.launch.project_files import project_root
 from hpcmm.launch.vouched import Vouched
 from hpcmm.resources import INSTALLED, PACKAGE, searched_at_last
@@ -233,6 +234,23 @@ def import_roots(
     return roots
 
 
+def require_module(module: str, holders: Sequence[Path], roots: ImportRoots, installed: Editable) -> None:
+    """Raises HpcmmError if no folder that the job imports from, and no package of its Python, has the module."""
+    top, *_ = parts = module.split(".")
+    folders = [*holders, *roots.folders, *(path.parent for path in roots.packages.values())]
+    holder = next((each for each in folders if is_folder_here(each / top) or is_file_here(each / f"{top}.py")), None)
+    if holder is None:
+        if installed.sites and top not in {*installed.names, *installed.packages, *sys.stdlib_module_names}:
+            raise HpcmmError(f"There is no module {module}: neither the project nor the job's Python has {top}.")
+        return
+    path = holder.joinpath(*parts)
+    found = [entry.name for entry in entries_of(path.parent) if entry.name.partition(".")[0] == path.name]
+    if not is_folder_here(path) and not any(Path(name).suffix in CODE for name in found):
+        raise HpcmmError(f"There is no module {module}: {holder} has {top}, but not that module.")
+    if is_folder_here(path) and not is_file_here(path / "__main__.py") and f"{path.name}.py" not in found:
+        raise HpcmmError(f"{module} is a package without a __main__.py: name the module in it that is to run.")
+
+
 def _searched(config: RunConfig, working_directory: Path) -> Iterator[Path]:
     """The folders from which Python imports here, and would in the job, but for installed packages."""
     asked, here = list(folders_of_pythonpath(config, working_directory)), working_directory.resolve()
@@ -240,7 +258,7 @@ def _searched(config: RunConfig, working_directory: Path) -> Iterator[Path]:
     library = Path(os.__file__).parent.resolve()
     for folder in (Path(entry).resolve() for entry in (*sys.path, *searched_at_last()) if entry):
         # `python -m` puts the folder of the launch first, which a script is not run with.
-        is_of_the_launch = folder == here and config.task.name != FUNCTION
+        is_of_the_launch = folder == here and config.task.name != FUNCTION and config.task.module is None
         is_installed = bool(INSTALLED & set(folder.parts)) or folder.is_relative_to(library)
         if is_folder_here(folder) and not is_of_the_launch and not is_installed:
             yield folder
@@ -316,3 +334,58 @@ def _looked_for(file: Path, bases: Collection[Path]) -> Iterator[Path]:
         for start in starts:
             for parts in (name.split(".") for name in names):
                 yield from (start.joinpath(*parts[:length]) for length in range(1, len(parts) + 1))
+
+
+def read_in_working_directory(scripts: Sequence[Path], words: Sequence[str], working_directory: Path) -> list[str]:
+    """Code and settings that scripts or command lines name by a relative path, in the order of their names.
+
+    The job runs in the folder that it was launched from, so such a path leads to the original and not to the copy.
+    """
+    named, searched, here = {word.rpartition("=")[2] for word in words}, set[str](), working_directory
+    lines = [word for word in words if " " in word]  # of a shell, behind its -c
+    for script in scripts:
+        if script.suffix != ".py":
+            lines += _lines(script)
+        tree = syntax_tree(script)
+        named |= set(_plain_texts(tree))
+        searched |= set(_search_path_entries(tree))
+    named |= {word for line in lines for word in _SHELL_WORD.findall(line)}
+    files = {name for name in named if Path(name).suffix in CODE | SETTINGS and _is_there(name, here)}
+    files -= {name for name in files if (here / name).resolve() in scripts}
+    return sorted(files | {f"{name}/" for name in searched if _is_there(name, here, is_folder=True)})
+
+
+_SHELL_WORD = re.compile(r"[^\s'\"`();|&<>=]+")
+
+
+def _is_there(name: str, working_directory: Path, *, is_folder: bool = False) -> bool:
+    if not 0 < len(name) < 500 or "\0" in name or Path(name).is_absolute():
+        return False
+    path = working_directory / name
+    return is_folder_here(path) if is_folder else is_file_here(path)
+
+
+def _search_path_entries(tree: ast.AST) -> Iterator[str]:
+    """What a script puts on ``sys.path`` that does not depend on where the script lies."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="append" | "insert", value=holder), args=[*_, entry]):
+                text = ast.unparse(entry)
+                if ast.unparse(holder) == "sys.path" and "__file__" not in text:
+                    yield from _plain_texts(entry)
+                    if "cwd()" in text:
+                        texts = [each.value for each in ast.walk(entry) if isinstance(each, ast.Constant)]
+                        yield from [each for each in texts if isinstance(each, str)] or ["."]
+
+
+def _plain_texts(tree: ast.AST) -> Iterator[str]:
+    """Each text of a script that is not joined to a folder, as in ``folder / "name"`` or ``join(folder, "name")``."""
+    joined: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.BinOp(op=ast.Div() | ast.Add(), right=right):
+                joined.add(right)
+            case ast.Call(func=ast.Attribute(attr="join" | "joinpath" | "with_name"), args=arguments):
+                joined.update(arguments)
+            case ast.Constant(value=str(text)) if node not in joined:
+                yield text

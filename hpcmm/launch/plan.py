@@ -18,17 +18,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpcmm.annotate.stopping import RUN_DIR
+from hpcmm.config.command import note_on_outputs, what_runs
 from hpcmm.config.parts import targets_of
-from hpcmm.config.schema import FUNCTION, SCRIPT, Executor, RunConfig
+from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.config.sweep import Point, compose_points
 from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.config.validate import validate
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_regular
-from hpcmm.launch.script import Job, arrays_of, python_of, rank_command, render_script
+from hpcmm.files import is_regular, read_followed
+from hpcmm.launch.script import Job, arrays_of, rank_comment, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
-from hpcmm.ranges import profiled_ranks, tasks_in
+from hpcmm.ranges import tasks_in
 from hpcmm.runs.ledger import array_of, jobs_of_points
 from hpcmm.runs.ownership import Exchangeable, check_runs_root, is_mine, real_and_trusted, require_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
@@ -118,13 +120,14 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
     run, here = _named(first), Path.cwd()
     found = _check_folders(first, run)
     codes = _codes(points, run, here)
-    python_path = codes[first.task.path].python_path
+    python_path = codes[what_runs(first.task, here)].python_path
     if any(os.pathsep in folder for folder in python_path):
         raise HpcmmError(
             f"{run.root.parent} holds a colon, at which PYTHONPATH is split: set runs_root to another folder."
         )
     if (start := starts[first.train.init_from]) is not None:
         _note_other_data(first, RunDir(Path(start)))
+    _note_same_outputs(points, codes[what_runs(first.task, here)], here)
     named = None if first.after is None else _job_or_folder(first.after, run.root.parent)
     after = None if named is None else job_to_wait_for(named, run.root.parent)
     if not first.dry_run:
@@ -141,11 +144,11 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         PlannedPoint(
             point.overrides,
             SweepDir(run.root).point(index) if is_sweep else run,
-            _frozen(point.config, codes[point.config.task.path], starts[point.config.train.init_from]),
+            _frozen(point.config, codes[what_runs(point.config.task, here)], starts[point.config.train.init_from]),
         )
         for index, point in enumerate(points)
     )
-    return Plan(planned, arrays[0], arrays, codes[first.task.path], tuple(overrides), found)
+    return Plan(planned, arrays[0], arrays, codes[what_runs(first.task, here)], tuple(overrides), found)
 
 
 def _check_folders(config: RunConfig, run: RunDir) -> Exchangeable | None:
@@ -196,26 +199,36 @@ def _named(config: RunConfig) -> RunDir:
     return RunDir(Path(config.runs_root).expanduser().absolute() / name)
 
 
-def _codes(points: Sequence[Point], run: RunDir, working_directory: Path) -> dict[str | None, CodePlan]:
+def _codes(points: Sequence[Point], run: RunDir, working_directory: Path) -> dict[tuple[str | None, ...], CodePlan]:
     """The code of each script that is swept; all must lie in one project, since one copy is made."""
-    codes: dict[str | None, CodePlan] = {}
-    first = points[0].config.task.path
+    codes: dict[tuple[str | None, ...], CodePlan] = {}
+    first = what_runs(points[0].config.task, working_directory)
     targets = {target for point in points for target in targets_of(point.config)}
     for point in points:
-        path = point.config.task.path
-        if path not in codes:
-            codes[path] = plan_code(point.config, run, working_directory, targets)
-            if codes[path].project != codes[first].project:
+        what = what_runs(point.config.task, working_directory)
+        if what not in codes:
+            codes[what] = plan_code(point.config, run, working_directory, targets)
+            if codes[what].project != codes[first].project:
+                named, before = (next(filter(None, each), None) for each in (what, first))
                 raise HpcmmError(
-                    f"task.path={path} lies in another project than {first}: "
+                    f"task.path={named} lies in another project than {before}: "
                     "a sweep shares one copy of the code, so launch these one by one."
                 )
     codes[first] = codes[first].joined(codes.values(), (point.config.task for point in points))
     return codes
 
 
+def _note_same_outputs(points: Sequence[Point], code: CodePlan, working_directory: Path) -> None:
+    """Say if points that run a program of the user's may write the same; a workload writes to its run directory."""
+    tasks = [point.config.task for point in points]
+    if len(tasks) > 1 and all(task._target_ is None for task in tasks):
+        reads_run_dir = any(RUN_DIR.encode() in read_followed(script) for script in filter(is_regular, code.scripts))
+        if (said := note_on_outputs(tasks, reads_run_dir, working_directory)) is not None:
+            print(f"hpcmm: {printable(said)}", file=sys.stderr)
+
+
 def _frozen(config: RunConfig, code: CodePlan, start: str | None) -> RunConfig:
-    task, train = replace(config.task, path=code.script), replace(config.train, init_from=start)
+    task, train = code.frozen(config.task), replace(config.train, init_from=start)
     stage = [str(Path(source).expanduser().absolute()) for source in config.launch.stage]
     return replace(config, task=task, train=train, launch=replace(config.launch, stage=stage))
 
@@ -416,34 +429,4 @@ def dry_run_text(planned: Plan) -> str:
     """The points of a sweep, the job's script, and what each rank runs."""
     points = [f"# point {index}: {shlex.join(point.overrides)}\n" for index, point in enumerate(planned.points)]
     listed = "".join(points) if planned.is_sweep else ""
-    return listed + render_script(planned.config, planned.job) + _rank_comment(planned)
-
-
-def _rank_comment(planned: Plan) -> str:
-    """The command of each rank, what it ends in, and which ranks a profiler wraps."""
-    config = planned.config
-    lines = [
-        f"srun starts {config.world_size} ranks, each as:",
-        f"  {shlex.join(rank_command(config, planned.run))}",
-        f"which runs, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, {_task(config)}",
-        f"under a profiler: {_profiled(config)}",
-    ]
-    return "".join(f"# {printable(each)}\n" for line in lines for each in line.splitlines())
-
-
-def _task(config: RunConfig) -> str:
-    task = config.task
-    if task.name == SCRIPT:
-        return shlex.join([python_of(config), str(task.path), *task.args])
-    if task.name == FUNCTION:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in task.kwargs.items())
-        return f"{task.target} as a function of ({arguments})"
-    return f"the task {task.name}"
-
-
-def _profiled(config: RunConfig) -> str:
-    if config.profile.tool is None:
-        return "none"
-    ranks = profiled_ranks(config.profile.ranks, config.world_size, config.cluster.ranks_per_node)
-    listed = ", ".join(map(str, sorted(ranks)[:16])) + (" ..." if len(ranks) > 16 else "")
-    return f"{config.profile.tool}, with the flags of profiles/nsys/{config.profile.flags_file}, on ranks {listed}"
+    return listed + render_script(planned.config, planned.job) + rank_comment(planned.config, planned.run)

@@ -11,10 +11,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hpcmm.config.schema import ContainerConfig, ContainerEngine, Requeue, RunConfig
+from hpcmm.config.command import is_launcher, words_of
+from hpcmm.config.schema import FUNCTION, SCRIPT, ContainerConfig, ContainerEngine, Requeue, RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.ranges import profiled_ranks
 from hpcmm.resources import resource
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.text import printable
 
 
 @dataclass(frozen=True)
@@ -312,3 +315,34 @@ def _directive_value(value: str) -> str:
     if shlex.quote(value) == value:
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def rank_comment(config: RunConfig, run: RunDir) -> str:
+    """The command of each rank, what it ends in, and which ranks a profiler wraps."""
+    names = "HPCMM_NODE_RANK" if is_launcher(config) else "RANK, LOCAL_RANK, WORLD_SIZE"
+    names += ", MASTER_ADDR and MASTER_PORT"
+    lines = [
+        f"srun starts {config.world_size} ranks, each as:",
+        f"  {shlex.join(rank_command(config, run))}",
+        f"which runs, with {names} set, {_task(config)}",
+        f"under a profiler: {_profiled(config)}",
+    ]
+    return "".join(f"# {printable(each)}\n" for line in lines for each in line.splitlines())
+
+
+def _task(config: RunConfig) -> str:
+    task = config.task
+    if task.name == SCRIPT:
+        return shlex.join(words_of(task, python_of(config)))
+    if task.name == FUNCTION:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in task.kwargs.items())
+        return f"{task.target} as a function of ({arguments})"
+    return f"the task {task.name}"
+
+
+def _profiled(config: RunConfig) -> str:
+    if config.profile.tool is None:
+        return "none"
+    ranks = profiled_ranks(config.profile.ranks, config.world_size, config.cluster.ranks_per_node)
+    listed = ", ".join(map(str, sorted(ranks)[:16])) + (" ..." if len(ranks) > 16 else "")
+    return f"{config.profile.tool}, with the flags of profiles/nsys/{config.profile.flags_file}, on ranks {listed}"

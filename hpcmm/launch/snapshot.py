@@ -7,7 +7,6 @@ What is read where it lies all the same, is named when it is launched.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import os
 import sys
@@ -19,10 +18,17 @@ from pathlib import Path
 from stat import S_IMODE
 from typing import NoReturn
 
-from hpcmm.config.class_source import holder_of, syntax_tree
-from hpcmm.config.schema import FUNCTION, SCRIPT, RunConfig, TaskConfig
+from hpcmm.config.class_source import holder_of
+from hpcmm.config.command import (
+    existing_script,
+    module_files,
+    place_of_script,
+    require_program,
+    script_of_program,
+)
+from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.files import CODE, SETTINGS, entries_of, has_secret_name, is_file_here, is_folder_here, open_followed
+from hpcmm.files import CODE, entries_of, has_secret_name, is_file_here, is_folder_here, open_followed
 from hpcmm.launch.job_imports import (
     Editable,
     data_in,
@@ -32,6 +38,8 @@ from hpcmm.launch.job_imports import (
     live_packages,
     open_links,
     read_editable,
+    read_in_working_directory,
+    require_module,
     site_folders,
 )
 from hpcmm.launch.project_files import (
@@ -64,7 +72,7 @@ class CodePlan:
     python_path: tuple[str, ...]
     """Folders that the job's Python searches first."""
     script: str | None
-    """The script that the ranks run."""
+    """The script that the ranks run, by themselves or by a launcher, where the job finds it."""
     scripts: tuple[Path, ...] = ()
     """The script, or the module of the function or class, as it lies in the project; of a sweep those of all points."""
     words: tuple[str, ...] = ()
@@ -78,8 +86,21 @@ class CodePlan:
     def joined(self, codes: Iterable[CodePlan], tasks: Iterable[TaskConfig]) -> CodePlan:
         """With what the tasks of all points of a sweep read, whose plans are ``codes``."""
         scripts = dict.fromkeys(script for code in codes for script in code.scripts)
-        words = dict.fromkeys(word for task in tasks for word in (*task.args, *map(str, task.kwargs.values())))
+        words = dict.fromkeys(
+            word for task in tasks for word in (*task.args, *module_files(task), *map(str, task.kwargs.values()))
+        )
         return replace(self, scripts=tuple(scripts), words=tuple(words))
+
+    def frozen(self, task: TaskConfig) -> TaskConfig:
+        """``task`` with the script of the copy in place of the user's own."""
+        if self.script is None:
+            return task
+        if task.path is not None:
+            return replace(task, path=self.script)
+        place = place_of_script(task, self.working_directory)
+        if place is None:
+            return replace(task, program=self.script)
+        return replace(task, args=[*task.args[:place], self.script, *task.args[place + 1 :]])
 
 
 def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: Collection[str] = ()) -> CodePlan:
@@ -91,26 +112,27 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: 
     task = config.task
     for folder in filter(is_open_to_all, folders_of_pythonpath(config, working_directory)):
         _refuse_searched(folder, "take it out of PYTHONPATH, in which an empty entry is the current folder")
-    script = _existing_script(task.path, working_directory) if task.name == SCRIPT else None
+    script = _script_of(config, working_directory)
+    target = task.target or (f"{task.module}:" if task.module else "")
     holders = _holders_of(targets)
     if not config.launch.snapshot:
-        here = [working_directory] if task.name == FUNCTION else holders
-        modules = [script] if script else [*_modules({*targets, task.target or ""}, here)]
+        here = [working_directory] if target else holders
+        modules = [script] if script else [*_modules({*targets, target}, here)]
         for folder in [*here, *([script.parent] if script else [])]:  # Python searches that of a script as well
             if is_open_to_all(folder) or Vouched(folder, modules).is_open(folder):
                 _refuse_searched(
                     folder, "leave out launch.snapshot=false, for of such a folder your own files are copied"
                 )
-        return CodePlan(None, (str(PACKAGE.parent), *map(str, here)), str(script) if script else None)
+        return CodePlan(None, (str(PACKAGE.parent), *map(str, here)), str(script) if task.path else None)
     own = str(_hpcmm_copy(run))
-    if (task._target_ is not None and not holders) or (task.target or "").startswith("hpcmm."):
+    if (task._target_ is not None and not holders) or target.startswith("hpcmm."):
         if config.launch.include:
             raise HpcmmError("launch.include names files of a project, but this task runs none of yours: leave it out.")
         return CodePlan(None, (own,), None)
     installed = read_editable(site_folders(config.cluster, working_directory))
-    if task.name == FUNCTION and not holders:
-        holders = [_holder_of_function(task.target or "", working_directory, installed)]
-    modules = [script] if script else [*_modules({*targets, task.target or ""}, holders)]
+    if target and not holders:
+        holders = [_holder_of_function(target, working_directory, installed)]
+    modules = [script] if script else [*_modules({*targets, target}, holders)]
     start = holders[0] if holders else script.parent if script else working_directory
     project = project_root(start) or marked_root(start) or start
     for holder in holders:
@@ -119,8 +141,10 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: 
                 f"Classes of this run lie in {holder} and in {project}, and one project is copied: put them together, "
                 "install one of them, or set launch.snapshot=false."
             )
-    first = [working_directory.resolve(), *holders] if task.name == FUNCTION else holders
+    first = [working_directory.resolve(), *holders] if target else holders
     roots = import_roots(config, project, working_directory, installed, first)
+    if task.module is not None:
+        require_module(task.module, holders, roots, installed)
     imports = [_imports_copy(run)] if roots.packages else []
     copies = (_project_copy(run) / folder.relative_to(project) for folder in roots.folders)
     return CodePlan(
@@ -132,6 +156,23 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: 
         packages=roots.packages,
         installed=installed,
     )
+
+
+def _script_of(config: RunConfig, working_directory: Path) -> Path | None:
+    """The script that the ranks run, also by a launcher or as a program; None for what is no script of the user's.
+
+    Raises HpcmmError if the script or program is not there.
+    """
+    task = config.task
+    if task.program is not None:
+        require_program(config, working_directory)
+    if (place := place_of_script(task, working_directory)) is not None:
+        return existing_script(task.args[place], working_directory)
+    if task.program is not None:
+        script = script_of_program(task, working_directory)
+        project = project_root(working_directory) or marked_root(working_directory) or working_directory
+        return script if script is not None and script.is_relative_to(project.resolve()) else None
+    return existing_script(task.path, working_directory) if task.name == SCRIPT and task.module is None else None
 
 
 def _refuse_searched(folder: Path, remedy: str) -> NoReturn:
@@ -274,7 +315,8 @@ def _say_what_is_not_copied(config: RunConfig, code: CodePlan, found: ProjectFil
         said.append(
             f"{lost} more files that are not copied are not linked either: the job finds none where its code lies."
         )
-    if code.project and (opened := _read_in_working_directory(code)):
+    opened = read_in_working_directory(code.scripts, code.words, code.working_directory) if code.project else []
+    if opened:
         said.append(
             f"the job runs in {_shown(code.working_directory)}, so a relative path leads to what lies there "
             f"when it runs, and not to the copy: {', '.join(map(ascii, opened[:_MOST_NAMED]))}{_and_more(opened)}."
@@ -318,53 +360,6 @@ def _and_more(names: Collection[object], most: int = _MOST_NAMED) -> str:
     return f" and {len(names) - most} more" if len(names) > most else ""
 
 
-def _read_in_working_directory(code: CodePlan) -> list[str]:
-    """Code and settings that a script or its command line names by a relative path, in the order of their names.
-
-    The job runs in the folder that it was launched from, so such a path leads to the original and not to the copy.
-    """
-    named, searched = {word.rpartition("=")[2] for word in code.words}, set[str]()
-    for tree in map(syntax_tree, code.scripts):
-        named |= set(_plain_texts(tree))
-        searched |= set(_search_path_entries(tree))
-    here = code.working_directory
-    files = {name for name in named if Path(name).suffix in CODE | SETTINGS and _is_there(name, here)}
-    return sorted(files | {f"{name}/" for name in searched if _is_there(name, here, is_folder=True)})
-
-
-def _is_there(name: str, working_directory: Path, *, is_folder: bool = False) -> bool:
-    if not 0 < len(name) < 500 or "\0" in name or Path(name).is_absolute():
-        return False
-    path = working_directory / name
-    return is_folder_here(path) if is_folder else is_file_here(path)
-
-
-def _search_path_entries(tree: ast.AST) -> Iterator[str]:
-    """What a script puts on ``sys.path`` that does not depend on where the script lies."""
-    for node in ast.walk(tree):
-        match node:
-            case ast.Call(func=ast.Attribute(attr="append" | "insert", value=holder), args=[*_, entry]):
-                text = ast.unparse(entry)
-                if ast.unparse(holder) == "sys.path" and "__file__" not in text:
-                    yield from _plain_texts(entry)
-                    if "cwd()" in text:
-                        texts = [each.value for each in ast.walk(entry) if isinstance(each, ast.Constant)]
-                        yield from [each for each in texts if isinstance(each, str)] or ["."]
-
-
-def _plain_texts(tree: ast.AST) -> Iterator[str]:
-    """Each text of a script that is not joined to a folder, as in ``folder / "name"`` or ``join(folder, "name")``."""
-    joined: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        match node:
-            case ast.BinOp(op=ast.Div() | ast.Add(), right=right):
-                joined.add(right)
-            case ast.Call(func=ast.Attribute(attr="join" | "joinpath" | "with_name"), args=arguments):
-                joined.update(arguments)
-            case ast.Constant(value=str(text)) if node not in joined:
-                yield text
-
-
 def _hpcmm_copy(run: RunDir) -> Path:
     return run.code / "hpcmm"
 
@@ -375,17 +370,6 @@ def _project_copy(run: RunDir) -> Path:
 
 def _imports_copy(run: RunDir) -> Path:
     return run.code / "imports"
-
-
-def _existing_script(path: str | None, working_directory: Path) -> Path:
-    assert path is not None  # validated
-    try:
-        script = working_directory / Path(path).expanduser()
-        if script.is_file():
-            return script.resolve()
-    except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed, another's home
-        raise HpcmmError(f"task.path is {path[:200]}, which cannot be looked up ({error}).") from error
-    raise HpcmmError(f"task.path is {path}, but there is no such file in {working_directory}.")
 
 
 def _own_files() -> Iterator[tuple[Path, Path]]:

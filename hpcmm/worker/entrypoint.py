@@ -1,4 +1,4 @@
-"""One rank, from its process' start to its end: of a workload, or of a script or function of the user's.
+"""One rank, from its process' start to its end: of a workload, or of a script, program or function of the user's.
 
 The user's code gets the environment that PyTorch's own launcher would give it, and annotation of its collectives where
 a profiler listens. It needs to know nothing of hpcmm.
@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import runpy
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from hpcmm.node.startup import parts_before
 from hpcmm.runs.attempts import current_attempt
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.environment import RankEnvironment, bound_threads, with_local_paths
+from hpcmm.worker.environment import RankEnvironment, bound_threads, tell_launchers, with_local_paths
 
 
 def run_rank(run_dir: str) -> Any:
@@ -85,13 +86,16 @@ def _run_users_code(config: RunConfig, run: RunDir) -> Any:
     rank_env = RankEnvironment.read()
     rank_env.export()
     _see_own_gpu()
+    tell_launchers(config, rank_env)
     bound_threads(config)
     _offer_compiled_ops(config)
     annotate_collectives_at_init()
     with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:
         metrics.start(**rank_env.identity())
         result = None
-        if config.task.name == SCRIPT:
+        if config.task.program is not None:
+            _run_program(config.task, run, rank_env.rank)
+        elif config.task.name == SCRIPT:
             _run_script(config.task)
         else:
             result = _call_function(config.task)
@@ -100,8 +104,31 @@ def _run_users_code(config: RunConfig, run: RunDir) -> Any:
     return result
 
 
+def _run_program(task: TaskConfig, run: RunDir, rank: int) -> None:
+    """As a shell does, with its signals passed on. The rank's Python and what lies beside it are on the PATH last."""
+    from hpcmm.worker.signal_forwarding import run_watched  # noqa: PLC0415 -- few tasks are programs
+
+    assert task.program is not None
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    found = shutil.which(task.program)
+    if found is None:
+        raise HpcmmError(f"{task.program} is not an executable on the PATH of {os.uname().nodename}.")
+    with Path(found).open("rb") as opened:
+        start = opened.read(80)
+    # Without a first line that names its interpreter, a text is a script of the shell.
+    shell = [] if start.startswith((b"#!", b"\x7fELF")) or b"\0" in start else ["/bin/sh"]
+    if status := run_watched([*shell, found, *task.args], run, rank):
+        status = status if status > 0 else 128 - status
+        raise ScriptExitError(f"{task.program} exited with status {status}.", status, "")
+
+
 def _run_script(task: TaskConfig) -> None:
-    """As ``python path args...`` does, in this process."""
+    """As ``python path args...`` or ``python -m module args...`` does, in this process."""
+    if task.module is not None:  # PYTHONPATH begins with the folder of the launch, as the copy has it
+        sys.argv = [task.module, *task.args]
+        with _exiting(task.module):
+            runpy.run_module(task.module, run_name="__main__", alter_sys=True)
+        return
     assert task.path is not None
     sys.argv = [task.path, *task.args]
     sys.path.insert(0, str(Path(task.path).parent))

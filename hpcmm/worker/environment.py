@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hpcmm.annotate import stopping
+from hpcmm.config.command import is_launcher
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
@@ -137,9 +138,14 @@ def _problem_of(folder: str) -> str | None:
 STAGE_DIR, STAGED = "HPCMM_STAGE_DIR", "HPCMM_STAGED"
 """Variables of a rank: the folder with this node's copies of ``launch.stage``, each under its source's name, and a JSON
 object that has the copy of each source."""
+NODES, NODE_RANK = "HPCMM_NODES", "HPCMM_NODE_RANK"
+"""Variables of a rank: how many nodes the job has, and which of them, from 0, this one is."""
 
 _OF_THE_SCRIPT = (startup.SCRIPT_BEGAN, startup.SRUN_BEGAN)
-_OF_A_RANK = (stopping.RUN_DIR, stopping.RESTART_COUNT, startup.CAPTURE_BEGAN, startup.COMMAND_BEGAN, STAGE_DIR, STAGED)
+_OF_A_RANK = (
+    *(stopping.RUN_DIR, stopping.RESTART_COUNT, startup.CAPTURE_BEGAN, startup.COMMAND_BEGAN),
+    *(STAGE_DIR, STAGED, NODES, NODE_RANK),
+)
 _MOST_BYTES = 64 << 20
 _held: list[IO[bytes]] = []
 
@@ -212,8 +218,41 @@ def with_local_paths(config: RunConfig, environ: Mapping[str, str] = os.environ)
 
 
 def threads_per_rank(config: RunConfig) -> int:
-    """OpenMP threads of a rank: ``parallel.threads_per_rank``, else its processor cores."""
-    return config.parallel.threads_per_rank or config.cluster.cpus_per_rank
+    """OpenMP threads of a rank, or of a worker that it starts: ``parallel.threads_per_rank``, else its cores."""
+    cluster = config.cluster
+    workers = cluster.gpus_per_node if cluster.ranks_per_node == 1 and cluster.gpus_per_node else 1
+    return config.parallel.threads_per_rank or max(1, cluster.cpus_per_rank // workers)
+
+
+def tell_launchers(
+    config: RunConfig, rank_env: RankEnvironment, environ: MutableMapping[str, str] = os.environ
+) -> None:
+    """Tell a process that starts the workers of its node itself where all nodes meet.
+
+    torchrun takes its options from ``PET_`` variables; what the user has set of these stays. If it is certain that the
+    process is no worker itself, it is given no rank: its workers would inherit that.
+    """
+    cluster = config.cluster
+    is_alone = cluster.ranks_per_node == 1
+    node_rank = str(rank_env.rank) if is_alone else environ.get("SLURM_NODEID", "0")
+    environ.update({NODES: str(cluster.nodes), NODE_RANK: node_rank})
+    if not is_alone:
+        return
+    for name, value in {
+        "NODE_RANK": node_rank,
+        "PET_NNODES": str(cluster.nodes),
+        "PET_NODE_RANK": node_rank,
+        "PET_MASTER_ADDR": rank_env.master_addr,
+        "PET_MASTER_PORT": str(rank_env.master_port),
+        "PET_RDZV_ENDPOINT": f"{rank_env.master_addr}:{rank_env.master_port}",
+        "PET_RDZV_ID": rank_env.job_id,
+    }.items():
+        environ.setdefault(name, value)
+    if cluster.gpus_per_node:
+        environ.setdefault("PET_NPROC_PER_NODE", str(cluster.gpus_per_node))
+    if is_launcher(config):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            environ.pop(name, None)
 
 
 def bound_threads(config: RunConfig) -> None:

@@ -408,6 +408,14 @@ def test_a_hostile_node_name_cannot_leave_its_shell_word() -> None:
     assert "-w 'a; rm -rf /' " in suggest(finding, {})
 
 
+def test_the_only_node_of_a_run_without_slurm_is_not_to_be_excluded() -> None:
+    finding = Finding("compute", "", 1.0, 3, "vm", "forward", "", "high")
+    local = {"cluster": {"executor": "local", "nodes": 1}}
+    for config in (local, local | {"train": {}}):
+        assert suggest(finding, config) == "see what else uses the cores of this machine: top"
+    assert suggest(finding, {"cluster": {"executor": "slurm", "nodes": 1}}) == "cluster.exclude=vm"
+
+
 def test_suggestions_start_from_the_runs_own_settings() -> None:
     finding = Finding("transfer", "", 1.0, None, "", "", "", "high")
     assert suggest(finding, {"train": {"gradient_accumulation_steps": 4}}) == "train.gradient_accumulation_steps=8"

@@ -5,13 +5,21 @@ import os
 import shlex
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from simulated import simulate_run
 
+from hpcmm.analysis.extraction import ReportFacts
+from hpcmm.analysis.report_inventory import take_inventory
+from hpcmm.analysis.trace import RankTrace
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.analyze.__main__ import main
 from hpcmm.errors import HpcmmError
+from hpcmm.reports.report import Identity
+from hpcmm.reports.run_record import RunRecord
+from hpcmm.runs.metrics import RankStart
 from hpcmm.runs.run_dir import RunDir
 
 
@@ -308,3 +316,61 @@ def test_a_pipe_a_folder_and_a_loose_link_cost_their_rank_alone(run_dir: RunDir)
     assert statuses(analysis) == {0: "found", 1: "truncated", 2: "truncated", 3: "truncated"}
     assert "is not a file" in reason(analysis, 1)
     assert "No such file" in reason(analysis, 3)
+
+
+def report_of_launcher(node: int, *workers: RankTrace, report: str = "") -> ReportFacts:
+    identity = Identity(node, f"node{node + 1}", "17", environment={"SLURM_PROCID": str(node)})
+    return ReportFacts(path=Path(report or f"rank_{node:04d}.nsys-rep"), traces=workers, identity=identity, events=9)
+
+
+def launchers(nodes: int, profiled: frozenset[int] | None = None) -> RunRecord:
+    starts = {node: RankStart(node, f"node{node + 1}", "17", 1) for node in range(nodes)}
+    return RunRecord(nodes, 1, frozenset(range(nodes)) if profiled is None else profiled, starts)
+
+
+def found(facts: list[ReportFacts], record: RunRecord) -> list[tuple[int, str, str]]:
+    rows = take_inventory(facts, record).table[["rank", "node", "status"]].itertuples(index=False)
+    return [(int(rank), node, status) for rank, node, status in rows]
+
+
+WORKERS = simulate_run(lambda *_: 1.0, ranks=4, steps=3)
+FOUR = [(0, "node1", "found"), (1, "node1", "found"), (2, "node2", "found"), (3, "node2", "found")]
+
+
+def test_all_workers_of_a_launcher_a_node_are_ranks_of_their_node() -> None:
+    reports = [report_of_launcher(0, *WORKERS[:2]), report_of_launcher(1, *WORKERS[2:])]
+    assert found(reports, launchers(2)) == FOUR
+    assert take_inventory(reports, launchers(2)).complete
+
+
+def test_workers_that_all_tell_their_launcher_s_rank_or_none_are_numbered_as_they_were_started() -> None:
+    for told in (lambda node: node, lambda _: -1):
+        reports = [
+            report_of_launcher(node, *(replace(each, rank=told(node)) for each in reversed(WORKERS[2 * node :][:2])))
+            for node in range(2)
+        ]
+        assert found(reports, launchers(2)) == FOUR
+        used = {trace.rank: trace.pid for _, trace in take_inventory(reports, launchers(2)).used}
+        assert used == {rank: 100 + rank for rank in range(4)}
+
+
+def test_workers_of_a_launcher_without_a_report_are_missing_or_were_not_chosen() -> None:
+    reports = [report_of_launcher(0, *WORKERS[:2])]
+    assert found(reports, launchers(2))[2:] == [(2, "node2", "missing"), (3, "node2", "missing")]
+    not_chosen = found(reports, launchers(2, frozenset({0})))
+    assert not_chosen[2:] == [(2, "node2", "not_profiled"), (3, "node2", "not_profiled")]
+
+
+def test_a_worker_that_was_started_again_and_a_process_on_the_side_are_no_further_ranks() -> None:
+    first, again = WORKERS[0], replace(WORKERS[0], pid=500, steps=WORKERS[0].steps + 10**12)
+    beside = replace(WORKERS[0], pid=501, collectives=WORKERS[0].collectives.iloc[:0])
+    for other in (again, beside):
+        assert found([report_of_launcher(0, first, other)], launchers(1)) == [
+            (0, "node1", "found"), (0, "node1", "duplicate"),
+        ]  # fmt: skip
+
+
+def test_of_several_ranks_a_node_two_that_tell_the_same_rank_are_still_one() -> None:
+    record = RunRecord(2, 2, frozenset({0, 1}))
+    reports = [report_of_launcher(0, WORKERS[0], replace(WORKERS[0], pid=500)), report_of_launcher(1, WORKERS[1])]
+    assert [row[2] for row in found(reports, record)] == ["found", "duplicate", "found"]

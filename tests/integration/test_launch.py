@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,16 @@ if sys.argv[1] == "odd" and not pathlib.Path("mended").exists():
 """
 
 
+TELLS_ITS_PLACE = """\
+import json, sys
+import torch.distributed as dist
+dist.init_process_group("gloo")
+told = {"rank": dist.get_rank(), "of": dist.get_world_size(), "argv": sys.argv}
+print("\\n" + json.dumps(told) + "\\n", end="", flush=True)
+dist.destroy_process_group()
+"""
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A working directory whose name is hard on shells."""
@@ -38,10 +49,11 @@ def folder(tmp_path):
     return hard
 
 
-def launch(cluster, folder, *overrides, expected=0):
+def launch(cluster, folder, *overrides, expected=0, environment=None):
     done = subprocess.run(
         [sys.executable, "-m", "hpcmm.launch", "cluster=local_slurm", *overrides],
-        env=cluster.env, cwd=folder, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False,
+        env=cluster.env | (environment or {}), cwd=folder, capture_output=True, text=True, timeout=120,
+        stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     assert done.returncode == expected, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -263,6 +275,22 @@ def test_a_function_runs_as_a_task_and_sees_its_arguments(slurm_cluster, folder)
     launch(slurm_cluster, folder, *function, "cluster=local", "cluster.ranks_per_node=2", "wait=true")
     for rank in range(2):
         assert "called with 0.0001 $(id)" in (latest(folder) / "logs" / f"rank_{rank:04d}.log").read_text()
+
+
+@pytest.mark.parametrize("command", [("-m", "tell"), ("torchrun", "tell.py")])
+def test_a_command_is_run_as_it_was_typed_and_a_launcher_s_workers_meet_over_the_nodes(slurm_cluster, folder, command):
+    (folder / "tell.py").write_text(TELLS_ITS_PLACE)
+    words = ["--x", '{"a": [1]}', "${oc.env:HOME}", "???", "", "it's $HOME", "--", "cluster.nodes=9"]
+    ranks = 1 if command[0] == "torchrun" else 2
+    beside = {"PATH": f"{Path(sys.executable).parent}:{slurm_cluster.env['PATH']}"}
+    shape = ("cluster.nodes=2", f"cluster.ranks_per_node={ranks}")
+    launch(slurm_cluster, folder, *shape, "--", *command, *words, environment=beside)
+    wait_for(slurm_cluster, job_id_of(latest(folder)), within_s=250)
+    logs = [log.read_text() for log in sorted((latest(folder) / "logs").glob("rank_*.log"))]
+    told = [json.loads(line) for log in logs for line in log.splitlines() if line.startswith('{"rank"')]
+    copy = str(latest(folder) / "code" / "project" / "tell.py")
+    expected = [{"rank": rank, "of": 4, "argv": [copy, *words]} for rank in range(4)]
+    assert sorted(told, key=lambda each: each["rank"]) == expected
 
 
 @pytest.mark.parametrize(

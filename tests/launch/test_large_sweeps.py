@@ -79,7 +79,7 @@ SWEEP = ("cluster=slurm", "launch.snapshot=false", "task=function", "task.target
 
 
 def sweep_of(points: int, *overrides: str) -> list[str]:
-    return [*SWEEP, f"train.seed=range(0,{points})", *overrides]
+    return [*SWEEP, f"task.kwargs.seed=range(0,{points})", *overrides]
 
 
 def jobs_of(sweep: SweepDir) -> list[list[str]]:
@@ -253,9 +253,9 @@ def test_a_sweep_is_no_run_to_start_from_but_its_point_is(slurm: Slurm) -> None:
     sweep = SweepDir(launch(sweep_of(2, "name=first")).run.root)
     sweep.point(1).newest_checkpoint.write_text("step_1")
     with pytest.raises(HpcmmError, match=f"is a sweep: name one of its points, such as {sweep.root.name}/0000"):
-        launch([*SWEEP, "train.init_from=first"])
+        launch(["cluster=slurm", "launch.snapshot=false", "train.init_from=first"])
     for named in ("first/0001", "11_1", f"runs/{sweep.root.name}/0001"):
-        submission = launch([*SWEEP, f"train.init_from={named}"])
+        submission = launch(["cluster=slurm", "launch.snapshot=false", f"train.init_from={named}"])
         assert submission.planned.config.train.init_from == str(sweep.point(1).root)
     with pytest.raises(HpcmmError, match="has no point 0002"):
-        launch([*SWEEP, "train.init_from=first/0002"])
+        launch(["cluster=slurm", "launch.snapshot=false", "train.init_from=first/0002"])

@@ -44,7 +44,7 @@ echo $(id -u) >> rows
 """
 LOST = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
 SAID = "echo Submitted batch job $number"
-SWEEP = ["train.seed=range(0,4)"]
+SWEEP = ["parallel.threads_per_rank=range(1,5)"]
 
 
 class Slurm:

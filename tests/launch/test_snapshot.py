@@ -337,3 +337,57 @@ def test_what_a_script_writes_beside_itself_into_a_folder_to_fill_lies_where_the
     (copy / "data" / "raw" / "model.pt").write_text("kept")
     assert (project / "data" / "raw" / "model.pt").read_text() == "kept"
     assert (copy / "data" / "later.txt").read_text() == "seen"
+
+
+@pytest.fixture
+def launched(project, monkeypatch):
+    """Plan a command behind ``--`` in the project's folder; returns the task as the ranks read it, and the folder."""
+    monkeypatch.chdir(project)
+    (project / "run.sh").write_text("#!/bin/sh\nexec python new.py\n")
+    (project / "run.sh").chmod(0o755)
+    (project / "lib" / "__main__.py").write_text("")
+    (project / "bin").mkdir()
+    (project / "bin" / "torchrun").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+    def of(*command):
+        words = ["cluster=slurm", "dry_run=true", "--", *command]
+        made = plan(compose_points(words), words)
+        return made.config.task, made.code, made.run.code / "project"
+
+    return of
+
+
+def test_a_module_runs_from_the_copy_of_its_project(launched, project):
+    for module in ("lib.helper", "lib"):
+        task, code, copy = launched("-m", module, "train.py")
+        assert (task.module, task.args, code.project) == (module, ["train.py"], project)
+        assert str(copy) in code.python_path
+    for module, said in (("lib.none", "has lib, but not that module"), ("nosuch.one", "Python has nosuch")):
+        with pytest.raises(HpcmmError, match=said):
+            launched("-m", module)
+
+
+def test_of_a_launcher_and_a_shell_the_script_runs_from_the_copy_and_all_other_words_stay(launched, project):
+    for command, place in ((["torchrun", "train.py", "new.py"], 0), (["bash", "-x", "run.sh", "train.py"], 1)):
+        task, code, copy = launched(*command)
+        assert task.program == command[0]
+        assert task.args == [*command[1 : place + 1], str(copy / command[place + 1]), *command[place + 2 :]]
+        assert code.project == project
+
+
+def test_a_shell_script_of_the_project_runs_from_the_copy_and_what_it_reads_live_is_named(launched, project, capsys):
+    task, code, copy = launched("./run.sh", "train.py")
+    assert (task.program, task.args, code.project) == (str(copy / "run.sh"), ["train.py"], project)
+    run = RunDir(project / "runs" / "shell")
+    run.create()
+    take_snapshot(compose_run(["cluster=slurm"]), run, code)
+    assert os.access(run.code / "project" / "run.sh", os.X_OK)
+    assert "a relative path leads to what lies there when it runs, and not to the copy: 'new.py', 'train.py'" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_program_of_the_machine_stays_where_it_is(launched, project):
+    task, code, _ = launched("/bin/echo", "train.py")
+    assert (task.program, task.args, code.scripts) == ("/bin/echo", ["train.py"], ())

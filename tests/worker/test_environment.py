@@ -4,9 +4,10 @@ import socket
 
 import pytest
 
+from hpcmm.config.sweep import compose_points
 from hpcmm.errors import HpcmmError
 from hpcmm.node.network import find_free_port
-from hpcmm.worker.environment import RankEnvironment, forget_outer_run
+from hpcmm.worker.environment import RankEnvironment, forget_outer_run, tell_launchers, threads_per_rank
 
 SLURM = {
     "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node3",
@@ -63,3 +64,42 @@ def test_a_free_port_can_be_bound_and_one_that_is_taken_is_not_given(monkeypatch
         taken = listener.getsockname()[1]
         monkeypatch.setattr("random.sample", lambda *_: [taken, taken + 1, taken + 2])
         assert find_free_port("127.0.0.1") in (taken + 1, taken + 2)
+
+
+def told(*overrides: str, **given: str) -> dict[str, str]:
+    """What the one rank of the second of two nodes finds in its environment, beside MASTER_ADDR and its port."""
+    environ = {"SLURM_NODEID": "1", **given}
+    rank_env = RankEnvironment(1, 0, 2, 1, "17", "node2", "node1", 2345)
+    rank_env.export(environ)
+    (point,) = compose_points(["cluster=slurm", "cluster.nodes=2", *overrides])
+    tell_launchers(point.config, rank_env, environ)
+    return {name: value for name, value in environ.items() if not name.startswith(("MASTER_", "SLURM_"))}
+
+
+PLACES = {
+    "HPCMM_NODES": "2", "HPCMM_NODE_RANK": "1", "NODE_RANK": "1", "PET_NNODES": "2", "PET_NODE_RANK": "1",
+    "PET_MASTER_ADDR": "node1", "PET_MASTER_PORT": "2345", "PET_RDZV_ENDPOINT": "node1:2345", "PET_RDZV_ID": "17",
+}  # fmt: skip
+OWN = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+
+
+def test_one_process_a_node_is_told_where_all_nodes_meet_and_no_rank_if_its_workers_would_inherit_it():
+    assert told("--", "train.py") == PLACES | OWN
+    assert told("--", "torchrun", "train.py") == PLACES
+    gpus = "cluster.gpus_per_node=4"
+    assert told(gpus, "--", "train.py") == PLACES | {"PET_NPROC_PER_NODE": "4"}
+    assert told(gpus, "--", "torchrun", "a.py", PET_NPROC_PER_NODE="2") == PLACES | {"PET_NPROC_PER_NODE": "2"}
+
+
+def test_a_rank_of_several_on_its_node_is_told_its_node_alone():
+    assert told("cluster.ranks_per_node=2", "--", "train.py") == OWN | {"HPCMM_NODES": "2", "HPCMM_NODE_RANK": "1"}
+
+
+def test_the_workers_of_a_node_share_the_cores_of_the_process_that_starts_them():
+    def threads(*overrides: str) -> int:
+        return threads_per_rank(compose_points(["cluster=slurm", "cluster.cpus_per_rank=8", *overrides])[0].config)
+
+    assert threads("cluster.gpus_per_node=4", "--", "train.py") == 2
+    assert threads("cluster.gpus_per_node=16", "--", "train.py") == 1
+    assert threads("cluster.gpus_per_node=4", "cluster.ranks_per_node=4", "--", "train.py") == 8
+    assert threads("cluster.gpus_per_node=4", "parallel.threads_per_rank=3", "--", "train.py") == 3

@@ -219,3 +219,50 @@ def test_a_function_that_exits_well_leaves_a_word_of_its_end(tmp_path):
     run, done = run_task(tmp_path, "task=function", "task.target=mine:train", PYTHONPATH=python_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(run.rank_metrics(3).read_text().splitlines()[-1])["event"] == "end"
+
+
+@pytest.mark.parametrize(("name", "spec"), [("pkg.train", "pkg.train"), ("pkg", "pkg.__main__")])
+def test_a_module_runs_as_by_python_m(tmp_path, name, spec):
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").write_text("")
+    (tmp_path / "pkg" / "helper.py").write_text("NAME = 'helper'\n")
+    text = "import sys\nfrom .helper import NAME\nprint(__name__, __package__, __spec__.name, NAME, sys.argv)\n"
+    file = tmp_path / "pkg" / f"{spec.partition('.')[2]}.py"
+    file.write_text(text)
+    path = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    _, done = run_task(tmp_path, "task=script", f"task.module={name}", "task.args=[--lr,1e-4]", **path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"__main__ pkg {spec} helper {[str(file), '--lr', '1e-4']}\nreturned None\n"
+
+
+PRINTS_ITS_WORDS = 'printf "[%s]" "$@" "$RANK"'
+
+
+@pytest.mark.parametrize("first_line", ["#!/bin/sh\n", ""])
+def test_an_executable_gets_its_words_and_the_rank_and_ends_the_rank_with_its_status(tmp_path, first_line):
+    program = tmp_path / "job"
+    program.write_text(f"{first_line}{PRINTS_ITS_WORDS}\nexit 7\n")
+    program.chmod(0o755)
+    run, done = run_rank(tmp_path, "task=script", f"task.program={program}", "task.args=['a b','','$HOME']")
+    assert done.returncode == 7
+    assert "[a b][][$HOME][3]" in done.stdout
+    record = json.loads(failures.exit_file(failures.attempt_folder(run, SLURM), 3).read_text())
+    assert (record["status"], record["signal"]) == (7, None)
+
+
+def test_an_executable_of_the_path_that_a_signal_ends_ends_the_rank_as_in_a_shell(tmp_path):
+    _, done = run_rank(tmp_path, "task=script", "task.program=sh", "task.args=[-c,'kill -KILL $$']")
+    assert done.returncode == 128 + signal.SIGKILL
+
+
+def test_an_executable_that_the_node_does_not_have_is_named(tmp_path):
+    _, done = run_task(tmp_path, "task=script", "task.program=no-such-program")
+    assert "no-such-program is not an executable on the PATH of" in done.stderr
+
+
+def test_a_signal_to_the_rank_reaches_the_executable(tmp_path):
+    program = tmp_path / "run.sh"
+    program.write_text("#!/bin/sh\ntrap 'echo told; exit 0' USR1\nkill -USR1 $PPID\nwhile :; do sleep 0.1; done\n")
+    program.chmod(0o755)
+    _, done = run_rank(tmp_path, "task=script", f"task.program={program}")
+    assert (done.returncode, "told" in done.stdout) == (0, True)
