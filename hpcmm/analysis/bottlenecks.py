@@ -166,9 +166,9 @@ def _transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tupl
 def _transfer(context: AnalysisContext, explained_s: float) -> list[Finding]:
     """Exposed communication that neither a late rank explains nor one that stood still (``explained_s``)."""
     rows = context.rows
-    if rows.empty:
+    inside = rows[rows["step"].isin(context.steps.numbers)] if len(rows) else rows
+    if inside.empty:
         return []
-    inside = rows[rows["step"].isin(context.steps.numbers)]
     count = len(context.steps.numbers) * len(context.traces)
     lost = max(0.0, float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count - explained_s)
     by_phase = inside.groupby("phase")["exposed_transfer_ns"].sum()
