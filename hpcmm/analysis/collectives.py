@@ -7,8 +7,9 @@ clock, d_r = e_r - s_r:
 - estimator B: wait_r = clip(max_q s_q - s_r, 0, d_r), Scalasca's "wait at NxN".
 
 A holds only where all ranks also leave together; B wherever every rank needs data of all others, so that an
-all-to-all, whose ranks may exchange unequal amounts, has B alone. Neither holds for rooted operations, whose ranges do
-not tell the root, nor for point-to-point ones, whose ranges do not tell the peer.
+all-to-all, whose ranks may exchange unequal amounts, has B alone. So has a broadcast or scatter that its root comes
+last to; if its range does not tell the root, or another rank is last, all of it is transfer. A send and its receive
+have B between the two of them: the k-th send from one rank to another is what the k-th receive there gets.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import pandas as pd
 
 from hpcmm.analysis import nccl
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, first_claims
-from hpcmm.analysis.trace import RankTrace, nullable_steps
+from hpcmm.analysis.trace import NO_PEER, RankTrace, nullable_steps
 
 SYNCHRONISING = frozenset({"all_reduce", "all_gather", "reduce_scatter", "barrier"})
 """No rank leaves before all have arrived, and all leave within the operation's own transfer time."""
 NEEDS_ALL = SYNCHRONISING | {"all_to_all"}
 """No rank leaves before all have arrived."""
 POINT_TO_POINT = frozenset({"send", "recv"})
+FROM_ROOT = frozenset({"broadcast", "scatter"})
+"""Nobody can leave before the root has arrived."""
 
 KEY = ["group", "op", "sequence", "occurrence"]
 
@@ -57,9 +60,13 @@ def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
     if rows.empty:
         columns = ["op", "group", "sequence", "occurrence", "bytes", "start_ns", "end_ns", "closed", "step", "phase"]
         return pd.DataFrame(
-            columns=[*columns, "trace", "rank", "node", "instance", "ranks", "complete", "synchronising", "needs_all"]
+            columns=[
+                *(*columns, "peer", "trace", "rank", "node", "instance", "ranks", "complete", "synchronising"),
+                *("needs_all", "partner_start_ns"),
+            ]
         )
     rows = nccl.with_basis(rows)
+    rows["peer"] = rows["peer"].fillna(NO_PEER).astype(np.int64) if "peer" in rows else NO_PEER
     rows["instance"] = rows.groupby(KEY, sort=False).ngroup()
     collective = ~rows["op"].isin(POINT_TO_POINT)
     members = rows[collective].groupby("group")["trace"].nunique()
@@ -68,8 +75,33 @@ def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
     rows["complete"] = collective & (rows["instance"].map(closed) == rows["ranks"])
     shared = rows["complete"] & (rows["ranks"] > 1)
     rows["synchronising"] = shared & rows["op"].isin(SYNCHRONISING)
-    rows["needs_all"] = shared & rows["op"].isin(NEEDS_ALL)
+    rows["needs_all"] = shared & (rows["op"].isin(NEEDS_ALL) | (rows["op"].isin(FROM_ROOT) & _root_is_last(rows)))
+    rows["partner_start_ns"] = _partner_starts(rows)
     return rows.sort_values(["trace", "start_ns"], kind="stable", ignore_index=True)
+
+
+def _root_is_last(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Whether the rank that arrives last at each row's instance is its root."""
+    starts = rows["start_ns"].groupby(rows["instance"])
+    of_root = rows["start_ns"].where(rows["rank"] == rows["peer"]).groupby(rows["instance"]).transform("max")
+    return of_root == starts.transform("max")
+
+
+def _partner_starts(rows: pd.DataFrame) -> pd.Series[float]:
+    """When the other side of each send or receive began; NaN for all other rows, and if it was not seen."""
+    pairs = rows.loc[rows["op"].isin(POINT_TO_POINT) & (rows["peer"] != NO_PEER)]
+    sends = (pairs["op"] == "send").to_numpy()
+    ends = {
+        "from": np.where(sends, pairs["rank"], pairs["peer"]),
+        "to": np.where(sends, pairs["peer"], pairs["rank"]),
+    }
+    pairs = pairs[["group", "op", "start_ns"]].assign(**ends).sort_values("start_ns", kind="stable")
+    key = ["group", "from", "to"]
+    pairs["number"] = pairs.groupby([*key, "op"]).cumcount()
+    other = pairs.assign(op=np.where(pairs["op"] == "send", "recv", "send"))
+    starts = other.drop_duplicates([*key, "op", "number"]).set_index([*key, "op", "number"])["start_ns"]
+    found = starts.reindex(pd.MultiIndex.from_frame(pairs[[*key, "op", "number"]]))
+    return pd.Series(found.to_numpy(np.float64), index=pairs.index).reindex(rows.index)
 
 
 def estimate_waits(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
@@ -88,15 +120,16 @@ def estimate_waits(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
     last = rows.groupby("instance")["start_ns"].transform("max")
     wait_a = (duration - duration.groupby(by_instance).transform("min")).where(has_a)
     wait_b = (last - rows["start_ns"]).astype(np.float64).clip(upper=duration).where(has_b)
+    for_partner = (rows["partner_start_ns"] - rows["start_ns"]).clip(lower=0.0, upper=duration)
     longest = wait_b.groupby(by_instance).transform("max")
     clock_tells = wait_a.fillna(wait_b).groupby(by_instance).transform("max") > clock_error_ns
     blamable = has_b & clock_tells.to_numpy() & (longest.to_numpy() > clock_error_ns)
-    wait = wait_b.where(clock_tells, wait_a)
+    wait = wait_b.where(clock_tells, wait_a).fillna(for_partner.where(for_partner > clock_error_ns))
     late = _late_arrivers(rows)
     return rows.assign(
         duration_ns=duration,
         wait_a_ns=wait_a,
-        wait_b_ns=wait_b,
+        wait_b_ns=wait_b.fillna(for_partner),
         wait_ns=wait,
         transfer_ns=duration - wait.fillna(0.0),
         blamable=blamable,

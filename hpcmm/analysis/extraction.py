@@ -11,7 +11,7 @@ import pandas as pd
 
 from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
 from hpcmm.analysis.intervals import IntervalSet
-from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, WORKER, RankTrace
+from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, WORKER, RankTrace
 from hpcmm.annotate import schema
 from hpcmm.reports.report import CudaEvents, Identity, Parts, Report
 from hpcmm.text import printable
@@ -228,6 +228,7 @@ def _collectives(ranges: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
         sequence=np.array([name.sequence for name in parts], dtype=np.int64),
         bytes=np.array([name.bytes for name in parts], dtype=np.int64),
     )
+    frame["peer"] = np.array([NO_PEER if name.peer is None else name.peer for name in parts], dtype=np.int64)
     frame["occurrence"] = frame.groupby(["group", "op", "sequence"]).cumcount()
     frame["step"], frame["phase"] = phases.locate(segments, frame["start_ns"].to_numpy(np.int64))
-    return frame[[*COLLECTIVE_COLUMNS, "tid"]]
+    return frame[[*COLLECTIVE_COLUMNS, "peer", "tid"]]

@@ -8,6 +8,7 @@ only these.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ CAUSES = {
     "checkpoint": "checkpoint",
     "subprocess": "waiting for a child process",
     "stall": "stall",
+    "solo": "work of one rank alone",
     "between": "work between steps",
     "other": "work outside the phases",
     "transfer": "communication transfer",
@@ -87,11 +89,13 @@ class Finding:
     """Where the evidence lies: a table, and the columns and values to filter it by."""
     worst_step: int | None = None
     """The step that shows it best."""
+    several: bool = False
+    """Whether it names several ranks, which no column can hold."""
 
     @property
     def blames(self) -> bool:
-        """Whether it names a rank or a node."""
-        return self.rank is not None or self.node != ""
+        """Whether it names a rank, a node, or several ranks."""
+        return self.rank is not None or self.node != "" or self.several
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +205,7 @@ def _override(finding: Finding, config: Mapping[str, Any]) -> str:  # noqa: PLR0
             return f"cluster.exclude={_excluded(config, finding.node)}"
         case "batch" | "uneven" | "gpu_host" | "gpu_sync" | "gpu_order":
             return f"train.micro_batch_size={2 * max(1, _number(config, 'train', 'micro_batch_size', 1))}"
-        case "checkpoint":
+        case "checkpoint" | "solo" if finding.kind == "checkpoint" or _SAVES.search(finding.phase):
             return f"train.checkpoint_every={max(4 * _number(config, 'train', 'checkpoint_every', 0), 100)}"
         case "transfer":
             # Fewer synchronisations a sample; it costs nothing but memory for the accumulated gradients.
@@ -223,6 +227,8 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
             return "bucket examples by length, or share them out over the ranks by their cost"
         case "checkpoint":
             return "save less often, or from a thread of its own"
+        case "solo":
+            return _advice_for_solo_work(finding.phase)
         case "transfer":
             return "accumulate gradients over more micro-batches before they are exchanged"
         case "imbalance":
@@ -231,6 +237,25 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
             return "with annotate.phase(...) around each part of the step, the next capture tells which part it is"
         case _:
             return "log and evaluate less often"
+
+
+_SAVES = re.compile("check|ckpt|save|snapshot", re.IGNORECASE)
+_EVALUATES = re.compile("eval|val|test|generat|sampl|metric", re.IGNORECASE)
+_LOGS = re.compile("log|print|report|wandb|tensorboard|plot|monitor", re.IGNORECASE)
+
+
+def _advice_for_solo_work(phase: str) -> str:
+    """By what the range says it is; all three if none says anything."""
+    if _SAVES.search(phase):
+        return "let each rank save its part in the background (torch.distributed.checkpoint.async_save), or less often"
+    if _EVALUATES.search(phase):
+        return "evaluate on all ranks, each a part (DistributedSampler), less often, or in a job of its own"
+    if _LOGS.search(phase):
+        return "log less often, or from a thread of its own"
+    return (
+        "share it out over all ranks (an evaluation, a sharded checkpoint), do it less often, or in a thread or job of "
+        "its own"
+    )
 
 
 def _excluded(config: Mapping[str, Any], node: str) -> str:

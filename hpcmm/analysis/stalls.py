@@ -1,24 +1,30 @@
-"""Stalls: a process that stood still, communication that did, and the node behind a slow link.
+"""Stalls: a process that stood still, communication that did, and the node behind a slow link; and what is none.
 
 A process that is stopped (SIGSTOP, a debugger, a freezer, a machine that swaps) while it is in a collective looks like
 a slow transfer to all others. But no thread of it enters or leaves any OS call meanwhile, though some do so all the
 time: that tells the two apart.
+
+A rank that evaluates, logs or saves for all others keeps them waiting in a few steps, as a stall does. But it does so
+at intervals, or often and for about as long each time, or in a phase that no other rank has.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.delay_costs import Floats, exposed_communication
-from hpcmm.analysis.findings import CAUSES, MEDIUM, AnalysisContext, Finding
+from hpcmm.analysis.delay_costs import BETWEEN_STEPS, Floats, exposed_communication
+from hpcmm.analysis.findings import CAUSES, MEDIUM, AnalysisContext, Finding, phase_of_part
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
 from hpcmm.analysis.osrt import STEP_THREAD
-from hpcmm.analysis.phases import StepTimes
-from hpcmm.analysis.trace import WORKER, RankTrace
+from hpcmm.analysis.phases import OTHERS, StepTimes
+from hpcmm.analysis.trace import OTHER, WORKER, RankTrace
+from hpcmm.annotate.schema import PHASES
 
 
 def find_process_stalls(
@@ -147,3 +153,193 @@ def _receives(trace: RankTrace) -> int:
         return 0
     mine = (table["process_role"] == WORKER) & (table["thread_role"] != STEP_THREAD) & table["function"].isin(RECEIVING)
     return int(table.loc[mine, "calls"].sum())
+
+
+SOLO_TIMES = 2.0
+"""Work of one rank alone is so many times as long as what else that rank has beyond its peers ..."""
+SOLO_SHARE = 0.2
+"""... and lasts at least this share of a step."""
+ALIKE_TIMES = 2.0
+"""The longest of irregular work is at most so many times the shortest: stalls last as long as they happen to."""
+MIN_REGULAR, MIN_IRREGULAR = 3, 4
+"""Two delays lie at an interval whatever they are, three hardly by chance."""
+LIKE_TWO = 1.5
+"""... and of two alone."""
+CANDIDATES, ANCHORS = 64, 3
+"""Longest steps whose distances are tried as periods, and how many of them are taken for one of the interval's own."""
+SAME_STEPS = 0.8
+"""Ranks do it together if they have this share of the steps in common."""
+EXTRA_RANGES = 1.5
+"""A phase is entered for something of the rank's own if that happens so many times as often as on its peers."""
+
+
+@dataclass(frozen=True, slots=True)
+class SoloWork:
+    """What some ranks do now and then, and the others never: evaluation, logging, a checkpoint."""
+
+    members: tuple[int, ...]
+    """Traces."""
+    at: npt.NDArray[np.intp]
+    """Positions of the steps that it lies in, or before, if it lies between steps."""
+    period: int
+    """Steps from one to the next; 0 if they are irregular."""
+    name: str
+    """Of the phase that no other rank has; empty if no range tells."""
+    part: str
+    """Where most of it lies, of the parts of the ranks' work."""
+    length_s: float
+    """Median of one."""
+
+
+def find_solo_work(context: AnalysisContext) -> list[SoloWork]:
+    """Work of single ranks at intervals; empty if every rank does as its peers do, or only more slowly.
+
+    It shows in the ranks' own work, not in who waits: the step in which it is done may end before anybody waits.
+    """
+    work = _work_by_step(context)
+    total = work.sum(axis=2)
+    count = total.shape[1]
+    if count < 2 or len(total) < MIN_REGULAR:
+        return []
+    # At most half of the ranks do it: the lower median of all is what the others take.
+    excess = np.maximum(total - np.sort(total, axis=1)[:, [(count - 1) // 2]], 0.0)
+    least_s = SOLO_SHARE * context.steps.median_s
+    patterns = {trace: _pattern(excess, trace, context.steps.numbers, least_s) for trace in range(count)}
+    found = _named(context)
+    for trace, pattern in patterns.items():
+        if pattern is None or any(trace in solo.members for solo in found):
+            continue
+        at, period = pattern
+        alike = [other for other, its in patterns.items() if its is not None and _overlap(its[0], at) >= SAME_STEPS]
+        where = _own_part(context, work, alike, at)
+        if where is not None and len(alike) <= count // 2:
+            length = float(np.median(excess[at][:, alike]))
+            found.append(SoloWork(tuple(alike), at, period, *where, length))
+    return found
+
+
+def _named(context: AnalysisContext) -> list[SoloWork]:
+    """What a range names that at most half of the ranks have: no pattern is needed to tell what it is."""
+    numbers, traces = context.steps.numbers, context.traces
+    found = []
+    names = {str(name) for trace in traces for name in trace.segments["phase"].unique()}
+    for name in sorted(names - {OTHER, OTHERS, "", *PHASES[:-1]}):
+        steps = [trace.segments.loc[trace.segments["phase"] == name, "step"].unique() for trace in traces]
+        members = tuple(index for index, of_trace in enumerate(steps) if len(of_trace))
+        at = np.flatnonzero(np.isin(numbers, np.concatenate(steps)))
+        if not len(at) or len(members) > len(traces) // 2:
+            continue
+        gaps = np.diff(numbers[at])
+        period = int(gaps[0]) if len(at) > 1 and (gaps == gaps[0]).all() else 0
+        length = context.time_in([name])[at][:, list(members)]
+        found.append(SoloWork(members, at, period, name, name, float(np.median(length))))
+    return found
+
+
+def _work_by_step(context: AnalysisContext) -> Floats:
+    """Seconds of each trace in each part, from the end of one step to that of the next: (steps, traces, parts)."""
+    found = np.zeros((len(context.steps.numbers), len(context.traces), len(context.parts.names)))
+    for index, trace in enumerate(context.traces):
+        steps = trace.steps.assign(begin_ns=trace.steps["end_ns"].shift().fillna(trace.steps["start_ns"]))
+        bounds = steps.set_index("step")[["begin_ns", "end_ns"]].reindex(context.steps.numbers).to_numpy(np.float64)
+        there = np.isfinite(bounds).all(axis=1)
+        found[there, index] = context.parts.between(index, bounds[there, 0], bounds[there, 1]) / NS_PER_S
+    return found
+
+
+def _overlap(left: npt.NDArray[np.intp], right: npt.NDArray[np.intp]) -> float:
+    return len(np.intersect1d(left, right)) / max(len(left), len(right))
+
+
+def _pattern(
+    excess: Floats, trace: int, numbers: npt.NDArray[np.int64], least_s: float
+) -> tuple[npt.NDArray[np.intp], int] | None:
+    """Positions of the steps in which ``trace`` alone works on, and their period (0: none); None if it does not."""
+    own = excess[:, trace]
+    best: tuple[npt.NDArray[np.intp], int] | None = None
+    gain = 0.0
+    for first, period in _intervals(own, numbers) if own.max() > least_s else ():
+        on = (numbers - first) % period == 0
+        if not _stands_out(own, on, least_s):
+            continue
+        # With two of them only the round numbers of a loop's counter tell an interval from chance.
+        if on.sum() < MIN_REGULAR and not (first % period in {0, period - 1} and _alike(own[on], LIKE_TWO)):
+            continue
+        longer = float((own[on] - np.median(own[~on])).sum())
+        if longer > gain:
+            best, gain = (np.flatnonzero(on), period), longer
+    return best or _irregular(excess, trace, least_s)
+
+
+def _intervals(own: Floats, numbers: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """A step and a period of each interval that the longest steps could follow."""
+    longest = numbers[np.argsort(-own, kind="stable")[: min(len(own) // 2, CANDIDATES)]]
+    for first in longest[:ANCHORS].tolist():
+        gaps = np.abs(longest - first)
+        several = [int(np.gcd.reduce(gaps[:count])) for count in range(MIN_REGULAR, len(gaps) + 1)]
+        for period in sorted({*gaps.tolist(), *several} - {0, 1}):
+            yield first, period
+
+
+def _stands_out(own: Floats, on: npt.NDArray[np.bool_], least_s: float) -> bool:
+    """Whether the steps ``on`` are longer than all others, but for a few pauses of the others."""
+    if on.sum() < MIN_REGULAR - 1 or on.all():
+        return False
+    least, rest = float(own[on].min()), own[~on]
+    return (
+        least > least_s
+        and least > SOLO_TIMES * float(np.quantile(rest, 0.9))
+        and (rest > least).sum() <= (0.25 * on.sum())
+    )
+
+
+def _irregular(excess: Floats, trace: int, least_s: float) -> tuple[npt.NDArray[np.intp], int] | None:
+    own = np.sort(excess[:, trace])[::-1]
+    others = float(np.delete(excess, trace, axis=1).max(initial=0.0))
+    for count in range(MIN_IRREGULAR, len(own) // 2 + 1):
+        apart = own[count - 1] > SOLO_TIMES * max(float(own[count]), others)
+        if apart and own[count - 1] > least_s and _alike(own[:count], ALIKE_TIMES):
+            return np.flatnonzero(excess[:, trace] >= own[count - 1]), 0
+    return None
+
+
+def _alike(lengths: Floats, times: float) -> bool:
+    return float(lengths.max()) <= times * float(lengths.min())
+
+
+def _own_part(
+    context: AnalysisContext, work: Floats, members: Sequence[int], at: npt.NDArray[np.intp]
+) -> tuple[str, str] | None:
+    """Name and part of what ``members`` alone do in the steps ``at``; None if it is what all ranks do, but longer.
+
+    It is their own if no phase tells what it is, if the others do not have its phase in these steps, or enter it far
+    less often: an evaluation calls the model over and over, and one forward pass that takes longer is computation.
+    """
+    others = [index for index in range(work.shape[1]) if index not in members]
+    inside = work[at]
+    longer = np.maximum(inside[:, members].mean(axis=(0, 1)) - np.median(inside[:, others], axis=1).mean(axis=0), 0.0)
+    entered = _entered(context, at)
+    own: dict[str, float] = {}
+    for part, cost in zip(context.parts.names, longer, strict=True):
+        phase = phase_of_part(part)
+        times = entered.get(phase, np.zeros(work.shape[1]))
+        extra = times[members].mean() > EXTRA_RANGES * max(float(np.median(times[others])), 0.0)
+        if part in {OTHER, BETWEEN_STEPS} or (extra and phase != OTHER):
+            own[part] = float(cost)
+    if not own or sum(own.values()) < 0.5 * float(longer.sum()):
+        return None
+    part = max(own, key=lambda name: own[name])
+    times = entered.get(phase_of_part(part), np.zeros(work.shape[1]))
+    alone = part not in {OTHER, BETWEEN_STEPS} and not times[others].any()
+    return phase_of_part(part) if alone else "", phase_of_part(part)
+
+
+def _entered(context: AnalysisContext, at: npt.NDArray[np.intp]) -> dict[str, Floats]:
+    """How often each trace entered each phase in the steps ``at``, shape (traces,)."""
+    found: dict[str, Floats] = {}
+    numbers = context.steps.numbers[at]
+    for index, trace in enumerate(context.traces):
+        there = trace.segments[trace.segments["step"].isin(numbers)]
+        for phase, times in there["phase"].value_counts().items():
+            found.setdefault(str(phase), np.zeros(len(context.traces)))[index] = times
+    return found

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import gpu_findings
-from hpcmm.analysis.delay_costs import Floats
+from hpcmm.analysis import gpu_findings, stalls
+from hpcmm.analysis.delay_costs import BETWEEN_STEPS, Floats
 from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, AnalysisContext, Finding, kind_of_part, phase_of_part
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.statistics import chance_of_sum
@@ -43,6 +43,10 @@ EVENT_S = 0.1
 """... and this long: on a busy machine a process waits some tens of milliseconds for its turn anyway."""
 LIKE_TIMES = 1.5
 """Delays so many times as long as any other rank's of their kind are of one sort with a rank's events."""
+LIKE_SHARE = 0.3
+"""A step after solo work is charged to it from this share of what the work usually costs."""
+MAX_LISTED = 5
+"""Steps that are listed."""
 STALL_STEPS = 0.1
 """Events in at most this share of the steps are a stall, and not how the rank does its work."""
 
@@ -76,12 +80,68 @@ def find_stragglers(context: AnalysisContext, transfer_s: float) -> tuple[list[F
     """
     least_s = max(STRAGGLER_SHARE * context.steps.mean_s, TRANSFER_SHARE * transfer_s)
     blamed = np.zeros(context.losses.shape, dtype=bool)
+    alone = []
+    for solo in stalls.find_solo_work(context):
+        mask = _mask_of_solo_work(context, solo) & ~blamed
+        if float((context.losses * mask).sum()) / len(context.steps.numbers) >= least_s:
+            blamed |= mask
+            alone.append(_finding_of_solo_work(context, solo, mask))
     stragglers = []
     for search in (_sustained, _events):
         for straggler, mask in search(context, np.where(blamed, 0.0, context.losses), least_s):
             blamed |= mask
             stragglers.append(straggler)
-    return [_finding(context, straggler) for straggler in _merged(stragglers)], blamed
+    return [*alone, *(_finding(context, straggler) for straggler in _merged(stragglers))], blamed
+
+
+def _mask_of_solo_work(context: AnalysisContext, solo: stalls.SoloWork) -> Mask:
+    """Charges of its ranks in its steps, and in the steps after them if the others wait only then."""
+    mask = np.zeros(context.losses.shape, dtype=bool)
+    cost = context.losses[:, list(solo.members)].sum(axis=(1, 2))
+    after = np.minimum(solo.at + 1, len(cost) - 1)
+    usual = LIKE_SHARE * float(np.median(np.maximum(cost[solo.at], cost[after])))
+    near = np.unique(np.concatenate((solo.at, after)))
+    for member in solo.members:
+        mask[near[cost[near] > usual], member, :] = True
+    return mask
+
+
+def _finding_of_solo_work(context: AnalysisContext, solo: stalls.SoloWork, mask: Mask) -> Finding:
+    charges = (context.losses * mask).sum(axis=1)
+    by_step = charges.sum(axis=1)
+    numbers = context.steps.numbers[solo.at]
+    listed = ", ".join(map(str, numbers[:MAX_LISTED])) + (", ..." if len(numbers) > MAX_LISTED else "")
+    first, ranks = context.traces[solo.members[0]], context.ranks(solo.members)
+    alone = len(solo.members) == 1
+    who = f"rank {ranks}" if alone else f"ranks {ranks}"
+    between = solo.part == BETWEEN_STEPS
+    steps = f"step{'s' if len(numbers) > 1 else ''} {listed}"
+    if len(numbers) == len(context.steps.numbers):
+        steps = "every step"
+    when = f"before {steps}" if between else f"in {steps}"
+    told = f"only {who} {'does' if alone else 'do'} it, {solo.length_s:.3g} s each time, while the others wait"
+    if solo.period > 1:
+        told += f"; {len(numbers)} times in {len(context.steps.numbers)} steps, every {solo.period} steps"
+    elif len(numbers) < len(context.steps.numbers):
+        told += f"; {len(numbers)} times in {len(context.steps.numbers)} steps, at no fixed interval"
+    if not solo.name:
+        told += "; annotate.phase(...) around it would tell what it is"
+    worst = context.worst_step(by_step)
+    share = float(by_step.mean()) / context.steps.mean_s
+    part = (*context.parts.names, "")[int(charges.sum(axis=0).argmax())]
+    return Finding(
+        kind="solo",
+        cause=f"{solo.name or 'work'} of {who} alone {when}",
+        lost_s=float(by_step.mean()),
+        rank=first.rank if alone else None,
+        node=first.node if alone else "",
+        phase=solo.part,
+        evidence=told,
+        confidence=HIGH if share >= 2 * STRAGGLER_SHARE and (solo.name or solo.period) else MEDIUM,
+        rows=f"delays: rank={first.rank} phase={part}" + ("" if worst is None else f" step={worst}"),
+        worst_step=worst,
+        several=not alone,
+    )
 
 
 def _columns(context: AnalysisContext) -> dict[str, list[int]]:
@@ -161,9 +221,16 @@ def _events(context: AnalysisContext, losses: Floats, least_s: float) -> Iterato
             mask = _mask(losses.shape, (index,), columns) & there[:, None, None]
             charges = (losses * mask).sum(axis=1)
             if charges.sum() / len(charges) >= least_s:
-                stall = kind != "checkpoint" and there.sum() <= max(1.0, STALL_STEPS * len(there))
+                few = there.sum() <= max(1.0, STALL_STEPS * len(there))
+                stall = kind != "checkpoint" and few and not _at_an_interval(context.steps.numbers[there])
                 count = int(there.sum())
                 yield _Straggler("stall" if stall else kind, (index,), charges, 0.0, count, 1.0), mask
+
+
+def _at_an_interval(steps: npt.NDArray[np.int64]) -> bool:
+    """Three or more at one distance are how the rank does its work, however few they are."""
+    gaps = np.diff(steps)
+    return len(steps) >= stalls.MIN_REGULAR and bool((gaps == gaps[0]).all())
 
 
 def _usual_worst(whole: Floats, index: int) -> float:

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from hpcmm.analysis.delay_costs import BETWEEN_STEPS
 from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.study import Study, why_failed
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.trace import OTHER, RankTrace
 from hpcmm.ranges import write_ranges
 from hpcmm.text import visible
 
@@ -86,8 +87,10 @@ def headline(study: Study) -> str:
     row = table.iloc[0]
     lost = f"{seconds(float(row['lost_s_per_step']))} of each {step} step ({percent(float(row['step_share']))})"
     several = "s" if "," in str(row["phase"]) else ""
-    where = f" in phase{several} {plain(row['phase'])}" if row["phase"] else ""
     cause = plain(row["cause"])
+    # A phase that is no more than the rest of the step, or that the cause tells already, adds nothing.
+    named = row["phase"] and row["phase"] not in {OTHER, BETWEEN_STEPS} and not cause.startswith(f"{row['phase']} of ")
+    where = f" in phase{several} {plain(row['phase'])}" if named else ""
     if pd.notna(row["rank"]):
         rank = rank_name(int(row["rank"]))
         on = f" on {plain(row['node'])}" if row["node"] else ""
