@@ -190,9 +190,18 @@ def expose(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> pd.DataFrame:
     """Add exposed_wait_ns and exposed_transfer_ns: what of each collective kept the step thread from working."""
     wait = np.zeros(len(rows))
     transfer = np.zeros(len(rows))
+    start, waited = rows["start_ns"].to_numpy(np.int64), rows["wait_ns"].fillna(0).to_numpy(np.float64)
+    pairs = rows["op"].isin(POINT_TO_POINT).to_numpy(bool)
     for claims in claimed(rows, traces):
         wait[claims.at] = claims.exposed(claims.begin, claims.split)
         transfer[claims.at] = claims.exposed(claims.split, claims.end)
+        # A send lasts until somebody waits for it, and so claims what is waiting for a later receive in truth.
+        own = pairs[claims.at]
+        at, begin, end = claims.at[own], claims.begin[own], claims.end[own]
+        partner = IntervalSet.union_of(start[at], start[at] + waited[at].astype(np.int64))
+        partner = partner if claims.blocked is None else partner.intersect(claims.blocked)
+        wait[at] = partner.covered_within(begin, end)
+        transfer[at] = claims.exposed(begin, end) - wait[at]
     return rows.assign(exposed_wait_ns=wait, exposed_transfer_ns=transfer)
 
 
@@ -287,3 +296,73 @@ def collectives_table(rows: pd.DataFrame) -> pd.DataFrame:
         table["bytes"].astype("Int64").where(table["basis"].isin([nccl.BY_NAME, nccl.BY_KERNEL]) | (table["bytes"] > 0))
     )
     return table.sort_values(["instance", "rank"], ignore_index=True)[COLLECTIVE_COLUMNS]
+
+
+SMALL_BYTES = 4096
+"""Losses, norms and counters are smaller; a bucket of gradients or a layer's activations is not. Such messages show the
+start-up time."""
+MIN_SMALL = 5
+LATENCY_SHARE, BANDWIDTH_SHARE = 0.6, 0.4
+"""Latency bounds what spends this share of its time on starting up, bandwidth what spends less than the other."""
+FEW_BYTES, MANY_BYTES = 64 << 10, 1 << 20
+"""Without small messages to compare with: any network starts up longer than it moves few bytes, and shorter than it
+moves many."""
+
+
+def _messages(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each collective once (a send or receive each for itself): its bytes, its shortest transfer, its exposed time."""
+    usable = rows[rows["closed"].astype(bool)]
+    found = usable.groupby("instance").agg(
+        bytes=("bytes", "max"), transfer_ns=("transfer_ns", "min"), exposed_ns=("exposed_transfer_ns", "sum")
+    )
+    return found[found["transfer_ns"] > 0]
+
+
+def start_up_s(rows: pd.DataFrame) -> float | None:
+    """Median time of the small messages; None if there are hardly any."""
+    messages = _messages(rows)
+    small = messages[messages["bytes"] <= SMALL_BYTES]
+    return float(small["transfer_ns"].median()) / NS_PER_S if len(small) >= MIN_SMALL else None
+
+
+def bound_by(rows: pd.DataFrame, start_s: float | None) -> str:
+    """``latency``, ``bandwidth``, or nothing if the data do not tell.
+
+    A message takes a start-up time, ``start_s``, and a time for its bytes (the model of Hockney, 1994). The share of
+    the one in all the time that the messages take says which of the two bounds them.
+    """
+    messages = _messages(rows)
+    if messages.empty or not messages["exposed_ns"].sum():
+        return ""
+    if messages["bytes"].max() <= SMALL_BYTES:
+        return "latency"
+    if start_s is None:
+        typical = float(np.average(messages["bytes"], weights=messages["exposed_ns"]))
+        return "latency" if typical < FEW_BYTES else "bandwidth" if typical >= MANY_BYTES else ""
+    starting = np.minimum(start_s * NS_PER_S / messages["transfer_ns"], 1.0)
+    share = float(np.average(starting, weights=messages["exposed_ns"]))
+    return "latency" if share >= LATENCY_SHARE else "bandwidth" if share <= BANDWIDTH_SHARE else ""
+
+
+def in_words(rows: pd.DataFrame, count: int) -> str:
+    """Messages, bytes, time and bandwidth; ``count`` is the number of steps times that of ranks."""
+    megabytes = float(rows["bytes"].sum()) / count / 1e6
+    each_s = float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / max(len(rows), 1)
+    told = (
+        f"{megabytes:.3g} MB a step and rank in {len(rows) / count:.3g} messages, half of them of at least "
+        f"{_size(float(rows['bytes'].median()))}, {_duration(each_s)} each"
+    )
+    large = rows[rows["bytes"] >= rows["bytes"].quantile(0.5)]
+    bandwidth = float(large["bus_bytes_per_s"].median()) if large["bus_bytes_per_s"].notna().any() else 0.0
+    return told + (f", at a bus bandwidth of {_size(bandwidth)}/s" if bandwidth > 0 else "")
+
+
+def _size(value: float) -> str:
+    for unit, many in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= many:
+            return f"{value / many:.3g} {unit}"
+    return f"{value:.3g} B"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"

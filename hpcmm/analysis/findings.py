@@ -91,6 +91,10 @@ class Finding:
     """The step that shows it best."""
     several: bool = False
     """Whether it names several ranks, which no column can hold."""
+    moves: str = ""
+    """Of a transfer: what moves, as :mod:`hpcmm.analysis.parallelism` names it. Of a stage: what to move."""
+    bound: str = ""
+    """Of a transfer: ``latency`` or ``bandwidth``; empty if the data do not tell."""
 
     @property
     def blames(self) -> bool:
@@ -166,6 +170,10 @@ def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
     trains = bool(config) and set(config) != {"cluster"}
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
         return _shell(finding)
+    if finding.kind in _PIPELINE_ADVICE:
+        return _PIPELINE_ADVICE[finding.kind] if not finding.moves else f"{finding.moves}: {_PIPELINE_ADVICE['stage']}"
+    if finding.kind == "transfer" and not (trains and finding.moves in {"", "gradients"}):
+        return _TRANSFER_ADVICE[finding.moves, finding.bound]
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
     scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
@@ -183,6 +191,36 @@ def _shell(finding: Finding) -> str:
         case _:
             return "grep 'within step' analysis/waitpid.csv"
 
+
+_PIPELINE_ADVICE = {
+    "stage": "set the split points, or PipelineModule(partition_method=...), by measured cost",
+    "bubble": "more micro-batches a step, or an interleaved schedule (several smaller stages a rank)",
+}
+
+_FEWER_GRADIENTS = "accumulate gradients over more micro-batches (no_sync), or compress them (bf16_compress_hook)"
+_LARGER_BUCKETS = "fewer, larger buckets: DistributedDataParallel(bucket_cap_mb=100), DeepSpeed's reduce_bucket_size"
+_FUSE = "fuse small collectives: stack their values into one tensor, and exchange losses and metrics only when logged"
+_PARAMETERS = "keep them gathered for backward (reshard_after_forward=False), prefetch, or shard within a node (HSDP)"
+_WRAP = "wrap larger units with fully_shard, so that fewer and larger gathers run, and prefetch the next one"
+_ACTIVATIONS = "keep the tensor-parallel group within a node; sequence parallel; async tensor parallel (torch.compile)"
+_SENDS = "larger micro-batches send less often; keep neighbouring stages within a node or on its fastest links"
+_TOKENS = "keep these groups within a node, or overlap the exchange with computation"
+_ANY = "if these are gradients, accumulate them over more micro-batches before they are exchanged, or compress them"
+_TRANSFER_ADVICE = {
+    ("", ""): _ANY,
+    ("", "latency"): "fewer, larger messages: fuse small collectives, or use larger buckets if these are gradients",
+    ("", "bandwidth"): _ANY,
+    **{("gradients", bound): _FEWER_GRADIENTS for bound in ("", "bandwidth")},
+    ("gradients", "latency"): _LARGER_BUCKETS,
+    **{("sharded parameters", bound): _PARAMETERS for bound in ("", "bandwidth")},
+    ("sharded parameters", "latency"): _WRAP,
+    **{("activations", bound): _ACTIVATIONS for bound in ("", "latency", "bandwidth")},
+    **{("pipeline sends", bound): _SENDS for bound in ("", "latency")},
+    ("pipeline sends", "bandwidth"): "send activations in bf16, and keep neighbouring stages within a node",
+    **{("tokens of experts or sequence parts", bound): _TOKENS for bound in ("", "latency", "bandwidth")},
+    **{("small messages", bound): _FUSE for bound in ("", "latency", "bandwidth")},
+}
+"""By what moves and what bounds it."""
 
 _GPU_ADVICE = {
     "gpu_host": "a larger micro-batch, or fewer launches: torch.compile(model, mode='reduce-overhead')",
@@ -207,6 +245,9 @@ def _override(finding: Finding, config: Mapping[str, Any]) -> str:  # noqa: PLR0
             return f"train.micro_batch_size={2 * max(1, _number(config, 'train', 'micro_batch_size', 1))}"
         case "checkpoint" | "solo" if finding.kind == "checkpoint" or _SAVES.search(finding.phase):
             return f"train.checkpoint_every={max(4 * _number(config, 'train', 'checkpoint_every', 0), 100)}"
+        case "transfer" if finding.bound == "latency":
+            size = _number(config, "parallel", "reduce_bucket_size", 0)
+            return f"parallel.reduce_bucket_size={4 * size if size > 0 else 50_000_000}"
         case "transfer":
             # Fewer synchronisations a sample; it costs nothing but memory for the accumulated gradients.
             rounds = max(1, _number(config, "train", "gradient_accumulation_steps", 1))
@@ -229,8 +270,6 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
             return "save less often, or from a thread of its own"
         case "solo":
             return _advice_for_solo_work(finding.phase)
-        case "transfer":
-            return "accumulate gradients over more micro-batches before they are exchanged"
         case "imbalance":
             return "sbatch --cpus-per-task=N --hint=nomultithread ... with more cores a rank"
         case "other":

@@ -196,7 +196,7 @@ def find_solo_work(context: AnalysisContext) -> list[SoloWork]:
 
     It shows in the ranks' own work, not in who waits: the step in which it is done may end before anybody waits.
     """
-    work = _work_by_step(context)
+    work = work_by_step(context)
     total = work.sum(axis=2)
     count = total.shape[1]
     if count < 2 or len(total) < MIN_REGULAR:
@@ -236,7 +236,7 @@ def _named(context: AnalysisContext) -> list[SoloWork]:
     return found
 
 
-def _work_by_step(context: AnalysisContext) -> Floats:
+def work_by_step(context: AnalysisContext) -> Floats:
     """Seconds of each trace in each part, from the end of one step to that of the next: (steps, traces, parts)."""
     found = np.zeros((len(context.steps.numbers), len(context.traces), len(context.parts.names)))
     for index, trace in enumerate(context.traces):

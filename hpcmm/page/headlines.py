@@ -97,6 +97,8 @@ def headline(study: Study) -> str:
         return f"{rank[:1].upper()}{rank[1:]}{on} costs {lost}: {cause}{where}."
     if row["node"]:
         return f"Node {plain(row['node'])} costs {lost}: {cause}{where}."
+    if " is heavier than " in cause:
+        return f"{cause[:1].upper()}{cause[1:]}, which costs {lost}."
     costs = "cost" if cause.endswith("batches") else "costs"
     return f"{cause[:1].upper()}{cause[1:]} {costs} {lost}{where}."
 
