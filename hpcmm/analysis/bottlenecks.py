@@ -179,7 +179,8 @@ def _transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tupl
 def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> list[Finding]:
     """Exposed communication that neither a late rank explains nor one that stood still (``explained_s``).
 
-    One row for each thing that moves, since each has its own advice; a slow link has one row for all of them.
+    One row for each thing that moves, since each has its own advice; a slow link, or what may be
+    waiting for ranks without a report, has one row for all of them.
     """
     rows = context.rows
     inside = rows[rows["step"].isin(context.steps.numbers)] if len(rows) else rows
@@ -192,7 +193,12 @@ def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> l
     node, about = stalls.slow_node(context.traces)
     moves = parallelism.what_moves(inside, stages)
     largest = inside.groupby(moves)["exposed_transfer_ns"].sum().idxmax()
-    kinds = {str(largest): np.ones(len(inside), dtype=bool)} if node else {str(each): moves == each for each in moves}
+    unseen = context.expected_ranks > sum(len(trace.steps) > 0 for trace in context.traces)
+    kinds = (
+        {str(largest): np.ones(len(inside), dtype=bool)}
+        if node or unseen
+        else {str(each): moves == each for each in moves}
+    )
     start_s = collectives.start_up_s(inside)
     return [
         _transfer_of(context, inside[chosen], left, str(kind), (node, about), start_s) for kind, chosen in kinds.items()

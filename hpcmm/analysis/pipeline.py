@@ -125,6 +125,7 @@ def study(
         clock=clock,
         complete=inventory.complete,
         failed_run=record.folder if record.failed_before_steps else "",
+        framework=record.framework,
     )
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS
 from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
-from hpcmm.analysis.study import Study, why_failed
+from hpcmm.analysis.report_inventory import NO_STEPS
+from hpcmm.analysis.study import Study, step_line, why_failed
 from hpcmm.analysis.trace import OTHER, RankTrace
 from hpcmm.ranges import write_ranges
 from hpcmm.text import visible
@@ -106,10 +107,12 @@ def headline(study: Study) -> str:
 def _why_no_steps(study: Study) -> str:
     if study.failed_run:
         return plain(why_failed(study.failed_run))
-    reasons = study.tables["coverage"]["reason"]
-    reasons = reasons[reasons != ""]
+    coverage = study.tables["coverage"]
+    reasons = coverage["reason"][coverage["reason"] != ""]
     if len(reasons):
-        return plain(reasons.value_counts().idxmax()) + "."
+        why = plain(reasons.value_counts().idxmax())
+        missing = (coverage["status"] == NO_STEPS).any()
+        return f"{why}. The line to add: {step_line(study.framework)}" if missing else f"{why}."
     return (
         "only the warm-up step was captured."
         if study.steps.warmup_number is not None
