@@ -18,7 +18,7 @@ from hpcmm.runs.submission import package_version
 
 FRAMEWORKS = ("lightning", "accelerate", "transformers", "deepspeed")
 """Those that are told apart; who imports several writes the loop for the first of them."""
-_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([A-Za-z_]\w*)", re.MULTILINE)
+_IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\w+)|import[ \t]+(\w[^#;\n]*))", re.MULTILINE)
 _SCRIPT_BYTES = 1 << 20
 _MOST_IMPORTS = 50
 _SAME = {"pytorch_lightning": "lightning", "lightning_fabric": "lightning"}
@@ -116,9 +116,10 @@ def _framework(run_dir: RunDir, script: object) -> str:
     """By the imports of the script, and of the modules beside it that it imports; read, never run."""
     if not isinstance(script, str) or not script:
         return ""
-    project = run_dir.code / "project"
-    named = _imports(project / script, run_dir)
-    beside = [_imports((project / script).parent / f"{name}.py", run_dir) for name in sorted(named)[:_MOST_IMPORTS]]
+    # The path leads into the snapshot of the run directory as it was then, which may lie elsewhere now.
+    path = run_dir.code / "project" / script.rpartition("/code/project/")[2]
+    named = _imports(path, run_dir)
+    beside = [_imports(path.parent / f"{name}.py", run_dir) for name in sorted(named)[:_MOST_IMPORTS]]
     known = named.union(*beside)
     return next((name for name in FRAMEWORKS if name in known), "")
 
@@ -128,4 +129,5 @@ def _imports(path: Path, run_dir: RunDir) -> set[str]:
         text = read_text(path, _SCRIPT_BYTES, within=run_dir.root)
     except (OSError, ValueError):  # not there, or no script: it names no framework
         return set()
-    return {_SAME.get(name, name) for name in _IMPORT.findall(text)}
+    names = {re.split(r"\W", each.strip())[0] for found in _IMPORT.findall(text) for each in ",".join(found).split(",")}
+    return {_SAME.get(name, name) for name in names if name}

@@ -314,7 +314,9 @@ def test_a_rank_whose_steps_are_lost_is_not_taken_for_a_fast_one(run_dir: RunDir
 def test_what_is_missing_is_said_with_the_line_that_the_script_needs(run_dir: RunDir, script: str, line: str) -> None:
     for rank in range(4):
         edit(report(run_dir, rank), "DELETE FROM NVTX_EVENTS WHERE eventType = 59")
-    run_dir.config.write_text(run_dir.config.read_text() + "task: {name: script, path: train.py}\n")
+    run_dir.config.write_text(
+        run_dir.config.read_text() + "task: {name: script, path: /elsewhere/run/code/project/train.py}\n"
+    )
     (run_dir.code / "project").mkdir(parents=True, exist_ok=True)
     (run_dir.code / "project" / "train.py").write_text(script)
     (run_dir.code / "project" / "beside.py").write_text("import deepspeed\n")
