@@ -21,6 +21,7 @@ from hpcmm.analysis.findings import (
     HIGH,
     LOW,
     MEDIUM,
+    STRAGGLER_SHARE,
     AnalysisContext,
     Finding,
     computation_has_phases,
@@ -33,11 +34,11 @@ from hpcmm.analysis.phases import StepTimes
 from hpcmm.analysis.statistics import chance_of_sum
 from hpcmm.analysis.stragglers import (
     MAX_CHANCE,
-    STRAGGLER_SHARE,
     Mask,
     explain_by_batches,
     find_batch_imbalance,
     find_stragglers,
+    least_loss_s,
 )
 from hpcmm.analysis.trace import RankTrace
 
@@ -91,11 +92,14 @@ def find(context: AnalysisContext) -> list[Finding]:
     broken = stalls.find_network_stalls(context, stopped_s)
     transfer = _transfer(context, sum(finding.lost_s for finding in [*stopped, *broken]), stages)
     context = replace(context, losses=in_pipeline.losses)
-    late, blamed = find_stragglers(context, sum(finding.lost_s for finding in transfer))
+    least_s = least_loss_s(context, sum(finding.lost_s for finding in transfer))
+    alone, explained = stalls.solo_findings(context, least_s)
+    late, blamed = find_stragglers(context, least_s, explained)
     late = [explain_by_batches(context, finding) for finding in late]
     own_work = _own_work(context)
     on_gpus = gpu_findings.in_steps(context.gpu, sum(finding.lost_s for finding in own_work))
     findings = [
+        *alone,
         *late,
         *in_pipeline.findings,
         *_imbalance(context, blamed),

@@ -24,6 +24,8 @@ from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.analysis.wait_chains import ChargedGroup
 
 HIGH, MEDIUM, LOW = "high", "medium", "low"
+STRAGGLER_SHARE = 0.03
+"""A rank is named from this share of a step on."""
 
 CAUSES = {
     "data": "data loading",
@@ -158,6 +160,16 @@ class AnalysisContext:
             there = np.isfinite(bounds).all(axis=1)
             within = self.parts.between(index, bounds[there, 0], bounds[there, 1])
             found[there, index] = within[:, columns].sum(axis=1) / NS_PER_S
+        return found
+
+    def work_by_step(self) -> Floats:
+        """Seconds of each trace in each part, from the end of one step to that of the next: (steps, traces, parts)."""
+        found = np.zeros((len(self.steps.numbers), len(self.traces), len(self.parts.names)))
+        for index, trace in enumerate(self.traces):
+            steps = trace.steps.assign(begin_ns=trace.steps["end_ns"].shift().fillna(trace.steps["start_ns"]))
+            bounds = steps.set_index("step")[["begin_ns", "end_ns"]].reindex(self.steps.numbers).to_numpy(np.float64)
+            there = np.isfinite(bounds).all(axis=1)
+            found[there, index] = self.parts.between(index, bounds[there, 0], bounds[there, 1]) / NS_PER_S
         return found
 
 

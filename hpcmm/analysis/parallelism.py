@@ -17,7 +17,6 @@ from hpcmm.analysis.collectives import POINT_TO_POINT, SMALL_BYTES
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats
 from hpcmm.analysis.findings import HIGH, LOW, MEDIUM, AnalysisContext, Finding
 from hpcmm.analysis.intervals import NS_PER_S
-from hpcmm.analysis.stalls import work_by_step
 from hpcmm.analysis.trace import NO_PEER, RankTrace
 
 GRADIENTS, PARAMETERS, ACTIVATIONS, TOKENS, SENDS, SMALL, UNKNOWN = (
@@ -216,7 +215,7 @@ def pipeline_losses(context: AnalysisContext, stages: Stages) -> PipelineLosses:
 def _without_stages(context: AnalysisContext, stages: Stages) -> tuple[Floats, float]:
     """Losses beyond what all ranks of a stage have in common, and what they have, in seconds a step."""
     rest = context.losses.copy()
-    work = work_by_step(context).sum(axis=2)
+    work = context.work_by_step().sum(axis=2)
     for stage in stages:
         own = rest[:, stage]
         if len(stage) == 1:

@@ -19,12 +19,22 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, Floats, exposed_communication
-from hpcmm.analysis.findings import CAUSES, MEDIUM, AnalysisContext, Finding, phase_of_part
+from hpcmm.analysis.findings import (
+    CAUSES,
+    HIGH,
+    MEDIUM,
+    STRAGGLER_SHARE,
+    AnalysisContext,
+    Finding,
+    phase_of_part,
+)
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
 from hpcmm.analysis.osrt import STEP_THREAD
 from hpcmm.analysis.phases import OTHERS, StepTimes
 from hpcmm.analysis.trace import OTHER, WORKER, RankTrace
 from hpcmm.annotate.schema import PHASES
+
+Mask = npt.NDArray[np.bool_]
 
 
 def find_process_stalls(
@@ -196,7 +206,7 @@ def find_solo_work(context: AnalysisContext) -> list[SoloWork]:
 
     It shows in the ranks' own work, not in who waits: the step in which it is done may end before anybody waits.
     """
-    work = work_by_step(context)
+    work = context.work_by_step()
     total = work.sum(axis=2)
     count = total.shape[1]
     if count < 2 or len(total) < MIN_REGULAR:
@@ -233,17 +243,6 @@ def _named(context: AnalysisContext) -> list[SoloWork]:
         period = int(gaps[0]) if len(at) > 1 and (gaps == gaps[0]).all() else 0
         length = context.time_in([name])[at][:, list(members)]
         found.append(SoloWork(members, at, period, name, name, float(np.median(length))))
-    return found
-
-
-def work_by_step(context: AnalysisContext) -> Floats:
-    """Seconds of each trace in each part, from the end of one step to that of the next: (steps, traces, parts)."""
-    found = np.zeros((len(context.steps.numbers), len(context.traces), len(context.parts.names)))
-    for index, trace in enumerate(context.traces):
-        steps = trace.steps.assign(begin_ns=trace.steps["end_ns"].shift().fillna(trace.steps["start_ns"]))
-        bounds = steps.set_index("step")[["begin_ns", "end_ns"]].reindex(context.steps.numbers).to_numpy(np.float64)
-        there = np.isfinite(bounds).all(axis=1)
-        found[there, index] = context.parts.between(index, bounds[there, 0], bounds[there, 1]) / NS_PER_S
     return found
 
 
@@ -343,3 +342,71 @@ def _entered(context: AnalysisContext, at: npt.NDArray[np.intp]) -> dict[str, Fl
         for phase, times in there["phase"].value_counts().items():
             found.setdefault(str(phase), np.zeros(len(context.traces)))[index] = times
     return found
+
+
+LIKE_SHARE = 0.3
+"""A step after solo work is charged to it from this share of what the work usually costs."""
+MAX_LISTED = 5
+"""Steps that are listed."""
+
+
+def solo_findings(context: AnalysisContext, least_s: float) -> tuple[list[Finding], Mask]:
+    """Rows of solo work that costs ``least_s`` a step, and the mask (steps, traces, parts + 1) of their charges."""
+    blamed = np.zeros(context.losses.shape, dtype=bool)
+    found = []
+    for solo in find_solo_work(context):
+        mask = _charges_of_solo_work(context, solo) & ~blamed
+        if float((context.losses * mask).sum()) / len(context.steps.numbers) >= least_s:
+            blamed |= mask
+            found.append(_finding_of_solo_work(context, solo, mask))
+    return found, blamed
+
+
+def _charges_of_solo_work(context: AnalysisContext, solo: SoloWork) -> Mask:
+    """Charges of its ranks in its steps, and in the steps after them if the others wait only then."""
+    mask = np.zeros(context.losses.shape, dtype=bool)
+    cost = context.losses[:, list(solo.members)].sum(axis=(1, 2))
+    after = np.minimum(solo.at + 1, len(cost) - 1)
+    usual = LIKE_SHARE * float(np.median(np.maximum(cost[solo.at], cost[after])))
+    near = np.unique(np.concatenate((solo.at, after)))
+    for member in solo.members:
+        mask[near[cost[near] > usual], member, :] = True
+    return mask
+
+
+def _finding_of_solo_work(context: AnalysisContext, solo: SoloWork, mask: Mask) -> Finding:
+    charges = (context.losses * mask).sum(axis=1)
+    by_step = charges.sum(axis=1)
+    numbers = context.steps.numbers[solo.at]
+    listed = ", ".join(map(str, numbers[:MAX_LISTED])) + (", ..." if len(numbers) > MAX_LISTED else "")
+    first, ranks = context.traces[solo.members[0]], context.ranks(solo.members)
+    alone = len(solo.members) == 1
+    who = f"rank {ranks}" if alone else f"ranks {ranks}"
+    between = solo.part == BETWEEN_STEPS
+    steps = f"step{'s' if len(numbers) > 1 else ''} {listed}"
+    if len(numbers) == len(context.steps.numbers):
+        steps = "every step"
+    when = f"before {steps}" if between else f"in {steps}"
+    told = f"only {who} {'does' if alone else 'do'} it, {solo.length_s:.3g} s each time, while the others wait"
+    if solo.period > 1:
+        told += f"; {len(numbers)} times in {len(context.steps.numbers)} steps, every {solo.period} steps"
+    elif len(numbers) < len(context.steps.numbers):
+        told += f"; {len(numbers)} times in {len(context.steps.numbers)} steps, at no fixed interval"
+    if not solo.name:
+        told += "; annotate.phase(...) around it would tell what it is"
+    worst = context.worst_step(by_step)
+    share = float(by_step.mean()) / context.steps.mean_s
+    part = (*context.parts.names, "")[int(charges.sum(axis=0).argmax())]
+    return Finding(
+        kind="solo",
+        cause=f"{solo.name or 'work'} of {who} alone {when}",
+        lost_s=float(by_step.mean()),
+        rank=first.rank if alone else None,
+        node=first.node if alone else "",
+        phase=solo.part,
+        evidence=told,
+        confidence=HIGH if share >= 2 * STRAGGLER_SHARE and (solo.name or solo.period) else MEDIUM,
+        rows=f"delays: rank={first.rank} phase={part}" + ("" if worst is None else f" step={worst}"),
+        worst_step=worst,
+        several=not alone,
+    )

@@ -17,14 +17,21 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import gpu_findings, stalls
-from hpcmm.analysis.delay_costs import BETWEEN_STEPS, Floats
-from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, AnalysisContext, Finding, kind_of_part, phase_of_part
+from hpcmm.analysis import gpu_findings
+from hpcmm.analysis.delay_costs import Floats
+from hpcmm.analysis.findings import (
+    CAUSES,
+    HIGH,
+    MEDIUM,
+    STRAGGLER_SHARE,
+    AnalysisContext,
+    Finding,
+    kind_of_part,
+    phase_of_part,
+)
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.statistics import chance_of_sum
 
-STRAGGLER_SHARE = 0.03
-"""A rank is named from this share of a step on."""
 MAX_CHANCE = 0.003
 """Probability by chance above which a sustained delay is nobody's."""
 TRANSFER_SHARE = 0.1
@@ -43,10 +50,8 @@ EVENT_S = 0.1
 """... and this long: on a busy machine a process waits some tens of milliseconds for its turn anyway."""
 LIKE_TIMES = 1.5
 """Delays so many times as long as any other rank's of their kind are of one sort with a rank's events."""
-LIKE_SHARE = 0.3
-"""A step after solo work is charged to it from this share of what the work usually costs."""
-MAX_LISTED = 5
-"""Steps that are listed."""
+MIN_REGULAR = 3
+"""So many events at one distance are how a rank does its work, and no stall."""
 STALL_STEPS = 0.1
 """Events in at most this share of the steps are a stall, and not how the rank does its work."""
 
@@ -73,75 +78,23 @@ class _Straggler:
         return float(self.charges.sum(axis=1).mean())
 
 
-def find_stragglers(context: AnalysisContext, transfer_s: float) -> tuple[list[Finding], Mask]:
-    """Rows that name a rank or a node, and the mask (steps, traces, parts + 1) of the charges that they hold.
+def least_loss_s(context: AnalysisContext, transfer_s: float) -> float:
+    """What a rank must cost a step to be named; ``transfer_s`` is the exposed transfer of a step."""
+    return max(STRAGGLER_SHARE * context.steps.mean_s, TRANSFER_SHARE * transfer_s)
 
-    ``transfer_s`` is the exposed transfer of a step.
+
+def find_stragglers(context: AnalysisContext, least_s: float, explained: Mask) -> tuple[list[Finding], Mask]:
+    """Rows that name a rank or a node, and the mask (steps, traces, parts + 1) of the charges that rows hold.
+
+    ``explained`` are those of rows that are there already.
     """
-    least_s = max(STRAGGLER_SHARE * context.steps.mean_s, TRANSFER_SHARE * transfer_s)
-    blamed = np.zeros(context.losses.shape, dtype=bool)
-    alone = []
-    for solo in stalls.find_solo_work(context):
-        mask = _mask_of_solo_work(context, solo) & ~blamed
-        if float((context.losses * mask).sum()) / len(context.steps.numbers) >= least_s:
-            blamed |= mask
-            alone.append(_finding_of_solo_work(context, solo, mask))
+    blamed = explained.copy()
     stragglers = []
     for search in (_sustained, _events):
         for straggler, mask in search(context, np.where(blamed, 0.0, context.losses), least_s):
             blamed |= mask
             stragglers.append(straggler)
-    return [*alone, *(_finding(context, straggler) for straggler in _merged(stragglers))], blamed
-
-
-def _mask_of_solo_work(context: AnalysisContext, solo: stalls.SoloWork) -> Mask:
-    """Charges of its ranks in its steps, and in the steps after them if the others wait only then."""
-    mask = np.zeros(context.losses.shape, dtype=bool)
-    cost = context.losses[:, list(solo.members)].sum(axis=(1, 2))
-    after = np.minimum(solo.at + 1, len(cost) - 1)
-    usual = LIKE_SHARE * float(np.median(np.maximum(cost[solo.at], cost[after])))
-    near = np.unique(np.concatenate((solo.at, after)))
-    for member in solo.members:
-        mask[near[cost[near] > usual], member, :] = True
-    return mask
-
-
-def _finding_of_solo_work(context: AnalysisContext, solo: stalls.SoloWork, mask: Mask) -> Finding:
-    charges = (context.losses * mask).sum(axis=1)
-    by_step = charges.sum(axis=1)
-    numbers = context.steps.numbers[solo.at]
-    listed = ", ".join(map(str, numbers[:MAX_LISTED])) + (", ..." if len(numbers) > MAX_LISTED else "")
-    first, ranks = context.traces[solo.members[0]], context.ranks(solo.members)
-    alone = len(solo.members) == 1
-    who = f"rank {ranks}" if alone else f"ranks {ranks}"
-    between = solo.part == BETWEEN_STEPS
-    steps = f"step{'s' if len(numbers) > 1 else ''} {listed}"
-    if len(numbers) == len(context.steps.numbers):
-        steps = "every step"
-    when = f"before {steps}" if between else f"in {steps}"
-    told = f"only {who} {'does' if alone else 'do'} it, {solo.length_s:.3g} s each time, while the others wait"
-    if solo.period > 1:
-        told += f"; {len(numbers)} times in {len(context.steps.numbers)} steps, every {solo.period} steps"
-    elif len(numbers) < len(context.steps.numbers):
-        told += f"; {len(numbers)} times in {len(context.steps.numbers)} steps, at no fixed interval"
-    if not solo.name:
-        told += "; annotate.phase(...) around it would tell what it is"
-    worst = context.worst_step(by_step)
-    share = float(by_step.mean()) / context.steps.mean_s
-    part = (*context.parts.names, "")[int(charges.sum(axis=0).argmax())]
-    return Finding(
-        kind="solo",
-        cause=f"{solo.name or 'work'} of {who} alone {when}",
-        lost_s=float(by_step.mean()),
-        rank=first.rank if alone else None,
-        node=first.node if alone else "",
-        phase=solo.part,
-        evidence=told,
-        confidence=HIGH if share >= 2 * STRAGGLER_SHARE and (solo.name or solo.period) else MEDIUM,
-        rows=f"delays: rank={first.rank} phase={part}" + ("" if worst is None else f" step={worst}"),
-        worst_step=worst,
-        several=not alone,
-    )
+    return [_finding(context, straggler) for straggler in _merged(stragglers)], blamed
 
 
 def _columns(context: AnalysisContext) -> dict[str, list[int]]:
@@ -230,7 +183,7 @@ def _events(context: AnalysisContext, losses: Floats, least_s: float) -> Iterato
 def _at_an_interval(steps: npt.NDArray[np.int64]) -> bool:
     """Three or more at one distance are how the rank does its work, however few they are."""
     gaps = np.diff(steps)
-    return len(steps) >= stalls.MIN_REGULAR and bool((gaps == gaps[0]).all())
+    return len(steps) >= MIN_REGULAR and bool((gaps == gaps[0]).all())
 
 
 def _usual_worst(whole: Floats, index: int) -> float:

@@ -31,8 +31,8 @@ class Study:
     complete: bool
     failed_run: str = ""
     """The run directory, where that notes that the run failed before its first step."""
-    framework: str = ""
-    """What the run's script trains with; empty if that is not known."""
+    line_to_add: str = ""
+    """The line that would give the run's script steps; empty if nothing lacks them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ import pandas as pd
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS
 from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
-from hpcmm.analysis.report_inventory import NO_STEPS
-from hpcmm.analysis.study import Study, step_line, why_failed
+from hpcmm.analysis.study import Study, why_failed
 from hpcmm.analysis.trace import OTHER, RankTrace
 from hpcmm.ranges import write_ranges
 from hpcmm.text import visible
@@ -107,12 +106,11 @@ def headline(study: Study) -> str:
 def _why_no_steps(study: Study) -> str:
     if study.failed_run:
         return plain(why_failed(study.failed_run))
-    coverage = study.tables["coverage"]
-    reasons = coverage["reason"][coverage["reason"] != ""]
+    reasons = study.tables["coverage"]["reason"]
+    reasons = reasons[reasons != ""]
     if len(reasons):
         why = plain(reasons.value_counts().idxmax())
-        missing = (coverage["status"] == NO_STEPS).any()
-        return f"{why}. The line to add: {step_line(study.framework)}" if missing else f"{why}."
+        return f"{why}. The line to add: {study.line_to_add}" if study.line_to_add else f"{why}."
     return (
         "only the warm-up step was captured."
         if study.steps.warmup_number is not None
