@@ -176,7 +176,9 @@ def keep(run: Path, target: Path) -> None:
 
     shutil.rmtree(target, ignore_errors=True)
     (target / "nsys").mkdir(parents=True)
-    shutil.copyfile(run / "config.yaml", target / "config.yaml")
+    # No path of the machine that recorded it.
+    config = (run / "config.yaml").read_text(encoding="utf-8").replace(str(run.parent), "runs")
+    (target / "config.yaml").write_text(config, encoding="utf-8")
     for report in sorted((run / "nsys").glob("*.nsys-rep")):
         with tempfile.TemporaryDirectory() as scratch:
             export = Path(scratch) / f"{report.stem}.sqlite"
