@@ -14,13 +14,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import delay_costs, gpu_findings, stalls, wait_chains
+from hpcmm.analysis import collectives, delay_costs, gpu_findings, parallelism, stalls, wait_chains
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
 from hpcmm.analysis.findings import (
     CAUSES,
     HIGH,
     LOW,
     MEDIUM,
+    STRAGGLER_SHARE,
     AnalysisContext,
     Finding,
     computation_has_phases,
@@ -28,15 +29,16 @@ from hpcmm.analysis.findings import (
     phase_of_part,
 )
 from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.parallelism import Stages
 from hpcmm.analysis.phases import StepTimes
 from hpcmm.analysis.statistics import chance_of_sum
 from hpcmm.analysis.stragglers import (
     MAX_CHANCE,
-    STRAGGLER_SHARE,
     Mask,
     explain_by_batches,
     find_batch_imbalance,
     find_stragglers,
+    least_loss_s,
 )
 from hpcmm.analysis.trace import RankTrace
 
@@ -84,14 +86,29 @@ def find(context: AnalysisContext) -> list[Finding]:
     """
     if not len(context.steps.numbers):
         return []
+    stages = parallelism.find_stages(context.rows, context.traces)
+    in_pipeline = parallelism.pipeline_losses(context, stages)
     stopped, stopped_s = _stopped(context)
     broken = stalls.find_network_stalls(context, stopped_s)
-    transfer = _transfer(context, sum(finding.lost_s for finding in [*stopped, *broken]))
-    late, blamed = find_stragglers(context, sum(finding.lost_s for finding in transfer))
+    transfer = _transfer(context, sum(finding.lost_s for finding in [*stopped, *broken]), stages)
+    context = replace(context, losses=in_pipeline.losses)
+    least_s = least_loss_s(context, sum(finding.lost_s for finding in transfer))
+    alone, explained = stalls.solo_findings(context, least_s)
+    late, blamed = find_stragglers(context, least_s, explained)
     late = [explain_by_batches(context, finding) for finding in late]
     own_work = _own_work(context)
     on_gpus = gpu_findings.in_steps(context.gpu, sum(finding.lost_s for finding in own_work))
-    findings = [*late, *_imbalance(context, blamed), *stopped, *broken, *transfer, *own_work, *on_gpus]
+    findings = [
+        *alone,
+        *late,
+        *in_pipeline.findings,
+        *_imbalance(context, blamed),
+        *stopped,
+        *broken,
+        *transfer,
+        *own_work,
+        *on_gpus,
+    ]
     return _worth(_within(findings, context.period_s), context.steps.mean_s)
 
 
@@ -163,35 +180,61 @@ def _transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tupl
     return CAUSES["transfer"], MEDIUM if matched > 0.5 else LOW, f"{why}: part of this may be waiting"
 
 
-def _transfer(context: AnalysisContext, explained_s: float) -> list[Finding]:
-    """Exposed communication that neither a late rank explains nor one that stood still (``explained_s``)."""
+def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> list[Finding]:
+    """Exposed communication that neither a late rank explains nor one that stood still (``explained_s``).
+
+    One row for each thing that moves, since each has its own advice; a slow link, or what may be
+    waiting for ranks without a report, has one row for all of them.
+    """
     rows = context.rows
-    if rows.empty:
+    inside = rows[rows["step"].isin(context.steps.numbers)] if len(rows) else rows
+    inside = parallelism.without_bubble(inside, stages) if len(inside) else inside
+    if inside.empty:
         return []
-    inside = rows[rows["step"].isin(context.steps.numbers)]
     count = len(context.steps.numbers) * len(context.traces)
-    lost = max(0.0, float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count - explained_s)
-    by_phase = inside.groupby("phase")["exposed_transfer_ns"].sum()
+    exposed_s = float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count
+    left = max(0.0, exposed_s - explained_s) / exposed_s if exposed_s > 0 else 0.0
+    node, about = stalls.slow_node(context.traces)
+    moves = parallelism.what_moves(inside, stages)
+    largest = inside.groupby(moves)["exposed_transfer_ns"].sum().idxmax()
+    unseen = context.expected_ranks > sum(len(trace.steps) > 0 for trace in context.traces)
+    kinds = (
+        {str(largest): np.ones(len(inside), dtype=bool)}
+        if node or unseen
+        else {str(each): moves == each for each in moves}
+    )
+    start_s = collectives.start_up_s(inside)
+    return [
+        _transfer_of(context, inside[chosen], left, str(kind), (node, about), start_s) for kind, chosen in kinds.items()
+    ]
+
+
+def _transfer_of(
+    context: AnalysisContext, rows: pd.DataFrame, left: float, moves: str, link: tuple[str, str], start_s: float | None
+) -> Finding:
+    """The row of what ``rows`` carry; ``left`` is the share of their time that nothing else explains."""
+    count = len(context.steps.numbers) * len(context.traces)
+    lost = left * float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / count
+    by_phase = rows.groupby("phase")["exposed_transfer_ns"].sum()
     shares = (by_phase / max(float(by_phase.sum()), 1.0)).sort_values(ascending=False)
     phase = ", ".join(str(name) for name in shares[shares >= _PHASE_SHARE].index)
-    megabytes = float(inside["bytes"].sum()) / count / 1e6
-    large = inside[inside["bytes"] >= inside["bytes"].quantile(0.5)]
-    bandwidth = float(large["bus_bytes_per_s"].median())
-    told = f"{megabytes:.3g} MB a step and rank"
-    if np.isfinite(bandwidth) and bandwidth > 0:
-        rate = f"{bandwidth / 1e9:.3g} GB/s" if bandwidth >= 1e9 else f"{bandwidth / 1e6:.3g} MB/s"
-        told += f" at a bus bandwidth of {rate}"
-    cause, confidence, why = _transfer_or_waiting(context, inside)
-    told += f"; {why}"
-    by_step = inside.groupby("step")["exposed_transfer_ns"].sum().reindex(context.steps.numbers).fillna(0.0)
+    cause, confidence, why = _transfer_or_waiting(context, rows)
+    bound = collectives.bound_by(rows, start_s)
+    told = f"{collectives.in_words(rows, count)}; {why}"
+    name = parallelism.group_name(rows, moves, context.traces)
+    told += f"; {name}" if name else ""
+    if cause == CAUSES["transfer"]:
+        of = f" of {moves}" if moves else ""
+        cause += of + (f", bound by {bound}" if bound else "")
+    by_step = rows.groupby("step")["exposed_transfer_ns"].sum().reindex(context.steps.numbers).fillna(0.0)
     worst = context.worst_step(by_step.to_numpy(np.float64))
-    most = inside.iloc[int(inside["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
+    most = rows.iloc[int(rows["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
     where = f"collectives: step={most['step']} op={most['op']} group={most['group']} sequence={most['sequence']}"
-    node, about = stalls.slow_node(context.traces)
+    node, about = link
     if about:
         told += f"; {about}"
         confidence = MEDIUM if node and confidence == HIGH else confidence
-    return [Finding("transfer", cause, lost, None, node, phase, told, confidence, where, worst)]
+    return Finding("transfer", cause, lost, None, node, phase, told, confidence, where, worst, moves=moves, bound=bound)
 
 
 def _imbalance(context: AnalysisContext, blamed: Mask) -> list[Finding]:

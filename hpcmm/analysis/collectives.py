@@ -7,8 +7,9 @@ clock, d_r = e_r - s_r:
 - estimator B: wait_r = clip(max_q s_q - s_r, 0, d_r), Scalasca's "wait at NxN".
 
 A holds only where all ranks also leave together; B wherever every rank needs data of all others, so that an
-all-to-all, whose ranks may exchange unequal amounts, has B alone. Neither holds for rooted operations, whose ranges do
-not tell the root, nor for point-to-point ones, whose ranges do not tell the peer.
+all-to-all, whose ranks may exchange unequal amounts, has B alone. So has a broadcast or scatter that its root comes
+last to; if its range does not tell the root, or another rank is last, all of it is transfer. A send and its receive
+have B between the two of them: the k-th send from one rank to another is what the k-th receive there gets.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import pandas as pd
 
 from hpcmm.analysis import nccl
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, first_claims
-from hpcmm.analysis.trace import RankTrace, nullable_steps
+from hpcmm.analysis.trace import NO_PEER, RankTrace, nullable_steps
 
 SYNCHRONISING = frozenset({"all_reduce", "all_gather", "reduce_scatter", "barrier"})
 """No rank leaves before all have arrived, and all leave within the operation's own transfer time."""
 NEEDS_ALL = SYNCHRONISING | {"all_to_all"}
 """No rank leaves before all have arrived."""
 POINT_TO_POINT = frozenset({"send", "recv"})
+FROM_ROOT = frozenset({"broadcast", "scatter"})
+"""Nobody can leave before the root has arrived."""
 
 KEY = ["group", "op", "sequence", "occurrence"]
 
@@ -57,9 +60,13 @@ def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
     if rows.empty:
         columns = ["op", "group", "sequence", "occurrence", "bytes", "start_ns", "end_ns", "closed", "step", "phase"]
         return pd.DataFrame(
-            columns=[*columns, "trace", "rank", "node", "instance", "ranks", "complete", "synchronising", "needs_all"]
+            columns=[
+                *(*columns, "peer", "trace", "rank", "node", "instance", "ranks", "complete", "synchronising"),
+                *("needs_all", "partner_start_ns"),
+            ]
         )
     rows = nccl.with_basis(rows)
+    rows["peer"] = rows["peer"].fillna(NO_PEER).astype(np.int64) if "peer" in rows else NO_PEER
     rows["instance"] = rows.groupby(KEY, sort=False).ngroup()
     collective = ~rows["op"].isin(POINT_TO_POINT)
     members = rows[collective].groupby("group")["trace"].nunique()
@@ -68,8 +75,33 @@ def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
     rows["complete"] = collective & (rows["instance"].map(closed) == rows["ranks"])
     shared = rows["complete"] & (rows["ranks"] > 1)
     rows["synchronising"] = shared & rows["op"].isin(SYNCHRONISING)
-    rows["needs_all"] = shared & rows["op"].isin(NEEDS_ALL)
+    rows["needs_all"] = shared & (rows["op"].isin(NEEDS_ALL) | (rows["op"].isin(FROM_ROOT) & _root_is_last(rows)))
+    rows["partner_start_ns"] = _partner_starts(rows)
     return rows.sort_values(["trace", "start_ns"], kind="stable", ignore_index=True)
+
+
+def _root_is_last(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Whether the rank that arrives last at each row's instance is its root."""
+    starts = rows["start_ns"].groupby(rows["instance"])
+    of_root = rows["start_ns"].where(rows["rank"] == rows["peer"]).groupby(rows["instance"]).transform("max")
+    return of_root == starts.transform("max")
+
+
+def _partner_starts(rows: pd.DataFrame) -> pd.Series[float]:
+    """When the other side of each send or receive began; NaN for all other rows, and if it was not seen."""
+    pairs = rows.loc[rows["op"].isin(POINT_TO_POINT) & (rows["peer"] != NO_PEER)]
+    sends = (pairs["op"] == "send").to_numpy()
+    ends = {
+        "from": np.where(sends, pairs["rank"], pairs["peer"]),
+        "to": np.where(sends, pairs["peer"], pairs["rank"]),
+    }
+    pairs = pairs[["group", "op", "start_ns"]].assign(**ends).sort_values("start_ns", kind="stable")
+    key = ["group", "from", "to"]
+    pairs["number"] = pairs.groupby([*key, "op"]).cumcount()
+    other = pairs.assign(op=np.where(pairs["op"] == "send", "recv", "send"))
+    starts = other.drop_duplicates([*key, "op", "number"]).set_index([*key, "op", "number"])["start_ns"]
+    found = starts.reindex(pd.MultiIndex.from_frame(pairs[[*key, "op", "number"]]))
+    return pd.Series(found.to_numpy(np.float64), index=pairs.index).reindex(rows.index)
 
 
 def estimate_waits(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
@@ -88,15 +120,16 @@ def estimate_waits(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
     last = rows.groupby("instance")["start_ns"].transform("max")
     wait_a = (duration - duration.groupby(by_instance).transform("min")).where(has_a)
     wait_b = (last - rows["start_ns"]).astype(np.float64).clip(upper=duration).where(has_b)
+    for_partner = (rows["partner_start_ns"] - rows["start_ns"]).clip(lower=0.0, upper=duration)
     longest = wait_b.groupby(by_instance).transform("max")
     clock_tells = wait_a.fillna(wait_b).groupby(by_instance).transform("max") > clock_error_ns
     blamable = has_b & clock_tells.to_numpy() & (longest.to_numpy() > clock_error_ns)
-    wait = wait_b.where(clock_tells, wait_a)
+    wait = wait_b.where(clock_tells, wait_a).fillna(for_partner.where(for_partner > clock_error_ns))
     late = _late_arrivers(rows)
     return rows.assign(
         duration_ns=duration,
         wait_a_ns=wait_a,
-        wait_b_ns=wait_b,
+        wait_b_ns=wait_b.fillna(for_partner),
         wait_ns=wait,
         transfer_ns=duration - wait.fillna(0.0),
         blamable=blamable,
@@ -157,9 +190,18 @@ def expose(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> pd.DataFrame:
     """Add exposed_wait_ns and exposed_transfer_ns: what of each collective kept the step thread from working."""
     wait = np.zeros(len(rows))
     transfer = np.zeros(len(rows))
+    start, waited = rows["start_ns"].to_numpy(np.int64), rows["wait_ns"].fillna(0).to_numpy(np.float64)
+    pairs = rows["op"].isin(POINT_TO_POINT).to_numpy(bool)
     for claims in claimed(rows, traces):
         wait[claims.at] = claims.exposed(claims.begin, claims.split)
         transfer[claims.at] = claims.exposed(claims.split, claims.end)
+        # A send lasts until somebody waits for it, and so claims what is waiting for a later receive in truth.
+        own = pairs[claims.at]
+        at, begin, end = claims.at[own], claims.begin[own], claims.end[own]
+        partner = IntervalSet.union_of(start[at], start[at] + waited[at].astype(np.int64))
+        partner = partner if claims.blocked is None else partner.intersect(claims.blocked)
+        wait[at] = partner.covered_within(begin, end)
+        transfer[at] = claims.exposed(begin, end) - wait[at]
     return rows.assign(exposed_wait_ns=wait, exposed_transfer_ns=transfer)
 
 
@@ -254,3 +296,73 @@ def collectives_table(rows: pd.DataFrame) -> pd.DataFrame:
         table["bytes"].astype("Int64").where(table["basis"].isin([nccl.BY_NAME, nccl.BY_KERNEL]) | (table["bytes"] > 0))
     )
     return table.sort_values(["instance", "rank"], ignore_index=True)[COLLECTIVE_COLUMNS]
+
+
+SMALL_BYTES = 4096
+"""Losses, norms and counters are smaller; a bucket of gradients or a layer's activations is not. Such messages show the
+start-up time."""
+MIN_SMALL = 5
+LATENCY_SHARE, BANDWIDTH_SHARE = 0.6, 0.4
+"""Latency bounds what spends this share of its time on starting up, bandwidth what spends less than the other."""
+FEW_BYTES, MANY_BYTES = 64 << 10, 1 << 20
+"""Without small messages to compare with: any network starts up longer than it moves few bytes, and shorter than it
+moves many."""
+
+
+def _messages(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each collective once (a send or receive each for itself): its bytes, its shortest transfer, its exposed time."""
+    usable = rows[rows["closed"].astype(bool)]
+    found = usable.groupby("instance").agg(
+        bytes=("bytes", "max"), transfer_ns=("transfer_ns", "min"), exposed_ns=("exposed_transfer_ns", "sum")
+    )
+    return found[found["transfer_ns"] > 0]
+
+
+def start_up_s(rows: pd.DataFrame) -> float | None:
+    """Median time of the small messages; None if there are hardly any."""
+    messages = _messages(rows)
+    small = messages[messages["bytes"] <= SMALL_BYTES]
+    return float(small["transfer_ns"].median()) / NS_PER_S if len(small) >= MIN_SMALL else None
+
+
+def bound_by(rows: pd.DataFrame, start_s: float | None) -> str:
+    """``latency``, ``bandwidth``, or nothing if the data do not tell.
+
+    A message takes a start-up time, ``start_s``, and a time for its bytes (the model of Hockney, 1994). The share of
+    the one in all the time that the messages take says which of the two bounds them.
+    """
+    messages = _messages(rows)
+    if messages.empty or not messages["exposed_ns"].sum():
+        return ""
+    if messages["bytes"].max() <= SMALL_BYTES:
+        return "latency"
+    if start_s is None:
+        typical = float(np.average(messages["bytes"], weights=messages["exposed_ns"]))
+        return "latency" if typical < FEW_BYTES else "bandwidth" if typical >= MANY_BYTES else ""
+    starting = np.minimum(start_s * NS_PER_S / messages["transfer_ns"], 1.0)
+    share = float(np.average(starting, weights=messages["exposed_ns"]))
+    return "latency" if share >= LATENCY_SHARE else "bandwidth" if share <= BANDWIDTH_SHARE else ""
+
+
+def in_words(rows: pd.DataFrame, count: int) -> str:
+    """Messages, bytes, time and bandwidth; ``count`` is the number of steps times that of ranks."""
+    megabytes = float(rows["bytes"].sum()) / count / 1e6
+    each_s = float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / max(len(rows), 1)
+    told = (
+        f"{megabytes:.3g} MB a step and rank in {len(rows) / count:.3g} messages, half of them of at least "
+        f"{_size(float(rows['bytes'].median()))}, {_duration(each_s)} each"
+    )
+    large = rows[rows["bytes"] >= rows["bytes"].quantile(0.5)]
+    bandwidth = float(large["bus_bytes_per_s"].median()) if large["bus_bytes_per_s"].notna().any() else 0.0
+    return told + (f", at a bus bandwidth of {_size(bandwidth)}/s" if bandwidth > 0 else "")
+
+
+def _size(value: float) -> str:
+    for unit, many in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= many:
+            return f"{value / many:.3g} {unit}"
+    return f"{value:.3g} B"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"

@@ -11,7 +11,7 @@ import pandas as pd
 
 from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
 from hpcmm.analysis.intervals import IntervalSet
-from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, WORKER, RankTrace
+from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, WORKER, RankTrace
 from hpcmm.annotate import schema
 from hpcmm.reports.report import CudaEvents, Identity, Parts, Report
 from hpcmm.text import printable
@@ -37,6 +37,8 @@ class ReportFacts:
     first_ns: int = 0
     no_ranges: str = ""
     """Why the report has no steps; empty when it has."""
+    has_nvtx: bool = False
+    """Whether it holds any NVTX ranges, of whatever domain."""
     gpu_missing: bool = False
     """CUDA was asked for, but left no events."""
     damage: str = ""
@@ -65,13 +67,22 @@ def observe(report: Report) -> ReportFacts:
         first_ns=report.first_ns,
         gpu_missing="cuda" in report.requested and report.cuda is None and report.parts is Parts.ALL,
         no_ranges="" if any(len(trace.steps) for trace in traces) else _why_no_ranges(report),
+        has_nvtx=_has_nvtx(report),
         damage="; ".join(report.damage),
     )
 
 
+def _has_nvtx(report: Report) -> bool:
+    return bool(report.domains) or "nvtx" in report.traced
+
+
 def _why_no_ranges(report: Report) -> str:
-    if report.domains or "nvtx" in report.traced:
-        return "the program wrote NVTX ranges, but no steps in domain hpcmm: annotate its loop with hpcmm.annotate"
+    if _has_nvtx(report):
+        ours = report.nvtx["domain"]
+        kinds = {"collectives": (ours == schema.COMM_DOMAIN).any(), "phases": (ours == schema.DOMAIN).any()}
+        there = " and ".join(kind for kind, seen in kinds.items() if seen)
+        told = f"its {there} are annotated" if there else "the program wrote NVTX ranges"
+        return f"{told}, but no steps in domain hpcmm"
     if report.requested and "nvtx" not in report.requested:
         return "no NVTX ranges at all: nsys was told not to trace them; add nvtx to its --trace"
     version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", report.nsys_version)[:2])
@@ -231,6 +242,7 @@ def _collectives(ranges: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
         sequence=np.array([name.sequence for name in parts], dtype=np.int64),
         bytes=np.array([name.bytes for name in parts], dtype=np.int64),
     )
+    frame["peer"] = np.array([NO_PEER if name.peer is None else name.peer for name in parts], dtype=np.int64)
     frame["occurrence"] = frame.groupby(["group", "op", "sequence"]).cumcount()
     frame["step"], frame["phase"] = phases.locate(segments, frame["start_ns"].to_numpy(np.int64))
-    return frame[[*COLLECTIVE_COLUMNS, "tid"]]
+    return frame[[*COLLECTIVE_COLUMNS, "peer", "tid"]]

@@ -8,6 +8,7 @@ only these.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.analysis.wait_chains import ChargedGroup
 
 HIGH, MEDIUM, LOW = "high", "medium", "low"
+STRAGGLER_SHARE = 0.03
+"""A rank is named from this share of a step on."""
 
 CAUSES = {
     "data": "data loading",
@@ -32,6 +35,7 @@ CAUSES = {
     "checkpoint": "checkpoint",
     "subprocess": "waiting for a child process",
     "stall": "stall",
+    "solo": "work of one rank alone",
     "between": "work between steps",
     "other": "work outside the phases",
     "transfer": "communication transfer",
@@ -87,11 +91,17 @@ class Finding:
     """Where the evidence lies: a table, and the columns and values to filter it by."""
     worst_step: int | None = None
     """The step that shows it best."""
+    several: bool = False
+    """Whether it names several ranks, which no column can hold."""
+    moves: str = ""
+    """Of a transfer: what moves, as :mod:`hpcmm.analysis.parallelism` names it. Of a stage: what to move."""
+    bound: str = ""
+    """Of a transfer: ``latency`` or ``bandwidth``; empty if the data do not tell."""
 
     @property
     def blames(self) -> bool:
-        """Whether it names a rank or a node."""
-        return self.rank is not None or self.node != ""
+        """Whether it names a rank, a node, or several ranks."""
+        return self.rank is not None or self.node != "" or self.several
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +162,16 @@ class AnalysisContext:
             found[there, index] = within[:, columns].sum(axis=1) / NS_PER_S
         return found
 
+    def work_by_step(self) -> Floats:
+        """Seconds of each trace in each part, from the end of one step to that of the next: (steps, traces, parts)."""
+        found = np.zeros((len(self.steps.numbers), len(self.traces), len(self.parts.names)))
+        for index, trace in enumerate(self.traces):
+            steps = trace.steps.assign(begin_ns=trace.steps["end_ns"].shift().fillna(trace.steps["start_ns"]))
+            bounds = steps.set_index("step")[["begin_ns", "end_ns"]].reindex(self.steps.numbers).to_numpy(np.float64)
+            there = np.isfinite(bounds).all(axis=1)
+            found[there, index] = self.parts.between(index, bounds[there, 0], bounds[there, 1]) / NS_PER_S
+        return found
+
 
 def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
     """One override or command for ``finding``.
@@ -162,6 +182,10 @@ def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
     trains = bool(config) and set(config) != {"cluster"}
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
         return _shell(finding)
+    if finding.kind in _PIPELINE_ADVICE:
+        return _PIPELINE_ADVICE[finding.kind] if not finding.moves else f"{finding.moves}: {_PIPELINE_ADVICE['stage']}"
+    if finding.kind == "transfer" and not (trains and finding.moves in {"", "gradients"}):
+        return _TRANSFER_ADVICE[finding.moves, finding.bound]
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
     if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
@@ -188,6 +212,36 @@ def _shell(finding: Finding) -> str:
             return "grep 'within step' analysis/waitpid.csv"
 
 
+_PIPELINE_ADVICE = {
+    "stage": "set the split points, or PipelineModule(partition_method=...), by measured cost",
+    "bubble": "more micro-batches a step, or an interleaved schedule (several smaller stages a rank)",
+}
+
+_FEWER_GRADIENTS = "accumulate gradients over more micro-batches (no_sync), or compress them (bf16_compress_hook)"
+_LARGER_BUCKETS = "fewer, larger buckets: DistributedDataParallel(bucket_cap_mb=100), DeepSpeed's reduce_bucket_size"
+_FUSE = "fuse small collectives: stack their values into one tensor, and exchange losses and metrics only when logged"
+_PARAMETERS = "keep them gathered for backward (reshard_after_forward=False), prefetch, or shard within a node (HSDP)"
+_WRAP = "wrap larger units with fully_shard, so that fewer and larger gathers run, and prefetch the next one"
+_ACTIVATIONS = "keep the tensor-parallel group within a node; sequence parallel; async tensor parallel (torch.compile)"
+_SENDS = "larger micro-batches send less often; keep neighbouring stages within a node or on its fastest links"
+_TOKENS = "keep these groups within a node, or overlap the exchange with computation"
+_ANY = "if these are gradients, accumulate them over more micro-batches before they are exchanged, or compress them"
+_TRANSFER_ADVICE = {
+    ("", ""): _ANY,
+    ("", "latency"): "fewer, larger messages: fuse small collectives, or use larger buckets if these are gradients",
+    ("", "bandwidth"): _ANY,
+    **{("gradients", bound): _FEWER_GRADIENTS for bound in ("", "bandwidth")},
+    ("gradients", "latency"): _LARGER_BUCKETS,
+    **{("sharded parameters", bound): _PARAMETERS for bound in ("", "bandwidth")},
+    ("sharded parameters", "latency"): _WRAP,
+    **{("activations", bound): _ACTIVATIONS for bound in ("", "latency", "bandwidth")},
+    **{("pipeline sends", bound): _SENDS for bound in ("", "latency")},
+    ("pipeline sends", "bandwidth"): "send activations in bf16, and keep neighbouring stages within a node",
+    **{("tokens of experts or sequence parts", bound): _TOKENS for bound in ("", "latency", "bandwidth")},
+    **{("small messages", bound): _FUSE for bound in ("", "latency", "bandwidth")},
+}
+"""By what moves and what bounds it."""
+
 _GPU_ADVICE = {
     "gpu_host": "a larger micro-batch, or fewer launches: torch.compile(model, mode='reduce-overhead')",
     "gpu_sync": "no .item(), .cpu(), print or torch.cuda.synchronize() in the step; copies with non_blocking=True",
@@ -209,8 +263,11 @@ def _override(finding: Finding, config: Mapping[str, Any]) -> str:  # noqa: PLR0
             return f"cluster.exclude={_excluded(config, finding.node)}"
         case "batch" | "uneven" | "gpu_host" | "gpu_sync" | "gpu_order":
             return f"train.micro_batch_size={2 * max(1, _number(config, 'train', 'micro_batch_size', 1))}"
-        case "checkpoint":
+        case "checkpoint" | "solo" if finding.kind == "checkpoint" or _SAVES.search(finding.phase):
             return f"train.checkpoint_every={max(4 * _number(config, 'train', 'checkpoint_every', 0), 100)}"
+        case "transfer" if finding.bound == "latency":
+            size = _number(config, "parallel", "reduce_bucket_size", 0)
+            return f"parallel.reduce_bucket_size={4 * size if size > 0 else 50_000_000}"
         case "transfer":
             # Fewer synchronisations a sample; it costs nothing but memory for the accumulated gradients.
             rounds = max(1, _number(config, "train", "gradient_accumulation_steps", 1))
@@ -231,14 +288,33 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
             return "bucket examples by length, or share them out over the ranks by their cost"
         case "checkpoint":
             return "save less often, or from a thread of its own"
-        case "transfer":
-            return "accumulate gradients over more micro-batches before they are exchanged"
+        case "solo":
+            return _advice_for_solo_work(finding.phase)
         case "imbalance":
             return "sbatch --cpus-per-task=N --hint=nomultithread ... with more cores a rank"
         case "other":
             return "with annotate.phase(...) around each part of the step, the next capture tells which part it is"
         case _:
             return "log and evaluate less often"
+
+
+_SAVES = re.compile("check|ckpt|save|snapshot", re.IGNORECASE)
+_EVALUATES = re.compile("eval|val|test|generat|sampl|metric", re.IGNORECASE)
+_LOGS = re.compile("log|print|report|wandb|tensorboard|plot|monitor", re.IGNORECASE)
+
+
+def _advice_for_solo_work(phase: str) -> str:
+    """By what the range says it is; all three if none says anything."""
+    if _SAVES.search(phase):
+        return "let each rank save its part in the background (torch.distributed.checkpoint.async_save), or less often"
+    if _EVALUATES.search(phase):
+        return "evaluate on all ranks, each a part (DistributedSampler), less often, or in a job of its own"
+    if _LOGS.search(phase):
+        return "log less often, or from a thread of its own"
+    return (
+        "share it out over all ranks (an evaluation, a sharded checkpoint), do it less often, or in a thread or job of "
+        "its own"
+    )
 
 
 def _excluded(config: Mapping[str, Any], node: str) -> str:

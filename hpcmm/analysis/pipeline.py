@@ -17,8 +17,8 @@ from hpcmm.analysis.findings import AnalysisContext, suggest
 from hpcmm.analysis.gpu_findings import span_s
 from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.pop_metrics import Reference, efficiency, samples_per_step
-from hpcmm.analysis.report_inventory import ReportInventory, environment_table
-from hpcmm.analysis.study import TABLES, Selection, Study, Tables
+from hpcmm.analysis.report_inventory import NO_STEPS, ReportInventory, environment_table
+from hpcmm.analysis.study import TABLES, Selection, Study, Tables, step_line
 from hpcmm.analysis.time_tables import comm_wait, phases_summary, phases_table, startup_table, wait_matrix
 from hpcmm.analysis.trace import RankTrace
 from hpcmm.errors import HpcmmError
@@ -125,6 +125,7 @@ def study(
         clock=clock,
         complete=inventory.complete,
         failed_run=record.folder if record.failed_before_steps else "",
+        line_to_add=step_line(record.framework) if (inventory.table["status"] == NO_STEPS).any() else "",
     )
 
 

@@ -21,6 +21,7 @@ EMPTY = "empty"
 NOT_PROFILED = "not_profiled"
 WRONG_JOB = "wrong_job"
 NO_NVTX = "no_nvtx"
+NO_STEPS = "no_steps"
 DUPLICATE = "duplicate"
 
 COLUMNS = ["rank", "node", "status", "steps", "spans", "events", "span_s", "nsys_version", "reason", "report"]
@@ -88,7 +89,7 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     rows.extend(_without_report(present, world_size, record, list(dict.fromkeys(nameless)), workers))
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
     table = table.sort_values(["rank", "report"], na_position="last", kind="stable", ignore_index=True)
-    fine = {FOUND, NOT_PROFILED} if record.world_size else {FOUND, NO_NVTX}
+    fine = {FOUND, NOT_PROFILED} if record.world_size else {FOUND, NO_NVTX, NO_STEPS}
     complete = bool(len(table)) and set(table["status"]) <= fine
     return ReportInventory(table, tuple(used), complete, world_size or len(used))
 
@@ -185,7 +186,7 @@ def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
         return TRUNCATED, f"read in part: {fact.damage}"
     if not len(trace.steps):
         stands_for = f"process {trace.pid}, GPU {trace.device}: " if trace.device is not None else ""
-        return NO_NVTX, stands_for + fact.no_ranges or "it takes part in collectives, but runs no steps"
+        return _no_steps(fact), stands_for + fact.no_ranges or "it takes part in collectives, but runs no steps"
     unclosed = trace.steps.loc[~trace.steps["closed"], "step"]
     if len(unclosed):
         return FOUND, f"step {int(unclosed.iloc[-1])} has no end: the process or its capture stopped in mid-step"
@@ -200,12 +201,16 @@ def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
     return FOUND, f"the report does not tell the rank{others or ''}"
 
 
+def _no_steps(fact: ReportFacts) -> str:
+    return NO_STEPS if fact.has_nvtx else NO_NVTX
+
+
 def _status_without_trace(fact: ReportFacts) -> tuple[str, str]:
     if fact.damage:
         return TRUNCATED, fact.damage
     if fact.events == 0:
         return EMPTY, "the capture holds no events"
-    return NO_NVTX, fact.no_ranges
+    return _no_steps(fact), fact.no_ranges
 
 
 def _row(fact: ReportFacts, rank: int | None, trace: RankTrace | None, outcome: tuple[str, str]) -> tuple[object, ...]:

@@ -19,12 +19,19 @@ import pandas as pd
 
 from hpcmm.analysis import gpu_findings
 from hpcmm.analysis.delay_costs import Floats
-from hpcmm.analysis.findings import CAUSES, HIGH, MEDIUM, AnalysisContext, Finding, kind_of_part, phase_of_part
+from hpcmm.analysis.findings import (
+    CAUSES,
+    HIGH,
+    MEDIUM,
+    STRAGGLER_SHARE,
+    AnalysisContext,
+    Finding,
+    kind_of_part,
+    phase_of_part,
+)
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.statistics import chance_of_sum
 
-STRAGGLER_SHARE = 0.03
-"""A rank is named from this share of a step on."""
 MAX_CHANCE = 0.003
 """Probability by chance above which a sustained delay is nobody's."""
 TRANSFER_SHARE = 0.1
@@ -43,6 +50,8 @@ EVENT_S = 0.1
 """... and this long: on a busy machine a process waits some tens of milliseconds for its turn anyway."""
 LIKE_TIMES = 1.5
 """Delays so many times as long as any other rank's of their kind are of one sort with a rank's events."""
+MIN_REGULAR = 3
+"""So many events at one distance are how a rank does its work, and no stall."""
 STALL_STEPS = 0.1
 """Events in at most this share of the steps are a stall, and not how the rank does its work."""
 
@@ -69,13 +78,17 @@ class _Straggler:
         return float(self.charges.sum(axis=1).mean())
 
 
-def find_stragglers(context: AnalysisContext, transfer_s: float) -> tuple[list[Finding], Mask]:
-    """Rows that name a rank or a node, and the mask (steps, traces, parts + 1) of the charges that they hold.
+def least_loss_s(context: AnalysisContext, transfer_s: float) -> float:
+    """What a rank must cost a step to be named; ``transfer_s`` is the exposed transfer of a step."""
+    return max(STRAGGLER_SHARE * context.steps.mean_s, TRANSFER_SHARE * transfer_s)
 
-    ``transfer_s`` is the exposed transfer of a step.
+
+def find_stragglers(context: AnalysisContext, least_s: float, explained: Mask) -> tuple[list[Finding], Mask]:
+    """Rows that name a rank or a node, and the mask (steps, traces, parts + 1) of the charges that rows hold.
+
+    ``explained`` are those of rows that are there already.
     """
-    least_s = max(STRAGGLER_SHARE * context.steps.mean_s, TRANSFER_SHARE * transfer_s)
-    blamed = np.zeros(context.losses.shape, dtype=bool)
+    blamed = explained.copy()
     stragglers = []
     for search in (_sustained, _events):
         for straggler, mask in search(context, np.where(blamed, 0.0, context.losses), least_s):
@@ -161,9 +174,16 @@ def _events(context: AnalysisContext, losses: Floats, least_s: float) -> Iterato
             mask = _mask(losses.shape, (index,), columns) & there[:, None, None]
             charges = (losses * mask).sum(axis=1)
             if charges.sum() / len(charges) >= least_s:
-                stall = kind != "checkpoint" and there.sum() <= max(1.0, STALL_STEPS * len(there))
+                few = there.sum() <= max(1.0, STALL_STEPS * len(there))
+                stall = kind != "checkpoint" and few and not _at_an_interval(context.steps.numbers[there])
                 count = int(there.sum())
                 yield _Straggler("stall" if stall else kind, (index,), charges, 0.0, count, 1.0), mask
+
+
+def _at_an_interval(steps: npt.NDArray[np.int64]) -> bool:
+    """Three or more at one distance are how the rank does its work, however few they are."""
+    gaps = np.diff(steps)
+    return len(steps) >= MIN_REGULAR and bool((gaps == gaps[0]).all())
 
 
 def _usual_worst(whole: Floats, index: int) -> float:

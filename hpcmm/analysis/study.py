@@ -31,6 +31,8 @@ class Study:
     complete: bool
     failed_run: str = ""
     """The run directory, where that notes that the run failed before its first step."""
+    line_to_add: str = ""
+    """The line that would give the run's script steps; empty if nothing lacks them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,19 @@ class Selection:
 def why_failed(folder: str) -> str:
     """One sentence for a run that failed before its first step."""
     return f"the run failed before its first step; python -m hpcmm.jobs why {shlex.quote(folder)} tells why."
+
+
+_STEP_LINES = {
+    "lightning": "Trainer(..., callbacks=[hpcmm.annotate.callbacks.LightningSteps()])",
+    "accelerate": "for batch in hpcmm.annotate.callbacks.accelerate_steps(accelerator, loader):",
+    "transformers": "Trainer(..., callbacks=[hpcmm.annotate.hf.StepAnnotation()])",
+    "deepspeed": "for batch in hpcmm.annotate.steps(loader):, or around each engine.train_batch()",
+}
+
+
+def step_line(framework: str) -> str:
+    """The line of a script that gives it steps, by what it trains with."""
+    return _STEP_LINES.get(framework, "for batch in hpcmm.annotate.steps(loader):")
 
 
 TABLES = (

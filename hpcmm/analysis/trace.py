@@ -35,6 +35,8 @@ COLLECTIVE_COLUMNS = [
     "step",
     "phase",
 ]
+NO_PEER = -1
+"""In column ``peer`` of collectives, which may be absent: no range tells an operation's other rank or root."""
 
 OnClock = Callable[[Times], Times]
 """Maps a report's own times to the common clock."""

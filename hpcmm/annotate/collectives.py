@@ -53,6 +53,9 @@ OP_NAMES = {
 
 POINT_TO_POINT = frozenset({"send", "recv"})
 
+PEERS = frozenset({"dst", "src", "root_rank"})
+"""Arguments of the operators that name the other rank of a send or receive, or the root."""
+
 _DEVICES = ("CPU", "CUDA")
 
 
@@ -69,10 +72,22 @@ class CollectiveRecorder:
         self.recorded: Counter[tuple[str, str]] = Counter()
         """Ranges started, by (group name, op)."""
 
-    def record(self, op: str, device: str, arguments: tuple[Any, ...], blocking: bool, call: Callable[[], Any]) -> Any:
-        """Run ``call`` with a range around it, and return what it returned."""
+    def record(
+        self,
+        op: str,
+        device: str,
+        arguments: tuple[Any, ...],
+        blocking: bool,
+        call: Callable[[], Any],
+        peer: int | None = None,
+    ) -> Any:
+        """Run ``call`` with a range around it, and return what it returned.
+
+        ``peer`` is the operation's other rank or root, as a rank of its group.
+        """
         group = next(dist.ProcessGroup.unbox(a) for a in arguments if isinstance(a, torch.ScriptObject))
-        name = schema.CollectiveName(op, group.group_name, self._sequence(op, group), _bytes(op, arguments))
+        sequence, whom = self._sequence(op, group), None if peer is None else _rank_in_job(group, peer)
+        name = schema.CollectiveName(op, group.group_name, sequence, _bytes(op, arguments), whom)
         range_id = nvtx.start_range(name.format(), domain=schema.COMM_DOMAIN)
         self.recorded[group.group_name, op] += 1
         try:
@@ -134,6 +149,14 @@ class CollectiveRecorder:
             nvtx.end_range(range_id)
 
 
+def _rank_in_job(group: dist.ProcessGroup, rank: int) -> int | None:
+    """The rank in the job of a group's member; None for a group that ``torch.distributed`` does not know."""
+    try:
+        return dist.get_global_rank(group, rank)
+    except (RuntimeError, ValueError):
+        return None
+
+
 def _bytes(op: str, arguments: Iterable[Any]) -> int:
     """The largest of the operation's inputs and outputs; a barrier's tensor is only there to choose the device."""
     return 0 if op == "barrier" else max(map(_tensor_bytes, arguments), default=0)
@@ -186,13 +209,15 @@ def _recording_kernel(recorder: CollectiveRecorder, operator: str, op: str, devi
     overload = getattr(torch.ops.c10d, operator).default
     argument_names = [argument.name for argument in overload._schema.arguments]
     async_at = argument_names.index("async_op") if "async_op" in argument_names else None
+    peer_at = next((place for place, name in enumerate(argument_names) if name in PEERS), None)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         # The dispatcher leaves out trailing arguments that have their default, here True.
         blocking = async_at is not None and async_at < len(arguments) and not arguments[async_at]
         # Redispatching lets go of Python's lock, for which a thread of Gloo's may wait while it holds Gloo's own.
         below = keyset & torch._C._after_autograd_keyset
-        return recorder.record(op, device, arguments, blocking, lambda: overload.redispatch(below, *arguments))
+        peer = arguments[peer_at] if peer_at is not None and peer_at < len(arguments) else None
+        return recorder.record(op, device, arguments, blocking, lambda: overload.redispatch(below, *arguments), peer)
 
     return kernel
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from hpcmm.analysis.delay_costs import BETWEEN_STEPS
 from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.study import Study, why_failed
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.trace import OTHER, RankTrace
 from hpcmm.ranges import write_ranges
 from hpcmm.text import visible
 
@@ -86,14 +87,18 @@ def headline(study: Study) -> str:
     row = table.iloc[0]
     lost = f"{seconds(float(row['lost_s_per_step']))} of each {step} step ({percent(float(row['step_share']))})"
     several = "s" if "," in str(row["phase"]) else ""
-    where = f" in phase{several} {plain(row['phase'])}" if row["phase"] else ""
     cause = plain(row["cause"])
+    # A phase that is no more than the rest of the step, or that the cause tells already, adds nothing.
+    named = row["phase"] and row["phase"] not in {OTHER, BETWEEN_STEPS} and not cause.startswith(f"{row['phase']} of ")
+    where = f" in phase{several} {plain(row['phase'])}" if named else ""
     if pd.notna(row["rank"]):
         rank = rank_name(int(row["rank"]))
         on = f" on {plain(row['node'])}" if row["node"] else ""
         return f"{rank[:1].upper()}{rank[1:]}{on} costs {lost}: {cause}{where}."
     if row["node"]:
         return f"Node {plain(row['node'])} costs {lost}: {cause}{where}."
+    if " is heavier than " in cause:
+        return f"{cause[:1].upper()}{cause[1:]}, which costs {lost}."
     costs = "cost" if cause.endswith("batches") else "costs"
     return f"{cause[:1].upper()}{cause[1:]} {costs} {lost}{where}."
 
@@ -104,7 +109,8 @@ def _why_no_steps(study: Study) -> str:
     reasons = study.tables["coverage"]["reason"]
     reasons = reasons[reasons != ""]
     if len(reasons):
-        return plain(reasons.value_counts().idxmax()) + "."
+        why = plain(reasons.value_counts().idxmax())
+        return f"{why}. The line to add: {study.line_to_add}" if study.line_to_add else f"{why}."
     return (
         "only the warm-up step was captured."
         if study.steps.warmup_number is not None

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hpcmm.config.untyped_config import read_untyped_config, trains_a_workload
 from hpcmm.errors import HpcmmError
-from hpcmm.files import resolved
+from hpcmm.files import read_text, resolved
 from hpcmm.ranges import MAX_WORLD_SIZE, profiled_ranks
 from hpcmm.runs.exit_status import newest_outcome
 from hpcmm.runs.metrics import RankStart, starts_of
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import package_version
+
+FRAMEWORKS = ("lightning", "accelerate", "transformers", "deepspeed")
+"""Those that are told apart; who imports several writes the loop for the first of them."""
+_IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\w+)|import[ \t]+(\w[^#;\n]*))", re.MULTILINE)
+_SCRIPT_BYTES = 1 << 20
+_MOST_IMPORTS = 50
+_SAME = {"pytorch_lightning": "lightning", "lightning_fabric": "lightning"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +42,8 @@ class RunRecord:
     """The directory notes that the job failed, and no step of any rank."""
     nvtx: str = ""
     """Version of the Python package nvtx that the run used; empty if it is not known."""
+    framework: str = ""
+    """What the run's script trains with, one of :data:`FRAMEWORKS`; empty if its imports name none."""
 
     @property
     def job_id(self) -> str | None:
@@ -79,6 +90,7 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         and outcome.failed
         and not any(each.stepped for each in ranks),
         nvtx=package_version(run_dir, "nvtx"),
+        framework=_framework(run_dir, _section(config, "task").get("path")),
     )
 
 
@@ -98,3 +110,24 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _positive(value: object) -> int:
     return value if isinstance(value, int) and 0 < value <= MAX_WORLD_SIZE else 0
+
+
+def _framework(run_dir: RunDir, script: object) -> str:
+    """By the imports of the script, and of the modules beside it that it imports; read, never run."""
+    if not isinstance(script, str) or not script:
+        return ""
+    # The path leads into the snapshot of the run directory as it was then, which may lie elsewhere now.
+    path = run_dir.code / "project" / script.rpartition("/code/project/")[2]
+    named = _imports(path, run_dir)
+    beside = [_imports(path.parent / f"{name}.py", run_dir) for name in sorted(named)[:_MOST_IMPORTS]]
+    known = named.union(*beside)
+    return next((name for name in FRAMEWORKS if name in known), "")
+
+
+def _imports(path: Path, run_dir: RunDir) -> set[str]:
+    try:
+        text = read_text(path, _SCRIPT_BYTES, within=run_dir.root)
+    except (OSError, ValueError):  # not there, or no script: it names no framework
+        return set()
+    names = {re.split(r"\W", each.strip())[0] for found in _IMPORT.findall(text) for each in ",".join(found).split(",")}
+    return {_SAME.get(name, name) for name in names if name}

@@ -17,8 +17,9 @@ from hpcmm.analysis.trace import RankTrace
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.analyze.__main__ import main
 from hpcmm.errors import HpcmmError
+from hpcmm.page.headlines import headline
 from hpcmm.reports.report import Identity
-from hpcmm.reports.run_record import RunRecord
+from hpcmm.reports.run_record import RunRecord, read_run_record
 from hpcmm.runs.metrics import RankStart
 from hpcmm.runs.run_dir import RunDir
 
@@ -176,7 +177,7 @@ def test_nothing_usable_is_an_error_in_one_sentence(run_dir: RunDir) -> None:
 def test_the_h100_report_is_listed_as_what_it_is(samples: Path, tmp_path: Path) -> None:
     analysis = analyze([samples / "h100_2gpu_nccl.sqlite"], tmp_path)
     row = analysis.tables["coverage"].iloc[0]
-    assert row["status"] == "no_nvtx"
+    assert row["status"] == "no_steps"
     assert row["rank"] < 0
     assert row["nsys_version"].startswith("2026.2")
     assert analysis.exit_status == 0
@@ -302,8 +303,40 @@ def test_a_rank_alone_tells_no_transfer_from_waiting(samples: Path) -> None:
 def test_a_rank_whose_steps_are_lost_is_not_taken_for_a_fast_one(run_dir: RunDir) -> None:
     edit(report(run_dir, 2), 'UPDATE NVTX_EVENTS SET "end" = start WHERE eventType = 59')
     analysis = analyze([run_dir.root])
-    assert statuses(analysis)[2] == "no_nvtx"
+    assert statuses(analysis)[2] == "no_steps"
     assert set(analysis.bottlenecks()["confidence"]) <= {"low", "medium"}
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("import torch\n", "for batch in hpcmm.annotate.steps(loader):"),
+        ("import torch, os\nimport beside\n", "for batch in hpcmm.annotate.steps(loader):, or around each"),
+        ("from transformers import Trainer\nimport accelerate\n", "accelerate_steps(accelerator, loader)"),
+        ("    from transformers import Trainer\n", "StepAnnotation()"),
+        ("import pytorch_lightning as pl\n", "LightningSteps()"),
+        ("\0", "hpcmm.annotate.steps(loader)"),
+    ],
+)
+def test_what_is_missing_is_said_with_the_line_that_the_script_needs(run_dir: RunDir, script: str, line: str) -> None:
+    for rank in range(4):
+        edit(report(run_dir, rank), "DELETE FROM NVTX_EVENTS WHERE eventType = 59")
+    run_dir.config.write_text(
+        run_dir.config.read_text() + "task: {name: script, path: /elsewhere/run/code/project/train.py}\n"
+    )
+    (run_dir.code / "project").mkdir(parents=True, exist_ok=True)
+    (run_dir.code / "project" / "train.py").write_text(script)
+    (run_dir.code / "project" / "beside.py").write_text("import deepspeed\n")
+    analysis = analyze([run_dir.root])
+    assert set(statuses(analysis).values()) == {"no_steps"}
+    assert reason(analysis, 0) == "its collectives are annotated, but no steps in domain hpcmm"
+    assert line in headline(analysis.study)
+
+
+@pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", 7, "."])
+def test_a_script_that_is_none_names_no_framework(run_dir: RunDir, path: object) -> None:
+    run_dir.config.write_text(f"task: {{name: script, path: {json.dumps(path)}}}\n")
+    assert read_run_record(run_dir).framework == ""
 
 
 def test_a_pipe_a_folder_and_a_loose_link_cost_their_rank_alone(run_dir: RunDir) -> None:

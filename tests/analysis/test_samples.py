@@ -66,7 +66,7 @@ def test_the_slow_loader_is_the_first_row(slow_data: Analysis) -> None:
 
 def test_the_slow_link_is_transfer_and_nobodys_fault(samples: Path, tmp_path: Path) -> None:
     table = analyze([samples / "slow_link"], tmp_path).tables["bottlenecks"]
-    assert table.iloc[0]["cause"] == "communication transfer"
+    assert table.iloc[0]["cause"].startswith("communication transfer")
     assert table.iloc[0]["step_share"] > 0.7
     assert table["rank"].isna().all()
 

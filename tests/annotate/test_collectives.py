@@ -85,6 +85,17 @@ def test_sequence_numbers_run_without_a_gap_and_bytes_are_right(captured):
     assert sizes["reduce_scatter"] == sizes["all_to_all"] == 8000
 
 
+@pytest.mark.nsys
+def test_who_is_at_the_other_end_is_told_of_those_that_have_one(captured):
+    _, ranges = captured
+    names = [CollectiveName.parse(name) for name, _ in ranges]
+    told = {name.op: name.peer for name in names if name.group == "0"}
+    assert told["send"] == 1
+    assert told["broadcast"] == told["reduce"] == 0
+    assert told["all_reduce"] is None
+    assert told["barrier"] is None
+
+
 def test_without_a_profiler_nothing_is_installed():
     code = (
         "import torch.distributed as dist; wait = dist.Work.wait; from hpcmm import annotate; "

@@ -1,7 +1,8 @@
-"""Record the faults afresh on the local Slurm cluster: ``python tests/ground_truth/record.py [FAULT...]``.
+"""Record the faults afresh on the local Slurm cluster: ``python tests/ground_truth/record.py [FAULT|SCRIPT...]``.
 
-Each is one profiled run of eight ranks on four nodes, launched by the public command, with the fault put in from
-outside. What is kept under ``recordings/FAULT`` is a run directory of the run's configuration and stripped exports.
+Each fault is one profiled run of eight ranks on four nodes, launched by the public command, with the fault put in from
+outside. Each script of ``own_scripts.py`` is launched as a user's own, on two nodes. What is kept under
+``recordings/NAME`` is a run directory of the run's configuration and stripped exports.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from threading import Thread
 
 import psutil
 from faults import FAULTS, Fault
+from own_scripts import SCRIPTS, OwnScript
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -62,6 +64,24 @@ def run_with_fault(fault: Fault, folder: Path, env: dict[str, str], *overrides: 
             # The job outlives the command that follows it.
             subprocess.run(["scancel", f"--name={name}"], env=env, check=False)
             raise
+    return (folder / "runs" / "latest").resolve()
+
+
+def run_script(script: OwnScript, folder: Path, env: dict[str, str]) -> Path:
+    """Launch the profiled script in ``folder``; the run directory. Raises CalledProcessError."""
+    path, *arguments = script.command
+    shutil.copy(HERE / "scripts" / path, folder)
+    quoted = ",".join(f'"{argument}"' for argument in arguments)
+    overrides = ["task=script", f"task.path={path}", f"task.args=[{quoted}]", "profile=nsys", "wait=true"]
+    subprocess.run(
+        [sys.executable, "-m", "hpcmm.launch", "cluster=local_slurm", "cluster.nodes=2", *overrides],
+        cwd=folder,
+        env=env | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        timeout=RUN_TIMEOUT_S,
+        check=True,
+    )
     return (folder / "runs" / "latest").resolve()
 
 
@@ -156,7 +176,9 @@ def keep(run: Path, target: Path) -> None:
 
     shutil.rmtree(target, ignore_errors=True)
     (target / "nsys").mkdir(parents=True)
-    shutil.copyfile(run / "config.yaml", target / "config.yaml")
+    # No path of the machine that recorded it.
+    config = (run / "config.yaml").read_text(encoding="utf-8").replace(str(run.parent), "runs")
+    (target / "config.yaml").write_text(config, encoding="utf-8")
     for report in sorted((run / "nsys").glob("*.nsys-rep")):
         with tempfile.TemporaryDirectory() as scratch:
             export = Path(scratch) / f"{report.stem}.sqlite"
@@ -166,18 +188,22 @@ def keep(run: Path, target: Path) -> None:
 
 
 def main(chosen: list[str]) -> int:
-    unknown = sorted(set(chosen) - set(FAULTS))
+    known = [*FAULTS, *SCRIPTS]
+    unknown = sorted(set(chosen) - set(known))
     if unknown:
-        print(f"record.py: no such fault: {', '.join(unknown)}. There are {', '.join(FAULTS)}.", file=sys.stderr)
+        print(f"record.py: no such fault: {', '.join(unknown)}. There are {', '.join(known)}.", file=sys.stderr)
         return 1
     cluster = Path(os.environ.get("HPCMM_CLUSTER_DIR") or "/var/lib/hpcmm-cluster")
     env = os.environ | {"SLURM_CONF": str(cluster / "etc" / "slurm.conf")}
     # Ended from outside, it still mends the link and cancels the job.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     subprocess.run([str(ROOT / "slurm" / "local" / "up")], env=env, stdout=sys.stderr, check=True)
-    for name in chosen or FAULTS:
+    for name in chosen or known:
         with tempfile.TemporaryDirectory(prefix="hpcmm-ground-truth-") as folder:
-            run = run_with_fault(FAULTS[name], Path(folder), env)
+            if name in SCRIPTS:
+                run = run_script(SCRIPTS[name], Path(folder), env)
+            else:
+                run = run_with_fault(FAULTS[name], Path(folder), env)
             keep(run, RECORDINGS / name)
         size = sum(path.stat().st_size for path in (RECORDINGS / name).rglob("*") if path.is_file())
         print(f"{name}: {size / 1e6:.2f} MB")
