@@ -65,7 +65,7 @@ class CollectiveRecorder:
         self._open: dict[dist.Work, Any] = {}
         """Ranges whose work runs on. Holding the work keeps its identity, which a later ``wait`` is matched by."""
         self._storages: dict[dist.Work, set[int]] = {}
-        """Of works that have no future, the addresses that they read and write."""
+        """The addresses that each of these works reads and writes."""
         self._watched: SimpleQueue[tuple[dist.Work, torch.futures.Future[Any]]] = SimpleQueue()
         self._watcher: Thread | None = None
         self.recorded: Counter[tuple[str, str]] = Counter()
@@ -112,10 +112,10 @@ class CollectiveRecorder:
         DistributedDataParallel's constructor does.
         """
         self._open[work] = range_id
+        self._storages[work] = {tensor.untyped_storage().data_ptr() for tensor in _tensors(arguments)}
         try:
             future = work.get_future()
         except RuntimeError:  # Gloo's send, receive and reduce-scatter have none, and all are waited for
-            self._storages[work] = {tensor.untyped_storage().data_ptr() for tensor in _tensors(arguments)}
             return
         if self._watcher is None:
             self._watcher = Thread(target=self._watch, name="hpcmm-collectives", daemon=True)
@@ -138,11 +138,10 @@ class CollectiveRecorder:
             nvtx.end_range(range_id)
 
     def tensor_waited(self, tensor: torch.Tensor) -> None:
-        """End the ranges of works without a future whose result ``tensor`` is: C++ code waited for them."""
-        if self._storages:
-            address = tensor.untyped_storage().data_ptr()
-            for work in [work for work, storages in self._storages.items() if address in storages]:
-                self.waited(work)
+        """End the ranges of works whose result ``tensor`` is: C++ code has waited for them."""
+        address = tensor.untyped_storage().data_ptr()
+        for work in [work for work, storages in list(self._storages.items()) if address in storages]:
+            self.waited(work)
 
 
 def _bytes(op: str, arguments: Iterable[Any]) -> int:
