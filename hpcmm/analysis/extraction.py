@@ -95,7 +95,7 @@ def _why_no_ranges(report: Report) -> str:
 
 
 def extract_traces(report: Report) -> list[RankTrace]:
-    """One trace for each process of ``report`` that ran steps; without any, one for its busiest process.
+    """One trace for each process of ``report`` that ran steps, else that communicated, else for its busiest process.
 
     If only its OS calls were read, a trace holds steps and the summary of its OS calls, and the rest is empty.
 
@@ -103,6 +103,7 @@ def extract_traces(report: Report) -> list[RankTrace]:
     environment of a report of several ranks is their launcher's. Processes that run no steps go with the first that
     does.
     """
+    report = replace(report, nvtx=phases.settle_steps(report.nvtx))
     ranges = report.nvtx[report.nvtx["domain"] == schema.DOMAIN]
     stepping = ranges[ranges["name"] == schema.STEP]
     workers = [int(pid) for pid in stepping["pid"].drop_duplicates()]
@@ -113,6 +114,9 @@ def extract_traces(report: Report) -> list[RankTrace]:
     family = waitpid.Family.of(report, roles)
     if not workers and report.cuda is not None:
         return _extract_devices(report, report.cuda, family)
+    if not workers:
+        communicating = report.nvtx.loc[report.nvtx["domain"] == schema.COMM_DOMAIN, "pid"]
+        workers = [int(pid) for pid in communicating.drop_duplicates()]
     if not workers:
         workers = [pid for pid, role in roles.items() if role == WORKER][:1]
     rank = report.identity.rank if len(workers) == 1 and report.identity.rank is not None else -1

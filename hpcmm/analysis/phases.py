@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,38 @@ from hpcmm.annotate import schema
 
 SEGMENT_COLUMNS = ["step", "phase", "start_ns", "end_ns"]
 STEP_COLUMNS = ["step", "start_ns", "end_ns", "closed"]
+
+
+def settle_steps(ranges: pd.DataFrame) -> pd.DataFrame:
+    """``ranges`` with one kind of steps in each process: its own, or, if it has none, the automatic ones.
+
+    An automatic step ends when the work of the next one begins. A program's last one therefore lasts until nsys ends
+    it with the process: it is cut where its optimizer ended. It stays open if other work of a step came after that.
+    """
+    annotated = ranges["domain"] == schema.DOMAIN
+    automatic = annotated & (ranges["name"] == schema.AUTOMATIC_STEP)
+    if not automatic.any():
+        return ranges
+    own = ranges.loc[annotated & (ranges["name"] == schema.STEP), "pid"].unique()
+    last = ranges[automatic & ~ranges["pid"].isin(own)].groupby("pid")["start_ns"].idxmax()
+    nothing: list[Any] = []
+    """Last steps that brought a batch and did nothing with it."""
+    settled = ranges.assign(name=ranges["name"].mask(automatic, schema.STEP))
+    for index in last:
+        pid, tid, start_ns, end_ns = ranges.loc[index, ["pid", "tid", "start_ns", "end_ns"]]
+        here = annotated & (ranges["pid"] == pid) & (ranges["tid"] == tid) & ranges["name"].isin(AUTOMATIC_PHASES)
+        within = ranges[here & ranges["start_ns"].between(start_ns, end_ns)]
+        ended = within.loc[within["end_ns"].idxmax()] if len(within) else None
+        if ended is not None and ended["name"] == "optimizer":
+            settled.loc[index, ["end_ns", "closed"]] = ended["end_ns"], ended["closed"]
+        elif ended is None or ended["name"] != "data":  # else its loader had no more batches
+            settled.loc[index, "closed"] = False
+        elif not within["name"].isin(("backward", "optimizer")).any():
+            nothing.append(index)
+    return settled[~(automatic & ranges["pid"].isin(own))].drop(nothing)
+
+
+AUTOMATIC_PHASES = ("data", "forward", "backward", "optimizer")
 
 
 def find_steps(ranges: pd.DataFrame) -> pd.DataFrame:

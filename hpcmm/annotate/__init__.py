@@ -10,7 +10,10 @@
 In a loop of your own one line annotates the steps: ``for batch in annotate.steps(loader):``. A Hugging Face ``Trainer``
 takes ``hpcmm.annotate.hf.StepAnnotation`` as a callback.
 
-Without a profiler attached nothing is installed and the context managers do nothing.
+In a run of hpcmm's that is profiled, steps, phases and collectives are found without any of this
+(:mod:`hpcmm.annotate.auto_instrument`); what a script names itself goes first. Lightning, Fabric and accelerate have
+callbacks in :mod:`hpcmm.annotate.callbacks`. Without a profiler attached nothing is installed and the context managers
+do nothing.
 
 ``annotate.should_stop()`` and ``annotate.stopped()`` let a script save a checkpoint when its job is about to end, and
 go on from there: see :mod:`hpcmm.annotate.stopping`. Without a profiler the standard library is enough for all this.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
+import os
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hpcmm.annotate.ranges import profiler_attached
+from hpcmm.annotate.auto_steps import AutomaticRanges
+from hpcmm.annotate.ranges import give_way, profiler_attached
 
 Then = Callable[[ModuleType], None]
 
@@ -68,7 +74,34 @@ class _Loader(Loader):
         self._then(module)
 
 
-_MODULE = "torch.distributed.distributed_c10d"
+def annotate_program() -> None:
+    """Annotate what this process will do: collectives, steps and phases. Does nothing if no profiler is attached.
+
+    PyTorch is not imported for it.
+    """
+    if not profiler_attached():
+        return
+    _ranges()  # the program's own ranges are known from now on
+    annotate_collectives_at_init()
+    after_import("torch.optim.optimizer", _watch_optimizers)
+    after_import("torch.autograd", _watch_backward)
+    after_import("torch.utils.data.dataloader", _watch_loaders)
+    after_import("torch.amp.grad_scaler", _watch_scaler)
+    after_import("deepspeed.runtime.engine", _watch_deepspeed)
+
+
+_CHILDREN = Path(__file__).with_name("in_children")
+"""A folder with a ``sitecustomize``, which Python imports when it starts."""
+
+
+def annotate_children(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have Pythons that this process starts annotate themselves, too. Does nothing if no profiler is attached."""
+    if profiler_attached():
+        others = [each for each in environ.get("PYTHONPATH", "").split(os.pathsep) if each and each != str(_CHILDREN)]
+        environ["PYTHONPATH"] = os.pathsep.join([str(_CHILDREN), *others])
+
+
+_C10D = "torch.distributed.distributed_c10d"
 
 
 def annotate_collectives_at_init() -> None:
@@ -77,7 +110,7 @@ def annotate_collectives_at_init() -> None:
     PyTorch is not imported for it. Does nothing when no profiler is attached.
     """
     if profiler_attached():
-        after_import(_MODULE, _wrap_init)
+        after_import(_C10D, _wrap_init)
 
 
 def _wrap_init(module: ModuleType) -> None:
@@ -91,3 +124,262 @@ def _wrap_init(module: ModuleType) -> None:
         collectives.install()
 
     module.init_process_group = init_and_annotate  # type: ignore[attr-defined]
+
+
+# Steps and phases. What PyTorch does not document is asked for by name, and a name that is missing costs its phase.
+
+
+@functools.cache
+def _ranges() -> AutomaticRanges:
+    """Those of this process."""
+    automatic = AutomaticRanges(lambda: len(_optimizers), WatchedModules())
+    give_way(automatic)
+    return automatic
+
+
+_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _torch() -> Any:
+    return sys.modules["torch"]
+
+
+def _missing(what: str, error: Exception) -> None:
+    print(f"hpcmm: {what} cannot be seen in this version of PyTorch or DeepSpeed ({error}).", file=sys.stderr)
+
+
+def _watch_optimizers(module: ModuleType) -> None:
+    optimizer: Any = module.Optimizer
+    made = optimizer.__init__
+
+    @functools.wraps(made)
+    def note(self: Any, *arguments: Any, **keywords: Any) -> None:
+        made(self, *arguments, **keywords)
+        _optimizers.add(self)
+
+    optimizer.__init__ = note
+    try:
+        module.register_optimizer_step_pre_hook(_update_begins)
+        module.register_optimizer_step_post_hook(_update_ends)
+    except AttributeError as error:
+        _missing("steps", error)
+
+
+def _update_begins(optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Returns None, or the arguments with a closure that tells its end."""
+    if _torch().compiler.is_compiling():
+        return None
+    has_closure = _has_closure(arguments, keywords)
+    _ranges().update_begins(id(optimizer), closure=has_closure)
+    if not has_closure:
+        return None
+    told = [each if at == 0 else _telling_its_end(each) for at, each in enumerate(arguments)]
+    return tuple(told), {name: _telling_its_end(each) for name, each in keywords.items()}
+
+
+def _update_ends(optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    if not _torch().compiler.is_compiling():
+        _ranges().update_ends(id(optimizer), closure=_has_closure(arguments, keywords))
+
+
+def _telling_its_end(closure: Any) -> Any:
+    if not callable(closure):
+        return closure
+
+    @functools.wraps(closure)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return closure(*arguments, **keywords)
+        finally:
+            _ranges().closure_ends()
+
+    return call
+
+
+def _has_closure(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """``arguments``: of ``step``, with the optimizer itself."""
+    return any(map(callable, arguments[1:])) or callable(keywords.get("closure"))
+
+
+def _watch_backward(module: ModuleType) -> None:
+    """``backward`` and ``torch.autograd.grad`` both end in this function, also if a library calls them."""
+    try:
+        run: Any = module._engine_run_backward
+    except AttributeError as error:
+        _missing("phase backward", error)
+        return
+
+    @functools.wraps(run)
+    def run_and_annotate(*arguments: Any, **keywords: Any) -> Any:
+        if _torch().compiler.is_compiling() or not _ranges().backward_begins():
+            return run(*arguments, **keywords)
+        try:
+            return run(*arguments, **keywords)
+        finally:
+            _ranges().backward_ends()
+
+    module._engine_run_backward = run_and_annotate  # type: ignore[attr-defined]
+
+
+def _watch_loaders(module: ModuleType) -> None:
+    try:
+        iterator: Any = module._BaseDataLoaderIter
+        fetch = iterator.__next__
+    except AttributeError as error:
+        _missing("phase data", error)
+        return
+
+    @functools.wraps(fetch)
+    def fetch_and_annotate(self: Any) -> Any:
+        ranges, torch = _ranges(), _torch()
+        loader = id(getattr(self, "_dataset", self))  # a loader may be made anew for each epoch
+        is_phase, exhausted = ranges.fetch_begins(loader, grad=torch.is_grad_enabled()), False
+        try:
+            return fetch(self)
+        except StopIteration:
+            exhausted = True
+            raise
+        finally:
+            ranges.fetch_ends(loader, is_phase=is_phase, exhausted=exhausted)
+
+    iterator.__next__ = fetch_and_annotate
+
+
+def _watch_scaler(module: ModuleType) -> None:
+    """GradScaler calls no optimizer after an overflow, but the iteration is over all the same."""
+    step: Any = module.GradScaler.step
+
+    @functools.wraps(step)
+    def step_and_annotate(self: Any, optimizer: Any, *arguments: Any, **keywords: Any) -> Any:
+        with _update(lambda: id(optimizer)):
+            return step(self, optimizer, *arguments, **keywords)
+
+    module.GradScaler.step = step_and_annotate
+
+
+def _watch_deepspeed(module: ModuleType) -> None:
+    """An engine's step is more than its optimizer's, which it does not call after an overflow."""
+    step: Any = module.DeepSpeedEngine.step
+    stepped_before: dict[int, int] = {}
+
+    @functools.wraps(step)
+    def step_and_annotate(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if not self.is_gradient_accumulation_boundary():
+            return step(self, *arguments, **keywords)
+        with _update(lambda: stepped_before.get(id(self), id(self))):
+            result = step(self, *arguments, **keywords)
+        stepped_before[id(self)] = _ranges().stepped()[-1]
+        return result
+
+    module.DeepSpeedEngine.step = step_and_annotate
+
+
+@contextlib.contextmanager
+def _update(skipped: Callable[[], int]) -> Iterator[None]:
+    """Phase ``optimizer`` around what may call an optimizer; ``skipped`` names the one that would have stepped."""
+    ranges = _ranges()
+    ranges.update_begins(skipped())
+    try:
+        yield
+        if not ranges.stepped():
+            ranges.skipped(skipped())
+    finally:
+        ranges.update_ends(None)
+
+
+_MOST_MODULES = 256
+
+
+class WatchedModules:
+    """The modules whose forward passes are phases: each outermost one that is called as such."""
+
+    def __init__(self) -> None:
+        self._hooks: dict[int, tuple[weakref.ref[Any], list[Any]]] = {}
+
+    def find(self) -> list[Any]:
+        """Watch modules that have parameters to train and are no part of another one."""
+        module_type = _torch().nn.Module
+        # The type is asked and not the object, for some objects load what they stand for if they are asked.
+        modules = [each for each in gc.get_objects() if issubclass(type(each), module_type)]
+        parts = {id(part) for module in modules for part in _parts(module)}
+        return self._watch(module for module in modules if id(module) not in parts)
+
+    def descend(self) -> list[Any]:
+        """Watch the parts of the watched modules in their place."""
+        watched = [module for reference, _ in self._hooks.values() if (module := reference()) is not None]
+        for _, hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self._hooks.clear()
+        parts = [part for module in watched for part in _parts(module)]
+        if (watched and not parts) or len(parts) > _MOST_MODULES:
+            print("hpcmm: no module's call encloses the forward pass, so it is no phase.", file=sys.stderr)
+            return []
+        return self._watch(parts)
+
+    def _watch(self, modules: Iterable[Any]) -> list[Any]:
+        new = []
+        for module in modules:
+            known = self._hooks.get(id(module))
+            if (known is None or known[0]() is not module) and any(p.requires_grad for p in module.parameters()):
+                self._hooks[id(module)] = weakref.ref(module), _hooks_on(module)
+                new.append(module)
+        return new
+
+
+def _hooks_on(module: Any) -> list[Any]:
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return [_CompiledCall(module)]
+    return [module.register_forward_pre_hook(_Hook(begins=True)), module.register_forward_hook(_Hook())]
+
+
+class _CompiledCall:
+    """Stands around the call of a module that ``module.compile()`` has compiled with the hooks it had then.
+
+    PyTorch copies and saves no compiled call.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = weakref.ref(module)
+        call, begin, end = module._compiled_call_impl, _Hook(begins=True), _Hook()
+        self._before = call
+
+        @functools.wraps(call)
+        def call_and_annotate(*arguments: Any, **keywords: Any) -> Any:
+            begin(module)
+            try:
+                return call(*arguments, **keywords)
+            finally:
+                end(module)
+
+        module._compiled_call_impl = call_and_annotate
+
+    def remove(self) -> None:
+        module = self._module()
+        if module is not None:
+            module._compiled_call_impl = self._before
+
+
+def _parts(module: Any) -> list[Any]:
+    return [part for part in vars(module).get("_modules", {}).values() if part is not None]
+
+
+class _Hook:
+    """A hook of one module's calls. Copies of the module, in memory or in a file, have one that does nothing."""
+
+    __slots__ = ("_begins",)
+
+    def __init__(self, *, begins: bool = False) -> None:
+        self._begins = begins
+
+    def __call__(self, module: Any, *_: Any) -> None:
+        torch = _torch()
+        if torch.compiler.is_compiling():
+            return
+        if self._begins:
+            _ranges().forward_begins(module, grad=torch.is_grad_enabled())
+        else:
+            _ranges().forward_ends(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")

@@ -1,11 +1,12 @@
 """An NVTX range around every collective of the process, whoever calls it.
 
 PyTorch sends each collective through its dispatcher as an operator of the ``c10d`` library: those of
-``torch.distributed``'s Python functions, and those that C++ code such as DistributedDataParallel's reducer starts.
-:func:`install` puts a recording kernel in front of the real one there, at the dispatcher's autograd level, so
-DeepSpeed's internal collectives are seen without any knowledge of DeepSpeed. Tensors that were made in
-``torch.inference_mode`` pass by that level, and so do the functional collectives that compiled graphs and DTensor use:
-these two are not recorded.
+``torch.distributed``'s Python functions, those that C++ code such as DistributedDataParallel's reducer starts, and what
+the functional collectives of compiled graphs, DTensor and tensor parallelism end in. :func:`install` puts a recording
+kernel in front of the real one there, so DeepSpeed's internal collectives are seen without any knowledge of DeepSpeed.
+
+The kernel stands at the dispatch key ``BackendSelect``. It is part of every call, whatever the device, and lies below
+autograd, which ``torch.inference_mode`` and the functional collectives leave out.
 
 A range starts at the enqueue. On CPU backends it ends when the work is complete, on whichever thread completes it; on
 CUDA it ends with the enqueue, since the kernel itself is in the profiler's GPU trace.
@@ -14,8 +15,9 @@ CUDA it ends with the enqueue, since the kernel itself is in the profiler's GPU 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -25,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from hpcmm.annotate import schema
-from hpcmm.annotate.ranges import profiler_attached
+from hpcmm.annotate.ranges import profiler_attached, tell_rank
 
 OP_NAMES = {
     "allreduce_": "all_reduce",
@@ -56,9 +58,6 @@ POINT_TO_POINT = frozenset({"send", "recv"})
 PEERS = frozenset({"dst", "src", "root_rank"})
 """Arguments of the operators that name the other rank of a send or receive, or the root."""
 
-_DEVICES = ("CPU", "CUDA")
-
-
 class CollectiveRecorder:
     """Starts and ends the ranges, and numbers the collectives of each process group."""
 
@@ -67,6 +66,8 @@ class CollectiveRecorder:
         """Number of the latest collective, by group name."""
         self._open: dict[dist.Work, Any] = {}
         """Ranges whose work runs on. Holding the work keeps its identity, which a later ``wait`` is matched by."""
+        self._storages: dict[dist.Work, set[int]] = {}
+        """The addresses that each of these works reads and writes."""
         self._watched: SimpleQueue[tuple[dist.Work, torch.futures.Future[Any]]] = SimpleQueue()
         self._watcher: Thread | None = None
         self.recorded: Counter[tuple[str, str]] = Counter()
@@ -92,7 +93,7 @@ class CollectiveRecorder:
         self.recorded[group.group_name, op] += 1
         try:
             result = call()
-            work = None if device == "CUDA" else _work(result)
+            work = _work(result) if device == "cpu" else None
             if work is not None and blocking:
                 work.wait()
         except BaseException:
@@ -101,7 +102,7 @@ class CollectiveRecorder:
         if work is None or blocking:
             nvtx.end_range(range_id)
         else:
-            self._end_later(work, range_id)
+            self._end_later(work, range_id, arguments)
         return result
 
     def _sequence(self, op: str, group: dist.ProcessGroup) -> int:
@@ -117,7 +118,7 @@ class CollectiveRecorder:
             self._sequences[name] += 1
         return self._sequences[name]
 
-    def _end_later(self, work: dist.Work, range_id: Any) -> None:
+    def _end_later(self, work: dist.Work, range_id: Any, arguments: tuple[Any, ...]) -> None:
         """End the range when the work is complete: at its ``wait``, or when its future is done, whichever is first.
 
         The future is waited for by a thread of our own. A callback on it would run before Gloo calls the work
@@ -125,6 +126,7 @@ class CollectiveRecorder:
         DistributedDataParallel's constructor does.
         """
         self._open[work] = range_id
+        self._storages[work] = {tensor.untyped_storage().data_ptr() for tensor in _tensors(arguments)}
         try:
             future = work.get_future()
         except RuntimeError:  # Gloo's send, receive and reduce-scatter have none, and all are waited for
@@ -144,9 +146,16 @@ class CollectiveRecorder:
 
     def waited(self, work: dist.Work) -> None:
         """End the range of a work that is complete, unless that has been done."""
+        self._storages.pop(work, None)
         range_id = self._open.pop(work, None)
         if range_id is not None:
             nvtx.end_range(range_id)
+
+    def tensor_waited(self, tensor: torch.Tensor) -> None:
+        """End the ranges of works whose result ``tensor`` is: C++ code has waited for them."""
+        address = tensor.untyped_storage().data_ptr()
+        for work in [work for work, storages in list(self._storages.items()) if address in storages]:
+            self.waited(work)
 
 
 def _rank_in_job(group: dist.ProcessGroup, rank: int) -> int | None:
@@ -159,24 +168,27 @@ def _rank_in_job(group: dist.ProcessGroup, rank: int) -> int | None:
 
 def _bytes(op: str, arguments: Iterable[Any]) -> int:
     """The largest of the operation's inputs and outputs; a barrier's tensor is only there to choose the device."""
-    return 0 if op == "barrier" else max(map(_tensor_bytes, arguments), default=0)
+    if op == "barrier":
+        return 0
+    return max((sum(t.numel() * t.element_size() for t in _tensors([each])) for each in arguments), default=0)
 
 
-def _tensor_bytes(argument: Any) -> int:
-    if isinstance(argument, torch.Tensor):
-        return argument.numel() * argument.element_size()
-    if isinstance(argument, list | tuple):
-        return sum(map(_tensor_bytes, argument))
-    return 0
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments, which may be lists of tensors and lists of lists."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)
 
 
 def _work(result: Any) -> dist.Work | None:
     """The handle in an operator's result: alone, last of a tuple, or absent from a blocking operator's."""
-    last = result[-1] if isinstance(result, list | tuple) and result else result
+    last = result[-1] if isinstance(result, (list, tuple)) and result else result
     return dist.Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
 
 
-_installed: tuple[CollectiveRecorder, torch.library.Library] | None = None
+_installed: tuple[CollectiveRecorder, list[torch.library.Library]] | None = None
 
 
 def install(*, force: bool = False) -> CollectiveRecorder | None:
@@ -192,32 +204,62 @@ def install(*, force: bool = False) -> CollectiveRecorder | None:
         recorder = CollectiveRecorder()
         _installed = (recorder, _intercept(recorder))
         _notice_waits(recorder)
+        if dist.is_initialized():
+            tell_rank()
     return _installed[0]
 
 
-def _intercept(recorder: CollectiveRecorder) -> torch.library.Library:
-    """Register the recording kernels; they last as long as the returned library."""
+_KEY = "BackendSelect"
+
+
+def _intercept(recorder: CollectiveRecorder) -> list[torch.library.Library]:
+    """Register the recording kernels; they last as long as the returned libraries."""
+    try:
+        below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+    except AttributeError as error:  # not documented by PyTorch
+        print(f"hpcmm: this PyTorch lets nobody see its collectives ({error}): none is recorded.", file=sys.stderr)
+        return []
     library = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
     for operator, op in OP_NAMES.items():
-        for device in _DEVICES:
-            kernel = _recording_kernel(recorder, operator, op, device)
-            library.impl(operator, kernel, f"Autograd{device}", with_keyset=True)  # type: ignore[no-untyped-call]
-    return library
+        if hasattr(torch.ops.c10d, operator):  # each version has some more
+            kernel = _recording_kernel(recorder, operator, op, below)
+            library.impl(operator, kernel, _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
+    functional = torch.library.Library("_c10d_functional", "IMPL")  # type: ignore[no-untyped-call]
+    if hasattr(torch.ops._c10d_functional, "wait_tensor"):
+        wait = _wait_kernel(recorder, torch.ops._c10d_functional.wait_tensor.default, below)
+        functional.impl("wait_tensor", wait, _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
+    return [library, functional]
 
 
-def _recording_kernel(recorder: CollectiveRecorder, operator: str, op: str, device: str) -> Callable[..., Any]:
+def _recording_kernel(recorder: CollectiveRecorder, operator: str, op: str, below: Any) -> Callable[..., Any]:
+    """``below``: the dispatch keys that come after the kernel's own."""
     overload = getattr(torch.ops.c10d, operator).default
     argument_names = [argument.name for argument in overload._schema.arguments]
     async_at = argument_names.index("async_op") if "async_op" in argument_names else None
     peer_at = next((place for place, name in enumerate(argument_names) if name in PEERS), None)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
+        device = next((tensor.device.type for tensor in _tensors(arguments)), "cpu")
+        if device == "meta":  # a compiler looks at shapes, and nothing is sent
+            return overload.redispatch(keyset & below, *arguments)
         # The dispatcher leaves out trailing arguments that have their default, here True.
         blocking = async_at is not None and async_at < len(arguments) and not arguments[async_at]
         # Redispatching lets go of Python's lock, for which a thread of Gloo's may wait while it holds Gloo's own.
-        below = keyset & torch._C._after_autograd_keyset
         peer = arguments[peer_at] if peer_at is not None and peer_at < len(arguments) else None
-        return recorder.record(op, device, arguments, blocking, lambda: overload.redispatch(below, *arguments), peer)
+        return recorder.record(
+            op, device, arguments, blocking, lambda: overload.redispatch(keyset & below, *arguments), peer
+        )
+
+    return kernel
+
+
+def _wait_kernel(recorder: CollectiveRecorder, overload: Any, below: Any) -> Callable[..., Any]:
+    def kernel(keyset: Any, tensor: torch.Tensor) -> Any:
+        try:
+            return overload.redispatch(keyset & below, tensor)
+        finally:
+            if tensor.device.type == "cpu":
+                recorder.tensor_waited(tensor)
 
     return kernel
 

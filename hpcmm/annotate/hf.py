@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers import TrainerCallback
 
-from hpcmm.annotate.ranges import phase, step
+from hpcmm.annotate.callbacks import OpenRanges
 
 
 class StepAnnotation(TrainerCallback):  # type: ignore[misc]
@@ -18,39 +17,20 @@ class StepAnnotation(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._step: AbstractContextManager[None] | None = None
-        self._phase: AbstractContextManager[None] | None = None
+        self._open = OpenRanges()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._end()
-        self._step = step(state.global_step)
-        self._step.__enter__()
-        self._enter_phase("forward_backward")
+        self._open.begin_step(state.global_step)
+        self._open.begin_phase("forward_backward")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._enter_phase("optimizer")
+        self._open.begin_phase("optimizer")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._end_phase()
+        self._open.end_phase()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._end()
+        self._open.end()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._end()
-
-    def _enter_phase(self, name: str) -> None:
-        self._end_phase()
-        self._phase = phase(name)
-        self._phase.__enter__()
-
-    def _end_phase(self) -> None:
-        if self._phase is not None:
-            self._phase.__exit__(None, None, None)
-            self._phase = None
-
-    def _end(self) -> None:
-        self._end_phase()
-        if self._step is not None:
-            self._step.__exit__(None, None, None)
-            self._step = None
+        self._open.end()

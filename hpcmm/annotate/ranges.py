@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from itertools import count
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from hpcmm.annotate import schema
 
@@ -32,38 +32,93 @@ if _ATTACHED:
 _begun: int | None = None
 
 
-class _Range:
+class Range:
     """A pushed and popped range. Ends also when its block raises."""
 
-    __slots__ = ("_name", "_payload")
+    __slots__ = ("name", "payload")
 
-    def __init__(self, name: str, payload: int | None) -> None:
-        self._name = name
-        self._payload = payload
+    def __init__(self, name: str, payload: int | None = None) -> None:
+        self.name = name
+        self.payload = payload
 
     def __enter__(self) -> None:
-        nvtx.push_range(self._name, domain=schema.DOMAIN, payload=self._payload)
+        if _automatic is None:
+            push(self)
+        else:
+            _automatic.begin(self)
 
     def __exit__(self, *_exception: object) -> None:
-        nvtx.pop_range(domain=schema.DOMAIN)
+        if _automatic is None:
+            pop()
+        else:
+            _automatic.end(self)
+
+
+def push(opened: Range) -> None:
+    """Begin a range on this thread, within those that are open."""
+    nvtx.push_range(opened.name, domain=schema.DOMAIN, payload=opened.payload)
+
+
+def pop() -> None:
+    """End the range of this thread that began last."""
+    nvtx.pop_range(domain=schema.DOMAIN)
+
+
+class Automatic(Protocol):
+    """Ranges that nobody asked for, which give way to those of the program."""
+
+    def begin(self, asked: Range) -> None:
+        """Push a range of the program's own."""
+
+    def end(self, asked: Range) -> None:
+        """Pop it."""
+
+
+_automatic: Automatic | None = None
+
+
+def give_way(automatic: Automatic | None) -> None:
+    """From now on ``automatic`` pushes and pops also the program's own ranges, so that both kinds nest."""
+    global _automatic  # noqa: PLW0603 -- one for the process, as NVTX's stack is
+    _automatic = automatic
 
 
 def step(number: int) -> AbstractContextManager[None]:
     """One training step. ``number`` counts from 0 over the whole training, resumed runs included."""
-    global _begun  # noqa: PLW0603 -- a store is all that a step may cost
-    _begun = number
+    note_step(number)
     if not _ATTACHED:
         return _NOTHING
-    _tell_rank()
-    return _Range(schema.STEP, number)
+    tell_rank()
+    return Range(schema.STEP, number)
 
 
-@cache
-def _tell_rank() -> None:
-    """Once, mark which rank this process is, for captures of a launcher and all its workers."""
-    rank = next((os.environ[key] for key in _RANK_KEYS if os.environ.get(key, "").isdecimal()), None)
-    if rank is not None:
-        nvtx.mark(schema.format_rank(int(rank)), domain=schema.DOMAIN)
+def note_step(number: int) -> None:
+    """Remember the step that begins, for :func:`step_begun`."""
+    global _begun  # noqa: PLW0603 -- a store is all that a step may cost
+    _begun = number
+
+
+_told: int | None = None
+
+
+def tell_rank() -> None:
+    """Mark which rank this process is, unless that has been told: a capture may hold a launcher and all its workers.
+
+    The process group knows it best. A launcher's own variables reach its workers too, so they count only without one.
+    """
+    global _told  # noqa: PLW0603 -- a property of the process
+    rank = _rank_of_process() if _ATTACHED else None
+    if rank is not None and rank != _told:
+        _told = rank
+        nvtx.mark(schema.format_rank(rank), domain=schema.DOMAIN)
+
+
+def _rank_of_process() -> int | None:
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    told = next((os.environ[key] for key in _RANK_KEYS if os.environ.get(key, "").isdecimal()), None)
+    return None if told is None else int(told)
 
 
 def step_begun() -> int | None:
@@ -79,7 +134,7 @@ def phase(name: str, batch: Any = None) -> AbstractContextManager[None]:
     """
     if not _ATTACHED:
         return _NOTHING
-    return _Range(name, None if batch is None else batch_size(batch))
+    return Range(name, None if batch is None else batch_size(batch))
 
 
 def batch_size(batch: Any) -> int:

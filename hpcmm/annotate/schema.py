@@ -15,6 +15,8 @@ from urllib.parse import quote, unquote
 DOMAIN = "hpcmm"
 COMM_DOMAIN = "hpcmm.comm"
 STEP = "step"
+AUTOMATIC_STEP = "step (automatic)"
+"""A step that hpcmm found by itself, numbered as ``step`` is; it counts only if its process has no ``step`` at all."""
 CAPTURE_DOMAIN = "hpcmm.capture"
 CAPTURE_RANGE = "window"
 """``nsys profile --capture-range=nvtx --nvtx-capture=window@hpcmm.capture`` waits for this one."""

@@ -258,7 +258,7 @@ def _read_nvtx(
         try:
             query = _nvtx_query(database, sorted({domain for _, domain in wanted}))
             if only_steps:
-                query += f" AND {_text_expression(database)} = '{schema.STEP}'"
+                query += f" AND {_text_expression(database)} IN ('{schema.STEP}', '{schema.AUTOMATIC_STEP}')"
             rows = database.rows(query)
             damage += _impossible(database, sorted({domain for _, domain in wanted}))
         except HpcmmError as error:

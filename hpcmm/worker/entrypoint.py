@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpcmm.annotate.auto_instrument import after_import, annotate_collectives_at_init
+from hpcmm.annotate.auto_instrument import after_import, annotate_children, annotate_program
 from hpcmm.config import config_file
 from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig
 from hpcmm.config.workload import Workload, workload_of
@@ -89,7 +89,8 @@ def _run_users_code(config: RunConfig, run: RunDir) -> Any:
     tell_launchers(config, rank_env)
     bound_threads(config)
     _offer_compiled_ops(config)
-    annotate_collectives_at_init()
+    annotate_program()
+    annotate_children()
     with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:
         metrics.start(**rank_env.identity())
         result = None

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from simulated import make_trace
 
 from hpcmm.analysis import phases
-from hpcmm.analysis.phases import find_steps, flatten
+from hpcmm.analysis.phases import find_steps, flatten, settle_steps
 from hpcmm.analysis.trace import OTHER, OUTSIDE
 
 
@@ -83,3 +83,35 @@ def test_phases_beyond_a_hundred_names_are_taken_together() -> None:
     assert "phase 0" not in names
     assert set(many[1].collectives["phase"]) == {phases.OTHERS}
     assert (many[0].segments["end_ns"] - many[0].segments["start_ns"]).sum() == sum(10 + at for at in range(400))
+
+
+def settled(rows: list[tuple], pids: list[int] | None = None) -> list[tuple]:
+    """Steps that are left of ranges in the annotation's domain: their end, and whether they are closed."""
+    ranges = frame(rows).assign(domain="hpcmm", pid=pids or [1] * len(rows), tid=1)
+    left = settle_steps(ranges)
+    return list(left.loc[left["name"] == "step", ["end_ns", "closed"]].itertuples(index=False, name=None))
+
+
+AUTOMATIC = "step (automatic)"
+
+
+def test_automatic_steps_count_if_the_process_has_no_other() -> None:
+    rows = [(AUTOMATIC, 0, 10, 0, True), ("data", 8, 9, None, True), ("step", 10, 20, 0, True)]
+    assert settled(rows) == [(20, True)]
+    assert settled([(AUTOMATIC, 0, 8, 0, True), *rows], pids=[2, 1, 1, 1]) == [(8, False), (20, True)]
+
+
+def test_the_last_automatic_step_ends_with_its_optimizer() -> None:
+    rows = [(AUTOMATIC, 0, 10, 0, True), (AUTOMATIC, 10, 900, 1, True), ("backward", 11, 13, None, True)]
+    assert settled([*rows, ("optimizer", 13, 15, None, True)]) == [(10, True), (15, True)]
+
+
+def test_the_last_automatic_step_is_open_if_its_optimizer_is_missing() -> None:
+    rows = [(AUTOMATIC, 0, 900, 1, True), ("optimizer", 11, 13, None, True), ("backward", 13, 15, None, True)]
+    assert settled(rows) == [(900, False)]
+
+
+def test_the_last_automatic_step_is_whole_if_its_loader_ended_and_none_if_it_only_fetched() -> None:
+    step, update, fetch = (AUTOMATIC, 0, 15, 1, True), ("optimizer", 11, 13, None, True), ("data", 13, 14, None, True)
+    assert settled([step, update, fetch]) == [(15, True)]
+    assert settled([step, fetch]) == []

@@ -11,6 +11,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": sys.argv[1]}
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 
 from hpcmm.annotate import collectives
 from hpcmm.config.schema import ClusterConfig
@@ -42,6 +43,14 @@ dist.all_gather_object([None, None], {"rank": rank})
 dist.send(short, 1) if rank == 0 else dist.recv(short, 0)
 pair = dist.new_group([0, 1])
 dist.all_reduce(short, group=pair)
+
+with torch.inference_mode():
+    made = torch.ones(1000)
+    dist.all_reduce(made)
+
+# What compiled graphs, DTensor and tensor parallelism call; C++ code waits for the results.
+gathered = functional.all_gather_tensor(short, 0, pair)
+assert (functional.reduce_scatter_tensor(gathered, "sum", 0, pair) + functional.all_reduce(short, "sum", pair)).sum()
 
 # Its reducer starts the all-reduce from C++, within the backward pass.
 replicated = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(100, 100))

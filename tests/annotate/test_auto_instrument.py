@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import hpcmm
 from hpcmm import annotate
 from hpcmm.annotate import auto_instrument
 from hpcmm.annotate import ranges as loops
@@ -67,6 +70,82 @@ def test_without_a_profiler_nothing_waits_for_torch(monkeypatch):
     before = list(sys.meta_path)
     auto_instrument.annotate_collectives_at_init()
     assert sys.meta_path == before
+
+
+IN_CHILDREN = Path(auto_instrument.__file__).with_name("in_children")
+
+
+def python_as_a_child(folder, code, **environment):
+    path = os.pathsep.join([str(IN_CHILDREN), str(folder), str(Path(hpcmm.__file__).parents[1])])
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("NVTX", "PYTHON"))}
+    return run_python(code, **clean, PYTHONPATH=path, **environment)
+
+
+@pytest.fixture
+def folder_of_torch(tmp_path):
+    """Has a ``torch`` and a ``sitecustomize`` of the site's own."""
+    (tmp_path / "torch.py").write_text("")
+    (tmp_path / "sitecustomize.py").write_text("print('site', __file__)\n")
+    return tmp_path
+
+
+LOOK = """
+    import sys
+    before = "hpcmm" in sys.modules
+    import torch
+    print(before, "hpcmm.annotate.auto_instrument" in sys.modules)
+"""
+
+
+def test_a_child_is_annotated_when_it_imports_torch_and_runs_the_site_s_own_file(folder_of_torch):
+    said = python_as_a_child(folder_of_torch, LOOK, NVTX_INJECTION64_PATH="/none").splitlines()
+    assert said == [f"site {folder_of_torch / 'sitecustomize.py'}", "False True"]
+
+
+def test_a_child_without_a_profiler_imports_nothing(folder_of_torch):
+    said = python_as_a_child(folder_of_torch, LOOK).splitlines()
+    assert said == [f"site {folder_of_torch / 'sitecustomize.py'}", "False False"]
+
+
+def test_children_get_the_folder_first_on_their_path_once_and_only_with_a_profiler(monkeypatch):
+    environ = {"PYTHONPATH": "/mine"}
+    monkeypatch.setattr(auto_instrument, "profiler_attached", lambda: False)
+    auto_instrument.annotate_children(environ)
+    assert environ["PYTHONPATH"] == "/mine"
+    monkeypatch.setattr(auto_instrument, "profiler_attached", lambda: True)
+    for _ in range(2):
+        auto_instrument.annotate_children(environ)
+    assert environ["PYTHONPATH"] == f"{IN_CHILDREN}{os.pathsep}/mine"
+
+
+def test_a_name_that_pytorch_lacks_costs_its_phase_and_is_told(capsys):
+    auto_instrument._watch_backward(SimpleNamespace())
+    assert capsys.readouterr().err.startswith("hpcmm: phase backward cannot be seen")
+
+
+def test_a_loop_of_plain_pytorch_has_steps_and_phases():
+    code = """
+        from hpcmm.annotate import auto_instrument, ranges, auto_steps
+        said = []
+        for module in (ranges, auto_steps):
+            module.push = lambda opened: said.append(f"({opened.name.split()[0]}")
+            module.pop = lambda: said.append(")")
+        auto_instrument.annotate_program()
+        import torch
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for epoch in range(2):
+            for batch in torch.utils.data.DataLoader(torch.ones(2, 2), batch_size=1):
+                model(batch).sum().backward()
+                optimizer.step()
+            with torch.no_grad():
+                for batch in torch.utils.data.DataLoader(torch.zeros(2, 2), batch_size=1):
+                    model(batch)
+        print("".join(said))
+    """
+    first, later = "(step(backward)(optimizer)(data))", "(step(forward)(backward)(optimizer)(data))"
+    said = run_python(code, **os.environ, NVTX_INJECTION64_PATH="/none").strip()
+    assert said == f"{first}{later}{later}{later}"
 
 
 @pytest.fixture

@@ -64,6 +64,12 @@ def test_each_group_has_as_many_ranges_as_its_own_sequence_number(captured):
 
 
 @pytest.mark.nsys
+def test_functional_collectives_are_seen_once_each(captured):
+    recorded = captured[0]["recorded"]
+    assert [recorded[f"1 {op}"] for op in ("all_reduce", "all_gather", "reduce_scatter")] == [2, 1, 1]
+
+
+@pytest.mark.nsys
 def test_the_report_holds_these_ranges_each_closed_and_named(captured):
     counted, ranges = captured
     names = [CollectiveName.parse(name) for name, _ in ranges]

@@ -1,0 +1,410 @@
+"""Steps and phases of a program that names none: what its optimizers, backward passes, modules and loaders tell.
+
+A step ends when the optimizer that ends an iteration has stepped and the work of the next iteration begins: when a
+batch has been fetched, or else with a forward or backward pass. So the micro-batches of one update are one step, and
+what a loop does behind its optimizer (a scheduler, an evaluation now and then, fetching the next batch) belongs to the
+step before. When the loader of the training has no more batches, the step ends.
+
+Fetching counts only from a loader whose batches lead to a backward pass, and a forward pass only if it records
+gradients and its module is in the mode (``train`` or ``eval``) in which it is trained. So evaluation makes no steps and
+no phases.
+
+The program's own ranges go first. Its first ``annotate.step`` ends the automatic steps for good, and within its phases
+no automatic one is shown. This module knows nothing of PyTorch; :mod:`hpcmm.annotate.auto_instrument` calls it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from threading import get_ident
+from typing import Any, Protocol
+
+from hpcmm.annotate import schema
+from hpcmm.annotate.ranges import Range, note_step, pop, push, tell_rank
+
+
+class Modules(Protocol):
+    """The modules whose forward passes are told to :class:`AutomaticRanges`."""
+
+    def find(self) -> Iterable[Any]:
+        """Watch the outermost modules that train, and return those that are watched newly."""
+
+    def descend(self) -> Iterable[Any]:
+        """Watch the parts of those that are watched, which are not called themselves. Returns the parts."""
+
+
+class _Stack:
+    """The ranges that are open on the thread that trains, outermost first."""
+
+    def __init__(self) -> None:
+        self._open: list[Range] = []
+
+    def push(self, opened: Range) -> None:
+        push(opened)
+        self._open.append(opened)
+
+    def remove(self, closed: Range) -> None:
+        """End a range; those within it end too and begin anew, for NVTX ends the innermost one only."""
+        if self._open and self._open[-1] is closed:
+            del self._open[-1]
+            pop()
+            return
+        within = self.within(closed)
+        if within is None:
+            return
+        del self._open[len(self._open) - len(within) - 1 :]
+        for _ in range(len(within) + 1):
+            pop()
+        for each in within:
+            each.payload = None if each.name != schema.STEP else each.payload  # a batch is counted once
+            self.push(each)
+
+    def within(self, outer: Range) -> list[Range] | None:
+        """The ranges within ``outer``; None if it is not open."""
+        at = next((at for at, each in enumerate(self._open) if each is outer), None)
+        return None if at is None else self._open[at + 1 :]
+
+
+class AutomaticRanges:
+    """The automatic ranges of one process, on the thread that trains, and their place among the program's own."""
+
+    def __init__(self, optimizers: Callable[[], int], modules: Modules) -> None:
+        """``optimizers``: how many optimizers the program has."""
+        self._cycle = _Cycle(optimizers)
+        self._modules = modules
+        self._thread = get_ident()
+        self._stack = _Stack()
+        self._phases: list[Range] = []
+        """Automatic phases that run, outermost first; they are not on the stack while the program has its own."""
+        self._asked: list[Range] = []
+        """The program's own phases that are open."""
+        self._step: Range | None = None
+        self._number = 0
+        self._has_own_steps = False
+        self._forwards: list[int] = []
+        """Modules whose forward passes run, outermost first."""
+        self._forwarded: dict[int, bool] = {}
+        """Modules whose forward passes recorded gradients since the last backward pass, and their mode."""
+        self._is_forward_shown = False
+        """Whether one of these was taken for training."""
+        self._is_called = False
+        """Whether a watched module was called in this step."""
+        self._modes: dict[int, bool] = {}
+        """The mode in which each module trains."""
+        self._trained: Callable[[], Any] = lambda: None
+        """The module that trained last."""
+        self._fetched: set[int] = set()
+        self._loaders: set[int] = set()
+        """Loaders that batches of the training come from."""
+        self._backwards = 0
+        self._updates = 0
+        """Calls of optimizers that run, one within the other."""
+        self._closures = 0
+        self._has_worked = False
+        self._is_to_look = False
+        """Whether an optimizer is new, whose modules are not looked for yet."""
+
+    # The program's own ranges.
+
+    def begin(self, asked: Range) -> None:
+        """Push a range of the program's own."""
+        is_step = asked.name == schema.STEP
+        self._has_own_steps |= is_step
+        if not self._is_own_thread():
+            push(asked)
+            return
+        self._hide()
+        if is_step:
+            self._end_step()
+        else:
+            self._asked.append(asked)
+        self._stack.push(asked)
+        self._show()
+
+    def end(self, asked: Range) -> None:
+        """Pop a range of the program's own."""
+        if not self._is_own_thread():
+            pop()
+            return
+        self._hide()
+        within = self._stack.within(asked)
+        if within is None or self._step in within:
+            self._end_step()
+        if within is None:  # it began before this object did
+            pop()
+        self._stack.remove(asked)
+        self._asked = [each for each in self._asked if each is not asked]
+        self._show()
+
+    # What the program does. Each returns quickly on threads that do not train.
+
+    def fetch_begins(self, loader: int, *, grad: bool) -> bool:
+        """``loader`` is asked for a batch. Returns whether that is a phase."""
+        if not self._is_own_thread():
+            return False
+        self._forwards.clear()
+        self._end("forward")  # which has ended by an exception
+        self._fetched.add(loader)
+        trained = self._trained()
+        is_evaluating = trained is not None and _mode(trained) != self._modes.get(id(trained))
+        if not grad or is_evaluating or loader not in self._loaders:
+            return False
+        self._begin("data")
+        return True
+
+    def fetch_ends(self, loader: int, *, is_phase: bool, exhausted: bool) -> None:
+        """``loader`` has brought a batch, or has no more."""
+        if exhausted and self._is_own_thread():
+            self._fetched.discard(loader)
+        if not is_phase:
+            return
+        self._end("data")
+        if not exhausted:
+            self._begin_work()
+        elif self._cycle.is_over:
+            self._cycle.begin()
+            self._end_step()
+
+    def forward_begins(self, module: Any, *, grad: bool) -> None:
+        """A watched module is called."""
+        if not self._is_own_thread() or self._backwards:
+            return
+        if not grad:
+            self._fetched.clear()
+            return
+        key, mode = id(module), _mode(module)
+        self._is_called = True
+        self._forwarded[key] = mode
+        if self._modes.get(key, mode) != mode:
+            return
+        if key in self._forwards:  # its last call ended by an exception
+            del self._forwards[self._forwards.index(key) :]
+        if not self._forwards:
+            self._end("forward")
+            self._begin_work()
+            self._begin("forward")
+        self._forwards.append(key)
+        self._is_forward_shown = True
+        self._trained = weakref.ref(module)
+
+    def forward_ends(self, module: Any) -> None:
+        """It has returned."""
+        key = id(module)
+        if self._is_own_thread() and key in self._forwards:
+            del self._forwards[self._forwards.index(key) :]
+            if not self._forwards:
+                self._end("forward")
+
+    def backward_begins(self) -> bool:
+        """Returns whether this is a pass of its own, which ends with :meth:`backward_ends`, and not within another."""
+        if not self._is_own_thread(adopt=True):
+            return False
+        self._backwards += 1
+        if self._backwards > 1:
+            return True
+        if not self._is_forward_shown:
+            self._modes.update(self._forwarded)
+        for module, mode in self._forwarded.items():
+            self._modes.setdefault(module, mode)
+        self._loaders |= self._fetched
+        self._fetched.clear()
+        self._forwarded.clear()
+        self._is_forward_shown = False
+        self._begin_work(may_be_first=True)
+        self._begin("backward")
+        return True
+
+    def backward_ends(self) -> None:
+        self._backwards -= 1
+        if self._backwards:
+            return
+        self._end("backward")
+
+    def update_begins(self, optimizer: int, *, closure: bool = False) -> None:
+        """An optimizer begins its step, maybe within what calls it. With a ``closure`` it calls for gradients first."""
+        if not self._is_own_thread() or self._backwards:
+            return
+        if not self._has_worked and optimizer in self._cycle.since_work:  # nothing else tells of a new iteration
+            self._begin_work(may_be_first=True)
+            self._has_worked = False
+        self._forwards.clear()
+        self._end("forward")
+        self._updates += 1
+        self._closures += closure
+        if not closure:
+            self._begin("optimizer")
+
+    def closure_ends(self) -> None:
+        """An optimizer has its gradients, and goes on."""
+        if self._closures and self._is_own_thread():
+            self._begin("optimizer")
+
+    def update_ends(self, optimizer: int | None, *, closure: bool = False) -> None:
+        """``optimizer`` has changed the weights; None if none has."""
+        self._is_to_look |= optimizer is not None and self._cycle.step(optimizer)
+        if not self._is_own_thread() or self._backwards:
+            return
+        self._closures = max(0, self._closures - closure)
+        self._updates = max(0, self._updates - 1)
+        if not self._updates:
+            self._end("optimizer")
+        self._look()
+
+    def skipped(self, optimizer: int) -> None:
+        """An overflow kept ``optimizer`` from its step, so the iteration is over without."""
+        self._is_to_look |= self._cycle.step(optimizer)
+
+    def stepped(self) -> list[int]:
+        """The optimizers that have stepped since the last forward or backward pass, in turn."""
+        return list(self._cycle.since_work)
+
+    # The steps.
+
+    def _begin_work(self, *, may_be_first: bool = False) -> None:
+        """``may_be_first``: a backward pass, which begins the first step."""
+        self._has_worked = True
+        self._look()
+        if self._updates and not self._closures:  # that update ended by an exception
+            self._updates = 0
+            self._end("optimizer")
+        self._cycle.work()
+        if self._has_own_steps:
+            self._end_step()
+        elif self._cycle.is_over:
+            self._end_step()
+            self._cycle.begin()
+            self._begin_step()
+            if not self._is_called:
+                self._train(self._modules.descend())
+            self._is_called = False
+        elif self._step is None and (self._number or (may_be_first and self._cycle.is_possible())):
+            self._begin_step()
+
+    def _look(self) -> None:
+        if self._is_to_look:
+            self._is_to_look = False
+            self._is_called = True  # as far as can be known of this step
+            self._train(self._modules.find())
+
+    def _train(self, modules: Iterable[Any]) -> None:
+        """Note that the modules are now in the mode in which they train."""
+        self._modes.update({id(module): _mode(module) for module in modules})
+
+    def _begin_step(self) -> None:
+        self._hide()
+        self._step = Range(schema.AUTOMATIC_STEP, self._number)
+        note_step(self._number)
+        if not self._number:
+            tell_rank()
+        self._number += 1
+        self._stack.push(self._step)
+        self._show()
+
+    def _end_step(self) -> None:
+        if self._step is not None:
+            self._stack.remove(self._step)
+            self._step = None
+
+    # The phases.
+
+    def _begin(self, name: str) -> None:
+        if name == "optimizer" and any(each.name == name for each in self._phases):
+            return
+        begun = Range(name)
+        self._phases.append(begun)
+        if not self._asked:
+            self._stack.push(begun)
+
+    def _end(self, name: str) -> None:
+        """End the last phase of this name; what is within it has ended by an exception."""
+        if not any(each.name == name for each in self._phases):
+            return
+        while True:
+            ended = self._phases.pop()
+            self._stack.remove(ended)
+            if ended.name == name:
+                return
+
+    def _hide(self) -> None:
+        for each in reversed(self._phases):
+            self._stack.remove(each)
+
+    def _show(self) -> None:
+        for each in self._phases if not self._asked else ():
+            self._stack.push(each)
+
+    def _is_own_thread(self, *, adopt: bool = False) -> bool:
+        """``adopt``: a program may train on another thread than the one that imported PyTorch."""
+        current = get_ident()
+        if adopt and current != self._thread and not self._number and not self._phases and not self._asked:
+            self._thread = current
+        return current == self._thread
+
+
+def _mode(module: Any) -> bool:
+    """Whether ``module`` is in mode ``train``; of one that wraps another, the other's mode, which it may not share."""
+    return bool(getattr(getattr(module, "module", module), "training", module.training))
+
+
+class _Cycle:
+    """Which optimizer is the last of an iteration, and whether it has stepped.
+
+    Several optimizers, as those of a generator and a discriminator, step in turn, some more often than others. The one
+    that came last to its first step ends the iteration. If another one steps more than twice as often as in the last
+    iteration, the loop has changed, and that one ends it. Steps of one optimizer without any work between are one: ZeRO
+    calls it for each group of parameters.
+    """
+
+    def __init__(self, optimizers: Callable[[], int]) -> None:
+        self._optimizers = optimizers
+        self._last: int | None = None
+        self._known: set[int] = set()
+        self._is_settled = False
+        """Whether the first iteration is over, so that all optimizers of the loop are known."""
+        self._steps: dict[int, int] = {}
+        """Steps of each optimizer."""
+        self._steps_at: dict[int, dict[int, int]] = {}
+        """The same when an optimizer that ended an iteration stepped last."""
+        self._between: dict[int, dict[int, int]] = {}
+        """Steps of each optimizer between the last two steps of one that ended an iteration."""
+        self.since_work: dict[int, None] = {}
+        """Optimizers that have stepped since the last work, in turn."""
+        self.is_over = False
+
+    def is_possible(self) -> bool:
+        """Whether anything could end an iteration."""
+        return self._optimizers() > 0
+
+    def step(self, optimizer: int) -> bool:
+        """Note a step. Returns whether it is this optimizer's first."""
+        if optimizer in self.since_work:
+            return False
+        self.since_work[optimizer] = None
+        steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
+        if optimizer not in self._known:
+            self._known.add(optimizer)
+            self._last = optimizer
+        self._is_settled = self._is_settled or steps > 1 or len(self._known) >= self._optimizers()
+        if self._is_settled and self._has_changed(optimizer, steps):
+            self._known, self._last = {optimizer}, optimizer
+        if optimizer == self._last:
+            before = self._steps_at.get(optimizer, {})
+            self._between[optimizer] = {each: count - before.get(each, 0) for each, count in self._steps.items()}
+            self._steps_at[optimizer] = dict(self._steps)
+            self.is_over = self.is_over or self._is_settled
+        return steps == 1
+
+    def _has_changed(self, optimizer: int, steps: int) -> bool:
+        if self._last is None or optimizer == self._last:
+            return False
+        since_last = steps - self._steps_at[self._last].get(optimizer, 0)
+        return since_last > 2 * self._between[self._last].get(optimizer, 0) + 1
+
+    def work(self) -> None:
+        """The work for another step begins."""
+        self.since_work.clear()
+
+    def begin(self) -> None:
+        """Another iteration begins."""
+        self.is_over = False
