@@ -150,6 +150,12 @@ class LaunchConfig:
     check_rendezvous: bool = key(
         True, "Check on each node, before its ranks start, that MASTER_ADDR resolves there and can be reached."
     )
+    hang_s: float | None = key(
+        None,
+        "Seconds without a sign of progress from any rank after which the job is taken to hang: its ranks' stacks are "
+        "kept, and it is ended, or queued again with requeue=on_node_failure. None: never.",
+        least=10,
+    )
     preflight: bool = key(False, "Check all nodes of the job before the ranks start, and train on good ones only.")
     spare_nodes: int = key(
         0, "Nodes that the job holds beyond ``cluster.nodes``, to replace those that the check finds bad.", least=0

@@ -37,18 +37,17 @@ from hpcmm.runs.attempts import attempts_of
 from hpcmm.runs.failures import (
     LINES_THAT_TELL,
     LoggedError,
-    Place,
     RankError,
     RankExit,
     exception_line,
     last_logged_error,
-    main_place,
     says_why,
     thrown_error,
 )
 from hpcmm.runs.metrics import RankProgress, progress_of
 from hpcmm.runs.ownership import is_mine
 from hpcmm.runs.run_dir import RunDir, SweepDir
+from hpcmm.runs.stacks import Answer, HangNote, newest_folder, read_answers, read_hang
 from hpcmm.slurm.commands import node_states
 from hpcmm.slurm.jobs import Job, account_of
 
@@ -182,6 +181,10 @@ class JobDiagnostics:
     """The run directory that the job was submitted with, if the run is elsewhere now and nothing is there."""
     prepared: bool = False
     """The job's script came as far as the end of its preparation: cluster.setup, cluster.modules, compiled ops."""
+    answers: dict[int, Answer] = field(default_factory=dict)
+    """Where each rank stood when that was asked last."""
+    hang: HangNote | None = None
+    """The watchdog's word, if it ended the job."""
 
     @property
     def done(self) -> list[int]:
@@ -189,51 +192,8 @@ class JobDiagnostics:
         return [rank.rank for rank in self.ranks.values() if rank.progress and rank.progress.ended]
 
 
-_RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
-_MOST_FRAMES = 20
-_LATELY_S = 120.0
-
-
 def has_begun(rank: RankDiagnostics) -> bool:
     return bool(rank.progress or rank.last_lines or rank.error or rank.exit or rank.stacks)
-
-
-def worked_lately(evidence: JobDiagnostics) -> bool:
-    """Whether ranks still finished steps shortly before Slurm ended the job; False if nothing tells."""
-    try:
-        ended_s = datetime.fromisoformat(evidence.job.ended).timestamp()
-        job_s = ended_s - datetime.fromisoformat(evidence.job.started).timestamp()
-    except (ValueError, OverflowError):
-        return False
-    known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
-    last_s = max((each.last_unix_ns / 1e9 for each in known), default=0.0)
-    return ended_s - last_s <= max(_LATELY_S, job_s / 20)
-
-
-def hung_rank(evidence: JobDiagnostics) -> RankDiagnostics | None:
-    """The one rank that was not in a collective when all were told to end, if all others were."""
-    places = {rank: main_place(each.stacks) for rank, each in evidence.ranks.items()}
-    away = [rank for rank, place in places.items() if place is not None and not place.in_collective]
-    waiting = [rank for rank, place in places.items() if place is not None and place.in_collective]
-    # One that was ended while it recorded how it lost another has raised, too.
-    raising = {rank for rank in away if any(_RECORDING.search(frame) for frame in frames_of(evidence.ranks[rank]))}
-    away = [rank for rank in away if rank not in raising]
-    told = [rank for rank, each in evidence.ranks.items() if each.error is not None or rank in raising]
-    if len(away) == 1 and len(away) + len(waiting) + len(told) == len(places) > 1:
-        return evidence.ranks[away[0]]
-    return None
-
-
-def ranks_that_meet(evidence: JobDiagnostics) -> list[tuple[RankDiagnostics, Place]]:
-    """The ranks, if all that left stacks waited for the rendezvous when they were told to end; else none."""
-    places = [(rank, place) for rank in evidence.ranks.values() if (place := main_place(rank.stacks)) is not None]
-    return places if all(place.in_rendezvous for _, place in places) else []
-
-
-def frames_of(rank: RankDiagnostics) -> list[str]:
-    """Where it was, for a reader."""
-    place = main_place(rank.stacks)
-    return [f"  {frame}" for frame in place.frames[:_MOST_FRAMES]] if place else []
 
 
 _NODE_DOWN = ("down", "fail", "drain", "inval", "reboot")
@@ -325,7 +285,17 @@ def _evidence(job: Job, run: RunDir | None, nodes: dict[str, str], notes: list[s
         _waited_for(run) if job.reason == DEPENDENCY_FAILED else [],
         _moved_from(job, run),
         any(each.raw_id == job.raw_id for each in attempts_of(run)),
+        *_stands(run, job, attempt),
     )
+
+
+def _stands(run: RunDir, job: Job, attempt: Path | None) -> tuple[dict[int, Answer], HangNote | None]:
+    """What the ranks answered last in the newest start of the job, and the watchdog's word of it."""
+    folder = newest_folder(run, job.raw_id)
+    if folder is None:
+        return {}, None
+    hang = read_hang(run, attempt) if attempt is not None and attempt.name == folder.name else None
+    return read_answers(run, folder, is_mine=is_mine(run.root)), hang
 
 
 def _moved_from(job: Job, run: RunDir) -> str:

@@ -14,18 +14,25 @@ from hpcmm.jobs.diagnostics import (
     dead_nodes,
     end_by_log,
     event_of,
-    frames_of,
     has_begun,
-    hung_rank,
-    ranks_that_meet,
-    worked_lately,
 )
 from hpcmm.jobs.find_run import settings
 from hpcmm.jobs.logs import early_ends, log_ends, srun_words
+from hpcmm.jobs.standing import (
+    Ranks,
+    behind,
+    frames_of,
+    hung_rank,
+    ranks_at_end,
+    ranks_that_meet,
+    while_others_waited,
+    worked_lately,
+)
 from hpcmm.jobs.state import DEPENDENCY_FAILED, why_it_waits
 from hpcmm.node.classify import CONSEQUENCES, Kind, cause_of_exception, complaint_in, kind_of_signal, signal_name
 from hpcmm.runs.exit_status import signal_of
-from hpcmm.runs.failures import cut_off_nodes, main_place, says_why
+from hpcmm.runs.failures import cut_off_nodes, says_why
+from hpcmm.runs.stacks import HangNote, main_place
 
 _ENDED_BY_SLURM = {
     "TIMEOUT": Kind.time_limit,
@@ -62,6 +69,8 @@ def events_of(evidence: JobDiagnostics) -> list[Event]:
 
 def first_failure(evidence: JobDiagnostics) -> Verdict:
     """The first failure of a job that is known to have failed."""
+    if (hang := evidence.hang) is not None:
+        return hang_of(f"no rank moved for {hang.still_s:.0f} s, so the job was ended", ranks_at_end(evidence), hang)
     events = events_of(evidence)
     by_slurm = _ENDED_BY_SLURM.get(evidence.job.state)
     roots = [event for event in events if event.kind not in CONSEQUENCES]
@@ -73,15 +82,22 @@ def first_failure(evidence: JobDiagnostics) -> Verdict:
     dead = dead_nodes(evidence)
     if dead and not (roots and (not later or roots[0].unix_ns < later[0].unix_ns)):
         return _node_failure(evidence, dead)
-    if roots:
-        return _of_event(_with_memory(roots[0], evidence))
-    if evidence.job.state == "OUT_OF_MEMORY":
-        return Verdict(Kind.out_of_memory, _KILLED_FOR_MEMORY)
+    if roots or evidence.job.state == "OUT_OF_MEMORY":
+        first = Verdict(Kind.out_of_memory, _KILLED_FOR_MEMORY)
+        return _of_event(_with_memory(roots[0], evidence)) if roots else first
     if by_slurm is not None:
         return _ended_by_slurm(evidence, by_slurm)
     if early:
         return _ended_early(evidence, early)
     return _between_ranks(evidence, later) if later else _without_failed_ranks(evidence)
+
+
+def hang_of(what: str, ranks: Ranks | None, hang: HangNote | None = None) -> Verdict:
+    """Ranks that stand still: ``what`` says since when."""
+    missing = ranks.missing if ranks is not None else []
+    rank, node = (missing[0].rank, missing[0].node) if len(missing) == 1 else (None, "")
+    said = "; ".join([what, *(ranks.findings if ranks is not None else [])])
+    return Verdict(Kind.hang, said, rank, node, hang.unix_ns if hang is not None else None)
 
 
 def _was_told_to_end(rank: RankDiagnostics) -> bool:
@@ -178,7 +194,7 @@ def _ended_as_it_ran(evidence: JobDiagnostics, kind: Kind, what: str) -> Verdict
         return Verdict(Kind.rendezvous, what, first.rank, first.node)
     lately = worked_lately(evidence)
     if not lately and (hung := hung_rank(evidence)) is not None:
-        return _at_end_of_hang(evidence, kind, what, hung)
+        return _at_end_of_hang(kind, what, hung, evidence)
     return Verdict(kind, what, remedy=_WORKED_OR_HUNG if kind is Kind.time_limit and not lately else "")
 
 
@@ -206,17 +222,11 @@ def _never_began(evidence: JobDiagnostics, what: str) -> Verdict:
     return Verdict(Kind.time_limit, f"{what}{log_ends(log)}", remedy=remedy)
 
 
-def _at_end_of_hang(evidence: JobDiagnostics, kind: Kind, what: str, hung: RankDiagnostics) -> Verdict:
-    others = [main_place(rank.stacks) for rank in evidence.ranks.values() if rank.rank != hung.rank]
-    met = not all(place.in_rendezvous for place in others if place is not None)
-    waited = "in a collective" if met else "for the group to form (init_process_group)"
-    place = main_place(hung.stacks)
-    assert place is not None
+def _at_end_of_hang(kind: Kind, what: str, hung: RankDiagnostics, evidence: JobDiagnostics) -> Verdict:
     remedy = f"See what rank {hung.rank} did there, and whether it hung: more time helps only if it was slow."
     if kind is Kind.cancelled:
         remedy = f"If it was cancelled because it hung, see what rank {hung.rank} did there; else submit it again."
-    what = f"{what} while all ranks but this one waited {waited}; it was at {place.said}"
-    return Verdict(kind, what, hung.rank, hung.node, remedy=remedy)
+    return Verdict(kind, f"{what} {while_others_waited(evidence, hung)}", hung.rank, hung.node, remedy=remedy)
 
 
 def _never_satisfied(evidence: JobDiagnostics, kind: Kind) -> Verdict:
@@ -242,7 +252,7 @@ def _cut_off(evidence: JobDiagnostics, cut: list[str], first: Event) -> Verdict:
 def _did_not_arrive(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     """Ranks waited in vain: who did not come, by the stacks, by the ranks' steps, by who did not complain."""
     first = next(event for event in later if event.kind is Kind.collective_timeout)
-    missing = hung_rank(evidence) or _behind(evidence, {event.rank for event in later})
+    missing = hung_rank(evidence) or behind(evidence, {event.rank for event in later})
     if missing is None:
         what = f"{first.what}; all ranks were there, so the network is suspect"
         return Verdict(first.kind, what, first.rank, first.node, first.unix_ns, first.traceback)
@@ -251,19 +261,6 @@ def _did_not_arrive(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
     waited = ", ".join(str(event.rank) for event in later[:8])
     what = f"this rank did not come to a collective that rank {waited} waited in: {where}"
     return Verdict(Kind.collective_timeout, what, missing.rank, missing.node, first.unix_ns, frames_of(missing))
-
-
-def _behind(evidence: JobDiagnostics, complained: set[int]) -> RankDiagnostics | None:
-    quiet = [rank for rank in evidence.ranks.values() if rank.rank not in complained]
-    if len(quiet) == 1:
-        return quiet[0]
-    steps = {
-        rank.rank: -1 if rank.progress.last_step is None else rank.progress.last_step
-        for rank in evidence.ranks.values()
-        if rank.progress is not None
-    }
-    last = [rank for rank, step in steps.items() if step == min(steps.values())]
-    return evidence.ranks[last[0]] if len(last) == 1 and len(steps) > 1 else None
 
 
 def _lost_peer(evidence: JobDiagnostics, later: list[Event]) -> Verdict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +13,23 @@ from typing import Any
 from hpcmm.files import read_tail
 from hpcmm.jobs.diagnostics import Event, JobDiagnostics, gather_newest, gather_points, known_state
 from hpcmm.jobs.find_run import Target, settings, shared_folder
-from hpcmm.jobs.first_failure import Verdict, events_of, first_failure
+from hpcmm.jobs.first_failure import Verdict, events_of, first_failure, hang_of
 from hpcmm.jobs.logs import printable
+from hpcmm.jobs.standing import (
+    Ranks,
+    ask_ranks,
+    is_workload,
+    lines_of_ranks,
+    ranks_at_end,
+    said_of_running,
+    step_reached,
+    steps_finished,
+    still_for,
+    values_of_ranks,
+    worked_lately,
+)
 from hpcmm.jobs.state import State, is_local, why_it_waits
-from hpcmm.node.classify import ADVICE, ADVICE_FOR_SCRIPTS
+from hpcmm.node.classify import ADVICE, ADVICE_FOR_SCRIPTS, Kind
 from hpcmm.ranges import tasks_in, write_ranges
 from hpcmm.runs.ledger import overrides_of
 from hpcmm.runs.run_dir import RunDir, SweepDir
@@ -64,6 +76,8 @@ class Explanation:
     evidence: JobDiagnostics
     verdict: Verdict | None
     events: list[Event]
+    ranks: Ranks | None = None
+    """Where they stand, or stood at the end, if that tells something."""
 
     @property
     def failed(self) -> bool:
@@ -113,14 +127,27 @@ class SweepExplanation:
 def explain(target: Target) -> Explanation | SweepExplanation:
     """Explain the newest job of ``target``, or of each of its points. Raises HpcmmError if nothing is known of it."""
     state = known_state(target)
-    return explain_points(state) if state.is_array else explanation_of(gather_newest(state))
+    if state.is_array:
+        return explain_points(state)
+    explanation = explanation_of(gather_newest(state))
+    if explanation.failed or not explanation.evidence.job.active:
+        return explanation
+    evidence, ranks = ask_ranks(explanation.evidence)
+    return Explanation(evidence, hang_of(still_for(ranks), ranks) if ranks and ranks.hang else None, [], ranks)
 
 
 def explanation_of(evidence: JobDiagnostics) -> Explanation:
     events = events_of(evidence)
     job = evidence.job
-    went_well = job.state == "COMPLETED" or (job.active and not events)
-    return Explanation(evidence, None if went_well else first_failure(evidence), events)
+    if job.state == "COMPLETED" or (job.active and not events and evidence.hang is None):
+        return Explanation(evidence, None, events)
+    verdict = first_failure(evidence)
+    tells = verdict.kind in _STANDING_TELLS and not worked_lately(evidence)
+    return Explanation(evidence, verdict, events, ranks_at_end(evidence) if tells else None)
+
+
+_STANDING_TELLS = frozenset({Kind.hang, Kind.time_limit, Kind.cancelled, Kind.collective_timeout, Kind.rendezvous})
+"""Of these, where all ranks stood belongs to the answer."""
 
 
 def lines_of(explanation: Explanation | SweepExplanation) -> list[str]:
@@ -137,19 +164,23 @@ def _lines(explanation: Explanation) -> list[str]:
     if evidence.gone and (verdict is None or evidence.gone not in verdict.what):
         notes.append(f"note: {evidence.gone} is gone, with what the job wrote there.")
     if verdict is None:
-        return [_printable(line) for line in [f"{title}: {job.state}. {_progress(evidence)}", *notes]]
+        said = [_progress(evidence)]
+        said += [said_of_running(explanation.ranks)] if explanation.ranks is not None else []
+        lines = [f"{title}: {job.state}. {' '.join(said)}", *_of_ranks(explanation)]
+        return [_printable(line) for line in [*lines, *notes]]
     lines = [f"{title}: {verdict.kind}"]
     lines += [f"values:   {values}"] if (values := _values_of_run(evidence.run)) else []
     lines += [f"first:    {_first(verdict)}"] if _first(verdict) else []
     what, *more = (verdict.what.splitlines() or [""])[:6]
     lines += [f"what:     {what}", *(f"          {line}" for line in more)]
     lines += [f"          {line}" for line in _shown(verdict.traceback)]
-    if verdict.rank is not None and (step := _last_step(evidence, verdict.rank)):
+    if verdict.rank is not None and (step := step_reached(evidence, verdict.rank)):
         lines.append(f"reached:  {step}")
     others = [f"rank {event.rank} ({event.kind})" for event in explanation.events if event.rank != verdict.rank]
     if others:
         more_ranks = f" and {len(others) - _MOST_RANKS} more" if len(others) > _MOST_RANKS else ""
         lines.append(f"then:     {', '.join(others[:_MOST_RANKS])}{more_ranks}")
+    lines += _of_ranks(explanation)
     lines.append(f"Slurm:    {_slurm(job)}{_restarts(evidence)}")
     lines += [f"do:       {line}" for line in _advice(explanation)]
     if evidence.run is not None and verdict.rank is not None:
@@ -157,6 +188,10 @@ def _lines(explanation: Explanation) -> list[str]:
     elif evidence.run is not None and evidence.batch_lines:
         lines.append(f"log:      {evidence.run.batch_log}")
     return [_printable(line) for line in [*lines, *notes]]
+
+
+def _of_ranks(explanation: Explanation) -> list[str]:
+    return lines_of_ranks(explanation.ranks) if explanation.ranks is not None else []
 
 
 def _values_of_run(run: RunDir | None) -> str:
@@ -185,6 +220,7 @@ def _values(explanation: Explanation) -> dict[str, Any]:
         "restart": evidence.restart,
         "nodes": evidence.node_states,
         "notes": evidence.notes,
+        "ranks": values_of_ranks(explanation.ranks) if explanation.ranks is not None else None,
     }
     if verdict is None:
         return values
@@ -207,7 +243,7 @@ def _advice(explanation: Explanation) -> list[str]:
     assert verdict is not None
     cluster = settings(evidence.run).get("cluster") if evidence.run else None
     excluded = cluster.get("exclude") if isinstance(cluster, dict) else None
-    is_script = evidence.run is not None and not _is_workload(evidence)
+    is_script = evidence.run is not None and not is_workload(evidence)
     said = advice(verdict, evidence.job.job_id, str(excluded or ""), is_script=is_script)
     if evidence.job.active and evidence.job.pending:
         meant = why_it_waits(evidence.job)
@@ -241,23 +277,6 @@ def _utc(unix_ns: int) -> str:
         return "an unknown time"
 
 
-def _last_step(evidence: JobDiagnostics, rank: int) -> str:
-    known = evidence.ranks.get(rank)
-    if known is None:
-        return ""
-    if known.progress is not None and known.progress.last_step is not None:
-        return f"finished step {known.progress.last_step}"
-    if known.error is not None and known.error.step is not None:
-        return f"step {known.error.step}"
-    return "no step yet" if known.progress is not None and _is_workload(evidence) else ""
-
-
-def _is_workload(evidence: JobDiagnostics) -> bool:
-    """Whether the ranks tell of their steps, as those of a user's script do not."""
-    task = settings(evidence.run).get("task") if evidence.run else None
-    return isinstance(task, dict) and task.get("_target_") is not None
-
-
 def _slurm(job: Job) -> str:
     reason = f" ({job.reason})" if job.reason else ""
     codes = f", exit code {job.exit_code}" if job.exit_code else ""
@@ -280,15 +299,8 @@ def _progress(evidence: JobDiagnostics) -> str:
         return "It stopped as asked; nothing has failed." if stopped else "Nothing has failed."
     if evidence.job.pending:
         return _waiting(evidence.job)
-    known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
-    if not known:
-        return f"Nothing has failed so far{'; no step is finished yet' if _is_workload(evidence) else ''}."
-    steps = [each.last_step for each in known if each.last_step is not None]
-    ago_s = max(0.0, time.time() - max(each.last_unix_ns for each in known) / 1e9)
-    slowest = min(known, key=lambda each: (each.last_step or 0, each.rank)).rank
-    return (
-        f"Nothing has failed so far: {len(known)} ranks finished step {min(steps)} to {max(steps)}, rank {slowest} the "
-        f"fewest, the last one {ago_s:.0f} s ago."
+    return steps_finished(evidence) or (
+        f"Nothing has failed so far{'; no step is finished yet' if is_workload(evidence) else ''}."
     )
 
 

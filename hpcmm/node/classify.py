@@ -18,6 +18,7 @@ class Kind(StrEnum):
     setup = "setup"
     rendezvous = "rendezvous"
     collective_timeout = "collective timeout"
+    hang = "hang"
     peer_lost = "peer lost"
     import_failed = "import"
     data = "data"
@@ -49,6 +50,7 @@ ADVICE = {
     "and its ports are open: `python -m hpcmm.doctor` checks both.",
     Kind.collective_timeout: "See what the named rank did at the place shown. If all ranks only needed longer, raise "
     "parallel.collective_timeout_s.",
+    Kind.hang: "See what the missing ranks do at the place shown, or why the ranks call different collectives.",
     Kind.peer_lost: "The lost rank left no record: see its log's end and Slurm's word of its node.",
     Kind.import_failed: "Install what is missing into the Python that the job uses, or load its module with "
     "cluster.modules; `python -m hpcmm.doctor` compares the nodes' packages.",

@@ -48,8 +48,10 @@ class Outcome:
         return self.state in _FAILED_STATES
 
 
+HUNG = "hung"
+"""What ``slurm/train.sbatch.j2`` writes in place of an exit status, if the watchdog ended the ranks."""
 _WITHOUT_AN_END = {"stopped": Outcome(STOPPED), "terminated": None, RESTARTED: None}
-"""What ``slurm/train.sbatch.j2`` writes in place of an exit status, if the job may go on: its ranks stopped as asked,
+"""And if the job may go on: its ranks stopped as asked,
 with a checkpoint; Slurm told the script to end, and may start it again; Slurm has started it again."""
 
 
@@ -69,6 +71,8 @@ def outcome_of(run: RunDir, job_id: str, ranks: int | None = None) -> Outcome | 
     cancelled = was_cancelled(run, job_id, notes.restarts)
     if ended and _STATUS.fullmatch(ended[0]):
         return _of_status(run, notes, int(ended[0]), cancelled=cancelled)
+    if ended == (HUNG,):
+        return Outcome(FAILED)
     # What Slurm has started again had not completed: its ranks' last records may be of the start before.
     is_over = not (cancelled and ended == (RESTARTED,)) and _all_ranks_ended(run, notes.raw_id, ranks)
     if is_over:

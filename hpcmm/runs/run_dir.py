@@ -63,8 +63,8 @@ class RunDir:
 
     @property
     def exit_status(self) -> Path:
-        """A line for each time that the batch script ended: the job's id, and its exit status, or ``stopped`` or
-        ``terminated``; and one, ``restarted``, for each time that Slurm started it again."""
+        """A line for each time that the batch script ended: the job's id, and its exit status, or ``stopped``,
+        ``hung`` or ``terminated``; and one, ``restarted``, for each time that Slurm started it again."""
         return self.root / "exit_status"
 
     @property
@@ -118,6 +118,11 @@ class RunDir:
     def failures(self) -> Path:
         """What ranks that ended badly left, a folder for each time that the job ran; absent if none did."""
         return self.root / "failures"
+
+    @property
+    def stacks(self) -> Path:
+        """Where the ranks stood when that was last asked, a folder for each time that the job ran."""
+        return self.root / "stacks"
 
     @property
     def ended(self) -> Path:

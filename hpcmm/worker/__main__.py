@@ -29,6 +29,7 @@ from hpcmm.runs.run_dir import RunDir
 if TYPE_CHECKING:
     from hpcmm.config.schema import RunConfig
     from hpcmm.worker.environment import RankEnvironment
+    from hpcmm.worker.signal_forwarding import RankWatch
 
 USAGE = """\
 usage: python -m hpcmm.worker prepare RUN_DIR
@@ -125,7 +126,7 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     from hpcmm.node import startup  # noqa: PLC0415
     from hpcmm.runs.attempts import current_attempt  # noqa: PLC0415
     from hpcmm.worker.environment import RankEnvironment, forget_outer_run, use_copies  # noqa: PLC0415
-    from hpcmm.worker.signal_forwarding import run_watched  # noqa: PLC0415
+    from hpcmm.worker.signal_forwarding import RankWatch, run_watched  # noqa: PLC0415
 
     config = config_file.load(run.config)
     forget_outer_run(has_script=config.cluster.executor is Executor.slurm)
@@ -145,17 +146,24 @@ def start_rank(run: RunDir, command: list[str]) -> int:
             check_rendezvous(rank_env, config)
         if config.launch.stage:
             use_copies(run)
+    watch = RankWatch(run, rank, config.launch.hang_s, config.world_size)
     if _is_profiled(config, rank) and not is_finished(config, run):
         from hpcmm.worker.nsys_rank import run_profiled  # noqa: PLC0415 -- only where a profiler runs
 
         try:
-            return run_profiled(config, run, rank, command)
+            return _forgotten(run_profiled(config, run, rank, command, watch), watch)
         except ProfilerUnusableError as unusable:
             if config.profile.required:
                 raise HpcmmError(f"{unusable}. Set profile.required=false to train without.") from unusable
             print(f"hpcmm: {unusable}; rank {rank} trains without.", file=sys.stderr)
     os.environ[startup.COMMAND_BEGAN] = f"{time.time():.3f}"
-    return run_watched(command, run, rank)
+    return _forgotten(run_watched(command, run, rank, watch), watch)
+
+
+def _forgotten(status: int, watch: RankWatch) -> int:
+    if status == 0:
+        watch.forget()
+    return status
 
 
 def check_rendezvous(rank_env: RankEnvironment, config: RunConfig) -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ _MOST_PATIENCE_S = 10.0
 _GPU_DEVICE = Path("/dev/nvidiactl")
 
 
-def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[str]) -> int:
+def run_profiled(
+    config: RunConfig, run: RunDir, rank: int, command: Sequence[str], watch: Callable[[], bool] = lambda: False
+) -> int:
     """Run ``command`` under nsys and leave the rank's report in the run directory. Returns its exit status,
-    which is recorded where it is a bad one.
+    which is recorded where it is a bad one. ``watch``: as in :func:`~hpcmm.worker.signal_forwarding.run_watched`.
 
     Raises ProfilerUnusableError, before anything runs, if this node's nsys is missing or records nothing.
     """
@@ -51,13 +53,14 @@ def run_profiled(config: RunConfig, run: RunDir, rank: int, command: Sequence[st
     flags, dropped = known_flags(profile_flags(config.profile, config.train.steps, gpu=_GPU_DEVICE.exists()), facts)
     if dropped:
         print(f"hpcmm: {facts.version} has no {', '.join(dropped)}; recorded without.", file=sys.stderr)
+    failed = SomeRankFailed(run, config.cluster.kill_wait_s)
     return run_under_nsys(
         [os.path.abspath(nsys), "profile", *flags],  # noqa: PTH100 -- a word
         command,
         run.rank_report(rank),
         run.reports_before(current_attempt(run)),
         ended=lambda end: record_exit(_signal_or_status(end.status), run, rank, end.unix_ns),
-        must_end=SomeRankFailed(run, config.cluster.kill_wait_s),
+        must_end=lambda: watch() or failed(),
         # A script that saves its checkpoint at SIGTERM may need all of the site's grace time.
         heeds_s=None if config.requeue is Requeue.slurm else HEEDS_SIGTERM_S,
     )

@@ -12,7 +12,7 @@ from hpcmm.jobs import diagnostics, logs
 from hpcmm.jobs.find_run import world_size_of
 from hpcmm.node import classify
 from hpcmm.ranges import MAX_RANK, MAX_WORLD_SIZE, ranks_in
-from hpcmm.runs import failures, metrics
+from hpcmm.runs import failures, metrics, stacks
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.slurm.jobs import Job
 
@@ -92,7 +92,7 @@ def test_of_many_tracebacks_the_last_ones_are_looked_at():
 
 
 def test_stacks_and_words_of_many_characters_are_looked_at_once():
-    assert failures.main_place("Thread 0x" + "a" * 200_000) is None
+    assert stacks.main_place("Thread 0x" + "a" * 200_000) is None
     assert logs.part_of_job("JOB 8 " * 40_000, "7") == "JOB 8 " * 40_000
     assert logs.part_of_job("a\nJOB 8 b\nJOB 7 c\n", "7") == "JOB 7 c\n"
 

@@ -422,3 +422,30 @@ def test_a_job_that_slurm_does_not_queue_again_has_failed(script):
     (script.fakes / "timeout").symlink_to("/bin/false")
     assert script.ends("requeue=on_node_failure")[0] == 9
     assert script.noted == ["7 terminated", "7 9"]
+
+
+HANGS = 'mkdir -p "$RUN/failures/7.${SLURM_RESTART_COUNT:-0}"; cd "$_"; touch hang.json; echo 124 > status; exit 143'
+
+
+@pytest.mark.parametrize("requeue", ["never", "on_stop", "slurm"])
+def test_a_job_that_the_watchdog_ended_has_a_word_and_a_status_of_its_own(script, requeue):
+    script.ranks, script.slurm = HANGS, "echo PreemptTime=None"
+    status, _ = script.ends(f"requeue={requeue}", "launch.hang_s=600")
+    assert (status, script.noted) == (124, ["7 hung"])
+    assert "requeue 7" not in script.asked
+
+
+def test_a_job_that_hung_is_queued_again_three_times_if_a_node_may_be_why(script):
+    script.ranks = HANGS
+    status, said = script.ends("requeue=on_node_failure", "launch.hang_s=600")
+    assert status == 124
+    assert script.asked == ["requeue 7"]
+    assert "hpcmm: no rank moved; job 7 goes back into the queue" in said
+    assert script.noted == ["7 terminated"]
+
+
+def test_a_job_that_hangs_again_and_again_is_over(script):
+    script.ranks = HANGS
+    assert script.ends("requeue=on_node_failure", "launch.hang_s=600", restart=3)[0] == 124
+    assert script.asked == []
+    assert script.noted == ["7 restarted", "7 hung"]

@@ -128,6 +128,19 @@ def preempted_and_queued_again_by_slurm(job):
     job.script_ends("terminated")
 
 
+def ended_by_the_watchdog(job):
+    job.starts()
+    job.loses_a_rank()
+    job.script_ends("hung")
+
+
+def queued_again_by_the_watchdog(job):
+    ended_by_the_watchdog(job)
+    job.script_ends("terminated")
+    job.script_ends("restarted")
+    job.starts(restart=1)
+
+
 def started_again_after_its_end(job):
     job.starts()
     job.loses_a_rank()
@@ -194,6 +207,8 @@ ENDS = [
     (stopped_after_a_node_failure, "STOPPED"),
     (killed_after_a_requeue, "FAILED"),
     (preempted_and_queued_again_by_slurm, None),
+    (ended_by_the_watchdog, "FAILED"),
+    (queued_again_by_the_watchdog, None),
     (started_again_after_its_end, None),
     (killed_once_more_after_its_end, "FAILED"),
     (completed_after_slurm_s_own_requeue, "COMPLETED"),

@@ -21,6 +21,7 @@ WRITTEN_ELSEWHERE = {
     ("launch/submit.py", "_output_to"),
     ("launch/snapshot.py", "_copy"),
     ("worker/__main__.py", ""),
+    ("worker/signal_forwarding.py", ""),
     ("runs/attempts.py", "begin_attempt"),
     ("runs/failures.py", ""),
     ("train/checkpoint.py", ""),

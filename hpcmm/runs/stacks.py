@@ -1,0 +1,371 @@
+"""Where ranks stand: their stacks, and how they are asked for while a job runs.
+
+``RUN/stacks/JOB.RESTART/request`` asks; each rank's process in front answers with ``rank_0003.json`` there. Only the
+run's owner can write either. ``RUN/failures/JOB.RESTART/hang.json`` says that the watchdog saw no rank advance.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from hpcmm.files import names_in, read_json_object, write_json
+from hpcmm.ranges import MAX_RANK
+from hpcmm.runs.failures import attempt_folder
+from hpcmm.runs.run_dir import RunDir
+
+ASK_FOR_STACK = signal.SIGRTMIN + 11
+"""A real-time signal that glibc, Slurm, submitit, Python and nsys leave alone; a rank that does not listen to it is
+never sent it. It is sent only to the thread that answers, if that cannot."""
+
+LISTENS_AT = "HPCMM_STACKS"
+"""The environment variable that tells a rank where the process in front of it reads its stacks."""
+
+MOST_STACK = 64 * 1024
+"""Characters of a stack that are kept: Python writes at most 100 frames."""
+_MOST_BYTES = 512 * 1024
+"""Of an answer that is read."""
+_MOST_OF_OTHERS = 32 * 1024**2
+_MOST_GROUPS = 64
+_MOST_FRAMES = 100
+_MOST_NAME = 300
+_ATTEMPT = re.compile(r"([0-9]{1,12})\.([0-9]{1,9})")
+_ANSWER = re.compile(r"rank_([0-9]{1,6})\.json")
+
+# What a stack says.
+
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d{1,9}) in (?P<function>.+)')
+_THREAD = re.compile(r"(?:Current t|T)hread 0x[0-9a-f]{1,16}\b.*\(most recent call first\):|Stack \(most recent call f")
+_WAITING = re.compile(
+    r"/torch/distributed/(?:distributed_c10d|c10d_logger|rendezvous|_functional_collectives)\.py|deepspeed/comm/"
+    r"|hpcmm/annotate/collectives"
+)
+_DISTRIBUTED = re.compile(r"/torch/distributed/(?!checkpoint/|elastic/)")
+_OPERATION = re.compile(
+    r"(?:monitored_)?barrier|i?(?:all_)?reduce(?:_\w+)?|all_?gather(?:_\w+)?|reduce_scatter(?:_\w+)?|all_to_all(?:_\w+)?"
+    r"|broadcast(?:_\w+)?|i?(?:send|recv)(?:_object_list)?|batch_isend_irecv|(?:gather|scatter)(?:_\w+)?|new_group"
+    r"|split_group|init_process_group|wait_tensor|wait"
+)
+_MEETING = re.compile(
+    r"/torch/distributed/rendezvous\.py\"|/torch/distributed/distributed_c10d\.py\", line \d+ in init_process_group"
+    r"|/hpcmm/worker/distributed\.py\", line \d+ in _rendezvous"
+)
+"""Where a rank waits to meet the others at MASTER_ADDR."""
+_BACKWARD = re.compile(r"/torch/autograd/graph\.py\", line \d+ in _engine_run_backward")
+_LIBRARY = re.compile(r"/(?:site|dist)-packages/|/lib/python\d|<frozen |/hpcmm/(?:annotate|worker|node)/")
+_INNERMOST = 12
+"""Frames from the top in which a wait for other ranks must show."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The main thread's place."""
+
+    frames: list[str]
+    """Innermost first, such as ``File "train.py", line 3 in load``."""
+    in_collective: bool
+    in_rendezvous: bool = False
+
+    @property
+    def own(self) -> str | None:
+        """The innermost frame of the user's own code."""
+        return next((frame for frame in self.frames if not _LIBRARY.search(frame)), None)
+
+    @property
+    def said(self) -> str:
+        """The innermost frame, and the innermost of the user's own code if that is another."""
+        if not self.frames:
+            return "an unknown place"
+        return self.frames[0] + (f" (called from {self.own})" if self.own and self.own != self.frames[0] else "")
+
+    @property
+    def operation(self) -> str | None:
+        """The collective that it waits in, by the name that the user's code called."""
+        if not self.in_collective:
+            return None
+        called = [_parts(frame)[2] for frame in self.frames if _WAITING.search(frame) or _DISTRIBUTED.search(frame)]
+        known = [name for name in called if _OPERATION.fullmatch(name)]
+        return (known or called or ["a collective"])[-1]
+
+    @property
+    def may_wait(self) -> bool:
+        """It is in a call that may wait for other ranks without a sign of it: backward, in which gradients meet."""
+        return bool(self.frames) and _BACKWARD.search(self.frames[0]) is not None
+
+    @property
+    def short(self) -> str:
+        """``train.py:3 in evaluate``, and the library's function that it called from there."""
+        own = self.own or (self.frames[-1] if self.frames else "")
+        file, line, function = _parts(own)
+        inner = self.frames[: self.frames.index(own)] if own in self.frames else []
+        called = [name for name in (_parts(frame)[2] for frame in reversed(inner)) if name not in _WRAPPERS]
+        words = f"{PurePath(file).name}:{line} in {function}"
+        if not called:
+            return words
+        return f"{words}, in {called[0]}" + (f" ({called[-1]})" if called[-1] != called[0] else "")
+
+
+_WRAPPERS = frozenset({"wrapper", "_wrapped_call_impl", "_call_impl", "decorate_context", "inner", "kernel", "record"})
+"""Functions that stand between a call and what it means."""
+
+
+def _parts(frame: str) -> tuple[str, int, str]:
+    """File, line and function of a frame."""
+    match = _FRAME.match(f"  {frame}")
+    return (match["file"], int(match["line"]), match["function"]) if match else (frame, 0, "")
+
+
+def main_place(stacks: str) -> Place | None:
+    """The place of the thread that runs the training, in the last dump; None if there is none."""
+    threads: list[list[str]] = []
+    for line in stacks.splitlines():
+        if _THREAD.match(line):
+            threads.append([])
+        elif threads and (match := _FRAME.match(line)):
+            threads[-1].append(f'File "{match["file"]}", line {match["line"]} in {match["function"]}')
+    # The main thread is the one that began with the interpreter's own start of a module.
+    mains = [frames for frames in threads if frames and ("<frozen runpy>" in frames[-1] or "<module>" in frames[-1])]
+    frames = mains[-1] if mains else threads[-1] if threads else []
+    if not frames:
+        return None
+    near = frames[:_INNERMOST]
+    return Place(
+        frames,
+        in_collective=_DISTRIBUTED.search(near[0]) is not None or any(_WAITING.search(frame) for frame in near),
+        in_rendezvous=any(_MEETING.search(frame) for frame in near),
+    )
+
+
+# Asking, and answers.
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a request file holds. An empty ``key``: nobody has asked."""
+
+    key: str
+    looks: int = 1
+    """How often each rank is to be looked at, two seconds apart."""
+    ends: bool = False
+    """The ranks are to be ended: the watchdog has seen enough."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One rank at one moment."""
+
+    unix_ns: int
+    stack: str = ""
+    step: int | None = None
+    """Of ``hpcmm.annotate``."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """The number of the latest collective in each process group, by the group's name."""
+    own_s: float = 0.0
+    """Processor time of the rank."""
+    children_s: float = 0.0
+    """Processor time of all processes that the rank has started."""
+    io_bytes: int = 0
+    """Read and written by the rank and those processes."""
+    wakes: int = 0
+    """How often its main thread has gone to sleep so far."""
+    spins: bool = False
+    """It uses a GPU, for which a wait may keep a processor busy."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the process in front of a rank says of it."""
+
+    rank: int
+    node: str
+    key: str
+    looks: list[Look]
+    why: str = ""
+    """Why there is no stack, or what keeps it: it is stopped, in an uninterruptible state, or does not listen."""
+
+
+@dataclass(frozen=True)
+class HangNote:
+    """What the watchdog notes before it ends a job."""
+
+    unix_ns: int
+    still_s: float
+    """How long no rank had moved."""
+
+
+def stacks_folder(run: RunDir, environ: Mapping[str, str] = os.environ) -> Path:
+    return run.stacks / attempt_folder(run, environ).name
+
+
+def newest_folder(run: RunDir, raw_id: str) -> Path | None:
+    """Where the ranks of the newest start of job ``raw_id`` answer; None if none has made it."""
+    found = [(_ATTEMPT.fullmatch(name), run.stacks / name) for name in names_in(run.stacks, within=run.root)]
+    mine = [(int(match[2]), folder) for match, folder in found if match and match[1] == raw_id]
+    return max(mine)[1] if mine else None
+
+
+def request_file(folder: Path) -> Path:
+    return folder / "request"
+
+
+def answer_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:04d}.json"
+
+
+def hang_file(attempt: Path) -> Path:
+    return attempt / "hang.json"
+
+
+def post(folder: Path, *, looks: int = 1, ends: bool = False) -> str:
+    """Ask all ranks; returns the request's key. Raises OSError."""
+    request = Request(secrets.token_hex(8), looks, ends)
+    write_json(request_file(folder), asdict(request))
+    return request.key
+
+
+def read_request(run: RunDir, folder: Path) -> Request:
+    found = read_json_object(request_file(folder), within=run.root)
+    key, looks, ends = found.get("key"), found.get("looks"), found.get("ends")
+    if not isinstance(key, str) or not isinstance(looks, int) or not isinstance(ends, bool):
+        return Request("")
+    return Request(key[:_MOST_NAME], max(1, min(looks, 2)), ends)
+
+
+def write_answer(folder: Path, answer: Answer) -> None:
+    """Raises OSError."""
+    write_json(answer_file(folder, answer.rank), asdict(answer), indent=None)
+
+
+def read_answers(run: RunDir, folder: Path, *, is_mine: bool = True) -> dict[int, Answer]:
+    """All that lie there, whichever request they answer; of another user's run so much as one's own ranks would say."""
+    numbers = sorted(int(match[1]) for name in names_in(folder, within=run.root) if (match := _ANSWER.fullmatch(name)))
+    numbers = [number for number in numbers if number <= MAX_RANK]
+    most_bytes = _MOST_BYTES if is_mine else min(_MOST_BYTES, _MOST_OF_OTHERS // max(1, len(numbers)))
+    found = {}
+    for rank in numbers:
+        values = read_json_object(answer_file(folder, rank), most_bytes, within=run.root)
+        if (answer := _as_answer(rank, values)) is not None:
+            found[rank] = answer
+    return found
+
+
+def ask(
+    run: RunDir, folder: Path, ranks: int, patience_s: float, sleep: Callable[[float], None] = time.sleep
+) -> dict[int, Answer]:
+    """Ask all ranks for two looks, and wait until all have answered or ``patience_s`` is over. Raises OSError.
+
+    Somebody else may ask meanwhile; what is answered to them is as good.
+    """
+    asked = {post(folder, looks=2)}
+    until_s = time.monotonic() + patience_s
+    found: dict[int, Answer] = {}
+    while len(found) < ranks and time.monotonic() < until_s:
+        sleep(0.2)
+        asked.add(read_request(run, folder).key)
+        found = {rank: answer for rank, answer in read_answers(run, folder).items() if answer.key in asked}
+    return found
+
+
+def note_hang(attempt: Path, still_s: float) -> None:
+    """Raises OSError."""
+    attempt.mkdir(parents=True, exist_ok=True)
+    write_json(hang_file(attempt), asdict(HangNote(time.time_ns(), still_s)))
+
+
+def read_hang(run: RunDir, attempt: Path) -> HangNote | None:
+    found = read_json_object(hang_file(attempt), within=run.root)
+    unix_ns, still_s = found.get("unix_ns"), found.get("still_s")
+    return HangNote(_count(unix_ns), still_s) if _is_count(unix_ns) and isinstance(still_s, float) else None
+
+
+def _as_answer(rank: int, given: Mapping[str, Any]) -> Answer | None:
+    node, key, why, looks = (given.get(name) for name in ("node", "key", "why", "looks"))
+    if not (isinstance(node, str) and isinstance(key, str) and isinstance(why, str) and isinstance(looks, list)):
+        return None
+    read = [_as_look(each) for each in looks[-2:] if isinstance(each, dict)]
+    return Answer(rank, node[:_MOST_NAME], key, read, why[:_MOST_NAME])
+
+
+def _as_look(given: Mapping[str, Any]) -> Look:
+    """What has another type than expected counts as not said."""
+    step, stack, groups = given.get("step"), given.get("stack"), given.get("groups")
+    groups = groups if isinstance(groups, dict) else {}
+    numbers = {str(name)[:_MOST_NAME]: number for name, number in groups.items() if _is_count(number)}
+    own_s, children_s = given.get("own_s"), given.get("children_s")
+    return Look(
+        _count(given.get("unix_ns")),
+        stack[:MOST_STACK] if isinstance(stack, str) else "",
+        step if _is_count(step) else None,
+        dict(list(numbers.items())[:_MOST_GROUPS]),
+        own_s if isinstance(own_s, float) else 0.0,
+        children_s if isinstance(children_s, float) else 0.0,
+        _count(given.get("io_bytes")),
+        _count(given.get("wakes")),
+        given.get("spins") is True,
+    )
+
+
+def _count(value: Any) -> int:
+    return int(value) if _is_count(value) else 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+# Whether ranks move.
+
+_MOVED_BYTES = 1 << 20
+"""Read or written between two looks: less may be a thread that only tells of the machine."""
+_BUSY = 0.05
+"""Of one processor, which others may share. What only waits takes less."""
+
+
+def moved(before: Look, now: Look) -> bool:
+    """Whether a rank has come anywhere between two looks, or something that it waits for has done its work."""
+    if (before.step, before.groups) != (now.step, now.groups) or frames_in(before.stack) != frames_in(now.stack):
+        return True
+    between_s = (now.unix_ns - before.unix_ns) / 1e9
+    busy = now.children_s - before.children_s > _BUSY * between_s > 0
+    return busy or abs(now.io_bytes - before.io_bytes) > _MOVED_BYTES
+
+
+def is_still(answer: Answer) -> bool:
+    """Whether a rank did nothing between two looks."""
+    return len(answer.looks) > 1 and not moved(*answer.looks[-2:])
+
+
+def works(before: Look, now: Look) -> bool:
+    """Whether a rank kept a processor busy between two looks by anything else than a wait, as far as one sees."""
+    busy = now.own_s - before.own_s > _BUSY * (now.unix_ns - before.unix_ns) / 1e9
+    return busy and not (now.spins or _waits(now))
+
+
+def wakes(before: Look, now: Look) -> bool:
+    """Whether a rank woke and slept again and again between two looks: in a loop that may, or may not, come to an end.
+
+    A wait for a loader's queue wakes every five seconds, too.
+    """
+    often = now.wakes - before.wakes > _OFTEN * (now.unix_ns - before.unix_ns) / 1e9
+    return often and not _waits(now)
+
+
+_OFTEN = 0.4
+"""Times a second."""
+
+
+def _waits(look: Look) -> bool:
+    place = main_place(look.stack)
+    return place is None or place.in_collective or place.may_wait
+
+
+def frames_in(stack: str) -> list[str]:
+    place = main_place(stack)
+    return place.frames[:_MOST_FRAMES] if place is not None else []

@@ -1,0 +1,180 @@
+"""Where ranks stand: who stands together, who is missing, and what may be said of it."""
+
+import time
+
+import pytest
+
+from hpcmm.jobs import standing
+from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
+from hpcmm.jobs.first_failure import first_failure
+from hpcmm.jobs.standing import Ranks, Standing, findings, grouped, lines_of_ranks, missing_ranks, numbered
+from hpcmm.jobs.why import explanation_of, lines_of
+from hpcmm.node.classify import Kind
+from hpcmm.runs.failures import RankExit
+from hpcmm.runs.stacks import Answer, HangNote, Look, main_place
+from hpcmm.slurm.jobs import Job
+
+C10D = "/env/lib/python3.11/site-packages/torch/distributed"
+
+
+def stack(*frames):
+    return "\n".join(["Stack (most recent call first):", *(f"  File {frame}" for frame in frames)]) + "\n"
+
+
+MAIN = '"<frozen runpy>", line 88 in _run_code'
+ALL_REDUCE = stack(
+    f'"{C10D}/distributed_c10d.py", line 3135 in all_reduce',
+    f'"{C10D}/c10d_logger.py", line 83 in wrapper',
+    '"/home/me/train.py", line 3 in evaluate',
+    '"/home/me/train.py", line 7 in <module>',
+    MAIN,
+)
+BARRIER = stack(f'"{C10D}/distributed_c10d.py", line 5000 in barrier', '"/home/me/train.py", line 9 in <module>', MAIN)
+SLEEP = stack('"/home/me/train.py", line 10 in <module>', MAIN)
+LOADER = stack(
+    '"/usr/lib/python3.11/selectors.py", line 415 in select',
+    '"/usr/lib/python3.11/multiprocessing/queues.py", line 113 in get',
+    '"/env/lib/python3.11/site-packages/torch/utils/data/dataloader.py", line 630 in __next__',
+    '"/home/me/train.py", line 5 in <module>',
+    MAIN,
+)
+BACKWARD = stack(
+    '"/env/lib/python3.11/site-packages/torch/autograd/graph.py", line 829 in _engine_run_backward',
+    '"/env/lib/python3.11/site-packages/torch/_tensor.py", line 625 in backward',
+    '"/home/me/train.py", line 6 in <module>',
+    MAIN,
+)
+
+
+def at(rank, text, number=None, **more):
+    return Standing(rank, f"n{rank}", main_place(text), groups={} if number is None else {"0": number}, **more)
+
+
+def said(*standings):
+    return [(group.named, group.said) for group in grouped(numbered(standings))]
+
+
+def test_ranks_stand_together_by_collective_number_and_the_line_that_calls_it():
+    ranks = [at(0, ALL_REDUCE, 32), at(1, ALL_REDUCE, 32), at(3, SLEEP, 31), at(2, ALL_REDUCE, 32)]
+    assert said(*ranks) == [
+        ("0-2", "all_reduce number 32, called at train.py:3 in evaluate"),
+        ("3", "train.py:10 in <module>"),
+    ]
+
+
+def test_the_function_of_a_library_in_which_a_rank_waits_is_named_with_the_innermost_one():
+    assert said(at(0, LOADER)) == [("0", "train.py:5 in <module>, in __next__ (select)")]
+
+
+def test_the_rank_that_is_in_no_collective_is_missing():
+    ranks = numbered([at(0, ALL_REDUCE, 32), at(1, ALL_REDUCE, 32), at(2, SLEEP, 31)])
+    assert [each.rank for each in missing_ranks(ranks)] == [2]
+    assert findings(ranks) == [
+        "rank 2 did not come to a collective that others wait in (ranks 0-1 in all_reduce number 32); "
+        "its last one was number 31"
+    ]
+
+
+def test_ranks_in_different_collectives_wait_for_each_other():
+    ranks = numbered([at(0, ALL_REDUCE, 32), at(1, BARRIER, 32)])
+    assert missing_ranks(ranks) == []
+    assert findings(ranks) == [
+        "the ranks wait in different collectives: rank 0 in all_reduce number 32, rank 1 in barrier number 32"
+    ]
+
+
+def test_of_one_moment_no_more_is_said_than_where_the_ranks_were():
+    (told,) = findings([at(0, ALL_REDUCE), at(1, SLEEP)], still=False)
+    assert "rank 1 in no collective while others were" in told
+    assert "did not come" not in told
+
+
+def test_a_rank_in_backward_that_has_come_as_far_as_those_that_wait_is_not_missing():
+    ranks = numbered([at(0, ALL_REDUCE, 9), at(1, BACKWARD, 9), at(2, BACKWARD, 8)])
+    assert [each.rank for each in missing_ranks(ranks)] == [2]
+
+
+def test_of_several_groups_the_one_in_which_ranks_differ_gives_the_numbers():
+    def rank(number, text, tensor, data):
+        return Standing(number, "n", main_place(text), groups={"tensor": tensor, "data": data})
+
+    ranks = numbered([rank(0, ALL_REDUCE, 40, 7), rank(1, ALL_REDUCE, 40, 7), rank(2, SLEEP, 40, 6)])
+    assert [each.number for each in ranks] == [7, 7, 6]
+    apart = numbered([rank(0, ALL_REDUCE, 41, 7), rank(1, SLEEP, 40, 6)])
+    assert [each.number for each in apart] == [None, None]
+
+
+def test_ranks_that_cannot_tell_are_named_with_what_keeps_them():
+    stopped = Standing(1, "n1", why="it is stopped (SIGSTOP)")
+    assert said(at(0, ALL_REDUCE, 4), stopped, Standing(2)) == [
+        ("0", "all_reduce number 4, called at train.py:3 in evaluate"),
+        ("1", "it is stopped (SIGSTOP)"),
+        ("2", standing._NO_ANSWER),
+    ]
+    assert [each.rank for each in missing_ranks([at(0, ALL_REDUCE, 4), stopped])] == [1]
+
+
+def test_only_ranks_that_do_not_move_nor_work_nor_write_for_a_minute_hang():
+    assert Ranks([], [], moves=False, quiet_s=61.0).hang
+    assert not Ranks([], [], moves=False, quiet_s=59.0).hang
+    assert not Ranks([], [], moves=False, quiet_s=None).hang
+    assert not Ranks([], [], moves=True, quiet_s=500.0).hang
+    assert not Ranks([], [], moves=None, quiet_s=500.0).hang
+    assert not Ranks([], [], moves=False, works=[1], quiet_s=500.0).hang
+
+
+def test_many_groups_are_cut():
+    ranks = [at(rank, stack(f'"/home/me/train.py", line {rank} in f', MAIN)) for rank in range(30)]
+    lines = lines_of_ranks(Ranks(grouped(ranks), []))
+    assert len(lines) == standing._MOST_SHOWN + 1
+    assert lines[-1] == "          and 22 more ranks, each at another place"
+
+
+def ended(state, *stacks, **more):
+    ranks = {
+        rank: RankDiagnostics(rank, f"n{rank}", exit=RankExit(rank, f"n{rank}", 9, None, 15), stacks=text)
+        for rank, text in enumerate(stacks)
+    }
+    return JobDiagnostics(Job("7", "7", name="run", state=state, reason="by 1000"), None, ranks=ranks, **more)
+
+
+def answers(*texts, number=5):
+    looks = [[Look(time.time_ns(), text, groups={"0": number})] for text in texts]
+    return {rank: Answer(rank, f"n{rank}", "key", each) for rank, each in enumerate(looks)}
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT"])
+def test_a_job_that_slurm_ended_tells_who_ended_it_and_where_the_ranks_stood(state):
+    text = "\n".join(lines_of(explanation_of(ended(state, ALL_REDUCE, ALL_REDUCE, SLEEP))))
+    assert "cancelled by user 1000" in text or "reached its time limit" in text
+    assert "ranks:    0-1: all_reduce, called at train.py:3 in evaluate" in text
+    assert "          2: train.py:10 in <module>" in text
+    assert "missing:  rank 2 in no collective while others were" in text
+
+
+def test_numbers_that_were_told_before_count_if_the_rank_still_stood_there():
+    evidence = ended("CANCELLED", ALL_REDUCE, SLEEP, answers=answers(ALL_REDUCE, BARRIER))
+    text = "\n".join(lines_of(explanation_of(evidence)))
+    assert "all_reduce number 5" in text
+    assert "its last one" not in text
+
+
+def test_without_stacks_of_the_end_the_last_ones_that_were_asked_for_are_shown_with_their_time():
+    text = "\n".join(lines_of(explanation_of(ended("CANCELLED", "", "", answers=answers(ALL_REDUCE, SLEEP)))))
+    assert "ranks:    as they stood at " in text
+    assert "          1: train.py:10 in <module>" in text
+
+
+def test_what_the_watchdog_ended_is_a_hang_whatever_the_ranks_said_then():
+    evidence = ended("FAILED", "", "", answers=answers(ALL_REDUCE, SLEEP), hang=HangNote(9, 61.0))
+    found = first_failure(evidence)
+    assert (found.kind, found.rank, found.node) == (Kind.hang, 1, "n1")
+    assert found.what.startswith("no rank moved for 61 s, so the job was ended; rank 1 did not come")
+
+
+def test_a_hostile_stack_takes_no_long_time_and_gives_no_long_line():
+    place = main_place(stack('"' + "a/" * 100_000 + '", line 1 in ' + "f" * 100_000))
+    assert place is not None
+    began_s = time.process_time()
+    assert Standing(0, place=place).said
+    assert time.process_time() - began_s < 5
