@@ -9,14 +9,16 @@
 Nothing is imported before it is used.
 """
 
+from __future__ import annotations
+
 import sys
 
 
 def _command_of_start() -> str | None:
     """The command of hpcmm that ``python -m`` is about to run; None if it runs something else."""
-    if sys.argv[:1] != ["-m"] or sys.flags.safe_path:
+    if sys.argv[:1] != ["-m"] or getattr(sys.flags, "safe_path", False):
         return None
-    words = [word.removeprefix("-m") for word in sys.orig_argv[1:]]
+    words = [word.removeprefix("-m") for word in getattr(sys, "orig_argv", [])[1:]]
     started = next((word for word in words if word == __name__ or word.startswith(f"{__name__}.")), None)
     # The words after the module's name begin with the command's in: python -m hpcmm jobs.
     return " ".join(sys.argv[1:2]) if started == __name__ else started and started.split(".")[1]

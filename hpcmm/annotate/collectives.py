@@ -142,14 +142,14 @@ def _bytes(op: str, arguments: Iterable[Any]) -> int:
 def _tensor_bytes(argument: Any) -> int:
     if isinstance(argument, torch.Tensor):
         return argument.numel() * argument.element_size()
-    if isinstance(argument, list | tuple):
+    if isinstance(argument, (list, tuple)):
         return sum(map(_tensor_bytes, argument))
     return 0
 
 
 def _work(result: Any) -> dist.Work | None:
     """The handle in an operator's result: alone, last of a tuple, or absent from a blocking operator's."""
-    last = result[-1] if isinstance(result, list | tuple) and result else result
+    last = result[-1] if isinstance(result, (list, tuple)) and result else result
     return dist.Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
 
 

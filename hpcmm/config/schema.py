@@ -7,11 +7,12 @@ Hydra merges ``conf/`` into :class:`RunConfig`; a key that is not a field here i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 from hpcmm.config.keys import MISSING, key, made_by
+from hpcmm.text import StrEnum
 
 
 class Executor(StrEnum):
@@ -295,3 +296,38 @@ class RunConfig:
     def global_batch_size(self) -> int:
         """Examples of one optimizer step over all ranks."""
         return self.train.micro_batch_size * self.train.gradient_accumulation_steps * self.world_size
+
+
+def toolkit_values(config: RunConfig) -> dict[str, Any]:
+    """The toolkit's keys as plain values, without those that a workload adds."""
+    return {each.name: _plain(getattr(config, each.name)) for each in fields(RunConfig)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(each) for key, each in vars(value).items()}
+    return value.name if isinstance(value, Enum) else value
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """What :func:`toolkit_values` made plain. A key that is missing has its default.
+
+    It needs no OmegaConf. Raises KeyError, TypeError or AttributeError for other values.
+    """
+    config = _of_plain(RunConfig, values)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _of_plain(schema: Any, values: Mapping[str, Any]) -> Any:
+    given = {}
+    for each in fields(schema):
+        if each.name in values:
+            value = values[each.name]
+            kind = globals().get(str(each.type).partition(" | ")[0])  # its type's text, which 3.9 cannot evaluate
+            if value is not None and is_dataclass(kind):
+                value = _of_plain(kind, value)
+            elif value is not None and isinstance(kind, type) and issubclass(kind, Enum):
+                value = kind[value]
+            given[each.name] = value
+    return schema(**given)

@@ -7,11 +7,10 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
 from hpcmm.doctor.rendezvous import best_of_each
-from hpcmm.text import visible
+from hpcmm.text import StrEnum, visible
 
 SLOW_SHARE = 0.5
 """A node whose best all-reduce is below this share of the median of the nodes is bad."""
@@ -206,7 +205,7 @@ def bandwidths(found: Found) -> dict[str, float]:
     }
     measured = [(nodes.index(first), nodes.index(second), rate) for (first, second), rate in pairs.items()]
     best = best_of_each(len(nodes), measured)
-    return {node: rate for node, rate in zip(nodes, best, strict=True) if rate is not None}
+    return {node: rate for node, rate in zip(nodes, best) if rate is not None}
 
 
 def _bandwidth(found: Found) -> Iterator[Finding]:
@@ -278,7 +277,7 @@ def report_lines(nodes: Sequence[str], found: Found, findings: Sequence[Finding]
     rates = bandwidths({node: found[node] for node in nodes if found.get(node)})
     rows = [_COLUMNS, *(_row(node, found.get(node) or {}, rates) for node in nodes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     for finding in findings:
         remedy = f" Do: {finding.remedy}." if finding.remedy else ""
         lines.append(f"{finding.weight}: {finding.node}: {finding.check}: {finding.said}.{remedy}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import hashlib
 import json
 import os
@@ -24,8 +25,6 @@ from importlib import metadata
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
-
-import psutil
 
 from hpcmm.cli import run_command
 from hpcmm.doctor.rendezvous import answer_clock, come, gather, measure_offset
@@ -195,7 +194,7 @@ def _shared(tokens: Mapping[str, Sequence[Path]], members: Sequence[str]) -> dic
     unseen: dict[str, list[str]] = {}
     until = time.monotonic() + _SHARED_S
     for folder, of_members in tokens.items():
-        missing = dict(zip(of_members, members, strict=True))
+        missing = dict(zip(of_members, members))
         while missing:
             missing = {token: node for token, node in missing.items() if not _sees(token, node)}
             if not missing or time.monotonic() > until:
@@ -242,7 +241,7 @@ def node_facts(folders: list[Path]) -> dict[str, Any]:
         "python": {"version": platform.python_version(), "prefix": sys.prefix, "machine": platform.machine()},
         "packages": packages(),
         "cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "interfaces": interfaces(),
         "infiniband": infiniband_ports(),
         "gpus": gpus(),
@@ -267,19 +266,74 @@ def packages() -> dict[str, str]:
 
 def interfaces() -> dict[str, dict[str, Any]]:
     """Each network interface that is up: addresses, speed in Mbit/s (0 if the driver does not say), MTU, errors."""
-    states, counters = psutil.net_if_stats(), psutil.net_io_counters(pernic=True)
     found = {}
-    for name, addresses in psutil.net_if_addrs().items():
-        state, count = states.get(name), counters.get(name)
-        if state is None or not state.isup:
-            continue
+    for name, addresses in interface_addresses().items():
+        facts = Path("/sys/class/net") / name
         found[name] = {
-            "addresses": [each.address for each in addresses if each.family in (socket.AF_INET, socket.AF_INET6)],
-            "mbit_per_s": state.speed,
-            "mtu": state.mtu,
-            "errors": count.errin + count.errout if count else 0,
+            "addresses": addresses,
+            "mbit_per_s": max(0, _number(facts / "speed")),  # -1 if it is not known
+            "mtu": _number(facts / "mtu"),
+            "errors": sum(_number(facts / "statistics" / each) for each in ("rx_errors", "tx_errors")),
         }
     return found
+
+
+def _number(path: Path) -> int:
+    """A whole number of the kernel's; 0 if it has none."""
+    try:
+        return int(_line(path))
+    except ValueError:
+        return 0
+
+
+class _Address(ctypes.Structure):
+    """``struct ifaddrs`` of getifaddrs(3), which Python itself has no function for."""
+
+
+_Address._fields_ = [
+    ("next", ctypes.POINTER(_Address)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+    ("netmask", ctypes.c_void_p),
+    ("broadcast", ctypes.c_void_p),
+    ("data", ctypes.c_void_p),
+]
+_RUNNING = 0x40
+"""IFF_RUNNING of Linux' net/if.h."""
+_OFFSETS = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}
+"""Where the address stands in its ``sockaddr``, and how many bytes it has."""
+
+
+def interface_addresses() -> dict[str, list[str]]:
+    """The IPv4 and IPv6 addresses of each network interface that runs, by its name. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = ctypes.POINTER(_Address)()
+    if libc.getifaddrs(ctypes.byref(first)) != 0:
+        raise OSError(ctypes.get_errno(), "getifaddrs failed")
+    found: dict[str, list[str]] = {}
+    try:
+        each = first
+        while each:
+            entry = each.contents
+            if entry.flags & _RUNNING:
+                addresses = found.setdefault(os.fsdecode(entry.name), [])
+                if entry.address and (address := _text_of(entry.address, os.fsdecode(entry.name))):
+                    addresses.append(address)
+            each = entry.next
+    finally:
+        libc.freeifaddrs(first)
+    return found
+
+
+def _text_of(sockaddr: int, interface: str) -> str | None:
+    """As ``getsockname`` has it; None for an address of another family."""
+    family = ctypes.c_ushort.from_address(sockaddr).value
+    if family not in _OFFSETS:
+        return None
+    offset, length = _OFFSETS[socket.AddressFamily(family)]
+    text = socket.inet_ntop(family, ctypes.string_at(sockaddr + offset, length))
+    return f"{text}%{interface}" if text.startswith("fe80:") else text
 
 
 def infiniband_ports() -> dict[str, dict[str, str]]:
@@ -318,7 +372,7 @@ def parse_gpus(listed: str) -> list[dict[str, str]]:
     """One dictionary a GPU, by nvidia-smi's names of the fields."""
     names = _GPU_FIELDS.split(",")
     rows = csv.reader(listed.splitlines(), skipinitialspace=True)
-    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+    return [dict(zip(names, row)) for row in rows if len(row) == len(names)]
 
 
 def disk(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from hpcmm.config.schema import ClusterConfig
@@ -20,7 +19,6 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import json_object, names_in, read_checked, write_whole
 from hpcmm.node.cache import make_folder
 from hpcmm.resources import environment_of_modules, own_module
-from hpcmm.slurm.commands import run_command
 
 STEP_TIMEOUT_S = 300.0
 _MOST_BYTES = 16 * 1024**2
@@ -127,6 +125,8 @@ def allocation_options(cluster: ClusterConfig, time_limit_min: int) -> list[str]
 
 
 def _run(command: Sequence[str], environ: Mapping[str, str], timeout_s: float) -> str:
+    from hpcmm.slurm.commands import run_command  # noqa: PLC0415 -- a job's nodes use this module too, without it
+
     try:
         done = run_command(command, environ, timeout_s)
     except FileNotFoundError as error:
@@ -153,23 +153,23 @@ _GPUS = {"gpus": [{"index": str, "temperature.gpu": str, "ecc.errors.uncorrected
 _ANSWER: dict[str, Any] = {
     "python": {"version": str, "": str},
     "packages": {"": str},
-    "names": {"": (str, NoneType)},
+    "names": {"": (str, type(None))},
     "interfaces": {"": {"addresses": [str], "mbit_per_s": _NUMBER, "mtu": _NUMBER, "errors": _NUMBER}},
     "infiniband": {"": {"": str}},
-    "gpus": _GPUS | {"problem": (str, NoneType)},
-    "nsys": (str, NoneType),
-    "disks": {"": {"free_bytes": _NUMBER, "free_inodes": (*_NUMBER, NoneType)}},
+    "gpus": _GPUS | {"problem": (str, type(None))},
+    "nsys": (str, type(None)),
+    "disks": {"": {"free_bytes": _NUMBER, "free_inodes": (*_NUMBER, type(None))}},
 }
 """What every answer has. The name "" stands for all others, of which there may be none."""
 _MAY_HAVE: dict[str, Any] = {
     "unwritable": {"": str},
-    "came": {"": (str, NoneType)},
+    "came": {"": (str, type(None))},
     "clock": {"offset_s": _NUMBER, "error_s": _NUMBER},
     "address": str,
-    "interface": (str, NoneType),
+    "interface": (str, type(None)),
     "shared": {"": [str]},
     "all_reduce": {"": object},
-    "nsys_problem": (str, NoneType),
+    "nsys_problem": (str, type(None)),
 }
 
 

@@ -424,7 +424,7 @@ def _rank_comment(planned: Plan) -> str:
     config = planned.config
     lines = [
         f"srun starts {config.world_size} ranks, each as:",
-        f"  {shlex.join(rank_command(config, planned.run))}",
+        f"  {shlex.join(rank_command(config, planned.run, planned.job))}",
         f"which runs, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, {_task(config)}",
         f"under a profiler: {_profiled(config)}",
     ]

@@ -29,7 +29,7 @@ from hpcmm.runs.ledger import Ledger, LedgerPoint
 from hpcmm.runs.ownership import check_runs_root
 from hpcmm.runs.run_dir import RunDir, SweepDir, make_private
 from hpcmm.runs.submission import write_provenance_record
-from hpcmm.worker.task import RankTask
+from hpcmm.worker.task import RankSettings, RankTask, nsys_flags_of, write_settings
 
 
 def write_provenance(
@@ -121,6 +121,8 @@ def _write_all(planned: Plan) -> None:
     for point in planned.points:
         _write_point(point)
     _write_shared_files(planned)
+    for point in planned.points:
+        write_settings(RankSettings(point.config, nsys_flags_of(point.config.profile)), point.run)
     if planned.is_sweep:
         _write_ledger(planned)
 

@@ -59,7 +59,12 @@ def test_without_slurm_s_configuration_it_does_not_wait_for_it(tmp_path):
 
 
 def test_one_node_is_checked_and_nothing_stays(tmp_path):
-    srun = ["sh", "-c", 'for last; do :; done; while [ "$1" != "-P" ]; do shift; done; exec "$PYTHON" "$@"', "srun"]
+    srun = [
+        "sh",
+        "-c",
+        'for last; do :; done; while [ "${1##*/}" != start.py ]; do shift; done; exec "$PYTHON" "$@"',
+        "srun",
+    ]
     environ = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "SLURMD_NODENAME": "n1", "HOME": str(tmp_path)}
     folders = [tmp_path / "runs", tmp_path / "cache"]
     result = check_nodes(["n1"], 1, folders, srun, nsys=False, environ=environ)
