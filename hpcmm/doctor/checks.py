@@ -213,6 +213,11 @@ def _bandwidth(found: Found) -> Iterator[Finding]:
         if problem := facts.get("all_reduce", {}).get("problem"):
             said = f"the all-reduce failed: {problem}"
             yield Finding(node, "all-reduce", Weight.bad, said, "see the node's torch, network interface and firewall")
+    without = [node for node, facts in found.items() if facts.get("all_reduce", {}).get("not_measured")]
+    if without:
+        of = f" of {len(without)} nodes" if len(without) > 1 else ""
+        why = found[without[0]]["all_reduce"]["not_measured"]
+        yield Finding(without[0], "all-reduce", Weight.note, f"no link is measured{of}: {why}")
     rates = bandwidths(found)
     if len(rates) < 3:
         return  # of two, none can be said to be the slow one

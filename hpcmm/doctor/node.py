@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -141,6 +142,9 @@ def _is_told(told: Any, node: str) -> bool:
 
 
 def _measure(told: dict[str, Any], member: int, found: dict[str, Any]) -> None:
+    if find_spec("torch") is None:
+        found["all_reduce"] = {"not_measured": "its Python has no torch"}
+        return
     keep_compiled_code_to_oneself()
     try:
         from hpcmm.doctor.all_reduce import pair_bandwidths  # noqa: PLC0415 -- imports torch, late and on nodes alone
