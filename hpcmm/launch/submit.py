@@ -25,7 +25,8 @@ from hpcmm.config import config_file
 from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, open_checked
-from hpcmm.launch.plan import Plan, check_environment_from
+from hpcmm.launch.interpreter import check_environment_from
+from hpcmm.launch.plan import Plan
 from hpcmm.launch.script import parallel_shares, rank_command
 from hpcmm.node.network import find_free_port
 from hpcmm.ranges import write_ranges

@@ -17,6 +17,7 @@ import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -62,6 +63,8 @@ def nsys_problem(nsys: str) -> str | None:
 
     Nothing is cached. Takes some seconds.
     """
+    if find_spec("nvtx") is None:
+        return f"its Python, {sys.executable}, has no nvtx, without which no range is recorded"
     try:
         with private_folder("hpcmm-nsys-probe-") as folder:
             return _problem_of_a_capture(nsys, folder)

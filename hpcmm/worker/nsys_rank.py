@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def run_profiled(settings: RankSettings, run: RunDir, rank: int, command: Sequen
     if nsys is None:
         raise ProfilerUnusableError(
             f"nsys is not on the PATH of {os.uname().nodename}: load its module (cluster.modules)"
+        )
+    if find_spec("nvtx") is None:
+        raise ProfilerUnusableError(
+            f"{sys.executable} on {os.uname().nodename} has no nvtx, without which nsys records no step and no "
+            "collective: install nvtx there (nvtx==0.2.11 goes with every nsys)"
         )
     facts = nsys_facts(nsys, cache_dir(config.cluster) / "nsys")
     if facts.problem is not None:

@@ -110,9 +110,7 @@ def test_a_key_that_is_missing_has_its_default_and_one_that_is_unknown_counts_fo
     assert config_of({"name": "x", "key_of_tomorrow": 1}).cluster.ranks_per_node == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"config": 1}', '{"config": {"task": {"args": 1}}}', '{"config": {}}']
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"config": 1}', '{"config": {"task": {"args": 1}}}', '{"config": {}}'])
 def test_settings_that_are_damaged_are_one_sentence(tmp_path, text):
     run = RunDir(tmp_path)
     run.rank_settings.write_text(text)
