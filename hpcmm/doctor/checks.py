@@ -215,9 +215,9 @@ def _bandwidth(found: Found) -> Iterator[Finding]:
             yield Finding(node, "all-reduce", Weight.bad, said, "see the node's torch, network interface and firewall")
     without = [node for node, facts in found.items() if facts.get("all_reduce", {}).get("not_measured")]
     if without:
-        of = f" of {len(without)} nodes" if len(without) > 1 else ""
+        of = f"of {len(without)} nodes" if len(without) > 1 else "of it"
         why = found[without[0]]["all_reduce"]["not_measured"]
-        yield Finding(without[0], "all-reduce", Weight.note, f"no link is measured{of}: {why}")
+        yield Finding(without[0], "all-reduce", Weight.note, f"no link {of} is measured: {why}")
     rates = bandwidths(found)
     if len(rates) < 3:
         return  # of two, none can be said to be the slow one
@@ -244,6 +244,9 @@ def _nsys(found: Found) -> Iterator[Finding]:
         if facts.get("nsys") is None:
             remedy = "load its module with cluster.modules, or train with profile=off"
             yield Finding(node, "nsys", Weight.warning, "nsys is not on the PATH", remedy)
+        elif "nvtx" not in facts.get("packages", {"nvtx": ""}):
+            said = "its Python has no nvtx, without which nsys records no step and no collective"
+            yield Finding(node, "nsys", Weight.warning, said, "install nvtx there, or train with profile=off")
         elif problem := facts.get("nsys_problem"):
             yield Finding(node, "nsys", Weight.bad, str(problem), "train with profile=off, or mend it")
 

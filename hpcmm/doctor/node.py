@@ -1,4 +1,5 @@
 """``python -m hpcmm.doctor.node REQUEST``: one process on each node of a job step; it writes its word beside REQUEST.
+``... here NSYS FOLDER...`` prints what this machine tells of itself, with NSYS=yes also whether nsys records.
 
 It tells of itself first (:func:`node_facts`), which asks no other node and imports no torch. Then the nodes meet: the
 first node listens, the others come to it. Who has come is told to all, and only these measure with each other.
@@ -48,6 +49,9 @@ _MOST_BYTES = 1024
 
 
 def main(arguments: Sequence[str]) -> int:
+    if arguments[0] == "here":
+        print(json.dumps(facts_here([Path(each) for each in arguments[2:]], nsys=arguments[1] == "yes")))
+        return 0
     request_file = Path(arguments[0])
     request = _read_request(request_file)
     nodes = list(request["nodes"] or job_nodes(os.environ))
@@ -63,10 +67,23 @@ def main(arguments: Sequence[str]) -> int:
         _with_others(request, request_file.parent, nodes, place, found)
     except OSError as error:
         found["problem"] = f"it did not meet the other nodes at {nodes[0]}: {error}"
-    if request["nsys"] and found["nsys"]:
-        found["nsys_problem"], found["nsys_checked"] = nsys_problem(found["nsys"]), True
+    if request["nsys"]:
+        _check_nsys(found)
     _write(found, request_file.parent / f"{nodes[place]}.json")
     return 0
+
+
+def facts_here(folders: list[Path], *, nsys: bool) -> dict[str, Any]:
+    """As :func:`node_facts`; ``nsys``: also whether nsys records a range of this Python."""
+    found = node_facts(folders)
+    if nsys:
+        _check_nsys(found)
+    return found
+
+
+def _check_nsys(found: dict[str, Any]) -> None:
+    if found["nsys"] and "nvtx" in found["packages"]:
+        found["nsys_problem"], found["nsys_checked"] = nsys_problem(found["nsys"]), True
 
 
 def request_id(request_file: Path) -> str:

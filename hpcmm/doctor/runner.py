@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,20 +44,21 @@ def check_nodes(
     srun: Sequence[str],
     *,
     nsys: bool,
+    python: Sequence[str] = (sys.executable,),
     environ: Mapping[str, str] = os.environ,
-    timeout_s: float = STEP_TIMEOUT_S,
 ) -> StepResult:
     """Run the check on ``nodes`` (None: on ``count`` that Slurm chooses), one process each, by ``srun`` with options.
 
-    ``folders`` are tested for being shared; the first of them carries the nodes' words. Raises HpcmmError when that
-    cannot be written, or srun is not there.
+    ``python``: words that start the nodes' Python, as :func:`python_of_nodes` has them. ``folders`` are tested for
+    being shared; the first of them carries the nodes' words. Raises HpcmmError if that cannot be written, or srun is
+    not there.
     """
     request = write_request(nodes, folders, nsys=nsys)
     try:
         step = [*srun, f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpus-per-task=1", "--no-kill"]
         step += [] if nodes is None else [f"--nodelist={','.join(nodes)}", "--overlap"]
-        command = [*step, *own_module("hpcmm.doctor.node"), str(request)]
-        complaint = _run(command, environment_of_modules(environ), timeout_s)
+        command = [*step, *python, *own_module("hpcmm.doctor.node")[1:], str(request)]
+        complaint = _run(command, environment_of_modules(environ), STEP_TIMEOUT_S)
         return read_answers(request, nodes, complaint)
     finally:
         clean_up(request, folders)
@@ -108,6 +111,21 @@ def clean_up(request: Path, folders: Sequence[Path]) -> None:
                 with suppress(OSError):  # another user's
                     (folder / name).unlink()
     shutil.rmtree(request.parent, ignore_errors=True)
+
+
+def python_of_nodes(cluster: ClusterConfig) -> list[str]:
+    """Words that start the Python of the cluster's jobs, behind the modules and the shell that a job begins with.
+
+    The check runs outside of a container, so in the launcher's Python if there is one.
+    """
+    if cluster.container.engine is not None:
+        return [sys.executable]
+    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
+    if lines:
+        lines.insert(0, "type module >/dev/null 2>&1 || source /etc/profile")
+    lines += cluster.setup
+    site = ["bash", "-c", "\n".join(["set -e", *lines, "set +e", 'exec "$@"']), "bash"] if lines else []
+    return [*site, cluster.python or sys.executable]
 
 
 def allocation_options(cluster: ClusterConfig, time_limit_min: int) -> list[str]:
