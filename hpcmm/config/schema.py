@@ -1,7 +1,7 @@
 """The typed run configuration: every key that a run can have, with its type, default and meaning.
 
 Hydra merges ``conf/`` into :class:`RunConfig`; a key that is not a field here is refused. The result is frozen into
-``config.yaml`` of the run directory, which is the only configuration that a rank reads.
+``config.yaml`` of the run directory, and what the ranks need of it into ``rank.json``.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class TaskConfig:
 
 @dataclass
 class ContainerConfig:
-    """The container that the ranks run in. hpcmm's code is mounted into it; the image must have what it requires."""
+    """The container that the ranks run in. hpcmm's code is mounted into it; a script's image needs Python 3.9 or later."""
 
     engine: ContainerEngine | None = key(None, "``pyxis`` or ``apptainer``; None for no container.")
     image: str | None = key(None, "Whatever the engine takes: a registry's address, or a .sqsh or .sif file.")
@@ -172,7 +172,10 @@ class ClusterConfig:
     setup: list[str] = made_by(
         list, "Lines of shell that the job runs first, as they are: activating an environment, raising a limit."
     )
-    python: str | None = key(None, "The Python that runs the ranks; None takes the one that launches.")
+    python: str | None = key(
+        None,
+        "The Python that runs the ranks, 3.9 or later, or its environment's folder; None takes the one that launches.",
+    )
     container: ContainerConfig = made_by(ContainerConfig)
     environment: dict[str, str] = made_by(
         dict, "Environment variables of every rank; quoted when they are written into the script."
