@@ -102,7 +102,7 @@ class TaskConfig:
 
 @dataclass
 class ContainerConfig:
-    """The container that the ranks run in. hpcmm's code is mounted into it; a script's image needs Python 3.9 or later."""
+    """The container that the ranks run in. hpcmm's code is mounted into it; scripts need Python 3.9 or later there."""
 
     engine: ContainerEngine | None = key(None, "``pyxis`` or ``apptainer``; None for no container.")
     image: str | None = key(None, "Whatever the engine takes: a registry's address, or a .sqsh or .sif file.")

@@ -40,10 +40,8 @@ from hpcmm.worker.environment import scratch_dir
 
 LOCK = "lock"
 """A file in the folder of a node's copies, which is locked as long as somebody needs them."""
-_PREFIX = "hpcmm-stage"
-_DATA = "data"
-_THREADS = 8
-_PIECE_BYTES = 4 << 20
+_PREFIX, _DATA = "hpcmm-stage", "data"
+_THREADS, _PIECE_BYTES = 8, 4 << 20
 _MOST_WAITING = 64
 """Files that wait for a thread: a data set may have millions, which are not all kept in memory."""
 _DEEPEST = 200
