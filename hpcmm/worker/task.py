@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hpcmm.config.schema import ProfileConfig, RunConfig, config_of, toolkit_values
 from hpcmm.errors import HpcmmError, ScriptExitError
@@ -168,9 +168,11 @@ def _hand_back(outcome: tuple[str, Any], run: RunDir) -> None:
         except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
             print(f"hpcmm: what the task returned cannot be handed to the launcher ({error}).", file=sys.stderr)
             content = pickle.dumps((outcome[0], None))
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_bytes(content)
-        partial.replace(path)
+
+        def write(file: IO[bytes]) -> None:
+            file.write(content)
+
+        write_whole(path, write)
     except OSError as error:
         print(f"hpcmm: {path} cannot be written ({error.strerror}).", file=sys.stderr)
 
