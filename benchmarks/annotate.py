@@ -77,8 +77,10 @@ def of_a_fresh_process(prefix: list[str]) -> float:
 def nsys_prefix(folder: Path) -> list[str]:
     from hpcmm.config.schema import ProfileConfig  # noqa: PLC0415
     from hpcmm.worker.nsys_rank import profile_flags  # noqa: PLC0415
+    from hpcmm.worker.task import nsys_flags_of  # noqa: PLC0415
 
-    flags = profile_flags(ProfileConfig(tool="nsys", flags_file="timeline.yaml"), STEPS, gpu=False)
+    profile = ProfileConfig(tool="nsys", flags_file="timeline.yaml")
+    flags = profile_flags(profile, STEPS, nsys_flags_of(profile), gpu=False)
     words = [f"--{name}={value}" for name, value in flags.items()]
     return ["nsys", "profile", *words, "--force-overwrite=true", f"--output={folder / 'report'}"]
 

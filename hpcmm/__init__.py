@@ -9,12 +9,10 @@
 Nothing is imported before it is used.
 """
 
-from __future__ import annotations
-
 import sys
 
 
-def _command_of_start() -> str | None:
+def _command_of_start() -> "str | None":  # quoted, for the import of __future__ would look into the current folder
     """The command of hpcmm that ``python -m`` is about to run; None if it runs something else."""
     if sys.argv[:1] != ["-m"] or getattr(sys.flags, "safe_path", False):
         return None

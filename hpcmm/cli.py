@@ -116,7 +116,7 @@ def check_working_directory() -> None:
 
 def _tell(name: str, error: Exception, *, one_line: bool) -> int:
     said = str(error)
-    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
         said = f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}."
     lines = [said] if one_line else said.split("\n")
     print(f"{name}: " + "\n".join(map(printable, lines)), file=sys.stderr, flush=True)
@@ -146,7 +146,7 @@ def _find_modules_here(command: str) -> None:
 
     A launch copies the project's code by this path.
     """
-    if not sys.flags.safe_path:
+    if not getattr(sys.flags, "safe_path", False):
         with contextlib.suppress(OSError):  # it is gone, which the command says
             here = str(Path.cwd())
             del sys.path[0]

@@ -13,11 +13,11 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from stat import S_ISREG, S_IWGRP, S_IWOTH
-from typing import IO, Any
+from typing import IO, Any, Union
 
 from hpcmm.text import visible
 
-Content = str | Callable[[IO[bytes]], None]
+Content = Union[str, Callable[[IO[bytes]], None]]
 """A file's text, or what writes its bytes."""
 
 MOST_BYTES = 1 << 20
@@ -69,7 +69,7 @@ def write_json(path: Path, values: object, indent: int | None = 2) -> None:
     write_whole(path, json.dumps(values, indent=indent) + "\n")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Opened:
     """A regular file that is open to read, and who else could have written what it holds."""
 
@@ -183,7 +183,7 @@ def read_tail(path: Path, most_bytes: int, *, within: Path | None = None) -> str
         return ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Folder:
     descriptor: int
     owner: int

@@ -35,12 +35,17 @@ FOLDER_OF_NSYS = "/"
 ``sitecustomize.py``, and in ``lib/python3.8`` of every folder above."""
 
 
-def own_module(name: str) -> list[str]:
+def own_module(name: str, python: str = sys.executable, package: Path = PACKAGE) -> list[str]:
     """Words that run a module of hpcmm in a process of its own, with :func:`environment_of_modules`.
 
-    Without ``-P`` Python would look into the current folder first, which may be one that other users write.
+    Not ``-m`` alone, for which Python would look into the current folder first, which other users may write; and not
+    ``-P``, which only some of the Pythons have that ranks run on. ``package``: the copy of hpcmm's package to use.
     """
-    return [sys.executable, "-P", "-m", name]
+    return [python, str(package / "start.py"), name]
+
+
+SAFE_PATH = ("-P",) if sys.version_info >= (3, 11) else ()
+"""What keeps this Python from looking for modules in the current folder first. An older one has no option for it."""
 
 
 def environment_of_modules(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

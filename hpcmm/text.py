@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
+
+class StrEnum(str, Enum):
+    """Words that are texts as well, as ``enum.StrEnum``, which Python 3.9 and 3.10 do not have."""
+
+    __str__ = str.__str__
+
+    def __format__(self, specification: str) -> str:
+        return str.__format__(self, specification)
+
 
 def visible(text: str, replacement: str = "\N{REPLACEMENT CHARACTER}") -> str:
     """``text`` with ``replacement`` for each character that a terminal would obey, as in ANSI codes, and newlines."""

@@ -58,6 +58,7 @@ POINT_TO_POINT = frozenset({"send", "recv"})
 PEERS = frozenset({"dst", "src", "root_rank"})
 """Arguments of the operators that name the other rank of a send or receive, or the root."""
 
+
 class CollectiveRecorder:
     """Starts and ends the ranges, and numbers the collectives of each process group."""
 

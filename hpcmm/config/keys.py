@@ -22,7 +22,7 @@ _WIDTH = 34
 """Characters of a key and its default before its help."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bounds:
     """What a number must be. All of a list's numbers must."""
 
@@ -47,7 +47,7 @@ class Bounds:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PartGroup:
     """A key whose value is a part: a class that a YAML file of a config group names, with its parameters."""
 
@@ -87,7 +87,7 @@ def out_of_bounds(section: Any, prefix: str = "") -> Iterator[str]:
         if bounds is None or isinstance(value, bool):
             continue
         for number in value if isinstance(value, list) else (value,):
-            if isinstance(number, int | float) and (problem := bounds.problem(key, number)):
+            if isinstance(number, (int, float)) and (problem := bounds.problem(key, number)):
                 yield problem
 
 

@@ -1,17 +1,18 @@
 """The typed run configuration: every key that a run can have, with its type, default and meaning.
 
 Hydra merges ``conf/`` into :class:`RunConfig`; a key that is not a field here is refused. The result is frozen into
-``config.yaml`` of the run directory, which is the only configuration that a rank reads.
+``config.yaml`` of the run directory, and what the ranks need of it into ``rank.json``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 from hpcmm.config.keys import MISSING, key, made_by
+from hpcmm.text import StrEnum
 
 
 class Executor(StrEnum):
@@ -111,7 +112,7 @@ class TaskConfig:
 
 @dataclass
 class ContainerConfig:
-    """The container that the ranks run in. hpcmm's code is mounted into it; the image must have what it requires."""
+    """The container that the ranks run in. hpcmm's code is mounted into it; scripts need Python 3.9 or later there."""
 
     engine: ContainerEngine | None = key(None, "``pyxis`` or ``apptainer``; None for no container.")
     image: str | None = key(None, "Whatever the engine takes: a registry's address, or a .sqsh or .sif file.")
@@ -190,7 +191,10 @@ class ClusterConfig:
     setup: list[str] = made_by(
         list, "Lines of shell that the job runs first, as they are: activating an environment, raising a limit."
     )
-    python: str | None = key(None, "The Python that runs the ranks; None takes the one that launches.")
+    python: str | None = key(
+        None,
+        "The Python that runs the ranks, 3.9 or later, or its environment's folder; None takes the one that launches.",
+    )
     container: ContainerConfig = made_by(ContainerConfig)
     environment: dict[str, str] = made_by(
         dict, "Environment variables of every rank; quoted when they are written into the script."
@@ -322,3 +326,38 @@ class RunConfig:
     def global_batch_size(self) -> int:
         """Examples of one optimizer step over all ranks."""
         return self.train.micro_batch_size * self.train.gradient_accumulation_steps * self.world_size
+
+
+def toolkit_values(config: RunConfig) -> dict[str, Any]:
+    """The toolkit's keys as plain values, without those that a workload adds."""
+    return {each.name: _plain(getattr(config, each.name)) for each in fields(RunConfig)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(each) for key, each in vars(value).items()}
+    return value.name if isinstance(value, Enum) else value
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """What :func:`toolkit_values` made plain. A key that is missing has its default.
+
+    It needs no OmegaConf. Raises KeyError, TypeError or AttributeError for other values.
+    """
+    config = _of_plain(RunConfig, values)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _of_plain(schema: Any, values: Mapping[str, Any]) -> Any:
+    given = {}
+    for each in fields(schema):
+        if each.name in values:
+            value = values[each.name]
+            kind = globals().get(str(each.type).partition(" | ")[0])  # its type's text, which 3.9 cannot evaluate
+            if value is not None and is_dataclass(kind):
+                value = _of_plain(kind, value)
+            elif value is not None and isinstance(kind, type) and issubclass(kind, Enum):
+                value = kind[value]
+            given[each.name] = value
+    return schema(**given)

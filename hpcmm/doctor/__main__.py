@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,13 @@ from hpcmm.config.schema import RunConfig
 from hpcmm.config.space import with_config_dirs
 from hpcmm.config.validate import cluster_problems
 from hpcmm.doctor.checks import HERE, Finding, Weight, check_findings, report_lines, report_values
-from hpcmm.doctor.node import node_facts
-from hpcmm.doctor.runner import allocation_options, check_nodes
+from hpcmm.doctor.node import facts_here
+from hpcmm.doctor.runner import allocation_options, check_nodes, python_of_nodes
 from hpcmm.errors import HpcmmError
+from hpcmm.files import json_object
+from hpcmm.launch.interpreter import Interpreter, ask, with_python
 from hpcmm.node.cache import cache_dir, check_cache_dir
-from hpcmm.nsys.probe import nsys_problem
+from hpcmm.resources import environment_of_modules, own_module
 from hpcmm.runs.ownership import check_runs_root
 from hpcmm.slurm.commands import outside_of_jobs
 from hpcmm.slurm.sbatch import check_slurm_conf, on_one_line, remedy
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.do
 
 
 def _command(options: argparse.Namespace) -> int:
-    config = compose_run(with_config_dirs(options.overrides, options.config_dir))
+    config = with_python(compose_run(with_config_dirs(options.overrides, options.config_dir)), Path.cwd())
     if problems := list(cluster_problems(config)):
         raise HpcmmError("\n".join(problems))
     return _check(config, options)
@@ -104,9 +107,8 @@ def examine(config: RunConfig, count: int, nodelist: str | None, wait_s: int, *,
     if count > 0:
         check_runs_root(folders[0] / "of-a-check")
         check_cache_dir(config.cluster)
-    here = node_facts(folders)
-    if nsys and here["nsys"]:
-        here["nsys_problem"], here["nsys_checked"] = nsys_problem(here["nsys"]), True
+    interpreter = ask(config.cluster)
+    here = _facts_here(interpreter, folders, nsys=nsys)
     login = f"{here['node']} {HERE}"
     found: dict[str, dict[str, Any]] = {login: here}
     nodes: list[str] = []
@@ -116,15 +118,39 @@ def examine(config: RunConfig, count: int, nodelist: str | None, wait_s: int, *,
         srun += [f"--nodelist={nodelist}"] if nodelist else []
         srun += [f"--exclude={config.cluster.exclude}"] if config.cluster.exclude else []
         environ = outside_of_jobs(os.environ)
-        result = check_nodes(None, count, folders, srun, nsys=nsys, environ=environ)
+        python = python_of_nodes(config.cluster)
+        result = check_nodes(None, count, folders, srun, nsys=nsys, environ=environ, python=python)
         nodes = result.nodes
         found |= result.found
         if not nodes:
             raise HpcmmError(_refused(config, count, result.complaint))
     names = [login, *nodes]
     findings = check_findings([login], found) + check_findings(nodes, found, config.cluster.gpus_per_node)
-    findings += [] if not nodes else _against_nodes(login, found, nodes)
+    findings += [] if not nodes or interpreter.not_asked else _against_nodes(login, found, nodes)
+    if interpreter.not_asked:
+        said = f"what is said of it is of the Python that launches, for {interpreter.python} is not known here: "
+        findings.append(Finding(login, "Python", Weight.note, said + interpreter.not_asked))
     return Examined(names, found, findings)
+
+
+def _facts_here(interpreter: Interpreter, folders: list[Path], *, nsys: bool) -> dict[str, Any]:
+    """What this machine tells of itself, by the job's Python if that is known here."""
+    if interpreter.not_asked or interpreter.python == sys.executable:
+        return facts_here(folders, nsys=nsys)
+    command = [
+        *own_module("hpcmm.doctor.node", interpreter.python),
+        "here",
+        "yes" if nsys else "no",
+        *map(str, folders),
+    ]
+    done = subprocess.run(
+        command, env=environment_of_modules(), capture_output=True, text=True, errors="replace", check=False
+    )
+    found = json_object(done.stdout)
+    if done.returncode != 0 or found is None:
+        words = " ".join(done.stderr.split())[-300:]
+        raise HpcmmError(f"{interpreter.python} cannot check this machine: {words or 'it said nothing'}.")
+    return found
 
 
 def _refused(config: RunConfig, nodes: int, complaint: str) -> str:

@@ -7,11 +7,10 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
 from hpcmm.doctor.rendezvous import best_of_each
-from hpcmm.text import visible
+from hpcmm.text import StrEnum, visible
 
 SLOW_SHARE = 0.5
 """A node whose best all-reduce is below this share of the median of the nodes is bad."""
@@ -206,7 +205,7 @@ def bandwidths(found: Found) -> dict[str, float]:
     }
     measured = [(nodes.index(first), nodes.index(second), rate) for (first, second), rate in pairs.items()]
     best = best_of_each(len(nodes), measured)
-    return {node: rate for node, rate in zip(nodes, best, strict=True) if rate is not None}
+    return {node: rate for node, rate in zip(nodes, best) if rate is not None}
 
 
 def _bandwidth(found: Found) -> Iterator[Finding]:
@@ -214,6 +213,11 @@ def _bandwidth(found: Found) -> Iterator[Finding]:
         if problem := facts.get("all_reduce", {}).get("problem"):
             said = f"the all-reduce failed: {problem}"
             yield Finding(node, "all-reduce", Weight.bad, said, "see the node's torch, network interface and firewall")
+    without = [node for node, facts in found.items() if facts.get("all_reduce", {}).get("not_measured")]
+    if without:
+        of = f"of {len(without)} nodes" if len(without) > 1 else "of it"
+        why = found[without[0]]["all_reduce"]["not_measured"]
+        yield Finding(without[0], "all-reduce", Weight.note, f"no link {of} is measured: {why}")
     rates = bandwidths(found)
     if len(rates) < 3:
         return  # of two, none can be said to be the slow one
@@ -240,6 +244,9 @@ def _nsys(found: Found) -> Iterator[Finding]:
         if facts.get("nsys") is None:
             remedy = "load its module with cluster.modules, or train with profile=off"
             yield Finding(node, "nsys", Weight.warning, "nsys is not on the PATH", remedy)
+        elif "nvtx" not in facts.get("packages", {"nvtx": ""}):
+            said = "its Python has no nvtx, without which nsys records no step and no collective"
+            yield Finding(node, "nsys", Weight.warning, said, "install nvtx there, or train with profile=off")
         elif problem := facts.get("nsys_problem"):
             yield Finding(node, "nsys", Weight.bad, str(problem), "train with profile=off, or mend it")
 
@@ -278,7 +285,7 @@ def report_lines(nodes: Sequence[str], found: Found, findings: Sequence[Finding]
     rates = bandwidths({node: found[node] for node in nodes if found.get(node)})
     rows = [_COLUMNS, *(_row(node, found.get(node) or {}, rates) for node in nodes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     for finding in findings:
         remedy = f" Do: {finding.remedy}." if finding.remedy else ""
         lines.append(f"{finding.weight}: {finding.node}: {finding.check}: {finding.said}.{remedy}")

@@ -1,4 +1,5 @@
 """``python -m hpcmm.doctor.node REQUEST``: one process on each node of a job step; it writes its word beside REQUEST.
+``... here NSYS FOLDER...`` prints what this machine tells of itself, with NSYS=yes also whether nsys records.
 
 It tells of itself first (:func:`node_facts`), which asks no other node and imports no torch. Then the nodes meet: the
 first node listens, the others come to it. Who has come is told to all, and only these measure with each other.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import hashlib
 import json
 import os
@@ -21,11 +23,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
-
-import psutil
 
 from hpcmm.cli import run_command
 from hpcmm.doctor.rendezvous import answer_clock, come, gather, measure_offset
@@ -48,6 +49,9 @@ _MOST_BYTES = 1024
 
 
 def main(arguments: Sequence[str]) -> int:
+    if arguments[0] == "here":
+        print(json.dumps(facts_here([Path(each) for each in arguments[2:]], nsys=arguments[1] == "yes")))
+        return 0
     request_file = Path(arguments[0])
     request = _read_request(request_file)
     nodes = list(request["nodes"] or job_nodes(os.environ))
@@ -63,10 +67,23 @@ def main(arguments: Sequence[str]) -> int:
         _with_others(request, request_file.parent, nodes, place, found)
     except OSError as error:
         found["problem"] = f"it did not meet the other nodes at {nodes[0]}: {error}"
-    if request["nsys"] and found["nsys"]:
-        found["nsys_problem"], found["nsys_checked"] = nsys_problem(found["nsys"]), True
+    if request["nsys"]:
+        _check_nsys(found)
     _write(found, request_file.parent / f"{nodes[place]}.json")
     return 0
+
+
+def facts_here(folders: list[Path], *, nsys: bool) -> dict[str, Any]:
+    """As :func:`node_facts`; ``nsys``: also whether nsys records a range of this Python."""
+    found = node_facts(folders)
+    if nsys:
+        _check_nsys(found)
+    return found
+
+
+def _check_nsys(found: dict[str, Any]) -> None:
+    if found["nsys"] and "nvtx" in found["packages"]:
+        found["nsys_problem"], found["nsys_checked"] = nsys_problem(found["nsys"]), True
 
 
 def request_id(request_file: Path) -> str:
@@ -142,6 +159,9 @@ def _is_told(told: Any, node: str) -> bool:
 
 
 def _measure(told: dict[str, Any], member: int, found: dict[str, Any]) -> None:
+    if find_spec("torch") is None:
+        found["all_reduce"] = {"not_measured": "its Python has no torch"}
+        return
     keep_compiled_code_to_oneself()
     try:
         from hpcmm.doctor.all_reduce import pair_bandwidths  # noqa: PLC0415 -- imports torch, late and on nodes alone
@@ -195,7 +215,7 @@ def _shared(tokens: Mapping[str, Sequence[Path]], members: Sequence[str]) -> dic
     unseen: dict[str, list[str]] = {}
     until = time.monotonic() + _SHARED_S
     for folder, of_members in tokens.items():
-        missing = dict(zip(of_members, members, strict=True))
+        missing = dict(zip(of_members, members))
         while missing:
             missing = {token: node for token, node in missing.items() if not _sees(token, node)}
             if not missing or time.monotonic() > until:
@@ -242,7 +262,7 @@ def node_facts(folders: list[Path]) -> dict[str, Any]:
         "python": {"version": platform.python_version(), "prefix": sys.prefix, "machine": platform.machine()},
         "packages": packages(),
         "cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "interfaces": interfaces(),
         "infiniband": infiniband_ports(),
         "gpus": gpus(),
@@ -267,19 +287,74 @@ def packages() -> dict[str, str]:
 
 def interfaces() -> dict[str, dict[str, Any]]:
     """Each network interface that is up: addresses, speed in Mbit/s (0 if the driver does not say), MTU, errors."""
-    states, counters = psutil.net_if_stats(), psutil.net_io_counters(pernic=True)
     found = {}
-    for name, addresses in psutil.net_if_addrs().items():
-        state, count = states.get(name), counters.get(name)
-        if state is None or not state.isup:
-            continue
+    for name, addresses in interface_addresses().items():
+        facts = Path("/sys/class/net") / name
         found[name] = {
-            "addresses": [each.address for each in addresses if each.family in (socket.AF_INET, socket.AF_INET6)],
-            "mbit_per_s": state.speed,
-            "mtu": state.mtu,
-            "errors": count.errin + count.errout if count else 0,
+            "addresses": addresses,
+            "mbit_per_s": max(0, _number(facts / "speed")),  # -1 if it is not known
+            "mtu": _number(facts / "mtu"),
+            "errors": sum(_number(facts / "statistics" / each) for each in ("rx_errors", "tx_errors")),
         }
     return found
+
+
+def _number(path: Path) -> int:
+    """A whole number of the kernel's; 0 if it has none."""
+    try:
+        return int(_line(path))
+    except ValueError:
+        return 0
+
+
+class _Address(ctypes.Structure):
+    """``struct ifaddrs`` of getifaddrs(3), which Python itself has no function for."""
+
+
+_Address._fields_ = [
+    ("next", ctypes.POINTER(_Address)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+    ("netmask", ctypes.c_void_p),
+    ("broadcast", ctypes.c_void_p),
+    ("data", ctypes.c_void_p),
+]
+_RUNNING = 0x40
+"""IFF_RUNNING of Linux' net/if.h."""
+_OFFSETS = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}
+"""Where the address stands in its ``sockaddr``, and how many bytes it has."""
+
+
+def interface_addresses() -> dict[str, list[str]]:
+    """The IPv4 and IPv6 addresses of each network interface that runs, by its name. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = ctypes.POINTER(_Address)()
+    if libc.getifaddrs(ctypes.byref(first)) != 0:
+        raise OSError(ctypes.get_errno(), "getifaddrs failed")
+    found: dict[str, list[str]] = {}
+    try:
+        each = first
+        while each:
+            entry = each.contents
+            if entry.flags & _RUNNING:
+                addresses = found.setdefault(os.fsdecode(entry.name), [])
+                if entry.address and (address := _text_of(entry.address, os.fsdecode(entry.name))):
+                    addresses.append(address)
+            each = entry.next
+    finally:
+        libc.freeifaddrs(first)
+    return found
+
+
+def _text_of(sockaddr: int, interface: str) -> str | None:
+    """As ``getsockname`` has it; None for an address of another family."""
+    family = ctypes.c_ushort.from_address(sockaddr).value
+    if family not in _OFFSETS:
+        return None
+    offset, length = _OFFSETS[socket.AddressFamily(family)]
+    text = socket.inet_ntop(family, ctypes.string_at(sockaddr + offset, length))
+    return f"{text}%{interface}" if text.startswith("fe80:") else text
 
 
 def infiniband_ports() -> dict[str, dict[str, str]]:
@@ -318,7 +393,7 @@ def parse_gpus(listed: str) -> list[dict[str, str]]:
     """One dictionary a GPU, by nvidia-smi's names of the fields."""
     names = _GPU_FIELDS.split(",")
     rows = csv.reader(listed.splitlines(), skipinitialspace=True)
-    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+    return [dict(zip(names, row)) for row in rows if len(row) == len(names)]
 
 
 def disk(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcmm.cli import run_command
-from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
 from hpcmm.doctor.checks import bad_nodes, check_findings, report_lines, report_values
 from hpcmm.doctor.runner import clean_up, read_answers, write_request
@@ -24,6 +23,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import write_json
 from hpcmm.node.cache import cache_dir
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.worker.task import read_settings
 
 
 def chosen_nodes(nodes: Sequence[str], bad: Sequence[str], needed: int) -> list[str]:
@@ -62,7 +62,7 @@ def choose(config: RunConfig, run: RunDir, nodes: Sequence[str], request: Path) 
 def main(arguments: Sequence[str]) -> int:
     step, run_dir, listed, *request = arguments
     run, nodes = RunDir(Path(run_dir)), listed.split(",")
-    config = config_file.load(run.config)
+    config = read_settings(run).config
     if step == "ask":
         print(ask(config, run, nodes))
     else:

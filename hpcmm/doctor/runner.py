@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from hpcmm.config.schema import ClusterConfig
@@ -20,7 +21,6 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import json_object, names_in, read_checked, write_whole
 from hpcmm.node.cache import make_folder
 from hpcmm.resources import environment_of_modules, own_module
-from hpcmm.slurm.commands import run_command
 
 STEP_TIMEOUT_S = 300.0
 _MOST_BYTES = 16 * 1024**2
@@ -44,20 +44,21 @@ def check_nodes(
     srun: Sequence[str],
     *,
     nsys: bool,
+    python: Sequence[str] = (sys.executable,),
     environ: Mapping[str, str] = os.environ,
-    timeout_s: float = STEP_TIMEOUT_S,
 ) -> StepResult:
     """Run the check on ``nodes`` (None: on ``count`` that Slurm chooses), one process each, by ``srun`` with options.
 
-    ``folders`` are tested for being shared; the first of them carries the nodes' words. Raises HpcmmError when that
-    cannot be written, or srun is not there.
+    ``python``: words that start the nodes' Python, as :func:`python_of_nodes` has them. ``folders`` are tested for
+    being shared; the first of them carries the nodes' words. Raises HpcmmError if that cannot be written, or srun is
+    not there.
     """
     request = write_request(nodes, folders, nsys=nsys)
     try:
         step = [*srun, f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpus-per-task=1", "--no-kill"]
         step += [] if nodes is None else [f"--nodelist={','.join(nodes)}", "--overlap"]
-        command = [*step, *own_module("hpcmm.doctor.node"), str(request)]
-        complaint = _run(command, environment_of_modules(environ), timeout_s)
+        command = [*step, *python, *own_module("hpcmm.doctor.node")[1:], str(request)]
+        complaint = _run(command, environment_of_modules(environ), STEP_TIMEOUT_S)
         return read_answers(request, nodes, complaint)
     finally:
         clean_up(request, folders)
@@ -112,6 +113,21 @@ def clean_up(request: Path, folders: Sequence[Path]) -> None:
     shutil.rmtree(request.parent, ignore_errors=True)
 
 
+def python_of_nodes(cluster: ClusterConfig) -> list[str]:
+    """Words that start the Python of the cluster's jobs, behind the modules and the shell that a job begins with.
+
+    The check runs outside of a container, so in the launcher's Python if there is one.
+    """
+    if cluster.container.engine is not None:
+        return [sys.executable]
+    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
+    if lines:
+        lines.insert(0, "type module >/dev/null 2>&1 || source /etc/profile")
+    lines += cluster.setup
+    site = ["bash", "-c", "\n".join(["set -e", *lines, "set +e", 'exec "$@"']), "bash"] if lines else []
+    return [*site, cluster.python or sys.executable]
+
+
 def allocation_options(cluster: ClusterConfig, time_limit_min: int) -> list[str]:
     """srun's options for a job of its own, by the cluster's configuration."""
     wanted: dict[str, object] = {
@@ -127,6 +143,8 @@ def allocation_options(cluster: ClusterConfig, time_limit_min: int) -> list[str]
 
 
 def _run(command: Sequence[str], environ: Mapping[str, str], timeout_s: float) -> str:
+    from hpcmm.slurm.commands import run_command  # noqa: PLC0415 -- a job's nodes use this module too, without it
+
     try:
         done = run_command(command, environ, timeout_s)
     except FileNotFoundError as error:
@@ -153,23 +171,23 @@ _GPUS = {"gpus": [{"index": str, "temperature.gpu": str, "ecc.errors.uncorrected
 _ANSWER: dict[str, Any] = {
     "python": {"version": str, "": str},
     "packages": {"": str},
-    "names": {"": (str, NoneType)},
+    "names": {"": (str, type(None))},
     "interfaces": {"": {"addresses": [str], "mbit_per_s": _NUMBER, "mtu": _NUMBER, "errors": _NUMBER}},
     "infiniband": {"": {"": str}},
-    "gpus": _GPUS | {"problem": (str, NoneType)},
-    "nsys": (str, NoneType),
-    "disks": {"": {"free_bytes": _NUMBER, "free_inodes": (*_NUMBER, NoneType)}},
+    "gpus": _GPUS | {"problem": (str, type(None))},
+    "nsys": (str, type(None)),
+    "disks": {"": {"free_bytes": _NUMBER, "free_inodes": (*_NUMBER, type(None))}},
 }
 """What every answer has. The name "" stands for all others, of which there may be none."""
 _MAY_HAVE: dict[str, Any] = {
     "unwritable": {"": str},
-    "came": {"": (str, NoneType)},
+    "came": {"": (str, type(None))},
     "clock": {"offset_s": _NUMBER, "error_s": _NUMBER},
     "address": str,
-    "interface": (str, NoneType),
+    "interface": (str, type(None)),
     "shared": {"": [str]},
     "all_reduce": {"": object},
-    "nsys_problem": (str, NoneType),
+    "nsys_problem": (str, type(None)),
 }
 
 

@@ -53,7 +53,7 @@ def _node_names(verdict: Verdict) -> list[str]:
 
 _NODE = r"[A-Za-z0-9][\w.-]*"
 _NODES = r"[A-Za-z0-9][\w.,\[\]-]*"
-_PREPARES, _SCRIPT_BYTES = "-m hpcmm.worker prepare ", 1 << 20
+_PREPARES, _SCRIPT_BYTES = "hpcmm.worker prepare ", 1 << 20
 _DRAWS_OVER = {ord(each): "\N{REPLACEMENT CHARACTER}" for each in "\r\b\0"}
 """What would take back the label of a line, as a progress bar does."""
 _MOST_LINES = 12

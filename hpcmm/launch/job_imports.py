@@ -389,3 +389,43 @@ def _plain_texts(tree: ast.AST) -> Iterator[str]:
                 joined.update(arguments)
             case ast.Constant(value=str(text)) if node not in joined:
                 yield text
+
+
+_MOST_READ = 2000
+"""Files of a project that are followed from import to import."""
+_DEEPSPEED = "deepspeed"
+
+
+def used_packages(scripts: Sequence[Path], bases: Collection[Path], words: Collection[str] = ()) -> frozenset[str]:
+    """Packages that ``scripts``, and the files of ``bases`` that they import in turn, import by name.
+
+    ``deepspeed`` also if a framework is to import it: something there, or one of ``words``, is called after it.
+    """
+    found: set[str] = {_DEEPSPEED} if any(_DEEPSPEED in word.lower() for word in words) else set()
+    queue = list(scripts)
+    known = set(queue)
+    for file in queue:
+        tree = syntax_tree(file)
+        for node in ast.walk(tree):
+            match node:
+                case ast.Import():
+                    found |= {alias.name.partition(".")[0] for alias in node.names}
+                case ast.ImportFrom(module=str(module), level=0):
+                    found.add(module.partition(".")[0])
+            found |= {_DEEPSPEED} if _DEEPSPEED in _word_of(node).lower() else set()
+        for path in _looked_for(file, bases):
+            for candidate in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
+                if candidate not in known and len(queue) < _MOST_READ and is_file_here(candidate):
+                    known.add(candidate)
+                    queue.append(candidate)
+    return frozenset(found)
+
+
+def _word_of(node: ast.AST) -> str:
+    """A name, a keyword, or a text that is one word; empty for all else, such as prose."""
+    match node:
+        case ast.Name(id=str(word)) | ast.Attribute(attr=str(word)) | ast.keyword(arg=str(word)) | ast.alias(name=word):
+            return word
+        case ast.Constant(value=str(text)) if not any(map(str.isspace, text)):
+            return text
+    return ""

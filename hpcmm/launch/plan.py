@@ -28,6 +28,8 @@ from hpcmm.config.validate import validate
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, read_followed
+from hpcmm.launch.interpreter import Interpreter, ask, check, check_environment_from, with_python
+from hpcmm.launch.job_imports import used_packages
 from hpcmm.launch.script import Job, arrays_of, rank_comment, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import tasks_in
@@ -72,6 +74,10 @@ class Plan:
     """As they were given."""
     exchangeable: Exchangeable | None
     """Who could exchange the run's directory, as it was said."""
+    interpreter: Interpreter
+    """The job's Python."""
+    packages: frozenset[str] | None
+    """What the user's code imports; None if the task is hpcmm's own."""
 
     @property
     def run(self) -> RunDir:
@@ -113,14 +119,20 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
     Unless this is a dry run, Slurm is asked for the job to wait for and the size of the array. Raises HpcmmError for
     values that are wrong, and for a script, a job to wait for or a run to start from that is not there.
     """
+    here = Path.cwd()
+    points = [replace(point, config=with_python(point.config, here)) for point in points]
     starts = _validated(points)
     first, is_sweep = points[0].config, bool(points[0].overrides)
     if is_sweep:
         _check_can_be_array(first)
-    run, here = _named(first), Path.cwd()
+    run = _named(first)
     found = _check_folders(first, run)
     codes = _codes(points, run, here)
-    python_path = codes[what_runs(first.task, here)].python_path
+    code = codes[what_runs(first.task, here)]
+    interpreter, packages = ask(first.cluster), _packages(code)
+    for said in check(first, interpreter, packages or ()):
+        print(f"hpcmm: {printable(said)}", file=sys.stderr)
+    python_path = code.python_path
     if any(os.pathsep in folder for folder in python_path):
         raise HpcmmError(
             f"{run.root.parent} holds a colon, at which PYTHONPATH is split: set runs_root to another folder."
@@ -148,7 +160,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         )
         for index, point in enumerate(points)
     )
-    return Plan(planned, arrays[0], arrays, codes[what_runs(first.task, here)], tuple(overrides), found)
+    return Plan(planned, arrays[0], arrays, code, tuple(overrides), found, interpreter, packages)
 
 
 def _check_folders(config: RunConfig, run: RunDir) -> Exchangeable | None:
@@ -227,6 +239,12 @@ def _note_same_outputs(points: Sequence[Point], code: CodePlan, working_director
             print(f"hpcmm: {printable(said)}", file=sys.stderr)
 
 
+def _packages(code: CodePlan) -> frozenset[str] | None:
+    if not code.scripts:
+        return None
+    return used_packages(code.scripts, {*code.searched, *(each.parent for each in code.scripts)}, code.words)
+
+
 def _frozen(config: RunConfig, code: CodePlan, start: str | None) -> RunConfig:
     task, train = code.frozen(config.task), replace(config.train, init_from=start)
     stage = [str(Path(source).expanduser().absolute()) for source in config.launch.stage]
@@ -297,22 +315,6 @@ def _note_other_data(config: RunConfig, start: RunDir) -> None:
     if (workload := workload_of(config)) is not None:
         for difference in workload.notes_on_start(config, read_untyped_config(start.config)):
             print(f"hpcmm: {printable(f'{start.root} {difference}')}", file=sys.stderr)
-
-
-def check_environment_from(config: RunConfig) -> None:
-    """Raises HpcmmError that names each variable of ``cluster.environment_from`` that this process does not have."""
-    missing = [name for name in config.cluster.environment_from if name not in os.environ]
-    if missing:
-        raise HpcmmError(
-            f"{', '.join(missing)} of cluster.environment_from is not set in this shell: export it before you launch, "
-            "or leave it out."
-        )
-    if config.cluster.environment_from and config.profile.tool is not None:
-        print(
-            f"hpcmm: {config.profile.tool} writes the environment of the processes that it sees into its raw reports, "
-            f"so {', '.join(config.cluster.environment_from)} may be in them: give the run's nsys folder to nobody.",
-            file=sys.stderr,
-        )
 
 
 # What is asked of Slurm before anything is written.
@@ -429,4 +431,4 @@ def dry_run_text(planned: Plan) -> str:
     """The points of a sweep, the job's script, and what each rank runs."""
     points = [f"# point {index}: {shlex.join(point.overrides)}\n" for index, point in enumerate(planned.points)]
     listed = "".join(points) if planned.is_sweep else ""
-    return listed + render_script(planned.config, planned.job) + rank_comment(planned.config, planned.run)
+    return listed + render_script(planned.config, planned.job) + rank_comment(planned.config, planned.job)

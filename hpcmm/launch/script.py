@@ -15,7 +15,7 @@ from hpcmm.config.command import is_launcher, words_of
 from hpcmm.config.schema import FUNCTION, SCRIPT, ContainerConfig, ContainerEngine, Requeue, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.ranges import profiled_ranks
-from hpcmm.resources import resource
+from hpcmm.resources import PACKAGE, own_module, resource
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.text import printable
 
@@ -97,6 +97,11 @@ class Job:
     working_directory: Path = field(default_factory=Path.cwd)
     """The folder that the job is launched from, and runs in."""
 
+    @property
+    def package(self) -> Path:
+        """The copy of hpcmm's package that the job uses."""
+        return Path(self.python_path[0], PACKAGE.name) if self.python_path else PACKAGE
+
 
 def arrays_of(job: Job, most_tasks: int | None, parallel_points: int | None) -> tuple[Job, ...]:
     """The arrays of a sweep, of at most ``most_tasks`` tasks each (None: of any number); a single run is as it is.
@@ -137,11 +142,9 @@ def render_analysis_script(config: RunConfig, job: Job) -> str:
     return _render(ANALYSIS_TEMPLATE, config, job, _analysis_directives(config, job))
 
 
-def rank_command(config: RunConfig, run: RunDir) -> list[str]:
-    """The words that start one rank: hpcmm's wrapper around submitit's entry point."""
-    python = python_of(config)
-    submitit = [python, "-P", "-u", "-m", "submitit.core._submit", str(run.submitit)]
-    return [python, "-P", "-m", "hpcmm.worker", "rank", str(run.root), "--", *submitit]
+def rank_command(config: RunConfig, run: RunDir, job: Job) -> list[str]:
+    """The words that start one rank."""
+    return [*own_module("hpcmm.worker", python_of(config, job.launcher), job.package), "rank", str(run.root)]
 
 
 def python_of(config: RunConfig, launcher: str = sys.executable) -> str:
@@ -176,7 +179,10 @@ def _render(template: str, config: RunConfig, job: Job, directives: dict[str, st
         resume=_resume(job),
         first_point=job.first,
         python=python_of(config, job.launcher),
+        launcher=job.launcher,
+        start=own_module("", package=job.package)[1],
         python_path=os.pathsep.join(job.python_path),
+        own_path="".join(job.python_path[:1]),
         once=_prefix(container.on_first_node()),
         inside=_prefix(container.inside()),
         srun_arguments=[*config.cluster.srun, *container.srun_arguments()],
@@ -317,13 +323,13 @@ def _directive_value(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def rank_comment(config: RunConfig, run: RunDir) -> str:
+def rank_comment(config: RunConfig, job: Job) -> str:
     """The command of each rank, what it ends in, and which ranks a profiler wraps."""
     names = "HPCMM_NODE_RANK" if is_launcher(config) else "RANK, LOCAL_RANK, WORLD_SIZE"
     names += ", MASTER_ADDR and MASTER_PORT"
     lines = [
         f"srun starts {config.world_size} ranks, each as:",
-        f"  {shlex.join(rank_command(config, run))}",
+        f"  {shlex.join(rank_command(config, job.run, job))}",
         f"which runs, with {names} set, {_task(config)}",
         f"under a profiler: {_profiled(config)}",
     ]

@@ -55,12 +55,9 @@ from hpcmm.resources import INSTALLED, PACKAGE, require_own_module, require_own_
 from hpcmm.runs.ownership import is_open_to_all
 from hpcmm.runs.run_dir import RunDir
 
-_MB = 10**6
-_CHUNK_BYTES = 1 << 20
-_MOST_FILES = 50_000
-_MOST_LINKS = 1000
+_MB, _CHUNK_BYTES = 10**6, 1 << 20
+_MOST_FILES, _MOST_LINKS, _MOST_NAMED = 50_000, 1000, 5
 _RESOURCES = ("conf", "slurm", "profiles/nsys")
-_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,8 @@ class CodePlan:
     """Packages and modules of the project that are importable by themselves, by their names as paths."""
     installed: Editable | None = None
     """What the job's Python reads from elsewhere than its own folders; None if that was not looked up."""
+    searched: tuple[Path, ...] = ()
+    """Folders of the project that the job imports from."""
 
     def joined(self, codes: Iterable[CodePlan], tasks: Iterable[TaskConfig]) -> CodePlan:
         """With what the tasks of all points of a sweep read, whose plans are ``codes``."""
@@ -123,7 +122,8 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: 
                 _refuse_searched(
                     folder, "leave out launch.snapshot=false, for of such a folder your own files are copied"
                 )
-        return CodePlan(None, (str(PACKAGE.parent), *map(str, here)), str(script) if task.path else None)
+        named = str(script) if script else None
+        return CodePlan(None, (str(PACKAGE.parent), *map(str, here)), named, tuple(modules))
     own = str(_hpcmm_copy(run))
     if (task._target_ is not None and not holders) or target.startswith("hpcmm."):
         if config.launch.include:
@@ -155,6 +155,7 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: 
         working_directory=working_directory.resolve(),
         packages=roots.packages,
         installed=installed,
+        searched=(*roots.folders, project),
     )
 
 

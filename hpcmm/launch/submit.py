@@ -25,7 +25,8 @@ from hpcmm.config import config_file
 from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, open_checked
-from hpcmm.launch.plan import Plan, check_environment_from
+from hpcmm.launch.interpreter import check_environment_from
+from hpcmm.launch.plan import Plan
 from hpcmm.launch.script import parallel_shares, rank_command
 from hpcmm.node.network import find_free_port
 from hpcmm.ranges import write_ranges
@@ -387,11 +388,12 @@ def _link_latest(run: RunDir) -> bool:
 class _WrappedLocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
     """submitit's local executor, with hpcmm's wrapper in front of each rank."""
 
-    def __init__(self, config: RunConfig, run: RunDir) -> None:
+    def __init__(self, planned: Plan) -> None:
+        config, run = planned.config, planned.run
         super().__init__(run.submitit)
         # The controller's alone: the programs that a rank starts look into their own folders, as on Slurm.
         own = [] if "PYTHONSAFEPATH" in os.environ else ["env", "-u", "PYTHONSAFEPATH"]
-        self._rank_command = shlex.join([*own, *rank_command(config, run)])
+        self._rank_command = shlex.join([*own, *rank_command(config, run, planned.job)])
         self.update_parameters(
             timeout_min=config.cluster.time_limit_min,
             tasks_per_node=config.cluster.ranks_per_node,
@@ -411,7 +413,7 @@ def _submit_locally(planned: Plan) -> submitit.Job[Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(find_free_port("127.0.0.1")))
     python_path = [*planned.job.python_path, os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, python_path))
-    executor = _WrappedLocalExecutor(config, run)
+    executor = _WrappedLocalExecutor(planned)
     with _output_to(run.batch_log), _safe_path():
         job = executor.submit(RankTask(str(run.root)))
     _note_submission(run, job_id=job.job_id)

@@ -8,7 +8,6 @@ import hashlib
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,27 +16,27 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission
 
 from hpcmm.config import config_file
-from hpcmm.config.schema import Analyze, Executor, RunConfig
+from hpcmm.config.schema import Analyze, Executor
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular
+from hpcmm.launch.interpreter import as_recorded
 from hpcmm.launch.plan import Plan, PlannedPoint
 from hpcmm.launch.project_files import project_root, revision
-from hpcmm.launch.script import python_of, render_analysis_script, render_script
-from hpcmm.launch.snapshot import CodePlan, take_snapshot
+from hpcmm.launch.script import render_analysis_script, render_script
+from hpcmm.launch.snapshot import take_snapshot
 from hpcmm.resources import PACKAGE
 from hpcmm.runs.ledger import Ledger, LedgerPoint
 from hpcmm.runs.ownership import check_runs_root
 from hpcmm.runs.run_dir import RunDir, SweepDir, make_private
 from hpcmm.runs.submission import write_provenance_record
-from hpcmm.worker.task import RankTask
+from hpcmm.worker.task import RankSettings, RankTask, nsys_flags_of, write_settings
 
 
-def write_provenance(
-    config: RunConfig, run: RunDir, *, overrides: Sequence[str], code: CodePlan, code_sha256: str | None
-) -> None:
+def write_provenance(planned: Plan, code_sha256: str | None) -> None:
     """Write ``provenance.json``, and beside the code a patch for each project with uncommitted changes."""
+    config, run, code = planned.config, planned.run, planned.code
     record: dict[str, Any] = {
-        "overrides": list(overrides),
+        "overrides": list(planned.overrides),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "user": getpass.getuser(),
         "host": platform.node(),
@@ -46,28 +45,13 @@ def write_provenance(
         "script_sha256": _sha256(run.submission_script),
         "code_sha256": code_sha256,
         "code": {"hpcmm": _origin(PACKAGE, run, "hpcmm")},
-        "python": {"job": python_of(config), "launcher": sys.executable, "version": platform.python_version()},
-        "packages": installed_packages(),
+        "python": as_recorded(config, planned.interpreter),
+        "packages": planned.interpreter.packages(),
         "modules": [*filter(None, os.environ.get("LOADEDMODULES", "").split(":"))],
     }
     if code.project is not None:
         record["code"]["project"] = _origin(code.project, run, "project", code.scripts)
     write_provenance_record(run, record)
-
-
-def installed_packages() -> dict[str, str]:
-    """Versions of the packages that this Python sees, from the names of their metadata folders.
-
-    As https://packaging.python.org/en/latest/specifications/binary-distribution-format lays those down; reading the
-    metadata of a hundred packages would take longer than all the rest of a launch.
-    """
-    found: dict[str, str] = {}
-    for folder in reversed([*map(Path, filter(None, sys.path))]):
-        if folder.is_dir():
-            for entry in folder.glob("*.dist-info"):
-                name, _, version = entry.stem.partition("-")
-                found[name] = version
-    return dict(sorted(found.items(), key=lambda package: package[0].lower()))
 
 
 def _origin(folder: Path, run: RunDir, name: str, scripts: Sequence[Path] = ()) -> dict[str, Any]:
@@ -121,6 +105,9 @@ def _write_all(planned: Plan) -> None:
     for point in planned.points:
         _write_point(point)
     _write_shared_files(planned)
+    uses_deepspeed = planned.packages is None or "deepspeed" in planned.packages
+    for point in planned.points:
+        write_settings(RankSettings(point.config, nsys_flags_of(point.config.profile), uses_deepspeed), point.run)
     if planned.is_sweep:
         _write_ledger(planned)
 
@@ -140,7 +127,7 @@ def _write_shared_files(planned: Plan) -> None:
         if config.analyze is Analyze.after and config.cluster.executor is Executor.slurm:
             _write_script(scripts.analysis_script(array.first), render_analysis_script(config, array))
     code_sha256 = take_snapshot(config, run, planned.code) if config.launch.snapshot else None
-    write_provenance(config, run, overrides=planned.overrides, code=planned.code, code_sha256=code_sha256)
+    write_provenance(planned, code_sha256)
 
 
 def _write_script(path: Path, text: str) -> None:

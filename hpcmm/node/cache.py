@@ -18,8 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from stat import S_IWGRP, S_IWOTH
 
-import platformdirs
-
 from hpcmm.config.schema import ClusterConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.ownership import Reach, exchangeable, is_closed, other_user, owner_above
@@ -28,7 +26,13 @@ from hpcmm.text import visible
 
 def given_cache_dir(cluster: ClusterConfig) -> Path:
     """``cluster.cache_dir``, or the user's own cache folder."""
-    return Path(cluster.cache_dir or platformdirs.user_cache_dir("hpcmm", appauthor=False)).expanduser().absolute()
+    return Path(cluster.cache_dir or Path(_users_caches(), "hpcmm")).expanduser().absolute()
+
+
+def _users_caches() -> str:
+    """As https://specifications.freedesktop.org/basedir-spec lays it down: a relative path counts for nothing."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return named if named.startswith("/") else os.path.expanduser("~/.cache")  # noqa: PTH111 -- raises nothing
 
 
 def cache_dir(cluster: ClusterConfig) -> Path:

@@ -6,7 +6,8 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+
+from hpcmm.text import StrEnum
 
 
 class Kind(StrEnum):

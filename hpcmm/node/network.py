@@ -134,7 +134,7 @@ def unreachable_nodes(environ: Mapping[str, str] = os.environ) -> list[str]:
     if not others:
         return []
     with ThreadPoolExecutor(min(_THREADS, len(others))) as pool:
-        silent = [node for node, answers in zip(others, pool.map(_answers, others), strict=True) if not answers]
+        silent = [node for node, answers in zip(others, pool.map(_answers, others)) if not answers]
     return silent
 
 

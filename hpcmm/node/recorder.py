@@ -179,7 +179,7 @@ def _record(error: Exception, path: Path, rank: int, node: str) -> None:
         kind = f"{type(error).__module__}.{kind}"
     message = str(error)[: failures.MOST_CHARACTERS]
     error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without this module's own frame
-    lines = "".join(traceback.format_exception(error)).splitlines()
+    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__)).splitlines()
     cut = [line for line in lines[: -failures.MOST_LINES] if line[:1].strip()]  # what it was raised from stays
     lines = [*cut[-failures.MOST_LINES :], *lines[-failures.MOST_LINES :]]
     unreachable = unreachable_nodes() if kind_of_exception(kind, message, lines) in CONSEQUENCES else []

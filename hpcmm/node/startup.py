@@ -27,6 +27,8 @@ def parts_before(now_s: float, environ: Mapping[str, str] = os.environ) -> Itera
     far as the nodes' clocks agree. A part whose marks are missing is left out.
     """
     for part, begin, end in _STAGES:
+        if part == "prepare" and SRUN_BEGAN not in environ:  # without Slurm
+            end = CAPTURE_BEGAN  # noqa: PLW2901
         if begin in environ and end in environ:
             yield part, max(0.0, float(environ[end]) - float(environ[begin]))
     if COMMAND_BEGAN in environ:

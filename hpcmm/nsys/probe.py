@@ -17,6 +17,7 @@ import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from hpcmm.errors import HpcmmError
@@ -24,7 +25,7 @@ from hpcmm.files import read_text, write_whole
 from hpcmm.node.cache import one_at_a_time, private_folder
 from hpcmm.nsys.capture import START_ATTEMPTS, one_start_at_a_time, take_injection_name
 from hpcmm.nsys.importer import import_qdstrm
-from hpcmm.resources import FOLDER_OF_NSYS
+from hpcmm.resources import FOLDER_OF_NSYS, SAFE_PATH
 
 _TIMEOUT_S = 120
 _MOST_WORDS = 200
@@ -62,6 +63,8 @@ def nsys_problem(nsys: str) -> str | None:
 
     Nothing is cached. Takes some seconds.
     """
+    if find_spec("nvtx") is None:
+        return f"its Python, {sys.executable}, has no nvtx, without which no range is recorded"
     try:
         with private_folder("hpcmm-nsys-probe-") as folder:
             return _problem_of_a_capture(nsys, folder)
@@ -103,7 +106,7 @@ def _record_one_range(nsys: str, raw: Path, report: Path) -> str:
     for _ in range(START_ATTEMPTS):
         with one_start_at_a_time():
             take_injection_name()
-            program = (sys.executable, "-P", "-c", _RECORD_ONE_RANGE)
+            program = (sys.executable, *SAFE_PATH, "-c", _RECORD_ONE_RANGE)
             said = _words(_run(nsys, "profile", *flags, *program, folder=raw.parent))
         if report.exists() or raw.exists():
             break

@@ -20,8 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import psutil
+from pathlib import Path
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
@@ -32,6 +31,8 @@ HEEDS_SIGTERM_S = 5.0
 """Seconds after which a rank that was told to end is killed, which leaves the report time before Slurm's SIGKILL."""
 
 _WATCH_S = 2.0
+_ENDED_STATES = frozenset("ZXx")
+"""Of a process that is over but still listed: a zombie, or dead."""
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,16 @@ def _stay_the_ancestor() -> None:
 
 def _descendants(ancestor: int) -> list[int]:
     """Living processes below ``ancestor``, which itself is not among them."""
-    living = []
-    for process in psutil.Process(ancestor).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
-            if process.status() not in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}:
-                living.append(process.pid)
-    return sorted(living)
+    children: dict[int, list[int]] = {}
+    ended = set()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                # proc_pid_stat(5): number, (name), state, parent ...; a name may hold blanks and brackets.
+                state, parent = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+                children.setdefault(int(parent), []).append(int(folder.name))
+                ended |= {int(folder.name)} if state in _ENDED_STATES else set()
+    found = [ancestor]
+    for pid in found:
+        found += children.get(pid, [])
+    return sorted(set(found[1:]) - ended)

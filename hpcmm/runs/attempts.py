@@ -25,7 +25,7 @@ _MOST_WRITTEN_OUT = 200_000
 _COUNT = re.compile(r"[0-9]{1,9}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Attempt:
     """A start of the script, as far as readers need it."""
 
@@ -78,7 +78,7 @@ def _attempt(record: Mapping[str, Any]) -> Attempt:
     return Attempt(str(record.get("array_task", raw_id)), raw_id, restart if type(restart) is int else 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class JobNotes:
     """What the run directory notes of one job."""
 
@@ -143,7 +143,7 @@ def _file_of_cancelled(run: RunDir) -> Path:
     return (sweep[0].shared if sweep is not None else run).cancelled
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _CancelNotes:
     """How often Slurm had started each job again when it was cancelled."""
 

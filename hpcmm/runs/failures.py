@@ -146,7 +146,7 @@ def note_good_end(run: RunDir, rank: int, environ: Mapping[str, str] = os.enviro
     if not folder.is_dir() or mark.exists():
         return
     try:
-        mark.hardlink_to(folder / "mark")  # which a full disk has room for
+        os.link(folder / "mark", mark)  # which a full disk has room for
     except OSError:  # a file system without links
         mark.touch()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import json_object, names_in, open_regular, read_json_object, read_tail, write_json
@@ -55,7 +55,7 @@ class MetricsWriter:
             self._end = _end_of_the_last_whole_line(self._fd)
             os.ftruncate(self._fd, self._end)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(
@@ -133,7 +133,7 @@ def _end_of_the_last_whole_line(fd: int) -> int:
     return os.pread(fd, size, 0).rfind(b"\n") + 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RankStart:
     """A rank's own ``start`` record."""
 
@@ -143,7 +143,7 @@ class RankStart:
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RankStarts:
     """The starts of a rank, of which a requeued job has several in one file."""
 
@@ -173,7 +173,7 @@ class RankProgress:
     """It trained to its end."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FinishedStep:
     """A step as its rank noted it."""
 
@@ -236,7 +236,7 @@ class _BeyondAllowanceError(Exception):
     """A part of the records would tell another story than all."""
 
 
-@dataclass(slots=True)
+@dataclass
 class _Allowance:
     """What may still be read of another user's run, so that nobody can make a reader work without end."""
 

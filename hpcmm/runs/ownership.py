@@ -126,7 +126,7 @@ class Reach(IntEnum):
     """Another user, who owns a link on the way to it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Exchangeable:
     """That a folder can be exchanged."""
 
@@ -154,7 +154,7 @@ def _lets_nobody_in(facts: os.stat_result) -> bool:
     return facts.st_uid == os.geteuid() and facts.st_mode & 0o077 == 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Step:
     """A name that is looked up on the way to a folder."""
 
@@ -169,7 +169,7 @@ class _Step:
     """Whether it is the folder's own name as it was given, or that of the one above it (a sweep's)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Place:
     """Where a path led, as one walk found it."""
 

@@ -37,6 +37,11 @@ class RunDir:
         return self.root / "config.yaml"
 
     @property
+    def rank_settings(self) -> Path:
+        """Of the configuration what the ranks need, as JSON, which Python reads by itself."""
+        return self.root / "rank.json"
+
+    @property
     def submission_script(self) -> Path:
         """The sbatch script, readable and submittable by hand."""
         return self.root / "submission.sh"

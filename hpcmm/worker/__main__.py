@@ -5,21 +5,23 @@
 ``stage RUN_DIR``: copy ``launch.stage`` to this node's disk, and remove the copy when the input ends.
 ``staged RUN_DIR NODES``: wait until so many nodes have said on the input that they have their copy.
 ``port [--hold]``: print a free port of this node, and keep it until this process is ended.
-``rank RUN_DIR -- COMMAND...``: the start of every rank, in front of submitit's entry point. It runs COMMAND, under the
+``rank RUN_DIR [-- COMMAND...]``: the start of every rank. It runs COMMAND, by default the rank's task, under the
 profiler if the run's configuration asks for this rank, and records how it ended.
 
-Each imports only what it needs, since it delays the job's start.
+Each imports only what it needs, since it delays the job's start. All run in the job's Python, which may have nothing
+but its standard library.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError, ProfilerUnusableError
@@ -37,7 +39,7 @@ usage: python -m hpcmm.worker prepare RUN_DIR
        python -m hpcmm.worker stage RUN_DIR
        python -m hpcmm.worker staged RUN_DIR NODES
        python -m hpcmm.worker port [--hold]
-       python -m hpcmm.worker rank RUN_DIR -- COMMAND..."""
+       python -m hpcmm.worker rank RUN_DIR [-- COMMAND...]"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,29 +48,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(given: list[str]) -> int:
-    match given:
-        case ["prepare" | "stage" as step, run_dir]:
-            return (_prepare if step == "prepare" else _stage)(RunDir(Path(run_dir)))
-        case ["nodes"]:
-            return _nodes()
-        case ["staged", run_dir, nodes] if nodes.isdecimal():
-            return _staged(RunDir(Path(run_dir)), int(nodes))
-        case ["port"] | ["port", "--hold"]:
-            return _port(hold=len(given) == 2)
-        case ["rank", run_dir, "--", _, *_]:
-            return _rank(RunDir(Path(run_dir)), given[3:])
+    step, words = given[:1], given[1:]
+    if step in (["prepare"], ["stage"]) and len(words) == 1:
+        return (_prepare if step == ["prepare"] else _stage)(RunDir(Path(words[0])))
+    if step == ["nodes"] and not words:
+        return _nodes()
+    if step == ["staged"] and len(words) == 2 and words[1].isdecimal():
+        return _staged(RunDir(Path(words[0])), int(words[1]))
+    if step == ["port"] and words in ([], ["--hold"]):
+        return _port(hold=bool(words))
+    if step == ["rank"] and (len(words) == 1 or (words[1:2] == ["--"] and len(words) > 2)):
+        from hpcmm.worker.task import rank_process  # noqa: PLC0415
+
+        run = RunDir(Path(words[0]))
+        return _rank(run, words[2:] or rank_process(run))
     print(USAGE, file=sys.stderr)
     return 2
 
 
 def _prepare(run: RunDir) -> int:
-    from hpcmm.config import config_file  # noqa: PLC0415
     from hpcmm.node import startup  # noqa: PLC0415
     from hpcmm.runs.attempts import begin_attempt  # noqa: PLC0415
-    from hpcmm.worker.prepare import prepare  # noqa: PLC0415
+    from hpcmm.worker.prepare import prepare_run  # noqa: PLC0415
 
     keep_compiled_code_to_oneself()
-    prepare(config_file.load(run.config))
+    prepare_run(run)
     began = os.environ.get(startup.SCRIPT_BEGAN)
     begin_attempt(run, began_s=float(began) if began else None)
     return 0
@@ -82,10 +86,10 @@ def _nodes() -> int:
 
 
 def _stage(run: RunDir) -> int:
-    from hpcmm.config import config_file  # noqa: PLC0415
     from hpcmm.worker.stage import stage  # noqa: PLC0415
+    from hpcmm.worker.task import read_settings  # noqa: PLC0415
 
-    return stage(config_file.load(run.config))
+    return stage(read_settings(run).config)
 
 
 def _staged(run: RunDir, nodes: int) -> int:
@@ -121,14 +125,15 @@ def _rank(run: RunDir, command: list[str]) -> int:
 def start_rank(run: RunDir, command: list[str]) -> int:
     """Run the rank's command. Returns its exit status, negative for a signal."""
     from hpcmm.annotate.stopping import RESTART_COUNT, RUN_DIR  # noqa: PLC0415
-    from hpcmm.config import config_file  # noqa: PLC0415
     from hpcmm.config.schema import Executor  # noqa: PLC0415
     from hpcmm.node import startup  # noqa: PLC0415
     from hpcmm.runs.attempts import current_attempt  # noqa: PLC0415
     from hpcmm.worker.environment import RankEnvironment, forget_outer_run, use_copies  # noqa: PLC0415
     from hpcmm.worker.signal_forwarding import RankWatch, run_watched  # noqa: PLC0415
+    from hpcmm.worker.task import read_settings, whole_config  # noqa: PLC0415
 
-    config = config_file.load(run.config)
+    settings = read_settings(run)
+    config = settings.config
     forget_outer_run(has_script=config.cluster.executor is Executor.slurm)
     os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
     keep_compiled_code_to_oneself()
@@ -137,21 +142,18 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     rank_env = RankEnvironment.read()
     rank = rank_env.rank
     if config.cluster.executor is Executor.local:
-        _write_to(run.rank_log(rank))
-        from hpcmm.worker.prepare import prepare  # noqa: PLC0415 -- its imports would delay every rank on Slurm
-
-        prepare(config)  # on Slurm the batch script does it before the ranks start
+        _prepare_locally(run, rank)
     else:
         if config.launch.check_rendezvous:
             check_rendezvous(rank_env, config)
         if config.launch.stage:
             use_copies(run)
     watch = RankWatch(run, rank, config.launch.hang_s, config.world_size)
-    if _is_profiled(config, rank) and not is_finished(config, run):
+    if _is_profiled(config, rank) and not is_finished(whole_config(settings, run), run):
         from hpcmm.worker.nsys_rank import run_profiled  # noqa: PLC0415 -- only where a profiler runs
 
         try:
-            return _forgotten(run_profiled(config, run, rank, command, watch), watch)
+            return _forgotten(run_profiled(settings, run, rank, command, watch), watch)
         except ProfilerUnusableError as unusable:
             if config.profile.required:
                 raise HpcmmError(f"{unusable}. Set profile.required=false to train without.") from unusable
@@ -164,6 +166,34 @@ def _forgotten(status: int, watch: RankWatch) -> int:
     if status == 0:
         watch.forget()
     return status
+
+
+def _prepare_locally(run: RunDir, rank: int) -> None:
+    """Without Slurm no script prepares: the first of the ranks does it while the others wait, and the job's log tells
+    of it. Then the rank's own log begins, and what counts as its start under the profiler."""
+    from hpcmm.node import startup  # noqa: PLC0415
+    from hpcmm.worker.prepare import prepare_run  # noqa: PLC0415 -- its imports would delay every rank on Slurm
+
+    os.environ[startup.SCRIPT_BEGAN] = os.environ[startup.CAPTURE_BEGAN]
+    try:
+        with run.batch_log.open("ab") as log:
+            _send_output_to(log)
+            fcntl.flock(log, fcntl.LOCK_EX)
+            try:
+                prepare_run(run)
+            finally:
+                sys.stdout.flush()
+                fcntl.flock(log, fcntl.LOCK_UN)
+    finally:
+        with run.rank_log(rank).open("ab") as log:
+            _send_output_to(log)
+    os.environ[startup.CAPTURE_BEGAN] = f"{time.time():.3f}"
+
+
+def _send_output_to(file: IO[bytes]) -> None:
+    """This process' and its children's, as srun does with the rank's log on Slurm."""
+    os.dup2(file.fileno(), sys.stdout.fileno())
+    os.dup2(file.fileno(), sys.stderr.fileno())
 
 
 def check_rendezvous(rank_env: RankEnvironment, config: RunConfig) -> None:
@@ -206,18 +236,12 @@ def is_finished(config: RunConfig, run: RunDir) -> bool:
 
     Its reports would be replaced by empty ones.
     """
-    from hpcmm.config.workload import workload_of  # noqa: PLC0415
+    if config.task._target_ is None:
+        return False
+    from hpcmm.config.workload import load_workload  # noqa: PLC0415
     from hpcmm.runs.run_dir import steps_in_newest_checkpoint  # noqa: PLC0415
 
-    workload = workload_of(config)
-    return workload is not None and workload.is_finished(config, steps_in_newest_checkpoint(run) or 0)
-
-
-def _write_to(log: Path) -> None:
-    """Send this process' and its children's output to the rank's log, as srun does on Slurm."""
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
+    return load_workload(config.task._target_).is_finished(config, steps_in_newest_checkpoint(run) or 0)
 
 
 if __name__ == "__main__":

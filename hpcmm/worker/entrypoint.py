@@ -17,12 +17,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpcmm.annotate.auto_instrument import after_import, annotate_children, annotate_program
-from hpcmm.config import config_file
 from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig
-from hpcmm.config.workload import Workload, workload_of
 from hpcmm.errors import HpcmmError, ScriptExitError
 from hpcmm.node.cache import extensions_dir
 from hpcmm.node.startup import parts_before
@@ -30,6 +28,10 @@ from hpcmm.runs.attempts import current_attempt
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.environment import RankEnvironment, bound_threads, tell_launchers, with_local_paths
+from hpcmm.worker.task import RankSettings, read_settings, whole_config
+
+if TYPE_CHECKING:
+    from hpcmm.config.workload import Workload
 
 
 def run_rank(run_dir: str) -> Any:
@@ -40,11 +42,13 @@ def run_rank(run_dir: str) -> Any:
     """
     began_s = time.time()
     run = RunDir(Path(run_dir))
-    config = with_local_paths(config_file.load(run.config))
-    workload = workload_of(config)
-    if workload is None:
-        return _run_users_code(config, run)
-    return _train(workload, config, run, began_s)
+    settings = read_settings(run)
+    config = with_local_paths(whole_config(settings, run))
+    if config.task._target_ is None:
+        return _run_users_code(settings, run)
+    from hpcmm.config.workload import load_workload  # noqa: PLC0415 -- PyYAML, which a script may not have
+
+    return _train(load_workload(config.task._target_), config, run, began_s)
 
 
 def _train(workload: Workload, config: RunConfig, run: RunDir, began_s: float) -> dict[str, float]:
@@ -82,13 +86,15 @@ def _log_with_rank(rank_env: RankEnvironment) -> None:
     )
 
 
-def _run_users_code(config: RunConfig, run: RunDir) -> Any:
+def _run_users_code(settings: RankSettings, run: RunDir) -> Any:
+    config = settings.config
     rank_env = RankEnvironment.read()
     rank_env.export()
     _see_own_gpu()
     tell_launchers(config, rank_env)
     bound_threads(config)
-    _offer_compiled_ops(config)
+    if settings.uses_deepspeed:
+        _offer_compiled_ops(config)
     annotate_program()
     annotate_children()
     with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:

@@ -17,7 +17,6 @@ from typing import IO, Any
 from hpcmm.annotate import stopping
 from hpcmm.config.command import is_launcher
 from hpcmm.config.schema import RunConfig
-from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.files import json_object, open_regular, read_json_object
 from hpcmm.node import startup
@@ -203,10 +202,12 @@ def with_local_paths(config: RunConfig, environ: Mapping[str, str] = os.environ)
 
     Raises HpcmmError if another user could have written the copies.
     """
-    workload = workload_of(config)
     copies = json_object(environ.get(STAGED, "{}")) if config.launch.stage else {}
-    if workload is None or not copies:
+    if config.task._target_ is None or not copies:
         return config
+    from hpcmm.config.workload import load_workload  # noqa: PLC0415 -- PyYAML, which a script may not have
+
+    workload = load_workload(config.task._target_)
     _require_own(Path(environ[STAGE_DIR]).parent, _node(environ))
     for key, path in workload.given_paths(config).items():
         named = path and str(Path(path).expanduser().absolute())

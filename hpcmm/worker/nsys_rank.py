@@ -7,50 +7,58 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpcmm.annotate.schema import CAPTURE_DOMAIN, CAPTURE_RANGE
-from hpcmm.config.schema import ProfileConfig, Requeue, RunConfig
+from hpcmm.config.schema import ProfileConfig, Requeue
 from hpcmm.errors import ProfilerUnusableError
 from hpcmm.node.cache import cache_dir
 from hpcmm.nsys.capture import current_folder, run_under_nsys
 from hpcmm.nsys.probe import NsysFacts, nsys_facts
 from hpcmm.nsys.supervisor import HEEDS_SIGTERM_S
 from hpcmm.ranges import step_window
-from hpcmm.resources import planted, resource
+from hpcmm.resources import planted
 from hpcmm.runs import failures
 from hpcmm.runs.attempts import current_attempt
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.signal_forwarding import record_exit
+from hpcmm.worker.task import RankSettings
 
 _MOST_PATIENCE_S = 10.0
 _GPU_DEVICE = Path("/dev/nvidiactl")
 
 
 def run_profiled(
-    config: RunConfig, run: RunDir, rank: int, command: Sequence[str], watch: Callable[[], bool] = lambda: False
+    settings: RankSettings, run: RunDir, rank: int, command: Sequence[str], watch: Callable[[], bool] = lambda: False
 ) -> int:
     """Run ``command`` under nsys and leave the rank's report in the run directory. Returns its exit status,
     which is recorded where it is a bad one. ``watch``: as in :func:`~hpcmm.worker.signal_forwarding.run_watched`.
 
     Raises ProfilerUnusableError, before anything runs, if this node's nsys is missing or records nothing.
     """
+    config = settings.config
     nsys = shutil.which("nsys")
     if nsys is None:
         raise ProfilerUnusableError(
             f"nsys is not on the PATH of {os.uname().nodename}: load its module (cluster.modules)"
         )
+    if find_spec("nvtx") is None:
+        raise ProfilerUnusableError(
+            f"{sys.executable} on {os.uname().nodename} has no nvtx, without which nsys records no step and no "
+            "collective: install nvtx there (nvtx==0.2.11 goes with every nsys)"
+        )
     facts = nsys_facts(nsys, cache_dir(config.cluster) / "nsys")
     if facts.problem is not None:
         raise ProfilerUnusableError(f"nsys on {os.uname().nodename} cannot be used: {facts.problem}")
-    settings = Path(current_folder()) / "config.ini"  # which nsys' library in the rank reads, and a pipe for ever
-    if os.path.lexists(settings) and (planted(settings) is not None or not settings.is_file()):
-        raise ProfilerUnusableError(f"nsys would read {settings}, which is another user's or no file: have it removed")
-    flags, dropped = known_flags(profile_flags(config.profile, config.train.steps, gpu=_GPU_DEVICE.exists()), facts)
+    foreign = Path(current_folder()) / "config.ini"  # which nsys' library in the rank reads, and a pipe for ever
+    if os.path.lexists(foreign) and (planted(foreign) is not None or not foreign.is_file()):
+        raise ProfilerUnusableError(f"nsys would read {foreign}, which is another user's or no file: have it removed")
+    flags, dropped = known_flags(
+        profile_flags(config.profile, config.train.steps, settings.nsys_flags, gpu=_GPU_DEVICE.exists()), facts
+    )
     if dropped:
         print(f"hpcmm: {facts.version} has no {', '.join(dropped)}; recorded without.", file=sys.stderr)
     failed = SomeRankFailed(run, config.cluster.kill_wait_s)
@@ -88,13 +96,11 @@ class SomeRankFailed:
         return self._since_s is not None and time.monotonic() - self._since_s >= self._patience_s
 
 
-def profile_flags(profile: ProfileConfig, steps: int, *, gpu: bool) -> dict[str, str]:
-    """Options of ``nsys profile`` from a file in ``profiles/nsys/``, and those that a window of steps needs.
+def profile_flags(profile: ProfileConfig, steps: int, wanted: Mapping[str, Any], *, gpu: bool) -> dict[str, str]:
+    """Options of ``nsys profile`` that the profile's file holds, ``wanted``, and those that a window of steps needs.
 
     ``gpu``: the node has an NVIDIA GPU.
     """
-    text = resource(f"profiles/nsys/{profile.flags_file}").read_text(encoding="utf-8")
-    wanted: dict[str, Any] = yaml.safe_load(text)
     trace = [*wanted["trace"], *(wanted.get("trace_on_gpu", []) if gpu else [])]
     flags = {"trace": ",".join(trace)} | {name: str(value) for name, value in wanted.get("flags", {}).items()}
     if step_window(profile.steps, steps) is not None:

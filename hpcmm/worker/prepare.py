@@ -11,25 +11,40 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpcmm.config.schema import RunConfig
-from hpcmm.config.workload import Workload, workload_of
 from hpcmm.errors import InputError
 from hpcmm.node.cache import cache_dir, check_cache_dir, extensions_dir, one_at_a_time
 from hpcmm.node.recorder import node_of
+from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.compiled_ops import build_ops, ops_are_built
+from hpcmm.worker.task import read_settings, whole_config
+
+if TYPE_CHECKING:
+    from hpcmm.config.workload import Workload
 
 
-def prepare(config: RunConfig) -> None:
+def prepare_run(run: RunDir) -> None:
+    """As :func:`prepare`, for the run in this directory."""
+    settings = read_settings(run)
+    prepare(whole_config(settings, run), uses_deepspeed=settings.uses_deepspeed)
+
+
+def prepare(config: RunConfig, *, uses_deepspeed: bool = True) -> None:
     """Build and make what is missing, each by one process at a time. Cheap when nothing is.
 
+    ``uses_deepspeed``: the task imports it; a workload of hpcmm's always does.
     Raises HpcmmError if that fails, InputError for files and folders of the user's that cannot be used.
     """
-    workload = workload_of(config)
-    if workload is not None:
+    workload = None
+    if config.task._target_ is not None:
+        from hpcmm.config.workload import load_workload  # noqa: PLC0415 -- PyYAML, which a script may not have
+
+        workload = load_workload(config.task._target_)
         _check_given_paths(workload, config)
-    if importlib.util.find_spec("deepspeed") is None:
-        return  # a script of the user's, in an environment without it
+    elif not uses_deepspeed or importlib.util.find_spec("deepspeed") is None:
+        return
     are_there = ops_are_built(_ops(config))
     check_cache_dir(config.cluster)  # after the look, so that it was into what is checked
     if not are_there:

@@ -15,6 +15,7 @@ from hpcmm.config.schema import ProfileConfig
 from hpcmm.node.network import find_free_port
 from hpcmm.nsys.capture import run_under_nsys
 from hpcmm.worker.nsys_rank import profile_flags
+from hpcmm.worker.task import nsys_flags_of
 
 SCRIPT = Path(__file__).with_name("collective_ranks.py")
 
@@ -36,7 +37,9 @@ def captured(tmp_path_factory, nsys, compiled_ops):
     counts = folder / "counts.json"
     shell = ["bash", "-c", 'exec "$@" >"$0"', str(counts), *command, "0", port]
     profiled = ProfileConfig(tool="nsys", flags_file="timeline.yaml")
-    flags = [f"--{name}={value}" for name, value in profile_flags(profiled, 1, gpu=False).items()]
+    flags = [
+        f"--{name}={value}" for name, value in profile_flags(profiled, 1, nsys_flags_of(profiled), gpu=False).items()
+    ]
     assert run_under_nsys([nsys, "profile", *flags], shell, folder / "rank_0000.nsys-rep") == 0
     _, errors = other.communicate(timeout=60)
     assert other.returncode == 0, errors

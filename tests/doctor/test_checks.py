@@ -17,7 +17,7 @@ def facts(node):
     return {
         "node": node,
         "python": {"version": "3.11.2", "prefix": "/env", "machine": "x86_64"},
-        "packages": {"torch": "2.13.0", "numpy": "2.1.0"},
+        "packages": {"torch": "2.13.0", "numpy": "2.1.0", "nvtx": "0.2.11"},
         "names": {each: f"10.0.0.{number}" for number, each in enumerate(NODES)},
         "interfaces": {"ib0": {"addresses": ["10.0.0.1"], "mbit_per_s": 100_000, "mtu": 1500, "errors": 0}},
         "interface": "ib0",
@@ -110,3 +110,16 @@ def test_spare_nodes_replace_bad_ones(found):
     assert chosen_nodes(NODES, bad, 2) == ["a", "c"]
     with pytest.raises(HpcmmError, match=r"b failed .* 3 of 4 nodes.*cluster\.exclude=\"b\".*spare_nodes=1"):
         chosen_nodes(NODES, bad, 4)
+
+
+def test_a_python_without_torch_leaves_the_links_unmeasured_and_no_node_is_bad_for_it(found):
+    for facts in found.values():
+        facts["all_reduce"] = {"not_measured": "its Python has no torch"}
+    (finding,) = check_findings(NODES, found)
+    assert (finding.weight, finding.said) == (Weight.note, "no link of 4 nodes is measured: its Python has no torch")
+
+
+def test_a_python_without_nvtx_is_a_warning(found):
+    for facts in found.values():
+        del facts["packages"]["nvtx"]
+    assert findings_of(found) == [(node, "nsys", Weight.warning) for node in NODES]

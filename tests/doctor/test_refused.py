@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import tempfile
+import venv
 from pathlib import Path
 
 import another_user
+import psutil
 import pytest
 
-from hpcmm.doctor.node import _leave_token, token_file
+from hpcmm.config.compose import compose_run
+from hpcmm.doctor.__main__ import main
+from hpcmm.doctor.node import _leave_token, interfaces, token_file
 from hpcmm.doctor.node import main as answer
-from hpcmm.doctor.runner import check_nodes, clean_up, read_answers, write_request
+from hpcmm.doctor.runner import check_nodes, clean_up, python_of_nodes, read_answers, write_request
 from hpcmm.errors import HpcmmError
 from hpcmm.resources import environment_of_modules
 
@@ -59,13 +64,56 @@ def test_without_slurm_s_configuration_it_does_not_wait_for_it(tmp_path):
 
 
 def test_one_node_is_checked_and_nothing_stays(tmp_path):
-    srun = ["sh", "-c", 'for last; do :; done; while [ "$1" != "-P" ]; do shift; done; exec "$PYTHON" "$@"', "srun"]
+    srun = [
+        "sh",
+        "-c",
+        'for last; do :; done; while [ "${1##*/}" != start.py ]; do shift; done; exec "$PYTHON" "$@"',
+        "srun",
+    ]
     environ = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "SLURMD_NODENAME": "n1", "HOME": str(tmp_path)}
     folders = [tmp_path / "runs", tmp_path / "cache"]
     result = check_nodes(["n1"], 1, folders, srun, nsys=False, environ=environ)
     assert result.complaint == ""
     assert result.found["n1"]["shared"] == {str(folder): [] for folder in folders}
     assert [[*folder.iterdir()] for folder in folders] == [[], []]
+
+
+def test_the_nodes_run_the_job_s_python_behind_the_site_s_lines(tmp_path):
+    assert python_of_nodes(compose_run(["cluster=slurm"]).cluster) == [sys.executable]
+    assert python_of_nodes(compose_run(["cluster=h100_apptainer"]).cluster) == [sys.executable]  # it runs outside
+    (tmp_path / "python").write_text("#!/bin/sh\necho $FROM_SITE $FROM_MODULE $*\n")
+    (tmp_path / "python").chmod(0o755)
+    cluster = compose_run(["cluster=slurm", "cluster.python=python", "cluster.modules=['cuda/12 x']"]).cluster
+    cluster.setup = ["export FROM_SITE=1", f"PATH={tmp_path}:$PATH"]
+    environ = {"PATH": "/usr/bin:/bin", "BASH_FUNC_module%%": '() { export FROM_MODULE="$*"; }'}
+    command = [*python_of_nodes(cluster), "a b", "c"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.stdout == "1 load cuda/12 x a b c\n", done.stderr
+    cluster.setup = ["false"]
+    assert subprocess.run([*python_of_nodes(cluster), "x"], env=environ, check=False).returncode == 1
+
+
+@pytest.mark.parametrize("given", ["/nowhere/bin/python", "no-such-python"])
+def test_a_python_that_is_not_there_is_no_fit_machine(tmp_path, capsys, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    assert main(["cluster=slurm", f"cluster.python={given}"]) == 1
+    assert capsys.readouterr().err.startswith(f"hpcmm.doctor: cluster.python is {given}, ")
+
+
+def test_this_machine_is_looked_at_by_the_job_s_python(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    venv.create(tmp_path / "own", symlinks=True)  # without a package
+    words = [f"cluster.cache_dir={tmp_path}/cache", f"cluster.python={tmp_path}/own", "--json"]
+    assert main(["cluster=local", *words]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)["nodes"].values()
+    assert facts["python"]["prefix"] == str(tmp_path / "own")
+
+
+def test_an_interface_has_the_addresses_and_the_size_that_psutil_finds():
+    families = (socket.AF_INET, socket.AF_INET6)
+    listed = [each.address for each in psutil.net_if_addrs()["lo"] if each.family in families]
+    found = interfaces()["lo"]  # the others of a machine come and go
+    assert (sorted(found["addresses"]), found["mtu"]) == (sorted(listed), psutil.net_if_stats()["lo"].mtu)
 
 
 @pytest.fixture

@@ -305,8 +305,8 @@ def test_a_time_limit_before_the_ranks_tells_what_the_job_was_at(run, launch, at
 @pytest.mark.parametrize(
     ("script", "attempts", "is_odd"),
     [
-        ('"$python" -P -m hpcmm.worker prepare "$run_dir"', "", True),
-        ('"$python" -P -m hpcmm.worker prepare "$run_dir"', '{"job_id": "7"}\n', False),
+        ('"$python" "$start" hpcmm.worker prepare "$run_dir"', "", True),
+        ('"$python" "$start" hpcmm.worker prepare "$run_dir"', '{"job_id": "7"}\n', False),
         ("srun train", "", False),
     ],
 )

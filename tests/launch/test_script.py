@@ -74,7 +74,7 @@ def test_the_nodes_are_checked_and_the_port_is_held_where_the_ranks_run(engine):
     text = render_script(config, job_of())
     assert is_bash(text)
     word = {"pyxis": "--container-image=", "apptainer": "apptainer exec "}[engine]
-    by_module = {line.split(" -m ")[1].split()[0]: line for line in text.splitlines() if " -m hpcmm." in line}
+    by_module = {line.split(' "$start" ')[1].split()[0]: line for line in text.splitlines() if ' "$start" ' in line}
     assert {"hpcmm.doctor.preflight", "hpcmm.doctor.node"} <= by_module.keys()
     assert word in by_module["hpcmm.doctor.node"]
     assert word in by_module["hpcmm.doctor.preflight"]

@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hpcmm.config.compose import compose_run
 from hpcmm.config.sweep import compose_points
 from hpcmm.errors import HpcmmError
+from hpcmm.launch.interpreter import Interpreter, installed_packages
 from hpcmm.launch.plan import plan
 from hpcmm.launch.project_files import files_of
 from hpcmm.launch.snapshot import plan_code, take_snapshot
-from hpcmm.launch.write import installed_packages, write, write_provenance
+from hpcmm.launch.write import write, write_provenance
 from hpcmm.runs.run_dir import RunDir
 
 
@@ -135,9 +137,14 @@ def test_a_script_that_is_not_there_is_named(project):
 
 def test_the_provenance_names_commit_changes_packages_and_hashes(project, monkeypatch):
     monkeypatch.setenv("LOADEDMODULES", "gcc/12:cuda/12.4")
+    site = project / "site"
+    for name in ("nvtx-0.2.11.dist-info", "six-1.17.0-py3.9.egg-info"):
+        (site / name).mkdir(parents=True)
     config, run, code = planned(project)
     run.submission_script.write_text("#!/bin/bash\n")
-    write_provenance(config, run, overrides=["a=b"], code=code, code_sha256="abc")
+    interpreter = Interpreter("/env/bin/python", (3, 9, 18), (str(site),))
+    planned_run = SimpleNamespace(config=config, run=run, code=code, overrides=["a=b"], interpreter=interpreter)
+    write_provenance(planned_run, "abc")
     record = json.loads(run.provenance.read_text())
     head = subprocess.run(["git", "-C", str(project), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert record["code"]["project"]["commit"] == head.stdout.strip()
@@ -145,13 +152,14 @@ def test_the_provenance_names_commit_changes_packages_and_hashes(project, monkey
     assert record["modules"] == ["gcc/12", "cuda/12.4"]
     assert record["overrides"] == ["a=b"]
     assert record["code_sha256"] == "abc"
-    assert record["packages"]["submitit"] == installed_packages()["submitit"]
+    assert (record["packages"], record["python"]["version"]) == ({"nvtx": "0.2.11", "six": "1.17.0"}, "3.9.18")
+    assert record["python"]["launcher"] == sys.executable
 
 
 def test_the_packages_are_those_that_importlib_finds():
     from importlib.metadata import version
 
-    found = installed_packages()
+    found = installed_packages(sys.path)
     for name in ("numpy", "pytest", "hydra_core", "omegaconf"):
         assert found[name] == version(name.replace("_", "-"))
     assert Path(sys.prefix).is_dir()

@@ -40,7 +40,12 @@ def test_csv_and_parquet_hold_the_same_values(slow_data: Analysis) -> None:
         assert {column: str(kind) for column, kind in parquet.dtypes.items()} == {
             column: str(kind) for column, kind in table.dtypes.items()
         }, name
-        csv = pd.read_csv(slow_data.out / f"{name}.csv", keep_default_na=False, na_values={"step": "", "rank": ""})
+        csv = pd.read_csv(
+            slow_data.out / f"{name}.csv",
+            keep_default_na=False,
+            na_values={"step": "", "rank": ""},
+            float_precision="round_trip",
+        )
         assert list(csv.columns) == list(table.columns), name
         assert len(csv) == len(parquet) == len(table), name
         for column in table.select_dtypes("float64"):

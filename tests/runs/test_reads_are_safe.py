@@ -16,7 +16,7 @@ RAW = {"read_text", "read_bytes", "open", "is_file", "iterdir", "glob", "rglob"}
 READ_ELSEWHERE = {
     # Not in a run directory: the kernel's files, folders of Python's and of the user's project.
     ("files.py", "_has_no_name_here"),
-    ("launch/write.py", "installed_packages"),
+    ("launch/interpreter.py", "installed_packages"),
     ("launch/snapshot.py", ""),
     ("launch/project_files.py", ""),
     ("launch/job_imports.py", ""),

@@ -12,6 +12,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.nsys.probe import NsysFacts, nsys_facts
 from hpcmm.ranges import step_window
 from hpcmm.worker.nsys_rank import known_flags, profile_flags
+from hpcmm.worker.task import nsys_flags_of
 
 WINDOW_FLAGS = {"capture-range", "nvtx-capture", "capture-range-end", "env-var"}
 
@@ -32,13 +33,13 @@ def test_a_window_that_cannot_be_met_is_refused(choice):
 
 
 def test_cuda_is_traced_only_where_there_is_a_gpu():
-    assert profile_flags(profile(), 10, gpu=False)["trace"] == "nvtx,osrt"
-    assert profile_flags(profile(), 10, gpu=True)["trace"] == "nvtx,osrt,cuda"
+    assert profile_flags(profile(), 10, nsys_flags_of(profile()), gpu=False)["trace"] == "nvtx,osrt"
+    assert profile_flags(profile(), 10, nsys_flags_of(profile()), gpu=True)["trace"] == "nvtx,osrt,cuda"
 
 
 def test_only_a_window_adds_the_flags_of_one():
-    assert not WINDOW_FLAGS & profile_flags(profile(), 10, gpu=False).keys()
-    assert profile_flags(profile("2:4"), 10, gpu=False).keys() >= WINDOW_FLAGS
+    assert not WINDOW_FLAGS & profile_flags(profile(), 10, nsys_flags_of(profile()), gpu=False).keys()
+    assert profile_flags(profile("2:4"), 10, nsys_flags_of(profile("2:4")), gpu=False).keys() >= WINDOW_FLAGS
 
 
 def test_flags_that_this_nsys_does_not_know_are_dropped_by_name():
@@ -102,7 +103,7 @@ with CaptureWindow(range(3, 5)) as window:
 def test_a_window_s_report_holds_its_steps_under_their_own_numbers(nsys, facts, tmp_path):
     from hpcmm.nsys.capture import run_under_nsys
 
-    words, dropped = known_flags(profile_flags(profile("3:5"), 8, gpu=False), facts)
+    words, dropped = known_flags(profile_flags(profile("3:5"), 8, nsys_flags_of(profile("3:5")), gpu=False), facts)
     assert dropped == []
     report, table = tmp_path / "rank_0000.nsys-rep", tmp_path / "table.sqlite"
     assert run_under_nsys([nsys, "profile", *words], [sys.executable, "-c", TRAINING], report) == 0

@@ -11,6 +11,7 @@ from hpcmm.nsys.probe import NsysFacts
 from hpcmm.runs import failures
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.nsys_rank import SomeRankFailed, run_profiled
+from hpcmm.worker.task import RankSettings, nsys_flags_of
 
 
 def test_a_rank_must_end_some_time_after_any_rank_has_left_a_record(tmp_path, monkeypatch):
@@ -52,8 +53,8 @@ def test_settings_of_nsys_that_others_left_in_the_rank_s_folder_keep_it_from_bei
     run.create()
     config = RunConfig(profile=ProfileConfig(tool="nsys", flags_file="timeline.yaml"))
     if kind == "own":
-        assert run_profiled(config, run, 0, ["true"]) == 0
+        assert run_profiled(RankSettings(config, nsys_flags_of(config.profile)), run, 0, ["true"]) == 0
     else:
         with pytest.raises(ProfilerUnusableError, match=r"nsys would read .*shared/config\.ini"):
-            run_profiled(config, run, 0, ["true"])
+            run_profiled(RankSettings(config, nsys_flags_of(config.profile)), run, 0, ["true"])
     assert ran == ([1] if kind == "own" else [])

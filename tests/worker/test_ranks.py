@@ -65,11 +65,11 @@ def test_a_run_with_all_its_steps_is_not_profiled_once_more(tmp_path, latest, ki
 
 
 @pytest.mark.parametrize(
-    "words", [["rank", "somewhere"], ["rank", "somewhere", "--"], ["prepare"], ["port", "--wait"], ["ranks", "x"], []]
+    "words", [["rank"], ["rank", "somewhere", "--"], ["prepare"], ["port", "--wait"], ["ranks", "x"], []]
 )
 def test_a_call_without_all_of_its_words_is_told_how_to_call(capsys, words):
     assert main(words) == 2
-    assert "python -m hpcmm.worker rank RUN_DIR -- COMMAND..." in capsys.readouterr().err
+    assert "python -m hpcmm.worker rank RUN_DIR [-- COMMAND...]" in capsys.readouterr().err
 
 
 def test_a_rank_without_a_configuration_is_one_sentence_and_a_record(tmp_path, capsys, monkeypatch):

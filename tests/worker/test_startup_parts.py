@@ -18,6 +18,11 @@ def test_the_parts_add_up_to_the_time_since_the_job_s_start():
     assert sum(parts.values()) == 4.5
 
 
+def test_without_slurm_the_preparation_in_front_of_a_rank_is_a_part_of_its_own():
+    marks = {"HPCMM_SCRIPT_BEGAN_S": "100", "HPCMM_CAPTURE_BEGAN_S": "239", "HPCMM_COMMAND_BEGAN_S": "249"}
+    assert dict(parts_before(250.0, marks)) == {"prepare": 139.0, "capture": 10.0, "interpreter": 1.0}
+
+
 def test_a_stage_that_left_no_mark_is_left_out():
     assert dict(parts_before(5.0, {"HPCMM_CAPTURE_BEGAN_S": "2", "HPCMM_COMMAND_BEGAN_S": "4"})) == {
         "capture": 2.0,

@@ -8,14 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from submitit.core.utils import DelayedSubmission
 
 from hpcmm.config.compose import compose_run
 from hpcmm.config.config_file import dump
+from hpcmm.resources import own_module
 from hpcmm.runs import failures
 from hpcmm.runs.attempts import begin_attempt
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.task import RankTask
 
 SLURM = {
     "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "42", "SLURMD_NODENAME": "node2",
@@ -53,16 +52,14 @@ def test_a_script_runs_as_main_with_its_words_and_its_neighbours(tmp_path):
 
 
 def run_rank(tmp_path, *overrides, starts=1):
-    """As the batch script and srun start a rank: hpcmm's wrapper, submitit, the task. Returns what it left."""
+    """As the batch script and srun start a rank: hpcmm's wrapper, the task. Returns what it left."""
     run = RunDir(tmp_path / "run")
     run.create()
     dump(compose_run(["cluster=slurm", *overrides]), run.config)
-    DelayedSubmission(RankTask(str(run.root))).dump(run.submitit / "42_submitted.pkl")
     for _ in range(starts):
         begin_attempt(run, SLURM)
     outer = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "SUBMITIT_EXECUTOR": "slurm"}
-    command = [sys.executable, "-m", "hpcmm.worker", "rank", str(run.root), "--"]
-    command += [sys.executable, "-m", "submitit.core._submit", str(run.submitit)]
+    command = [*own_module("hpcmm.worker"), "rank", str(run.root)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | SLURM | outer
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     return run, done

@@ -17,5 +17,5 @@ set -u  # only now, for not every site's own lines bear it
 export PYTHONPATH=/shared/runs/demo-1/code/hpcmm${PYTHONPATH:+:$PYTHONPATH}
 
 run_dir=/shared/runs/demo-1
-python=/env/bin/python
-"$python" -P -m hpcmm.analyze "$run_dir"
+# In the Python that launched, for the job's own may have nothing that the analysis needs.
+/env/bin/python /shared/runs/demo-1/code/hpcmm/hpcmm/start.py hpcmm.analyze "$run_dir"

@@ -72,6 +72,7 @@ export SUBMITIT_EXECUTOR=slurm
 run_dir=/shared/runs/demo-1
 job_id=$SLURM_JOB_ID
 python=python
+start=/shared/runs/demo-1/code/hpcmm/hpcmm/start.py
 port_holder=
 ranks= # the process id of their srun
 # Whether the job is to go back into the queue; whether a signal came while the ranks ran.
@@ -142,11 +143,12 @@ if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
     forbids=$!
 fi
 
-# submitit names the task's pickle after the job. A job that was submitted by hand takes the run's own copy.
+# submitit names the task's pickle after the job, and so the run knows its jobs. A job that was submitted by hand takes the
+# run's own copy.
 pickle=$run_dir/submitit/${job_id}_submitted.pkl
 [ -e "$pickle" ] || { cp "$run_dir/submitit/task.pkl" "$pickle.part" && mv "$pickle.part" "$pickle"; } ||
     ln "$run_dir/submitit/task.pkl" "$pickle" || { # which needs no room
-    say "$pickle cannot be made from task.pkl beside it (see above), and no rank can start without it."
+    say "$pickle cannot be made from task.pkl beside it (see above), so no handle of this job would find it."
     exit 1
 }
 
@@ -155,13 +157,13 @@ if [ -n "${SLURM_HET_SIZE:-}" ]; then
     exit 1
 fi
 # Compiled ops and generated data: once, on one node, before any rank starts.
-"$python" -P -m hpcmm.worker prepare "$run_dir"
+"$python" "$start" hpcmm.worker prepare "$run_dir"
 
 # This script runs on the first node, where rank 0 will listen.
 MASTER_ADDR=${SLURMD_NODENAME:-$(hostname)}
 on_first_node=()
 # A port of its own, that is kept for rank 0 until it listens there.
-exec {port}< <("${on_first_node[@]}" "$python" -P -m hpcmm.worker port --hold)
+exec {port}< <("${on_first_node[@]}" "$python" "$start" hpcmm.worker port --hold)
 port_holder=$!
 read -r MASTER_PORT <&"$port"
 export MASTER_ADDR MASTER_PORT
@@ -180,8 +182,7 @@ rm -rf "$ended" || true # of a job with the same number, which a controller that
 export HPCMM_SRUN_BEGAN_S=$EPOCHREALTIME
 srun --export=ALL --kill-on-bad-exit=1 --wait=60 --cpus-per-task=8 \
     --output=/shared/runs/demo-1/logs/rank_%4t.log --open-mode=append --unbuffered \
-    "$python" -P -m hpcmm.worker rank "$run_dir" -- \
-    "$python" -P -u -m submitit.core._submit "$run_dir/submitit" &
+    "$python" "$start" hpcmm.worker rank "$run_dir" &
 ranks=$!
 
 while :; do
