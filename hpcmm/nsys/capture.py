@@ -96,7 +96,6 @@ def start_under_nsys(profile: Sequence[str], command: Sequence[str], started: Pa
     noting_the_start = ["/bin/sh", "-c", _AS_BEFORE, str(started), *as_before]
     for attempts_left in reversed(range(START_ATTEMPTS)):
         with one_start_at_a_time():
-            take_injection_name()
             environment = os.environ | {COMMAND_BEGAN: f"{time.time():.3f}", "TMPDIR": str(started.parent)}
             process = subprocess.Popen([*profile, *noting_the_start, *command], env=environment, cwd=FOLDER_OF_NSYS)
             while not started.exists() and process.poll() is None:
@@ -127,42 +126,52 @@ def current_folder() -> str:
 def one_start_at_a_time() -> Iterator[None]:
     """Keep others of this user and machine from starting nsys meanwhile (see ``start_under_nsys``).
 
-    If another user has taken the lock's name, nobody is kept: they could hold such a lock for ever.
+    If another user has taken the lock's name, nobody is kept: they could hold such a lock for ever. The name by which
+    CUDA is told of a library is taken before anything starts.
     """
     lock = Path(tempfile.gettempdir()) / f"hpcmm-nsys-start-{os.geteuid()}.lock"
-    try:
-        descriptor = os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        print(f"hpcmm: {lock} cannot be locked ({error.strerror}); nsys starts without.", file=sys.stderr, flush=True)
-        yield
-        return
-    with os.fdopen(descriptor, "w") as held:
-        facts = os.fstat(descriptor)  # it may be a hard link to a file of ours that others can open
-        if facts.st_uid == os.geteuid() and not facts.st_mode & 0o077:
-            fcntl.flock(held, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            descriptor = os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            said = f"{lock} cannot be locked ({error.strerror}); nsys starts without"
+            print(f"hpcmm: {said}.", file=sys.stderr, flush=True)
+        else:
+            held.enter_context(os.fdopen(descriptor, "w"))
+            facts = os.fstat(descriptor)  # it may be a hard link to a file of ours that others can open
+            if facts.st_uid == os.geteuid() and not facts.st_mode & 0o077:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _take_injection_name()
         yield
 
 
-INJECTION_NAME = Path("/dev/shm/cuda_injection_path_shm")  # noqa: S108 -- libcuda's
+_INJECTION_NAME = Path("/dev/shm/cuda_injection_path_shm")  # noqa: S108 -- libcuda's
 """If a file of this name is the user's, each CUDA program of the user loads the library that it names."""
 
 
-def take_injection_name() -> None:
+def _take_injection_name() -> None:
     """Have the user's own empty file there, mode 0600, which names no library.
 
     nsys leaves files of the user in /dev/shm that all users can write. Who can write one can make a hard link of it by
     this name, and have their code run in all CUDA programs of the user on this node, also once nsys has ended.
     """
-    with contextlib.suppress(FileNotFoundError):
-        facts = INJECTION_NAME.lstat()
-        if facts.st_uid == os.geteuid() and (facts.st_nlink > 1 or facts.st_mode & 0o022):
-            INJECTION_NAME.unlink(missing_ok=True)
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-    with contextlib.suppress(FileExistsError, FileNotFoundError):
-        os.close(os.open(INJECTION_NAME, flags, 0o600))
-    with contextlib.suppress(FileNotFoundError):
-        if (owner := INJECTION_NAME.lstat().st_uid) != os.geteuid():  # CUDA passes it over as long as it is theirs
-            print(f"hpcmm: {INJECTION_NAME} is of user {owner}: see docs/security.md.", file=sys.stderr, flush=True)
+    if not _INJECTION_NAME.parent.is_dir():
+        return
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            facts = _INJECTION_NAME.lstat()
+            if facts.st_uid == os.geteuid() and (facts.st_nlink > 1 or facts.st_mode & 0o022):
+                _INJECTION_NAME.unlink()
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(_INJECTION_NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        owner = _INJECTION_NAME.lstat().st_uid
+        problem = (
+            None if owner == os.geteuid() else f"is of user {owner}"
+        )  # CUDA passes it over as long as it is theirs
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror}), so another user could"
+    if problem is not None:
+        print(f"hpcmm: {_INJECTION_NAME} {problem}: see docs/security.md.", file=sys.stderr, flush=True)
 
 
 def _pid_in(started: Path) -> int | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from hpcmm.errors import HpcmmError
 from hpcmm.files import read_text, write_whole
 from hpcmm.node.cache import one_at_a_time, private_folder
-from hpcmm.nsys.capture import START_ATTEMPTS, one_start_at_a_time, take_injection_name
+from hpcmm.nsys.capture import START_ATTEMPTS, one_start_at_a_time
 from hpcmm.nsys.importer import import_qdstrm
 from hpcmm.resources import FOLDER_OF_NSYS, SAFE_PATH
 
@@ -105,7 +105,6 @@ def _record_one_range(nsys: str, raw: Path, report: Path) -> str:
     said = ""
     for _ in range(START_ATTEMPTS):
         with one_start_at_a_time():
-            take_injection_name()
             program = (sys.executable, *SAFE_PATH, "-c", _RECORD_ONE_RANGE)
             said = _words(_run(nsys, "profile", *flags, *program, folder=raw.parent))
         if report.exists() or raw.exists():

@@ -194,8 +194,8 @@ MAX_NAME_LENGTH = 256
 """Characters of a name that are read; longer names come from damaged or hostile reports."""
 MAX_NS = 1 << 52
 """Longest capture that is believed: 52 days in nanoseconds. Times beyond it are damage."""
-STEPS_A_LOOK = 1_000_000
-LEAST_STEPS, STEPS_A_BYTE = 100_000_000, 10
+_STEPS_A_LOOK = 1_000_000
+_LEAST_STEPS, _STEPS_A_BYTE = 100_000_000, 10
 """What a query may take of the steps of SQLite's machine. Those on real exports take at most 0.4 for each byte."""
 
 
@@ -214,9 +214,9 @@ class ReportDatabase:
         try:
             self._connection = sqlite3.connect(uri, uri=True)
             self._connection.text_factory = lambda raw: printable(raw.decode("utf-8", "replace"))
-            self._most_looks = (LEAST_STEPS + STEPS_A_BYTE * path.stat().st_size) // STEPS_A_LOOK
+            self._most_looks = (_LEAST_STEPS + _STEPS_A_BYTE * path.stat().st_size) // _STEPS_A_LOOK
             self._looks = 0
-            self._connection.set_progress_handler(self._takes_too_long, STEPS_A_LOOK)
+            self._connection.set_progress_handler(self._takes_too_long, _STEPS_A_LOOK)
             self._columns = self._read_schema()
         except (sqlite3.Error, UnicodeError) as error:
             raise HpcmmError(f"{path} is not a readable SQLite export: {error}.") from error
@@ -240,8 +240,9 @@ class ReportDatabase:
 
     def _read_schema(self) -> dict[str, frozenset[str]]:
         """The columns of each table that has pages of its own: a virtual one can stand for a query without an end."""
-        of_its_own = "type = 'table' AND rootpage > 0 AND sql LIKE 'CREATE TABLE%'"
-        tables = self._execute(f"SELECT name FROM sqlite_master WHERE {of_its_own}").fetchall()  # noqa: S608
+        tables = self._execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage > 0 AND sql LIKE 'CREATE TABLE%'"
+        ).fetchall()
         return {
             str(name): frozenset(str(row[0]) for row in self._execute("SELECT name FROM pragma_table_info(?)", (name,)))
             for (name,) in tables
@@ -252,7 +253,7 @@ class ReportDatabase:
         return self._connection.execute(query, parameters)
 
     def _takes_too_long(self) -> bool:
-        """Whether SQLite is to give up the query; it asks after each STEPS_A_LOOK of its machine."""
+        """Whether SQLite is to give up the query; it asks after each _STEPS_A_LOOK steps of its machine."""
         self._looks += 1
         return self._looks > self._most_looks
 

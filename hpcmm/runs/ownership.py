@@ -69,8 +69,7 @@ def require_mine(folder: Path, refused: str) -> Path:
 
 def refuse_folder_of_others(folder: Path) -> None:
     """Raises HpcmmError if the folder that ``--out`` names is another user's, or named by another user's link."""
-    place, user = settle(folder), other_user(folder)
-    if user is not None and (place is None or place.uid != 0):
+    if not is_trusted(folder) and (user := other_user(folder)) is not None:
         raise HpcmmError(f"{visible(str(folder))} is another user's ({user}): name a folder of your own with --out.")
 
 

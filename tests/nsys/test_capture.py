@@ -11,7 +11,7 @@ import another_user
 import pytest
 
 from hpcmm.errors import ProfilerUnusableError
-from hpcmm.nsys.capture import run_under_nsys, take_injection_name
+from hpcmm.nsys.capture import one_start_at_a_time, run_under_nsys
 from hpcmm.nsys.importer import find_importer
 from hpcmm.nsys.probe import nsys_problem
 
@@ -139,7 +139,7 @@ def test_an_importer_that_another_user_put_beside_a_link_to_nsys_is_not_run(
 @pytest.fixture
 def injection(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """In a folder that stands for /dev/shm, the file by which CUDA's library is told of another one."""
-    monkeypatch.setattr("hpcmm.nsys.capture.INJECTION_NAME", place / "injection")
+    monkeypatch.setattr("hpcmm.nsys.capture._INJECTION_NAME", place / "injection")
     return place / "injection"
 
 
@@ -152,11 +152,11 @@ def test_before_nsys_starts_the_name_is_taken_by_which_others_could_name_a_libra
         injection.hardlink_to(left_by_nsys)
     elif planted == "open to all":
         left_by_nsys.rename(injection)
-    take_injection_name()
-    facts = injection.lstat()
+    with one_start_at_a_time():
+        facts = injection.lstat()
     assert (facts.st_uid, facts.st_mode & 0o777, facts.st_nlink, facts.st_size) == (os.geteuid(), 0o600, 1, 0)
-    take_injection_name()
-    assert injection.lstat().st_ino == facts.st_ino
+    with one_start_at_a_time():
+        assert injection.lstat().st_ino == facts.st_ino
 
 
 def test_the_name_is_taken_by_a_rank_under_nsys_and_by_the_probe(injection: Path, tmp_path: Path):
@@ -172,7 +172,6 @@ def test_the_name_is_taken_by_a_rank_under_nsys_and_by_the_probe(injection: Path
     assert (tmp_path / "seen").read_text() == "True"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
 @pytest.mark.parametrize("kind", ["file", "link", "pipe"])
 def test_what_another_user_has_by_that_name_stays_and_is_told(injection: Path, tmp_path: Path, kind: str, capsys):
     (tmp_path / "thesis").write_text("mine")
@@ -183,7 +182,17 @@ def test_what_another_user_has_by_that_name_stays_and_is_told(injection: Path, t
     else:
         injection.touch()
     another_user.give(injection)
-    take_injection_name()
-    assert injection.lstat().st_uid == another_user.UID
+    with one_start_at_a_time():
+        assert injection.lstat().st_uid == another_user.UID
     assert (tmp_path / "thesis").read_text() == "mine"
     assert f"is of user {another_user.UID}: see docs/security.md." in capsys.readouterr().err
+
+
+def test_if_the_name_cannot_be_taken_nsys_starts_all_the_same(injection: Path, monkeypatch, capsys):
+    too_long = injection.with_name("n" * 300)
+    monkeypatch.setattr("hpcmm.nsys.capture._INJECTION_NAME", too_long)
+    with one_start_at_a_time():
+        assert f"{too_long} cannot be made (File name too long), so another user could: see" in capsys.readouterr().err
+    monkeypatch.setattr("hpcmm.nsys.capture._INJECTION_NAME", injection / "no such folder")
+    with one_start_at_a_time():
+        assert capsys.readouterr().err == ""

@@ -144,8 +144,8 @@ def test_a_table_that_stands_for_a_query_without_an_end_counts_as_absent(damaged
 
 
 def test_a_query_that_takes_far_longer_than_its_tables_account_for_is_given_up(damaged_sample, monkeypatch) -> None:
-    monkeypatch.setattr("hpcmm.reports.sqlite.STEPS_A_LOOK", 1000)
-    monkeypatch.setattr("hpcmm.reports.sqlite.LEAST_STEPS", 10_000)
+    monkeypatch.setattr("hpcmm.reports.sqlite._STEPS_A_LOOK", 1000)
+    monkeypatch.setattr("hpcmm.reports.sqlite._LEAST_STEPS", 10_000)
     with ReportDatabase(damaged_sample() / "rank_0001.sqlite") as database:
         before = database.rows("SELECT COUNT(*) FROM NVTX_EVENTS")
         with pytest.raises(HpcmmError, match=r"rank_0001.sqlite is damaged: it takes far too long to be read\.$"):
