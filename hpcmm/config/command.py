@@ -233,8 +233,8 @@ def refuse_keys_without_effect(config: RunConfig, given: Collection[str]) -> Non
     )
     for prefix, section, default in sections:
         if section != default:
-            pairs = zip(leaves(section, prefix), leaves(default), strict=True)
-            named += [key for (key, value, _), (_, usual, _) in pairs if value != usual]
+            usual = {key: value for key, value, _ in leaves(default, prefix)}
+            named += [key for key, value, _ in leaves(section, prefix) if value != usual[key]]
     if without := sorted(set(named) - _READ_BY_ALL):
         own = "script's own argument, in task.args or behind --"
         if config.task.name == FUNCTION:
