@@ -248,7 +248,7 @@ def _nsys(found: Found) -> Iterator[Finding]:
             said = "its Python has no nvtx, without which nsys records no step and no collective"
             yield Finding(node, "nsys", Weight.warning, said, "install nvtx there, or train with profile=off")
         elif problem := facts.get("nsys_problem"):
-            yield Finding(node, "nsys", Weight.bad, str(problem), "train with profile=off, or mend it")
+            yield Finding(node, "nsys", Weight.bad, str(problem), "mend it, or train with profile=off")
 
 
 def _gpus(node: str, facts: Mapping[str, Any], expected: int) -> Iterator[Finding]:
@@ -286,18 +286,23 @@ def report_lines(nodes: Sequence[str], found: Found, findings: Sequence[Finding]
     rows = [_COLUMNS, *(_row(node, found.get(node) or {}, rates) for node in nodes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    alike: dict[tuple[str, str, str, str], list[str]] = {}
     for finding in findings:
-        remedy = f" Do: {finding.remedy}." if finding.remedy else ""
-        lines.append(f"{finding.weight}: {finding.node}: {finding.check}: {finding.said}.{remedy}")
-    bad = bad_nodes(findings, nodes)
-    lines.append(_verdict(bad))
+        alike.setdefault((finding.weight, finding.check, finding.said, finding.remedy), []).append(finding.node)
+    for (weight, check, said, do), which in alike.items():
+        remedy = f" Do: {do}." if do else ""
+        lines.append(f"{weight}: {', '.join(which)}: {check}: {said}.{remedy}")
+    lines.append(_verdict(bad_nodes(findings, nodes), nodes))
     return [visible(line) for line in lines]
 
 
-def _verdict(bad: Sequence[str]) -> str:
+def _verdict(bad: Sequence[str], asked: Sequence[str]) -> str:
     if not bad:
         return "No node is bad."
-    nodes = [node for node in bad if not node.endswith(HERE)]  # the machine where the doctor was called is no node
+    # The machine where the doctor was called is no node.
+    nodes, of_the_job = ([each for each in names if not each.endswith(HERE)] for names in (bad, asked))
+    if nodes and nodes == of_the_job and len(nodes) > 1:
+        return f"Bad: {', '.join(bad)}. All nodes are, so it helps nothing to leave some out."
     remedy = f" Leave out: --exclude={','.join(nodes)}" if nodes else ""
     return f"Bad: {', '.join(bad)}.{remedy}"
 

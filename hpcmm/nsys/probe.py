@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -94,8 +95,8 @@ def _problem_of_a_capture(nsys: str, folder: Path) -> str | None:
     if _holds_range(table):
         return None
     return (
-        f"it records no NVTX ranges of the Python package nvtx {version('nvtx')}: install another one of the two "
-        "(nvtx 0.2.11 works with nsys up to 2023.4)"
+        f"it records nothing of nvtx {version('nvtx')}; nsys before 2023.4 needs nvtx 0.2.11: "
+        f"{shlex.quote(sys.executable)} -m pip install nvtx==0.2.11"
     )
 
 
