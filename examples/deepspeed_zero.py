@@ -1,6 +1,6 @@
-"""Plain DeepSpeed with ZeRO stage 2. The one line for hpcmm is marked; without it the script runs the same.
+"""Plain DeepSpeed with ZeRO stage 2. It would be annotated without a change; the marked line says what a step is.
 
-python -m hpcmm.launch task=script task.path=examples/deepspeed_zero.py profile=nsys
+python -m hpcmm.launch profile=nsys -- examples/deepspeed_zero.py
 """
 
 import deepspeed

@@ -1,6 +1,8 @@
-"""A Hugging Face Trainer over a tiny, randomly initialised GPT-2. The one line for hpcmm is marked.
+"""A Hugging Face Trainer over a tiny, randomly initialised GPT-2.
 
-python -m hpcmm.launch task=script task.path=examples/hf_trainer.py profile=nsys
+It would be annotated without a change; the marked line says what a step is.
+
+python -m hpcmm.launch profile=nsys -- examples/hf_trainer.py
 """
 
 import tempfile

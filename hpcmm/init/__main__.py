@@ -91,7 +91,7 @@ def _command(given: Sequence[str], prog: str) -> int:
     else:
         print(f"check it: python -m hpcmm.doctor {words} --nodes {min(_MOST_CHECKED, _nodes_in(lines))}")
         status = 0
-    print(f"next:     python -m hpcmm.launch {words} task=script task.path=train.py profile=nsys analyze=after")
+    print(f"next:     python -m hpcmm.launch {words} profile=nsys analyze=after -- train.py")
     return status
 
 

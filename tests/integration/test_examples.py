@@ -1,4 +1,4 @@
-"""Scripts that know nothing of hpcmm but one line: launched, profiled and analysed, each by one command."""
+"""Scripts that know nothing of hpcmm, or one line: launched, profiled and analysed, each by one command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def runs(slurm_cluster, nsys, tmp_path_factory):
         subprocess.run(
             [
                 sys.executable, "-m", "hpcmm.launch", "cluster=local_slurm", "cluster.nodes=2", "profile=nsys",
-                "task=script", f"task.path={EXAMPLES / name}.py", "analyze=after", f"name={name}",
+                "analyze=after", f"name={name}", "--", str(EXAMPLES / f"{name}.py"),
             ],
             env=slurm_cluster.env, cwd=folder, check=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL,
         )  # fmt: skip
