@@ -28,6 +28,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import write_whole
 from hpcmm.init.proposal import Line, Wanted, propose, written
 from hpcmm.init.site import Site, ask_site, is_name
+from hpcmm.launch.interpreter import ask, with_python
 from hpcmm.node.cache import given_cache_dir, make_folder
 from hpcmm.runs.ownership import own_output_folder
 from hpcmm.slurm.sbatch import check_slurm_conf
@@ -114,6 +115,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--cpus-per-rank", type=number, metavar="N")
     parser.add_argument("--memory-gb", type=number, metavar="N", help="of a node")
     parser.add_argument("--time-limit-min", type=number, metavar="N")
+    parser.add_argument(
+        "--python", metavar="PATH", help="of the ranks, or its environment's folder (default: this one)"
+    )
     parser.add_argument("--modules", metavar="A,B", help="environment modules to load (default: those loaded now)")
     parser.add_argument("--interface", metavar="NAME", help="network interface (default: as the check finds it)")
     parser.add_argument("--cache-dir", metavar="DIR", help="shared folder for what outlives runs")
@@ -160,6 +164,7 @@ def _wanted(site: Site, options: argparse.Namespace) -> Wanted:
         cpus_per_rank=options.cpus_per_rank,
         memory_gb=options.memory_gb,
         time_limit_min=options.time_limit_min,
+        python=_python(options.python),
         modules=tuple(_modules(options.modules, os.environ)),
         cache_dir=cache_dir,
         about_cache=about_cache,
@@ -167,6 +172,14 @@ def _wanted(site: Site, options: argparse.Namespace) -> Wanted:
         submit_environment={name: os.environ[name] for name in SUBMIT_VARIABLES if os.environ.get(name)},
         interface=options.interface,
     )
+
+
+def _python(given: str | None) -> str | None:
+    """The path without a way from here; what is no path is looked up on the nodes."""
+    if given is None:
+        return None
+    path = os.path.expanduser(given)  # noqa: PTH111 -- pathlib's raises for an unknown user
+    return os.path.abspath(path) if os.sep in path or Path(path).is_dir() else path  # noqa: PTH100 -- keeps links
 
 
 def _name(site: Site, options: argparse.Namespace) -> str:
@@ -315,8 +328,11 @@ def _nodes_in(lines: Sequence[Line]) -> int:
 def _refuse_problems(lines: Sequence[Line]) -> None:
     """Raises HpcmmError for values that do not go together, which only options of the user's can be."""
     given: dict[str, Any] = {line.key: line.value for line in lines if line.value is not None}
-    if problems := list(cluster_problems(RunConfig("init", cluster=ClusterConfig(**given)))):
+    config = RunConfig("init", cluster=ClusterConfig(**given))
+    if problems := list(cluster_problems(config)):
         raise HpcmmError("\n".join(problems))
+    if config.cluster.python is not None:
+        ask(with_python(config, Path.cwd()).cluster)
 
 
 def _write(file: Path, lines: Sequence[Line], site: Site, wanted: Wanted) -> RunConfig:

@@ -39,6 +39,7 @@ class Wanted:
     cpus_per_rank: int | None = None
     memory_gb: float | None = None
     time_limit_min: int | None = None
+    python: str | None = None
     modules: tuple[str, ...] = ()
     cache_dir: str | None = None
     about_cache: str = ""
@@ -301,6 +302,8 @@ def _time(site: Site, partition: Partition, wanted: Wanted, mine: Sequence[Assoc
 
 
 def _surroundings(wanted: Wanted) -> Iterator[Line]:
+    if wanted.python is not None:
+        yield Line("python", wanted.python, "The Python that runs the ranks, as you said.")
     if wanted.modules:
         yield Line("modules", list(wanted.modules), "Those that are loaded where this file was made.")
     yield Line("cache_dir", wanted.cache_dir, wanted.about_cache)

@@ -2,6 +2,7 @@
 
 import builtins
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,17 @@ def test_loaded_modules_and_the_way_to_the_cluster_are_kept(slurm, tmp_path, mon
     said = yaml.safe_load(home(tmp_path).read_text())
     assert said["modules"] == ["gcc/12", "cuda/12.4"]
     assert said["submit_environment"] == {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+
+
+def test_the_python_that_trains_is_asked_and_kept(slurm, tmp_path, capsys):
+    environment = tmp_path / "train"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").symlink_to(sys.executable)
+    assert init("--python", "train") == 0
+    assert compose_run(["cluster=lab"]).cluster.python == str(environment)
+    assert init("--name", "other", "--python", "./nowhere") == 1
+    assert f"cluster.python is {tmp_path}/nowhere, but there is no such file" in capsys.readouterr().err
+    assert not home(tmp_path, "other").exists()
 
 
 def test_without_slurm_a_sentence_says_what_to_do(slurm, capsys):
