@@ -421,6 +421,15 @@ def used_packages(scripts: Sequence[Path], bases: Collection[Path], words: Colle
     return frozenset(found)
 
 
+_PATH = re.compile(r"[\w./~+-]+\.py\b")
+
+
+def scripts_named(words: Collection[str], folder: Path) -> list[Path]:
+    """Python files in ``folder`` that a command line names, also within a line of a shell."""
+    names = dict.fromkeys(name for word in words for name in _PATH.findall(word))
+    return [path.resolve() for name in names if is_file_here(path := folder / name)]
+
+
 def _word_of(node: ast.AST) -> str:
     """A name, a keyword, or a text that is one word; empty for all else, such as prose."""
     match node:

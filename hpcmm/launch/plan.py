@@ -13,7 +13,7 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,9 +27,9 @@ from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.config.validate import validate
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
-from hpcmm.files import is_regular, read_followed
+from hpcmm.files import is_file_here, is_regular, read_followed
 from hpcmm.launch.interpreter import Interpreter, ask, check, check_environment_from, with_python
-from hpcmm.launch.job_imports import used_packages
+from hpcmm.launch.job_imports import scripts_named, used_packages
 from hpcmm.launch.script import Job, arrays_of, rank_comment, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
 from hpcmm.ranges import tasks_in
@@ -77,7 +77,7 @@ class Plan:
     interpreter: Interpreter
     """The job's Python."""
     packages: frozenset[str] | None
-    """What the user's code imports; None if the task is hpcmm's own."""
+    """What the user's code imports; None if the task is hpcmm's own, or if nothing tells."""
 
     @property
     def run(self) -> RunDir:
@@ -129,8 +129,8 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
     found = _check_folders(first, run)
     codes = _codes(points, run, here)
     code = codes[what_runs(first.task, here)]
-    interpreter, packages = ask(first.cluster), _packages(code)
-    for said in check(first, interpreter, packages or ()):
+    interpreter = ask(first.cluster)
+    for said in check(first, interpreter, _packages(code, code.scripts)):
         print(f"hpcmm: {printable(said)}", file=sys.stderr)
     python_path = code.python_path
     if any(os.pathsep in folder for folder in python_path):
@@ -160,7 +160,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
         )
         for index, point in enumerate(points)
     )
-    return Plan(planned, arrays[0], arrays, code, tuple(overrides), found, interpreter, packages)
+    return Plan(planned, arrays[0], arrays, code, tuple(overrides), found, interpreter, _packages_of_all(first, code))
 
 
 def _check_folders(config: RunConfig, run: RunDir) -> Exchangeable | None:
@@ -239,10 +239,22 @@ def _note_same_outputs(points: Sequence[Point], code: CodePlan, working_director
             print(f"hpcmm: {printable(said)}", file=sys.stderr)
 
 
-def _packages(code: CodePlan) -> frozenset[str] | None:
-    if not code.scripts:
+_SHELL_BYTES = 100_000
+"""So much of a shell script is looked at."""
+
+
+def _packages(code: CodePlan, scripts: Collection[Path]) -> frozenset[str]:
+    return used_packages([*scripts], {*code.searched, *(each.parent for each in scripts)}, code.words)
+
+
+def _packages_of_all(config: RunConfig, code: CodePlan) -> frozenset[str] | None:
+    """Also of what a program is told to run, maybe by another Python; None if nothing tells what is imported."""
+    shells = (each for each in code.scripts if each.suffix != ".py")
+    shell = [read_followed(each, _SHELL_BYTES).decode(errors="replace") for each in shells if is_file_here(each)]
+    named = scripts_named([*code.words, *shell], code.working_directory)
+    if not code.scripts and not named and config.task.program is None:
         return None
-    return used_packages(code.scripts, {*code.searched, *(each.parent for each in code.scripts)}, code.words)
+    return _packages(replace(code, words=(*code.words, *shell)), dict.fromkeys((*code.scripts, *named)))
 
 
 def _frozen(config: RunConfig, code: CodePlan, start: str | None) -> RunConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,10 +11,12 @@ import pytest
 from other_pythons import VERSIONS, python_of
 
 from hpcmm.config.compose import compose_run
+from hpcmm.config.sweep import compose_points
 from hpcmm.errors import HpcmmError
 from hpcmm.launch import interpreter
 from hpcmm.launch.interpreter import Interpreter, ask, check, with_python
 from hpcmm.launch.job_imports import used_packages
+from hpcmm.launch.plan import plan
 
 SCRIPT = ["task=script", "task.path=train.py"]
 
@@ -211,3 +215,36 @@ def test_whether_deepspeed_is_used_is_told_by_what_the_script_imports_in_turn(tm
         (tmp_path / name).write_text(content)
     assert ("deepspeed" in used_packages([tmp_path / "train.py"], [tmp_path])) is DEEPSPEED[text]
     assert "deepspeed" in used_packages([tmp_path / "other.py"], [tmp_path], ["--deepspeed", "ds.json"])
+
+
+@pytest.mark.parametrize(
+    ("command", "imports_deepspeed"),
+    {
+        "sh -c 'exec python -u train.py --rank 1'": True,
+        "sh -c 'python plain.py'": False,
+        "./run.sh": True,
+        "./plain.sh": False,
+        "torchrun --nproc-per-node 2 plain.py": False,
+        "sh -c 'deepspeed plain.py'": True,
+        "env python plain.py": False,
+    }.items(),
+)
+def test_deepspeeds_ops_are_compiled_only_if_what_a_program_runs_imports_it(
+    tmp_path, monkeypatch, command, imports_deepspeed
+):
+    files = {
+        "train.py": "import helper",
+        "helper.py": "import deepspeed",
+        "plain.py": "import math",
+        "run.sh": "#!/bin/sh\npython train.py\n",
+        "plain.sh": "#!/bin/sh\npython plain.py\n",
+        "torchrun": "",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    words = ["cluster=local", f"runs_root={tmp_path}/runs", "cluster.ranks_per_node=1", "--", *shlex.split(command)]
+    planned = plan(compose_points(words), words)
+    assert ("deepspeed" in planned.packages) is imports_deepspeed
