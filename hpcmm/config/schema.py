@@ -154,7 +154,7 @@ class LaunchConfig:
     hang_s: float | None = key(
         None,
         "Seconds without a sign of progress from any rank after which the job is taken to hang: its ranks' stacks are "
-        "kept, and it is ended, or queued again with requeue=on_node_failure. None: never.",
+        "kept, and it is ended, or queued again with requeue=on_node_failure, or on_stop if it has a checkpoint.",
         least=10,
     )
     preflight: bool = key(False, "Check all nodes of the job before the ranks start, and train on good ones only.")

@@ -39,7 +39,8 @@ class Script:
     def start(self, *overrides, task=None, restart=0, environ=(), **popen):
         sweep = SweepDir(self.root)
         self.run = RunDir(self.root) if task is None else sweep.point(task)
-        self.run.create()
+        if not self.run.root.exists():  # it is not started again
+            self.run.create()
         (self.run.submitit / "task.pkl").touch()
         (self.fakes / "ranks").write_text(f"{self.marks}\n{self.ranks}")
         (self.fakes / "slurm").write_text(self.slurm)
@@ -430,12 +431,13 @@ HANGS = 'mkdir -p "$RUN/failures/7.${SLURM_RESTART_COUNT:-0}"; cd "$_"; touch ha
 @pytest.mark.parametrize("requeue", ["never", "on_stop", "slurm"])
 def test_a_job_that_the_watchdog_ended_has_a_word_and_a_status_of_its_own(script, requeue):
     script.ranks, script.slurm = HANGS, "echo PreemptTime=None"
-    status, _ = script.ends(f"requeue={requeue}", "launch.hang_s=600")
+    status, said = script.ends(f"requeue={requeue}", "launch.hang_s=600")
     assert (status, script.noted) == (124, ["7 hung"])
     assert "requeue 7" not in script.asked
+    assert ("no checkpoint to go on from" in said) == (requeue == "on_stop")
 
 
-def test_a_job_that_hung_is_queued_again_three_times_if_a_node_may_be_why(script):
+def test_a_job_that_hung_is_queued_again_if_a_node_may_be_why(script):
     script.ranks = HANGS
     status, said = script.ends("requeue=on_node_failure", "launch.hang_s=600")
     assert status == 124
@@ -444,8 +446,36 @@ def test_a_job_that_hung_is_queued_again_three_times_if_a_node_may_be_why(script
     assert script.noted == ["7 terminated"]
 
 
-def test_a_job_that_hangs_again_and_again_is_over(script):
+def test_a_job_that_hung_goes_on_from_its_checkpoint(script):
+    script.ranks = f'mkdir -p "$RUN/checkpoints/step_000010"; ln -s step_000010 "$RUN/checkpoints/latest"; {HANGS}'
+    status, said = script.ends("requeue=on_stop", "launch.hang_s=600")
+    assert status == 124
+    assert script.asked == ["update JobId=7 Requeue=1", "requeue 7"]
+    assert "hpcmm: no rank moved; job 7 goes back into the queue" in said
+    assert script.noted == ["7 terminated"]
+
+
+def test_a_script_that_stopped_with_a_checkpoint_before_goes_on_from_it_after_a_hang(script):
+    script.ranks = STOPS
+    script.ends("requeue=on_stop", "launch.hang_s=600")
     script.ranks = HANGS
-    assert script.ends("requeue=on_node_failure", "launch.hang_s=600", restart=3)[0] == 124
-    assert script.asked == []
-    assert script.noted == ["7 restarted", "7 hung"]
+    script.ends("requeue=on_stop", "launch.hang_s=600", restart=1)
+    assert script.asked[-1] == "requeue 7"
+    assert script.noted == ["7 stopped", "7 restarted", "7 terminated"]
+
+
+def test_a_job_that_was_to_be_over_is_not_queued_again_after_a_hang(script):
+    script.ranks = f"kill -USR2 $PPID; {HANGS}"
+    assert script.ends("requeue=on_node_failure", "launch.hang_s=600")[0] == 124
+    assert (script.asked, script.noted) == ([], ["7 hung"])
+
+
+@pytest.mark.parametrize("requeue", ["on_stop", "on_node_failure"])
+def test_a_job_that_hangs_again_and_again_is_over_at_its_fourth_time(script, requeue):
+    script.ranks = f'mkdir -p "$RUN/checkpoints/latest"; {HANGS}'
+    queued = []
+    for restart in (0, 8, 9, 15):  # starts between them came to an end of another kind
+        assert script.ends(f"requeue={requeue}", "launch.hang_s=600", restart=restart)[0] == 124
+        queued.append(script.asked.count("requeue 7"))
+    assert queued == [1, 2, 3, 3]
+    assert script.noted[-2:] == ["7 restarted", "7 hung"]
