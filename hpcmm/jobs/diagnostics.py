@@ -134,6 +134,7 @@ def end_by_log(rank: RankDiagnostics, ended: str, status: int | None) -> Event:
     if logged is not None and _ended_it(logged, status, said):
         kind, remedy = cause_of_exception(logged.kind, logged.message, logged.lines)
         what = exception_line(logged.kind, logged.message) + (f'; then {ended}: "{said}"' if said else "")
+        what = what if logged.worker is None else f"of its workers rank {logged.worker} failed first: {what}"
         return Event(*place, kind, what, logged.lines if len(logged.lines) > 1 else [], remedy)
     last = said.strip() or (rank.last_lines[-1] if rank.last_lines else "")
     complaint = complaint_in(last.splitlines()[-1:])

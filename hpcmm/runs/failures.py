@@ -13,7 +13,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -240,6 +240,8 @@ class LoggedError:
     lines: list[str]
     lines_after: int = 0
     """Lines with text that stand behind it in the log, but for those that are written while a program ends."""
+    worker: int | None = None
+    """The rank of the process that said it, if that is a worker of the log's own."""
 
 
 LINES_THAT_TELL = 3
@@ -275,7 +277,33 @@ def last_logged_error(text: str) -> LoggedError | None:
     A traceback that ends its process is the last thing that the process says, apart from what threads, clean-up and
     destructors add: so the last one that is not theirs counts, if nothing else follows it.
     """
-    lines = [_LOG_PREFIX.sub("", line[:MOST_CHARACTERS]) for line in text.splitlines()]
+    whole = [line[:MOST_CHARACTERS] for line in text.splitlines()]
+    rank, said_by_worker = _before_torchrun(whole)
+    if said_by_worker and (error := _last_error(said_by_worker)) is not None:
+        return replace(error, worker=rank)
+    return _last_error(whole)
+
+
+_WORKER_FAILED = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+_ROOT_CAUSE = re.compile(r"\s*rank\s*: (?P<rank>\d{1,7}) \(local_rank: \d+\)")
+_OF_TORCHRUN = re.compile(r"[WEI]\d{4} \S+ \d+ torch/distributed/elastic/")
+
+
+def _before_torchrun(lines: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Rank and words of the worker that failed first, where torchrun says at a log's end that one has."""
+    ends = [at for at, line in enumerate(lines) if line.startswith(_WORKER_FAILED)]
+    if not ends:
+        return None, []
+    # The last one of its table is the first that failed.
+    ranks = [int(found["rank"]) for line in lines[ends[-1] :] if (found := _ROOT_CAUSE.fullmatch(line))]
+    rank = ranks[-1] if ranks else None
+    begin = max((at for at in range(ends[-1]) if lines[at] == _TRACEBACK), default=0)
+    before = [line for line in lines[:begin] if not _OF_TORCHRUN.match(line)]
+    return rank, [line for line in before if line.startswith(f"[rank{rank}]:")] or before
+
+
+def _last_error(logged: Sequence[str]) -> LoggedError | None:
+    lines = [_LOG_PREFIX.sub("", line) for line in logged]
     last: LoggedError | None = None
     for start, error in islice(_tracebacks(lines), _MOST_TRACEBACKS):
         last = last or error

@@ -1,5 +1,7 @@
 """From words to the kind of a failure."""
 
+import re
+
 import pytest
 
 from hpcmm.node.classify import (
@@ -291,3 +293,44 @@ def test_a_status_above_128_is_the_signal_that_a_shell_means():
         Kind.unknown,
         Kind.unknown,
     ]
+
+
+TORCHRUN = """\
+[rank3]: Traceback (most recent call last):
+[rank3]:   File "train.py", line 7, in <module>
+[rank3]: ValueError: the third rank's own
+[rank2]: Traceback (most recent call last):
+[rank2]:   File "train.py", line 9, in <module>
+[rank2]: RuntimeError: Connection closed by peer
+W1126 13:08:45.289000 3234 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 3549 closing signal
+E1126 13:08:45.307000 3234 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 1
+Traceback (most recent call last):
+  File "torchrun", line 8, in <module>
+    sys.exit(main())
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: 
+============================================================
+train.py FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-26_13:08:45
+  rank      : 2 (local_rank: 0)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-26_13:08:45
+  rank      : 3 (local_rank: 1)
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============================================================
+"""
+
+
+def test_of_torchrun_the_words_of_the_worker_that_failed_first_count():
+    found = last_logged_error(TORCHRUN)
+    assert (found.worker, found.kind, found.message) == (3, "ValueError", "the third rank's own")
+    assert found.lines_after == 0
+    before_a_group = re.sub(r"\[rank\d\]: ", "", TORCHRUN).partition("RuntimeError")[2]
+    found = last_logged_error(f"Traceback (most recent call last):\n  File 'train.py'\nImportError{before_a_group}")
+    assert (found.worker, found.kind) == (3, "ImportError")
+    silent = last_logged_error(TORCHRUN.partition("W1126")[2])
+    assert (silent.worker, silent.kind.rpartition(".")[2]) == (None, "ChildFailedError")
