@@ -124,7 +124,8 @@ def study(
         wait_matrix=wait_matrix(rows, len(traces), steady) / 1e9 / max(len(steps.numbers), 1),
         clock=clock,
         complete=inventory.complete,
-        failed_run=record.folder if record.failed_before_steps else "",
+        failed_run=record.folder if record.failed else "",
+        failed_before_steps=record.failed_before_steps and not any(len(trace.steps) for trace in traces),
         line_to_add=step_line(record.framework) if (inventory.table["status"] == NO_STEPS).any() else "",
     )
 

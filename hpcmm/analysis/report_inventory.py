@@ -30,9 +30,9 @@ NVTX_ASKS_NSYS = (0, 2, 12)
 _RANK_IN_NAME = re.compile(r"rank_([0-9]{1,7})")
 
 
-def _in_this_run(no_ranges: str, record: RunRecord) -> str:
-    """Why a report has no steps, if the run's own record knows better than the report."""
-    if no_ranges and record.failed_before_steps:
+def _in_this_run(no_ranges: str, record: RunRecord, *, stepped: bool) -> str:
+    """Why a report has no steps, if the run's own record knows better; ``stepped``: whether any report has some."""
+    if no_ranges and record.failed_before_steps and not stepped:
         return "the run failed before its first step"
     version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", record.nvtx)[:3])
     if no_ranges.endswith(OLDER_NVTX) and () < version < NVTX_ASKS_NSYS:
@@ -54,7 +54,8 @@ class ReportInventory:
 
 def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInventory:
     """Give each report its rank and status; then add the expected ranks that have no report."""
-    facts = [replace(fact, no_ranges=_in_this_run(fact.no_ranges, record)) for fact in facts]
+    stepped = any(len(trace.steps) for fact in facts for trace in fact.traces)
+    facts = [replace(fact, no_ranges=_in_this_run(fact.no_ranges, record, stepped=stepped)) for fact in facts]
     job_id = _majority_job(facts, record)
     resolved = [_with_ranks(fact, record) for fact in facts]
     told = max((f.identity.world_size or 0 for f in facts if job_id in (None, f.job_id)), default=0)

@@ -30,7 +30,9 @@ class Study:
     clock: CommonClock
     complete: bool
     failed_run: str = ""
-    """The run directory, where that notes that the run failed before its first step."""
+    """The run directory, where that notes that the run failed."""
+    failed_before_steps: bool = False
+    """Neither the run directory nor a report knows of a step before that."""
     line_to_add: str = ""
     """The line that would give the run's script steps; empty if nothing lacks them."""
 

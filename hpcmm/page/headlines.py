@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable
 
 import pandas as pd
@@ -104,7 +105,7 @@ def headline(study: Study) -> str:
 
 
 def _why_no_steps(study: Study) -> str:
-    if study.failed_run:
+    if study.failed_before_steps:
         return plain(why_failed(study.failed_run))
     reasons = study.tables["coverage"]["reason"]
     reasons = reasons[reasons != ""]
@@ -139,6 +140,13 @@ def steps_line(study: Study) -> str:
         who = f"rank{'s' if several else ''} {rank_list(steps.left_out)}"
         told += f" (without {who}, which lack{'' if several else 's'} most of them)"
     return told
+
+
+def failed_line(study: Study) -> str:
+    """That the run failed, if the headline does not say so; empty if it has not."""
+    if not study.failed_run or study.failed_before_steps:
+        return ""
+    return f"the run failed; python -m hpcmm.jobs why {plain(shlex.quote(study.failed_run))} tells why"
 
 
 def phases_line(study: Study) -> str:

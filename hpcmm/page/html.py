@@ -19,6 +19,7 @@ from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
     efficiency_line,
+    failed_line,
     gpu_line,
     headline,
     late_line,
@@ -91,6 +92,7 @@ def _table(title: str, note: str, frame: pd.DataFrame, name: str) -> PageTable:
     return PageTable(title, note, columns, rows, max(0, len(frame) - MAX_ROWS), f"{name}.csv")
 
 
+_FACTS = (steps_line, coverage_line, efficiency_line, failed_line, phases_line)
 _SCRIPTS = (
     "format", "palette", "unpack", "bitmap", "row", "lanes", "describe", "timeline", "gestures", "step_plot", "start",
 )  # fmt: skip
@@ -125,7 +127,7 @@ def page(study: Study) -> str:
         title=plain(study.name or "Analysis"),
         headline=headline(study),
         first=bottlenecks[0] if bottlenecks else None,
-        facts=[fact for line in (steps_line, coverage_line, efficiency_line, phases_line) if (fact := line(study))],
+        facts=[fact for line in _FACTS if (fact := line(study))],
         gpu_facts=[_capital(fact) for fact in (gpu_line(study), late_line(study)) if fact],
         clock=_capital(clock_line(study)),
         parts=_parts(drawn),

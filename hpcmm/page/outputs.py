@@ -19,6 +19,7 @@ from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
     efficiency_line,
+    failed_line,
     gpu_line,
     headline,
     late_line,
@@ -94,7 +95,7 @@ def summary(study: Study) -> str:
     """The whole document."""
     rows = study.tables["bottlenecks"]
     facts = [steps_line(study), coverage_line(study), efficiency_line(study), clock_line(study)]
-    facts += [phases_line(study), gpu_line(study), late_line(study)]
+    facts += [failed_line(study), phases_line(study), gpu_line(study), late_line(study)]
     parts = [f"# {escape(study.name or 'Analysis')}", f"**{escape(headline(study))}**"]
     if len(rows):
         first = rows.iloc[0]

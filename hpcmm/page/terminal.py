@@ -24,6 +24,7 @@ from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
     efficiency_line,
+    failed_line,
     gpu_line,
     headline,
     late_line,
@@ -65,7 +66,8 @@ def print_study(study: Study, out: Path, console: Console | None = None) -> None
     _line(console, "; ".join(fact for fact in facts if fact) + ".", "", rich=rich)
     if len(study.tables["clock"]) > 1:
         _line(console, f"{clock_line(study)[:1].upper()}{clock_line(study)[1:]}.", "", rich=rich)
-    for told in filter(None, (phases_line(study), gpu_line(study), late_line(study), startup_line(study))):
+    facts = [failed_line(study), phases_line(study), gpu_line(study), late_line(study), startup_line(study)]
+    for told in filter(None, facts):
         _line(console, f"{told[:1].upper()}{told[1:]}.", "", rich=rich)
     for gap in _gaps(study.tables["coverage"]):
         _line(console, f"  {gap}", "yellow", rich=rich)

@@ -38,8 +38,10 @@ class RunRecord:
     """By rank, the records of its start: each part, and the first step of each attempt."""
     folder: str = ""
     """The run directory, as it was given."""
+    failed: bool = False
+    """The directory notes that the job failed."""
     failed_before_steps: bool = False
-    """The directory notes that the job failed, and no step of any rank."""
+    """It notes that and no step of any rank; of a script, whose steps it never notes, the reports know better."""
     nvtx: str = ""
     """Version of the Python package nvtx that the run used; empty if it is not known."""
     framework: str = ""
@@ -71,6 +73,7 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         return RunRecord()
     ranks = starts_of(run_dir)
     outcome = newest_outcome(run_dir)
+    failed = outcome is not None and outcome.failed
     config = read_untyped_config(run_dir.config)
     cluster = _section(config, "cluster")
     nodes, ranks_per_node = _positive(cluster.get("nodes")), _positive(cluster.get("ranks_per_node"))
@@ -85,10 +88,8 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         name=resolved(run_dir.root).name,
         startup={each.last.rank: each.records for each in ranks},
         folder=str(run_dir.root),
-        failed_before_steps=trains_a_workload(config)  # others note no steps
-        and outcome is not None
-        and outcome.failed
-        and not any(each.stepped for each in ranks),
+        failed=failed,
+        failed_before_steps=failed and not any(each.stepped for each in ranks),
         nvtx=package_version(run_dir, "nvtx"),
         framework=_framework(run_dir, _section(config, "task").get("path")),
     )

@@ -17,7 +17,7 @@ from hpcmm.analysis.trace import RankTrace
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.analyze.__main__ import main
 from hpcmm.errors import HpcmmError
-from hpcmm.page.headlines import headline
+from hpcmm.page.headlines import failed_line, headline
 from hpcmm.reports.report import Identity
 from hpcmm.reports.run_record import RunRecord, read_run_record
 from hpcmm.runs.metrics import RankStart
@@ -331,6 +331,23 @@ def test_what_is_missing_is_said_with_the_line_that_the_script_needs(run_dir: Ru
     assert set(statuses(analysis).values()) == {"no_steps"}
     assert reason(analysis, 0) == "its collectives are annotated, but no steps in domain hpcmm"
     assert line in headline(analysis.study)
+
+
+def test_of_a_script_that_failed_the_reports_tell_whether_that_was_before_its_first_step(run_dir: RunDir) -> None:
+    run_dir.config.write_text(run_dir.config.read_text() + "task: {name: script, path: train.py}\n")
+    for metrics in run_dir.metrics.glob("*.jsonl"):
+        metrics.write_text("".join(line for line in metrics.open() if '"event": "step"' not in line))
+    run_dir.exit_status.write_text("7 1\n")
+    later = analyze([run_dir.root])
+    assert headline(later.study) == headline(replace(later.study, failed_run=""))
+    why = f"python -m hpcmm.jobs why {shlex.quote(str(run_dir.root))} tells why"
+    assert failed_line(later.study) == f"the run failed; {why}"
+    for rank in range(4):
+        edit(report(run_dir, rank), "DELETE FROM NVTX_EVENTS WHERE eventType = 59")
+    before = analyze([run_dir.root])
+    assert reason(before, 0) == "the run failed before its first step"
+    assert why in headline(before.study)
+    assert failed_line(before.study) == ""
 
 
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", 7, "."])
