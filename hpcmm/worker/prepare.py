@@ -18,7 +18,7 @@ from hpcmm.errors import InputError
 from hpcmm.node.cache import cache_dir, check_cache_dir, extensions_dir, one_at_a_time
 from hpcmm.node.recorder import node_of
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.compiled_ops import build_ops, ops_are_built
+from hpcmm.worker.compiled_ops import ADAM, COMMUNICATION, build_ops, ops_are_built
 from hpcmm.worker.task import read_settings, whole_config
 
 if TYPE_CHECKING:
@@ -45,13 +45,15 @@ def prepare(config: RunConfig, *, uses_deepspeed: bool = True) -> None:
         _check_given_paths(workload, config)
     elif not uses_deepspeed or importlib.util.find_spec("deepspeed") is None:
         return
-    are_there = ops_are_built(_ops(config))
+    # hpcmm's own training has an optimizer of PyTorch's. What a script chooses is not known before it runs.
+    ops = (COMMUNICATION,) if workload is not None else (COMMUNICATION, ADAM)
+    are_there = ops_are_built(_ops(config), ops)
     check_cache_dir(config.cluster)  # after the look, so that it was into what is checked
     if not are_there:
         # Its own lock for each environment, so that none waits for what is compiled for another.
         with _alone(config, extensions_dir(config.cluster).name):
-            if not ops_are_built(_ops(config)):
-                build_ops(_ops(config))
+            if not ops_are_built(_ops(config), ops):
+                build_ops(_ops(config), ops)
     if workload is not None:
         with _alone(config, "data"):
             workload.prepare(config)

@@ -12,12 +12,12 @@ import another_user
 import pytest
 
 from hpcmm.config import config_file
-from hpcmm.config.schema import ClusterConfig, RunConfig
+from hpcmm.config.schema import ClusterConfig, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir, check_cache_dir, one_at_a_time
 from hpcmm.nsys.probe import nsys_facts
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.compiled_ops import build_ops
+from hpcmm.worker.compiled_ops import ADAM, COMMUNICATION, build_ops, ops_are_built
 from hpcmm.worker.prepare import prepare
 
 
@@ -127,7 +127,7 @@ def test_a_cache_folder_behind_another_user_s_link_is_refused(shared: Path, belo
 
 
 def test_nothing_is_compiled_where_another_user_s_link_leads(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpcmm.worker.prepare.build_ops", lambda folder: pytest.fail(f"{folder} was used"))
+    monkeypatch.setattr("hpcmm.worker.prepare.build_ops", lambda folder, _: pytest.fail(f"{folder} was used"))
     (shared / "open").mkdir()
     (shared / "open").chmod(0o1777)
     (shared / "theirs").mkdir()
@@ -148,7 +148,7 @@ def test_nothing_is_compiled_where_another_user_s_link_leads(shared: Path, monke
 def test_ops_are_compiled_in_a_closed_folder_by_its_real_path(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpcmm.worker.distributed.select_accelerator", lambda: "cpu")
     compiled: list[Path] = []
-    monkeypatch.setattr("hpcmm.worker.compiled_ops._compile", compiled.append)
+    monkeypatch.setattr("hpcmm.worker.compiled_ops._compile", lambda folder, _: compiled.append(folder))
     monkeypatch.setenv("CXX", "c++")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
     (shared / "cache").mkdir()
@@ -158,7 +158,55 @@ def test_ops_are_compiled_in_a_closed_folder_by_its_real_path(shared: Path, monk
     assert compiled[0].stat().st_mode & 0o777 == 0o700
     (shared / "cache").chmod(0o777)
     with pytest.raises(HpcmmError, match="cache can be written by everybody, so no ops are compiled"):
-        build_ops(shared / "link" / "ops")
+        build_ops(shared / "link" / "ops", [COMMUNICATION, ADAM])
+
+
+def test_an_op_that_a_script_may_need_is_compiled_beside_what_is_there(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpcmm.worker.distributed.select_accelerator", lambda: "cpu")
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
+    compiled: list[str] = []
+
+    def compile_one(folder: Path, op: str) -> None:
+        compiled.append(op)
+        (folder / op).mkdir()
+        (folder / op / f"{op}.so").write_bytes(b"code")
+
+    monkeypatch.setattr("hpcmm.worker.compiled_ops._compile", compile_one)
+    build_ops(shared / "ops")
+    assert ops_are_built(shared / "ops")
+    assert not ops_are_built(shared / "ops", [COMMUNICATION, ADAM])
+    (shared / "ops" / ADAM).mkdir()
+    (shared / "ops" / ADAM / "lock").touch()  # which a rank that was killed has left
+    build_ops(shared / "ops", [COMMUNICATION, ADAM])
+    assert compiled == [COMMUNICATION, ADAM]
+    assert ops_are_built(shared / "ops", [COMMUNICATION, ADAM])
+    assert not (shared / "ops" / ADAM / "lock").exists()
+    assert (shared / "ops" / COMMUNICATION / f"{COMMUNICATION}.so").exists()
+
+
+def test_a_script_finds_the_optimizer_of_deepspeed_s_settings_compiled_and_a_workload_waits_for_none(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr("hpcmm.worker.prepare.ops_are_built", lambda _, ops: asked.append(tuple(ops)) or True)
+    script = RunConfig(name="run", cluster=cluster(shared / "cache"))
+    prepare(script)
+    workload = RunConfig(name="run", cluster=cluster(shared / "cache"), task=TaskConfig(_target_="some.workload"))
+    monkeypatch.setattr("hpcmm.config.workload.load_workload", lambda _: NothingToPrepare())
+    prepare(workload)
+    assert asked == [(COMMUNICATION, ADAM), (COMMUNICATION,)]
+
+
+class NothingToPrepare:
+    def given_paths(self, config: RunConfig) -> dict[str, str | None]:  # noqa: ARG002
+        return {}
+
+    def prepare(self, config: RunConfig) -> None:
+        pass
 
 
 @pytest.fixture
@@ -170,10 +218,11 @@ def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compile_by(monkeypatch: pytest.MonkeyPatch, build: Callable[[Path], None]) -> None:
-    def build_whole(folder: Path) -> None:
+    def build_whole(folder: Path, _: object) -> None:
         build(folder)
         folder.mkdir(parents=True)
-        (folder / "hpcmm-ops-built").touch()
+        for stamp in ("hpcmm-ops-built", "hpcmm-adam-built"):
+            (folder / stamp).touch()
 
     monkeypatch.setattr("hpcmm.worker.prepare.build_ops", build_whole)
 
