@@ -158,10 +158,10 @@ def profiled_ranks(
     return frozenset(ranks)
 
 
-def step_window(choice: str | None, steps: int) -> range | None:
+def step_window(choice: str | None, steps: int | None) -> range | None:
     """The steps named by ``choice``, such as ``100:110``, whose end is not among them; None for all.
 
-    Raises HpcmmError for anything else, and for a window that holds none of the run's ``steps``.
+    Raises HpcmmError for anything else, and for a window that holds none of the run's ``steps``; None: not known.
     """
     if choice is None:
         return None
@@ -171,6 +171,8 @@ def step_window(choice: str | None, steps: int) -> range | None:
             f"profile.steps is {choice!r}: write the first step and the one after the last, as in 100:110."
         )
     window = range(int(match[1]), int(match[2]))
-    if not window or window.start >= steps:
+    if not window:
+        raise HpcmmError(f"profile.steps is {choice!r}, which holds no step: its second number is that after the last.")
+    if steps is not None and window.start >= steps:
         raise HpcmmError(f"profile.steps is {choice!r}, which holds none of this run's steps 0 to {steps - 1}.")
     return window

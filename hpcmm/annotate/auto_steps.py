@@ -21,7 +21,7 @@ from threading import get_ident
 from typing import Any, Protocol
 
 from hpcmm.annotate import schema
-from hpcmm.annotate.ranges import Range, note_step, pop, push, tell_rank
+from hpcmm.annotate.ranges import Range, before_step, note_step, pop, push, tell_rank
 
 
 class Modules(Protocol):
@@ -295,6 +295,7 @@ class AutomaticRanges:
         self._hide()
         self._step = Range(schema.AUTOMATIC_STEP, self._number)
         note_step(self._number)
+        before_step(self._number)
         if not self._number:
             tell_rank()
         self._number += 1
@@ -318,7 +319,7 @@ class AutomaticRanges:
 
     def _end(self, name: str) -> None:
         """End the last phase of this name; what is within it has ended by an exception."""
-        if not any(each.name == name for each in self._phases):
+        if not self._phases or not any(each.name == name for each in self._phases):
             return
         while True:
             ended = self._phases.pop()

@@ -22,7 +22,6 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-import nvtx
 import torch
 import torch.distributed as dist
 
@@ -63,6 +62,9 @@ class CollectiveRecorder:
     """Starts and ends the ranges, and numbers the collectives of each process group."""
 
     def __init__(self) -> None:
+        import nvtx  # noqa: PLC0415 -- a Python that no profiler watches may not have it
+
+        self._nvtx = nvtx
         self._sequences: dict[str, int] = {}
         """Number of the latest collective, by group name."""
         self._open: dict[dist.Work, Any] = {}
@@ -90,7 +92,7 @@ class CollectiveRecorder:
         group = next(dist.ProcessGroup.unbox(a) for a in arguments if isinstance(a, torch.ScriptObject))
         sequence, whom = self._sequence(op, group), None if peer is None else _rank_in_job(group, peer)
         name = schema.CollectiveName(op, group.group_name, sequence, _bytes(op, arguments), whom)
-        range_id = nvtx.start_range(name.format(), domain=schema.COMM_DOMAIN)
+        range_id = self._nvtx.start_range(name.format(), domain=schema.COMM_DOMAIN)
         self.recorded[group.group_name, op] += 1
         try:
             result = call()
@@ -98,10 +100,10 @@ class CollectiveRecorder:
             if work is not None and blocking:
                 work.wait()
         except BaseException:
-            nvtx.end_range(range_id)
+            self._nvtx.end_range(range_id)
             raise
         if work is None or blocking:
-            nvtx.end_range(range_id)
+            self._nvtx.end_range(range_id)
         else:
             self._end_later(work, range_id, arguments)
         return result
@@ -150,7 +152,7 @@ class CollectiveRecorder:
         self._storages.pop(work, None)
         range_id = self._open.pop(work, None)
         if range_id is not None:
-            nvtx.end_range(range_id)
+            self._nvtx.end_range(range_id)
 
     def tensor_waited(self, tensor: torch.Tensor) -> None:
         """End the ranges of works whose result ``tensor`` is: C++ code has waited for them."""

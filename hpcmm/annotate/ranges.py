@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from itertools import count
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from hpcmm.annotate import schema
@@ -21,14 +22,30 @@ _RANK_KEYS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
+def _nvtx() -> Any:
+    """The package, if this process can record ranges."""
+    if _INJECTION not in os.environ:
+        return None
+    try:
+        return import_module("nvtx")
+    except ImportError as error:  # the program itself does not need it
+        print(
+            f"hpcmm: no range is recorded, for {sys.executable} cannot import nvtx ({error}): "
+            "install nvtx there (nvtx==0.2.11 goes with every nsys).",
+            file=sys.stderr,
+        )
+        return None
+
+
+nvtx = _nvtx()
+
+
 def profiler_attached() -> bool:
-    """Whether this process was started under a profiler that records NVTX ranges."""
-    return _INJECTION in os.environ
+    """Whether this process was started under a profiler that records NVTX ranges, and can give it some."""
+    return _ATTACHED
 
 
-_ATTACHED = profiler_attached()
-if _ATTACHED:
-    import nvtx
+_ATTACHED = nvtx is not None
 _begun: int | None = None
 
 
@@ -42,6 +59,8 @@ class Range:
         self.payload = payload
 
     def __enter__(self) -> None:
+        if self.name == schema.STEP and self.payload is not None:
+            before_step(self.payload)
         if _automatic is None:
             push(self)
         else:
@@ -101,14 +120,15 @@ def note_step(number: int) -> None:
 _told: int | None = None
 
 
-def tell_rank() -> None:
+def tell_rank(*, again: bool = False) -> None:
     """Mark which rank this process is, unless that has been told: a capture may hold a launcher and all its workers.
 
     The process group knows it best. A launcher's own variables reach its workers too, so they count only without one.
+    ``again``: a capture begins, which holds no mark of before.
     """
     global _told  # noqa: PLW0603 -- a property of the process
     rank = _rank_of_process() if _ATTACHED else None
-    if rank is not None and rank != _told:
+    if rank is not None and (again or rank != _told):
         _told = rank
         nvtx.mark(schema.format_rank(rank), domain=schema.DOMAIN)
 
@@ -180,30 +200,55 @@ class CaptureWindow:
     Opens before the window's first step that this attempt does, and closes after its last, or when training ends.
     """
 
-    def __init__(self, steps: range | None) -> None:
-        self._steps = steps if profiler_attached() else None
-        self._open = False
-
-    def __enter__(self) -> CaptureWindow:
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        if self._open:
-            self._close()
+    def __init__(self, steps: range) -> None:
+        self._steps = steps
+        self._is_open = False
+        self.is_over = False
 
     def before(self, step: int) -> None:
         """Call between the steps, with the one that comes."""
-        if self._steps is None:
-            return
-        if self._open and step not in self._steps:
-            self._close()
-            self._steps = None
-        elif not self._open and step in self._steps:
+        if self._is_open and step not in self._steps:
+            self.close()
+        elif not self._is_open and not self.is_over and step in self._steps:
             nvtx.push_range(schema.CAPTURE_RANGE, domain=schema.CAPTURE_DOMAIN)
-            self._open = True
+            self._is_open = True
+            tell_rank(again=True)
 
-    def _close(self) -> None:
-        nvtx.pop_range(domain=schema.CAPTURE_DOMAIN)
-        self._open = False
+    def close(self) -> None:
+        """End the range if it has begun, for good."""
+        if self._is_open:
+            nvtx.pop_range(domain=schema.CAPTURE_DOMAIN)
+            self._is_open, self.is_over = False, True
+
+
+def _window_of_process() -> CaptureWindow | None:
+    asked = os.environ.get(schema.CAPTURE_STEPS)
+    if not asked or not _ATTACHED:
+        return None
+    first, end = map(int, asked.split(":"))
+    atexit.register(_end_window, asked)
+    return CaptureWindow(range(first, end))
+
+
+def before_step(number: int) -> None:
+    """Open or close the window of the process, if it has one, before its step ``number``."""
+    if _window is not None:
+        _window.before(number)
+
+
+def close_window() -> None:
+    """Close the window of the process: its training is over."""
+    if _window is not None:
+        _window.close()
+
+
+def _end_window(asked: str) -> None:
+    close_window()
+    if _window is not None and not _window.is_over and _begun is not None:
+        print(
+            f"hpcmm: no step was recorded: profile.steps is {asked}, and this process' last step was {_begun}.",
+            file=sys.stderr,
+        )
+
+
+_window = _window_of_process()

@@ -20,6 +20,8 @@ AUTOMATIC_STEP = "step (automatic)"
 CAPTURE_DOMAIN = "hpcmm.capture"
 CAPTURE_RANGE = "window"
 """``nsys profile --capture-range=nvtx --nvtx-capture=window@hpcmm.capture`` waits for this one."""
+CAPTURE_STEPS = "HPCMM_CAPTURE_STEPS"
+"""The variable that tells a rank, and each Python that it starts, for which steps it opens: ``100:110``."""
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 
 _RANK = re.compile(r"process rank=([0-9]{1,7})")

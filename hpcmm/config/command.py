@@ -243,11 +243,6 @@ def refuse_keys_without_effect(config: RunConfig, given: Collection[str]) -> Non
             f"{', '.join(without)} would have no effect, for only hpcmm's own training reads it: leave it out, and "
             f"give the {own}."
         )
-    if config.profile.steps is not None:
-        raise HpcmmError(
-            "profile.steps would have no effect but an empty report, for only hpcmm's own training opens that window: "
-            "leave it out."
-        )
 
 
 _TRAIN, _PARALLEL = TrainConfig(), ParallelConfig()

@@ -323,6 +323,11 @@ class RunConfig:
         return self.cluster.nodes * self.cluster.ranks_per_node
 
     @property
+    def known_steps(self) -> int | None:
+        """Steps of the training; None of a script or function, which alone knows."""
+        return None if self.task._target_ is None else self.train.steps
+
+    @property
     def global_batch_size(self) -> int:
         """Examples of one optimizer step over all ranks."""
         return self.train.micro_batch_size * self.train.gradient_accumulation_steps * self.world_size

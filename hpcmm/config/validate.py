@@ -379,7 +379,7 @@ def _profile(config: RunConfig) -> Iterator[str]:
     except HpcmmError as error:
         yield str(error)
     try:
-        step_window(profile.steps, config.train.steps)
+        step_window(profile.steps, config.known_steps)
     except HpcmmError as error:
         yield str(error)
 

@@ -17,12 +17,11 @@ from rich.progress import Progress as Bar
 from torch import nn
 
 from hpcmm import annotate
-from hpcmm.annotate.ranges import CaptureWindow
+from hpcmm.annotate.ranges import close_window
 from hpcmm.annotate.stopping import StopRequest
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
-from hpcmm.ranges import step_window
 from hpcmm.runs.metrics import MetricsWriter, write_scores
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.checkpoint import Checkpoints
@@ -59,6 +58,7 @@ def train(
             log.info("resumed from the checkpoint after step %d of %d", first, config.train.steps)
         metrics.resume(first)
         steps_done = _run_steps(Session(config, run, rank_env, training, engine, checkpoints, metrics), first, scores)
+        close_window()
         training.finish(rank_env.rank, rank_env.world_size)
         if steps_done < config.train.steps:
             log.info("stopped as asked after step %d of %d, with a checkpoint", steps_done, config.train.steps)
@@ -95,10 +95,8 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
     batches = session.training.batches(rank_env.rank, rank_env.world_size, done)
     stop_request = StopRequest(session.run.root)
     signal.signal(signal.SIGUSR1, lambda *_: stop_request.ask())
-    window = CaptureWindow(step_window(config.profile.steps, steps))
-    with Progress(config, first=first, shown=rank_env.rank == 0) as progress, window:
+    with Progress(config, first=first, shown=rank_env.rank == 0) as progress:
         for step in range(first, steps):
-            window.before(step)
             began = time.perf_counter()
             with annotate.step(step):
                 values = _step(session.training, session.engine, batches, config)

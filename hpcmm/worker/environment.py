@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hpcmm.annotate import stopping
+from hpcmm.annotate.schema import CAPTURE_STEPS
 from hpcmm.config.command import is_launcher
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
@@ -143,7 +144,7 @@ NODES, NODE_RANK = "HPCMM_NODES", "HPCMM_NODE_RANK"
 _OF_THE_SCRIPT = (startup.SCRIPT_BEGAN, startup.SRUN_BEGAN)
 _OF_A_RANK = (
     *(stopping.RUN_DIR, stopping.RESTART_COUNT, startup.CAPTURE_BEGAN, startup.COMMAND_BEGAN),
-    *(STAGE_DIR, STAGED, NODES, NODE_RANK),
+    *(STAGE_DIR, STAGED, NODES, NODE_RANK, CAPTURE_STEPS),
 )
 _MOST_BYTES = 64 << 20
 _held: list[IO[bytes]] = []

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hpcmm.annotate.schema import CAPTURE_DOMAIN, CAPTURE_RANGE
+from hpcmm.annotate.schema import CAPTURE_DOMAIN, CAPTURE_RANGE, CAPTURE_STEPS
 from hpcmm.config.schema import ProfileConfig, Requeue
 from hpcmm.errors import ProfilerUnusableError
 from hpcmm.node.cache import cache_dir
@@ -57,7 +57,7 @@ def run_profiled(
     if os.path.lexists(foreign) and (planted(foreign) is not None or not foreign.is_file()):
         raise ProfilerUnusableError(f"nsys would read {foreign}, which is another user's or no file: have it removed")
     flags, dropped = known_flags(
-        profile_flags(config.profile, config.train.steps, settings.nsys_flags, gpu=_GPU_DEVICE.exists()), facts
+        profile_flags(config.profile, config.known_steps, settings.nsys_flags, gpu=_GPU_DEVICE.exists()), facts
     )
     if dropped:
         print(f"hpcmm: {facts.version} has no {', '.join(dropped)}; recorded without.", file=sys.stderr)
@@ -96,19 +96,21 @@ class SomeRankFailed:
         return self._since_s is not None and time.monotonic() - self._since_s >= self._patience_s
 
 
-def profile_flags(profile: ProfileConfig, steps: int, wanted: Mapping[str, Any], *, gpu: bool) -> dict[str, str]:
+def profile_flags(profile: ProfileConfig, steps: int | None, wanted: Mapping[str, Any], *, gpu: bool) -> dict[str, str]:
     """Options of ``nsys profile`` that the profile's file holds, ``wanted``, and those that a window of steps needs.
 
     ``gpu``: the node has an NVIDIA GPU.
     """
     trace = [*wanted["trace"], *(wanted.get("trace_on_gpu", []) if gpu else [])]
     flags = {"trace": ",".join(trace)} | {name: str(value) for name, value in wanted.get("flags", {}).items()}
-    if step_window(profile.steps, steps) is not None:
+    if (window := step_window(profile.steps, steps)) is not None:
+        # Without the first variable only registered strings would open the window; the second one says which steps do.
+        variables = f"NSYS_NVTX_PROFILER_REGISTER_ONLY=0,{CAPTURE_STEPS}={window.start}:{window.stop}"
         flags |= {
             "capture-range": "nvtx",
             "nvtx-capture": f"{CAPTURE_RANGE}@{CAPTURE_DOMAIN}",
             "capture-range-end": "stop",  # the report is written then, while training goes on
-            "env-var": "NSYS_NVTX_PROFILER_REGISTER_ONLY=0",  # or only registered strings would open the window
+            "env-var": variables,
         }
     return flags
 

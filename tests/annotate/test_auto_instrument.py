@@ -72,6 +72,27 @@ def test_without_a_profiler_nothing_waits_for_torch(monkeypatch):
     assert sys.meta_path == before
 
 
+def test_a_python_without_nvtx_under_a_profiler_says_so_in_one_line_and_goes_on():
+    code = """
+        import sys
+        sys.modules["nvtx"] = None
+        from hpcmm import annotate
+        from hpcmm.annotate import collectives
+        collectives.install()
+        for number in annotate.steps(range(2)):
+            with annotate.phase("forward"):
+                print(number)
+    """
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("NVTX")}
+    words = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(
+        words, env=environ | {"NVTX_INJECTION64_PATH": "/none"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0\n1\n"
+    assert done.stderr.startswith("hpcmm: no range is recorded, for ")
+    assert done.stderr.count("\n") == 1
+
+
 IN_CHILDREN = Path(auto_instrument.__file__).with_name("in_children")
 
 
@@ -134,18 +155,19 @@ def test_a_loop_of_plain_pytorch_has_steps_and_phases():
         import torch
         model = torch.nn.Linear(2, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train, held_out = torch.ones(2, 2), torch.zeros(2, 2)
         for epoch in range(2):
-            for batch in torch.utils.data.DataLoader(torch.ones(2, 2), batch_size=1):
+            for batch in torch.utils.data.DataLoader(train, batch_size=1):
                 model(batch).sum().backward()
                 optimizer.step()
             with torch.no_grad():
-                for batch in torch.utils.data.DataLoader(torch.zeros(2, 2), batch_size=1):
+                for batch in torch.utils.data.DataLoader(held_out, batch_size=1):
                     model(batch)
         print("".join(said))
     """
     first, later = "(step(backward)(optimizer)(data))", "(step(forward)(backward)(optimizer)(data))"
     said = run_python(code, **os.environ, NVTX_INJECTION64_PATH="/none").strip()
-    assert said == f"{first}{later}{later}{later}"
+    assert said == f"{first}{later}(data){later}{later}"
 
 
 @pytest.fixture

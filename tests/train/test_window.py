@@ -1,5 +1,6 @@
 """The window of recorded steps, its flags, and what is known of a node's nsys."""
 
+import os
 import sqlite3
 import stat
 import subprocess
@@ -30,6 +31,12 @@ def test_windows(choice, window):
 def test_a_window_that_cannot_be_met_is_refused(choice):
     with pytest.raises(HpcmmError, match=r"profile\.steps is"):
         step_window(choice, 200)
+
+
+def test_of_a_script_nobody_knows_the_last_step():
+    assert step_window("1000:1010", None) == range(1000, 1010)
+    with pytest.raises(HpcmmError, match="holds no step"):
+        step_window("9:3", None)
 
 
 def test_cuda_is_traced_only_where_there_is_a_gpu():
@@ -88,26 +95,41 @@ def test_a_broken_nsys_is_a_problem_and_no_traceback(tmp_path):
     assert "libfoo.so" in nsys_facts(str(broken), tmp_path / "cache").problem
 
 
-TRAINING = """
+OWN_STEPS = """
 from hpcmm import annotate
-from hpcmm.annotate.ranges import CaptureWindow
-with CaptureWindow(range(3, 5)) as window:
-    for step in range(8):
-        window.before(step)
-        with annotate.step(step):
-            pass
+for step in range(8):
+    with annotate.step(step):
+        pass
+"""
+AUTOMATIC_STEPS = """
+from hpcmm.annotate.auto_instrument import annotate_program
+annotate_program()
+import torch
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(8):
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
 """
 
 
 @pytest.mark.nsys
-def test_a_window_s_report_holds_its_steps_under_their_own_numbers(nsys, facts, tmp_path):
+@pytest.mark.parametrize(("training", "steps"), [(OWN_STEPS, "step"), (AUTOMATIC_STEPS, "step (automatic)")])
+def test_a_window_s_report_holds_its_steps_under_their_own_numbers(nsys, facts, tmp_path, training, steps):
     from hpcmm.nsys.capture import run_under_nsys
 
-    words, dropped = known_flags(profile_flags(profile("3:5"), 8, nsys_flags_of(profile("3:5")), gpu=False), facts)
+    words, dropped = known_flags(profile_flags(profile("3:5"), None, nsys_flags_of(profile("3:5")), gpu=False), facts)
     assert dropped == []
     report, table = tmp_path / "rank_0000.nsys-rep", tmp_path / "table.sqlite"
-    assert run_under_nsys([nsys, "profile", *words], [sys.executable, "-c", TRAINING], report) == 0
+    assert run_under_nsys([nsys, "profile", *words], [sys.executable, "-c", training], report) == 0
     subprocess.run([nsys, "export", "--type=sqlite", f"--output={table}", report], check=True, capture_output=True)
     with sqlite3.connect(table) as database:
-        query = "SELECT int64Value FROM NVTX_EVENTS JOIN StringIds ON id = textId WHERE value = 'step' ORDER BY start"
-        assert [number for (number,) in database.execute(query)] == [3, 4]
+        query = "SELECT int64Value FROM NVTX_EVENTS JOIN StringIds ON id = textId WHERE value = ? ORDER BY start"
+        assert [number for (number,) in database.execute(query, (steps,))] == [3, 4]
+
+
+def test_a_window_that_no_step_has_opened_is_told_at_the_end():
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("NVTX")}
+    environ |= {"NVTX_INJECTION64_PATH": "/none", "HPCMM_CAPTURE_STEPS": "30:40"}
+    done = subprocess.run([sys.executable, "-c", OWN_STEPS], env=environ, capture_output=True, text=True, check=True)
+    assert done.stderr == ("hpcmm: no step was recorded: profile.steps is 30:40, and this process' last step was 7.\n")
