@@ -312,14 +312,17 @@ def _own_part(
     """Name and part of what ``members`` alone do in the steps ``at``; None if it is what all ranks do, but longer.
 
     It is their own if no phase tells what it is, if the others do not have its phase in these steps, or enter it far
-    less often: an evaluation calls the model over and over, and one forward pass that takes longer is computation.
+    less often: an evaluation calls the model over and over, and one forward pass that takes longer is computation. And
+    it must be more than they themselves do in the other steps: else their peers have worked less than usual here.
     """
     others = [index for index in range(work.shape[1]) if index not in members]
+    inside, elsewhere = work[at][:, members], np.delete(work, at, axis=0)[:, members]
+    more = np.maximum(inside.mean(axis=(0, 1)) - np.median(elsewhere, axis=0).mean(axis=0), 0.0)
     inside = work[at]
     longer = np.maximum(inside[:, members].mean(axis=(0, 1)) - np.median(inside[:, others], axis=1).mean(axis=0), 0.0)
     entered = _entered(context, at)
     own: dict[str, float] = {}
-    for part, cost in zip(context.parts.names, longer, strict=True):
+    for part, cost in zip(context.parts.names, np.minimum(longer, more), strict=True):
         phase = phase_of_part(part)
         times = entered.get(phase, np.zeros(work.shape[1]))
         extra = times[members].mean() > EXTRA_RANGES * max(float(np.median(times[others])), 0.0)
