@@ -65,19 +65,20 @@ _left_out: list[str] = []
 
 
 def find_modules_in(folder: str, command: str) -> None:
-    """Let ``command`` find the user's modules in the current ``folder``, by putting it on ``sys.path``.
+    """Let ``command`` find the user's modules in the current ``folder``, by putting it on ``sys.path``, as the last.
 
-    If another user than this one and root could have put a module there, it may hide none of those that Python finds
-    elsewhere, nor stand for one that a package of ours would use if it were there. So the folder comes last, and not
-    before :func:`find_modules_at_last`; not at all for a command that needs no class of the user's. It is not on
-    ``sys.path``, where packages look for entry points, which name code, as well.
+    A project may have a ``yaml.py`` or ``rich.py`` of its own, which hides no package of ours here, as in the job.
+    If another user than this one and root could have put a module there, nor may it stand for one that a package of
+    ours would use if it were there. So it is not searched before :func:`find_modules_at_last`; not at all for a command
+    that needs no class of the user's. It is not on ``sys.path``, where packages look for entry points, which name code,
+    as well.
     """
     try:
         facts = Path(folder).stat()
     except OSError:
         return
     if facts.st_uid in {0, os.geteuid()} and not facts.st_mode & 0o022:
-        sys.path.insert(0, folder)
+        sys.path.append(folder)
     elif command not in _WITHOUT_CLASSES:
         _left_out.append(folder)
 

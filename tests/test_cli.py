@@ -16,7 +16,14 @@ import pytest
 
 from hpcmm.cli import COMMANDS, INTERRUPTED, main, run_command
 from hpcmm.errors import HpcmmError
-from hpcmm.resources import ask_for_module, find_modules_at_last, find_modules_in, guard_imports, searched_at_last
+from hpcmm.resources import (
+    PACKAGE,
+    ask_for_module,
+    find_modules_at_last,
+    find_modules_in,
+    guard_imports,
+    searched_at_last,
+)
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 HEAVY = ("pandas", "numpy", "torch", "hydra", "omegaconf", "submitit", "rich", "gradio")
@@ -148,7 +155,7 @@ def test_modules_in_another_user_s_folder_are_not_imported(hpcmm: Path, tmp_path
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o775, 0o1777])
-def test_one_s_own_modules_are_found_first_only_if_nobody_else_writes_the_folder(tmp_path, monkeypatch, mode):
+def test_one_s_own_modules_are_found_last_and_must_be_named_if_others_write_the_folder(tmp_path, monkeypatch, mode):
     tmp_path.chmod(mode)
     (tmp_path / "my_module_here.py").touch()
     (tmp_path / "sched.py").touch()
@@ -156,7 +163,7 @@ def test_one_s_own_modules_are_found_first_only_if_nobody_else_writes_the_folder
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     before = [*sys.path]
     find_modules_in(str(tmp_path), "launch")
-    assert sys.path == ([str(tmp_path), *before] if mode == 0o755 else before)
+    assert sys.path == ([*before, str(tmp_path)] if mode == 0o755 else before)
     assert (find_spec("my_module_here") is None) == (mode != 0o755)
     find_modules_at_last(("json",))
     assert (find_spec("my_module_here") is None) == (mode != 0o755)  # nobody has named it yet
@@ -166,10 +173,19 @@ def test_one_s_own_modules_are_found_first_only_if_nobody_else_writes_the_folder
     assert find_spec("my_module_here") is not None
     assert find_spec("its_import") is not None
     assert searched_at_last() == ([] if mode == 0o755 else [str(tmp_path)])
-    assert sys.path == ([str(tmp_path), *before] if mode == 0o755 else before)
+    assert sys.path == ([*before, str(tmp_path)] if mode == 0o755 else before)
     found = [find_spec(name) for name in ("my_module_here", "sched", "my_module_nowhere")]
-    is_first = [each is not None and each.origin == str(tmp_path / f"{each.name}.py") for each in found]
-    assert is_first == [True, mode == 0o755, False]
+    is_found = [each is not None and each.origin == str(tmp_path / f"{each.name}.py") for each in found]
+    assert is_found == [True, False, False]
+
+
+@pytest.mark.parametrize("name", ["yaml", "rich", "hydra", "logging", "secrets", "platformdirs", "psutil"])
+def test_a_project_s_modules_hide_none_that_hpcmm_needs(tmp_path: Path, name: str) -> None:
+    (tmp_path / "train.py").write_text("print('hello')\n")
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('the module of the project was imported')\n")
+    words = ("cluster=local", "dry_run=true", "--", "train.py")
+    done = run(*_module("launch"), *words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)})
+    assert (done.returncode, "the module of the project" in done.stderr) == (0, False), done.stderr
 
 
 def test_entry_points_that_others_left_in_a_shared_folder_are_not_looked_at(tmp_path, monkeypatch):
