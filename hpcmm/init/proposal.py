@@ -80,7 +80,8 @@ def propose(site: Site, wanted: Wanted) -> list[Line]:
 def choose_partition(site: Site, name: str | None) -> tuple[Partition, str]:
     """The partition that is meant, or the one to begin with, and why. Raises HpcmmError if there is no such."""
     known = {each.name: each for each in site.partitions}
-    closed = {each.name: why for each in site.partitions if (why := site.why_closed(each)) is not None}
+    closed = {each.name: "it is hidden" for each in site.partitions if each.is_hidden}
+    closed |= {each.name: why for each in site.partitions if (why := site.why_closed(each)) is not None}
     shown = "; ".join(f"{_shown(site, each)}{_reason(closed, each.name)}" for each in site.partitions)
     if name is not None:
         if name not in known:

@@ -10,10 +10,11 @@ import os
 import pwd
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hpcmm.errors import HpcmmError
 from hpcmm.slurm.commands import SilentError, ask, new_separator
+from hpcmm.text import printable
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@-]{0,99}")
 """Of a partition, account, QOS or type of GPU, that a file may hold as it is."""
@@ -48,7 +49,6 @@ class Node:
     cores_per_socket: int
     memory_mb: int
     """That jobs can have."""
-    features: frozenset[str]
     is_usable: bool
 
 
@@ -77,6 +77,8 @@ class Partition:
     """Whose limits each job there has."""
     groups: frozenset[str] | None = None
     is_for_root: bool = False
+    is_hidden: bool = False
+    """The site's lists leave it out; whoever knows of it may name it."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,11 @@ def is_name(text: str) -> bool:
 def ask_site(environ: Mapping[str, str] = os.environ) -> Site:
     """Ask scontrol, sinfo if that refuses, and sacctmgr or sshare for the accounts.
 
-    Raises HpcmmError if Slurm does not answer, or shows no partition.
+    Raises HpcmmError if Slurm does not answer, shows no partition, or several clusters are asked at once.
     """
+    clusters = environ.get("SLURM_CLUSTERS", "")
+    if "," in clusters or clusters.strip().lower() == "all":
+        raise HpcmmError(f"SLURM_CLUSTERS is {printable(clusters)}, but a file describes one cluster: set it to one.")
     try:
         shown = ask("scontrol", "show", "config", environ=environ)
     except SilentError as error:
@@ -172,9 +177,10 @@ def ask_site(environ: Mapping[str, str] = os.environ) -> Site:
             "cluster=local needs no file."
         ) from error
     config = dict(read_fields(line) for line in shown.splitlines())
+    listed = ("scontrol", "--all", "--oneliner", "show")
     try:
-        nodes = parse_nodes(ask("scontrol", "--oneliner", "show", "node", environ=environ))
-        partitions = parse_partitions(ask("scontrol", "--oneliner", "show", "partition", environ=environ))
+        nodes = parse_nodes(ask(*listed, "node", environ=environ))
+        partitions = parse_partitions(ask(*listed, "partition", environ=environ))
     except HpcmmError:
         nodes, partitions = [], []
     if not nodes or not partitions:
@@ -185,14 +191,13 @@ def ask_site(environ: Mapping[str, str] = os.environ) -> Site:
         )
     if not partitions:
         raise HpcmmError("Slurm shows you no partition: see `sinfo -s`, and ask the site which you may use.")
-    defaults = _job_defaults(config.get("JobDefaults", ""))
     select, parameters = config.get("SelectType", ""), config.get("SelectTypeParameters", "").upper()
     return Site(
         name=_name(config.get("ClusterName", "").lower()),
         version=_name(config.get("SLURM_VERSION", "")),
         takes_gpus_per_node=not select.endswith(("/cons_res", "/linear")),
         shares_memory="MEMORY" in parameters,
-        partitions=tuple(_with_cpus_per_gpu(each, defaults) for each in partitions),
+        partitions=tuple(_with_site_s(each, config) for each in partitions),
         nodes=tuple(nodes),
         accounting=ask_accounting(config, environ),
         groups=_own_groups(),
@@ -236,7 +241,6 @@ def parse_nodes(listed: str) -> list[Node]:
                 memory_mb=max(
                     0, (_count(facts.get("RealMemory", "")) or 0) - (_count(facts.get("MemSpecLimit", "")) or 0)
                 ),
-                features=_features(facts.get("ActiveFeatures", facts.get("AvailableFeatures", ""))),
                 is_usable=is_usable(facts.get("State", "")),
             )
         )
@@ -269,13 +273,14 @@ def parse_partitions(listed: str) -> list[Partition]:
                 own_qos=_name(facts.get("QoS", "")),
                 groups=_set(_names(facts.get("AllowGroups", "ALL"))),
                 is_for_root=facts.get("RootOnly", "").upper() == "YES",
+                is_hidden=facts.get("Hidden", "").upper() == "YES",
             )
         )
     return found
 
 
-_COLUMNS = "NPGcXYmfTalL"
-"""sinfo's: node, partition, GPUs, CPUs, sockets, cores, memory, features, state, whether it is up, time limits."""
+_COLUMNS = "NPGcXYmTalL"
+"""sinfo's: node, partition, GPUs, CPUs, sockets, cores, memory, state, whether it is up, time limits."""
 
 
 def parse_sinfo(listed: str, separator: str) -> tuple[list[Node], list[Partition]]:
@@ -285,9 +290,7 @@ def parse_sinfo(listed: str, separator: str) -> tuple[list[Node], list[Partition
     nodes: dict[str, Node] = {}
     partitions: dict[str, Partition] = {}
     for start in range(1, len(fields) - width + 1, width):
-        name, partition, gres, cpus, sockets, cores, memory, features, state, up, most, usual = fields[
-            start : start + width - 1
-        ]
+        name, partition, gres, cpus, sockets, cores, memory, state, up, most, usual = fields[start : start + width - 1]
         is_default, partition = partition.endswith("*"), partition.removesuffix("*")
         if not is_name(name) or not is_name(partition):
             continue
@@ -299,7 +302,6 @@ def parse_sinfo(listed: str, separator: str) -> tuple[list[Node], list[Partition
             sockets=_count(sockets.rstrip("+")) or 1,
             cores_per_socket=_count(cores.rstrip("+")) or 1,
             memory_mb=_count(memory.rstrip("+")) or 0,
-            features=_features(features),
             is_usable=is_usable(state),
         )
         partitions[partition] = Partition(
@@ -394,8 +396,16 @@ def parse_qos(listed: str) -> dict[str, int]:
     return found
 
 
-def _with_cpus_per_gpu(partition: Partition, default: int | None) -> Partition:
-    return partition if partition.cpus_per_gpu else Partition(**{**vars(partition), "cpus_per_gpu": default})
+def _with_site_s(partition: Partition, config: Mapping[str, str]) -> Partition:
+    """With what holds for all partitions that say nothing else."""
+    usual = {
+        "cpus_per_gpu": _job_defaults(config.get("JobDefaults", "")),
+        "max_memory_mb_per_node": _limit(config.get("MaxMemPerNode", "")),
+        "max_memory_mb_per_cpu": _limit(config.get("MaxMemPerCPU", "")),
+    }
+    if partition.max_memory_mb_per_node or partition.max_memory_mb_per_cpu:  # a partition has one of the two
+        usual = {"cpus_per_gpu": usual["cpus_per_gpu"]}
+    return replace(partition, **{name: value for name, value in usual.items() if getattr(partition, name) is None})
 
 
 def _job_defaults(text: str) -> int | None:
@@ -426,10 +436,6 @@ def _names(text: str) -> tuple[str, ...] | None:
 
 def _set(names: Sequence[str] | None) -> frozenset[str] | None:
     return None if names is None else frozenset(names)
-
-
-def _features(text: str) -> frozenset[str]:
-    return frozenset(filter(is_name, text.split(",")))
 
 
 def _count(text: str) -> int | None:

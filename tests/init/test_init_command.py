@@ -34,7 +34,7 @@ PARTITIONS = (
 SINFO = """\
 for word; do case $word in --format=*) asked=${word#--format=};; esac; done
 part=${asked%%\\%*}
-for field in "" n7 'gpu*' gpu:8 64 2 32 515000 '(null)' idle up infinite 1:00:00 "
+for field in "" n7 'gpu*' gpu:8 64 2 32 515000 idle up infinite 1:00:00 "
 "; do printf '%s%s' "$field" "$part"; done
 """
 
@@ -213,6 +213,36 @@ def test_if_scontrol_tells_no_nodes_sinfo_does(slurm, tmp_path):
     assert init() == 0
     said = yaml.safe_load(home(tmp_path).read_text())
     assert (said["partition"], said["nodes"], said["gpus_per_node"], said["time_limit_min"]) == ("gpu", 1, 8, 60)
+
+
+@pytest.mark.parametrize(
+    ("of_site", "of_partition", "memory_gb"),
+    [
+        ("MaxMemPerCPU = 4000", "MaxMemPerNode=UNLIMITED", 250),
+        ("MaxMemPerNode = 100000", "MaxMemPerNode=UNLIMITED", 97),
+        ("MaxMemPerNode = UNLIMITED", "MaxMemPerNode=UNLIMITED", 502),
+        ("MaxMemPerNode = 100000", "MaxMemPerCPU=4000", 250),
+    ],
+)
+def test_memory_is_within_what_the_partition_gives_or_else_the_site(slurm, tmp_path, of_site, of_partition, memory_gb):
+    (tmp_path / "config").write_text(CONFIG.replace("SelectType ", f"{of_site}\nSelectType "))
+    (tmp_path / "partitions").write_text(PARTITIONS.replace("State=UP", f"State=UP {of_partition}"))
+    assert init() == 0
+    assert yaml.safe_load(home(tmp_path).read_text())["memory_gb"] == memory_gb
+
+
+@pytest.mark.parametrize("clusters", ["big,small", "all"])
+def test_several_clusters_at_once_are_refused(slurm, tmp_path, monkeypatch, capsys, clusters):
+    monkeypatch.setenv("SLURM_CLUSTERS", clusters)
+    assert init() == 1
+    assert f"SLURM_CLUSTERS is {clusters}, but a file describes one cluster: set it to one." in capsys.readouterr().err
+    assert not home(tmp_path).exists()
+
+
+def test_what_to_type_next_runs_a_script(slurm, tmp_path, capsys):
+    assert init("--name", "lab") == 0
+    next_line = capsys.readouterr().out.splitlines()[-1]
+    assert next_line == "next:     python -m hpcmm.launch cluster=lab profile=nsys analyze=after -- train.py"
 
 
 def test_no_partition_at_all_is_said(slurm, tmp_path, capsys):

@@ -221,6 +221,14 @@ def test_a_partition_that_takes_no_job_of_the_user_is_passed_over_and_named():
     assert "[no node of it takes jobs at present]" in why
 
 
+def test_a_hidden_partition_is_taken_only_if_it_is_named():
+    nodes = [node("g1", "gpu:8", "secret"), node("g2", "gpu:2", "open")]
+    found = site(nodes, partition("secret", default="YES").replace("Hidden=NO", "Hidden=YES"), partition("open"))
+    chosen, why = choose_partition(found, None)
+    assert (chosen.name, "secret (default): 1 node, 8 GPUs [it is hidden]" in why) == ("open", True)
+    assert choose_partition(found, "secret")[0].name == "secret"
+
+
 ENFORCED = Accounting(
     frozenset({"associations", "limits", "qos"}),
     tuple(
@@ -295,9 +303,9 @@ def test_memory_that_slurm_does_not_hand_out_is_not_asked_for():
 
 
 def test_sinfo_tells_the_same_if_scontrol_refuses():
-    row = ["n1", "gpu*", "gpu:a100:4(S:0-1)", "64", "2", "16", "515000", "ib", "idle", "up", "1-00:00:00", "1:00:00"]
+    row = ["n1", "gpu*", "gpu:a100:4(S:0-1)", "64", "2", "16", "515000", "idle", "up", "1-00:00:00", "1:00:00"]
     other = ["n1", "short", *row[2:]]
-    down = ["n2", "gpu*", *row[2:8], "drained*", "up", "infinite", "n/a"]
+    down = ["n2", "gpu*", *row[2:7], "drained*", "up", "infinite", "n/a"]
     listed = "".join(f"|{'|'.join(each)}|\n" for each in (row, other, down))
     nodes, partitions = parse_sinfo(listed, "|")
     assert [(each.name, each.partitions, each.is_usable) for each in nodes] == [
