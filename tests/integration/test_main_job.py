@@ -79,9 +79,9 @@ def test_the_run_directory_holds_everything(clean_run, slurm_cluster):
     assert "#SBATCH --nodes=4" in (run / "submission.sh").read_text(encoding="utf-8")
     for rank in range(8):
         assert (run / "nsys" / f"rank_{rank:04d}.nsys-rep").stat().st_size > 100_000
-        assert f"rank {rank} on {nodes[rank // 2]}" in (run / "logs" / f"rank_{rank:04d}.log").read_text(
-            encoding="utf-8"
-        )
+        assert f"rank_{rank:04d}" in (run / "logs" / f"rank_{rank:04d}.log").read_text(encoding="utf-8")  # its report
+        start = json.loads((run / "metrics" / f"rank_{rank:04d}.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        assert (start["rank"], start["node"]) == (rank, nodes[rank // 2])
     assert (run / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_000010"
 
 
