@@ -307,7 +307,7 @@ E1126 13:08:45.307000 3234 torch/distributed/elastic/multiprocessing/api.py:1002
 Traceback (most recent call last):
   File "torchrun", line 8, in <module>
     sys.exit(main())
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError: 
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 ============================================================
 train.py FAILED
 ------------------------------------------------------------
