@@ -147,6 +147,8 @@ _MATCHED = 0.9
 """From this share of the operations on, what is left of them is transfer."""
 _PHASE_SHARE = 0.1
 """A phase is named for communication that spreads over several when it holds this share of it."""
+_MOST_SINGLE = 1.5
+"""Up to so many messages a step, most steps have one."""
 
 
 def _stopped(context: AnalysisContext) -> tuple[list[Finding], Floats]:
@@ -234,7 +236,9 @@ def _transfer_of(
     if about:
         told += f"; {about}"
         confidence = MEDIUM if node and confidence == HIGH else confidence
-    return Finding("transfer", cause, lost, None, node, phase, told, confidence, where, worst, moves=moves, bound=bound)
+    found = Finding("transfer", cause, lost, None, node, phase, told, confidence, where, worst)
+    is_single = bound == "latency" and len(rows) <= _MOST_SINGLE * count
+    return replace(found, moves=moves, bound=bound, is_single=is_single)
 
 
 def _imbalance(context: AnalysisContext, blamed: Mask) -> list[Finding]:

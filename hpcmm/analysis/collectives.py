@@ -346,11 +346,11 @@ def bound_by(rows: pd.DataFrame, start_s: float | None) -> str:
 
 def in_words(rows: pd.DataFrame, count: int) -> str:
     """Messages, bytes, time and bandwidth; ``count`` is the number of steps times that of ranks."""
-    megabytes = float(rows["bytes"].sum()) / count / 1e6
     each_s = float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / max(len(rows), 1)
+    whole, typical = _size(float(rows["bytes"].sum()) / count), _size(float(rows["bytes"].median()))
     told = (
-        f"{megabytes:.3g} MB a step and rank in {len(rows) / count:.3g} messages, half of them of at least "
-        f"{_size(float(rows['bytes'].median()))}, {_duration(each_s)} each"
+        f"{whole} a step and rank in {len(rows) / count:.3g} messages, half of them of at least {typical}, "
+        f"{_duration(each_s)} each"
     )
     large = rows[rows["bytes"] >= rows["bytes"].quantile(0.5)]
     bandwidth = float(large["bus_bytes_per_s"].median()) if large["bus_bytes_per_s"].notna().any() else 0.0

@@ -97,6 +97,8 @@ class Finding:
     """Of a transfer: what moves, as :mod:`hpcmm.analysis.parallelism` names it. Of a stage: what to move."""
     bound: str = ""
     """Of a transfer: ``latency`` or ``bandwidth``; empty if the data do not tell."""
+    is_single: bool = False
+    """Of a transfer: it is one message a step, which can be joined to no other."""
 
     @property
     def blames(self) -> bool:
@@ -185,7 +187,8 @@ def suggest(finding: Finding, config: Mapping[str, Any]) -> str:
     if finding.kind in _PIPELINE_ADVICE:
         return _PIPELINE_ADVICE[finding.kind] if not finding.moves else f"{finding.moves}: {_PIPELINE_ADVICE['stage']}"
     if finding.kind == "transfer" and not (trains and finding.moves in {"", "gradients"}):
-        return _TRANSFER_ADVICE[finding.moves, finding.bound]
+        usual = _TRANSFER_ADVICE[finding.moves, finding.bound]
+        return _SINGLE_ADVICE.get(finding.moves, usual) if finding.is_single else usual
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
     if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
@@ -225,6 +228,7 @@ _WRAP = "wrap larger units with fully_shard, so that fewer and larger gathers ru
 _ACTIVATIONS = "keep the tensor-parallel group within a node; sequence parallel; async tensor parallel (torch.compile)"
 _SENDS = "larger micro-batches send less often; keep neighbouring stages within a node or on its fastest links"
 _TOKENS = "keep these groups within a node, or overlap the exchange with computation"
+_BUFFERS = "send no buffers before each forward pass: DistributedDataParallel(broadcast_buffers=False)"
 _ANY = "if these are gradients, accumulate them over more micro-batches before they are exchanged, or compress them"
 _TRANSFER_ADVICE = {
     ("", ""): _ANY,
@@ -238,9 +242,15 @@ _TRANSFER_ADVICE = {
     **{("pipeline sends", bound): _SENDS for bound in ("", "latency")},
     ("pipeline sends", "bandwidth"): "send activations in bf16, and keep neighbouring stages within a node",
     **{("tokens of experts or sequence parts", bound): _TOKENS for bound in ("", "latency", "bandwidth")},
+    **{("module buffers", bound): _BUFFERS for bound in ("", "latency", "bandwidth")},
     **{("small messages", bound): _FUSE for bound in ("", "latency", "bandwidth")},
 }
 """By what moves and what bounds it."""
+_SINGLE_ADVICE = {
+    "gradients": "exchange them for more work: a larger batch, or several micro-batches for each exchange (no_sync)",
+    "small messages": "a larger batch, so that fewer steps wait for it; a loss or metric only when it is logged",
+}
+"""Of one message a step that latency bounds, by what moves."""
 
 _GPU_ADVICE = {
     "gpu_host": "a larger micro-batch, or fewer launches: torch.compile(model, mode='reduce-overhead')",
@@ -265,7 +275,7 @@ def _override(finding: Finding, config: Mapping[str, Any]) -> str:  # noqa: PLR0
             return f"train.micro_batch_size={2 * max(1, _number(config, 'train', 'micro_batch_size', 1))}"
         case "checkpoint" | "solo" if finding.kind == "checkpoint" or _SAVES.search(finding.phase):
             return f"train.checkpoint_every={max(4 * _number(config, 'train', 'checkpoint_every', 0), 100)}"
-        case "transfer" if finding.bound == "latency":
+        case "transfer" if finding.bound == "latency" and not finding.is_single:
             size = _number(config, "parallel", "reduce_bucket_size", 0)
             return f"parallel.reduce_bucket_size={4 * size if size > 0 else 50_000_000}"
         case "transfer":
@@ -281,7 +291,7 @@ def _override(finding: Finding, config: Mapping[str, Any]) -> str:  # noqa: PLR0
 def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
     match finding.kind:
         case "data":
-            return "load in processes beside the training: torch.utils.data.DataLoader(..., num_workers=2)"
+            return "load in processes, or more of them, beside the training: torch.utils.data.DataLoader(num_workers=N)"
         case "compute" if finding.node:
             return f"sbatch --exclude={shlex.quote(finding.node)} ..."
         case "batch" | "uneven":

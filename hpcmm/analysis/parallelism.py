@@ -19,18 +19,22 @@ from hpcmm.analysis.findings import HIGH, LOW, MEDIUM, AnalysisContext, Finding
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.trace import NO_PEER, RankTrace
 
-GRADIENTS, PARAMETERS, ACTIVATIONS, TOKENS, SENDS, SMALL, UNKNOWN = (
+GRADIENTS, PARAMETERS, ACTIVATIONS, TOKENS, SENDS, BUFFERS, SMALL, UNKNOWN = (
     "gradients",
     "sharded parameters",
     "activations",
     "tokens of experts or sequence parts",
     "pipeline sends",
+    "module buffers",
     "small messages",
     "",
 )
 """What moves."""
 BULK = 0.1
 """A group is for what takes this share of its bytes."""
+OFTEN = 0.5
+"""So many reductions for each gather are as many: tensor-parallel layers have one of each."""
+REDUCES = ("all_reduce", "reduce_scatter")
 
 Stages = tuple[tuple[int, ...], ...]
 """Traces of each pipeline stage, in the order of the stages; empty without a pipeline."""
@@ -93,7 +97,7 @@ def _share_more_than_they_send(rows: pd.DataFrame, sends: pd.DataFrame, chain: S
 
 def _stages_of_groups(rows: pd.DataFrame, sends: pd.DataFrame, traces: int) -> Stages:
     """Stages of reports whose sends do not say to whom: the groups in which ranks reduce their gradients."""
-    reduces = rows[rows["complete"].astype(bool) & rows["op"].isin(["all_reduce", "reduce_scatter"])]
+    reduces = rows[rows["complete"].astype(bool) & rows["op"].isin(REDUCES)]
     reduces = reduces[(reduces["ranks"] > 1) & (reduces["ranks"] < traces) & (reduces["step"] >= 0)]
     by_bytes = reduces.groupby("group")["bytes"].sum().sort_values(ascending=False)
     stages: list[tuple[int, ...]] = []
@@ -110,11 +114,16 @@ def _stages_of_groups(rows: pd.DataFrame, sends: pd.DataFrame, traces: int) -> S
 def what_moves(rows: pd.DataFrame, stages: Stages) -> npt.NDArray[np.object_]:
     """For each of ``rows``, what it carries: one of the names above."""
     found = np.full(len(rows), UNKNOWN, dtype=object)
+    op, small = rows["op"].to_numpy(str), (rows["bytes"] < SMALL_BYTES).to_numpy(bool)
+    # Of a model without larger messages these are the gradients; beside larger ones, such as statistics of batches.
+    tiny = np.isin(op, REDUCES) & rows["phase"].str.contains("backward").to_numpy(bool)
     for at in rows.reset_index(drop=True).groupby("group").indices.values():
         found[at] = _group_moves(rows.iloc[at], stages)
-    op, size = rows["op"].to_numpy(str), rows["bytes"].to_numpy(np.int64)
-    found[np.isin(op, ["all_to_all"])] = TOKENS
-    found[size < SMALL_BYTES] = SMALL
+        found[at[small[at]]] = SMALL
+        if small[at].all():
+            found[at[tiny[at]]] = GRADIENTS
+    found[np.isin(op, ["all_to_all"]) & ~small] = TOKENS
+    found[np.isin(op, ["broadcast"]) & ~small & rows["phase"].str.contains("forward").to_numpy(bool)] = BUFFERS
     found[np.isin(op, [*POINT_TO_POINT])] = SENDS if stages else UNKNOWN
     return found
 
@@ -122,9 +131,10 @@ def what_moves(rows: pd.DataFrame, stages: Stages) -> npt.NDArray[np.object_]:
 def _group_moves(rows: pd.DataFrame, stages: Stages) -> str:
     """What the bulk of one group's bytes is.
 
-    Activations are exchanged within the forward pass, and reduced there too. Sharded parameters are gathered in forward
-    or backward, and only their gradients are reduced, in backward. Gradients alone are reduced in backward or later,
-    and a sharded optimizer then gathers what it has updated.
+    Activations are exchanged within the forward pass, and reduced there too; one gather there, such as of the logits,
+    may be larger than all else. Sharded parameters are gathered in forward or backward, and only their gradients are
+    reduced, in backward. Gradients alone are reduced in backward or later, and a sharded optimizer then gathers what it
+    has updated.
     """
     bulk = rows[~rows["op"].isin(POINT_TO_POINT) & (rows["bytes"] >= SMALL_BYTES)]
     whole = float(bulk["bytes"].sum())
@@ -132,7 +142,7 @@ def _group_moves(rows: pd.DataFrame, stages: Stages) -> str:
         return UNKNOWN
     forward = bulk["phase"].str.contains("forward") & ~bulk["phase"].str.contains("backward")
     backward = bulk["phase"].str.contains("backward") & ~bulk["phase"].str.contains("forward")
-    reduces, gathers = bulk["op"].isin(["all_reduce", "reduce_scatter"]), bulk["op"] == "all_gather"
+    reduces, gathers = bulk["op"].isin(REDUCES), bulk["op"] == "all_gather"
 
     def much(chosen: pd.Series[bool]) -> bool:
         return float(bulk.loc[chosen, "bytes"].sum()) >= BULK * whole
@@ -142,8 +152,9 @@ def _group_moves(rows: pd.DataFrame, stages: Stages) -> str:
     # Without phases: who gathers more than is reduced gathers for forward and backward.
     scatters = float(bulk.loc[bulk["op"] == "reduce_scatter", "bytes"].sum())
     gathered = float(bulk.loc[gathers, "bytes"].sum())
+    is_reduced_as_often = int((forward & reduces).sum()) > OFTEN * int((forward & gathers).sum())
     told = [
-        (ACTIVATIONS, much(forward & reduces)),
+        (ACTIVATIONS, much(forward & reduces) or is_reduced_as_often),
         (PARAMETERS, much((forward | backward) & gathers)),
         (GRADIENTS, much(reduces & (backward | (bulk["phase"] == "optimizer"))) or (in_stage and much(reduces))),
         (PARAMETERS, 0 < 1.2 * scatters < gathered),

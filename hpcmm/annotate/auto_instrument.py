@@ -330,7 +330,9 @@ class WatchedModules:
 def _hooks_on(module: Any) -> list[Any]:
     if getattr(module, "_compiled_call_impl", None) is not None:
         return [_CompiledCall(module)]
-    return [module.register_forward_pre_hook(_Hook(begins=True)), module.register_forward_hook(_Hook())]
+    # Before the hooks of others: those of FSDP gather the parameters of this call.
+    begins = module.register_forward_pre_hook(_Hook(begins=True), prepend=True)
+    return [begins, module.register_forward_hook(_Hook())]
 
 
 class _CompiledCall:

@@ -383,8 +383,8 @@ def _ranks(
         folder = attempt if rank in told_by else None
         error = failures.read(failures.error_file(folder, rank), RankError, 4 * most_bytes) if folder else None
         ended = failures.read(failures.exit_file(folder, rank), RankExit, 4 * most_bytes) if folder else None
-        if error is not None and error.kind == "SystemExit" and ended is not None:
-            error = None  # its status tells as much
+        if error is not None and error.kind in {"SystemExit", failures.WORKER_FAILED} and ended is not None:
+            error = None  # its status tells as much, and the log what a worker said
         here = progress.get(rank)
         node = error.node if error else ended.node if ended else here.node if here else named.get(rank, ("", ""))[0]
         stacks = read_tail(failures.stacks_file(folder, rank), most_bytes, within=run.root) if folder else ""

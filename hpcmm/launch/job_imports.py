@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -56,7 +56,7 @@ def read_editable(sites: Sequence[Path]) -> Editable:
     queue = list(sites)
     for folder in queue:
         entries = sorted(entry.name for entry in entries_of(folder))
-        names |= {name.partition(".")[0] for name in entries if not name.endswith((".pth", ".dist-info"))}
+        names |= _names_in(entries)
         for file in (folder / name for name in entries if name.endswith(".pth")):
             for line in _lines(file):
                 if not line.startswith(("import ", "import\t")):
@@ -65,8 +65,15 @@ def read_editable(sites: Sequence[Path]) -> Editable:
                 queue += [each for each in map(Path, _ADDED_SITE.findall(line)) if each not in queue]
                 for module in _IMPORTED.findall(line):
                     packages |= _mapping(folder / f"{module}.py")
-    elsewhere = [root for root in roots if is_folder_here(root) and not INSTALLED & set(root.parts)]
+    there = [root for root in roots if is_folder_here(root)]
+    elsewhere = [root for root in there if not INSTALLED & set(root.parts)]
+    for other in set(there) - set(elsewhere):  # another Python's packages
+        names |= _names_in(entry.name for entry in entries_of(other))
     return Editable(tuple(queue), tuple(dict.fromkeys(elsewhere)), packages, frozenset(names))
+
+
+def _names_in(entries: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in entries if not name.endswith((".pth", ".dist-info"))}
 
 
 def _unknown_finders(installed: Editable) -> dict[Path, list[str]]:

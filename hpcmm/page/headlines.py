@@ -149,6 +149,17 @@ def failed_line(study: Study) -> str:
     return f"the run failed; python -m hpcmm.jobs why {plain(shlex.quote(study.failed_run))} tells why"
 
 
+def alone_line(study: Study) -> str:
+    """That no rank was seen to exchange anything with another; empty if some was."""
+    several = sum(len(trace.steps) > 0 for trace in study.traces) > 1
+    if not several or len(study.tables["collectives"]):
+        return ""
+    return (
+        "no collective was recorded, so nothing is said of communication: each rank trains for itself, or its "
+        "collectives are not annotated"
+    )
+
+
 def phases_line(study: Study) -> str:
     """How to see more of a computation that no phase covers; empty if phases cover it."""
     if not len(study.steps.numbers) or computation_has_phases(study.traces):

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from hpcmm.analysis import report_inventory
 from hpcmm.analysis.study import Study
 from hpcmm.page.headlines import (
+    alone_line,
     clock_line,
     coverage_line,
     efficiency_line,
@@ -92,7 +93,7 @@ def _table(title: str, note: str, frame: pd.DataFrame, name: str) -> PageTable:
     return PageTable(title, note, columns, rows, max(0, len(frame) - MAX_ROWS), f"{name}.csv")
 
 
-_FACTS = (steps_line, coverage_line, efficiency_line, failed_line, phases_line)
+_FACTS = (steps_line, coverage_line, efficiency_line, failed_line, alone_line, phases_line)
 _SCRIPTS = (
     "format", "palette", "unpack", "bitmap", "row", "lanes", "describe", "timeline", "gestures", "step_plot", "start",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from hpcmm.analysis.study import Study
 from hpcmm.errors import HpcmmError
 from hpcmm.files import Content, write_together
 from hpcmm.page.headlines import (
+    alone_line,
     clock_line,
     coverage_line,
     efficiency_line,
@@ -95,7 +96,7 @@ def summary(study: Study) -> str:
     """The whole document."""
     rows = study.tables["bottlenecks"]
     facts = [steps_line(study), coverage_line(study), efficiency_line(study), clock_line(study)]
-    facts += [failed_line(study), phases_line(study), gpu_line(study), late_line(study)]
+    facts += [failed_line(study), alone_line(study), phases_line(study), gpu_line(study), late_line(study)]
     parts = [f"# {escape(study.name or 'Analysis')}", f"**{escape(headline(study))}**"]
     if len(rows):
         first = rows.iloc[0]

@@ -21,6 +21,7 @@ from hpcmm.analysis.compare import BETTER, MIN_CHANGE, NO_DIFFERENCE, SECONDS, T
 from hpcmm.analysis.statistics import LEVEL
 from hpcmm.analysis.study import Study
 from hpcmm.page.headlines import (
+    alone_line,
     clock_line,
     coverage_line,
     efficiency_line,
@@ -66,8 +67,8 @@ def print_study(study: Study, out: Path, console: Console | None = None) -> None
     _line(console, "; ".join(fact for fact in facts if fact) + ".", "", rich=rich)
     if len(study.tables["clock"]) > 1:
         _line(console, f"{clock_line(study)[:1].upper()}{clock_line(study)[1:]}.", "", rich=rich)
-    facts = [failed_line(study), phases_line(study), gpu_line(study), late_line(study), startup_line(study)]
-    for told in filter(None, facts):
+    lines = (failed_line, alone_line, phases_line, gpu_line, late_line, startup_line)
+    for told in filter(None, (line(study) for line in lines)):
         _line(console, f"{told[:1].upper()}{told[1:]}.", "", rich=rich)
     for gap in _gaps(study.tables["coverage"]):
         _line(console, f"  {gap}", "yellow", rich=rich)

@@ -284,14 +284,15 @@ def last_logged_error(text: str) -> LoggedError | None:
     return _last_error(whole)
 
 
-_WORKER_FAILED = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+WORKER_FAILED = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+"""What torchrun raises for one of its workers."""
 _ROOT_CAUSE = re.compile(r"\s*rank\s*: (?P<rank>\d{1,7}) \(local_rank: \d+\)")
 _OF_TORCHRUN = re.compile(r"[WEI]\d{4} \S+ \d+ torch/distributed/elastic/")
 
 
 def _before_torchrun(lines: Sequence[str]) -> tuple[int | None, list[str]]:
     """Rank and words of the worker that failed first, where torchrun says at a log's end that one has."""
-    ends = [at for at, line in enumerate(lines) if line.startswith(_WORKER_FAILED)]
+    ends = [at for at, line in enumerate(lines) if line.startswith(WORKER_FAILED)]
     if not ends:
         return None, []
     # The last one of its table is the first that failed.

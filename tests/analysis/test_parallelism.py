@@ -167,7 +167,17 @@ MB = 1_000_000
             [("all_gather", "forward", MB), ("reduce_scatter", "forward", MB), ("reduce_scatter", "backward", MB)],
             ACTIVATIONS,
         ),
+        (
+            [
+                *[("reduce_scatter", "forward", MB)] * 2,
+                *[("all_gather", "forward", MB), ("all_gather", "forward", 100 * MB)],
+                *[("all_gather", "backward", MB), ("reduce_scatter", "backward", MB)],
+            ],
+            ACTIVATIONS,
+        ),
         ([("all_reduce", "other", MB)], ""),
+        ([("all_reduce", "backward", 84)], GRADIENTS),
+        ([("broadcast", "forward", MB)], "module buffers"),
         ([("all_reduce", "forward", 4)], "small messages"),
         ([("all_to_all", "forward", MB)], "tokens of experts or sequence parts"),
     ],
@@ -213,6 +223,10 @@ def test_a_script_is_advised_no_key_for_a_transfer_and_a_workload_is() -> None:
     assert "no_sync" in suggest(finding, {"cluster": {}})
     assert suggest(finding, {"train": {}}) == "train.gradient_accumulation_steps=2"
     latency = replace(finding, bound="latency")
+    single = replace(latency, is_single=True)
+    assert "larger batch" in suggest(single, {"cluster": {}})
+    assert suggest(single, {"train": {}}) == "train.gradient_accumulation_steps=2"
+    assert "bucket" not in suggest(replace(single, moves="small messages"), {})
     assert "bucket" in suggest(latency, {"cluster": {}})
     assert suggest(latency, {"parallel": {"reduce_bucket_size": 5}}) == "parallel.reduce_bucket_size=20"
     sharded = replace(finding, moves=PARAMETERS)

@@ -241,6 +241,16 @@ def test_folders_that_a_path_file_adds_are_read_as_well(tmp_path: Path):
     assert found.sites == (tmp_path / "one", tmp_path / "two")
 
 
+def test_packages_of_another_python_that_a_path_file_names_are_known(tmp_path: Path):
+    other, own = tmp_path / "other" / "site-packages", tmp_path / "own" / "site-packages"
+    (other / "torch").mkdir(parents=True)
+    own.mkdir(parents=True)
+    (own / "other.pth").write_text(f"{other}\n")
+    found = read_editable([own])
+    assert "torch" in found.names
+    assert found.roots == ()
+
+
 def test_files_that_cannot_be_read_as_text_or_python_are_passed_over(tmp_path: Path):
     (tmp_path / "a.pth").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "b.pth").write_text("import broken\n")
