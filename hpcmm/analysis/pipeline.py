@@ -5,7 +5,7 @@ It is pure: :mod:`hpcmm.analyze.analysis` reads the reports and hands over what 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache
 
 import numpy as np
@@ -19,7 +19,7 @@ from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.pop_metrics import Reference, efficiency, samples_per_step
 from hpcmm.analysis.report_inventory import NO_STEPS, ReportInventory, environment_table
 from hpcmm.analysis.study import TABLES, Selection, Study, Tables, step_line
-from hpcmm.analysis.time_tables import comm_wait, phases_summary, phases_table, startup_table, wait_matrix
+from hpcmm.analysis.time_tables import FirstStep, comm_wait, phases_summary, phases_table, startup_table, wait_matrix
 from hpcmm.analysis.trace import RankTrace
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.report import Parts, Progress
@@ -64,9 +64,21 @@ def _of_calls(inventory: ReportInventory, record: RunRecord) -> Tables:
         {
             "osrt": lambda: osrt.osrt_table(traces),
             "environment": lambda: environment_table(inventory.used),
-            "startup": lambda: startup_table(record.startup),
+            "startup": lambda: startup_table(record.startup, _first_steps(inventory, record)),
         }
     )
+
+
+def _first_steps(inventory: ReportInventory, record: RunRecord) -> Iterator[FirstStep]:
+    """Of a capture that holds the start. A report begins with its process."""
+    profile = record.config.get("profile")
+    if isinstance(profile, dict) and profile.get("steps"):
+        return
+    for fact, trace in inventory.used:
+        if len(trace.steps):
+            first = trace.steps.loc[trace.steps["start_ns"].idxmin()]
+            begin, end = float(first["start_ns"]), float(first["end_ns"])
+            yield FirstStep(trace.rank, max(0.0, begin - fact.first_ns) / 1e9, (end - begin) / 1e9)
 
 
 def study(
@@ -109,7 +121,7 @@ def study(
             "gpu": lambda: gpu_trace.gpu_table(traces, rows, steps.warmup_number),
             "projection": lambda: projection.projection_table(traces),
             "delays": lambda: time_tables.delays_table(context()),
-            "startup": lambda: startup_table(record.startup),
+            "startup": lambda: startup_table(record.startup, _first_steps(inventory, record)),
             "clock": lambda: clock.table,
             "environment": lambda: environment_table(inventory.used),
             "bottlenecks": ranked,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -276,18 +277,36 @@ def delays_table(context: AnalysisContext) -> pd.DataFrame:
 
 STARTUP_COLUMNS = ("attempt", "part", "median_s", "longest_s", "slowest_rank", "ranks")
 FIRST_STEP = "first step"
+SET_UP = "imports and set-up"
 
 
-def startup_table(records: Mapping[int, Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """The first step of a rank whose program notes none."""
+
+    rank: int
+    set_up_s: float
+    """From the beginning of its process to the step's."""
+    duration_s: float
+
+
+def startup_table(records: Mapping[int, Iterable[Mapping[str, Any]]], firsts: Iterable[FirstStep] = ()) -> pd.DataFrame:
     """One row for each attempt and part of the start, in the order in which the parts happen.
 
-    ``records``: by rank, the records of its metrics file. ``median_s`` and ``longest_s`` are over the ranks, of which
-    ``ranks`` recorded the part. The last part, ``first step``, is the first step of the attempt. The parts of one rank
-    follow one another, but ranks wait for each other in ``rendezvous`` and ``engine``, so the medians of the parts add
-    up only roughly to the time of the whole start. Records that lack what they should hold are left out.
+    ``records``: by rank, the records of its metrics file. ``firsts`` count if these have no step. ``median_s`` and
+    ``longest_s`` are over the ranks, of which ``ranks`` recorded the part. The last part, ``first step``, is the first
+    step of the attempt. The parts of one rank follow one another, but ranks wait for each other in ``rendezvous`` and
+    ``engine``, so the medians of the parts add up only roughly to the time of the whole start. Records that lack what
+    they should hold are left out.
     """
+    noted = [part for rank, of_rank in records.items() for part in _parts(rank, of_rank)]
+    if noted and not any(name == FIRST_STEP for _, name, *_ in noted):
+        newest, last = max(part[0] for part in noted), max(part[3] for part in noted)
+        for first in firsts:
+            noted.append((newest, SET_UP, first.rank, last + 1, first.set_up_s))
+            noted.append((newest, FIRST_STEP, first.rank, last + 2, first.duration_s))
     parts = pd.DataFrame(
-        [part for rank, of_rank in records.items() for part in _parts(rank, of_rank)],
+        noted,
         columns=["attempt", "part", "rank", "order", "duration_s"],
     )
     rows = []

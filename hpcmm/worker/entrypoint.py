@@ -99,6 +99,8 @@ def _run_users_code(settings: RankSettings, run: RunDir) -> Any:
     annotate_children()
     with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:
         metrics.start(**rank_env.identity())
+        for part, duration_s in parts_before(None):  # the reports tell when the first step began
+            metrics.startup_part(part, duration_s)
         result = None
         if config.task.program is not None:
             _run_program(config.task, run, rank_env.rank)

@@ -5,7 +5,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcmm.analysis.time_tables import STARTUP_COLUMNS, startup_table
+from hpcmm.analysis.time_tables import STARTUP_COLUMNS, FirstStep, startup_table
 
 
 def part(name, duration_s, attempt=1):
@@ -40,6 +40,19 @@ def test_attempts_are_kept_apart_and_a_lost_step_was_a_step_of_its_attempt():
     assert list(zip(table["attempt"], table["part"], table["median_s"], strict=True)) == [
         (1, "imports", 1.0), (1, "first step", 0.25), (2, "imports", 2.0), (2, "first step", 0.5),
     ]  # fmt: skip
+
+
+def test_of_a_program_that_notes_no_step_the_reports_tell_of_the_first():
+    records = {0: [part("prepare", 1.0), part("prepare", 2.0, 2), part("srun", 0.5, 2)], 1: [part("prepare", 2.0, 2)]}
+    firsts = [FirstStep(0, 8.0, 0.5), FirstStep(1, 10.0, 0.25), FirstStep(2, 9.0, 0.5)]
+    table = startup_table(records, firsts)
+    assert list(zip(table["attempt"], table["part"], table["median_s"], table["ranks"], strict=True)) == [
+        (1, "prepare", 1.0, 1), (2, "prepare", 2.0, 2), (2, "srun", 0.5, 1),
+        (2, "imports and set-up", 9.0, 3), (2, "first step", 0.5, 3),
+    ]  # fmt: skip
+    noted = {0: [*records[0], step(0, 0.75, 2)]}
+    assert startup_table(noted, firsts).equals(startup_table(noted))
+    assert startup_table({}, firsts).empty
 
 
 values = st.one_of(st.none(), st.integers(-5, 5), st.floats(), st.text(max_size=3))

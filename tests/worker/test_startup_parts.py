@@ -16,6 +16,7 @@ def test_the_parts_add_up_to_the_time_since_the_job_s_start():
     parts = dict(parts_before(104.5, environ))
     assert parts == {"scheduler": 0.5, "prepare": 1.25, "srun": 0.25, "capture": 2.0, "interpreter": 0.5}
     assert sum(parts.values()) == 4.5
+    assert sum(duration_s for _, duration_s in parts_before(None, environ)) == 4.0
 
 
 def test_without_slurm_the_preparation_in_front_of_a_rank_is_a_part_of_its_own():
