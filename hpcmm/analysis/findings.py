@@ -97,6 +97,8 @@ class Finding:
     """Of a transfer: what moves, as :mod:`hpcmm.analysis.parallelism` names it. Of a stage: what to move."""
     bound: str = ""
     """Of a transfer: ``latency`` or ``bandwidth``; empty if the data do not tell."""
+    function: str = ""
+    """Of a rank that works longer than its peers: the OS call in which it does."""
     is_single: bool = False
     """Of a transfer: it is one message a step, which can be joined to no other."""
 
@@ -302,12 +304,15 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
             return _advice_for_solo_work(finding.phase)
         case "imbalance":
             return "sbatch --cpus-per-task=N --hint=nomultithread ... with more cores a rank"
+        case "other" if finding.function in _WRITING:
+            return "print, log or save less often there, or from a thread of its own"
         case "other":
             return "with annotate.phase(...) around each part of the step, the next capture tells which part it is"
         case _:
             return "log and evaluate less often"
 
 
+_WRITING = frozenset({"write", "writev", "pwrite", "pwrite64", "fwrite", "fputs", "fflush", "fsync", "fdatasync"})
 _SAVES = re.compile("check|ckpt|save|snapshot", re.IGNORECASE)
 _EVALUATES = re.compile("eval|val|test|generat|sampl|metric", re.IGNORECASE)
 _LOGS = re.compile("log|print|report|wandb|tensorboard|plot|monitor", re.IGNORECASE)

@@ -31,6 +31,7 @@ from hpcmm.analysis.findings import (
 )
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.statistics import chance_of_sum
+from hpcmm.analysis.trace import OTHER
 
 MAX_CHANCE = 0.003
 """Probability by chance above which a sustained delay is nobody's."""
@@ -235,10 +236,12 @@ def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
     phase = phase_of_part(names[int(by_part.argmax())])
     first, alone = context.traces[straggler.members[0]], len(straggler.members) == 1
     ranks = context.ranks(straggler.members)
-    who = f"rank {ranks}: its {phase} takes" if alone else f"all ranks of {first.node} ({ranks}): their {phase} takes"
+    what = CAUSES["other"] if phase == OTHER else phase
+    who = f"rank {ranks}: its {what} takes" if alone else f"all ranks of {first.node} ({ranks}): their {what} takes"
     told = f"others wait for {who} longer than the others', {_when(context, straggler)}"
     function, function_s = _excess_function(context, straggler.members[0], phase)
-    if function and function_s > 0.3 * straggler.lost_s:
+    tells = bool(function) and function_s > 0.3 * straggler.lost_s
+    if tells:
         told += f"; {function_s:.3g} s a step more than its peers in {function}"
     on_gpu = gpu_findings.excess(context.gpu, first.rank) if alone else ""
     told += f"; {on_gpu}" if on_gpu else ""
@@ -261,6 +264,7 @@ def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
         confidence=_confidence(straggler, context.steps.mean_s),
         rows=f"delays: {whom} phase={names[int(by_part.argmax())]}" + ("" if worst is None else f" step={worst}"),
         worst_step=worst,
+        function=function if tells else "",
     )
 
 

@@ -462,3 +462,10 @@ def test_communication_that_stood_still_for_a_while_is_told_from_slow_transfer(h
         assert found[0].worst_step == 12
         assert found[0].lost_s == pytest.approx(2.0 / 29, rel=0.02)
         assert not found[0].blames
+
+
+@pytest.mark.parametrize("config", [{}, {"cluster": {}}])
+def test_a_rank_of_a_script_that_works_longer_because_it_writes_is_advised_to_write_less(config):
+    writes = Finding("other", "", 1.0, 0, "node1", "other", "", "high", function="write")
+    assert suggest(writes, config) == "print, log or save less often there, or from a thread of its own"
+    assert "annotate.phase" in suggest(replace(writes, function="poll"), config)
