@@ -302,7 +302,7 @@ class WatchedModules:
         # The type is asked and not the object, for some objects load what they stand for if they are asked.
         modules = [each for each in gc.get_objects() if issubclass(type(each), module_type)]
         parts = {id(part) for module in modules for part in _parts(module)}
-        return self._watch(module for module in modules if id(module) not in parts)
+        return self._watch(_called(module for module in modules if id(module) not in parts))
 
     def descend(self) -> list[Any]:
         """Watch the parts of the watched modules in their place."""
@@ -311,7 +311,7 @@ class WatchedModules:
             for hook in hooks:
                 hook.remove()
         self._hooks.clear()
-        parts = [part for module in watched for part in _parts(module)]
+        parts = [part for module in watched for part in _called(_parts(module))]
         if (watched and not parts) or len(parts) > _MOST_MODULES:
             print("hpcmm: no module's call encloses the forward pass, so it is no phase.", file=sys.stderr)
             return []
@@ -364,6 +364,16 @@ class _CompiledCall:
 
 def _parts(module: Any) -> list[Any]:
     return [part for part in vars(module).get("_modules", {}).values() if part is not None]
+
+
+def _called(modules: Iterable[Any]) -> Iterator[Any]:
+    """``modules``; in place of one that has no forward pass, such as a ``ModuleList``, its parts."""
+    without = _torch().nn.Module.forward
+    for module in modules:
+        if type(module).forward is without and "forward" not in vars(module):
+            yield from _called(_parts(module))
+        else:
+            yield module
 
 
 class _Hook:

@@ -1,7 +1,7 @@
 """Steps and phases of a program that names none: what its optimizers, backward passes, modules and loaders tell.
 
 A step ends when the optimizer that ends an iteration has stepped and the work of the next iteration begins: when a
-batch has been fetched, or else with a forward or backward pass. So the micro-batches of one update are one step, and
+batch has been fetched, or else with a forward or backward pass, or with a message that a pipeline stage receives. So the micro-batches of one update are one step, and
 what a loop does behind its optimizer (a scheduler, an evaluation now and then, fetching the next batch) belongs to the
 step before. When the loader of the training has no more batches, the step ends.
 
@@ -165,6 +165,11 @@ class AutomaticRanges:
         elif self._cycle.is_over:
             self._cycle.begin()
             self._end_step()
+
+    def receive_begins(self) -> None:
+        """A message of another rank is received: behind an optimizer, the first work of the next iteration."""
+        if self._is_own_thread() and self._cycle.is_over and not (self._backwards or self._updates):
+            self._begin_work()
 
     def forward_begins(self, module: Any, *, grad: bool) -> None:
         """A watched module is called."""

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from hpcmm.annotate import schema
-from hpcmm.annotate.ranges import profiler_attached, tell_rank
+from hpcmm.annotate.ranges import profiler_attached, receive_begins, tell_rank
 
 OP_NAMES = {
     "allreduce_": "all_reduce",
@@ -89,6 +89,8 @@ class CollectiveRecorder:
 
         ``peer`` is the operation's other rank or root, as a rank of its group.
         """
+        if op == "recv":
+            receive_begins()
         group = next(dist.ProcessGroup.unbox(a) for a in arguments if isinstance(a, torch.ScriptObject))
         sequence, whom = self._sequence(op, group), None if peer is None else _rank_in_job(group, peer)
         name = schema.CollectiveName(op, group.group_name, sequence, _bytes(op, arguments), whom)

@@ -92,6 +92,9 @@ class Automatic(Protocol):
     def end(self, asked: Range) -> None:
         """Pop it."""
 
+    def receive_begins(self) -> None:
+        """A message of another rank is received."""
+
 
 _automatic: Automatic | None = None
 
@@ -100,6 +103,12 @@ def give_way(automatic: Automatic | None) -> None:
     """From now on ``automatic`` pushes and pops also the program's own ranges, so that both kinds nest."""
     global _automatic  # noqa: PLW0603 -- one for the process, as NVTX's stack is
     _automatic = automatic
+
+
+def receive_begins() -> None:
+    """Note that a message of another rank is received: so begins the work of a pipeline's later stages."""
+    if _automatic is not None:
+        _automatic.receive_begins()
 
 
 def step(number: int) -> AbstractContextManager[None]:

@@ -144,6 +144,36 @@ def test_a_name_that_pytorch_lacks_costs_its_phase_and_is_told(capsys):
     assert capsys.readouterr().err.startswith("hpcmm: phase backward cannot be seen")
 
 
+def test_a_pipeline_stage_that_calls_no_module_but_its_layers_has_forward_passes():
+    code = """
+        from hpcmm.annotate import auto_instrument, ranges, auto_steps
+        said = []
+        for module in (ranges, auto_steps):
+            module.push = lambda opened: said.append(f"({opened.name.split()[0]}")
+            module.pop = lambda: said.append(")")
+        auto_instrument.annotate_program()
+        import torch
+        class Stage(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embedding = torch.nn.Linear(2, 2)
+                self.layers = torch.nn.ModuleDict({"0": torch.nn.Linear(2, 2), "1": torch.nn.Linear(2, 2)})
+            def forward(self, x):
+                x = self.embedding(x)
+                for layer in self.layers.values():
+                    x = layer(x)
+                return x
+        stage = Stage()
+        optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+        for _ in range(4):
+            stage.forward(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        print("".join(said))
+    """
+    said = run_python(code, **os.environ, NVTX_INJECTION64_PATH="/none").strip()
+    assert said.endswith("(step(forward)(forward)(forward)(backward)(optimizer)")
+
+
 def test_a_loop_of_plain_pytorch_has_steps_and_phases():
     code = """
         from hpcmm.annotate import auto_instrument, ranges, auto_steps

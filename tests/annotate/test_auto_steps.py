@@ -216,6 +216,30 @@ def test_a_forward_pass_that_raised_is_over_when_the_next_batch_is_fetched(progr
     assert program.text.endswith(f"(auto1 (forward) {WHOLE}")
 
 
+def test_the_first_message_that_a_pipeline_stage_receives_begins_its_next_step(program):
+    for _ in range(3):
+        for _ in range(2):
+            ranges.receive_begins()
+            program.forward()
+        for _ in range(2):
+            ranges.receive_begins()
+            program.backward()
+        program.update()
+        program.said.append("logs")
+    ranges.receive_begins()
+    micro = "(forward) (forward) (backward) (backward) (optimizer) logs"
+    assert program.text.endswith(f"(auto1 {micro}) (auto2 {micro}) (auto3")
+
+
+def test_what_an_optimizer_or_a_backward_pass_receives_begins_nothing(program):
+    program.train()
+    program.train()
+    program.ranges.update_begins(2)
+    ranges.receive_begins()
+    program.ranges.update_ends(2)
+    assert program.text.endswith("(optimizer) (optimizer)")
+
+
 def test_modules_are_looked_for_at_the_first_update_and_within_them_if_none_is_called(program):
     program.backward()
     program.update()
