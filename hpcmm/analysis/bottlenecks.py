@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis import collectives, delay_costs, gpu_findings, parallelism, stalls, wait_chains
@@ -298,6 +299,7 @@ def _own_work(context: AnalysisContext) -> list[Finding]:
     known = computation_has_phases(context.traces)
     # The host may load or save while its GPU computes.
     costly = context.parts.starving(context.traces)
+    work = context.work_by_step()
     per_step = _work_per_step(context, costly)
     for part, name in enumerate(costly.names):
         phase, kind = phase_of_part(name), kind_of_part(name)
@@ -311,8 +313,33 @@ def _own_work(context: AnalysisContext) -> list[Finding]:
         told = f"the ranks alike spend {lost:.3g} s a step in it"
         told += " while its GPU has nothing to do" if len(context.gpu) else ""
         rows = f"phases: phase={phase}"
-        found.append(Finding(kind, f"{CAUSES[kind]} on all ranks", lost, None, "", phase, told, MEDIUM, rows))
+        by_step = np.median(work[:, :, context.parts.names.index(name)], axis=1)
+        cause, at = f"{CAUSES[kind]} on all ranks", _rare(by_step)
+        if len(at):
+            told += _told_of_rare(context, by_step, at, phase)
+            kind = "between" if kind == "other" else kind  # logging or evaluation, wherever the steps end
+        worst = context.worst_step(by_step)
+        found.append(Finding(kind, cause, lost, None, "", phase, told, MEDIUM, rows, worst))
     return found
+
+
+RARE_STEPS, RARE_SHARE = 0.2, 0.8
+"""Work is rare if so few of the steps have so much of it: an evaluation on all ranks, as at the end of an epoch."""
+
+
+def _rare(by_step: Floats) -> npt.NDArray[np.intp]:
+    """Positions of the steps that have almost all of it; empty if it is spread over more of them."""
+    long = by_step > by_step.max(initial=0.0) / 3
+    few = long.sum() <= RARE_STEPS * len(by_step)
+    return np.flatnonzero(long) if few and by_step[long].sum() > RARE_SHARE * by_step.sum() else np.empty(0, np.intp)
+
+
+def _told_of_rare(context: AnalysisContext, by_step: Floats, at: npt.NDArray[np.intp], phase: str) -> str:
+    numbers = ", ".join(map(str, context.steps.numbers[at][:5].tolist())) + (", ..." if len(at) > 5 else "")
+    where = f"{'before' if phase == BETWEEN_STEPS else 'in'} step{'s' if len(at) > 1 else ''} {numbers}"
+    each = f"{float(np.median(by_step[at])):.3g} s{' each time' if len(at) > 1 else ''}"
+    share = 100 * float(by_step[at].sum()) / float(by_step.sum())
+    return f", {share:.0f}% of it {where}: {each}"
 
 
 def _work_per_step(context: AnalysisContext, parts: WorkParts) -> Floats:

@@ -421,6 +421,31 @@ def test_suggestions_start_from_the_runs_own_settings() -> None:
     assert suggest(finding, {"train": {"gradient_accumulation_steps": 4}}) == "train.gradient_accumulation_steps=8"
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "told"),
+    [
+        ([8, 16], ", 100% of it in steps 8, 16: 0.9 s each time"),
+        ([15], ", 100% of it in step 15: 0.9 s"),
+        (range(20), ""),
+    ],
+)
+def test_what_all_ranks_do_in_few_steps_is_told_with_these_steps(evaluated, told: str) -> None:
+    def work(_rank: int, step: int, phase: str) -> float:
+        return 900.0 * (step in evaluated) if phase == "other" else BASE[phase]
+
+    traces = simulate_program([*PROGRAM, "other"], work, noise=0.0)
+    (row,) = (each for each in verdicts(traces) if each.phase == "other" and each.rank is None)
+    assert row.cause == "work outside the phases on all ranks"
+    assert row.evidence.partition("s a step in it")[2] == told
+    assert suggest(row, {}) == (
+        "log and evaluate less often"
+        if told
+        else "with annotate.phase(...) around each part of the step, the next capture tells which part it is"
+    )
+    if len(evaluated) == 1:
+        assert row.worst_step == 15
+
+
 def test_what_costs_everybody_most_goes_before_the_one_that_takes_longer_over_it() -> None:
     def work(rank: int, _step: int, phase: str) -> float:
         return {"data": 60.0 + 40.0 * (rank == 0)}.get(phase, 20.0)
