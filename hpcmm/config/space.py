@@ -136,9 +136,19 @@ class ConfigSpace:
                 f"{part} is a config group, but the chosen task has no such key: choose a task that has it, or leave "
                 f"{part} out. A script has arguments of its own, in task.args or behind --."
             )
+        elsewhere = [key for key in _keys_within(self.schema) if parent and key.endswith(f".{part}")]
+        close = elsewhere if len(elsewhere) == 1 else close
         hint = f"did you mean {close[0]}? " if close else ""
         where = f"Keys of {parent}" if parent else "Keys"
         return f"{prefix}{part} is not a configuration key: {hint}{where}: {', '.join(names)}."
+
+
+def _keys_within(section: Any, prefix: str = "") -> Iterator[str]:
+    for name, kind in type_hints(section).items():
+        if name[0] != "_":
+            yield prefix + name
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _keys_within(kind, f"{prefix}{name}.")
 
 
 def space_of(overrides: Sequence[str]) -> ConfigSpace:
