@@ -1,9 +1,10 @@
 """Steps and phases of a program that names none: what its optimizers, backward passes, modules and loaders tell.
 
 A step ends when the optimizer that ends an iteration has stepped and the work of the next iteration begins: when a
-batch has been fetched, or else with a forward or backward pass, or with a message that a pipeline stage receives. So the micro-batches of one update are one step, and
-what a loop does behind its optimizer (a scheduler, an evaluation now and then, fetching the next batch) belongs to the
-step before. When the loader of the training has no more batches, the step ends.
+batch has been fetched, or else with a forward or backward pass, or with a message that a pipeline stage receives. So
+the micro-batches of one update are one step, and what a loop does behind its optimizer (a scheduler, an evaluation now
+and then, fetching the next batch) belongs to the step before. When the loader of the training has no more batches, the
+step ends.
 
 Fetching counts only from a loader whose batches lead to a backward pass, and a forward pass only if it records
 gradients and its module is in the mode (``train`` or ``eval``) in which it is trained. So evaluation makes no steps and
