@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from hpcmm.annotate.auto_steps import AutomaticRanges
+from hpcmm.annotate.in_children.sitecustomize import LISTENS_AT
 from hpcmm.annotate.ranges import give_way, profiler_attached
 
 Then = Callable[[ModuleType], None]
@@ -95,8 +96,11 @@ _CHILDREN = Path(__file__).with_name("in_children")
 
 
 def annotate_children(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Have Pythons that this process starts annotate themselves, too. Does nothing if no profiler is attached."""
-    if profiler_attached():
+    """Have Pythons that this process starts annotate themselves, too, and tell where they stand when they are asked.
+
+    Does nothing if nobody asks, and no profiler is attached.
+    """
+    if profiler_attached() or LISTENS_AT in environ:
         others = [each for each in environ.get("PYTHONPATH", "").split(os.pathsep) if each and each != str(_CHILDREN)]
         environ["PYTHONPATH"] = os.pathsep.join([str(_CHILDREN), *others])
 

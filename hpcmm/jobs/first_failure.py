@@ -6,6 +6,7 @@ import re
 import signal
 from dataclasses import dataclass, field, replace
 
+from hpcmm.jobs.asking import Ranks, ranks_at_end
 from hpcmm.jobs.diagnostics import (
     TOLD_TO_END,
     Event,
@@ -19,11 +20,9 @@ from hpcmm.jobs.diagnostics import (
 from hpcmm.jobs.find_run import settings
 from hpcmm.jobs.logs import early_ends, log_ends, srun_words
 from hpcmm.jobs.standing import (
-    Ranks,
     behind,
     frames_of,
     hung_rank,
-    ranks_at_end,
     ranks_that_meet,
     while_others_waited,
     worked_lately,

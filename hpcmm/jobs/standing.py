@@ -6,35 +6,18 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from datetime import datetime
 
-from hpcmm.files import read_followed
 from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
-from hpcmm.jobs.find_run import settings, shared_folder, world_size_of
+from hpcmm.jobs.find_run import settings
 from hpcmm.ranges import write_ranges
-from hpcmm.runs.ownership import is_mine
-from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.stacks import (
     Answer,
     Look,
     Place,
-    ask,
-    is_still,
     main_place,
-    newest_folder,
-    wakes,
-    works,
 )
 
-_PATIENCE_S = 12.0
-"""For answers: a rank is looked at twice, and the file that asks may be seen some seconds late."""
-_QUIET_S = 60.0
-"""Without output and progress, after which ranks that do not move are said to hang."""
-_MOST_SHOWN = 8
-_MOST_SOURCE_BYTES = 1 << 20
-_MOST_SOURCE = 100
 # Which ranks stand together.
 
 
@@ -49,6 +32,8 @@ class Standing:
     groups: Mapping[str, int] = field(default_factory=dict)
     number: int | None = None
     """Of the latest collective that it has called, in the group that matters, see :func:`numbered`."""
+    workers: str = ""
+    """Where the processes stand that it has started, if it waits for them."""
 
     @property
     def operation(self) -> str | None:
@@ -62,8 +47,11 @@ class Standing:
     def said(self) -> str:
         if self.place is None:
             return self.why or _NO_ANSWER
+        if self.operation is None and self.workers and is_program(self.place):
+            return self.workers
         if self.operation is None:
-            return self.place.short + (f" ({self.why})" if self.why else "")
+            more = f"; {self.workers}" if self.workers else ""
+            return self.place.short + (f" ({self.why})" if self.why else "") + more
         return f"{self.operation}, called at {self.place.short.partition(', in ')[0]}"
 
 
@@ -74,7 +62,43 @@ _MOST_NAMED = 8
 def standing_of(answer: Answer) -> Standing:
     look = answer.looks[-1] if answer.looks else Look(0)
     place = main_place(look.stack)
-    return Standing(answer.rank, answer.node, place, answer.why, look.groups)
+    return Standing(answer.rank, answer.node, place, answer.why, look.groups, workers=said_of_workers(place, answer))
+
+
+_PROGRAM = re.compile(r'/hpcmm/worker/entrypoint\.py", line \d+ in _run_program$')
+
+
+def is_program(place: Place) -> bool:
+    """Whether it is hpcmm's own, in front of a program that the user named."""
+    return any(map(_PROGRAM.search, place.frames))
+
+
+_FOR_PROCESSES = re.compile(
+    r"/multiprocessing/|/subprocess\.py|/torch/utils/data/dataloader|/torch/distributed/elastic/|/concurrent/futures/"
+    r"|/joblib/|/hpcmm/worker/signal_forwarding"
+)
+_MOST_PLACES = 4
+
+
+def said_of_workers(place: Place | None, answer: Answer) -> str:
+    """Where the processes of a rank stand that waits for them, those together that stand at one place."""
+    if place is None or not any(_FOR_PROCESSES.search(frame) for frame in place.frames[:_MOST_FRAMES]):
+        return ""
+    names: dict[str, list[str]] = {}
+    for worker in answer.workers:
+        at = main_place(worker.looks[-1].stack) if worker.looks else None
+        is_launcher = at is not None and any(each.parent == worker.pid for each in answer.workers)
+        if not is_launcher and not _HELPS.search(worker.looks[-1].stack if worker.looks else ""):
+            where = f"at {at.short}" if at is not None else f"({worker.why})"
+            names.setdefault(where, []).append(worker.name)
+    said = [
+        f"{named[0] if len(named) == 1 else f'{len(named)} of its processes'} {where}" for where, named in names.items()
+    ]
+    return "; ".join(said[:_MOST_PLACES]) + (" and others elsewhere" if len(said) > _MOST_PLACES else "")
+
+
+_HELPS = re.compile(r"/multiprocessing/(?:resource_tracker|forkserver|managers)\.py")
+"""A process that only serves the others."""
 
 
 def numbered(standings: Iterable[Standing]) -> list[Standing]:
@@ -133,12 +157,12 @@ def findings(standings: Iterable[Standing], *, still: bool = True) -> list[str]:
     for each in known:
         if each.operation is not None:
             calls.setdefault(each.operation, []).append(each.rank)
-    named = [f"{_ranks(ranks)} in {name}" for name, ranks in list(calls.items())[:_MOST_NAMED]]
+    named = [f"{ranks_named(ranks)} in {name}" for name, ranks in list(calls.items())[:_MOST_NAMED]]
     said = []
     if away := missing_ranks(known):
         numbers = [each.number for each in away if each.number is not None]
         came = f"; its last one was number {max(numbers)}" if numbers else ""
-        missing = _ranks([each.rank for each in away])
+        missing = ranks_named([each.rank for each in away])
         came_not = "did not come to a collective that others wait in" if still else "in no collective while others were"
         said.append(f"{missing} {came_not} ({', '.join(named)}){came}")
     elif len(calls) > 1:
@@ -146,7 +170,7 @@ def findings(standings: Iterable[Standing], *, still: bool = True) -> list[str]:
     return said
 
 
-def _ranks(numbers: list[int]) -> str:
+def ranks_named(numbers: list[int]) -> str:
     return f"rank{'' if len(numbers) == 1 else 's'} {write_ranges(numbers)}"
 
 
@@ -249,175 +273,3 @@ def frames_of(rank: RankDiagnostics) -> list[str]:
     """Where it was, for a reader."""
     place = main_place(rank.stacks)
     return [f"  {frame}" for frame in place.frames[:_MOST_FRAMES]] if place else []
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks of a job by where they stand."""
-
-    groups: list[Group]
-    findings: list[str]
-    """Who is missing where."""
-    missing: list[Standing] = field(default_factory=list)
-    moves: bool | None = None
-    """Whether a rank moved between two looks; None of ranks that are not looked at now, or did not answer."""
-    works: list[int] = field(default_factory=list)
-    """Ranks that do something at one place: they keep a processor busy, or wake again and again."""
-    quiet_s: float | None = None
-    """Since when the ranks, which run, have written nothing."""
-    asked_unix_ns: int | None = None
-    """When they were asked, if that was before the job's end."""
-
-    @property
-    def hang(self) -> bool:
-        """Whether they run and stand still so clearly that one may say so."""
-        return self.moves is False and not self.works and (self.quiet_s or 0.0) >= _QUIET_S
-
-
-def ask_ranks(evidence: JobDiagnostics, patience_s: float = _PATIENCE_S) -> tuple[JobDiagnostics, Ranks | None]:
-    """Ask the ranks of a job that runs where they stand. None if they cannot be asked."""
-    run, job = evidence.run, evidence.job
-    folder = newest_folder(run, job.raw_id) if run is not None and job.state == "RUNNING" else None
-    if run is None or folder is None or evidence.hang is not None or not is_mine(run.root):
-        return evidence, None
-    size = world_size_of(run)
-    try:
-        answers = ask(run, folder, size, patience_s)
-    except OSError as error:
-        note = f"The ranks cannot be asked where they stand: {folder} cannot be written ({error.strerror})."
-        return replace(evidence, notes=[*evidence.notes, note]), None
-    done = set(evidence.done)
-    standings = numbered(
-        standing_of(answers[rank]) if rank in answers else Standing(rank, _node_of(evidence, rank))
-        for rank in range(size)
-        if rank not in done
-    )
-    moves = not all(map(is_still, answers.values())) if answers else None
-    twice = {rank: (answer.looks[-2], answer.looks[-1]) for rank, answer in answers.items() if len(answer.looks) > 1}
-    busy = [rank for rank, looks in twice.items() if works(*looks) or wakes(*looks)]
-    groups = _with_source(grouped(standings), run)
-    said = [] if moves else findings(standings, still=not busy)  # at any moment some wait for others
-    ranks = Ranks(groups, said, missing_ranks(standings), moves, busy, _quiet_s(run, size))
-    return replace(evidence, answers=answers), ranks
-
-
-def ranks_at_end(evidence: JobDiagnostics) -> Ranks | None:
-    """Where the ranks stood when the job was ended, else when they were asked last; None if nothing tells."""
-    stacks = {rank: place for rank, each in evidence.ranks.items() if (place := main_place(each.stacks)) is not None}
-    answers = evidence.answers
-    asked_ns = None
-    if evidence.hang is not None or not stacks:
-        standings = [standing_of(answer) for answer in answers.values()]
-        asked_ns = max((look.unix_ns for answer in answers.values() for look in answer.looks), default=None)
-    else:
-        standings = [
-            Standing(rank, _node_of(evidence, rank), place, groups=_groups_at(place, answers.get(rank)))
-            for rank, place in stacks.items()
-        ]
-    if not standings:
-        return None
-    known = numbered(standings)
-    groups = _with_source(grouped(known), evidence.run)
-    said = findings(known, still=evidence.hang is not None)
-    if asked_ns is None:  # Slurm wakes a stopped rank before it ends it
-        kept = grouped(Standing(each.rank, why=each.why) for each in answers.values() if each.why)
-        said += [f"{_ranks(group.ranks)}, when last asked: {group.said}" for group in kept[:_MOST_SHOWN]]
-    return Ranks(groups, said, missing_ranks(known), asked_unix_ns=asked_ns)
-
-
-def _groups_at(place: Place, answer: Answer | None) -> dict[str, int]:
-    """The numbers that a rank told before, if it still stood there at the end."""
-    look = answer.looks[-1] if answer is not None and answer.looks else None
-    before = main_place(look.stack) if look is not None else None
-    return look.groups if look is not None and before is not None and before.frames == place.frames else {}
-
-
-def _node_of(evidence: JobDiagnostics, rank: int) -> str:
-    return evidence.ranks[rank].node if rank in evidence.ranks else ""
-
-
-def _quiet_s(run: RunDir, size: int) -> float | None:
-    """How long ago a rank has last written to its log or metrics; None if none has."""
-    newest_s = []
-    for rank in range(size):
-        for path in (run.rank_log(rank), run.rank_metrics(rank)):
-            try:
-                newest_s.append(path.lstat().st_mtime)
-            except OSError:  # it has none
-                continue
-    return max(0.0, time.time() - max(newest_s)) if newest_s else None
-
-
-def lines_of_ranks(ranks: Ranks) -> list[str]:
-    """For a terminal."""
-    lines = []
-    if ranks.asked_unix_ns is not None:
-        when = datetime.fromtimestamp(ranks.asked_unix_ns / 1e9, UTC).isoformat(timespec="seconds")
-        lines.append(f"ranks:    as they stood at {when.replace('+00:00', 'Z')}")
-    for group in ranks.groups[:_MOST_SHOWN]:
-        lines.append(f"{'' if lines else 'ranks:':10}{group.named}: {group.said}")
-    rest = [rank for group in ranks.groups[_MOST_SHOWN:] for rank in group.ranks]
-    if rest:
-        lines.append(f"          and {len(rest)} more ranks, each at another place")
-    return lines + [f"missing:  {said}" for said in ranks.findings]
-
-
-def said_of_running(ranks: Ranks) -> str:
-    """Whether the ranks move, in a sentence."""
-    ago = f"; the last output is {ranks.quiet_s:.0f} s old" if ranks.quiet_s is not None else ""
-    if ranks.moves is None:
-        return f"No rank answered{ago}."
-    if ranks.moves:
-        return "The ranks move: two looks at them, 2 s apart, differ."
-    if ranks.works:
-        busy = ", ".join(map(str, ranks.works[:_MOST_SHOWN]))
-        return f"Rank {busy} is at work at one place: two looks 2 s apart are the same, but it does not rest{ago}."
-    return f"No rank moved between two looks 2 s apart{ago}."
-
-
-def still_for(ranks: Ranks) -> str:
-    """Of ranks that hang, for how long."""
-    return f"no rank moves, and none has written anything for {ranks.quiet_s or 0.0:.0f} s"
-
-
-def values_of_ranks(ranks: Ranks) -> dict[str, Any]:
-    """For JSON."""
-    return {
-        "moves": ranks.moves,
-        "works": ranks.works,
-        "quiet_s": ranks.quiet_s,
-        "groups": [{"ranks": group.ranks, "at": group.said} for group in ranks.groups],
-        "missing": [each.rank for each in ranks.missing],
-        "findings": ranks.findings,
-    }
-
-
-def _with_source(groups: Iterable[Group], run: RunDir | None) -> list[Group]:
-    """With the line of the user's code at which ranks stand that wait in no collective; of one's own run alone."""
-    found = list(groups)
-    if run is None or not is_mine(run.root):
-        return found
-    return [
-        replace(group, said=f"{group.said}: {source}") if (source := _source(group, run)) else group
-        for group in found[:_MOST_SHOWN]
-    ] + found[_MOST_SHOWN:]
-
-
-_OWN_FRAME = re.compile(r'File "(?P<file>/.+)", line (?P<line>\d{1,7}) in .+')
-
-
-def _source(group: Group, run: RunDir) -> str:
-    match = _OWN_FRAME.fullmatch(group.place.own or "") if group.place is not None else None
-    if match is None or group.place is None or group.place.operation is not None:
-        return ""
-    file = Path(match["file"])
-    copies = (run.code, shared_folder(run).code)
-    try:
-        is_copy = any(file.is_relative_to(folder) for folder in copies)
-        if not is_copy and file.stat().st_mtime > run.config.stat().st_mtime:  # the line may be another one now
-            return ""
-        lines = read_followed(file, _MOST_SOURCE_BYTES).decode(errors="replace").splitlines()
-    except OSError:
-        return ""
-    number = int(match["line"])
-    return lines[number - 1].strip()[:_MOST_SOURCE] if 0 < number <= len(lines) else ""

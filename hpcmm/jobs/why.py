@@ -11,23 +11,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hpcmm.files import read_tail
+from hpcmm.jobs.asking import (
+    Ranks,
+    ask_ranks,
+    lines_of_ranks,
+    ranks_at_end,
+    said_of_running,
+    still_for,
+    values_of_ranks,
+)
 from hpcmm.jobs.diagnostics import Event, JobDiagnostics, gather_newest, gather_points, known_state
 from hpcmm.jobs.find_run import Target, settings, shared_folder
 from hpcmm.jobs.first_failure import Verdict, events_of, first_failure, hang_of
 from hpcmm.jobs.logs import printable
-from hpcmm.jobs.standing import (
-    Ranks,
-    ask_ranks,
-    is_workload,
-    lines_of_ranks,
-    ranks_at_end,
-    said_of_running,
-    step_reached,
-    steps_finished,
-    still_for,
-    values_of_ranks,
-    worked_lately,
-)
+from hpcmm.jobs.standing import is_workload, step_reached, steps_finished, worked_lately
 from hpcmm.jobs.state import State, is_local, why_it_waits
 from hpcmm.node.classify import ADVICE, ADVICE_FOR_SCRIPTS, Kind
 from hpcmm.ranges import tasks_in, write_ranges
@@ -183,7 +180,8 @@ def _lines(explanation: Explanation) -> list[str]:
     lines += _of_ranks(explanation)
     lines.append(f"Slurm:    {_slurm(job)}{_restarts(evidence)}")
     lines += [f"do:       {line}" for line in _advice(explanation)]
-    if evidence.run is not None and verdict.rank is not None:
+    # A rank that another process has started writes to that one's log.
+    if evidence.run is not None and verdict.rank is not None and evidence.run.rank_log(verdict.rank).exists():
         lines.append(f"log:      {evidence.run.rank_log(verdict.rank)}")
     elif evidence.run is not None and evidence.batch_lines:
         lines.append(f"log:      {evidence.run.batch_log}")

@@ -1,32 +1,34 @@
 """In the rank: leave a record of the exception that ends it, and its threads' stacks when it is told to end.
 
-And tell where it stands when the process in front of it asks, while it goes on.
+And from outside: what the kernel and their Pythons tell of a rank's processes.
 """
 
 from __future__ import annotations
 
-import _thread
+import ast
 import contextlib
+import ctypes
 import faulthandler
-import json
 import operator
 import os
+import re
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from hpcmm.annotate.in_children.sitecustomize import listen, opened
 from hpcmm.errors import ScriptExitError
 from hpcmm.node.classify import CONSEQUENCES, kind_of_exception
 from hpcmm.node.network import unreachable_nodes
 from hpcmm.runs import failures
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.runs.stacks import ASK_FOR_STACK, LISTENS_AT
+from hpcmm.runs.stacks import ASK_FOR_STACK, MOST_STACK
 
 _open_stacks: list[TextIO] = []
 
@@ -41,7 +43,7 @@ def recording_failure(run: RunDir, environ: Mapping[str, str] = os.environ) -> I
     rank = rank_of(environ)
     attempt = failures.attempt_folder(run, environ)
     stacks = failures.stacks_file(attempt, rank)
-    listen_to_who_asks()
+    listen(is_rank=True)
     with _stacks_go_to(stacks):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         write_stacks_on(signal.SIGTERM)
@@ -61,81 +63,6 @@ def write_stacks_on(number: int) -> None:
     """
     if _open_stacks:
         faulthandler.register(number, file=_open_stacks[-1], all_threads=True, chain=True)
-
-
-_C10D = "torch.distributed.distributed_c10d"
-_MOST_GROUPS = 64
-_MOST_FRAMES = 100
-_MOST_START_S = 10.0
-
-
-def listen_to_who_asks() -> None:
-    """From now on a thread tells where the main thread stands, and the numbers of steps and collectives, when asked.
-
-    It sleeps in a pipe until then. While C code holds Python's lock it cannot answer: for that case a signal is set
-    that only that thread gets, so that no system call of the program's is interrupted. No thread's stack changes then,
-    so that a handler in C can write them all. Does nothing if no process in front of this one listens.
-    """
-    place, *numbers = os.environ.pop(LISTENS_AT, "").split(":")
-    try:
-        stacks, questions, told = (_opened(f"{place}/{int(number)}") for number in numbers)
-    except (OSError, ValueError):  # no such process, or one that may not be looked into
-        return
-    faulthandler.register(ASK_FOR_STACK, file=stacks, all_threads=True, chain=False)
-    # Not by the module threading: a program may wait for all of its threads.
-    introduced = _thread.allocate_lock()
-    introduced.acquire()
-    _thread.start_new_thread(_answer, (threading.get_ident(), questions, told, introduced))
-    introduced.acquire(timeout=_MOST_START_S)  # C code may hold Python's lock from now on
-
-
-def _opened(path: str) -> int:
-    readable = str(Path(path).readlink()).startswith("pipe:")
-    return os.open(path, (os.O_RDONLY if readable else os.O_RDWR | os.O_APPEND) | os.O_CLOEXEC)
-
-
-def _answer(main: int, questions: int, told: int, introduced: _thread.LockType) -> None:
-    """Say who answers, then answer what comes by two lines."""
-    with contextlib.suppress(OSError):
-        try:
-            _tell(told, {"pid": os.getpid(), "thread": threading.get_native_id()})
-        finally:
-            introduced.release()
-        while os.read(questions, 64):
-            _tell(told, {"stack": _stack_of(main)})
-            _tell(told, {"step": _step(), "groups": _collectives(), "spins": _uses_gpu()})
-
-
-def _tell(told: int, values: Mapping[str, object]) -> None:
-    os.write(told, json.dumps(values).encode() + b"\n")
-
-
-def _stack_of(thread: int) -> str:
-    """As faulthandler writes it."""
-    lines, frame = ["Stack (most recent call first):"], sys._current_frames().get(thread)
-    while frame is not None and len(lines) <= _MOST_FRAMES:
-        code = frame.f_code
-        lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
-        frame = frame.f_back
-    return "\n".join(lines) + "\n"
-
-
-def _uses_gpu() -> bool:
-    torch: Any = sys.modules.get("torch")
-    with contextlib.suppress(Exception):  # it may just be imported
-        return torch is not None and bool(torch.cuda.is_initialized())
-    return False
-
-
-def _collectives() -> dict[str, int]:
-    """The number of the latest collective in each process group of several ranks, by the group's name."""
-    c10d: Any = sys.modules.get(_C10D)
-    found: dict[str, int] = {}
-    with contextlib.suppress(Exception):  # internals of PyTorch's, which another version may have changed
-        for group in list(c10d._world.pg_map):
-            if group.size() > 1 and len(found) < _MOST_GROUPS:
-                found[str(group.group_name)] = int(group._get_sequence_number_for_group())
-    return found
 
 
 def rank_of(environ: Mapping[str, str]) -> int:
@@ -196,3 +123,197 @@ def _step() -> int | None:
         return None if ranges is None else operator.index(ranges.step_begun())
     except TypeError:  # it was in none, or gave it another name than a number
         return None
+
+
+# What the kernel tells of the processes of this machine.
+
+_STATES = {
+    "T": "it is stopped (SIGSTOP)",
+    "t": "it is stopped by a debugger",
+    "D": "it is in an uninterruptible state: it waits for a disk, a file system or a device",
+    "Z": "its process has ended",
+    "X": "its process has ended",
+}
+CANNOT_TELL = frozenset({_STATES["T"], _STATES["t"], _STATES["Z"]})
+_MOST_GENERATIONS = 16
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of them, by its ``stat``."""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    ticks: int
+    """Processor time of its own."""
+    children_ticks: int
+    """That of children that have ended."""
+
+
+def processes() -> dict[int, Process]:
+    """All of this machine, by their number."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            before, _, after = kernel_s(int(folder.name), "stat").rpartition(")")
+            fields = after.split()
+            own, children = int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14])
+            name = before.partition("(")[2]
+            found[int(folder.name)] = Process(int(folder.name), name, fields[0], int(fields[1]), own, children)
+    return found
+
+
+def below(pid: int, known: Mapping[int, Process]) -> list[int]:
+    """All that a process has started, and what these have: its children first."""
+    found: list[int] = []
+    newest = {pid}
+    for _ in range(_MOST_GENERATIONS):
+        newest = {each.pid for each in known.values() if each.parent in newest} - {pid, *found}
+        found += sorted(newest)
+    return found
+
+
+def what_keeps(pid: int, known: Mapping[int, Process]) -> str:
+    """What the kernel says of a process, if that keeps it from running."""
+    return _STATES.get(known[pid].state if pid in known else "X", "")
+
+
+def what_it_does(process: Process) -> str:
+    """Of a program that is asked nothing: what its main thread does."""
+    if process.state in _STATES:
+        return _STATES[process.state]
+    if process.state == "R":
+        return "it computes"
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        call = kernel_s(process.pid, "syscall").split()
+        found += [f"in system call {call[0]}"] if call and call[0].isdecimal() else []
+    with contextlib.suppress(OSError):
+        place = kernel_s(process.pid, "wchan").strip()
+        found += [f"in the kernel's {place}"] if re.fullmatch(r"[A-Za-z_][\w.]{1,80}", place) else []
+    return " ".join(["it sleeps", *found])
+
+
+def work_of(pid: int, known: Mapping[int, Process]) -> tuple[float, float, int]:
+    """Processor time in s of a process and of all that it has started, and bytes that they have read and written."""
+    started = below(pid, known)
+    own, ended = (known[pid].ticks, known[pid].children_ticks) if pid in known else (0, 0)
+    ticks = ended + sum(known[each].ticks for each in started)
+    per_s = os.sysconf("SC_CLK_TCK")
+    return own / per_s, ticks / per_s, sum(map(_io_of, [pid, *started]))
+
+
+def wakes_of(pid: int) -> int:
+    """How often its main thread has gone to sleep."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", kernel_s(pid, "status"), re.MULTILINE)
+        return int(found[1]) if found else 0
+    return 0
+
+
+def listens(pid: int, number: int) -> bool:
+    """Whether the signal has a handler, without which it would end the process."""
+    try:
+        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", kernel_s(pid, "status"), re.MULTILINE)
+    except OSError:
+        return False
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def _io_of(pid: int) -> int:
+    try:
+        values = [line.split(": ") for line in kernel_s(pid, "io").splitlines()]
+        return sum(int(value) for name, value in values if name in {"rchar", "wchar"})
+    except (OSError, ValueError):
+        return 0
+
+
+def kernel_s(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
+
+
+# What its Pythons tell.
+
+ANSWERS_WITHIN_S = 2.0
+_POLL_S = 0.02
+_TGKILL = {"x86_64": 234, "aarch64": 131, "ppc64le": 250}
+"""Numbers of the system call, for which older C libraries have no function."""
+
+
+class Listener:
+    """A Python process of a rank, by what it said of itself, and the files by which it is asked and answers."""
+
+    def __init__(self, itself: Mapping[str, Any]) -> None:
+        """Raises OSError if it has ended, and KeyError, TypeError or ValueError for words that are not those."""
+        self.pid, self.thread, self.is_rank = itself["pid"], itself["thread"], itself["is_rank"]
+        self.values: dict[str, Any] = {name: itself[name] for name in ("rank", "world")}
+        """What it told last."""
+        self._files: list[int] = []
+        try:
+            for name, flags in (("stack", os.O_RDWR), ("told", os.O_RDWR), ("ask", os.O_WRONLY | os.O_NONBLOCK)):
+                number, inode = itself["files"][name]
+                self._files.append(opened(f"/proc/{self.pid}/fd/{number}", inode, flags))
+        except BaseException:
+            self.close()
+            raise
+        self._stack, self._told, self._ask = self._files
+        self._told_at = 0
+
+    def close(self) -> None:
+        for number in self._files:
+            os.close(number)
+
+    def ask(self) -> None:
+        os.ftruncate(self._told, 0)
+        with contextlib.suppress(OSError):  # it ends just now, or is full of questions
+            os.write(self._ask, b"?")
+
+    def answered(self, within_s: float) -> bool:
+        """Whether the thread has told all; what it has told is in ``values`` then."""
+        told = values_in(_grown(self._told, within_s, lines=2))
+        self.values.update(told)
+        return "stack" in told
+
+    def signalled(self) -> str:
+        """What the signal's handler writes, if C code holds Python's lock; the stacks of all threads."""
+        self.values["stack"] = ""
+        if self.thread and listens(self.pid, ASK_FOR_STACK):
+            os.ftruncate(self._stack, 0)
+            _signal_thread(self.pid, self.thread, ASK_FOR_STACK)
+            self.values["stack"] = _grown(self._stack, ANSWERS_WITHIN_S)
+            os.ftruncate(self._stack, 0)
+        return str(self.values["stack"])
+
+    def left(self) -> str:
+        """The stacks that it has written when it was told to end."""
+        return os.pread(self._stack, MOST_STACK, 0).decode(errors="replace")
+
+
+def _grown(descriptor: int, within_s: float, lines: int = 0) -> str:
+    """What is written there, once that is so many lines (0: once no more comes)."""
+    until_s = time.monotonic() + within_s
+    seen = 0
+    while True:
+        time.sleep(_POLL_S)
+        now = os.fstat(descriptor).st_size
+        text = os.pread(descriptor, MOST_STACK, 0).decode(errors="replace")
+        over = text.count("\n") >= lines if lines else now == seen
+        if (now > 0 and over) or time.monotonic() > until_s:
+            return text
+        seen = now
+
+
+def values_in(told: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for line in told.splitlines():
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # half a line
+            values.update(ast.literal_eval(line))
+    return values
+
+
+def _signal_thread(pid: int, thread: int, number: int) -> None:
+    """To one thread alone: a signal to a process may interrupt what its main thread waits in."""
+    if (call := _TGKILL.get(os.uname().machine)) is not None:
+        ctypes.CDLL(None).syscall(call, pid, thread, int(number))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from hpcmm.errors import HpcmmError, ProfilerUnusableError
 from hpcmm.node.cache import make_private_folder
-from hpcmm.node.startup import COMMAND_BEGAN
 from hpcmm.nsys.importer import import_qdstrm
 from hpcmm.nsys.supervisor import HEEDS_SIGTERM_S, End, Supervisor, run_supervised
 from hpcmm.resources import FOLDER_OF_NSYS
+from hpcmm.runs.attempts import COMMAND_BEGAN
 
 START_ATTEMPTS = 4
 _START_POLL_S = 0.02

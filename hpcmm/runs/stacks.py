@@ -11,7 +11,7 @@ import re
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -25,13 +25,13 @@ ASK_FOR_STACK = signal.SIGRTMIN + 11
 """A real-time signal that glibc, Slurm, submitit, Python and nsys leave alone; a rank that does not listen to it is
 never sent it. It is sent only to the thread that answers, if that cannot."""
 
-LISTENS_AT = "HPCMM_STACKS"
-"""The environment variable that tells a rank where the process in front of it reads its stacks."""
-
 MOST_STACK = 64 * 1024
 """Characters of a stack that are kept: Python writes at most 100 frames."""
-_MOST_BYTES = 512 * 1024
+_MOST_BYTES = 4 * 1024**2
 """Of an answer that is read."""
+MOST_WORKERS = 64
+"""Of the processes that a launched one has started, so many are asked."""
+MOST_STACK_OF_WORKER = 16 * 1024
 _MOST_OF_OTHERS = 32 * 1024**2
 _MOST_GROUPS = 64
 _MOST_FRAMES = 100
@@ -180,6 +180,29 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Worker:
+    """One of the processes that a launched process has started, or that these have."""
+
+    pid: int
+    parent: int = 0
+    """The nearest one above it that is a worker, too; 0: the launched process."""
+    name: str = ""
+    """As multiprocessing, else the kernel, calls it."""
+    looks: list[Look] = field(default_factory=list)
+    why: str = ""
+    """As of an answer; of a program that is asked nothing, what it does."""
+    rank: int | None = None
+    world: int | None = None
+    """How many ranks there are, by this process."""
+    joined: bool = False
+    """It tells of its rank as one of a process group, not by the environment, which its own children inherit."""
+
+
+AT_END = "at the end"
+"""The key of an answer that nobody has asked for: the process in front of a rank gives it when that has ended badly."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """What the process in front of a rank says of it."""
 
@@ -189,6 +212,10 @@ class Answer:
     looks: list[Look]
     why: str = ""
     """Why there is no stack, or what keeps it: it is stopped, in an uninterruptible state, or does not listen."""
+    workers: list[Worker] = field(default_factory=list)
+    """A worker comes before what it has started."""
+    world: int | None = None
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,6 +300,42 @@ def ask(
     return found
 
 
+def ranks_of(answers: Mapping[int, Answer]) -> dict[int, Answer]:
+    """An answer of each rank: of workers, if a launched process has started them and they are the ranks."""
+    found: dict[int, Answer] = {}
+    for number, answer in answers.items():
+        ranks = _ranks_among(answer)
+        if not ranks or found.keys() & ranks:  # two that each count their own from 0
+            ranks = {number: answer}
+        found.update({rank: each for rank, each in ranks.items() if rank not in found})
+    return found
+
+
+def _ranks_among(answer: Answer) -> dict[int, Answer]:
+    """The ranks that are workers. A rank's own children, such as those of its loader, may tell the same rank."""
+    joins = any(worker.joined for worker in answer.workers)
+    differ = any(worker.rank not in {None, answer.rank} for worker in answer.workers)
+    if answer.joined or not (joins or differ):
+        return {}
+    found: dict[int, Answer] = {}
+    for worker in answer.workers:
+        inherited = joins and not worker.joined and worker.rank == answer.rank
+        if worker.rank is not None and worker.rank not in found and not inherited:
+            helpers = _below(worker.pid, answer.workers)
+            found[worker.rank] = Answer(
+                worker.rank, answer.node, answer.key, worker.looks, worker.why, helpers, worker.world, worker.joined
+            )
+    return found
+
+
+def _below(pid: int, workers: Iterable[Worker]) -> list[Worker]:
+    found = {pid: Worker(pid)}
+    for worker in workers:
+        if worker.parent in found:
+            found[worker.pid] = worker
+    return list(found.values())[1:]
+
+
 def note_hang(attempt: Path, still_s: float) -> None:
     """Raises OSError."""
     attempt.mkdir(parents=True, exist_ok=True)
@@ -286,11 +349,33 @@ def read_hang(run: RunDir, attempt: Path) -> HangNote | None:
 
 
 def _as_answer(rank: int, given: Mapping[str, Any]) -> Answer | None:
-    node, key, why, looks = (given.get(name) for name in ("node", "key", "why", "looks"))
-    if not (isinstance(node, str) and isinstance(key, str) and isinstance(why, str) and isinstance(looks, list)):
+    node, key, workers, known = given.get("node"), given.get("key"), given.get("workers"), _of_both(given)
+    if not (isinstance(node, str) and isinstance(key, str) and known is not None):
+        return None
+    workers = workers[:MOST_WORKERS] if isinstance(workers, list) else []
+    found = [worker for each in workers if isinstance(each, dict) and (worker := _as_worker(each))]
+    return Answer(rank, node[:_MOST_NAME], key, workers=found, **known)
+
+
+def _as_worker(given: Mapping[str, Any]) -> Worker | None:
+    name, known = given.get("name"), _of_both(given)
+    if not isinstance(name, str) or known is None:
+        return None
+    pid, parent, rank = _count(given.get("pid")), _count(given.get("parent")), _rank_in(given.get("rank"))
+    return Worker(pid, parent, name[:_MOST_NAME], rank=rank, **known)
+
+
+def _of_both(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    why, looks, world = given.get("why"), given.get("looks"), given.get("world")
+    if not (isinstance(why, str) and isinstance(looks, list)):
         return None
     read = [_as_look(each) for each in looks[-2:] if isinstance(each, dict)]
-    return Answer(rank, node[:_MOST_NAME], key, read, why[:_MOST_NAME])
+    joined = given.get("joined") is True
+    return {"looks": read, "why": why[:_MOST_NAME], "world": _rank_in(world, 1), "joined": joined}
+
+
+def _rank_in(value: Any, more: int = 0) -> int | None:
+    return int(value) if _is_count(value) and value <= MAX_RANK + more else None
 
 
 def _as_look(given: Mapping[str, Any]) -> Look:
@@ -298,18 +383,12 @@ def _as_look(given: Mapping[str, Any]) -> Look:
     step, stack, groups = given.get("step"), given.get("stack"), given.get("groups")
     groups = groups if isinstance(groups, dict) else {}
     numbers = {str(name)[:_MOST_NAME]: number for name, number in groups.items() if _is_count(number)}
-    own_s, children_s = given.get("own_s"), given.get("children_s")
-    return Look(
-        _count(given.get("unix_ns")),
-        stack[:MOST_STACK] if isinstance(stack, str) else "",
-        step if _is_count(step) else None,
-        dict(list(numbers.items())[:_MOST_GROUPS]),
-        own_s if isinstance(own_s, float) else 0.0,
-        children_s if isinstance(children_s, float) else 0.0,
-        _count(given.get("io_bytes")),
-        _count(given.get("wakes")),
-        given.get("spins") is True,
-    )
+    numbers = dict(list(numbers.items())[:_MOST_GROUPS])
+    own_s, children_s = (each if isinstance(each, float) else 0.0 for each in map(given.get, ("own_s", "children_s")))
+    unix_ns, io_bytes, wakes = map(_count, map(given.get, ("unix_ns", "io_bytes", "wakes")))
+    stack = stack[:MOST_STACK] if isinstance(stack, str) else ""
+    step = step if _is_count(step) else None
+    return Look(unix_ns, stack, step, numbers, own_s, children_s, io_bytes, wakes, given.get("spins") is True)
 
 
 def _count(value: Any) -> int:

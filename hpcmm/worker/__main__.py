@@ -67,13 +67,12 @@ def _command(given: list[str]) -> int:
 
 
 def _prepare(run: RunDir) -> int:
-    from hpcmm.node import startup  # noqa: PLC0415
-    from hpcmm.runs.attempts import begin_attempt  # noqa: PLC0415
+    from hpcmm.runs.attempts import SCRIPT_BEGAN, begin_attempt  # noqa: PLC0415
     from hpcmm.worker.prepare import prepare_run  # noqa: PLC0415
 
     keep_compiled_code_to_oneself()
     prepare_run(run)
-    began = os.environ.get(startup.SCRIPT_BEGAN)
+    began = os.environ.get(SCRIPT_BEGAN)
     begin_attempt(run, began_s=float(began) if began else None)
     return 0
 
@@ -126,8 +125,7 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     """Run the rank's command. Returns its exit status, negative for a signal."""
     from hpcmm.annotate.stopping import RESTART_COUNT, RUN_DIR  # noqa: PLC0415
     from hpcmm.config.schema import Executor  # noqa: PLC0415
-    from hpcmm.node import startup  # noqa: PLC0415
-    from hpcmm.runs.attempts import current_attempt  # noqa: PLC0415
+    from hpcmm.runs import attempts  # noqa: PLC0415
     from hpcmm.worker.environment import RankEnvironment, forget_outer_run, use_copies  # noqa: PLC0415
     from hpcmm.worker.signal_forwarding import RankWatch, run_watched  # noqa: PLC0415
     from hpcmm.worker.task import read_settings, whole_config  # noqa: PLC0415
@@ -135,10 +133,10 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     settings = read_settings(run)
     config = settings.config
     forget_outer_run(has_script=config.cluster.executor is Executor.slurm)
-    os.environ[startup.CAPTURE_BEGAN] = f"{startup.process_began_s():.3f}"
+    os.environ[attempts.CAPTURE_BEGAN] = f"{attempts.process_began_s():.3f}"
     keep_compiled_code_to_oneself()
     os.environ[RUN_DIR] = str(run.root.absolute())
-    os.environ[RESTART_COUNT] = str(current_attempt(run) - 1)
+    os.environ[RESTART_COUNT] = str(attempts.current_attempt(run) - 1)
     rank_env = RankEnvironment.read()
     rank = rank_env.rank
     if config.cluster.executor is Executor.local:
@@ -153,28 +151,30 @@ def start_rank(run: RunDir, command: list[str]) -> int:
         from hpcmm.worker.nsys_rank import run_profiled  # noqa: PLC0415 -- only where a profiler runs
 
         try:
-            return _forgotten(run_profiled(settings, run, rank, command, watch), watch)
+            return _left(run_profiled(settings, run, rank, command, watch), watch)
         except ProfilerUnusableError as unusable:
             if config.profile.required:
                 raise HpcmmError(f"{unusable}. Set profile.required=false to train without.") from unusable
             print(f"hpcmm: {unusable}; rank {rank} trains without.", file=sys.stderr)
-    os.environ[startup.COMMAND_BEGAN] = f"{time.time():.3f}"
-    return _forgotten(run_watched(command, run, rank, watch), watch)
+    os.environ[attempts.COMMAND_BEGAN] = f"{time.time():.3f}"
+    return _left(run_watched(command, run, rank, watch), watch)
 
 
-def _forgotten(status: int, watch: RankWatch) -> int:
+def _left(status: int, watch: RankWatch) -> int:
     if status == 0:
         watch.forget()
+    else:
+        watch.keep()
     return status
 
 
 def _prepare_locally(run: RunDir, rank: int) -> None:
     """Without Slurm no script prepares: the first of the ranks does it while the others wait, and the job's log tells
     of it. Then the rank's own log begins, and what counts as its start under the profiler."""
-    from hpcmm.node import startup  # noqa: PLC0415
+    from hpcmm.runs import attempts  # noqa: PLC0415
     from hpcmm.worker.prepare import prepare_run  # noqa: PLC0415 -- its imports would delay every rank on Slurm
 
-    os.environ[startup.SCRIPT_BEGAN] = os.environ[startup.CAPTURE_BEGAN]
+    os.environ[attempts.SCRIPT_BEGAN] = os.environ[attempts.CAPTURE_BEGAN]
     try:
         with run.batch_log.open("ab") as log:
             _send_output_to(log)
@@ -187,7 +187,7 @@ def _prepare_locally(run: RunDir, rank: int) -> None:
     finally:
         with run.rank_log(rank).open("ab") as log:
             _send_output_to(log)
-    os.environ[startup.CAPTURE_BEGAN] = f"{time.time():.3f}"
+    os.environ[attempts.CAPTURE_BEGAN] = f"{time.time():.3f}"
 
 
 def _send_output_to(file: IO[bytes]) -> None:

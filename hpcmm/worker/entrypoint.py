@@ -23,8 +23,7 @@ from hpcmm.annotate.auto_instrument import after_import, annotate_children, anno
 from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError, ScriptExitError
 from hpcmm.node.cache import extensions_dir
-from hpcmm.node.startup import parts_before
-from hpcmm.runs.attempts import current_attempt
+from hpcmm.runs.attempts import current_attempt, parts_before
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.worker.environment import RankEnvironment, bound_threads, tell_launchers, with_local_paths

@@ -20,7 +20,7 @@ from hpcmm.config.command import is_launcher
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.files import json_object, open_regular, read_json_object
-from hpcmm.node import startup
+from hpcmm.runs import attempts
 from hpcmm.runs.ownership import exchangeable
 from hpcmm.runs.run_dir import RunDir
 
@@ -141,9 +141,9 @@ object that has the copy of each source."""
 NODES, NODE_RANK = "HPCMM_NODES", "HPCMM_NODE_RANK"
 """Variables of a rank: how many nodes the job has, and which of them, from 0, this one is."""
 
-_OF_THE_SCRIPT = (startup.SCRIPT_BEGAN, startup.SRUN_BEGAN)
+_OF_THE_SCRIPT = (attempts.SCRIPT_BEGAN, attempts.SRUN_BEGAN)
 _OF_A_RANK = (
-    *(stopping.RUN_DIR, stopping.RESTART_COUNT, startup.CAPTURE_BEGAN, startup.COMMAND_BEGAN),
+    *(stopping.RUN_DIR, stopping.RESTART_COUNT, attempts.CAPTURE_BEGAN, attempts.COMMAND_BEGAN),
     *(STAGE_DIR, STAGED, NODES, NODE_RANK, CAPTURE_STEPS),
 )
 _MOST_BYTES = 64 << 20

@@ -7,22 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hpcmm.node.recorder import node_of
+from hpcmm.annotate.in_children.sitecustomize import LISTENS_AT, memory
+from hpcmm.node.recorder import (
+    ANSWERS_WITHIN_S,
+    CANNOT_TELL,
+    Listener,
+    Process,
+    below,
+    node_of,
+    processes,
+    values_in,
+    wakes_of,
+    what_it_does,
+    what_keeps,
+    work_of,
+)
 from hpcmm.runs import failures, stacks
 from hpcmm.runs.run_dir import RunDir
 
@@ -30,6 +43,7 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, sig
 _TO_WRITE_STACKS_S = 0.5
 _PR_SET_PDEATHSIG = 1
 """From Linux' sys/prctl.h."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def run_watched(command: Sequence[str], run: RunDir, rank: int, watch: RankWatch | None = None) -> int:
@@ -119,9 +133,10 @@ def _unblock() -> None:
 _LOOK_S = 2.0
 """Seconds between two looks at the file that asks: on a shared file system each is a question to its server."""
 _BETWEEN_LOOKS_S = 2.0
-_ANSWERS_WITHIN_S = 2.0
-_POLL_S = 0.02
 _HEEDS_SIGTERM_S = 10.0
+_MOST_INTRODUCTIONS = 1 << 20
+_MOST_KEPT = 256
+_MOST_GENERATIONS = 16
 EXIT_STATUS_OF_HANG = 124
 """That of a job that the watchdog ended; ``timeout`` ends so too."""
 
@@ -130,19 +145,20 @@ class RankWatch:
     """Answers for its rank when all are asked where they stand. In front of rank 0 it also asks, for the watchdog."""
 
     def __init__(self, run: RunDir, rank: int, hang_s: float | None = None, ranks: int = 1) -> None:
-        """Sets the environment variable by which the rank, which starts after this, finds where to answer.
+        """Sets the environment variable by which the rank, which starts after this, finds where to introduce itself.
 
         ``hang_s``: the ranks, of which there are ``ranks``, are ended once none has moved for so long (None: never).
         """
         self._run, self._rank = run, rank
         self._folder = stacks.stacks_folder(run)
-        self._stack, self._told = os.memfd_create("hpcmm-stack"), os.memfd_create("hpcmm-told")
-        self._questions, self._ask = os.pipe()
-        numbers = (self._stack, self._questions, self._told)
-        os.environ[stacks.LISTENS_AT] = ":".join(map(str, (f"/proc/{os.getpid()}/fd", *numbers)))
-        self._listener: tuple[int, int] | None = None
+        self._introductions, self._heard = memory(), 0
+        inode = os.fstat(self._introductions).st_ino
+        listens_at = (f"/proc/{os.getpid()}/fd/{self._introductions}", inode, int(stacks.ASK_FOR_STACK))
+        os.environ[LISTENS_AT] = ":".join(map(str, listens_at))
+        self._listeners: dict[int, Listener] = {}
+        self._main: Listener | None = None
         self._dog = Watchdog(run, self._folder, hang_s, ranks) if hang_s is not None and rank == 0 else None
-        self._complained = False
+        self._complained = self._ordered = False
         with self._saying_so():
             self._folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):  # so that it is there: a file system may remember that it is not
@@ -151,10 +167,12 @@ class RankWatch:
 
     def __call__(self) -> bool:
         """Do what is to be done now, for some seconds at most. Returns whether the rank must end."""
+        self._meet()
         request = stacks.read_request(self._run, self._folder)
         if request.key not in {"", self._answered}:
             self._answered = request.key
             if request.ends:
+                self._ordered = True
                 return True
             with self._saying_so():
                 stacks.write_answer(self._folder, self._answer(request))
@@ -170,6 +188,26 @@ class RankWatch:
             with contextlib.suppress(OSError):
                 self._run.stacks.rmdir()
 
+    def keep(self) -> None:
+        """Leave the stacks that the rank's processes have written when they were told to end, once it has ended badly.
+
+        The rank itself has left its own.
+        """
+        if self._ordered:  # all ranks have told all that there is to know
+            return
+        found = []
+        for each in self._listeners.values():
+            if each is not self._main and (stack := each.left()):
+                still_there = stacks.frames_in(stack) == stacks.frames_in(each.values.get("stack", ""))
+                groups = each.values.get("groups", {}) if still_there else {}
+                looks = [stacks.Look(time.time_ns(), stack, groups=groups)]
+                name = each.values.get("name") or f"process {each.pid}"
+                found.append(stacks.Worker(each.pid, name=name, looks=looks, **_identity(each.values)))
+        if found:
+            answer = stacks.Answer(self._rank, node_of(os.environ), stacks.AT_END, [], workers=_bounded(found))
+            with self._saying_so():
+                stacks.write_answer(self._folder, answer)
+
     @contextlib.contextmanager
     def _saying_so(self) -> Iterator[None]:
         try:
@@ -181,160 +219,116 @@ class RankWatch:
                 print(f"hpcmm: {self._folder} cannot be written ({error.strerror}).", file=sys.stderr, flush=True)
             self._complained = True
 
+    def _meet(self) -> None:
+        """Make the acquaintance of processes that have started since, and forget those that ended without a word."""
+        text = os.pread(self._introductions, _MOST_INTRODUCTIONS, self._heard)
+        text = text[: text.rfind(b"\n") + 1]
+        self._heard += len(text)
+        for line in text.decode(errors="replace").splitlines():
+            with contextlib.suppress(OSError, KeyError, TypeError, ValueError):  # it has ended since
+                new = Listener(values_in(line))
+                if (known := self._listeners.pop(new.pid, None)) is not None:
+                    known.close()
+                self._listeners[new.pid] = new
+                self._main = new if new.is_rank else self._main
+        for pid, each in list(self._listeners.items()):
+            is_gone = each is not self._main and not Path(f"/proc/{pid}").exists()
+            if is_gone and (not each.left() or len(self._listeners) > _MOST_KEPT):
+                self._listeners.pop(pid).close()
+
     def _answer(self, request: stacks.Request) -> stacks.Answer:
-        looks: list[stacks.Look] = []
-        why = ""
+        workers: dict[int, stacks.Worker] = {}
+        mains: list[tuple[stacks.Look, str]] = []
         for number in range(request.looks):
             if number:
                 time.sleep(_BETWEEN_LOOKS_S)
-            look, why = self._look()
-            looks.append(look)
-        return stacks.Answer(self._rank, node_of(os.environ), request.key, looks, why)
+                self._meet()
+            main, now = self._look()
+            mains.append(main)
+            before = {worker.pid: worker.looks for worker in workers.values()}
+            workers = {each.pid: replace(each, looks=[*before.get(each.pid, []), *each.looks]) for each in now}
+        looks, why = [look for look, _ in mains], mains[-1][1]
+        itself = _identity(self._main.values) if self._main is not None else {}
+        return stacks.Answer(
+            self._rank,
+            node_of(os.environ),
+            request.key,
+            looks,
+            why,
+            _bounded(workers.values()),
+            itself.get("world"),
+            itself.get("joined", False),
+        )
 
-    def _look(self) -> tuple[stacks.Look, str]:
-        """What the rank does now, and why it does not tell, or what keeps it."""
-        if self._listener is None:
-            self._listener = _listener_in(self._told)
-        if self._listener is None:
-            return stacks.Look(time.time_ns()), "its program has not started yet, or does not listen"
-        pid, thread = self._listener
-        why = _what_keeps(pid)
-        told: dict[str, Any] = {} if why in _CANNOT_TELL else self._asked(pid, thread)
-        stack, groups = told.get("stack", ""), told.get("groups", {})
-        if stack and told.get("by_signal"):
-            why = why or "C code holds Python's lock there"
+    def _look(self) -> tuple[tuple[stacks.Look, str], list[stacks.Worker]]:
+        """What the rank does now, and why it does not tell, or what keeps it; and what its processes do."""
+        if self._main is None:
+            return (stacks.Look(time.time_ns()), "its program has not started yet, or does not listen"), []
+        known = processes()
+        started = below(self._main.pid, known)
+        asked = [self._main, *(self._listeners[pid] for pid in started if pid in self._listeners)]
+        asked = asked[: 1 + stacks.MOST_WORKERS]
+        said = dict(zip((each.pid for each in asked), _looks_at(asked, known)))
+        names = {each.pid for each in asked}
+        workers = []
+        for pid in started:
+            if pid in said:
+                look, why = said[pid]
+                values = self._listeners[pid].values
+                name = values.get("name") or known[pid].name
+                worker = stacks.Worker(pid, name=name, looks=[look], why=why, **_identity(values))
+            elif not any(each.parent == pid for each in known.values()):  # a shell waits for what it has started
+                look = stacks.Look(time.time_ns(), "", None, {}, *work_of(pid, known), wakes_of(pid))
+                worker = stacks.Worker(pid, name=known[pid].name, looks=[look], why=what_it_does(known[pid]))
+            else:
+                continue
+            workers.append(replace(worker, parent=_parent_in(names - {self._main.pid}, pid, known)))
+        return said[self._main.pid], workers
+
+
+def _looks_at(asked: Sequence[Listener], known: Mapping[int, Process]) -> list[tuple[stacks.Look, str]]:
+    """All are asked at once, so that one that cannot answer delays the others no more than itself."""
+    whys = [what_keeps(each.pid, known) for each in asked]
+    able = [each for each, why in zip(asked, whys) if why not in CANNOT_TELL]
+    for each in able:
+        each.ask()
+    until_s = time.monotonic() + ANSWERS_WITHIN_S
+    # Long enough that only a lock keeps the thread from it: else the handler would see stacks that change.
+    silent = [each for each in able if not each.answered(max(0.0, until_s - time.monotonic()))]
+    looks = []
+    for each, why in zip(asked, whys):
+        stack = "" if each not in able else each.signalled() if each in silent else each.values["stack"]
+        if stack and each in silent:
+            why = why or "C code holds Python's lock there"  # noqa: PLW2901
         elif not (stack or why):
-            why = f"it did not answer within {_ANSWERS_WITHIN_S:.0f} s"
-        own_s, children_s, io_bytes = _work_of(pid)
-        step, spins = told.get("step"), told.get("spins", False)
-        return stacks.Look(time.time_ns(), stack, step, groups, own_s, children_s, io_bytes, _wakes_of(pid), spins), why
-
-    def _asked(self, pid: int, thread: int) -> dict[str, Any]:
-        """What the rank's thread tells; if C code holds Python's lock, what the signal's handler writes."""
-        told_at = os.fstat(self._told).st_size
-        os.write(self._ask, b"?")
-        # Long enough that only a lock keeps the thread from it: else the handler would see stacks that change.
-        told = _values_in(_grown(self._told, told_at, _ANSWERS_WITHIN_S, lines=2))
-        os.ftruncate(self._told, told_at)
-        if "stack" not in told and _listens(pid):
-            stack_at = os.fstat(self._stack).st_size
-            _signal_thread(pid, thread, stacks.ASK_FOR_STACK)
-            told["stack"] = _grown(self._stack, stack_at, _ANSWERS_WITHIN_S)
-            told["by_signal"] = True
-            os.ftruncate(self._stack, 0)
-        return told
+            why = f"it did not answer within {ANSWERS_WITHIN_S:.0f} s"  # noqa: PLW2901
+        step, groups, spins = (each.values.get(name) for name in ("step", "groups", "spins"))
+        work = work_of(each.pid, known)
+        looks.append(
+            (stacks.Look(time.time_ns(), stack, step, groups or {}, *work, wakes_of(each.pid), spins is True), why)
+        )
+    return looks
 
 
-def _grown(descriptor: int, size: int, within_s: float, lines: int = 0) -> str:
-    """What is written behind ``size`` bytes, once that is so many lines (0: once no more comes)."""
-    until_s = time.monotonic() + within_s
-    seen = size
-    while True:
-        time.sleep(_POLL_S)
-        now = os.fstat(descriptor).st_size
-        text = os.pread(descriptor, stacks.MOST_STACK, size).decode(errors="replace")
-        over = text.count("\n") >= lines if lines else now == seen
-        if (now > size and over) or time.monotonic() > until_s:
-            return text
-        seen = now
+def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rank": values.get("rank"), "world": values.get("world"), "joined": values.get("joined", False)}
 
 
-def _values_in(told: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for line in told.splitlines():
-        with contextlib.suppress(ValueError):  # half a line
-            values.update(json.loads(line))
-    return values
-
-
-def _listener_in(descriptor: int) -> tuple[int, int] | None:
-    """The rank's process, and the thread of it that answers: a profiler may stand between it and this process."""
-    first, end, _ = os.pread(descriptor, 256, 0).partition(b"\n")
-    values = _values_in(first.decode()) if end else {}
-    return (values["pid"], values["thread"]) if values else None
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_TGKILL = {"x86_64": 234, "aarch64": 131, "ppc64le": 250}
-"""Numbers of the system call, for which older C libraries have no function."""
-
-
-def _signal_thread(pid: int, thread: int, number: int) -> None:
-    """To one thread alone: a signal to a process may interrupt what its main thread waits in."""
-    if (call := _TGKILL.get(os.uname().machine)) is not None:
-        _LIBC.syscall(call, pid, thread, int(number))
-
-
-_STATES = {
-    "T": "it is stopped (SIGSTOP)",
-    "t": "it is stopped by a debugger",
-    "D": "it is in an uninterruptible state: it waits for a disk, a file system or a device",
-    "Z": "its process has ended",
-    "X": "its process has ended",
-}
-_CANNOT_TELL = frozenset({_STATES["T"], _STATES["t"], _STATES["Z"]})
-
-
-def _what_keeps(pid: int) -> str:
-    """What the kernel says of a rank's main thread, if that keeps it from running."""
-    try:
-        return _STATES.get(_kernel_s(pid, "stat").rpartition(")")[2].split()[0], "")
-    except (OSError, IndexError):
-        return _STATES["X"]
-
-
-def _listens(pid: int) -> bool:
-    """Whether the signal has a handler, without which it would end the process."""
-    try:
-        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", _kernel_s(pid, "status"), re.MULTILINE)
-    except OSError:
-        return False
-    return caught is not None and bool(int(caught[1], 16) >> (stacks.ASK_FOR_STACK - 1) & 1)
-
-
-def _work_of(pid: int) -> tuple[float, float, int]:
-    """Processor time in s of a process and of all that it has started, and bytes that they have read and written."""
-    ticks, io_bytes = 0, _io_of(pid)
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = _kernel_s(int(folder.name), "stat").rpartition(")")[2].split()
-            parents[int(folder.name)] = (int(fields[1]), int(fields[11]) + int(fields[12]))
-            if int(folder.name) == pid:
-                ticks += int(fields[13]) + int(fields[14])  # of children that have ended
-    below = {pid}
+def _parent_in(names: Collection[int], pid: int, known: Mapping[int, Process]) -> int:
+    """The nearest process above that is one of these; 0 if none is."""
     for _ in range(_MOST_GENERATIONS):
-        found = {child for child, (parent, _) in parents.items() if parent in below} - below
-        if not found:
+        pid = known[pid].parent if pid in known else 0
+        if pid in names or not pid:
             break
-        below |= found
-    for child in below - {pid}:
-        ticks += parents[child][1]
-        io_bytes += _io_of(child)
-    per_s = os.sysconf("SC_CLK_TCK")
-    return parents.get(pid, (0, 0))[1] / per_s, ticks / per_s, io_bytes
+    return pid if pid in names else 0
 
 
-def _wakes_of(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", _kernel_s(pid, "status"), re.MULTILINE)
-        return int(found[1]) if found else 0
-    return 0
-
-
-_MOST_GENERATIONS = 16
-
-
-def _io_of(pid: int) -> int:
-    try:
-        values = [line.split(": ") for line in _kernel_s(pid, "io").splitlines()]
-        return sum(int(value) for name, value in values if name in {"rchar", "wchar"})
-    except (OSError, ValueError):
-        return 0
-
-
-def _kernel_s(pid: int, name: str) -> str:
-    return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
+def _bounded(workers: Iterable[stacks.Worker]) -> list[stacks.Worker]:
+    most = stacks.MOST_STACK_OF_WORKER
+    return [
+        replace(each, looks=[replace(look, stack=look.stack[:most]) for look in each.looks])
+        for each in list(workers)[: stacks.MOST_WORKERS]
+    ]
 
 
 # The watchdog.
@@ -404,7 +398,7 @@ class Watchdog:
             if len(answers) < self._ranks and now_s - self._asked_s < _PATIENCE_S:
                 return
             self._asked = ""
-            still_s = self._stillness.hear(self._asked_s, answers, self._output())
+            still_s = self._stillness.hear(self._asked_s, stacks.ranks_of(answers), self._output())
             if still_s is not None:
                 self._end(still_s)
                 return

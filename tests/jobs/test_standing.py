@@ -4,10 +4,11 @@ import time
 
 import pytest
 
-from hpcmm.jobs import standing
+from hpcmm.jobs import asking, standing
+from hpcmm.jobs.asking import Ranks, lines_of_ranks
 from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
 from hpcmm.jobs.first_failure import first_failure
-from hpcmm.jobs.standing import Ranks, Standing, findings, grouped, lines_of_ranks, missing_ranks, numbered
+from hpcmm.jobs.standing import Standing, findings, grouped, missing_ranks, numbered
 from hpcmm.jobs.why import explanation_of, lines_of
 from hpcmm.node.classify import Kind
 from hpcmm.runs.failures import RankExit
@@ -126,7 +127,7 @@ def test_only_ranks_that_do_not_move_nor_work_nor_write_for_a_minute_hang():
 def test_many_groups_are_cut():
     ranks = [at(rank, stack(f'"/home/me/train.py", line {rank} in f', MAIN)) for rank in range(30)]
     lines = lines_of_ranks(Ranks(grouped(ranks), []))
-    assert len(lines) == standing._MOST_SHOWN + 1
+    assert len(lines) == asking._MOST_SHOWN + 1
     assert lines[-1] == "          and 22 more ranks, each at another place"
 
 

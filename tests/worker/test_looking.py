@@ -15,7 +15,12 @@ from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.stacks import Answer, Look
 from hpcmm.worker.signal_forwarding import EXIT_STATUS_OF_HANG, Stillness, Watchdog
 
-WRAPPER = """
+NO_MEMORY_FILES = """
+import os
+if "NO_MEMORY_FILES" in os.environ:
+    del os.memfd_create
+"""
+WRAPPER = f"""{NO_MEMORY_FILES}
 import sys
 from pathlib import Path
 from hpcmm.runs.run_dir import RunDir
@@ -23,9 +28,11 @@ from hpcmm.worker import signal_forwarding
 signal_forwarding._LOOK_S = signal_forwarding._BETWEEN_LOOKS_S = 0.05
 run = RunDir(Path(sys.argv[1]))
 watch = signal_forwarding.RankWatch(run, 3)
-sys.exit(signal_forwarding.end_as(signal_forwarding.run_watched([sys.executable, "-c", sys.argv[2]], run, 3, watch)))
+status = signal_forwarding.run_watched([sys.executable, "-c", sys.argv[2]], run, 3, watch)
+watch.keep()
+sys.exit(signal_forwarding.end_as(status))
 """
-RANK = """
+RANK = f"""{NO_MEMORY_FILES}
 import ctypes, os, signal, threading, time
 from pathlib import Path
 from hpcmm.node.recorder import recording_failure
@@ -129,6 +136,87 @@ def test_the_thread_that_answers_is_none_that_a_program_waits_for(rank):
     body = "wait_for_nothing() if len(threading.enumerate()) == 1 else None"
     with rank.running(RANK.replace("BODY", body)):
         assert "in wait_for_nothing" in rank.asked().looks[-1].stack
+
+
+SLEEPS = """
+import os, time
+def wait_for_nothing():
+    open(os.environ["READY"], "w").close()
+    time.sleep(60)
+wait_for_nothing()
+"""
+STARTS = """
+import subprocess, sys
+from hpcmm.annotate.auto_instrument import annotate_children
+annotate_children()
+WHAT
+"""
+STARTS_PYTHON = (
+    "subprocess.run([sys.executable, '-c', os.environ['SLEEPS']], env=os.environ | {'RANK': '5', 'WORLD_SIZE': '8'})"
+)
+FORKS = """
+import multiprocessing
+child = multiprocessing.get_context("fork").Process(target=wait_for_nothing, name="loader")
+child.start()
+child.join()
+time.sleep(60)
+"""
+
+
+def rank_that_runs(starts):
+    return RANK.replace("BODY", "exec(os.environ['STARTS'])"), {
+        "STARTS": STARTS.replace("WHAT", starts),
+        "SLEEPS": SLEEPS,
+    }
+
+
+@pytest.mark.parametrize("without", [{}, {"NO_MEMORY_FILES": "1"}], ids=["", "as built for an old C library"])
+def test_a_python_that_a_rank_starts_tells_where_it_stands(rank, without):
+    program, more = rank_that_runs(STARTS_PYTHON)
+    rank.environ |= more | without
+    with rank.running(program) as process:
+        (worker,) = rank.asked().workers
+        assert (worker.rank, worker.world, worker.joined, worker.why) == (5, 8, False, "")
+        assert "in wait_for_nothing" in worker.looks[-1].stack.splitlines()[1]
+        assert not stacks.moved(*worker.looks)
+        assert process.poll() is None
+
+
+def test_a_process_that_a_rank_forks_tells_by_itself_and_leaves_the_stacks_of_the_rank_alone(rank):
+    program, more = rank_that_runs(FORKS)
+    rank.environ |= more
+    with rank.running(program):
+        answer = rank.asked()
+        (worker,) = answer.workers
+        assert worker.name == "loader"
+        assert "in wait_for_nothing" in worker.looks[-1].stack.splitlines()[1]
+        assert "in join" in answer.looks[-1].stack
+        os.kill(worker.pid, signal.SIGTERM)
+        wait_for(lambda: not rank.asked().workers)
+        assert failures.stacks_file(rank.run.failures / "12.0", 3).read_text(encoding="utf-8") == ""
+
+
+def test_a_program_that_is_no_python_is_named_with_what_it_does(rank):
+    program, more = rank_that_runs("""subprocess.run(["sh", "-c", ': > "$READY"; sleep 60; true'])""")
+    rank.environ |= more
+    with rank.running(program):
+        wait_for(lambda: [worker.name for worker in rank.asked().workers] == ["sleep"])
+        (worker,) = rank.asked().workers
+        assert worker.why.startswith("it sleeps")
+        assert (worker.rank, worker.looks[-1].stack) == (None, "")
+
+
+def test_what_a_rank_has_started_leaves_its_stacks_when_all_are_told_to_end(rank):
+    program, more = rank_that_runs(STARTS_PYTHON)
+    rank.environ |= more
+    with rank.running(program) as process:
+        (worker,) = rank.asked().workers
+        os.kill(worker.pid, signal.SIGTERM)
+        process.terminate()
+        process.wait(30)
+    answer = stacks.read_answers(rank.run, rank.folder)[3]
+    assert (answer.key, [each.rank for each in answer.workers]) == (stacks.AT_END, [5])
+    assert "in wait_for_nothing" in answer.workers[0].looks[-1].stack
 
 
 def test_a_rank_ends_when_the_watchdog_orders_it(rank):

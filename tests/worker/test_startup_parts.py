@@ -5,7 +5,7 @@ import time
 
 import psutil
 
-from hpcmm.node.startup import parts_before, process_began_s
+from hpcmm.runs.attempts import parts_before, process_began_s
 
 
 def test_the_parts_add_up_to_the_time_since_the_job_s_start():

@@ -1,14 +1,206 @@
-"""In Pythons that an annotated rank starts, such as those of ``torchrun`` or ``mp.spawn``: annotate them, too.
+"""In Pythons that a rank starts, such as those of ``torchrun``: tell where they stand, and annotate them.
 
-The folder of this file stands first on their ``PYTHONPATH``. Nothing of hpcmm is imported before PyTorch is, and
-nothing happens at all without a profiler. The ``sitecustomize`` that this file hides is run as ever.
+The folder of this file stands first on their ``PYTHONPATH``. It delays the start of each of them, of any version, so it
+imports nothing that is not built into Python, and needs no more than Python 3.6. Without a profiler nothing is
+annotated. The ``sitecustomize`` that this file hides is run as ever. The rank itself listens by :func:`listen`, too.
 """
 
-from __future__ import annotations
-
+import _thread
+import faulthandler
 import os
 import sys
-from importlib.machinery import PathFinder
+
+LISTENS_AT = "HPCMM_STACKS"
+"""The environment variable that tells where to introduce oneself: a file of the process in front of the rank, its
+inode, and the signal by which that process asks if nothing else helps."""
+
+_C10D = "torch.distributed.distributed_c10d"
+_MOST_GROUPS = 64
+_MOST_FRAMES = 100
+_MOST_START_S = 10.0
+_SIGTERM = 15
+
+
+def memory() -> int:
+    """A file without a name, for what one process leaves to another that opens it by ``/proc``: it is appended to."""
+    try:
+        number = os.memfd_create("hpcmm")
+    except (AttributeError, OSError):  # a Python that was built for an older C library, or an older kernel
+        import tempfile  # noqa: PLC0415 -- rarely needed
+
+        with tempfile.TemporaryFile(buffering=0) as file:
+            number = os.dup(file.fileno())
+    try:
+        return os.open(f"/proc/self/fd/{number}", os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    finally:
+        os.close(number)
+
+
+def opened(place: str, inode: int, flags: int) -> int:
+    """The file at a place in ``/proc``. Raises OSError, also if another one has taken that place."""
+    number = os.open(place, flags | os.O_CLOEXEC)
+    if os.fstat(number).st_ino != inode:
+        os.close(number)
+        raise FileNotFoundError(place)
+    return number
+
+
+def listen(*, is_rank: bool = False) -> None:
+    """From now on a thread tells where the main thread stands, and the numbers of steps and collectives, when asked.
+
+    It sleeps in a pipe until then. While C code holds Python's lock it cannot answer: for that case a signal is set
+    that only that thread gets, so that no system call of the program's is interrupted. No thread's stack changes then,
+    so that a handler in C can write them all. Does nothing if no process of this machine listens.
+
+    ``is_rank``: this is the process that was launched, which leaves its stacks at SIGTERM in a place of its own.
+    """
+    try:
+        place, inode, number = os.environ[LISTENS_AT].split(":")
+        introductions = opened(place, int(inode), os.O_WRONLY | os.O_APPEND)
+        if os.fstat(introductions).st_nlink:  # it has a name, and so is another one
+            os.close(introductions)
+            return
+    except (KeyError, ValueError, OSError):
+        return
+    try:
+        _listeners.append(_Listener(introductions, int(number), is_rank=is_rank))
+    except (OSError, RuntimeError, ValueError) as error:  # no room, no thread: the program itself needs none of this
+        print(f"hpcmm: process {os.getpid()} will not tell where it stands ({error}).", file=sys.stderr)
+    finally:
+        os.close(introductions)
+
+
+class _Listener:
+    """The files by which this process is asked and answers, and the thread that does."""
+
+    def __init__(self, introductions: int, number: int, *, is_rank: bool) -> None:
+        self._main, self._introductions = _thread.get_ident(), introductions
+        self._stack, self._told = memory(), memory()
+        self._questions, self._ask = os.pipe()
+        self._inodes = {each: os.fstat(each).st_ino for each in (self._stack, self._told, self._questions, self._ask)}
+        self._is_rank = is_rank
+        faulthandler.register(number, file=self._stack, all_threads=True, chain=False)
+        signals = __import__("_signal")
+        if not is_rank and signals.getsignal(_SIGTERM) == signals.SIG_DFL:
+            faulthandler.register(_SIGTERM, file=self._stack, all_threads=True, chain=True)
+        # Not by the module threading: a program may wait for all of its threads.
+        self._introduced = _thread.allocate_lock()
+        self._introduced.acquire()
+        _thread.start_new_thread(self._answer, ())
+        self._introduced.acquire(True, _MOST_START_S)  # C code may hold Python's lock from now on
+
+    def close(self) -> None:
+        """In a process that this one has started by a fork, which has no such thread."""
+        for number in self._inodes:
+            if self._is_there(number):
+                os.close(number)
+
+    def _is_there(self, number: int) -> bool:
+        """Whether the program has not closed this file, as some close all that they do not know."""
+        try:
+            return os.fstat(number).st_ino == self._inodes[number]
+        except OSError:
+            return False
+
+    def _answer(self) -> None:
+        """Say who answers, then answer what comes by two lines."""
+        try:
+            files = {name: (number, self._inodes[number]) for name, number in self._files()}
+            thread = _thread.get_native_id() if hasattr(_thread, "get_native_id") else 0
+            itself = {"pid": os.getpid(), "thread": thread, "is_rank": self._is_rank, "files": files}
+            _tell(self._introductions, dict(itself, **_place_by_environment()))
+        finally:
+            self._introduced.release()
+        try:
+            while self._is_there(self._questions) and os.read(self._questions, 64) and self._is_there(self._told):
+                _tell(self._told, {"stack": _stack_of(self._main)})
+                _tell(self._told, dict(_place(), step=_step(), groups=_collectives(), spins=_uses_gpu(), name=_name()))
+        except OSError:
+            return
+
+    def _files(self) -> "tuple[tuple[str, int], ...]":
+        return ("stack", self._stack), ("told", self._told), ("ask", self._ask)
+
+
+_listeners: "list[_Listener]" = []
+
+
+def _after_fork() -> None:
+    is_heard = bool(_listeners)
+    while _listeners:
+        _listeners.pop().close()
+    if is_heard:
+        listen()
+
+
+def _tell(told: int, values: "dict[str, object]") -> None:
+    """By a line that ``ast.literal_eval`` reads."""
+    os.write(told, repr(values).encode("utf-8", "backslashreplace") + b"\n")
+
+
+def _stack_of(thread: int) -> str:
+    """As faulthandler writes it."""
+    lines, frame = ["Stack (most recent call first):"], sys._current_frames().get(thread)
+    while frame is not None and len(lines) <= _MOST_FRAMES:
+        code = frame.f_code
+        lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
+        frame = frame.f_back
+    return "\n".join(lines) + "\n"
+
+
+def _place_by_environment() -> "dict[str, object]":
+    numbers = {"rank": os.environ.get("RANK", ""), "world": os.environ.get("WORLD_SIZE", "")}
+    return {name: int(text) if text.isdecimal() else None for name, text in numbers.items()}
+
+
+def _place() -> "dict[str, object]":
+    """Rank and number of ranks: by its process group, if it has joined one, else by its environment."""
+    c10d = sys.modules.get(_C10D)
+    try:
+        if c10d is not None and c10d.is_initialized():
+            return {"rank": int(c10d.get_rank()), "world": int(c10d.get_world_size()), "joined": True}
+    except Exception:  # it may just be imported
+        return _place_by_environment()
+    return _place_by_environment()
+
+
+def _name() -> str:
+    """As multiprocessing calls this process; empty if it did not start it."""
+    process = sys.modules.get("multiprocessing.process")
+    try:
+        return "" if process is None or process.parent_process() is None else str(process.current_process().name)
+    except Exception:  # as above
+        return ""
+
+
+def _uses_gpu() -> bool:
+    torch = sys.modules.get("torch")
+    try:
+        return torch is not None and bool(torch.cuda.is_initialized())
+    except Exception:  # as above
+        return False
+
+
+def _collectives() -> "dict[str, int]":
+    """The number of the latest collective in each process group of several ranks, by the group's name."""
+    c10d = sys.modules.get(_C10D)
+    found: dict[str, int] = {}
+    try:
+        for group in list(c10d._world.pg_map) if c10d is not None else []:
+            if group.size() > 1 and len(found) < _MOST_GROUPS:
+                found[str(group.group_name)] = int(group._get_sequence_number_for_group())
+    except Exception:  # internals of PyTorch's, which another version may have changed
+        return found
+    return found
+
+
+def _step() -> "int | None":
+    """The step of ``hpcmm.annotate`` that the program was in last, if it has imported that."""
+    ranges = sys.modules.get("hpcmm.annotate.ranges")
+    try:
+        return None if ranges is None else int(ranges.step_begun().__index__())
+    except Exception:  # it was in none, or gave it another name than a number
+        return None
 
 
 class _AtImportOfTorch:
@@ -34,6 +226,8 @@ def _annotate() -> None:
 
 def _run_hidden() -> None:
     """Run the next ``sitecustomize`` on the path, in this one's place."""
+    from importlib.machinery import PathFinder  # noqa: PLC0415 -- the rank itself has no need of it
+
     here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 -- pathlib would delay each start
     others = [folder for folder in sys.path if os.path.abspath(folder) != here]  # noqa: PTH100
     spec = PathFinder.find_spec("sitecustomize", others)
@@ -44,6 +238,10 @@ def _run_hidden() -> None:
         spec.loader.exec_module(module)
 
 
-if "NVTX_INJECTION64_PATH" in os.environ:
-    sys.meta_path.insert(0, _AtImportOfTorch)
-_run_hidden()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+if __name__ == "sitecustomize":
+    listen()
+    if "NVTX_INJECTION64_PATH" in os.environ and sys.version_info >= (3, 9):
+        sys.meta_path.insert(0, _AtImportOfTorch)
+    _run_hidden()

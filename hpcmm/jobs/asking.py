@@ -1,0 +1,237 @@
+"""The ranks of a job are asked where they stand while it runs, and what they left tells of its end."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hpcmm.files import read_followed
+from hpcmm.jobs.diagnostics import JobDiagnostics
+from hpcmm.jobs.find_run import shared_folder, world_size_of
+from hpcmm.jobs.standing import (
+    Group,
+    Standing,
+    findings,
+    grouped,
+    is_program,
+    missing_ranks,
+    numbered,
+    ranks_named,
+    said_of_workers,
+    standing_of,
+)
+from hpcmm.ranges import MAX_RANK
+from hpcmm.runs.ownership import is_mine
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.stacks import (
+    AT_END,
+    Answer,
+    Place,
+    ask,
+    is_still,
+    main_place,
+    newest_folder,
+    ranks_of,
+    wakes,
+    works,
+)
+
+_PATIENCE_S = 12.0
+"""For answers: a rank is looked at twice, and the file that asks may be seen some seconds late."""
+_QUIET_S = 60.0
+"""Without output and progress, after which ranks that do not move are said to hang."""
+_MOST_SHOWN = 8
+_MOST_SOURCE_BYTES = 1 << 20
+_MOST_SOURCE = 100
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a job by where they stand."""
+
+    groups: list[Group]
+    findings: list[str]
+    """Who is missing where."""
+    missing: list[Standing] = field(default_factory=list)
+    moves: bool | None = None
+    """Whether a rank moved between two looks; None of ranks that are not looked at now, or did not answer."""
+    works: list[int] = field(default_factory=list)
+    """Ranks that do something at one place: they keep a processor busy, or wake again and again."""
+    quiet_s: float | None = None
+    """Since when the ranks, which run, have written nothing."""
+    asked_unix_ns: int | None = None
+    """When they were asked, if that was before the job's end."""
+
+    @property
+    def hang(self) -> bool:
+        """Whether they run and stand still so clearly that one may say so."""
+        return self.moves is False and not self.works and (self.quiet_s or 0.0) >= _QUIET_S
+
+
+def ask_ranks(evidence: JobDiagnostics, patience_s: float = _PATIENCE_S) -> tuple[JobDiagnostics, Ranks | None]:
+    """Ask the ranks of a job that runs where they stand. None if they cannot be asked."""
+    run, job = evidence.run, evidence.job
+    folder = newest_folder(run, job.raw_id) if run is not None and job.state == "RUNNING" else None
+    if run is None or folder is None or evidence.hang is not None or not is_mine(run.root):
+        return evidence, None
+    size = world_size_of(run)
+    try:
+        answers = ask(run, folder, size, patience_s)
+    except OSError as error:
+        note = f"The ranks cannot be asked where they stand: {folder} cannot be written ({error.strerror})."
+        return replace(evidence, notes=[*evidence.notes, note]), None
+    known, away = _by_rank({rank: each for rank, each in answers.items() if rank not in evidence.done}, size)
+    lost = [Standing(rank, _node_of(evidence, rank)) for rank in away if rank not in evidence.done]
+    standings = numbered([*map(standing_of, known.values()), *lost])
+    moves = not all(map(is_still, known.values())) if known else None
+    twice = {rank: (answer.looks[-2], answer.looks[-1]) for rank, answer in known.items() if len(answer.looks) > 1}
+    busy = [rank for rank, looks in twice.items() if works(*looks) or wakes(*looks)]
+    groups = _with_source(grouped(standings), run)
+    said = [] if moves else findings(standings, still=not busy)  # at any moment some wait for others
+    ranks = Ranks(groups, said, missing_ranks(standings), moves, busy, _quiet_s(run, size))
+    return replace(evidence, answers=answers), ranks
+
+
+def _by_rank(answers: dict[int, Answer], size: int) -> tuple[dict[int, Answer], list[int]]:
+    """The answers of the ranks, and the ranks without one. ``size``: how many processes were launched."""
+    known = ranks_of(answers)
+    if known == answers:
+        return known, [rank for rank in range(size) if rank not in answers]
+    told = max((each.world or 0 for each in known.values()), default=0)
+    return known, [rank for rank in range(min(told, MAX_RANK + 1)) if rank not in known]
+
+
+def ranks_at_end(evidence: JobDiagnostics) -> Ranks | None:
+    """Where the ranks stood when the job was ended, else when they were asked last; None if nothing tells."""
+    stacks = {rank: place for rank, each in evidence.ranks.items() if (place := main_place(each.stacks)) is not None}
+    answers = ranks_of(evidence.answers)
+    asked_ns = None
+    at_end = {rank: answer for rank, answer in answers.items() if answer.key == AT_END}
+    if evidence.hang is None and any(each.looks for each in at_end.values()):  # ranks that a launched process started
+        standings = [standing_of(answer) for answer in at_end.values()]
+    elif evidence.hang is not None or not stacks:
+        standings = [standing_of(answer) for answer in answers.values()]
+        asked_ns = max((look.unix_ns for answer in answers.values() for look in answer.looks), default=None)
+    else:
+        standings = [
+            Standing(
+                rank,
+                _node_of(evidence, rank),
+                place,
+                groups=_groups_at(place, answers.get(rank)),
+                workers=said_of_workers(place, at_end[rank]) if rank in at_end else "",
+            )
+            for rank, place in stacks.items()
+        ]
+    if not standings:
+        return None
+    known = numbered(standings)
+    groups = _with_source(grouped(known), evidence.run)
+    said = findings(known, still=evidence.hang is not None)
+    if asked_ns is None:  # Slurm wakes a stopped rank before it ends it
+        kept = grouped(Standing(each.rank, why=each.why) for each in answers.values() if each.why)
+        said += [f"{ranks_named(group.ranks)}, when last asked: {group.said}" for group in kept[:_MOST_SHOWN]]
+    return Ranks(groups, said, missing_ranks(known), asked_unix_ns=asked_ns)
+
+
+def _groups_at(place: Place, answer: Answer | None) -> dict[str, int]:
+    """The numbers that a rank told before, if it still stood there at the end."""
+    look = answer.looks[-1] if answer is not None and answer.looks else None
+    before = main_place(look.stack) if look is not None else None
+    return look.groups if look is not None and before is not None and before.frames == place.frames else {}
+
+
+def _node_of(evidence: JobDiagnostics, rank: int) -> str:
+    return evidence.ranks[rank].node if rank in evidence.ranks else ""
+
+
+def _quiet_s(run: RunDir, size: int) -> float | None:
+    """How long ago a rank has last written to its log or metrics; None if none has."""
+    newest_s = []
+    for rank in range(size):
+        for path in (run.rank_log(rank), run.rank_metrics(rank)):
+            try:
+                newest_s.append(path.lstat().st_mtime)
+            except OSError:  # it has none
+                continue
+    return max(0.0, time.time() - max(newest_s)) if newest_s else None
+
+
+def lines_of_ranks(ranks: Ranks) -> list[str]:
+    """For a terminal."""
+    lines = []
+    if ranks.asked_unix_ns is not None:
+        when = datetime.fromtimestamp(ranks.asked_unix_ns / 1e9, UTC).isoformat(timespec="seconds")
+        lines.append(f"ranks:    as they stood at {when.replace('+00:00', 'Z')}")
+    for group in ranks.groups[:_MOST_SHOWN]:
+        lines.append(f"{'' if lines else 'ranks:':10}{group.named}: {group.said}")
+    rest = [rank for group in ranks.groups[_MOST_SHOWN:] for rank in group.ranks]
+    if rest:
+        lines.append(f"          and {len(rest)} more ranks, each at another place")
+    return lines + [f"missing:  {said}" for said in ranks.findings]
+
+
+def said_of_running(ranks: Ranks) -> str:
+    """Whether the ranks move, in a sentence."""
+    ago = f"; the last output is {ranks.quiet_s:.0f} s old" if ranks.quiet_s is not None else ""
+    if ranks.moves is None:
+        return f"No rank answered{ago}."
+    if ranks.moves:
+        return "The ranks move: two looks at them, 2 s apart, differ."
+    if ranks.works:
+        busy = ", ".join(map(str, ranks.works[:_MOST_SHOWN]))
+        return f"Rank {busy} is at work at one place: two looks 2 s apart are the same, but it does not rest{ago}."
+    return f"No rank moved between two looks 2 s apart{ago}."
+
+
+def still_for(ranks: Ranks) -> str:
+    """Of ranks that hang, for how long."""
+    return f"no rank moves, and none has written anything for {ranks.quiet_s or 0.0:.0f} s"
+
+
+def values_of_ranks(ranks: Ranks) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "moves": ranks.moves,
+        "works": ranks.works,
+        "quiet_s": ranks.quiet_s,
+        "groups": [{"ranks": group.ranks, "at": group.said} for group in ranks.groups],
+        "missing": [each.rank for each in ranks.missing],
+        "findings": ranks.findings,
+    }
+
+
+def _with_source(groups: Iterable[Group], run: RunDir | None) -> list[Group]:
+    """With the line of the user's code at which ranks stand that wait in no collective; of one's own run alone."""
+    found = list(groups)
+    if run is None or not is_mine(run.root):
+        return found
+    return [
+        replace(group, said=f"{group.said}: {source}") if (source := _source(group, run)) else group
+        for group in found[:_MOST_SHOWN]
+    ] + found[_MOST_SHOWN:]
+
+
+_OWN_FRAME = re.compile(r'File "(?P<file>/.+)", line (?P<line>\d{1,7}) in .+')
+
+
+def _source(group: Group, run: RunDir) -> str:
+    match = _OWN_FRAME.fullmatch(group.place.own or "") if group.place is not None else None
+    if match is None or group.place is None or group.place.operation is not None or is_program(group.place):
+        return ""
+    file = Path(match["file"])
+    copies = (run.code, shared_folder(run).code)
+    try:
+        is_copy = any(file.is_relative_to(folder) for folder in copies)
+        if not is_copy and file.stat().st_mtime > run.config.stat().st_mtime:  # the line may be another one now
+            return ""
+        lines = read_followed(file, _MOST_SOURCE_BYTES).decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    number = int(match["line"])
+    return lines[number - 1].strip()[:_MOST_SOURCE] if 0 < number <= len(lines) else ""
