@@ -216,6 +216,7 @@ def guard_imports() -> None:
     :func:`why_not_found` tells it then: packages look for many modules that they can do without.
     """
     keep_compiled_code_to_oneself()
+    _folders_of_python()  # which imports a module, and so must not be asked for the first time by an import
     if PathFinder in sys.meta_path:
         sys.meta_path[sys.meta_path.index(PathFinder)] = _Guard
     elif _Guard not in sys.meta_path:

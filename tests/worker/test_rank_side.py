@@ -59,6 +59,22 @@ def test_each_module_of_the_rank_s_side_is_imported_by_each_python_without_a_pac
     assert {name for name, package in missing.items() if package not in WITH_PACKAGES.get(name, ())} == set()
 
 
+GUARDED_IMPORTS = """\
+import sys
+sys.path.insert(0, sys.argv[1])
+from hpcmm.resources import guard_imports
+guard_imports()
+import gettext, locale, sysconfig, xml.dom
+print(sysconfig.get_path("stdlib"))
+"""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_python_imports_under_the_guard(version):
+    done = run_by_itself(python_of(version), GUARDED_IMPORTS, str(PROJECT))
+    assert done.returncode == 0, done.stderr
+
+
 NOTES_IMPORTS = """\
 import sys
 sys.path.insert(0, sys.argv[1])
