@@ -76,7 +76,7 @@ def _first_steps(inventory: ReportInventory, record: RunRecord) -> Iterator[Firs
         return
     for fact, trace in inventory.used:
         if len(trace.steps):
-            first = trace.steps.loc[trace.steps["start_ns"].idxmin()]
+            first = trace.steps.sort_values("start_ns").iloc[0]
             begin, end = float(first["start_ns"]), float(first["end_ns"])
             yield FirstStep(trace.rank, max(0.0, begin - fact.first_ns) / 1e9, (end - begin) / 1e9)
 
@@ -103,7 +103,7 @@ def study(
         else:
             findings = bottlenecks.find_without_steps(made["gpu"], made["collectives"])
             whole_s = span_s(made["gpu"])
-        return bottlenecks.table(findings, whole_s, [suggest(finding, record.tunable) for finding in findings])
+        return bottlenecks.table(findings, whole_s, [suggest(each, record.tunable, record.cpus) for each in findings])
 
     steady = rows["step"].isin(steps.numbers)
     made = Tables(

@@ -398,14 +398,13 @@ def parse_qos(listed: str) -> dict[str, int]:
 
 def _with_site_s(partition: Partition, config: Mapping[str, str]) -> Partition:
     """With what holds for all partitions that say nothing else."""
-    usual = {
-        "cpus_per_gpu": _job_defaults(config.get("JobDefaults", "")),
-        "max_memory_mb_per_node": _limit(config.get("MaxMemPerNode", "")),
-        "max_memory_mb_per_cpu": _limit(config.get("MaxMemPerCPU", "")),
-    }
-    if partition.max_memory_mb_per_node or partition.max_memory_mb_per_cpu:  # a partition has one of the two
-        usual = {"cpus_per_gpu": usual["cpus_per_gpu"]}
-    return replace(partition, **{name: value for name, value in usual.items() if getattr(partition, name) is None})
+    cpus_per_gpu = partition.cpus_per_gpu
+    if cpus_per_gpu is None:
+        cpus_per_gpu = _job_defaults(config.get("JobDefaults", ""))
+    per_node, per_cpu = partition.max_memory_mb_per_node, partition.max_memory_mb_per_cpu
+    if not (per_node or per_cpu):  # a partition has one of the two
+        per_node, per_cpu = _limit(config.get("MaxMemPerNode", "")), _limit(config.get("MaxMemPerCPU", ""))
+    return replace(partition, cpus_per_gpu=cpus_per_gpu, max_memory_mb_per_node=per_node, max_memory_mb_per_cpu=per_cpu)
 
 
 def _job_defaults(text: str) -> int | None:

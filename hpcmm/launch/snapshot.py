@@ -145,6 +145,7 @@ def plan_code(config: RunConfig, run: RunDir, working_directory: Path, targets: 
     roots = import_roots(config, project, working_directory, installed, first)
     if task.module is not None:
         require_module(task.module, holders, roots, installed)
+        modules = modules or [*islice(_modules({target}, roots.folders), 1)]  # of the project's src/
     imports = [_imports_copy(run)] if roots.packages else []
     copies = (_project_copy(run) / folder.relative_to(project) for folder in roots.folders)
     return CodePlan(

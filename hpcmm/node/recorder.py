@@ -12,6 +12,7 @@ import faulthandler
 import operator
 import os
 import re
+import runpy
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from hpcmm.annotate.in_children.sitecustomize import listen, opened
@@ -105,8 +107,8 @@ def _record(error: Exception, path: Path, rank: int, node: str) -> None:
     if type(error).__module__ != "builtins":
         kind = f"{type(error).__module__}.{kind}"
     message = str(error)[: failures.MOST_CHARACTERS]
-    error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without this module's own frame
-    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__)).splitlines()
+    frames = frames_of_program(error.__traceback__)
+    lines = "".join(traceback.format_exception(type(error), error, frames)).splitlines()
     cut = [line for line in lines[: -failures.MOST_LINES] if line[:1].strip()]  # what it was raised from stays
     lines = [*cut[-failures.MOST_LINES :], *lines[-failures.MOST_LINES :]]
     unreachable = unreachable_nodes() if kind_of_exception(kind, message, lines) in CONSEQUENCES else []
@@ -114,6 +116,21 @@ def _record(error: Exception, path: Path, rank: int, node: str) -> None:
         failures.write(failures.RankError(rank, node, now_ns, kind, message, lines, unreachable, _step()), path)
     except OSError as problem:
         print(f"hpcmm: {path} cannot be written ({problem.strerror}).", file=sys.stderr)
+
+
+_AROUND = (str(Path(__file__)), f"{Path(__file__).parent.parent / 'worker'}{os.sep}", contextlib.__file__)
+"""Files through which a rank comes to the program, or the beginnings of their names."""
+
+
+def frames_of_program(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback as it would be if Python itself ran the program; all of it if nothing of the program is in it."""
+    own = trace
+    while own is not None:
+        name = own.tb_frame.f_code.co_filename
+        if not (name.startswith(_AROUND) or name == "<frozen runpy>" or name == runpy.__file__):
+            return own
+        own = own.tb_next
+    return trace
 
 
 def _step() -> int | None:

@@ -59,6 +59,11 @@ class RunRecord:
         cluster = _section(self.config, "cluster")
         return self.config if trains_a_workload(self.config) else {"cluster": cluster} if cluster else {}
 
+    @property
+    def cpus(self) -> int:
+        """Of the node that has the fewest; 0 if that is not known."""
+        return min((start.cpus for start in self.starts.values()), default=0)
+
     def rank_of(self, pid: int, node: str | None) -> int | None:
         """The rank that ran as ``pid``, when only one can be meant."""
         matches = [

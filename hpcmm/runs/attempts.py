@@ -194,8 +194,10 @@ _STAGES = (
 )
 
 
-def parts_before(now_s: float, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[str, float]]:
+def parts_before(now_s: float | None, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[str, float]]:
     """Name and seconds of each part of the start up to ``now_s``, the beginning of the rank's own code.
+
+    Without ``now_s`` up to its interpreter.
 
     ``scheduler`` counts from Slurm's start of the job, which Slurm gives in whole seconds; the other parts are exact as
     far as the nodes' clocks agree. A part whose marks are missing is left out.
@@ -205,7 +207,7 @@ def parts_before(now_s: float, environ: Mapping[str, str] = os.environ) -> Itera
             end = CAPTURE_BEGAN  # noqa: PLW2901
         if begin in environ and end in environ:
             yield part, max(0.0, float(environ[end]) - float(environ[begin]))
-    if COMMAND_BEGAN in environ:
+    if COMMAND_BEGAN in environ and now_s is not None:
         yield "interpreter", max(0.0, now_s - float(environ[COMMAND_BEGAN]))
 
 

@@ -73,6 +73,7 @@ class MetricsWriter:
             world_size=world_size,
             job_id=job_id,
             pid=os.getpid(),
+            cpus=os.cpu_count(),
         )
 
     @contextmanager
@@ -141,6 +142,8 @@ class RankStart:
     node: str
     job_id: str
     pid: int
+    cpus: int = 0
+    """Of the node, as the kernel counts them; 0 if that is not known."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,8 @@ def _as_start(record: dict[str, Any]) -> RankStart | None:
     if record.get("event") != "start":
         return None
     try:
-        return RankStart(int(record["rank"]), str(record["node"]), str(record.get("job_id", "")), int(record["pid"]))
+        job_id, cpus = str(record.get("job_id", "")), int(record.get("cpus") or 0)
+        return RankStart(int(record["rank"]), str(record["node"]), job_id, int(record["pid"]), cpus)
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
 

@@ -146,9 +146,13 @@ def main(arguments: Sequence[str]) -> int:
     except ScriptExitError as ended:
         _hand_back(("error", traceback.format_exc()), run)
         return ended.status
-    except Exception:
+    except Exception as error:
+        from hpcmm.node.recorder import frames_of_program  # noqa: PLC0415 -- on the node only
+
         _hand_back(("error", traceback.format_exc()), run)
-        raise
+        error.__traceback__ = frames_of_program(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)  # as Python does at its end, maybe by the program's own
+        return 1
     _hand_back(("success", result), run)
     return 0
 

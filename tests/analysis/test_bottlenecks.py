@@ -18,6 +18,7 @@ from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.statistics import chance_of_sum
 from hpcmm.reports.run_record import RunRecord
+from hpcmm.runs.metrics import RankStart
 
 
 def verdicts(traces, clock_error_ns=100_000):
@@ -401,6 +402,21 @@ def test_of_a_script_that_was_launched_only_the_clusters_keys_are_suggested(kind
         assert suggestion == expected
     else:
         assert suggestion == suggest(finding, {})
+
+
+@pytest.mark.parametrize(
+    ("cpus", "told"),
+    [
+        (0, "cluster.cpus_per_rank=5"),
+        (10, "cluster.cpus_per_rank=5"),
+        (9, "fewer ranks a node, or nodes with more CPUs: 2 ranks share the 9 CPUs of a node"),
+    ],
+)
+def test_no_rank_is_to_have_more_cpus_than_the_node_has(cpus: int, told: str) -> None:
+    starts = {0: RankStart(0, "a", "1", 7, cpus), 1: RankStart(1, "b", "1", 7, cpus and 64)}
+    record = RunRecord(config={"cluster": {"cpus_per_rank": 4, "ranks_per_node": 2}}, starts=starts)
+    finding = Finding("imbalance", "", 1.0, None, "", "data", "", "low")
+    assert suggest(finding, record.tunable, record.cpus) == told
 
 
 def test_a_hostile_node_name_cannot_leave_its_shell_word() -> None:

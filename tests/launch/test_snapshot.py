@@ -376,6 +376,17 @@ def test_a_module_runs_from_the_copy_of_its_project(launched, project):
             launched("-m", module)
 
 
+@pytest.mark.parametrize("imported", ["torch", "deepspeed"])
+def test_a_module_in_src_tells_what_it_imports(launched, project, monkeypatch, imported):
+    (project / "src" / "package").mkdir(parents=True)
+    (project / "src" / "package" / "train.py").write_text(f"import {imported}\n")
+    words = ["cluster=slurm", "dry_run=true", "--", "-m", "package.train"]
+    made = plan(compose_points(words), words)
+    assert made.code.scripts == (project / "src" / "package" / "train.py",)
+    assert made.packages is not None
+    assert ("deepspeed" in made.packages) is (imported == "deepspeed")
+
+
 def test_of_a_launcher_and_a_shell_the_script_runs_from_the_copy_and_all_other_words_stay(launched, project):
     for command, place in ((["torchrun", "train.py", "new.py"], 0), (["bash", "-x", "run.sh", "train.py"], 1)):
         task, code, copy = launched(*command)

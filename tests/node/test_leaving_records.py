@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import psutil
 import pytest
 
+from hpcmm.config.schema import SCRIPT, TaskConfig
+from hpcmm.node.recorder import frames_of_program
 from hpcmm.runs import failures
 from hpcmm.runs.failures import RankError, RankExit
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.worker.entrypoint import _run_script
 
 WRAPPER = """
 import sys
@@ -177,3 +181,14 @@ def test_a_record_of_a_later_version_is_read(tmp_path):
     path = tmp_path / "rank_0001.exit.json"
     path.write_text(json.dumps({"rank": 1, "node": "n", "unix_ns": 1, "status": 1, "signal": None, "new": 1}))
     assert failures.read(path, RankExit) == RankExit(1, "n", 1, 1, None)
+
+
+def test_the_traceback_is_that_of_a_script_that_python_itself_runs(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("def step():\n    raise RuntimeError('no')\n\nstep()\n")
+    with pytest.raises(RuntimeError) as raised:
+        _run_script(TaskConfig(SCRIPT, path=str(script)))
+    whole = raised.value.__traceback__.tb_next  # without this test's own frame
+    told = [frame.name for frame in traceback.extract_tb(frames_of_program(whole))]
+    assert told == ["<module>", "step"]
+    assert [frame.name for frame in traceback.extract_tb(whole)][-2:] == told
