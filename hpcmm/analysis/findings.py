@@ -195,16 +195,15 @@ def suggest(finding: Finding, config: Mapping[str, Any], cpus: int = 0) -> str:
         return _GPU_ADVICE[finding.kind]
     if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
         return "see what else uses the cores of this machine: top"
-    if finding.kind == "imbalance" and config and (shared := _shared_cpus(config, cpus)):
-        return shared
     scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
-    return _override(finding, config) if trains or (config and scheduled) else _advice(finding)
+    shared = _shared_cpus(config, cpus) if finding.kind == "imbalance" else ""
+    return shared or (_override(finding, config) if trains or (config and scheduled) else _advice(finding))
 
 
 def _shared_cpus(config: Mapping[str, Any], cpus: int) -> str:
     """What to do if a node has no CPU left for its ranks; empty if it has, or that is not known."""
     ranks, each = (_number(config, "cluster", key, 1) for key in ("ranks_per_node", "cpus_per_rank"))
-    if not cpus or ranks * (each + 1) <= cpus:
+    if not (config and cpus) or ranks * (each + 1) <= cpus:
         return ""
     return f"fewer ranks a node, or nodes with more CPUs: {ranks} ranks share the {cpus} CPUs of a node"
 

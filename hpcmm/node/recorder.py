@@ -121,13 +121,15 @@ def _record(error: Exception, path: Path, rank: int, node: str) -> None:
 _AROUND = (str(Path(__file__)), f"{Path(__file__).parent.parent / 'worker'}{os.sep}", contextlib.__file__)
 """Files through which a rank comes to the program, or the beginnings of their names."""
 
+_RUNPY = ("<frozen runpy>", runpy.__file__)
+
 
 def frames_of_program(trace: TracebackType | None) -> TracebackType | None:
     """A traceback as it would be if Python itself ran the program; all of it if nothing of the program is in it."""
     own = trace
     while own is not None:
         name = own.tb_frame.f_code.co_filename
-        if not (name.startswith(_AROUND) or name == "<frozen runpy>" or name == runpy.__file__):
+        if not name.startswith(_AROUND) and name not in _RUNPY:
             return own
         own = own.tb_next
     return trace

@@ -90,12 +90,14 @@ def record_exit(status: int, run: RunDir, rank: int, unix_ns: int | None = None,
     """
     if status == 0:
         return
+    attempt = failures.attempt_folder(run)
+    if status == -signal.SIGTERM and failures.error_file(attempt, rank).exists():
+        status = 1  # of its exception, after which it was told to end while it still cleared up
     number = -status if status < 0 else None
     now_ns = unix_ns or time.time_ns()
     status_of_its_own = None if number else status
     said = said[: failures.MOST_CHARACTERS]
     record = failures.RankExit(rank, node_of(os.environ), now_ns, status_of_its_own, number, said)
-    attempt = failures.attempt_folder(run)
     path = failures.exit_file(attempt, rank)
     try:
         if not path.exists():

@@ -140,6 +140,16 @@ def test_a_rank_that_is_told_to_end_leaves_its_stacks(job):
     process.stderr.close()
 
 
+def test_a_rank_that_is_told_to_end_after_its_exception_has_the_status_of_that(job):
+    body = "import atexit\n    atexit.register(waiting_for_nothing)\n    raise ValueError('no')"
+    process = job.start(body)
+    os.kill(job.child_of(process), signal.SIGTERM)
+    process.wait(20)
+    assert job.error().kind == "ValueError"
+    assert (job.exit().status, job.exit().signal) == (1, None)
+    process.stderr.close()
+
+
 def test_a_rank_does_not_outlive_its_parent(job):
     process = job.start("waiting_for_nothing()")
     child = job.child_of(process)
