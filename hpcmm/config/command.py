@@ -124,6 +124,18 @@ def is_launcher(config: RunConfig) -> bool:
     return alone and (cluster.gpus_per_node > 1 or starts_workers(config.task) is not None)
 
 
+def note_on_rank(config: RunConfig) -> str | None:
+    """What a user may not expect of one process on a node of several GPUs; None for launchers, who know."""
+    cluster = config.cluster
+    if not is_launcher(config) or starts_workers(config.task) is not None:
+        return None
+    return (
+        f"cluster.ranks_per_node is 1 and gpus_per_node is {cluster.gpus_per_node}: the program is to start the workers "
+        "of its node itself, so RANK and WORLD_SIZE are not set. For one rank a GPU: cluster.ranks_per_node="
+        f"{cluster.gpus_per_node}; for one rank with one GPU: cluster.gpus_per_node=1."
+    )
+
+
 def place_of_script(task: TaskConfig, folder: Path) -> int | None:
     """The index in ``task.args`` of the script that a launcher, a Python or a shell is told to run in ``folder``.
 

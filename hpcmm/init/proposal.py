@@ -205,6 +205,9 @@ def _sizes(
     most = min(usable, partition.max_nodes or usable)
     limits = [f"at most {partition.max_nodes} a job"] if partition.max_nodes else []
     limits += [f"at least {partition.min_nodes}"] if partition.min_nodes > 1 else []
+    if (wanted.nodes or 0) > min(len(nodes), partition.max_nodes or len(nodes)):
+        of_a_job = f", {limits[0]}" if partition.max_nodes else ""
+        raise HpcmmError(f"{wanted.nodes} nodes are too many: {partition.name} has {len(nodes)}{of_a_job}.")
     guessed = max(partition.min_nodes, min(_USUAL_NODES, most))
     why = f"Of {kinds}{' (' + ', '.join(limits) + ')' if limits else ''}. More nodes: cluster.nodes=N."
     yield Line("nodes", wanted.nodes or guessed, why)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcmm.annotate.stopping import RUN_DIR
-from hpcmm.config.command import note_on_outputs, what_runs
+from hpcmm.config.command import note_on_outputs, note_on_rank, what_runs
 from hpcmm.config.parts import targets_of
 from hpcmm.config.schema import Executor, RunConfig
 from hpcmm.config.sweep import Point, compose_points
@@ -130,7 +130,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
     codes = _codes(points, run, here)
     code = codes[what_runs(first.task, here)]
     interpreter = ask(first.cluster)
-    for said in check(first, interpreter, _packages(code, code.scripts)):
+    for said in filter(None, (note_on_rank(first), *check(first, interpreter, _packages(code, code.scripts)))):
         print(f"hpcmm: {printable(said)}", file=sys.stderr)
     python_path = code.python_path
     if any(os.pathsep in folder for folder in python_path):

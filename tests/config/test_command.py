@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from hpcmm.config import command
-from hpcmm.config.command import note_on_outputs, outputs_of, place_of_script, split, starts_workers, task_of, words_of
+from hpcmm.config.command import (
+    note_on_outputs,
+    note_on_rank,
+    outputs_of,
+    place_of_script,
+    split,
+    starts_workers,
+    task_of,
+    words_of,
+)
 from hpcmm.config.compose import compose_run
 from hpcmm.config.config_file import dump, load
 from hpcmm.config.schema import TaskConfig
@@ -121,6 +130,21 @@ def test_a_function_gets_what_it_takes_by_task_kwargs():
 )
 def test_a_launcher_that_starts_workers_is_known_by_its_name(words, launcher):
     assert starts_workers(task_of(words)) == (launcher and Path(launcher).name)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["cluster.ranks_per_node=1", "--", "train.py"], "RANK and WORLD_SIZE are not set. For one rank a GPU: clus"),
+        (["cluster.ranks_per_node=1", "--", "torchrun", "train.py"], None),
+        (["cluster.ranks_per_node=1", "cluster.gpus_per_node=1", "--", "train.py"], None),
+        (["cluster.ranks_per_node=4", "--", "train.py"], None),
+    ],
+)
+def test_who_gets_no_rank_is_told_so(words, told):
+    (point,) = compose_points(["cluster=slurm", "cluster.gpus_per_node=4", *words])
+    said = note_on_rank(point.config)
+    assert said is None if told is None else said is not None and told in said
 
 
 def test_one_process_a_node_may_have_all_of_its_gpus_if_it_starts_workers_itself():

@@ -119,6 +119,7 @@ def test_print_writes_nothing(slurm, tmp_path, capsys):
         (["--partition", "cpu"], "cpu is not a partition here: choose one of gpu"),
         (["--account", "law"], "law is not an account of yours there: choose one of chem, bio"),
         (["--time-limit-min", "2000"], "is too long. Most: 1440 by partition gpu"),
+        (["--nodes", "4"], "4 nodes are too many: gpu has 3."),
         (["--modules", "a;b"], "--modules: a;b cannot be a module's name"),
         (["--interface", "eth0 x"], "--interface eth0 x cannot be"),
         (["--gpus-per-node", "2", "--ranks-per-node", "3"], "cluster.ranks_per_node is 3 and gpus_per_node is 2"),
