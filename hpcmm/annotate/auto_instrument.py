@@ -335,7 +335,7 @@ def _hooks_on(module: Any) -> list[Any]:
     if getattr(module, "_compiled_call_impl", None) is not None:
         return [_CompiledCall(module)]
     # Before the hooks of others: those of FSDP gather the parameters of this call.
-    begins = module.register_forward_pre_hook(_Hook(begins=True), prepend=True)
+    begins = module.register_forward_pre_hook(_Hook(begins=True), prepend=True, with_kwargs=True)
     return [begins, module.register_forward_hook(_Hook())]
 
 
@@ -352,7 +352,7 @@ class _CompiledCall:
 
         @functools.wraps(call)
         def call_and_annotate(*arguments: Any, **keywords: Any) -> Any:
-            begin(module)
+            begin(module, arguments, keywords)
             try:
                 return call(*arguments, **keywords)
             finally:
@@ -388,12 +388,13 @@ class _Hook:
     def __init__(self, *, begins: bool = False) -> None:
         self._begins = begins
 
-    def __call__(self, module: Any, *_: Any) -> None:
+    def __call__(self, module: Any, *given: Any) -> None:
+        """``given``: before the call its arguments and keywords."""
         torch = _torch()
         if torch.compiler.is_compiling():
             return
         if self._begins:
-            _ranges().forward_begins(module, grad=torch.is_grad_enabled())
+            _ranges().forward_begins(module, grad=torch.is_grad_enabled(), batch=given)
         else:
             _ranges().forward_ends(module)
 

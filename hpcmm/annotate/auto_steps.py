@@ -22,7 +22,7 @@ from threading import get_ident
 from typing import Any, Protocol
 
 from hpcmm.annotate import schema
-from hpcmm.annotate.ranges import Range, before_step, note_step, pop, push, tell_rank
+from hpcmm.annotate.ranges import Range, batch_size, before_step, note_step, pop, push, tell_rank
 
 
 class Modules(Protocol):
@@ -172,8 +172,8 @@ class AutomaticRanges:
         if self._is_own_thread() and self._cycle.is_over and not (self._backwards or self._updates):
             self._begin_work()
 
-    def forward_begins(self, module: Any, *, grad: bool) -> None:
-        """A watched module is called."""
+    def forward_begins(self, module: Any, *, grad: bool, batch: Any = None) -> None:
+        """A watched module is called on ``batch``."""
         if not self._is_own_thread() or self._backwards:
             return
         if not grad:
@@ -189,7 +189,7 @@ class AutomaticRanges:
         if not self._forwards:
             self._end("forward")
             self._begin_work()
-            self._begin("forward")
+            self._begin("forward", batch_size(batch) or None)
         self._forwards.append(key)
         self._is_forward_shown = True
         self._trained = weakref.ref(module)
@@ -315,10 +315,10 @@ class AutomaticRanges:
 
     # The phases.
 
-    def _begin(self, name: str) -> None:
+    def _begin(self, name: str, payload: int | None = None) -> None:
         if name == "optimizer" and any(each.name == name for each in self._phases):
             return
-        begun = Range(name)
+        begun = Range(name, payload)
         self._phases.append(begun)
         if not self._asked:
             self._stack.push(begun)
@@ -335,7 +335,9 @@ class AutomaticRanges:
 
     def _hide(self) -> None:
         for each in reversed(self._phases):
-            self._stack.remove(each)
+            if self._stack.within(each) is not None:
+                self._stack.remove(each)
+                each.payload = None  # a batch is counted once
 
     def _show(self) -> None:
         for each in self._phases if not self._asked else ():

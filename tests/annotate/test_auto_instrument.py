@@ -149,7 +149,7 @@ def test_a_pipeline_stage_that_calls_no_module_but_its_layers_has_forward_passes
         from hpcmm.annotate import auto_instrument, ranges, auto_steps
         said = []
         for module in (ranges, auto_steps):
-            module.push = lambda opened: said.append(f"({opened.name.split()[0]}")
+            module.push = lambda opened: said.append(f"({opened.name.split()[0]}{opened.payload or ''}")
             module.pop = lambda: said.append(")")
         auto_instrument.annotate_program()
         import torch
@@ -171,7 +171,7 @@ def test_a_pipeline_stage_that_calls_no_module_but_its_layers_has_forward_passes
         print("".join(said))
     """
     said = run_python(code, **os.environ, NVTX_INJECTION64_PATH="/none").strip()
-    assert said.endswith("(step(forward)(forward)(forward)(backward)(optimizer)")
+    assert said.endswith("(step3(forward2)(forward2)(forward2)(backward)(optimizer)")
 
 
 def test_a_loop_of_plain_pytorch_has_steps_and_phases():

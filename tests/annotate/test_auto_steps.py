@@ -216,6 +216,19 @@ def test_a_forward_pass_that_raised_is_over_when_the_next_batch_is_fetched(progr
     assert program.text.endswith(f"(auto1 (forward) {WHOLE}")
 
 
+def test_a_forward_pass_carries_the_size_of_its_batch_once(program):
+    program.train()
+    begun = []
+    for given in [(("four",), {"mask": ["four"]}), ((), {})]:
+        program.ranges.forward_begins(program.model, grad=True, batch=given)
+        begun.append(program.open[-1].payload)
+        with annotate.phase("loss"):
+            pass
+        begun.append(program.open[-1].payload)
+        program.ranges.forward_ends(program.model)
+    assert begun == [8, None, None, None]
+
+
 def test_the_first_message_that_a_pipeline_stage_receives_begins_its_next_step(program):
     for _ in range(3):
         for _ in range(2):
