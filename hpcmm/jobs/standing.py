@@ -137,33 +137,44 @@ def grouped(standings: Iterable[Standing]) -> list[Group]:
 def missing_ranks(standings: Iterable[Standing]) -> list[Standing]:
     """The ranks that others wait for: not in a collective themselves, while some are. Empty if none is in one."""
     known = list(standings)
-    waiting = [each for each in known if each.operation is not None]
-    ahead = max((each.number for each in waiting if each.number is not None), default=None)
+    ahead = _ahead(known)
     away = [each for each in known if each.operation is None]
     # One in backward may wait for gradients there; it does if it has come as far as those that wait.
-    return [each for each in away if not _waits_unseen(each, ahead)] if waiting else []
+    return [each for each in away if not _waits_unseen(each, ahead)] if len(away) < len(known) else []
+
+
+def _ahead(standings: Iterable[Standing]) -> int | None:
+    """The number that those that wait in a collective have come to."""
+    numbers = [each.number for each in standings if each.operation is not None and each.number is not None]
+    return max(numbers, default=None)
 
 
 def _waits_unseen(standing: Standing, ahead: int | None) -> bool:
     if standing.place is None or not standing.place.may_wait:
         return False
-    return standing.number is not None and standing.number == ahead
+    return standing.number is not None and ahead is not None and standing.number >= ahead
 
 
 def findings(standings: Iterable[Standing], *, still: bool = True) -> list[str]:
     """Sentences on who is missing where. ``still``: the ranks are known not to move; else it is one moment's view."""
     known = list(standings)
     calls: dict[str, list[int]] = {}
+    ahead = _ahead(known)
     for each in known:
-        if each.operation is not None:
-            calls.setdefault(each.operation, []).append(each.rank)
+        operation = each.operation
+        if operation is None and each.number != ahead and _waits_unseen(each, ahead):
+            operation = f"one of backward, number {each.number}"  # so those that wait are behind, or called another one
+        if operation is not None:
+            calls.setdefault(operation, []).append(each.rank)
     named = [f"{ranks_named(ranks)} in {name}" for name, ranks in list(calls.items())[:_MOST_NAMED]]
     said = []
     if away := missing_ranks(known):
         numbers = [each.number for each in away if each.number is not None]
-        came = f"; its last one was number {max(numbers)}" if numbers else ""
+        came = f"; {'their' if len(away) > 1 else 'its'} last one was number {max(numbers)}" if numbers else ""
         missing = ranks_named([each.rank for each in away])
-        came_not = "did not come to a collective that others wait in" if still else "in no collective while others were"
+        is_past = bool(numbers) and ahead is not None and min(numbers) > ahead
+        came_not = f"{'are' if len(away) > 1 else 'is'} past" if is_past else "did not come to"
+        came_not = f"{came_not} a collective that others wait in" if still else "in no collective while others were"
         said.append(f"{missing} {came_not} ({', '.join(named)}){came}")
     elif len(calls) > 1:
         said.append(f"the ranks wait{'' if still else 'ed'} in different collectives: {', '.join(named)}")

@@ -95,6 +95,23 @@ def test_a_rank_in_backward_that_has_come_as_far_as_those_that_wait_is_not_missi
     assert [each.rank for each in missing_ranks(ranks)] == [2]
 
 
+def test_ranks_that_wait_in_a_later_collective_than_another_one_are_not_missing():
+    ranks = numbered([at(0, BACKWARD, 102), at(1, BACKWARD, 102), at(2, ALL_REDUCE, 101)])
+    assert missing_ranks(ranks) == []
+    assert findings(ranks) == [
+        "the ranks wait in different collectives: ranks 0-1 in one of backward, number 102, "
+        "rank 2 in all_reduce number 101"
+    ]
+
+
+def test_ranks_that_passed_a_collective_without_those_that_wait_in_it_are_not_said_to_have_not_come():
+    ranks = numbered([at(0, SLEEP, 33), at(1, SLEEP, 33), at(2, ALL_REDUCE, 32)])
+    assert findings(ranks) == [
+        "ranks 0-1 are past a collective that others wait in (rank 2 in all_reduce number 32); "
+        "their last one was number 33"
+    ]
+
+
 def test_of_several_groups_the_one_in_which_ranks_differ_gives_the_numbers():
     def rank(number, text, tensor, data):
         return Standing(number, "n", main_place(text), groups={"tensor": tensor, "data": data})
