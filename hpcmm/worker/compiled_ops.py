@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 
@@ -90,12 +91,13 @@ def load_ops(folder: Path) -> None:
     Raises HpcmmError if one cannot be loaded, or another user could have written it, for to load it is to run it.
     """
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    _load_checked(folder, COMMUNICATION)
-    if ops_are_built(folder, [ADAM]):  # else what lies there is DeepSpeed's own business
-        _load_checked(folder, ADAM)
+    with ExitStack() as files:  # open together, for the dynamic linker takes one path for one library
+        _load_checked(folder, COMMUNICATION, files)
+        if ops_are_built(folder, [ADAM]):  # else what lies there is DeepSpeed's own business
+            _load_checked(folder, ADAM, files)
 
 
-def _load_checked(folder: Path, op: str) -> None:
+def _load_checked(folder: Path, op: str, files: ExitStack) -> None:
     library = folder / op / f"{op}.so"
     try:
         opened = open_checked(library, within=folder)
@@ -103,10 +105,10 @@ def _load_checked(folder: Path, op: str) -> None:
         return  # built for a GPU, if none is needed
     except OSError as error:
         raise HpcmmError(_unfit(library, error.strerror or str(error), folder)) from error
-    with opened.file as file:
-        if opened.writer is not None and not is_closed(folder):
-            raise HpcmmError(_unfit(library, f"another user could have written {opened.writer}", folder))
-        _load_op(op, library, file.fileno(), folder)
+    file = files.enter_context(opened.file)
+    if opened.writer is not None and not is_closed(folder):
+        raise HpcmmError(_unfit(library, f"another user could have written {opened.writer}", folder))
+    _load_op(op, library, file.fileno(), folder)
 
 
 def _unfit(library: Path, reason: str, folder: Path) -> str:

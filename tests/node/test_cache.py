@@ -1,7 +1,9 @@
 """The cache folder, and what is said where there can be none."""
 
 import fcntl
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -312,3 +314,36 @@ def test_an_op_that_another_user_could_have_written_is_not_loaded(shared: Path, 
     said = {"writable": "another user could have written", "link": "no symbolic links", "foreign": "another user than"}
     assert said[mode] in done.stdout
     assert f"remove {shared / 'ops'}, and the next run builds it anew" in done.stdout
+
+
+_LOAD_TWO = """
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from hpcmm.worker import compiled_ops
+fake = ModuleType("deepspeed.ops.op_builder.builder")
+fake.OpBuilder = SimpleNamespace(_loaded_ops={})
+for name in ("deepspeed", "deepspeed.ops", "deepspeed.ops.op_builder"):
+    sys.modules[name] = ModuleType(name)
+sys.modules["deepspeed.ops.op_builder.builder"] = fake
+compiled_ops.COMMUNICATION, compiled_ops.ADAM = sys.argv[2:]
+compiled_ops._STAMPS = {compiled_ops.ADAM: "stamp"}
+compiled_ops.load_ops(Path(sys.argv[1]))
+print(*(module.__name__ for module in fake.OpBuilder._loaded_ops.values()))
+"""
+
+
+def test_each_op_is_loaded_from_its_own_file(shared: Path) -> None:
+    names = ("_heapq", "_bisect")
+    folder = shared / "ops"
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not str(spec.origin).endswith(".so"):
+            pytest.skip(f"{name} is part of this Python's program, and no file to load")
+        (folder / name).mkdir(parents=True)
+        shutil.copy(spec.origin, folder / name / f"{name}.so")
+    (folder / "stamp").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD_TWO, str(folder), *names], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == list(names)
