@@ -43,9 +43,11 @@ from hpcmm.runs.stacks import (
 
 _PATIENCE_S = 12.0
 """For answers: a rank is looked at twice, and the file that asks may be seen some seconds late."""
-_QUIET_S = 60.0
-"""Without output and progress, after which ranks that do not move are said to hang."""
+_QUIET_S = 180.0
+"""Without output and progress, after which ranks that do not move are said to hang: a slow step takes a minute."""
 _MOST_SHOWN = 8
+_MOST_POINTS = 20
+_NO_PROCESS = "no process tells of it: it has ended, or has not started yet"
 _MOST_SOURCE_BYTES = 1 << 20
 _MOST_SOURCE = 100
 
@@ -86,7 +88,8 @@ def ask_ranks(evidence: JobDiagnostics, patience_s: float = _PATIENCE_S) -> tupl
         note = f"The ranks cannot be asked where they stand: {folder} cannot be written ({error.strerror})."
         return replace(evidence, notes=[*evidence.notes, note]), None
     known, away = _by_rank({rank: each for rank, each in answers.items() if rank not in evidence.done}, size)
-    lost = [Standing(rank, _node_of(evidence, rank)) for rank in away if rank not in evidence.done]
+    why = _NO_PROCESS if known.keys() - answers.keys() else ""
+    lost = [Standing(rank, _node_of(evidence, rank), why=why) for rank in away if rank not in evidence.done]
     standings = numbered([*map(standing_of, known.values()), *lost])
     moves = not all(map(is_still, known.values())) if known else None
     twice = {rank: (answer.looks[-2], answer.looks[-1]) for rank, answer in known.items() if len(answer.looks) > 1}
@@ -174,6 +177,22 @@ def lines_of_ranks(ranks: Ranks) -> list[str]:
     if rest:
         lines.append(f"          and {len(rest)} more ranks, each at another place")
     return lines + [f"missing:  {said}" for said in ranks.findings]
+
+
+def lines_of_points(points: Iterable[tuple[str, Ranks]]) -> list[str]:
+    """Of the points of a sweep that run; those whose ranks move share a line."""
+    known = list(points)
+    moving = [name for name, ranks in known if ranks.moves]
+    still = [(name, ranks) for name, ranks in known if not ranks.moves]
+    lines = [f"running:  {', '.join(moving[:_MOST_POINTS])}{_more(moving)}: the ranks move"] if moving else []
+    for name, ranks in still[:_MOST_SHOWN]:
+        lines += [f"running:  {name}: {said_of_running(ranks)}", *lines_of_ranks(ranks)]
+    names = [name for name, _ in still[_MOST_SHOWN:]]
+    return lines + ([f"          and {', '.join(names[:_MOST_POINTS])}{_more(names)}: no rank moved"] if names else [])
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - _MOST_POINTS} more" if len(names) > _MOST_POINTS else ""
 
 
 def said_of_running(ranks: Ranks) -> str:

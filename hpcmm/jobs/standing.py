@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from hpcmm.files import read_tail
 from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
-from hpcmm.jobs.find_run import settings
+from hpcmm.jobs.find_run import settings, shared_folder
+from hpcmm.jobs.state import is_local, why_it_waits
 from hpcmm.ranges import write_ranges
 from hpcmm.runs.stacks import (
     Answer,
@@ -17,6 +19,7 @@ from hpcmm.runs.stacks import (
     Place,
     main_place,
 )
+from hpcmm.slurm.jobs import Job
 
 # Which ranks stand together.
 
@@ -88,7 +91,7 @@ def said_of_workers(place: Place | None, answer: Answer) -> str:
     for worker in answer.workers:
         at = main_place(worker.looks[-1].stack) if worker.looks else None
         is_launcher = at is not None and any(each.parent == worker.pid for each in answer.workers)
-        if not is_launcher and not _HELPS.search(worker.looks[-1].stack if worker.looks else ""):
+        if not is_launcher and not (at is not None and _serves(at)):
             where = f"at {at.short}" if at is not None else f"({worker.why})"
             names.setdefault(where, []).append(worker.name)
     said = [
@@ -97,8 +100,21 @@ def said_of_workers(place: Place | None, answer: Answer) -> str:
     return "; ".join(said[:_MOST_PLACES]) + (" and others elsewhere" if len(said) > _MOST_PLACES else "")
 
 
-_HELPS = re.compile(r"/multiprocessing/(?:resource_tracker|forkserver|managers)\.py")
-"""A process that only serves the others."""
+_SERVES = re.compile(r"/multiprocessing/(?:resource_tracker|forkserver|managers)\.py")
+_BEGINS = re.compile(r'/multiprocessing/process\.py", line \d+ in _bootstrap$')
+
+
+def _serves(place: Place) -> bool:
+    """Whether a process only serves the others, or waits for what they give it to do.
+
+    Below the frame in which it began, one that was forked has those of its parent.
+    """
+    began = next((at for at, frame in enumerate(place.frames) if _BEGINS.search(frame)), None)
+    waits = began is not None and place.own not in place.frames[:began] and _QUEUES.search("".join(place.frames[:5]))
+    return bool(waits) or any(map(_SERVES.search, place.frames))
+
+
+_QUEUES = re.compile(r"/multiprocessing/(?:queues|connection)\.py")
 
 
 def numbered(standings: Iterable[Standing]) -> list[Standing]:
@@ -129,7 +145,7 @@ def grouped(standings: Iterable[Standing]) -> list[Group]:
     """The largest group first; of two that are alike in size the one with the lowest rank."""
     found: dict[str, Group] = {}
     for each in sorted(standings, key=lambda standing: standing.rank):
-        known = found.get(each.said, Group([], each.said, each.place))
+        known = found.get(each.said, Group([], each.said, None if each.workers else each.place))
         found[each.said] = replace(known, ranks=[*known.ranks, each.rank])
     return sorted(found.values(), key=lambda group: (-len(group.ranks), group.ranks[0]))
 
@@ -254,6 +270,42 @@ def steps_finished(evidence: JobDiagnostics) -> str:
         f"Nothing has failed so far: {len(known)} ranks finished step {min(steps)} to {max(steps)}, rank {slowest} the "
         f"fewest, the last one {ago_s:.0f} s ago."
     )
+
+
+def progress(evidence: JobDiagnostics) -> str:
+    """How far a job has come that has not failed."""
+    if evidence.job.state == "COMPLETED":
+        stopped = evidence.run is not None and is_local(evidence.run) and evidence.run.stopped.exists()
+        if not stopped and _ended_before_its_ranks(evidence):
+            return (
+                "That is Slurm's word, but none of its ranks started: its script ended before that, such as by exec or "
+                "exit in cluster.setup."
+            )
+        return "It stopped as asked; nothing has failed." if stopped else "Nothing has failed."
+    if evidence.job.pending:
+        return waiting(evidence.job)
+    return steps_finished(evidence) or (
+        f"Nothing has failed so far{'; no step is finished yet' if is_workload(evidence) else ''}."
+    )
+
+
+def _ended_before_its_ranks(evidence: JobDiagnostics) -> bool:
+    """Whether a script of ours left neither the note that it had prepared the ranks, nor one of its end."""
+    run = evidence.run
+    if run is None or evidence.prepared or evidence.ranks or is_local(run) or evidence.gone:
+        return False
+    shared = shared_folder(run)
+    return _PREPARES in read_tail(shared.submission_script, _SCRIPT_BYTES, within=shared.root)
+
+
+def waiting(job: Job) -> str:
+    """What a job waits for that is queued."""
+    reason = f"Slurm's reason is {job.reason}." if job.reason else "Slurm tells no reason yet."
+    start = f" It is expected to start at {job.started}." if job.started else ""
+    return f"Nothing has failed so far. {why_it_waits(job) or reason}{start}"
+
+
+_PREPARES, _SCRIPT_BYTES = "hpcmm.worker prepare ", 1 << 20
 
 
 def step_reached(evidence: JobDiagnostics, rank: int) -> str:

@@ -6,14 +6,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from hpcmm.files import read_tail
 from hpcmm.jobs.asking import (
     Ranks,
     ask_ranks,
+    lines_of_points,
     lines_of_ranks,
     ranks_at_end,
     said_of_running,
@@ -21,11 +22,11 @@ from hpcmm.jobs.asking import (
     values_of_ranks,
 )
 from hpcmm.jobs.diagnostics import Event, JobDiagnostics, gather_newest, gather_points, known_state
-from hpcmm.jobs.find_run import Target, settings, shared_folder
+from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.first_failure import Verdict, events_of, first_failure, hang_of
 from hpcmm.jobs.logs import printable
-from hpcmm.jobs.standing import is_workload, step_reached, steps_finished, worked_lately
-from hpcmm.jobs.state import State, is_local, why_it_waits
+from hpcmm.jobs.standing import is_workload, progress, step_reached, waiting, worked_lately
+from hpcmm.jobs.state import State, why_it_waits
 from hpcmm.node.classify import ADVICE, ADVICE_FOR_SCRIPTS, Kind
 from hpcmm.ranges import tasks_in, write_ranges
 from hpcmm.runs.ledger import overrides_of
@@ -50,7 +51,6 @@ def _node_names(verdict: Verdict) -> list[str]:
 
 _NODE = r"[A-Za-z0-9][\w.-]*"
 _NODES = r"[A-Za-z0-9][\w.,\[\]-]*"
-_PREPARES, _SCRIPT_BYTES = "hpcmm.worker prepare ", 1 << 20
 _DRAWS_OVER = {ord(each): "\N{REPLACEMENT CHARACTER}" for each in "\r\b\0"}
 """What would take back the label of a line, as a progress bar does."""
 _MOST_LINES = 12
@@ -59,11 +59,13 @@ _MOST_CHARACTERS = 2000
 """Of a line: some exceptions tell the whole of an array."""
 _MOST_POINTS = 1000
 """Of a sweep's points that did not complete, the records of so many are read."""
+_MOST_ASKED, _ASKED_AT_ONCE = 128, 32
+"""Points that run, whose ranks are asked where they stand; each takes some seconds."""
 _MOST_NAMES = 20
 """Of points, or of ranges of them, on one line."""
 _MOST_GROUPS = 8
 """Ways in which points failed, beside the first."""
-_FAILED, _UNKNOWN, _NOT_SUBMITTED = "failed", "UNKNOWN", "NOT SUBMITTED"
+_FAILED, _HANGS, _UNKNOWN, _NOT_SUBMITTED = "failed", "hanging", "UNKNOWN", "NOT SUBMITTED"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class Explanation:
     def failed(self) -> bool:
         return self.verdict is not None
 
+    @property
+    def hangs(self) -> bool:
+        """It still runs."""
+        return self.verdict is not None and self.ranks is not None and self.ranks.hang
+
 
 @dataclass(frozen=True)
 class PointExplanation:
@@ -92,7 +99,11 @@ class PointExplanation:
     """Slurm's word, ``NOT SUBMITTED``, or ``UNKNOWN`` if nothing tells of its end."""
     job_id: str = ""
     explanation: Explanation | None = None
-    """If it failed, and its records were read."""
+    """If it failed or runs, and its records were read."""
+
+    @property
+    def failed(self) -> bool:
+        return _became(self) in {_FAILED, _HANGS}
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,11 @@ def explain(target: Target) -> Explanation | SweepExplanation:
     state = known_state(target)
     if state.is_array:
         return explain_points(state)
-    explanation = explanation_of(gather_newest(state))
+    return _asked(explanation_of(gather_newest(state)))
+
+
+def _asked(explanation: Explanation) -> Explanation:
+    """With where the ranks stand, of a job that runs."""
     if explanation.failed or not explanation.evidence.job.active:
         return explanation
     evidence, ranks = ask_ranks(explanation.evidence)
@@ -161,7 +176,7 @@ def _lines(explanation: Explanation) -> list[str]:
     if evidence.gone and (verdict is None or evidence.gone not in verdict.what):
         notes.append(f"note: {evidence.gone} is gone, with what the job wrote there.")
     if verdict is None:
-        said = [_progress(evidence)]
+        said = [progress(evidence)]
         said += [said_of_running(explanation.ranks)] if explanation.ranks is not None else []
         lines = [f"{title}: {job.state}. {' '.join(said)}", *_of_ranks(explanation)]
         return [_printable(line) for line in [*lines, *notes]]
@@ -212,7 +227,7 @@ def _values(explanation: Explanation) -> dict[str, Any]:
         "failed": explanation.failed,
         "state": job.state,
         "reason": job.reason,
-        "waits": _waiting(job) if verdict is None and job.pending else "",
+        "waits": waiting(job) if verdict is None and job.pending else "",
         "exit_code": job.exit_code,
         "derived_exit_code": job.derived_exit_code,
         "restart": evidence.restart,
@@ -286,37 +301,6 @@ def _restarts(evidence: JobDiagnostics) -> str:
     return f"; this is its restart {evidence.restart}" if evidence.restart else ""
 
 
-def _progress(evidence: JobDiagnostics) -> str:
-    if evidence.job.state == "COMPLETED":
-        stopped = evidence.run is not None and is_local(evidence.run) and evidence.run.stopped.exists()
-        if not stopped and _ended_before_its_ranks(evidence):
-            return (
-                "That is Slurm's word, but none of its ranks started: its script ended before that, such as by exec or "
-                "exit in cluster.setup."
-            )
-        return "It stopped as asked; nothing has failed." if stopped else "Nothing has failed."
-    if evidence.job.pending:
-        return _waiting(evidence.job)
-    return steps_finished(evidence) or (
-        f"Nothing has failed so far{'; no step is finished yet' if is_workload(evidence) else ''}."
-    )
-
-
-def _ended_before_its_ranks(evidence: JobDiagnostics) -> bool:
-    """Whether a script of ours left neither the note that it had prepared the ranks, nor one of its end."""
-    run = evidence.run
-    if run is None or evidence.prepared or evidence.ranks or is_local(run) or evidence.gone:
-        return False
-    shared = shared_folder(run)
-    return _PREPARES in read_tail(shared.submission_script, _SCRIPT_BYTES, within=shared.root)
-
-
-def _waiting(job: Job) -> str:
-    reason = f"Slurm's reason is {job.reason}." if job.reason else "Slurm tells no reason yet."
-    start = f" It is expected to start at {job.started}." if job.started else ""
-    return f"Nothing has failed so far. {why_it_waits(job) or reason}{start}"
-
-
 # A sweep.
 
 
@@ -327,6 +311,12 @@ def explain_points(state: State) -> SweepExplanation:
     suspects = [job for job in rows if job.state != "COMPLETED" and not job.pending]
     evidences, notes = gather_points(state, suspects[:_MOST_POINTS])
     explained = {each.job.job_id: explanation_of(each) for each in evidences}
+    running = [job_id for job_id, each in explained.items() if each.evidence.job.active and not each.failed]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        asked = running[:_MOST_ASKED]
+        explained.update(zip(asked, pool.map(lambda job_id: _asked(explained[job_id]), asked), strict=True))
+    if len(running) > _MOST_ASKED:
+        notes.append(f"Of {len(running)} points that run, the ranks of the first {_MOST_ASKED} were asked.")
     points = [_point_of(state, job, explained.get(job.job_id)) for job in rows]
     points += [PointExplanation(_last_part(each), each.run, _UNKNOWN, each.job_ids[-1]) for each in state.unknown]
     points += [PointExplanation(_last_part(each), each.run, _NOT_SUBMITTED) for each in state.unsubmitted]
@@ -355,7 +345,7 @@ def _place(name: str) -> tuple[int, str]:
 
 def _became(point: PointExplanation) -> str:
     if point.explanation is not None and point.explanation.failed:
-        return _FAILED
+        return _HANGS if point.explanation.hangs else _FAILED
     words = {"COMPLETED": "completed", _NOT_SUBMITTED: "never submitted", _UNKNOWN: "without a known end"}
     if point.state in words:
         return words[point.state]
@@ -392,6 +382,8 @@ def _lines_of_sweep(sweep: SweepExplanation) -> list[str]:
     elif _FAILED not in sweep.counts:
         active = any(point.state in ACTIVE for point in sweep.points)
         lines.append("Nothing has failed so far." if active else "Nothing is known to have failed.")
+    running = [(each.name, each.explanation.ranks) for each in sweep.points if each.explanation and not each.failed]
+    lines += lines_of_points([(name, ranks) for name, ranks in running if ranks is not None])
     return [_printable(line) for line in [*lines, *(f"note: {note}" for note in sweep.notes)]]
 
 
@@ -443,6 +435,5 @@ def _values_of_sweep(sweep: SweepExplanation) -> dict[str, Any]:
 
 def _values_of_point(point: PointExplanation) -> dict[str, Any]:
     known = {"point": point.name, "job_id": point.job_id, "run_dir": str(point.run.root) if point.run else None}
-    failed = _became(point) == _FAILED
     own = _values(point.explanation) if point.explanation is not None else {}
-    return own | known | {"state": point.state, "failed": failed}
+    return own | known | {"state": point.state, "failed": point.failed}

@@ -58,6 +58,8 @@ _MEETING = re.compile(
     r"|/hpcmm/worker/distributed\.py\", line \d+ in _rendezvous"
 )
 """Where a rank waits to meet the others at MASTER_ADDR."""
+_ASKS = re.compile(r"_?(?:get|is|set)_\w+")
+"""Functions of torch.distributed that wait for nobody."""
 _BACKWARD = re.compile(r"/torch/autograd/graph\.py\", line \d+ in _engine_run_backward")
 _LIBRARY = re.compile(r"/(?:site|dist)-packages/|/lib/python\d|<frozen |/hpcmm/(?:annotate|worker|node)/")
 _INNERMOST = 12
@@ -136,11 +138,9 @@ def main_place(stacks: str) -> Place | None:
     if not frames:
         return None
     near = frames[:_INNERMOST]
-    return Place(
-        frames,
-        in_collective=_DISTRIBUTED.search(near[0]) is not None or any(_WAITING.search(frame) for frame in near),
-        in_rendezvous=any(_MEETING.search(frame) for frame in near),
-    )
+    waits = [frame for frame in near if _WAITING.search(frame) or (frame == near[0] and _DISTRIBUTED.search(frame))]
+    in_collective = bool(waits) and not _ASKS.fullmatch(_parts(waits[-1])[2])
+    return Place(frames, in_collective, in_rendezvous=any(_MEETING.search(frame) for frame in near))
 
 
 # Asking, and answers.
@@ -302,13 +302,10 @@ def ask(
 
 def ranks_of(answers: Mapping[int, Answer]) -> dict[int, Answer]:
     """An answer of each rank: of workers, if a launched process has started them and they are the ranks."""
-    found: dict[int, Answer] = {}
-    for number, answer in answers.items():
-        ranks = _ranks_among(answer)
-        if not ranks or found.keys() & ranks:  # two that each count their own from 0
-            ranks = {number: answer}
-        found.update({rank: each for rank, each in ranks.items() if rank not in found})
-    return found
+    of_each = [_ranks_among(answer) or {number: answer} for number, answer in answers.items()]
+    found = {rank: answer for ranks in of_each for rank, answer in ranks.items()}
+    is_one_group = len(found) == sum(map(len, of_each))  # else each launched process counts its own from 0
+    return found if is_one_group else dict(answers)
 
 
 def _ranks_among(answer: Answer) -> dict[int, Answer]:
@@ -432,7 +429,7 @@ def wakes(before: Look, now: Look) -> bool:
 
     A wait for a loader's queue wakes every five seconds, too.
     """
-    often = now.wakes - before.wakes > _OFTEN * (now.unix_ns - before.unix_ns) / 1e9
+    often = now.wakes - before.wakes > max(1.0, _OFTEN * (now.unix_ns - before.unix_ns) / 1e9)
     return often and not _waits(now)
 
 

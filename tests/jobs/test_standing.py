@@ -5,14 +5,14 @@ import time
 import pytest
 
 from hpcmm.jobs import asking, standing
-from hpcmm.jobs.asking import Ranks, lines_of_ranks
+from hpcmm.jobs.asking import Ranks, lines_of_points, lines_of_ranks
 from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
 from hpcmm.jobs.first_failure import first_failure
-from hpcmm.jobs.standing import Standing, findings, grouped, missing_ranks, numbered
+from hpcmm.jobs.standing import Standing, findings, grouped, missing_ranks, numbered, standing_of
 from hpcmm.jobs.why import explanation_of, lines_of
 from hpcmm.node.classify import Kind
 from hpcmm.runs.failures import RankExit
-from hpcmm.runs.stacks import Answer, HangNote, Look, main_place
+from hpcmm.runs.stacks import AT_END, Answer, HangNote, Look, Worker, main_place
 from hpcmm.slurm.jobs import Job
 
 C10D = "/env/lib/python3.11/site-packages/torch/distributed"
@@ -122,6 +122,61 @@ def test_of_several_groups_the_one_in_which_ranks_differ_gives_the_numbers():
     assert [each.number for each in apart] == [None, None]
 
 
+def test_a_question_to_the_process_group_is_no_collective():
+    asks = stack(
+        f'"{C10D}/distributed_c10d.py", line 1345 in _get_default_group',
+        f'"{C10D}/distributed_c10d.py", line 2392 in get_rank',
+        '"/home/me/train.py", line 4 in load',
+        MAIN,
+    )
+    (rank,) = missing_ranks(numbered([at(0, ALL_REDUCE, 6), at(1, asks, 5)]))
+    assert (rank.rank, rank.operation) == (1, None)
+
+
+LOOP = (
+    '"/env/lib/python3.11/site-packages/torch/utils/data/_utils/worker.py", line 349 in _worker_loop',
+    '"/usr/lib/python3.11/multiprocessing/process.py", line 314 in _bootstrap',
+    '"/env/lib/python3.11/site-packages/torch/utils/data/dataloader.py", line 1000 in __init__',
+    '"/home/me/train.py", line 5 in <module>',
+    MAIN,
+)
+IDLE = stack(
+    '"/usr/lib/python3.11/selectors.py", line 415 in select',
+    '"/usr/lib/python3.11/multiprocessing/connection.py", line 1136 in wait',
+    *LOOP,
+)
+READS = stack('"/home/me/data.py", line 6 in __getitem__', *LOOP)
+
+
+def answer(rank, text, *workers, **more):
+    return Answer(rank, f"n{rank}", "key", [Look(1, text)], workers=list(workers), **more)
+
+
+def worker(pid, text="", **more):
+    return Worker(pid, looks=[Look(1, text)], **more)
+
+
+def test_a_rank_that_waits_for_its_loader_is_shown_with_the_worker_that_has_not_come_back():
+    loaders = worker(7, READS, name="Process-1"), worker(8, IDLE, name="Process-2")
+    assert standing_of(answer(0, LOADER, *loaders)).said == (
+        "train.py:5 in <module>, in __next__ (select); Process-1 at data.py:6 in __getitem__"
+    )
+    assert standing_of(answer(0, SLEEP, *loaders)).said == "train.py:10 in <module>"
+
+
+PROGRAM = stack(
+    '"/usr/lib/python3.11/subprocess.py", line 1264 in wait',
+    '"/run/code/hpcmm/worker/signal_forwarding.py", line 60 in run_watched',
+    '"/run/code/hpcmm/worker/entrypoint.py", line 130 in _run_program',
+    '"/run/code/hpcmm/start.py", line 16 in <module>',
+)
+
+
+def test_a_program_that_tells_nothing_is_shown_by_what_the_kernel_says_of_it():
+    program = worker(7, name="solver", why="it sleeps in the kernel's pipe_read")
+    assert standing_of(answer(0, PROGRAM, program)).said == "solver (it sleeps in the kernel's pipe_read)"
+
+
 def test_ranks_that_cannot_tell_are_named_with_what_keeps_them():
     stopped = Standing(1, "n1", why="it is stopped (SIGSTOP)")
     assert said(at(0, ALL_REDUCE, 4), stopped, Standing(2)) == [
@@ -132,9 +187,9 @@ def test_ranks_that_cannot_tell_are_named_with_what_keeps_them():
     assert [each.rank for each in missing_ranks([at(0, ALL_REDUCE, 4), stopped])] == [1]
 
 
-def test_only_ranks_that_do_not_move_nor_work_nor_write_for_a_minute_hang():
-    assert Ranks([], [], moves=False, quiet_s=61.0).hang
-    assert not Ranks([], [], moves=False, quiet_s=59.0).hang
+def test_only_ranks_that_do_not_move_nor_work_nor_write_for_three_minutes_hang():
+    assert Ranks([], [], moves=False, quiet_s=181.0).hang
+    assert not Ranks([], [], moves=False, quiet_s=179.0).hang
     assert not Ranks([], [], moves=False, quiet_s=None).hang
     assert not Ranks([], [], moves=True, quiet_s=500.0).hang
     assert not Ranks([], [], moves=None, quiet_s=500.0).hang
@@ -188,6 +243,26 @@ def test_what_the_watchdog_ended_is_a_hang_whatever_the_ranks_said_then():
     found = first_failure(evidence)
     assert (found.kind, found.rank, found.node) == (Kind.hang, 1, "n1")
     assert found.what.startswith("no rank moved for 61 s, so the job was ended; rank 1 did not come")
+
+
+def test_of_ranks_that_a_launcher_had_started_the_stacks_of_the_end_are_shown_as_theirs():
+    left = worker(7, ALL_REDUCE, rank=0, world=2), worker(8, SLEEP, rank=1, world=2)
+    launcher = Answer(0, "n0", AT_END, [], workers=list(left))
+    text = "\n".join(lines_of(explanation_of(ended("CANCELLED", PROGRAM, answers={0: launcher}))))
+    assert "ranks:    0: all_reduce, called at train.py:3 in evaluate" in text
+    assert "          1: train.py:10 in <module>" in text
+
+
+def test_points_of_a_sweep_whose_ranks_move_share_a_line_and_the_others_tell_where_they_stand():
+    still = Ranks(grouped([at(0, ALL_REDUCE, 4), at(1, SLEEP, 3)]), ["rank 1 did not come"], moves=False)
+    moving = Ranks([], [], moves=True)
+    assert lines_of_points([("0000", moving), ("0001", still), ("0002", moving)]) == [
+        "running:  0000, 0002: the ranks move",
+        "running:  0001: No rank moved between two looks 2 s apart.",
+        "ranks:    0: all_reduce, called at train.py:3 in evaluate",
+        "          1: train.py:10 in <module>",
+        "missing:  rank 1 did not come",
+    ]
 
 
 def test_a_hostile_stack_takes_no_long_time_and_gives_no_long_line():

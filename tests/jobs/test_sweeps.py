@@ -13,6 +13,7 @@ from slurm_stand_in import parted_as_asked
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.__main__ import find_runs
 from hpcmm.jobs.__main__ import _job_lines
+from hpcmm.jobs.asking import Ranks
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import find_folder, find_targets
 from hpcmm.jobs.state import states_of
@@ -377,6 +378,20 @@ def test_a_number_that_no_job_has_names_the_run_that_is_called_so(slurm, sweep):
         done = ask_jobs(command, "123")
         assert (done.returncode, hint in done.stdout + done.stderr) == (1, True)
     assert "never queued, was cancelled before it started, or Slurm has forgotten it" in ask_jobs("status", "8").stdout
+
+
+@pytest.mark.parametrize(("moves", "became"), [(True, "running"), (False, "hanging")])
+def test_why_of_a_sweep_asks_the_ranks_of_points_that_run(slurm, sweep, monkeypatch, moves, became):
+    slurm.answers("squeue", row("9_1", "9", "RUNNING"))
+    slurm.answers("sacct", *all_rows(sweep))
+    ranks = Ranks([], [], moves=moves, quiet_s=200.0)
+    monkeypatch.setattr("hpcmm.jobs.why.ask_ranks", lambda evidence: (evidence, ranks))
+    (target,) = find_targets("demo", Path("runs"))
+    told = explain(target)
+    assert told.counts[became] == 1
+    (point,) = [point for point in values_of(told)["points"] if point["point"] == "0001"]
+    assert (point["failed"], point["ranks"]["moves"]) == (not moves, moves)
+    assert ("running:  0001: the ranks move" in lines_of(told)) == moves
 
 
 def test_why_a_sweep_failed_is_its_first_failure_and_the_others_by_kind(slurm, sweep):

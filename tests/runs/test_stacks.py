@@ -7,7 +7,7 @@ import pytest
 
 from hpcmm.runs import stacks
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.runs.stacks import Answer, Look, is_still, moved, works
+from hpcmm.runs.stacks import Answer, Look, Worker, is_still, moved, ranks_of, wakes, works
 
 S = 1_000_000_000
 STACK = 'Stack (most recent call first):\n  File "/home/me/train.py", line 3 in <module>\n'
@@ -125,3 +125,57 @@ def test_the_watchdogs_note_is_read_back(run):
     note = stacks.read_hang(run, attempt)
     assert note is not None
     assert note.still_s == 42.5
+
+
+def launched(rank, *workers, **more):
+    return Answer(rank, f"n{rank}", "key", [look()], workers=list(workers), **more)
+
+
+def started(pid, rank=None, parent=0, **more):
+    return Worker(pid, parent, looks=[look()], rank=rank, **more)
+
+
+def ranks_in(*answers):
+    found = ranks_of({answer.rank: answer for answer in answers})
+    return {rank: [worker.pid for worker in each.workers] for rank, each in found.items()}
+
+
+def test_the_workers_that_a_launched_process_has_started_are_the_ranks():
+    first = launched(0, started(10), started(11, 0, 10), started(12, 1, 10), started(13, 1, 12))
+    second = launched(1, started(20), started(21, 2, 20), started(22, 3, 20))
+    assert ranks_in(first, second) == {0: [], 1: [13], 2: [], 3: []}
+
+
+def test_workers_that_have_joined_a_group_are_ranks_whatever_they_inherited():
+    spawned = launched(0, started(9, 0), started(10, 0, joined=True), started(11, 1, joined=True))
+    assert ranks_in(spawned) == {0: [], 1: []}
+
+
+def test_what_a_rank_has_started_for_itself_is_no_rank():
+    assert ranks_in(launched(3, started(10, 3), started(11), joined=True)) == {3: [10, 11]}
+    assert ranks_in(launched(3, started(10, 3), started(11))) == {3: [10, 11]}
+
+
+def test_workers_that_each_launched_process_counts_from_0_stay_its_own():
+    nodes = [launched(node, started(10, 0), started(11, 1)) for node in range(2)]
+    assert ranks_in(*nodes) == {0: [10, 11], 1: [10, 11]}
+
+
+def test_workers_of_wrong_types_or_out_of_bounds_are_left_out_and_many_are_cut(run):
+    folder = run.stacks / "12.0"
+    folder.mkdir(parents=True)
+    good = {"pid": 5, "name": "x" * 9999, "why": "", "looks": [], "rank": -1, "world": 1 << 62}
+    given = {"node": "n", "key": "k", "why": "", "looks": [], "workers": [7, {"pid": 1}, good]}
+    stacks.answer_file(folder, 0).write_text(json.dumps(given), encoding="utf-8")
+    (worker,) = stacks.read_answers(run, folder)[0].workers
+    assert (worker.pid, len(worker.name), worker.rank, worker.world) == (5, 300, None, None)
+    stacks.answer_file(folder, 0).write_text(
+        json.dumps(given | {"workers": [good | {"name": "x"}] * 5000}), encoding="utf-8"
+    )
+    assert len(stacks.read_answers(run, folder)[0].workers) == stacks.MOST_WORKERS
+
+
+def test_one_wake_between_two_looks_may_be_that_of_a_loader_s_queue():
+    begun = Look(0, STACK, wakes=5)
+    assert not wakes(begun, Look(2_000_000_000, STACK, wakes=6))
+    assert wakes(begun, Look(2_000_000_000, STACK, wakes=7))
