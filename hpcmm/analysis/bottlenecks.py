@@ -239,7 +239,7 @@ def _transfer_of(
         confidence = MEDIUM if node and confidence == HIGH else confidence
     found = Finding("transfer", cause, lost, None, node, phase, told, confidence, where, worst)
     is_single = bound == "latency" and len(rows) <= _MOST_SINGLE * count
-    return replace(found, moves=moves, bound=bound, is_single=is_single)
+    return replace(found, moves=moves, bound=bound, is_single=is_single, is_in_node=name.endswith("within a node"))
 
 
 def _imbalance(context: AnalysisContext, blamed: Mask) -> list[Finding]:

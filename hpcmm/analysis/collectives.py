@@ -348,8 +348,9 @@ def in_words(rows: pd.DataFrame, count: int) -> str:
     """Messages, bytes, time and bandwidth; ``count`` is the number of steps times that of ranks."""
     each_s = float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / max(len(rows), 1)
     whole, typical = _size(float(rows["bytes"].sum()) / count), _size(float(rows["bytes"].median()))
+    several = "s" if len(rows) != count else ""
     told = (
-        f"{whole} a step and rank in {len(rows) / count:.3g} messages, half of them of at least {typical}, "
+        f"{whole} a step and rank in {len(rows) / count:.3g} message{several}, half of them of at least {typical}, "
         f"{_duration(each_s)} each"
     )
     large = rows[rows["bytes"] >= rows["bytes"].quantile(0.5)]

@@ -97,6 +97,8 @@ class Finding:
     """Of a transfer: what moves, as :mod:`hpcmm.analysis.parallelism` names it. Of a stage: what to move."""
     bound: str = ""
     """Of a transfer: ``latency`` or ``bandwidth``; empty if the data do not tell."""
+    is_in_node: bool = False
+    """Of a transfer: no group of it spans nodes."""
     function: str = ""
     """Of a rank that works longer than its peers: the OS call in which it does."""
     is_single: bool = False
@@ -189,8 +191,7 @@ def suggest(finding: Finding, config: Mapping[str, Any], cpus: int = 0) -> str:
     if finding.kind in _PIPELINE_ADVICE:
         return _PIPELINE_ADVICE[finding.kind] if not finding.moves else f"{finding.moves}: {_PIPELINE_ADVICE['stage']}"
     if finding.kind == "transfer" and not (trains and finding.moves in {"", "gradients"}):
-        usual = _TRANSFER_ADVICE[finding.moves, finding.bound]
-        return _SINGLE_ADVICE.get(finding.moves, usual) if finding.is_single else usual
+        return _advice_for_transfer(finding)
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
     if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
@@ -206,6 +207,13 @@ def _shared_cpus(config: Mapping[str, Any], cpus: int) -> str:
     if not (config and cpus) or ranks * (each + 1) <= cpus:
         return ""
     return f"fewer ranks a node, or nodes with more CPUs: {ranks} ranks share the {cpus} CPUs of a node"
+
+
+def _advice_for_transfer(finding: Finding) -> str:
+    usual = _TRANSFER_ADVICE[finding.moves, finding.bound]
+    if finding.is_in_node and "within a node" in usual:
+        return _IN_NODE_ADVICE[finding.moves]
+    return _SINGLE_ADVICE.get(finding.moves, usual) if finding.is_single else usual
 
 
 def _is_local(config: Mapping[str, Any]) -> bool:
@@ -257,6 +265,13 @@ _TRANSFER_ADVICE = {
     **{("small messages", bound): _FUSE for bound in ("", "latency", "bandwidth")},
 }
 """By what moves and what bounds it."""
+_IN_NODE_ADVICE = {
+    "sharded parameters": "keep them gathered for backward (reshard_after_forward=False), or prefetch the next ones",
+    "activations": "sequence parallel; async tensor parallel (torch.compile); leave outputs sharded (loss_parallel)",
+    "tokens of experts or sequence parts": "overlap the exchange with computation",
+    "pipeline sends": "larger micro-batches send less often; activations in bf16",
+}
+"""Of groups that lie within a node already, by what moves."""
 _SINGLE_ADVICE = {
     "gradients": "exchange them for more work: a larger batch, or several micro-batches for each exchange (no_sync)",
     "small messages": "a larger batch, so that fewer steps wait for it; a loss or metric only when it is logged",

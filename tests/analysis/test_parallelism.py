@@ -227,10 +227,22 @@ def test_a_script_is_advised_no_key_for_a_transfer_and_a_workload_is() -> None:
     assert "larger batch" in suggest(single, {"cluster": {}})
     assert suggest(single, {"train": {}}) == "train.gradient_accumulation_steps=2"
     assert "bucket" not in suggest(replace(single, moves="small messages"), {})
+
     assert "bucket" in suggest(latency, {"cluster": {}})
     assert suggest(latency, {"parallel": {"reduce_bucket_size": 5}}) == "parallel.reduce_bucket_size=20"
     sharded = replace(finding, moves=PARAMETERS)
     assert "reshard_after_forward" in suggest(sharded, {"train": {}})
+
+
+@pytest.mark.parametrize("bound", ["", "latency", "bandwidth"])
+@pytest.mark.parametrize("moves", [ACTIVATIONS, PARAMETERS, "pipeline sends", "tokens of experts or sequence parts"])
+def test_groups_that_lie_within_a_node_are_not_advised_to(moves, bound: str) -> None:
+    finding = replace(verdicts(simulate_run(balanced, transfer_ms=300.0))[0], moves=moves, bound=bound)
+    assert "within a node" not in suggest(replace(finding, is_in_node=True), {})
+
+
+def test_whether_groups_lie_within_a_node_is_told_to_the_advice() -> None:
+    assert not verdicts(simulate_run(balanced, transfer_ms=300.0))[0].is_in_node
 
 
 def test_ranks_that_wait_for_a_broadcasts_root_wait_for_that_rank() -> None:
