@@ -136,7 +136,7 @@ class ConfigSpace:
                 f"{part} is a config group, but the chosen task has no such key: choose a task that has it, or leave "
                 f"{part} out. A script has arguments of its own, in task.args or behind --."
             )
-        elsewhere = [key for key in _keys_within(self.schema) if parent and key.endswith(f".{part}")]
+        elsewhere = [key for key in _keys_within(self.schema) if parent and key.rpartition(".")[2] == part]
         close = elsewhere if len(elsewhere) == 1 else close
         hint = f"did you mean {close[0]}? " if close else ""
         where = f"Keys of {parent}" if parent else "Keys"

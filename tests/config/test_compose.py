@@ -30,6 +30,7 @@ def test_the_command_line_overrules_the_experiment():
         ("trian.steps=3", "did you mean train?"),
         ("cluster.nodez=3", "did you mean cluster.nodes?"),
         ("launch.nodes=2", "did you mean cluster.nodes?"),
+        ("launch.runs_root=/tmp", "did you mean runs_root?"),
         ("+extra=1", "extra is not a configuration key"),
         ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted to Integer."),
         ("cluster.executor=pbs", "expected one of [slurm, local]"),
