@@ -287,3 +287,21 @@ def test_copies_of_a_watched_module_tell_nothing(tmp_path, monkeypatch):
     torch.save(model, tmp_path / "model.pt")
     torch.load(tmp_path / "model.pt", weights_only=False)(torch.ones(1, 2))
     assert calls == ["begin"]
+
+
+def test_what_others_hooked_before_a_forward_pass_is_within_the_phase(monkeypatch):
+    nn = pytest.importorskip("torch").nn
+
+    from hpcmm.annotate import auto_instrument
+
+    said = []
+    told = SimpleNamespace(
+        forward_begins=lambda *_, **__: said.append("begins"), forward_ends=lambda _: said.append("ends")
+    )
+    monkeypatch.setattr(auto_instrument, "_ranges", lambda: told)
+    model = nn.Linear(1, 1)
+    model.register_forward_pre_hook(lambda *_: said.append("gathers"), prepend=True)
+    model.register_forward_hook(lambda *_: said.append("frees"))
+    auto_instrument._hooks_on(model)
+    model(model.weight)
+    assert said == ["begins", "gathers", "frees", "ends"]
