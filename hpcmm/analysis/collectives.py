@@ -353,7 +353,8 @@ def in_words(rows: pd.DataFrame, count: int) -> str:
         f"{whole} a step and rank in {len(rows) / count:.3g} message{several}, half of them of at least {typical}, "
         f"{_duration(each_s)} each"
     )
-    large = rows[rows["bytes"] >= rows["bytes"].quantile(0.5)]
+    # A small message tells of the start-up time, and nothing of what the links carry.
+    large = rows[rows["bytes"] >= max(float(rows["bytes"].quantile(0.5)), FEW_BYTES)]
     bandwidth = float(large["bus_bytes_per_s"].median()) if large["bus_bytes_per_s"].notna().any() else 0.0
     return told + (f", at a bus bandwidth of {_size(bandwidth)}/s" if bandwidth > 0 else "")
 

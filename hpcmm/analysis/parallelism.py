@@ -17,7 +17,7 @@ from hpcmm.analysis.collectives import POINT_TO_POINT, SMALL_BYTES
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats
 from hpcmm.analysis.findings import HIGH, LOW, MEDIUM, AnalysisContext, Finding
 from hpcmm.analysis.intervals import NS_PER_S
-from hpcmm.analysis.trace import NO_PEER, RankTrace
+from hpcmm.analysis.trace import NO_PEER, OTHER, RankTrace
 
 GRADIENTS, PARAMETERS, ACTIVATIONS, TOKENS, SENDS, BUFFERS, SMALL, UNKNOWN = (
     "gradients",
@@ -152,10 +152,12 @@ def _group_moves(rows: pd.DataFrame, stages: Stages) -> str:
     # Without phases: who gathers more than is reduced gathers for forward and backward.
     scatters = float(bulk.loc[bulk["op"] == "reduce_scatter", "bytes"].sum())
     gathered = float(bulk.loc[gathers, "bytes"].sum())
+    # FSDP gathers its outermost unit before the forward pass begins; a sharded optimizer gathers in its own phase.
+    before = (bulk["phase"] == OTHER) & much(backward & reduces) & (scatters > 0)
     is_reduced_as_often = int((forward & reduces).sum()) > OFTEN * int((forward & gathers).sum())
     told = [
         (ACTIVATIONS, much(forward & reduces) or is_reduced_as_often),
-        (PARAMETERS, much((forward | backward) & gathers)),
+        (PARAMETERS, much((forward | backward | before) & gathers)),
         (GRADIENTS, much(reduces & (backward | (bulk["phase"] == "optimizer"))) or (in_stage and much(reduces))),
         (PARAMETERS, 0 < 1.2 * scatters < gathered),
         (GRADIENTS, scatters > 0),

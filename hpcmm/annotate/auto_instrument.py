@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequen
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -292,6 +293,7 @@ def _update(skipped: Callable[[], int]) -> Iterator[None]:
 
 
 _MOST_MODULES = 256
+_LOOKED_AT = 8
 
 
 class WatchedModules:
@@ -299,6 +301,7 @@ class WatchedModules:
 
     def __init__(self) -> None:
         self._hooks: dict[int, tuple[weakref.ref[Any], list[Any]]] = {}
+        self._parameters: list[weakref.ref[Any]] = []
 
     def find(self) -> list[Any]:
         """Watch modules that have parameters to train and are no part of another one."""
@@ -321,14 +324,26 @@ class WatchedModules:
             return []
         return self._watch(parts)
 
+    def weights(self) -> int:
+        """The sum of the versions of some parameters of each module: an update changes all of them.
+
+        Of those that were there at first: ``torch.func`` puts others into their place for a call.
+        """
+        return sum(each._version for reference in self._parameters if (each := reference()) is not None)
+
     def _watch(self, modules: Iterable[Any]) -> list[Any]:
         new = []
         for module in modules:
             known = self._hooks.get(id(module))
-            if (known is None or known[0]() is not module) and any(p.requires_grad for p in module.parameters()):
+            if (known is None or known[0]() is not module) and next(_trained(module), None) is not None:
+                self._parameters += map(weakref.ref, islice(_trained(module), _LOOKED_AT))
                 self._hooks[id(module)] = weakref.ref(module), _hooks_on(module)
                 new.append(module)
         return new
+
+
+def _trained(module: Any) -> Iterator[Any]:
+    return (each for each in module.parameters() if each.requires_grad)
 
 
 def _hooks_on(module: Any) -> list[Any]:

@@ -4,7 +4,8 @@ A step ends when the optimizer that ends an iteration has stepped and the work o
 batch has been fetched, or else with a forward or backward pass, or with a message that a pipeline stage receives. So
 the micro-batches of one update are one step, and what a loop does behind its optimizer (a scheduler, an evaluation now
 and then, fetching the next batch) belongs to the step before. When the loader of the training has no more batches, the
-step ends.
+step ends. As long as no optimizer has stepped, weights that have changed since the last backward pass tell of an update
+all the same.
 
 Fetching counts only from a loader whose batches lead to a backward pass, and a forward pass only if it records
 gradients and its module is in the mode (``train`` or ``eval``) in which it is trained. So evaluation makes no steps and
@@ -22,7 +23,10 @@ from threading import get_ident
 from typing import Any, Protocol
 
 from hpcmm.annotate import schema
-from hpcmm.annotate.ranges import Range, batch_size, before_step, note_step, pop, push, tell_rank
+from hpcmm.annotate.ranges import Range, RangeStack, batch_size, before_step, note_step, pop, push, tell_rank
+
+WEIGHTS = 0
+"""Stands for an optimizer that is not seen but by what it does."""
 
 
 class Modules(Protocol):
@@ -31,40 +35,11 @@ class Modules(Protocol):
     def find(self) -> Iterable[Any]:
         """Watch the outermost modules that train, and return those that are watched newly."""
 
+    def weights(self) -> int:
+        """A number that grows when weights of those that are watched change."""
+
     def descend(self) -> Iterable[Any]:
         """Watch the parts of those that are watched, which are not called themselves. Returns the parts."""
-
-
-class _Stack:
-    """The ranges that are open on the thread that trains, outermost first."""
-
-    def __init__(self) -> None:
-        self._open: list[Range] = []
-
-    def push(self, opened: Range) -> None:
-        push(opened)
-        self._open.append(opened)
-
-    def remove(self, closed: Range) -> None:
-        """End a range; those within it end too and begin anew, for NVTX ends the innermost one only."""
-        if self._open and self._open[-1] is closed:
-            del self._open[-1]
-            pop()
-            return
-        within = self.within(closed)
-        if within is None:
-            return
-        del self._open[len(self._open) - len(within) - 1 :]
-        for _ in range(len(within) + 1):
-            pop()
-        for each in within:
-            each.payload = None if each.name != schema.STEP else each.payload  # a batch is counted once
-            self.push(each)
-
-    def within(self, outer: Range) -> list[Range] | None:
-        """The ranges within ``outer``; None if it is not open."""
-        at = next((at for at, each in enumerate(self._open) if each is outer), None)
-        return None if at is None else self._open[at + 1 :]
 
 
 class AutomaticRanges:
@@ -75,13 +50,14 @@ class AutomaticRanges:
         self._cycle = _Cycle(optimizers)
         self._modules = modules
         self._thread = get_ident()
-        self._stack = _Stack()
+        self._stack = RangeStack()
         self._phases: list[Range] = []
         """Automatic phases that run, outermost first; they are not on the stack while the program has its own."""
         self._asked: list[Range] = []
         """The program's own phases that are open."""
         self._step: Range | None = None
         self._number = 0
+        self._has_begun = False
         self._has_own_steps = False
         self._forwards: list[int] = []
         """Modules whose forward passes run, outermost first."""
@@ -103,6 +79,10 @@ class AutomaticRanges:
         """Calls of optimizers that run, one within the other."""
         self._closures = 0
         self._has_worked = False
+        self._passes = 0
+        """Outermost backward passes, counted until an update is seen."""
+        self._weights: int | None = None
+        """What the modules told at the last one; None if nobody looks, for optimizers tell of updates."""
         self._is_to_look = False
         """Whether an optimizer is new, whose modules are not looked for yet."""
 
@@ -218,8 +198,29 @@ class AutomaticRanges:
         self._forwarded.clear()
         self._is_forward_shown = False
         self._begin_work(may_be_first=True)
+        self._look_at_weights()
         self._begin("backward")
         return True
+
+    def _look_at_weights(self) -> None:
+        """Begin to look at the weights if nothing has stepped before this backward pass, the second at the latest."""
+        if self._cycle.has_stepped:
+            return
+        self._passes += 1
+        if self._passes == 1 + self._cycle.is_possible():
+            self._train(self._modules.find())
+            self._weights = self._modules.weights()
+
+    def _note_changed_weights(self) -> None:
+        if self._weights is None:
+            return
+        if self._cycle.has_stepped and not self._cycle.is_of_weights:
+            self._weights = None
+            return
+        weights = self._modules.weights()
+        if weights != self._weights:
+            self._weights = weights
+            self._cycle.step(WEIGHTS)
 
     def backward_ends(self) -> None:
         self._backwards -= 1
@@ -271,6 +272,7 @@ class AutomaticRanges:
         """``may_be_first``: a backward pass, which begins the first step."""
         self._has_worked = True
         self._look()
+        self._note_changed_weights()
         if self._updates and not self._closures:  # that update ended by an exception
             self._updates = 0
             self._end("optimizer")
@@ -278,6 +280,8 @@ class AutomaticRanges:
         if self._has_own_steps:
             self._end_step()
         elif self._cycle.is_over:
+            if self._step is None and not self._number:
+                self._number = 1  # an iteration is over whose begin was not seen
             self._end_step()
             self._cycle.begin()
             self._begin_step()
@@ -302,7 +306,8 @@ class AutomaticRanges:
         self._step = Range(schema.AUTOMATIC_STEP, self._number)
         note_step(self._number)
         before_step(self._number)
-        if not self._number:
+        if not self._has_begun:
+            self._has_begun = True
             tell_rank()
         self._number += 1
         self._stack.push(self._step)
@@ -380,6 +385,15 @@ class _Cycle:
         self.since_work: dict[int, None] = {}
         """Optimizers that have stepped since the last work, in turn."""
         self.is_over = False
+
+    @property
+    def has_stepped(self) -> bool:
+        return bool(self._steps)
+
+    @property
+    def is_of_weights(self) -> bool:
+        """Whether only changes of weights told of updates so far."""
+        return self._steps.keys() == {WEIGHTS}
 
     def is_possible(self) -> bool:
         """Whether anything could end an iteration."""

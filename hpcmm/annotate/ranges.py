@@ -83,6 +83,38 @@ def pop() -> None:
     nvtx.pop_range(domain=schema.DOMAIN)
 
 
+class RangeStack:
+    """The ranges that are open on the thread that trains, outermost first."""
+
+    def __init__(self) -> None:
+        self._open: list[Range] = []
+
+    def push(self, opened: Range) -> None:
+        push(opened)
+        self._open.append(opened)
+
+    def remove(self, closed: Range) -> None:
+        """End a range; those within it end too and begin anew, for NVTX ends the innermost one only."""
+        if self._open and self._open[-1] is closed:
+            del self._open[-1]
+            pop()
+            return
+        within = self.within(closed)
+        if within is None:
+            return
+        del self._open[len(self._open) - len(within) - 1 :]
+        for _ in range(len(within) + 1):
+            pop()
+        for each in within:
+            each.payload = None if each.name != schema.STEP else each.payload  # a batch is counted once
+            self.push(each)
+
+    def within(self, outer: Range) -> list[Range] | None:
+        """The ranges within ``outer``; None if it is not open."""
+        at = next((at for at, each in enumerate(self._open) if each is outer), None)
+        return None if at is None else self._open[at + 1 :]
+
+
 class Automatic(Protocol):
     """Ranges that nobody asked for, which give way to those of the program."""
 

@@ -130,8 +130,8 @@ def note_on_rank(config: RunConfig) -> str | None:
     if not is_launcher(config) or starts_workers(config.task) is not None:
         return None
     return (
-        f"cluster.ranks_per_node is 1 and gpus_per_node is {cluster.gpus_per_node}: the program is to start the workers "
-        "of its node itself, so RANK and WORLD_SIZE are not set. For one rank a GPU: cluster.ranks_per_node="
+        f"cluster.ranks_per_node is 1 and gpus_per_node is {cluster.gpus_per_node}: the program is to start its node's "
+        "workers itself, so RANK and WORLD_SIZE are not set. For one rank a GPU: cluster.ranks_per_node="
         f"{cluster.gpus_per_node}; for one rank with one GPU: cluster.gpus_per_node=1."
     )
 

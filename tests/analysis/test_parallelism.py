@@ -8,7 +8,7 @@ import pytest
 from simulated import MS, make_trace, simulate_program, simulate_run
 from test_bottlenecks import balanced, verdicts
 
-from hpcmm.analysis.collectives import bound_by, match_with_waits, start_up_s
+from hpcmm.analysis.collectives import bound_by, in_words, match_with_waits, start_up_s
 from hpcmm.analysis.findings import suggest
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.parallelism import ACTIVATIONS, GRADIENTS, PARAMETERS, find_stages, what_moves
@@ -162,6 +162,8 @@ MB = 1_000_000
             PARAMETERS,
         ),
         ([("all_gather", "other", MB), ("all_gather", "other", MB), ("reduce_scatter", "other", MB)], PARAMETERS),
+        ([("all_gather", "other", MB), ("reduce_scatter", "backward", MB)], PARAMETERS),
+        ([("all_gather", "other", MB), ("all_reduce", "backward", MB)], GRADIENTS),
         ([("all_reduce", "forward", MB), ("all_reduce", "backward", MB)], ACTIVATIONS),
         (
             [("all_gather", "forward", MB), ("reduce_scatter", "forward", MB), ("reduce_scatter", "backward", MB)],
@@ -214,6 +216,11 @@ def test_latency_and_bandwidth_are_told_apart(sizes, bound: str) -> None:
     rows = messages(sizes, start_us=50.0, bytes_per_us=1000.0)
     bulk = rows[rows["bytes"] > 4] if max(sizes) > 4 else rows
     assert bound_by(bulk, start_up_s(rows)) == bound
+
+
+def test_messages_that_start_up_longer_than_they_move_tell_of_no_bandwidth() -> None:
+    assert "bus bandwidth" not in in_words(messages([4_100] * 20, 500.0, 1000.0), 40)
+    assert "bus bandwidth" in in_words(messages([4_100] * 10 + [2_000_000] * 11, 500.0, 1000.0), 42)
 
 
 def test_a_script_is_advised_no_key_for_a_transfer_and_a_workload_is() -> None:

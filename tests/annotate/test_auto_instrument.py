@@ -200,6 +200,44 @@ def test_a_loop_of_plain_pytorch_has_steps_and_phases():
     assert said == f"{first}{later}(data){later}{later}"
 
 
+UPDATES = {
+    "by hand": """
+        def update():
+            with torch.no_grad():
+                for each in model.parameters():
+                    each -= 0.1 * each.grad
+    """,
+    "of a class of its own": """
+        class Own:
+            def step(self):
+                torch._foreach_add_([each.detach() for each in model.parameters()], -0.1)
+        update = Own().step
+    """,
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_updates_without_an_optimizer_of_pytorch_make_steps(update):
+    code = """
+        from hpcmm.annotate import auto_instrument, ranges, auto_steps
+        numbers = []
+        for module in (ranges, auto_steps):
+            module.push = lambda opened: opened.name.startswith("step") and numbers.append(opened.payload)
+            module.pop = lambda: None
+        auto_instrument.annotate_program()
+        import torch
+        model = torch.nn.Linear(2, 1)
+        UPDATE
+        for _ in range(5):
+            model.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            update()
+        print([number for number in numbers if number is not None])
+    """
+    code = textwrap.dedent(code).replace("UPDATE\n", textwrap.dedent(UPDATES[update]))
+    assert run_python(code, **os.environ, NVTX_INJECTION64_PATH="/none").strip() == "[1, 2, 3, 4]"
+
+
 @pytest.fixture
 def ranges(monkeypatch):
     """What is begun and ended, in order."""

@@ -26,7 +26,10 @@ class Program:
         monkeypatch.setattr(auto_steps, "tell_rank", lambda: None)
         monkeypatch.setattr(ranges, "tell_rank", lambda: None)
         monkeypatch.setattr(ranges, "_ATTACHED", True)
-        watched = SimpleNamespace(find=lambda: self._look("find"), descend=lambda: self._look("descend"))
+        self.weights = 0
+        watched = SimpleNamespace(
+            find=lambda: self._look("find"), descend=lambda: self._look("descend"), weights=lambda: self.weights
+        )
         self.ranges = AutomaticRanges(lambda: optimizers, watched)
         monkeypatch.setattr(ranges, "_automatic", self.ranges)
         self.model = Module()
@@ -262,6 +265,31 @@ def test_modules_are_looked_for_at_the_first_update_and_within_them_if_none_is_c
         program.update()
     program.backward()
     assert program.looked == ["find", "descend", "descend"]
+
+
+def test_weights_that_change_tell_of_updates_that_no_optimizer_tells_of(monkeypatch):
+    program = Program(monkeypatch, optimizers=0)
+    for number in range(8):
+        program.forward()
+        program.backward()
+        program.weights += number % 2
+    assert program.text.endswith(
+        "(auto1 (forward) (backward) (forward) (backward)) (auto2 (forward) (backward) (forward) (backward)) "
+        "(auto3 (forward) (backward) (forward) (backward)"
+    )
+
+
+def test_once_an_optimizer_has_stepped_weights_tell_nothing(program):
+    for number in range(8):
+        program.forward()
+        program.backward()
+        if number % 2:
+            program.update()
+            program.weights += 1
+        elif number:
+            program.weights += 1  # as a penalty on them, or their average, may do
+    assert "(auto2 (forward) (backward) (forward) (backward) (optimizer)) (auto3" in program.text
+    assert program.text.count("(auto") == 4
 
 
 def test_without_an_optimizer_there_are_no_steps(monkeypatch):
