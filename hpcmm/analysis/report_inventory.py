@@ -123,7 +123,10 @@ def _with_ranks(fact: ReportFacts, record: RunRecord) -> list[tuple[int | None, 
     in_order = sorted(same, key=lambda trace: trace.pid)
     first = launcher * len(in_order)
     numbered = {id(trace): first + place for place, trace in enumerate(in_order)}
-    return [(numbered.get(id(trace), rank), trace) for rank, trace in told]
+    return [
+        (numbered[id(trace)], replace(trace, is_rank_guessed=True)) if id(trace) in numbered else (rank, trace)
+        for rank, trace in told
+    ]
 
 
 def _are_workers(one: RankTrace, other: RankTrace) -> bool:
@@ -197,7 +200,9 @@ def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
         )
         return FOUND, told
     if trace.rank >= 0:
-        return FOUND, "CUDA was to be traced, but no GPU activity was recorded" if fact.gpu_missing else ""
+        guessed = "its rank is a guess, by the order in which its launcher started the workers: none tells its own"
+        unseen = "CUDA was to be traced, but no GPU activity was recorded"
+        return FOUND, guessed if trace.is_rank_guessed else unseen if fact.gpu_missing else ""
     others = f" of its {len(fact.traces)} processes with steps" if len(fact.traces) > 1 else ""
     return FOUND, f"the report does not tell the rank{others or ''}"
 

@@ -63,6 +63,8 @@ class RankTrace:
     """Ranges of the annotation that the process wrote."""
     unnumbered: int = 0
     """Ranges of steps that are left out because they carry no number (or a negative one), while others do."""
+    is_rank_guessed: bool = False
+    """Whether the rank follows from the order in which a launcher started its workers, for they do not tell theirs."""
     device: int | None = None
     """The GPU that stands for an unknown rank, in a report without steps."""
     gpu: pd.DataFrame | None = None

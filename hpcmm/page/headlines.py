@@ -111,12 +111,40 @@ def _why_no_steps(study: Study) -> str:
     reasons = reasons[reasons != ""]
     if len(reasons):
         why = plain(reasons.value_counts().idxmax())
-        return f"{why}. The line to add: {study.line_to_add}" if study.line_to_add else f"{why}."
+        line = f" The line to add: {study.line_to_add}" if study.line_to_add else ""
+        return f"{why}.{_of_collectives(study)}{line}"
     return (
         "only the warm-up step was captured."
         if study.steps.warmup_number is not None
         else "none was closed on all ranks."
     )
+
+
+_KNOWN_LAST, _MOSTLY_LAST = 8, 0.9
+"""Of so many collectives one rank must come last in this share, which hardly happens by chance."""
+
+
+def _of_collectives(study: Study) -> str:
+    """What collectives cost in a capture without steps, and who comes last."""
+    table = study.tables["collectives"]
+    exposed = table["exposed_wait_s"] + table["exposed_transfer_s"]
+    if not exposed.sum():
+        return ""
+    by_rank = table.groupby("rank")
+    span_s = float((by_rank["end_s"].max() - by_rank["start_s"].min()).mean())
+    each_s = float(exposed.sum()) / len(by_rank)
+    op = str(exposed.groupby(table["op"]).sum().idxmax())
+    of_op = table[table["op"] == op]
+    waited = float(table["exposed_wait_s"].sum() / exposed.sum())
+    told = (
+        f" From its first collective to its last a rank spends {seconds(each_s)} of {seconds(span_s)} in them "
+        f"({percent(each_s / span_s)}), most of it in {plain(op)}, {number(round(len(of_op) / len(by_rank)))} of them, "
+        f"half of at least {size(float(of_op['bytes'].fillna(0).median()))}; {percent(waited)} of it is waiting"
+    )
+    last = table.drop_duplicates(["op", "group", "sequence"])["late_rank"].dropna().value_counts()
+    if last.sum() >= _KNOWN_LAST and last.iloc[0] >= _MOSTLY_LAST * last.sum():
+        told += f", and {rank_name(int(str(last.index[0])))} comes last in {last.iloc[0]} of {last.sum()}"
+    return f"{told}."
 
 
 def coverage_line(study: Study) -> str:

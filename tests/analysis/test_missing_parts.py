@@ -77,6 +77,13 @@ def test_collectives(change, ranks: int, steps: int, tmp_path: Path) -> None:
     assert ("5 steps of" if steps > 1 else "no steps;") in told
 
 
+def test_without_steps_the_headline_tells_what_collectives_take(tmp_path: Path) -> None:
+    traces = [replace(without_steps(trace), node="node1") for trace in run()]
+    told = " ".join(outputs(traces, tmp_path).split())
+    assert ". From its first collective to its last a rank spends " in told
+    assert " of it is waiting" in told
+
+
 STEPS = {
     "none": without_steps,
     "on rank 0 alone": lambda trace: without_steps(trace) if trace.rank else trace,

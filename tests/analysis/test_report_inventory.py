@@ -402,6 +402,8 @@ def test_workers_that_all_tell_their_launcher_s_rank_or_none_are_numbered_as_the
         assert found(reports, launchers(2)) == FOUR
         used = {trace.rank: trace.pid for _, trace in take_inventory(reports, launchers(2)).used}
         assert used == {rank: 100 + rank for rank in range(4)}
+        reasons = take_inventory(reports, launchers(2)).table["reason"]
+        assert reasons.str.startswith("its rank is a guess").all()
 
 
 def test_workers_of_a_launcher_without_a_report_are_missing_or_were_not_chosen() -> None:
