@@ -155,8 +155,6 @@ def _group_moves(rows: pd.DataFrame, stages: Stages) -> str:
     # FSDP gathers its outermost unit before the forward pass begins; a sharded optimizer gathers in its own phase.
     before = (bulk["phase"] == OTHER) & much(backward & reduces) & (scatters > 0)
     is_reduced_as_often = int((forward & reduces).sum()) > OFTEN * int((forward & gathers).sum())
-    # FSDP gathers its outermost unit before the forward pass begins; a sharded optimizer gathers in its own phase.
-    before = (bulk["phase"] == OTHER) & much(backward & reduces) & (scatters > 0)
     told = [
         (ACTIVATIONS, much(forward & reduces) or is_reduced_as_often),
         (PARAMETERS, much((forward | backward | before) & gathers)),
