@@ -188,10 +188,10 @@ def suggest(finding: Finding, config: Mapping[str, Any], cpus: int = 0) -> str:
     trains = bool(config) and set(config) != {"cluster"}
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
         return _shell(finding)
-    if finding.kind in _PIPELINE_ADVICE:
-        return _PIPELINE_ADVICE[finding.kind] if not finding.moves else f"{finding.moves}: {_PIPELINE_ADVICE['stage']}"
-    if finding.kind == "transfer" and not (trains and finding.moves in {"", "gradients"}):
-        return _advice_for_transfer(finding)
+    if finding.kind in _PIPELINE_ADVICE or (
+        finding.kind == "transfer" and not (trains and finding.moves in {"", "gradients"})
+    ):
+        return _advice_for_what_moves(finding)
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
     if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
@@ -209,7 +209,9 @@ def _shared_cpus(config: Mapping[str, Any], cpus: int) -> str:
     return f"fewer ranks a node, or nodes with more CPUs: {ranks} ranks share the {cpus} CPUs of a node"
 
 
-def _advice_for_transfer(finding: Finding) -> str:
+def _advice_for_what_moves(finding: Finding) -> str:
+    if finding.kind in _PIPELINE_ADVICE:
+        return _PIPELINE_ADVICE[finding.kind] if not finding.moves else f"{finding.moves}: {_PIPELINE_ADVICE['stage']}"
     usual = _TRANSFER_ADVICE[finding.moves, finding.bound]
     if finding.is_in_node and "within a node" in usual:
         return _IN_NODE_ADVICE[finding.moves]
