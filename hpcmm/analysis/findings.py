@@ -206,6 +206,8 @@ def _shared_cpus(config: Mapping[str, Any], cpus: int) -> str:
     ranks, each = (_number(config, "cluster", key, 1) for key in ("ranks_per_node", "cpus_per_rank"))
     if not (config and cpus) or ranks * (each + 1) <= cpus:
         return ""
+    if ranks == 1:
+        return f"nodes with more CPUs, or fewer processes on each: all of them share the {cpus} CPUs of a node"
     return f"fewer ranks a node, or nodes with more CPUs: {ranks} ranks share the {cpus} CPUs of a node"
 
 

@@ -419,6 +419,12 @@ def test_no_rank_is_to_have_more_cpus_than_the_node_has(cpus: int, told: str) ->
     assert suggest(finding, record.tunable, record.cpus) == told
 
 
+def test_a_launcher_alone_on_its_node_shares_the_cpus_with_its_workers() -> None:
+    record = RunRecord(config={"cluster": {"cpus_per_rank": 2, "ranks_per_node": 1}})
+    told = suggest(Finding("imbalance", "", 1.0, None, "", "data", "", "low"), record.tunable, 2)
+    assert told == "nodes with more CPUs, or fewer processes on each: all of them share the 2 CPUs of a node"
+
+
 def test_a_hostile_node_name_cannot_leave_its_shell_word() -> None:
     finding = Finding("stall", "", 1.0, 3, "a; rm -rf /", "data", "", "high")
     assert "-w 'a; rm -rf /' " in suggest(finding, {})
