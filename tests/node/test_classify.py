@@ -322,7 +322,7 @@ Root Cause (first observed failure):
   rank      : 3 (local_rank: 1)
   traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
 ============================================================
-"""
+""".replace("ChildFailedError:", "ChildFailedError: ")
 
 
 def test_of_torchrun_the_words_of_the_worker_that_failed_first_count():
