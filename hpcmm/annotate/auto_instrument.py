@@ -277,6 +277,22 @@ def _watch_deepspeed(module: ModuleType) -> None:
         return result
 
     module.DeepSpeedEngine.step = step_and_annotate
+    try:
+        exchange: Any = module.DeepSpeedEngine.allreduce_gradients
+    except AttributeError as error:
+        _missing("the exchange of gradients", error)
+        return
+
+    @functools.wraps(exchange)
+    def exchange_and_annotate(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if not _ranges().exchange_begins():
+            return exchange(self, *arguments, **keywords)
+        try:
+            return exchange(self, *arguments, **keywords)
+        finally:
+            _ranges().backward_ends()
+
+    module.DeepSpeedEngine.allreduce_gradients = exchange_and_annotate
 
 
 @contextlib.contextmanager

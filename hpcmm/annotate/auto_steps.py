@@ -222,6 +222,10 @@ class AutomaticRanges:
             self._weights = weights
             self._cycle.step(WEIGHTS)
 
+    def exchange_begins(self) -> bool:
+        """Gradients are exchanged behind a backward pass. Returns whether that is part of it, as above."""
+        return not self._updates and self.backward_begins()
+
     def backward_ends(self) -> None:
         self._backwards -= 1
         if self._backwards:

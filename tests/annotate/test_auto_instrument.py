@@ -144,6 +144,24 @@ def test_a_name_that_pytorch_lacks_costs_its_phase_and_is_told(capsys):
     assert capsys.readouterr().err.startswith("hpcmm: phase backward cannot be seen")
 
 
+def test_the_exchange_of_gradients_of_an_engine_is_phase_backward(monkeypatch):
+    said = []
+    asked = SimpleNamespace(exchange_begins=lambda: not said, backward_ends=lambda: said.append("ends"))
+    monkeypatch.setattr(auto_instrument, "_ranges", lambda: asked)
+
+    class Engine:
+        def step(self):
+            pass
+
+        def allreduce_gradients(self, bucket_size):
+            said.append(bucket_size)
+
+    auto_instrument._watch_deepspeed(SimpleNamespace(DeepSpeedEngine=Engine))
+    for _ in range(2):
+        Engine().allreduce_gradients(bucket_size=7)
+    assert said == [7, "ends", 7]
+
+
 def test_a_pipeline_stage_that_calls_no_module_but_its_layers_has_forward_passes():
     code = """
         from hpcmm.annotate import auto_instrument, ranges, auto_steps

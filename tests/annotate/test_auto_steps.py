@@ -219,6 +219,18 @@ def test_a_forward_pass_that_raised_is_over_when_the_next_batch_is_fetched(progr
     assert program.text.endswith(f"(auto1 (forward) {WHOLE}")
 
 
+def test_gradients_that_an_engine_exchanges_behind_the_backward_pass_belong_to_it_and_within_its_step_to_that(program):
+    program.train()
+    program.forward()
+    program.backward()
+    assert program.ranges.exchange_begins()
+    program.ranges.backward_ends()
+    program.ranges.update_begins(1)
+    assert not program.ranges.exchange_begins()
+    program.ranges.update_ends(1)
+    assert program.text.endswith("(auto1 (forward) (backward) (backward) (optimizer)")
+
+
 def test_a_forward_pass_carries_the_size_of_its_batch_once(program):
     program.train()
     begun = []
