@@ -45,7 +45,7 @@ class Job:
         )
 
     def launch(self, *overrides):
-        done = self.module("hpcmm.launch", "cluster=local_slurm", "task=script", "task.path=train.py", *overrides)
+        done = self.module("hpcmm.launch", "cluster=local_slurm", *overrides)
         assert done.returncode == 0, done.stderr
         said = dict(line.split(":", 1) for line in done.stdout.splitlines())
         return Path(said["run directory"].strip())
@@ -63,9 +63,12 @@ def wait_for(condition, within_s=120):
         time.sleep(0.5)
 
 
+ONE_A_NODE = ("cluster.nodes=2", "cluster.ranks_per_node=1")
+
+
 def test_a_hang_is_seen_while_it_lasts_and_ended_with_what_tells_of_it(slurm_cluster, tmp_path):
     job = Job(slurm_cluster, tmp_path)
-    run = job.launch("cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.gpus_per_node=0", "launch.hang_s=30")
+    run = job.launch(*ONE_A_NODE, "cluster.gpus_per_node=0", "launch.hang_s=30", "--", "train.py")
     log = run / "logs" / "rank_0001.log"
     wait_for(lambda: log.exists() and "asleep" in log.read_text(encoding="utf-8"))
 
@@ -81,3 +84,21 @@ def test_a_hang_is_seen_while_it_lasts_and_ended_with_what_tells_of_it(slurm_clu
     assert (told["class"], told["first"]["rank"], told["first"]["node"]) == ("hang", 1, slurm_cluster.nodes[1])
     assert told["ranks"]["missing"] == [1]
     assert (run / "exit_status").read_text(encoding="utf-8").split()[1] == "hung"
+
+
+def test_workers_of_torchrun_tell_where_they_stand_and_stood_when_the_job_was_cancelled(slurm_cluster, tmp_path):
+    job = Job(slurm_cluster, tmp_path)
+    run = job.launch(*ONE_A_NODE, "--", "torchrun", "--nproc-per-node", "2", "train.py")
+    log = run / "logs" / "rank_0000.log"
+    wait_for(lambda: log.exists() and "asleep" in log.read_text(encoding="utf-8"))
+
+    at = ["all_reduce number 7, called at train.py:8 in <module>", "train.py:11 in <module>: time.sleep(10_000)"]
+    told = job.why(run)
+    assert [group["ranks"] for group in told["ranks"]["groups"]] == [[0, 2, 3], [1]]
+    assert [group["at"] for group in told["ranks"]["groups"]] == at
+
+    assert job.module("hpcmm.jobs", "cancel", str(run)).returncode == 0
+    wait_for(lambda: "class" in job.why(run))
+    told = job.why(run)
+    assert (told["class"], told["ranks"]["missing"]) == ("cancelled", [1])
+    assert [group["ranks"] for group in told["ranks"]["groups"]] == [[0, 2, 3], [1]]
