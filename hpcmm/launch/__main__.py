@@ -74,9 +74,11 @@ def _launch(overrides: Sequence[str], command: Sequence[str] | None) -> int:
     if planned.config.dry_run:
         print(dry_run_text(planned), end="")
         return 0
+    from hpcmm.launch.interpreter import require_packages  # noqa: PLC0415
     from hpcmm.launch.submit import submit  # noqa: PLC0415 -- submitit, which a dry run does not need
     from hpcmm.launch.write import write  # noqa: PLC0415
 
+    require_packages(planned.config, planned.interpreter)
     write(planned)
     submission = submit(planned)
     if JOB_ID.fullmatch(planned.config.name):

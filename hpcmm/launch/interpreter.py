@@ -128,7 +128,7 @@ def ask(cluster: ClusterConfig) -> Interpreter:
         return Interpreter(
             named, not_asked="it is not on this machine, and cluster.modules or cluster.setup may bring it"
         )
-    if cluster.python is None:
+    if cluster.python is None and "PYTHONPATH" not in cluster.environment:  # which may bring the job more
         has = frozenset(each for each in _ASKED_FOR if find_spec(each) is not None)
         return Interpreter(named, sys.version_info[:3], tuple(sys.path), has, is_certain)
     if problem := _problem_of(Path(python)):
@@ -225,6 +225,20 @@ def _for_workloads(interpreter: Interpreter) -> Iterator[str]:
         if interpreter.is_certain:
             raise HpcmmError(f"{said}: leave cluster.python out, or install hpcmm there with its extra, train.")
         yield f"{said}, unless cluster.modules or cluster.setup bring it."
+
+
+def require_packages(config: RunConfig, interpreter: Interpreter) -> None:
+    """Raises HpcmmError if the launcher's own Python, which runs the ranks, lacks what a workload needs.
+
+    A dry run needs nothing of it.
+    """
+    is_own = config.cluster.python is None and interpreter.is_certain and not interpreter.not_asked
+    missing = [each for each in _NEEDED_BY_WORKLOADS if each not in interpreter.has]
+    if config.task._target_ is not None and is_own and missing:
+        raise HpcmmError(
+            f"{interpreter.python} does not have {', '.join(missing)}, which this workload needs: install hpcmm with "
+            "its extra, train ('hpcmm[train]'), or name another Python as cluster.python."
+        )
 
 
 def _for_nvtx(config: RunConfig, interpreter: Interpreter) -> Iterator[str]:

@@ -28,7 +28,7 @@ from hpcmm.config.validate import validate
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_file_here, is_regular, read_followed
-from hpcmm.launch.interpreter import Interpreter, ask, check, check_environment_from, with_python
+from hpcmm.launch.interpreter import Interpreter, ask, check, check_environment_from, require_packages, with_python
 from hpcmm.launch.job_imports import scripts_named, used_packages
 from hpcmm.launch.script import Job, arrays_of, rank_comment, render_script
 from hpcmm.launch.snapshot import CodePlan, plan_code
@@ -109,6 +109,7 @@ def launch(overrides: Sequence[str]) -> Submission:
     from hpcmm.launch.write import write  # noqa: PLC0415
 
     planned = plan(compose_points(overrides), overrides)
+    require_packages(planned.config, planned.interpreter)
     write(planned)
     return submit(planned)
 

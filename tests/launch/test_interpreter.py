@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -248,3 +250,24 @@ def test_deepspeeds_ops_are_compiled_only_if_what_a_program_runs_imports_it(
     words = ["cluster=local", f"runs_root={tmp_path}/runs", "cluster.ranks_per_node=1", "--", *shlex.split(command)]
     planned = plan(compose_points(words), words)
     assert ("deepspeed" in planned.packages) is imports_deepspeed
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["experiment=anomaly_demo"], True),
+        (["experiment=anomaly_demo", "cluster.modules=[torch]"], False),
+        (["experiment=anomaly_demo", "cluster.environment.PYTHONPATH=/packages"], False),
+        (["task=script", "task.path=train.py"], False),
+    ],
+)
+def test_hpcmm_without_its_extra_runs_no_workload_but_scripts(words, refused, monkeypatch):
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: name in ("omegaconf", "yaml", "nvtx") or None)
+    all_of_it = frozenset({"torch", "deepspeed", "omegaconf", "yaml"})
+    monkeypatch.setattr(interpreter, "_answer", lambda python, _: Interpreter(python, (3, 11, 7), has=all_of_it))
+    config = compose_run(["cluster=slurm", *words])
+    needed = re.escape(
+        f"{sys.executable} does not have torch, deepspeed, which this workload needs: install hpcmm with"
+    )
+    with pytest.raises(HpcmmError, match=needed) if refused else nullcontext():
+        interpreter.require_packages(config, ask(config.cluster))

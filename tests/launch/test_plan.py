@@ -29,6 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "runs" / "decoder-1" / "checkpoints" / "latest").write_text("step_000010")
     (tmp_path / "runs" / "decoder-1" / "config.yaml").write_text("name: decoder\n")
     (tmp_path / "runs" / "latest").symlink_to("decoder-1")
+    monkeypatch.setattr("hpcmm.launch.interpreter.find_spec", lambda name: name)  # as if torch were installed
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
