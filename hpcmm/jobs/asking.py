@@ -95,8 +95,9 @@ def ask_ranks(evidence: JobDiagnostics, patience_s: float = _PATIENCE_S) -> tupl
     twice = {rank: (answer.looks[-2], answer.looks[-1]) for rank, answer in known.items() if len(answer.looks) > 1}
     busy = [rank for rank, looks in twice.items() if works(*looks) or wakes(*looks)]
     groups = _with_source(grouped(standings), run)
-    said = [] if moves else findings(standings, still=not busy)  # at any moment some wait for others
-    ranks = Ranks(groups, said, missing_ranks(standings), moves, busy, _quiet_s(run, size))
+    still = moves is False and not busy
+    said = [] if moves else findings(standings, still=still)  # at any moment some wait for others
+    ranks = Ranks(groups, said, missing_ranks(standings, still=still), moves, busy, _quiet_s(run, size))
     return replace(evidence, answers=answers), ranks
 
 
@@ -139,7 +140,7 @@ def ranks_at_end(evidence: JobDiagnostics) -> Ranks | None:
     if asked_ns is None:  # Slurm wakes a stopped rank before it ends it
         kept = grouped(Standing(each.rank, why=each.why) for each in answers.values() if each.why)
         said += [f"{ranks_named(group.ranks)}, when last asked: {group.said}" for group in kept[:_MOST_SHOWN]]
-    return Ranks(groups, said, missing_ranks(known), asked_unix_ns=asked_ns)
+    return Ranks(groups, said, missing_ranks(known, still=evidence.hang is not None), asked_unix_ns=asked_ns)
 
 
 def _groups_at(place: Place, answer: Answer | None) -> dict[str, int]:

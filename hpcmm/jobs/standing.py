@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -150,13 +150,26 @@ def grouped(standings: Iterable[Standing]) -> list[Group]:
     return sorted(found.values(), key=lambda group: (-len(group.ranks), group.ranks[0]))
 
 
-def missing_ranks(standings: Iterable[Standing]) -> list[Standing]:
-    """The ranks that others wait for: not in a collective themselves, while some are. Empty if none is in one."""
+def missing_ranks(standings: Iterable[Standing], *, still: bool = False) -> list[Standing]:
+    """The ranks that others wait for: not in a collective themselves, while some are. Empty if none is in one.
+
+    ``still``: no rank moves or works. Then those in a backward pass wait for gradients, which no call of Python tells.
+    """
     known = list(standings)
+    if still and (apart := _not_in_backward(known)):
+        return apart
     ahead = _ahead(known)
     away = [each for each in known if each.operation is None]
     # One in backward may wait for gradients there; it does if it has come as far as those that wait.
     return [each for each in away if not _waits_unseen(each, ahead)] if len(away) < len(known) else []
+
+
+def _not_in_backward(standings: Sequence[Standing]) -> list[Standing]:
+    """The ranks that are elsewhere while others are in a backward pass, if all tell where they are."""
+    if any(each.place is None or each.operation is not None for each in standings):
+        return []
+    away = [each for each in standings if each.place is not None and not each.place.may_wait]
+    return away if len(away) < len(standings) else []
 
 
 def _ahead(standings: Iterable[Standing]) -> int | None:
@@ -184,7 +197,11 @@ def findings(standings: Iterable[Standing], *, still: bool = True) -> list[str]:
             calls.setdefault(operation, []).append(each.rank)
     named = [f"{ranks_named(ranks)} in {name}" for name, ranks in list(calls.items())[:_MOST_NAMED]]
     said = []
-    if away := missing_ranks(known):
+    if still and (away := _not_in_backward(known)):
+        waiting = [each.rank for each in known if each not in away]
+        missing, are = ranks_named([each.rank for each in away]), "are" if len(away) > 1 else "is"
+        said.append(f"{missing} {are} not in a backward pass, in which {ranks_named(waiting)} wait, as for gradients")
+    elif away := missing_ranks(known):
         numbers = [each.number for each in away if each.number is not None]
         came = f"; {'their' if len(away) > 1 else 'its'} last one was number {max(numbers)}" if numbers else ""
         missing = ranks_named([each.rank for each in away])

@@ -95,6 +95,19 @@ def test_a_rank_in_backward_that_has_come_as_far_as_those_that_wait_is_not_missi
     assert [each.rank for each in missing_ranks(ranks)] == [2]
 
 
+def test_if_no_rank_moves_the_ones_that_are_not_in_backward_are_missing():
+    ranks = numbered([at(0, BACKWARD), at(1, BACKWARD), at(2, SLEEP), at(3, BACKWARD)])
+    assert [each.rank for each in missing_ranks(ranks, still=True)] == [2]
+    assert findings(ranks) == [
+        "rank 2 is not in a backward pass, in which ranks 0-1,3 wait, as for gradients",
+    ]
+    assert missing_ranks(ranks) == []
+    assert findings(ranks, still=False) == []
+    for all_alike in (SLEEP, BACKWARD):
+        assert findings([at(0, all_alike), at(1, all_alike)]) == []
+    assert findings([at(0, BACKWARD), Standing(1, "n1", why="it is stopped")]) == []
+
+
 def test_ranks_that_wait_in_a_later_collective_than_another_one_are_not_missing():
     ranks = numbered([at(0, BACKWARD, 102), at(1, BACKWARD, 102), at(2, ALL_REDUCE, 101)])
     assert missing_ranks(ranks) == []
