@@ -9,9 +9,11 @@ import ast
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import operator
 import os
 import re
+import resource
 import runpy
 import signal
 import socket
@@ -53,7 +55,9 @@ def recording_failure(run: RunDir, environ: Mapping[str, str] = os.environ) -> I
             yield
         except ScriptExitError:  # no exception of the script's: its status says it
             raise
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             _record(error, failures.error_file(attempt, rank), rank, node_of(environ))
             raise
 
@@ -80,7 +84,7 @@ def node_of(environ: Mapping[str, str]) -> str:
 def _stacks_go_to(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w", encoding="utf-8")
+        file = _opened_high(path)
     except OSError as error:
         print(f"hpcmm: {path} cannot be written ({error.strerror}); the rank runs without.", file=sys.stderr)
         yield
@@ -93,7 +97,8 @@ def _stacks_go_to(path: Path) -> Iterator[None]:
         faulthandler.unregister(signal.SIGTERM)
         faulthandler.enable(sys.__stderr__ or sys.stderr)
         _open_stacks.pop()
-        file.close()
+        with contextlib.suppress(OSError):  # closed by the program, which is its right
+            file.close()
         with contextlib.suppress(OSError):
             if path.stat().st_size == 0:
                 path.unlink()
@@ -101,13 +106,25 @@ def _stacks_go_to(path: Path) -> Iterator[None]:
                 path.parent.parent.rmdir()
 
 
-def _record(error: Exception, path: Path, rank: int, node: str) -> None:
+_HIGH = 4000
+
+
+def _opened_high(path: Path) -> TextIO:
+    """Open under a number that no file of the program's gets soon, even if the program closes all numbers first."""
+    with path.open("w", encoding="utf-8") as file:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        high = min(_HIGH, most - 64) if most > 0 else _HIGH
+        number = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, max(3, high))
+    return os.fdopen(number, "w", encoding="utf-8")
+
+
+def _record(error: BaseException, path: Path, rank: int, node: str) -> None:
     now_ns = time.time_ns()
     kind = type(error).__qualname__
     if type(error).__module__ != "builtins":
         kind = f"{type(error).__module__}.{kind}"
-    message = str(error)[: failures.MOST_CHARACTERS]
-    frames = frames_of_program(error.__traceback__)
+    message = words_of(error)[: failures.MOST_CHARACTERS]
+    frames = frames_of_program(error)
     lines = "".join(traceback.format_exception(type(error), error, frames)).splitlines()
     cut = [line for line in lines[: -failures.MOST_LINES] if line[:1].strip()]  # what it was raised from stays
     lines = [*cut[-failures.MOST_LINES :], *lines[-failures.MOST_LINES :]]
@@ -118,21 +135,30 @@ def _record(error: Exception, path: Path, rank: int, node: str) -> None:
         print(f"hpcmm: {path} cannot be written ({problem.strerror}).", file=sys.stderr)
 
 
-_AROUND = (str(Path(__file__)), f"{Path(__file__).parent.parent / 'worker'}{os.sep}", contextlib.__file__)
+_HPCMM = Path(__file__).parent.parent
+_AROUND = (str(Path(__file__)), str(_HPCMM / "start.py"), f"{_HPCMM / 'worker'}{os.sep}", contextlib.__file__)
 """Files through which a rank comes to the program, or the beginnings of their names."""
 
 _RUNPY = ("<frozen runpy>", runpy.__file__)
 
 
-def frames_of_program(trace: TracebackType | None) -> TracebackType | None:
-    """A traceback as it would be if Python itself ran the program; all of it if nothing of the program is in it."""
-    own = trace
+def frames_of_program(error: BaseException) -> TracebackType | None:
+    """A traceback as it would be if Python itself ran the program; all of it if the error is none of the program's."""
+    trace = own = error.__traceback__
     while own is not None:
         name = own.tb_frame.f_code.co_filename
         if not name.startswith(_AROUND) and name not in _RUNPY:
             return own
         own = own.tb_next
-    return trace
+    return None if isinstance(error, SyntaxError) else trace  # which tells itself where it is
+
+
+def words_of(value: object) -> str:
+    """``str(value)``, or what Python's own tracebacks say if that fails."""
+    try:
+        return str(value)
+    except Exception:
+        return f"<{'exception' if isinstance(value, BaseException) else type(value).__name__} str() failed>"
 
 
 def _step() -> int | None:

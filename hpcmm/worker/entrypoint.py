@@ -23,6 +23,7 @@ from hpcmm.annotate.auto_instrument import after_import, annotate_children, anno
 from hpcmm.config.schema import SCRIPT, RunConfig, TaskConfig
 from hpcmm.errors import HpcmmError, ScriptExitError
 from hpcmm.node.cache import extensions_dir
+from hpcmm.node.recorder import words_of
 from hpcmm.runs.attempts import current_attempt, parts_before
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.runs.run_dir import RunDir
@@ -96,18 +97,20 @@ def _run_users_code(settings: RankSettings, run: RunDir) -> Any:
         _offer_compiled_ops(config)
     annotate_program()
     annotate_children()
+    # The file is closed meanwhile: a program may close all that it has not opened, and open its own under the number.
     with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:
         metrics.start(**rank_env.identity())
         for part, duration_s in parts_before(None):  # the reports tell when the first step began
             metrics.startup_part(part, duration_s)
-        result = None
-        if config.task.program is not None:
-            _run_program(config.task, run, rank_env.rank)
-        elif config.task.name == SCRIPT:
-            _run_script(config.task)
-        else:
-            result = _call_function(config.task)
-        if not run.stopped.exists():  # else it is to go on
+    result = None
+    if config.task.program is not None:
+        _run_program(config.task, run, rank_env.rank)
+    elif config.task.name == SCRIPT:
+        _run_script(config.task)
+    else:
+        result = _call_function(config.task)
+    if not run.stopped.exists():  # else it is to go on
+        with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:
             metrics.end()
     return result
 
@@ -151,7 +154,7 @@ def _exiting(name: str) -> Iterator[None]:
         yield
     except SystemExit as ended:
         if status := _exit_status(ended.code):
-            said = "" if isinstance(ended.code, int) else str(ended.code)
+            said = "" if isinstance(ended.code, int) else words_of(ended.code)
             raise ScriptExitError(f"{name} exited with status {status}.", status, said) from ended
 
 
@@ -161,7 +164,7 @@ def _exit_status(code: object) -> int:
         return 0
     if isinstance(code, int):
         return code & 0xFF if -(2**63) <= code < 2**63 else 0xFF
-    print(code, file=sys.stderr, flush=True)
+    print(words_of(code), file=sys.stderr, flush=True)
     return 1
 
 

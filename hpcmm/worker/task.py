@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 from hpcmm.config.schema import ProfileConfig, RunConfig, config_of, toolkit_values
@@ -146,15 +147,25 @@ def main(arguments: Sequence[str]) -> int:
     except ScriptExitError as ended:
         _hand_back(("error", traceback.format_exc()), run)
         return ended.status
-    except Exception as error:
-        from hpcmm.node.recorder import frames_of_program  # noqa: PLC0415 -- on the node only
-
+    except BaseException:
         _hand_back(("error", traceback.format_exc()), run)
-        error.__traceback__ = frames_of_program(error.__traceback__)
-        sys.excepthook(type(error), error, error.__traceback__)  # as Python does at its end, maybe by the program's own
-        return 1
+        _show_frames_of_program()
+        raise
     _hand_back(("success", result), run)
     return 0
+
+
+def _show_frames_of_program() -> None:
+    """Let Python's own end tell of an exception as it would without hpcmm, by the program's hook if it has one."""
+    from hpcmm.node.recorder import frames_of_program  # noqa: PLC0415 -- on the node only
+
+    hook = getattr(sys, "excepthook", sys.__excepthook__)
+
+    def show(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+        error.__traceback__ = frames_of_program(error)
+        hook(kind, error, error.__traceback__)
+
+    sys.excepthook = show
 
 
 def _hand_back(outcome: tuple[str, Any], run: RunDir) -> None:
@@ -169,7 +180,7 @@ def _hand_back(outcome: tuple[str, Any], run: RunDir) -> None:
     try:
         try:
             content = pickle.dumps(outcome)
-        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+        except Exception as error:  # of the returned object's own making, too
             print(f"hpcmm: what the task returned cannot be handed to the launcher ({error}).", file=sys.stderr)
             content = pickle.dumps((outcome[0], None))
 
