@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 from hpcmm.annotate.auto_steps import AutomaticRanges
 from hpcmm.annotate.in_children.sitecustomize import LISTENS_AT
 from hpcmm.annotate.ranges import give_way, profiler_attached
+from hpcmm.annotate.watched_modules import WatchedModules
 
 Then = Callable[[ModuleType], None]
 
@@ -89,6 +88,7 @@ def annotate_program() -> None:
     after_import("torch.autograd", _watch_backward)
     after_import("torch.utils.data.dataloader", _watch_loaders)
     after_import("torch.amp.grad_scaler", _watch_scaler)
+    after_import("torch.jit", _watch_scripting)
     after_import("deepspeed.runtime.engine", _watch_deepspeed)
 
 
@@ -137,12 +137,18 @@ def _wrap_init(module: ModuleType) -> None:
 @functools.cache
 def _ranges() -> AutomaticRanges:
     """Those of this process."""
-    automatic = AutomaticRanges(lambda: len(_optimizers), WatchedModules())
+    automatic = AutomaticRanges(lambda: len(_optimizers), _modules())
     give_way(automatic)
     return automatic
 
 
-_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+_optimizers: dict[int, weakref.ref[Any]] = {}
+"""By id, for an optimizer of the program's may have no hash."""
+
+
+@functools.cache
+def _modules() -> WatchedModules:
+    return WatchedModules(_ranges)
 
 
 def _torch() -> Any:
@@ -153,6 +159,10 @@ def _missing(what: str, error: Exception) -> None:
     print(f"hpcmm: {what} cannot be seen in this version of PyTorch or DeepSpeed ({error}).", file=sys.stderr)
 
 
+def _forget(optimizer: int, _: object) -> None:
+    _optimizers.pop(optimizer, None)
+
+
 def _watch_optimizers(module: ModuleType) -> None:
     optimizer: Any = module.Optimizer
     made = optimizer.__init__
@@ -160,7 +170,8 @@ def _watch_optimizers(module: ModuleType) -> None:
     @functools.wraps(made)
     def note(self: Any, *arguments: Any, **keywords: Any) -> None:
         made(self, *arguments, **keywords)
-        _optimizers.add(self)
+        with contextlib.suppress(TypeError):  # of a class that takes no weak references
+            _optimizers[id(self)] = weakref.ref(self, functools.partial(_forget, id(self)))
 
     optimizer.__init__ = note
     try:
@@ -178,8 +189,8 @@ def _update_begins(optimizer: Any, arguments: tuple[Any, ...], keywords: dict[st
     _ranges().update_begins(id(optimizer), closure=has_closure)
     if not has_closure:
         return None
-    told = [each if at == 0 else _telling_its_end(each) for at, each in enumerate(arguments)]
-    return tuple(told), {name: _telling_its_end(each) for name, each in keywords.items()}
+    told = [_telling_its_end(each) if at == 1 else each for at, each in enumerate(arguments)]
+    return tuple(told), {name: _telling_its_end(each) if name == _CLOSURE else each for name, each in keywords.items()}
 
 
 def _update_ends(optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -187,8 +198,11 @@ def _update_ends(optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str,
         _ranges().update_ends(id(optimizer), closure=_has_closure(arguments, keywords))
 
 
+_CLOSURE = "closure"
+
+
 def _telling_its_end(closure: Any) -> Any:
-    if not callable(closure):
+    if not _is_closure(closure):
         return closure
 
     @functools.wraps(closure)
@@ -203,7 +217,12 @@ def _telling_its_end(closure: Any) -> Any:
 
 def _has_closure(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
     """``arguments``: of ``step``, with the optimizer itself."""
-    return any(map(callable, arguments[1:])) or callable(keywords.get("closure"))
+    return any(map(_is_closure, arguments[1:2])) or _is_closure(keywords.get(_CLOSURE))
+
+
+def _is_closure(given: Any) -> bool:
+    """A function, and neither a class nor a module, which some optimizers take as well."""
+    return callable(given) and not isinstance(given, (type, _torch().nn.Module))
 
 
 def _watch_backward(module: ModuleType) -> None:
@@ -295,6 +314,20 @@ def _watch_deepspeed(module: ModuleType) -> None:
     module.DeepSpeedEngine.allreduce_gradients = exchange_and_annotate
 
 
+def _watch_scripting(module: ModuleType) -> None:
+    """The scripting of a model compiles its hooks, which are to be functions with a source."""
+    script: Any = module.script
+
+    @functools.wraps(script)
+    def script_without_hooks(obj: Any, *arguments: Any, **keywords: Any) -> Any:
+        if not isinstance(obj, _torch().nn.Module):
+            return script(obj, *arguments, **keywords)
+        with _modules().unwatched(obj):
+            return script(obj, *arguments, **keywords)
+
+    module.script = script_without_hooks  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def _update(skipped: Callable[[], int]) -> Iterator[None]:
     """Phase ``optimizer`` around what may call an optimizer; ``skipped`` names the one that would have stepped."""
@@ -306,128 +339,3 @@ def _update(skipped: Callable[[], int]) -> Iterator[None]:
             ranges.skipped(skipped())
     finally:
         ranges.update_ends(None)
-
-
-_MOST_MODULES = 256
-_LOOKED_AT = 8
-
-
-class WatchedModules:
-    """The modules whose forward passes are phases: each outermost one that is called as such."""
-
-    def __init__(self) -> None:
-        self._hooks: dict[int, tuple[weakref.ref[Any], list[Any]]] = {}
-        self._parameters: list[weakref.ref[Any]] = []
-
-    def find(self) -> list[Any]:
-        """Watch modules that have parameters to train and are no part of another one."""
-        module_type = _torch().nn.Module
-        # The type is asked and not the object, for some objects load what they stand for if they are asked.
-        modules = [each for each in gc.get_objects() if issubclass(type(each), module_type)]
-        parts = {id(part) for module in modules for part in _parts(module)}
-        return self._watch(_called(module for module in modules if id(module) not in parts))
-
-    def descend(self) -> list[Any]:
-        """Watch the parts of the watched modules in their place."""
-        watched = [module for reference, _ in self._hooks.values() if (module := reference()) is not None]
-        for _, hooks in self._hooks.values():
-            for hook in hooks:
-                hook.remove()
-        self._hooks.clear()
-        parts = [part for module in watched for part in _called(_parts(module))]
-        if (watched and not parts) or len(parts) > _MOST_MODULES:
-            print("hpcmm: no module's call encloses the forward pass, so it is no phase.", file=sys.stderr)
-            return []
-        return self._watch(parts)
-
-    def weights(self) -> int:
-        """The sum of the versions of some parameters of each module: an update changes all of them.
-
-        Of those that were there at first: ``torch.func`` puts others into their place for a call.
-        """
-        return sum(each._version for reference in self._parameters if (each := reference()) is not None)
-
-    def _watch(self, modules: Iterable[Any]) -> list[Any]:
-        new = []
-        for module in modules:
-            known = self._hooks.get(id(module))
-            if (known is None or known[0]() is not module) and next(_trained(module), None) is not None:
-                self._parameters += map(weakref.ref, islice(_trained(module), _LOOKED_AT))
-                self._hooks[id(module)] = weakref.ref(module), _hooks_on(module)
-                new.append(module)
-        return new
-
-
-def _trained(module: Any) -> Iterator[Any]:
-    return (each for each in module.parameters() if each.requires_grad)
-
-
-def _hooks_on(module: Any) -> list[Any]:
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return [_CompiledCall(module)]
-    # Before the hooks of others: those of FSDP gather the parameters of this call.
-    begins = module.register_forward_pre_hook(_Hook(begins=True), prepend=True, with_kwargs=True)
-    return [begins, module.register_forward_hook(_Hook())]
-
-
-class _CompiledCall:
-    """Stands around the call of a module that ``module.compile()`` has compiled with the hooks it had then.
-
-    PyTorch copies and saves no compiled call.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self._module = weakref.ref(module)
-        call, begin, end = module._compiled_call_impl, _Hook(begins=True), _Hook()
-        self._before = call
-
-        @functools.wraps(call)
-        def call_and_annotate(*arguments: Any, **keywords: Any) -> Any:
-            begin(module, arguments, keywords)
-            try:
-                return call(*arguments, **keywords)
-            finally:
-                end(module)
-
-        module._compiled_call_impl = call_and_annotate
-
-    def remove(self) -> None:
-        module = self._module()
-        if module is not None:
-            module._compiled_call_impl = self._before
-
-
-def _parts(module: Any) -> list[Any]:
-    return [part for part in vars(module).get("_modules", {}).values() if part is not None]
-
-
-def _called(modules: Iterable[Any]) -> Iterator[Any]:
-    """``modules``; in place of one that has no forward pass, such as a ``ModuleList``, its parts."""
-    without = _torch().nn.Module.forward
-    for module in modules:
-        if type(module).forward is without and "forward" not in vars(module):
-            yield from _called(_parts(module))
-        else:
-            yield module
-
-
-class _Hook:
-    """A hook of one module's calls. Copies of the module, in memory or in a file, have one that does nothing."""
-
-    __slots__ = ("_begins",)
-
-    def __init__(self, *, begins: bool = False) -> None:
-        self._begins = begins
-
-    def __call__(self, module: Any, *given: Any) -> None:
-        """``given``: before the call its arguments and keywords."""
-        torch = _torch()
-        if torch.compiler.is_compiling():
-            return
-        if self._begins:
-            _ranges().forward_begins(module, grad=torch.is_grad_enabled(), batch=given)
-        else:
-            _ranges().forward_ends(module)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (contextlib.nullcontext(), "__exit__")

@@ -365,6 +365,15 @@ def _mode(module: Any) -> bool:
     return bool(getattr(getattr(module, "module", module), "training", module.training))
 
 
+def is_whole(module: Any) -> bool:
+    """Whether a module of the program's answers what is asked here: one that is not initialised yet does not."""
+    try:
+        _mode(module)
+    except Exception:
+        return False
+    return hasattr(module, "_parameters") and hasattr(module, "_modules")
+
+
 class _Cycle:
     """Which optimizer is the last of an iteration, and whether it has stepped.
 

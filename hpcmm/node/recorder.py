@@ -44,7 +44,7 @@ def recording_failure(run: RunDir, environ: Mapping[str, str] = os.environ) -> I
     SIGTERM ends the process again, which submitit keeps it from, but not before the stacks are written: with them
     one sees where a rank hung while the others waited for it.
     """
-    rank = rank_of(environ)
+    rank, process = rank_of(environ), os.getpid()
     attempt = failures.attempt_folder(run, environ)
     stacks = failures.stacks_file(attempt, rank)
     listen(is_rank=True)
@@ -58,6 +58,8 @@ def recording_failure(run: RunDir, environ: Mapping[str, str] = os.environ) -> I
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
+            if os.getpid() != process:  # one that the program has forked, and which ends here as well
+                raise
             _record(error, failures.error_file(attempt, rank), rank, node_of(environ))
             raise
 
@@ -91,6 +93,7 @@ def _stacks_go_to(path: Path) -> Iterator[None]:
         return
     _open_stacks.append(file)
     faulthandler.enable(file)
+    process = os.getpid()
     try:
         yield
     finally:
@@ -100,7 +103,7 @@ def _stacks_go_to(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # closed by the program, which is its right
             file.close()
         with contextlib.suppress(OSError):
-            if path.stat().st_size == 0:
+            if path.stat().st_size == 0 and os.getpid() == process:
                 path.unlink()
                 path.parent.rmdir()  # succeeds for the last rank of a job without failures
                 path.parent.parent.rmdir()

@@ -102,14 +102,15 @@ def _run_users_code(settings: RankSettings, run: RunDir) -> Any:
         metrics.start(**rank_env.identity())
         for part, duration_s in parts_before(None):  # the reports tell when the first step began
             metrics.startup_part(part, duration_s)
-    result = None
+    result, rank = None, os.getpid()
     if config.task.program is not None:
         _run_program(config.task, run, rank_env.rank)
     elif config.task.name == SCRIPT:
         _run_script(config.task)
     else:
         result = _call_function(config.task)
-    if not run.stopped.exists():  # else it is to go on
+    # Else it is to go on, or this is a process that the program has forked.
+    if not run.stopped.exists() and os.getpid() == rank:
         with MetricsWriter(run.rank_metrics(rank_env.rank), current_attempt(run)) as metrics:
             metrics.end()
     return result

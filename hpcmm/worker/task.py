@@ -120,14 +120,15 @@ class RankTask:
         from hpcmm.worker.signal_forwarding import record_exit  # noqa: PLC0415 -- on the node only
 
         _keep_files_private()
-        run = RunDir(Path(self.run_dir))
+        run, rank = RunDir(Path(self.run_dir)), os.getpid()
         try:
             with recording_failure(run):
                 from hpcmm.worker.entrypoint import run_rank  # noqa: PLC0415 -- on the node only
 
                 return run_rank(self.run_dir)
         except ScriptExitError as ended:
-            record_exit(ended.status, run, rank_of(os.environ), said=ended.said)
+            if os.getpid() == rank:
+                record_exit(ended.status, run, rank_of(os.environ), said=ended.said)
             raise
 
 
@@ -141,17 +142,22 @@ def rank_process(run: RunDir) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """One rank. Returns its exit status; what the task returns goes to submitit's handle of the job."""
     (run_dir,) = arguments
-    run = RunDir(Path(run_dir))
+    run, rank = RunDir(Path(run_dir)), os.getpid()
+
+    def hand_back(outcome: tuple[str, Any]) -> None:
+        if os.getpid() == rank:  # and not a process that the program has forked, which ends here as well
+            _hand_back(outcome, run)
+
     try:
         result = RankTask(run_dir)()
     except ScriptExitError as ended:
-        _hand_back(("error", traceback.format_exc()), run)
+        hand_back(("error", traceback.format_exc()))
         return ended.status
     except BaseException:
-        _hand_back(("error", traceback.format_exc()), run)
+        hand_back(("error", traceback.format_exc()))
         _show_frames_of_program()
         raise
-    _hand_back(("success", result), run)
+    hand_back(("success", result))
     return 0
 
 

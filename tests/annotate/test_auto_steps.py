@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from hpcmm import annotate
-from hpcmm.annotate import auto_steps, ranges
+from hpcmm.annotate import auto_steps, ranges, watched_modules
 from hpcmm.annotate.auto_steps import AutomaticRanges
+from hpcmm.annotate.watched_modules import WatchedModules
 
 
 class Module:
@@ -312,16 +313,13 @@ def test_without_an_optimizer_there_are_no_steps(monkeypatch):
     assert "auto" not in program.text
 
 
-def test_copies_of_a_watched_module_tell_nothing(tmp_path, monkeypatch):
+def test_copies_of_a_watched_module_tell_nothing(tmp_path):
     torch = pytest.importorskip("torch")
-    from hpcmm.annotate import auto_instrument
-
     told = SimpleNamespace(forward_begins=lambda *_, **__: calls.append("begin"), forward_ends=lambda _: None)
-    monkeypatch.setattr(auto_instrument, "_ranges", lambda: told)
     calls = []
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     gc.collect()
-    assert model in auto_instrument.WatchedModules().find()
+    assert model in WatchedModules(lambda: told).find()
     model(torch.ones(1, 2))
     assert calls == ["begin"]
     torch.save(model, tmp_path / "model.pt")
@@ -329,19 +327,54 @@ def test_copies_of_a_watched_module_tell_nothing(tmp_path, monkeypatch):
     assert calls == ["begin"]
 
 
-def test_what_others_hooked_before_a_forward_pass_is_within_the_phase(monkeypatch):
+def test_what_others_hooked_before_a_forward_pass_is_within_the_phase():
     nn = pytest.importorskip("torch").nn
-
-    from hpcmm.annotate import auto_instrument
 
     said = []
     told = SimpleNamespace(
         forward_begins=lambda *_, **__: said.append("begins"), forward_ends=lambda _: said.append("ends")
     )
-    monkeypatch.setattr(auto_instrument, "_ranges", lambda: told)
     model = nn.Linear(1, 1)
     model.register_forward_pre_hook(lambda *_: said.append("gathers"), prepend=True)
     model.register_forward_hook(lambda *_: said.append("frees"))
-    auto_instrument._hooks_on(model)
+    watched_modules._hooks_on(model, lambda: told)
     model(model.weight)
     assert said == ["begins", "gathers", "frees", "ends"]
+
+
+def test_a_module_that_answers_otherwise_than_pytorch_s_is_left_alone():
+    nn = pytest.importorskip("torch").nn
+
+    class Groups(nn.Linear):
+        def parameters(self, rate):
+            return [{"params": [self.weight], "lr": rate}]
+
+    class Wrapping(nn.Linear):
+        @property
+        def module(self):
+            raise RuntimeError("not yet")
+
+    class Unmade(nn.Module):
+        def __init__(self):
+            """As a class that is made without its base class, or not ready yet."""
+
+    groups, wrapping, unmade = Groups(1, 1), Wrapping(1, 1), Unmade()
+    found = WatchedModules(SimpleNamespace).find()
+    assert groups in found
+    assert wrapping not in found
+    assert unmade not in found
+
+
+def test_a_watched_model_is_scripted_and_watched_again():
+    torch = pytest.importorskip("torch")
+    calls = []
+    told = SimpleNamespace(forward_begins=lambda *_, **__: calls.append("begin"), forward_ends=lambda _: None)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    watched = WatchedModules(lambda: told)
+    watched.find()
+    with watched.unwatched(model):
+        scripted = torch.jit.script(model)
+    scripted(torch.ones(1, 2))
+    assert calls == []
+    model(torch.ones(1, 2))
+    assert calls == ["begin"]

@@ -202,3 +202,18 @@ def test_the_traceback_is_that_of_a_script_that_python_itself_runs(tmp_path):
     told = [frame.name for frame in traceback.extract_tb(frames_of_program(raised.value))]
     assert told == ["<module>", "step"]
     assert [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)][-2:] == told
+
+
+def test_a_process_that_the_program_forks_leaves_no_record_of_the_rank(job):
+    body = "pid = os.fork()\n    if not pid: raise ValueError('of the child')\n    os.waitpid(pid, 0)"
+    process = job.start(body)
+    assert process.wait(20) == 0
+    assert not failures.error_file(job.attempt, 3).exists()
+    process.stderr.close()
+
+
+def test_a_program_may_close_what_it_has_not_opened_and_its_own_error_is_told(job):
+    process = job.start("os.closerange(3, 4096)\n    raise MemoryError('mine')")
+    assert process.wait(20) == 1
+    assert job.error().kind == "MemoryError"
+    process.stderr.close()

@@ -1,0 +1,168 @@
+"""The modules of a program that knows nothing of hpcmm, whose forward passes are phases."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from hpcmm.annotate.auto_steps import AutomaticRanges, is_whole
+
+
+def _torch() -> Any:
+    return sys.modules["torch"]
+
+
+_MOST_MODULES = 256
+_LOOKED_AT = 8
+
+
+class WatchedModules:
+    """The modules whose forward passes are phases: each outermost one that is called as such."""
+
+    def __init__(self, ranges: Callable[[], AutomaticRanges]) -> None:
+        """``ranges``: what each call is told to."""
+        self._ranges = ranges
+        self._hooks: dict[int, tuple[weakref.ref[Any], list[Any]]] = {}
+        self._parameters: list[weakref.ref[Any]] = []
+        self._has_said_so = False
+
+    def find(self) -> list[Any]:
+        """Watch modules that have parameters to train and are no part of another one."""
+        self._hooks = {key: known for key, known in self._hooks.items() if known[0]() is not None}
+        self._parameters = [each for each in self._parameters if each() is not None]
+        module_type = _torch().nn.Module
+        # The type is asked and not the object, for some objects load what they stand for if they are asked.
+        modules = [each for each in gc.get_objects() if issubclass(type(each), module_type)]
+        parts = {id(part) for module in modules for part in _parts(module)}
+        return self._watch(_called(module for module in modules if id(module) not in parts))
+
+    @contextlib.contextmanager
+    def unwatched(self, module: Any) -> Iterator[None]:
+        """``module`` and its parts have no hook meanwhile, for what reads the source of hooks."""
+        ids = {id(each) for each in module.modules()}
+        away = [(key, *self._hooks.pop(key)) for key in ids & self._hooks.keys()]
+        for _, _, hooks in away:
+            for hook in hooks:
+                hook.remove()
+        try:
+            yield
+        finally:
+            for key, reference, _ in away:
+                if (each := reference()) is not None:
+                    self._hooks[key] = reference, _hooks_on(each, self._ranges)
+
+    def descend(self) -> list[Any]:
+        """Watch the parts of the watched modules in their place."""
+        watched = [module for reference, _ in self._hooks.values() if (module := reference()) is not None]
+        for _, hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self._hooks.clear()
+        parts = [part for module in watched for part in _called(_parts(module))]
+        if (watched and not parts) or len(parts) > _MOST_MODULES:
+            if not self._has_said_so:
+                print("hpcmm: no module's call encloses the forward pass, so it is no phase.", file=sys.stderr)
+            self._has_said_so = True
+            return []
+        return self._watch(parts)
+
+    def weights(self) -> int:
+        """The sum of the versions of some parameters of each module: an update changes all of them.
+
+        Of those that were there at first: ``torch.func`` puts others into their place for a call.
+        """
+        return sum(each._version for reference in self._parameters if (each := reference()) is not None)
+
+    def _watch(self, modules: Iterable[Any]) -> list[Any]:
+        new = []
+        for module in modules:
+            known = self._hooks.get(id(module))
+            if not is_whole(module):
+                continue
+            if (known is None or known[0]() is not module) and next(_trained(module), None) is not None:
+                self._parameters += map(weakref.ref, islice(_trained(module), _LOOKED_AT))
+                self._hooks[id(module)] = weakref.ref(module), _hooks_on(module, self._ranges)
+                new.append(module)
+        return new
+
+
+def _trained(module: Any) -> Iterator[Any]:
+    """By PyTorch's own method, for a module of the program's may have another one of this name."""
+    return (each for each in _torch().nn.Module.parameters(module) if each.requires_grad)
+
+
+def _hooks_on(module: Any, ranges: Callable[[], AutomaticRanges]) -> list[Any]:
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return [_CompiledCall(module, ranges)]
+    # Before the hooks of others: those of FSDP gather the parameters of this call.
+    begins = module.register_forward_pre_hook(_Hook(ranges, begins=True), prepend=True, with_kwargs=True)
+    return [begins, module.register_forward_hook(_Hook(ranges))]
+
+
+class _CompiledCall:
+    """Stands around the call of a module that ``module.compile()`` has compiled with the hooks it had then.
+
+    PyTorch copies and saves no compiled call.
+    """
+
+    def __init__(self, module: Any, ranges: Callable[[], AutomaticRanges]) -> None:
+        self._module = weakref.ref(module)
+        call, begin, end = module._compiled_call_impl, _Hook(ranges, begins=True), _Hook(ranges)
+
+        @functools.wraps(call)
+        def call_and_annotate(*arguments: Any, **keywords: Any) -> Any:
+            begin(module, arguments, keywords)
+            try:
+                return call(*arguments, **keywords)
+            finally:
+                end(module)
+
+        module._compiled_call_impl = call_and_annotate
+
+    def remove(self) -> None:
+        module = self._module()
+        if module is not None:
+            call = module._compiled_call_impl
+            module._compiled_call_impl = getattr(call, "__wrapped__", call)
+
+
+def _parts(module: Any) -> list[Any]:
+    return [part for part in vars(module).get("_modules", {}).values() if part is not None]
+
+
+def _called(modules: Iterable[Any]) -> Iterator[Any]:
+    """``modules``; in place of one that has no forward pass, such as a ``ModuleList``, its parts."""
+    without = _torch().nn.Module.forward
+    for module in modules:
+        if type(module).forward is without and "forward" not in vars(module):
+            yield from _called(_parts(module))
+        else:
+            yield module
+
+
+class _Hook:
+    """A hook of one module's calls. Copies of the module, in memory or in a file, have one that does nothing."""
+
+    __slots__ = ("_begins", "_ranges")
+
+    def __init__(self, ranges: Callable[[], AutomaticRanges], *, begins: bool = False) -> None:
+        self._ranges, self._begins = ranges, begins
+
+    def __call__(self, module: Any, *given: Any) -> None:
+        """``given``: before the call its arguments and keywords."""
+        torch = _torch()
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if self._begins:
+            self._ranges().forward_begins(module, grad=torch.is_grad_enabled(), batch=given)
+        else:
+            self._ranges().forward_ends(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
