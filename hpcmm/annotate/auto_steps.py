@@ -169,7 +169,7 @@ class AutomaticRanges:
         if not self._forwards:
             self._end("forward")
             self._begin_work()
-            self._begin("forward", batch_size(batch) or None)
+            self._begin("forward", _size_of(batch))
         self._forwards.append(key)
         self._is_forward_shown = True
         self._trained = weakref.ref(module)
@@ -362,16 +362,24 @@ class AutomaticRanges:
 
 def _mode(module: Any) -> bool:
     """Whether ``module`` is in mode ``train``; of one that wraps another, the other's mode, which it may not share."""
-    return bool(getattr(getattr(module, "module", module), "training", module.training))
-
-
-def is_whole(module: Any) -> bool:
-    """Whether a module of the program's answers what is asked here: one that is not initialised yet does not."""
     try:
-        _mode(module)
+        inner = getattr(module, "module", module)
+    except Exception:  # of a property of the program's own
+        inner = module
+    return bool(getattr(inner, "training", module.training))
+
+
+def _size_of(batch: Any) -> int | None:
+    """Of what a forward pass is given; None if that does not tell it as tensors do."""
+    try:
+        size = batch_size(batch)
     except Exception:
-        return False
-    return hasattr(module, "_parameters") and hasattr(module, "_modules")
+        return None
+    return size if 0 < size < _MOST_PAYLOAD else None
+
+
+_MOST_PAYLOAD = 1 << 63
+"""Of NVTX."""
 
 
 class _Cycle:

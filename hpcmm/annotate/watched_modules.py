@@ -8,10 +8,11 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
-from hpcmm.annotate.auto_steps import AutomaticRanges, is_whole
+from hpcmm.annotate.auto_steps import AutomaticRanges
 
 
 def _torch() -> Any:
@@ -45,7 +46,10 @@ class WatchedModules:
     @contextlib.contextmanager
     def unwatched(self, module: Any) -> Iterator[None]:
         """``module`` and its parts have no hook meanwhile, for what reads the source of hooks."""
-        ids = {id(each) for each in module.modules()}
+        ids = set()
+        for each in module.modules():
+            ids.add(id(each))
+            _remove_copies_of_hooks(each)
         away = [(key, *self._hooks.pop(key)) for key in ids & self._hooks.keys()]
         for _, _, hooks in away:
             for hook in hooks:
@@ -83,7 +87,7 @@ class WatchedModules:
         new = []
         for module in modules:
             known = self._hooks.get(id(module))
-            if not is_whole(module):
+            if not _is_plain(module):
                 continue
             if (known is None or known[0]() is not module) and next(_trained(module), None) is not None:
                 self._parameters += map(weakref.ref, islice(_trained(module), _LOOKED_AT))
@@ -136,10 +140,24 @@ def _parts(module: Any) -> list[Any]:
     return [part for part in vars(module).get("_modules", {}).values() if part is not None]
 
 
+def _is_plain(module: Any) -> bool:
+    """Whether it is a module as PyTorch makes them: not yet without its base class' part, nor a compiled script."""
+    is_made = {"_parameters", "_modules", "training"} <= vars(module).keys()
+    return is_made and not isinstance(module, _torch().jit.ScriptModule)
+
+
+def _remove_copies_of_hooks(module: Any) -> None:
+    """Of a model that was copied while it was watched."""
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = vars(module).get(name, {})
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), nullcontext)]:
+            del hooks[key]
+
+
 def _called(modules: Iterable[Any]) -> Iterator[Any]:
     """``modules``; in place of one that has no forward pass, such as a ``ModuleList``, its parts."""
     without = _torch().nn.Module.forward
-    for module in modules:
+    for module in filter(_is_plain, modules):
         if type(module).forward is without and "forward" not in vars(module):
             yield from _called(_parts(module))
         else:
@@ -165,4 +183,4 @@ class _Hook:
             self._ranges().forward_ends(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (contextlib.nullcontext(), "__exit__")
+        return getattr, (nullcontext(), "__exit__")

@@ -361,8 +361,24 @@ def test_a_module_that_answers_otherwise_than_pytorch_s_is_left_alone():
     groups, wrapping, unmade = Groups(1, 1), Wrapping(1, 1), Unmade()
     found = WatchedModules(SimpleNamespace).find()
     assert groups in found
-    assert wrapping not in found
+    assert wrapping in found
     assert unmade not in found
+    assert auto_steps._mode(wrapping) is True
+
+
+def test_a_script_of_torchscript_trains_without_being_watched():
+    torch = pytest.importorskip("torch")
+    scripted = torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1, 2))
+    assert not [each for each in WatchedModules(SimpleNamespace).find() if isinstance(each, torch.jit.ScriptModule)]
+    scripted(torch.ones(1, 2))
+
+
+def test_a_batch_that_does_not_tell_its_size_has_none():
+    itself = []
+    itself.append(itself)
+    for batch in (itself, SimpleNamespace(numel=lambda: "many"), SimpleNamespace(numel=lambda: 1 << 63), [], None):
+        assert auto_steps._size_of(batch) is None
+    assert auto_steps._size_of(["abc"]) == 3
 
 
 def test_a_watched_model_is_scripted_and_watched_again():

@@ -17,6 +17,7 @@ READ_ELSEWHERE = {
     # Not in a run directory: the kernel's files, folders of Python's and of the user's project.
     ("files.py", "_has_no_name_here"),
     ("launch/interpreter.py", "installed_packages"),
+    ("runs/attempts.py", "process_began_s"),
     ("launch/snapshot.py", ""),
     ("launch/project_files.py", ""),
     ("launch/job_imports.py", ""),
