@@ -251,7 +251,7 @@ def _source(group: Group, run: RunDir) -> str:
         if not is_copy and file.stat().st_mtime > run.config.stat().st_mtime:  # the line may be another one now
             return ""
         lines = read_followed(file, _MOST_SOURCE_BYTES).decode(errors="replace").splitlines()
-    except OSError:
+    except (OSError, ValueError):  # a name that is none
         return ""
     number = int(match["line"])
     return lines[number - 1].strip()[:_MOST_SOURCE] if 0 < number <= len(lines) else ""

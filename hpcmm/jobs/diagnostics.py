@@ -100,6 +100,10 @@ class Event:
     remedy: str = ""
 
 
+_LAUNCHER_TOLD_TO_END = "torch.distributed.elastic.multiprocessing.api.SignalException"
+"""What torchrun ends with after SIGTERM, when it has ended its workers."""
+
+
 def event_of(rank: RankDiagnostics) -> Event | None:
     """How a rank ended by its own fault or another's; None if it was told to end, or nothing tells of its end."""
     if rank.error is not None:
@@ -108,6 +112,8 @@ def event_of(rank: RankDiagnostics) -> Event | None:
         what = exception_line(error.kind, error.message)
         return Event(rank.rank, error.node, error.unix_ns, kind, what, error.traceback, remedy)
     if rank.exit is None or rank.exit.signal in TOLD_TO_END:
+        return None
+    if rank.exit.signal is None and rank.logged is not None and rank.logged.kind == _LAUNCHER_TOLD_TO_END:
         return None
     if rank.exit.signal is None:
         return end_by_log(rank, f"exit status {rank.exit.status}", rank.exit.status)

@@ -14,7 +14,7 @@ from hpcmm.config.schema import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target
 from hpcmm.jobs.logs import Log
-from hpcmm.jobs.state import record_of
+from hpcmm.jobs.state import local_job, record_of
 from hpcmm.jobs.why import explain, lines_of
 from hpcmm.resources import environment_of_modules, own_module
 from hpcmm.runs.exit_status import outcome_of
@@ -168,11 +168,12 @@ def _job(config: RunConfig, submission: Submission) -> Job:
             if (record := record_of(submission.run, job_id)) is not None:
                 return record
             raise
-    if not submission.job.done():
-        state = "RUNNING"
-    else:
+    state = "RUNNING"
+    if submission.job.done():
         ranks = submission.job._sub_jobs or [submission.job]
-        state = "FAILED" if any(rank.exception() is not None for rank in ranks) else "COMPLETED"
+        if not any(rank.exception() is not None for rank in ranks):  # but each may still crash as its interpreter ends
+            return local_job(submission.run, job_id, config.name, config.cluster.ranks_per_node)
+        state = "FAILED"
     return Job(job_id, job_id, state=state, source="run directory")
 
 

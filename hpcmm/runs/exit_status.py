@@ -75,8 +75,9 @@ def outcome_of(run: RunDir, job_id: str, ranks: int | None = None) -> Outcome | 
         return Outcome(FAILED)
     # What Slurm has started again had not completed: its ranks' last records may be of the start before.
     is_over = not (cancelled and ended == (RESTARTED,)) and _all_ranks_ended(run, notes.raw_id, ranks)
-    if is_over:
-        return Outcome(COMPLETED)
+    if is_over:  # but for what came later: a crash as the interpreter ended
+        failed = failures.last_record_ns(run, notes.raw_id, since_restart=notes.restarts) is not None
+        return Outcome(FAILED if failed else COMPLETED)
     if cancelled and ended != ("stopped",):
         return Outcome(CANCELLED)
     return _by_failures(run, notes.raw_id, ended)

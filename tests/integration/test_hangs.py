@@ -98,7 +98,7 @@ def test_workers_of_torchrun_tell_where_they_stand_and_stood_when_the_job_was_ca
     assert [group["at"] for group in told["ranks"]["groups"]] == at
 
     assert job.module("hpcmm.jobs", "cancel", str(run)).returncode == 0
-    wait_for(lambda: "class" in job.why(run))
+    wait_for(lambda: job.why(run)["state"].startswith("CANCELLED"))
     told = job.why(run)
     assert (told["class"], told["ranks"]["missing"]) == ("cancelled", [1])
     assert [group["ranks"] for group in told["ranks"]["groups"]] == [[0, 2, 3], [1]]

@@ -189,6 +189,15 @@ def test_the_log_tells_what_a_program_without_records_raised():
     assert first_failure(job(RankDiagnostics(1, "n1", exit=RankExit(1, "n1", 5, 3, None)))).what == "exit status 3"
 
 
+def test_torchrun_that_was_told_to_end_is_no_failure_of_its_own():
+    kind = "torch.distributed.elastic.multiprocessing.api.SignalException"
+    told = LoggedError(kind, "Process 7 got signal: 15", ["Traceback (most recent call last):", "..."])
+    ends = [RankExit(each, f"n{each}", 5, 1, None) for each in (0, 1)]
+    ranks = [RankDiagnostics(each.rank, each.node, exit=each, logged=told) for each in ends]
+    assert first_failure(job(*ranks, state="CANCELLED")).kind is Kind.cancelled
+    assert first_failure(job(*ranks, raised(2, 9, "ValueError", "x"))).rank == 2
+
+
 def test_a_batch_script_that_fails_before_the_ranks_is_told():
     said = LoggedError("hpcmm.errors.HpcmmError", "No C++ compiler here.", ["hpcmm: No C++ compiler here."])
     found = first_failure(job(batch_error=said))

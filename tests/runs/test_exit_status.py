@@ -72,6 +72,12 @@ def completed_without_a_word_of_its_script(job):
     job.trains_to_its_end()
 
 
+def crashed_as_its_interpreter_ended(job):
+    job.starts()
+    job.trains_to_its_end()
+    job.loses_a_rank()
+
+
 def failed(job):
     job.starts()
     job.loses_a_rank()
@@ -198,6 +204,7 @@ def followed_when_it_was_started_again(job):
 
 ENDS = [
     (completed, "COMPLETED"),
+    (crashed_as_its_interpreter_ended, "FAILED"),
     (failed, "FAILED"),
     (failed_without_a_word_of_a_rank, "FAILED"),
     (stopped, "STOPPED"),

@@ -26,7 +26,7 @@ WRITTEN_ELSEWHERE = {
     ("runs/failures.py", ""),
     ("train/checkpoint.py", ""),
     ("train/loop.py", ""),
-    ("node/recorder.py", "_stacks_go_to"),
+    ("node/recorder.py", "_opened_high"),
     # In a folder that was made for this alone, and that nobody else can come to.
     ("reports/convert.py", "_copy"),
     ("nsys/capture.py", ""),
