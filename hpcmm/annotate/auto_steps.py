@@ -362,11 +362,8 @@ class AutomaticRanges:
 
 def _mode(module: Any) -> bool:
     """Whether ``module`` is in mode ``train``; of one that wraps another, the other's mode, which it may not share."""
-    try:
-        inner = getattr(module, "module", module)
-    except Exception:  # of a property of the program's own
-        inner = module
-    return bool(getattr(inner, "training", module.training))
+    inner = vars(module).get("_modules", {}).get("module")
+    return bool((module if inner is None else inner).training)
 
 
 def _size_of(batch: Any) -> int | None:

@@ -141,9 +141,13 @@ def _parts(module: Any) -> list[Any]:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it is a module as PyTorch makes them: not yet without its base class' part, nor a compiled script."""
-    is_made = {"_parameters", "_modules", "training"} <= vars(module).keys()
-    return is_made and not isinstance(module, _torch().jit.ScriptModule)
+    """Whether it answers as modules of PyTorch do: not without its base class' part, and not as a compiled script."""
+    if isinstance(module, _torch().jit.ScriptModule) or not {"_parameters", "_modules"} <= vars(module).keys():
+        return False
+    try:
+        return isinstance(module.training, bool)
+    except Exception:  # of a property of the program's own
+        return False
 
 
 def _remove_copies_of_hooks(module: Any) -> None:

@@ -343,7 +343,8 @@ def test_what_others_hooked_before_a_forward_pass_is_within_the_phase():
 
 
 def test_a_module_that_answers_otherwise_than_pytorch_s_is_left_alone():
-    nn = pytest.importorskip("torch").nn
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
 
     class Groups(nn.Linear):
         def parameters(self, rate):
@@ -358,10 +359,11 @@ def test_a_module_that_answers_otherwise_than_pytorch_s_is_left_alone():
         def __init__(self):
             """As a class that is made without its base class, or not ready yet."""
 
-    groups, wrapping, unmade = Groups(1, 1), Wrapping(1, 1), Unmade()
+    groups, wrapping, unmade, compiled = Groups(1, 1), Wrapping(1, 1), Unmade(), torch.compile(nn.Linear(1, 1))
     found = WatchedModules(SimpleNamespace).find()
     assert groups in found
     assert wrapping in found
+    assert compiled in found
     assert unmade not in found
     assert auto_steps._mode(wrapping) is True
 
