@@ -18,7 +18,7 @@ from typing import Any
 from hpcmm.annotate.auto_steps import AutomaticRanges
 from hpcmm.annotate.in_children.sitecustomize import LISTENS_AT
 from hpcmm.annotate.ranges import give_way, profiler_attached
-from hpcmm.annotate.watched_modules import WatchedModules
+from hpcmm.annotate.watched_modules import WatchedModules, imported_torch
 
 Then = Callable[[ModuleType], None]
 
@@ -151,10 +151,6 @@ def _modules() -> WatchedModules:
     return WatchedModules(_ranges)
 
 
-def _torch() -> Any:
-    return sys.modules["torch"]
-
-
 def _missing(what: str, error: Exception) -> None:
     print(f"hpcmm: {what} cannot be seen in this version of PyTorch or DeepSpeed ({error}).", file=sys.stderr)
 
@@ -183,7 +179,7 @@ def _watch_optimizers(module: ModuleType) -> None:
 
 def _update_begins(optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Returns None, or the arguments with a closure that tells its end."""
-    if _torch().compiler.is_compiling():
+    if imported_torch().compiler.is_compiling():
         return None
     has_closure = _has_closure(arguments, keywords)
     _ranges().update_begins(id(optimizer), closure=has_closure)
@@ -194,7 +190,7 @@ def _update_begins(optimizer: Any, arguments: tuple[Any, ...], keywords: dict[st
 
 
 def _update_ends(optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    if not _torch().compiler.is_compiling():
+    if not imported_torch().compiler.is_compiling():
         _ranges().update_ends(id(optimizer), closure=_has_closure(arguments, keywords))
 
 
@@ -222,7 +218,7 @@ def _has_closure(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
 
 def _is_closure(given: Any) -> bool:
     """A function, and neither a class nor a module, which some optimizers take as well."""
-    return callable(given) and not isinstance(given, (type, _torch().nn.Module))
+    return callable(given) and not isinstance(given, (type, imported_torch().nn.Module))
 
 
 def _watch_backward(module: ModuleType) -> None:
@@ -235,7 +231,7 @@ def _watch_backward(module: ModuleType) -> None:
 
     @functools.wraps(run)
     def run_and_annotate(*arguments: Any, **keywords: Any) -> Any:
-        if _torch().compiler.is_compiling() or not _ranges().backward_begins():
+        if imported_torch().compiler.is_compiling() or not _ranges().backward_begins():
             return run(*arguments, **keywords)
         try:
             return run(*arguments, **keywords)
@@ -255,7 +251,7 @@ def _watch_loaders(module: ModuleType) -> None:
 
     @functools.wraps(fetch)
     def fetch_and_annotate(self: Any) -> Any:
-        ranges, torch = _ranges(), _torch()
+        ranges, torch = _ranges(), imported_torch()
         loader = id(getattr(self, "_dataset", self))  # a loader may be made anew for each epoch
         is_phase, exhausted = ranges.fetch_begins(loader, grad=torch.is_grad_enabled()), False
         try:
@@ -320,7 +316,7 @@ def _watch_scripting(module: ModuleType) -> None:
 
     @functools.wraps(script)
     def script_without_hooks(obj: Any, *arguments: Any, **keywords: Any) -> Any:
-        if not isinstance(obj, _torch().nn.Module):
+        if not isinstance(obj, imported_torch().nn.Module):
             return script(obj, *arguments, **keywords)
         with _modules().unwatched(obj):
             return script(obj, *arguments, **keywords)

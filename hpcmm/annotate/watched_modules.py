@@ -15,7 +15,8 @@ from typing import Any
 from hpcmm.annotate.auto_steps import AutomaticRanges
 
 
-def _torch() -> Any:
+def imported_torch() -> Any:
+    """PyTorch, in a program that has imported it."""
     return sys.modules["torch"]
 
 
@@ -37,7 +38,7 @@ class WatchedModules:
         """Watch modules that have parameters to train and are no part of another one."""
         self._hooks = {key: known for key, known in self._hooks.items() if known[0]() is not None}
         self._parameters = [each for each in self._parameters if each() is not None]
-        module_type = _torch().nn.Module
+        module_type = imported_torch().nn.Module
         # The type is asked and not the object, for some objects load what they stand for if they are asked.
         modules = [each for each in gc.get_objects() if issubclass(type(each), module_type)]
         parts = {id(part) for module in modules for part in _parts(module)}
@@ -98,7 +99,7 @@ class WatchedModules:
 
 def _trained(module: Any) -> Iterator[Any]:
     """By PyTorch's own method, for a module of the program's may have another one of this name."""
-    return (each for each in _torch().nn.Module.parameters(module) if each.requires_grad)
+    return (each for each in imported_torch().nn.Module.parameters(module) if each.requires_grad)
 
 
 def _hooks_on(module: Any, ranges: Callable[[], AutomaticRanges]) -> list[Any]:
@@ -142,7 +143,7 @@ def _parts(module: Any) -> list[Any]:
 
 def _is_plain(module: Any) -> bool:
     """Whether it answers as modules of PyTorch do: not without its base class' part, and not as a compiled script."""
-    if isinstance(module, _torch().jit.ScriptModule) or not {"_parameters", "_modules"} <= vars(module).keys():
+    if isinstance(module, imported_torch().jit.ScriptModule) or not {"_parameters", "_modules"} <= vars(module).keys():
         return False
     try:
         return isinstance(module.training, bool)
@@ -160,7 +161,7 @@ def _remove_copies_of_hooks(module: Any) -> None:
 
 def _called(modules: Iterable[Any]) -> Iterator[Any]:
     """``modules``; in place of one that has no forward pass, such as a ``ModuleList``, its parts."""
-    without = _torch().nn.Module.forward
+    without = imported_torch().nn.Module.forward
     for module in filter(_is_plain, modules):
         if type(module).forward is without and "forward" not in vars(module):
             yield from _called(_parts(module))
@@ -178,7 +179,7 @@ class _Hook:
 
     def __call__(self, module: Any, *given: Any) -> None:
         """``given``: before the call its arguments and keywords."""
-        torch = _torch()
+        torch = imported_torch()
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         if self._begins:

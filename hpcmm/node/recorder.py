@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import faulthandler
 import fcntl
-import operator
 import os
 import re
 import resource
@@ -26,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from hpcmm.annotate.in_children.sitecustomize import listen, opened
+from hpcmm.annotate.in_children.sitecustomize import listen, opened, step_begun
 from hpcmm.errors import ScriptExitError
 from hpcmm.node.classify import CONSEQUENCES, kind_of_exception
 from hpcmm.node.network import unreachable_nodes
@@ -133,7 +132,7 @@ def _record(error: BaseException, path: Path, rank: int, node: str) -> None:
     lines = [*cut[-failures.MOST_LINES :], *lines[-failures.MOST_LINES :]]
     unreachable = unreachable_nodes() if kind_of_exception(kind, message, lines) in CONSEQUENCES else []
     try:
-        failures.write(failures.RankError(rank, node, now_ns, kind, message, lines, unreachable, _step()), path)
+        failures.write(failures.RankError(rank, node, now_ns, kind, message, lines, unreachable, step_begun()), path)
     except OSError as problem:
         print(f"hpcmm: {path} cannot be written ({problem.strerror}).", file=sys.stderr)
 
@@ -164,15 +163,6 @@ def words_of(value: object) -> str:
         return f"<{'exception' if isinstance(value, BaseException) else type(value).__name__} str() failed>"
 
 
-def _step() -> int | None:
-    """The step of ``hpcmm.annotate`` that the program was in last, if it has imported that."""
-    ranges = sys.modules.get("hpcmm.annotate.ranges")
-    try:
-        return None if ranges is None else operator.index(ranges.step_begun())
-    except TypeError:  # it was in none, or gave it another name than a number
-        return None
-
-
 # What the kernel tells of the processes of this machine.
 
 _STATES = {
@@ -183,7 +173,7 @@ _STATES = {
     "X": "its process has ended",
 }
 CANNOT_TELL = frozenset({_STATES["T"], _STATES["t"], _STATES["Z"]})
-_MOST_GENERATIONS = 16
+MOST_GENERATIONS = 16
 
 
 @dataclass(frozen=True)
@@ -217,7 +207,7 @@ def below(pid: int, known: Mapping[int, Process]) -> list[int]:
     """All that a process has started, and what these have: its children first."""
     found: list[int] = []
     newest = {pid}
-    for _ in range(_MOST_GENERATIONS):
+    for _ in range(MOST_GENERATIONS):
         newest = {each.pid for each in known.values() if each.parent in newest} - {pid, *found}
         found += sorted(newest)
     return found

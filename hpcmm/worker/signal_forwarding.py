@@ -25,6 +25,7 @@ from hpcmm.annotate.in_children.sitecustomize import LISTENS_AT, memory
 from hpcmm.node.recorder import (
     ANSWERS_WITHIN_S,
     CANNOT_TELL,
+    MOST_GENERATIONS,
     Listener,
     Process,
     below,
@@ -138,7 +139,6 @@ _BETWEEN_LOOKS_S = 2.0
 _HEEDS_SIGTERM_S = 10.0
 _MOST_INTRODUCTIONS = 1 << 20
 _MOST_KEPT = 256
-_MOST_GENERATIONS = 16
 EXIT_STATUS_OF_HANG = 124
 """That of a job that the watchdog ended; ``timeout`` ends so too."""
 
@@ -318,7 +318,7 @@ def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parent_in(names: Collection[int], pid: int, known: Mapping[int, Process]) -> int:
     """The nearest process above that is one of these; 0 if none is."""
-    for _ in range(_MOST_GENERATIONS):
+    for _ in range(MOST_GENERATIONS):
         pid = known[pid].parent if pid in known else 0
         if pid in names or not pid:
             break

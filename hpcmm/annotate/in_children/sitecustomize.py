@@ -114,7 +114,8 @@ class _Listener:
         try:
             while self._is_there(self._questions) and os.read(self._questions, 64) and self._is_there(self._told):
                 _tell(self._told, {"stack": _stack_of(self._main)})
-                _tell(self._told, dict(_place(), step=_step(), groups=_collectives(), spins=_uses_gpu(), name=_name()))
+                values = {"step": step_begun(), "groups": _collectives(), "spins": _uses_gpu(), "name": _name()}
+                _tell(self._told, dict(_place(), **values))
         except OSError:
             return
 
@@ -194,7 +195,7 @@ def _collectives() -> "dict[str, int]":
     return found
 
 
-def _step() -> "int | None":
+def step_begun() -> "int | None":
     """The step of ``hpcmm.annotate`` that the program was in last, if it has imported that."""
     ranges = sys.modules.get("hpcmm.annotate.ranges")
     try:
