@@ -21,12 +21,12 @@ demo: ## Train on a local four-node Slurm under nsys, and show where the time we
 test: ## Set up, then run the tests; those on the real Slurm one after the other
 	@scripts/setup.sh --with-test-tools
 	@status=0; \
-	$(python) -m pytest -n 2 --dist loadfile --ignore tests/integration || status=1; \
+	$(python) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration || status=1; \
 	$(python) -m pytest -m "not long" tests/integration || status=1; \
 	exit $$status
 
 test-all: test ## ... and the tests of faults that take a minute each
-	@$(python) -m pytest -m long tests/integration
+	@$(python) -m pytest -m long tests
 
 test-lowest: setup ## ... and those of the toolkit without torch, with the lowest versions that pyproject.toml allows
 	@$(python) -m venv --clear $(lowest)

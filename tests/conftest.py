@@ -74,6 +74,14 @@ def pytest_configure(config: pytest.Config) -> None:
     time.tzset()
 
 
+LONGEST = ("workloads", "annotate", "serve", "compatibility", "worker", "train")
+"""Folders of the tests that take longest. They start first: a long one that starts last leaves other workers idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.relative_to(REPOSITORY / "tests").parts[0] not in LONGEST)
+
+
 @dataclass(frozen=True)
 class SlurmCluster:
     """A running cluster: how to reach it, and how to break it."""
@@ -181,10 +189,11 @@ def _remove(cluster: SlurmCluster) -> None:
 
 @pytest.fixture(scope="session")
 def compiled_ops() -> None:
-    """DeepSpeed's compiled ops, which ranks load: built here, one process at a time, if no session has left them."""
+    """The compiled op that each rank with DeepSpeed loads: built here, by one process, if no session has left it."""
     build = (
-        "from hpcmm.config.schema import RunConfig, TaskConfig; from hpcmm.worker.prepare import prepare; "
-        "prepare(RunConfig(task=TaskConfig('script')))"
+        "from hpcmm.config.schema import ClusterConfig as C; from hpcmm.node import cache; "
+        "from hpcmm.worker.compiled_ops import build_ops, ops_are_built; folder = cache.extensions_dir(C())\n"
+        "with cache.one_at_a_time(cache.cache_dir(C()) / f'{folder.name}.lock'): ops_are_built(folder) or build_ops(folder)"
     )
     done = _run((sys.executable, "-c", build), dict(os.environ), timeout_s=240)
     assert done.returncode == 0, done.stdout + done.stderr

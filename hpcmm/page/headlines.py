@@ -112,7 +112,7 @@ def _why_no_steps(study: Study) -> str:
     if len(reasons):
         why = plain(reasons.value_counts().idxmax())
         line = f" The line to add: {study.line_to_add}" if study.line_to_add else ""
-        return f"{why}.{_of_collectives(study)}{line}"
+        return f"{why}.{_of_collectives(study)}{_of_phases(study)}{line}"
     return (
         "only the warm-up step was captured."
         if study.steps.warmup_number is not None
@@ -145,6 +145,20 @@ def _of_collectives(study: Study) -> str:
     if last.sum() >= _KNOWN_LAST and last.iloc[0] >= _MOSTLY_LAST * last.sum():
         told += f", and {rank_name(int(str(last.index[0])))} comes last in {last.iloc[0]} of {last.sum()}"
     return f"{told}."
+
+
+_MOST_PHASES = 5
+
+
+def _of_phases(study: Study) -> str:
+    """What phases of a capture without steps take, communication included, the longest first."""
+    table = study.tables["phases"]
+    name = table["phase"].where(table["within"] == "", table["within"])
+    each_s = table.groupby(name)["duration_s"].sum().sort_values(ascending=False) / max(1, table["rank"].nunique())
+    if each_s.empty:
+        return ""
+    told = ", ".join(f"{plain(phase)} {seconds(taken_s)}" for phase, taken_s in each_s.head(_MOST_PHASES).items())
+    return f" Phases of a rank, in all: {told}{', ...' if len(each_s) > _MOST_PHASES else ''}."
 
 
 def coverage_line(study: Study) -> str:

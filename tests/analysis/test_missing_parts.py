@@ -1,6 +1,7 @@
 """Runs that lack something go through all tables, the page and the terminal."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,15 @@ def test_without_steps_the_headline_tells_what_collectives_take(tmp_path: Path) 
     told = " ".join(outputs(traces, tmp_path).split())
     assert ". From its first collective to its last a rank spends " in told
     assert " of it is waiting" in told
+
+
+def test_without_steps_the_headline_tells_what_phases_take(tmp_path: Path) -> None:
+    traces = [
+        replace(without_steps(trace), segments=trace.segments[trace.segments["phase"] != "other"].assign(step=-1))
+        for trace in run()
+    ]
+    told = " ".join(outputs(traces, tmp_path).split())
+    assert re.search(r"\. Phases of a rank, in all: forward [0-9.]+ m?s(, \w+ [0-9.]+ m?s)*\. ", told)
 
 
 STEPS = {

@@ -108,7 +108,11 @@ def test_the_phases_of_each_step_add_up_to_it(clean_run):
             if record["event"] == "step"
         }
     )
-    assert (summed - recorded).abs().max() < 0.05
+    # A rank that the system takes off its core between two phases loses that time, in one step or another.
+    missed_s = recorded - summed
+    assert missed_s.min() > -0.01
+    assert missed_s.median() < 0.01
+    assert missed_s.sum() < 0.03 * recorded.sum()
 
 
 def test_every_rank_took_part_in_every_collective(clean_run):

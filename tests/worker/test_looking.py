@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -74,6 +74,10 @@ class Rank:
             wait_for(self.ready.exists)
             yield process
         finally:
+            with suppress(psutil.NoSuchProcess):  # it has ended, and all that it had started
+                # Who only lost its parent would hold the pipe open, for which communicate() waits.
+                for member in psutil.Process(process.pid).children(recursive=True):
+                    member.kill()
             process.kill()
             process.communicate()
 
