@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.nsys, pytest.mark.timeout(600)]
 SHORT = ["experiment=anomaly_demo", "wait=true", "train.steps=10", "train.evaluate=false"]
 INJECT = Path(__file__).resolve().parents[1] / "ground_truth" / "inject"
 ONE_A_NODE = ["cluster.ranks_per_node=1", "cluster.gpus_per_node=0"]
+LIGHT = [*ONE_A_NODE, "train.steps=6", "data.image_size=64"]
 RUN_TIMEOUT_S = 400
 
 
@@ -168,7 +169,7 @@ def test_a_throttled_link_makes_communication_the_first_row(slurm_cluster, nsys,
     node = slurm_cluster.nodes[2]
     slurm_cluster.fault("throttle", node, "150mbit")
     try:
-        slow, _ = train_and_analyze(slurm_cluster, tmp_path, *ONE_A_NODE, "train.steps=6")
+        slow, _ = train_and_analyze(slurm_cluster, tmp_path, *LIGHT)
     finally:
         slurm_cluster.fault("restore", node)
     first = table(slow, "bottlenecks").iloc[0]
@@ -179,9 +180,7 @@ def test_a_throttled_link_makes_communication_the_first_row(slurm_cluster, nsys,
 def test_a_rank_with_slow_data_loading_is_named(slurm_cluster, nsys, tmp_path):
     # Put in from outside of the training code, as in the recordings of tests/ground_truth.
     slow = json.dumps([{"at": "data", "do": "sleep", "seconds": 1.0, "ranks": [2]}])
-    run, printed = train_and_analyze(
-        slurm_cluster, tmp_path, *ONE_A_NODE, PYTHONPATH=str(INJECT), HPCMM_GROUND_TRUTH=slow
-    )
+    run, printed = train_and_analyze(slurm_cluster, tmp_path, *LIGHT, PYTHONPATH=str(INJECT), HPCMM_GROUND_TRUTH=slow)
     first = table(run, "bottlenecks").iloc[0]
     assert first["rank"] == 2
     assert first["node"] == slurm_cluster.nodes[2]
@@ -223,7 +222,7 @@ def test_a_refused_job_is_one_sentence(slurm_cluster, tmp_path, overrides, expec
 def test_a_rank_or_a_preparation_that_fails_ends_the_job_and_its_log_is_shown(
     slurm_cluster, tmp_path, overrides, expected
 ):
-    done = run_module(slurm_cluster, "hpcmm.launch", *SHORT, "profile=off", *overrides, cwd=tmp_path)
+    done = run_module(slurm_cluster, "hpcmm.launch", *SHORT, *LIGHT, "profile=off", *overrides, cwd=tmp_path)
     assert done.returncode == 1
     assert "FAILED" in done.stderr
     assert expected in " ".join(done.stderr.split())
