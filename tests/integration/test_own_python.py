@@ -49,7 +49,9 @@ def test_ranks_run_on_this_machine_under_each_python(tmp_path, version):
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    "version", [VERSIONS[0], *(pytest.param(each, marks=pytest.mark.long) for each in VERSIONS[1:-1]), VERSIONS[-1]]
+)
 def test_ranks_run_on_slurm_under_each_python(slurm_cluster, tmp_path, version):
     python = python_of(version)
     nodes = ["cluster=local_slurm", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.gpus_per_node=1"]

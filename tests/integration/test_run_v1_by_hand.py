@@ -32,6 +32,7 @@ def told(run, code_of):
     ).read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.nsys
 def test_its_script_trains_once_more_with_its_own_code(slurm_cluster, nsys, run):
     shutil.rmtree(run / "checkpoints")
