@@ -193,7 +193,8 @@ def compiled_ops() -> None:
     build = (
         "from hpcmm.config.schema import ClusterConfig as C; from hpcmm.node import cache; "
         "from hpcmm.worker.compiled_ops import build_ops, ops_are_built; folder = cache.extensions_dir(C())\n"
-        "with cache.one_at_a_time(cache.cache_dir(C()) / f'{folder.name}.lock'): ops_are_built(folder) or build_ops(folder)"
+        "with cache.one_at_a_time(cache.cache_dir(C()) / f'{folder.name}.lock'):\n"
+        "    ops_are_built(folder) or build_ops(folder)"
     )
     done = _run((sys.executable, "-c", build), dict(os.environ), timeout_s=240)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -179,19 +179,20 @@ class AnalysisContext:
         return found
 
 
-def suggest(finding: Finding, config: Mapping[str, Any], cpus: int = 0) -> str:
+def suggest(finding: Finding, config: Mapping[str, Any], cpus: int = 0, framework: str = "") -> str:
     """One override or command for ``finding``; ``cpus``: of the smallest node, 0 if that is not known.
+
+    ``framework``: that a script of the user's imports, such as ``deepspeed``; empty if that is not known.
 
     ``config`` is what decides how the run's ranks ran: its configuration, of it the section ``cluster`` alone where it
     ran a script of the user's, or empty if there is none.
     """
     trains = bool(config) and set(config) != {"cluster"}
+    ours = {"", "gradients"} | ({"sharded parameters"} if _zero_stage(config) > 2 else set())
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
         return _shell(finding)
-    if finding.kind in _PIPELINE_ADVICE or (
-        finding.kind == "transfer" and not (trains and finding.moves in {"", "gradients"})
-    ):
-        return _advice_for_what_moves(finding)
+    if finding.kind in _PIPELINE_ADVICE or (finding.kind == "transfer" and not (trains and finding.moves in ours)):
+        return _advice_for_what_moves(finding, framework)
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
     if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
@@ -211,9 +212,11 @@ def _shared_cpus(config: Mapping[str, Any], cpus: int) -> str:
     return f"fewer ranks a node, or nodes with more CPUs: {ranks} ranks share the {cpus} CPUs of a node"
 
 
-def _advice_for_what_moves(finding: Finding) -> str:
+def _advice_for_what_moves(finding: Finding, framework: str) -> str:
     if finding.kind in _PIPELINE_ADVICE:
         return _PIPELINE_ADVICE[finding.kind] if not finding.moves else f"{finding.moves}: {_PIPELINE_ADVICE['stage']}"
+    if framework == "deepspeed" and (settings := _DEEPSPEED_ADVICE.get((finding.moves, finding.bound))):
+        return settings
     usual = _TRANSFER_ADVICE[finding.moves, finding.bound]
     if finding.is_in_node and "within a node" in usual:
         return _IN_NODE_ADVICE[finding.moves]
@@ -269,6 +272,23 @@ _TRANSFER_ADVICE = {
     **{("small messages", bound): _FUSE for bound in ("", "latency", "bandwidth")},
 }
 """By what moves and what bounds it."""
+_FEWER_EXCHANGES = (
+    "a larger train_micro_batch_size_per_gpu, or ZeRO stage 1 with more gradient_accumulation_steps (from stage 2 on "
+    "each micro-batch has an exchange)"
+)
+_STAYS_GATHERED = (
+    "let more stay gathered (stage3_max_live_parameters, stage3_max_reuse_distance), gather within a node "
+    "(zero_hpz_partition_size), or ZeRO stage 2 if the model fits"
+)
+_DEEPSPEED_ADVICE = {
+    ("gradients", ""): _FEWER_EXCHANGES,
+    ("gradients", "bandwidth"): _FEWER_EXCHANGES,
+    ("gradients", "latency"): "fewer, larger buckets: DeepSpeed's reduce_bucket_size and allgather_bucket_size",
+    ("sharded parameters", ""): _STAYS_GATHERED,
+    ("sharded parameters", "bandwidth"): _STAYS_GATHERED,
+    ("sharded parameters", "latency"): "larger stage3_prefetch_bucket_size and stage3_param_persistence_threshold",
+}
+"""In the keys of its configuration, of a script that trains with DeepSpeed itself."""
 _IN_NODE_ADVICE = {
     "sharded parameters": "keep them gathered for backward (reshard_after_forward=False), or prefetch the next ones",
     "activations": "sequence parallel; async tensor parallel (torch.compile); leave outputs sharded (loss_parallel)",
@@ -302,20 +322,32 @@ def _override(finding: Finding, config: Mapping[str, Any]) -> str:  # noqa: PLR0
         case "compute" if finding.node:
             return f"cluster.exclude={_excluded(config, finding.node)}"
         case "batch" | "uneven" | "gpu_host" | "gpu_sync" | "gpu_order":
-            return f"train.micro_batch_size={2 * max(1, _number(config, 'train', 'micro_batch_size', 1))}"
+            return _twice_the_micro_batch(config)
         case "checkpoint" | "solo" if finding.kind == "checkpoint" or _SAVES.search(finding.phase):
             return f"train.checkpoint_every={max(4 * _number(config, 'train', 'checkpoint_every', 0), 100)}"
+        case "transfer" if finding.moves == "sharded parameters":
+            return "parallel.zero_stage=2"
         case "transfer" if finding.bound == "latency" and not finding.is_single:
             size = _number(config, "parallel", "reduce_bucket_size", 0)
             return f"parallel.reduce_bucket_size={4 * size if size > 0 else 50_000_000}"
         case "transfer":
-            # Fewer synchronisations a sample; it costs nothing but memory for the accumulated gradients.
+            # Fewer exchanges a sample. From ZeRO stage 2 on each micro-batch has its own, so that it must be larger.
+            if _zero_stage(config) > 1:
+                return _twice_the_micro_batch(config)
             rounds = max(1, _number(config, "train", "gradient_accumulation_steps", 1))
             return f"train.gradient_accumulation_steps={2 * rounds}"
         case "imbalance":
             return f"cluster.cpus_per_rank={_number(config, 'cluster', 'cpus_per_rank', 1) + 1}"
         case _:
             return f"train.log_every={max(4 * _number(config, 'train', 'log_every', 10), 50)}"
+
+
+def _zero_stage(config: Mapping[str, Any]) -> int:
+    return _number(config, "parallel", "zero_stage", 0)
+
+
+def _twice_the_micro_batch(config: Mapping[str, Any]) -> str:
+    return f"train.micro_batch_size={2 * max(1, _number(config, 'train', 'micro_batch_size', 1))}"
 
 
 def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind

@@ -103,7 +103,8 @@ def study(
         else:
             findings = bottlenecks.find_without_steps(made["gpu"], made["collectives"])
             whole_s = span_s(made["gpu"])
-        return bottlenecks.table(findings, whole_s, [suggest(each, record.tunable, record.cpus) for each in findings])
+        advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
+        return bottlenecks.table(findings, whole_s, advice)
 
     steady = rows["step"].isin(steps.numbers)
     made = Tables(

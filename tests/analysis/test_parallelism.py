@@ -1,5 +1,6 @@
 """Pipelines made of arithmetic: stages, bubbles, and what is neither; what moves, and what bounds it."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -239,6 +240,21 @@ def test_a_script_is_advised_no_key_for_a_transfer_and_a_workload_is() -> None:
     assert suggest(latency, {"parallel": {"reduce_bucket_size": 5}}) == "parallel.reduce_bucket_size=20"
     sharded = replace(finding, moves=PARAMETERS)
     assert "reshard_after_forward" in suggest(sharded, {"train": {}})
+
+
+def test_what_is_advised_for_a_transfer_fits_the_stage_of_zero() -> None:
+    finding = verdicts(simulate_run(balanced, transfer_ms=300.0))[0]
+    # From stage 2 on each micro-batch has its own exchange of gradients, so that more of them save none.
+    advised = [
+        suggest(finding, {"train": {"micro_batch_size": 4}, "parallel": {"zero_stage": zero}}) for zero in (1, 2)
+    ]
+    assert advised == ["train.gradient_accumulation_steps=2", "train.micro_batch_size=8"]
+    sharded = replace(finding, moves=PARAMETERS)
+    assert suggest(sharded, {"train": {}, "parallel": {"zero_stage": 3}}) == "parallel.zero_stage=2"
+    for moved in (finding, sharded, replace(finding, bound="latency"), replace(sharded, bound="latency")):
+        told = suggest(moved, {"cluster": {}}, framework="deepspeed")
+        assert not re.search("no_sync|compress_hook|reshard_after_forward|fully_shard|bucket_cap_mb", told)
+        assert re.search("stage3_|train_micro_batch_size_per_gpu|reduce_bucket_size", told)
 
 
 @pytest.mark.parametrize("bound", ["", "latency", "bandwidth"])
