@@ -231,7 +231,8 @@ def _watch_backward(module: ModuleType) -> None:
 
     @functools.wraps(run)
     def run_and_annotate(*arguments: Any, **keywords: Any) -> Any:
-        if imported_torch().compiler.is_compiling() or not _ranges().backward_begins():
+        accumulates = keywords.get("accumulate_grad", True) is not False
+        if imported_torch().compiler.is_compiling() or not _ranges().backward_begins(accumulates=accumulates):
             return run(*arguments, **keywords)
         try:
             return run(*arguments, **keywords)

@@ -17,16 +17,16 @@ no automatic one is shown. This module knows nothing of PyTorch; :mod:`hpcmm.ann
 
 from __future__ import annotations
 
+import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 from hpcmm.annotate import schema
-from hpcmm.annotate.ranges import Range, RangeStack, batch_size, before_step, note_step, pop, push, tell_rank
-
-WEIGHTS = 0
-"""Stands for an optimizer that is not seen but by what it does."""
+from hpcmm.annotate.iterations import WEIGHTS, Iterations
+from hpcmm.annotate.ranges import Range, RangeStack, before_step, note_step, pop, push, tell_rank
 
 
 class Modules(Protocol):
@@ -41,13 +41,35 @@ class Modules(Protocol):
     def descend(self) -> Iterable[Any]:
         """Watch the parts of those that are watched, which are not called themselves. Returns the parts."""
 
+    def size_of(self, batch: Any) -> int | None:
+        """How much a forward pass is given; None if that cannot be told."""
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _harmless(method: Method) -> Method:
+    """A method that calls of the program's pass through: an error of its own ends the automatic ranges alone."""
+
+    @functools.wraps(method)
+    def call(self: AutomaticRanges, *arguments: Any, **keywords: Any) -> Any:
+        if self.has_given_up:
+            return False
+        try:
+            return method(self, *arguments, **keywords)
+        except Exception as error:
+            self.give_up(error)
+            return False
+
+    return cast("Method", call)
+
 
 class AutomaticRanges:
     """The automatic ranges of one process, on the thread that trains, and their place among the program's own."""
 
     def __init__(self, optimizers: Callable[[], int], modules: Modules) -> None:
         """``optimizers``: how many optimizers the program has."""
-        self._cycle = _Cycle(optimizers)
+        self._iterations = Iterations(optimizers)
         self._modules = modules
         self._thread = get_ident()
         self._stack = RangeStack()
@@ -77,7 +99,8 @@ class AutomaticRanges:
         self._backwards = 0
         self._updates = 0
         """Calls of optimizers that run, one within the other."""
-        self._closures = 0
+        self._closures: list[int] = []
+        """Optimizers that call for their gradients."""
         self._has_worked = False
         self._passes = 0
         """Outermost backward passes, counted until an update is seen."""
@@ -85,6 +108,7 @@ class AutomaticRanges:
         """What the modules told at the last one; None if nobody looks, for optimizers tell of updates."""
         self._is_to_look = False
         """Whether an optimizer is new, whose modules are not looked for yet."""
+        self.has_given_up = False
 
     # The program's own ranges.
 
@@ -118,8 +142,17 @@ class AutomaticRanges:
         self._asked = [each for each in self._asked if each is not asked]
         self._show()
 
+    def give_up(self, error: Exception) -> None:
+        """The program goes on without automatic ranges."""
+        self.has_given_up = True
+        print(f"hpcmm: automatic steps and phases end here ({type(error).__name__}: {error}).", file=sys.stderr)
+        self._hide()
+        self._phases.clear()
+        self._end_step()
+
     # What the program does. Each returns quickly on threads that do not train.
 
+    @_harmless
     def fetch_begins(self, loader: int, *, grad: bool) -> bool:
         """``loader`` is asked for a batch. Returns whether that is a phase."""
         if not self._is_own_thread():
@@ -134,6 +167,7 @@ class AutomaticRanges:
         self._begin("data")
         return True
 
+    @_harmless
     def fetch_ends(self, loader: int, *, is_phase: bool, exhausted: bool) -> None:
         """``loader`` has brought a batch, or has no more."""
         if exhausted and self._is_own_thread():
@@ -143,15 +177,17 @@ class AutomaticRanges:
         self._end("data")
         if not exhausted:
             self._begin_work()
-        elif self._cycle.is_over:
-            self._cycle.begin()
+        elif self._iterations.is_over:
+            self._iterations.begin()
             self._end_step()
 
+    @_harmless
     def receive_begins(self) -> None:
         """A message of another rank is received: behind an optimizer, the first work of the next iteration."""
-        if self._is_own_thread() and self._cycle.is_over and not (self._backwards or self._updates):
+        if self._is_own_thread() and self._iterations.is_over and not (self._backwards or self._updates):
             self._begin_work()
 
+    @_harmless
     def forward_begins(self, module: Any, *, grad: bool, batch: Any = None) -> None:
         """A watched module is called on ``batch``."""
         if not self._is_own_thread() or self._backwards:
@@ -169,11 +205,12 @@ class AutomaticRanges:
         if not self._forwards:
             self._end("forward")
             self._begin_work()
-            self._begin("forward", _size_of(batch))
+            self._begin("forward", self._modules.size_of(batch))
         self._forwards.append(key)
         self._is_forward_shown = True
         self._trained = weakref.ref(module)
 
+    @_harmless
     def forward_ends(self, module: Any) -> None:
         """It has returned."""
         key = id(module)
@@ -182,14 +219,18 @@ class AutomaticRanges:
             if not self._forwards:
                 self._end("forward")
 
-    def backward_begins(self) -> bool:
-        """Returns whether this is a pass of its own, which ends with :meth:`backward_ends`, and not within another."""
+    @_harmless
+    def backward_begins(self, *, accumulates: bool = True) -> bool:
+        """Returns whether this is a pass of its own, which ends with :meth:`backward_ends`, and not within another.
+
+        ``accumulates``: gradients of weights, as ``backward`` does. Others may be those of an attack on its inputs.
+        """
         if not self._is_own_thread(adopt=True):
             return False
         self._backwards += 1
         if self._backwards > 1:
             return True
-        if not self._is_forward_shown:
+        if not self._is_forward_shown and accumulates:
             self._modes.update(self._forwarded)
         for module, mode in self._forwarded.items():
             self._modes.setdefault(module, mode)
@@ -204,71 +245,82 @@ class AutomaticRanges:
 
     def _look_at_weights(self) -> None:
         """Begin to look at the weights if nothing has stepped before this backward pass, the second at the latest."""
-        if self._cycle.has_stepped:
+        if self._iterations.has_stepped:
             return
         self._passes += 1
-        if self._passes == 1 + self._cycle.is_possible():
+        if self._passes == 1 + self._iterations.is_possible():
             self._train(self._modules.find())
             self._weights = self._modules.weights()
 
     def _note_changed_weights(self) -> None:
         if self._weights is None:
             return
-        if self._cycle.has_stepped and not self._cycle.is_of_weights:
+        if self._iterations.has_stepped and not self._iterations.is_of_weights:
             self._weights = None
             return
         weights = self._modules.weights()
         if weights != self._weights:
             self._weights = weights
-            self._cycle.step(WEIGHTS)
+            self._iterations.step(WEIGHTS)
 
+    @_harmless
     def exchange_begins(self) -> bool:
         """Gradients are exchanged behind a backward pass. Returns whether that is part of it, as above."""
         return not self._updates and self.backward_begins()
 
+    @_harmless
     def backward_ends(self) -> None:
         self._backwards -= 1
         if self._backwards:
             return
         self._end("backward")
 
+    @_harmless
     def update_begins(self, optimizer: int, *, closure: bool = False) -> None:
         """An optimizer begins its step, maybe within what calls it. With a ``closure`` it calls for gradients first."""
         if not self._is_own_thread() or self._backwards:
             return
-        if not self._has_worked and optimizer in self._cycle.since_work:  # nothing else tells of a new iteration
+        if not self._has_worked and optimizer in self._iterations.since_work:  # nothing else tells of a new iteration
             self._begin_work(may_be_first=True)
             self._has_worked = False
         self._forwards.clear()
         self._end("forward")
+        if closure and optimizer in self._closures:  # its last step ended by an exception
+            self._closures, self._updates = [], 0
+            self._end("optimizer")
         self._updates += 1
-        self._closures += closure
-        if not closure:
+        if closure:
+            self._closures.append(optimizer)
+        else:
             self._begin("optimizer")
 
+    @_harmless
     def closure_ends(self) -> None:
         """An optimizer has its gradients, and goes on."""
         if self._closures and self._is_own_thread():
             self._begin("optimizer")
 
+    @_harmless
     def update_ends(self, optimizer: int | None, *, closure: bool = False) -> None:
         """``optimizer`` has changed the weights; None if none has."""
-        self._is_to_look |= optimizer is not None and self._cycle.step(optimizer)
+        self._is_to_look |= optimizer is not None and self._iterations.step(optimizer)
         if not self._is_own_thread() or self._backwards:
             return
-        self._closures = max(0, self._closures - closure)
+        if closure and self._closures:
+            self._closures.pop()
         self._updates = max(0, self._updates - 1)
         if not self._updates:
             self._end("optimizer")
         self._look()
 
+    @_harmless
     def skipped(self, optimizer: int) -> None:
         """An overflow kept ``optimizer`` from its step, so the iteration is over without."""
-        self._is_to_look |= self._cycle.step(optimizer)
+        self._is_to_look |= self._iterations.step(optimizer)
 
     def stepped(self) -> list[int]:
         """The optimizers that have stepped since the last forward or backward pass, in turn."""
-        return list(self._cycle.since_work)
+        return list(self._iterations.since_work)
 
     # The steps.
 
@@ -280,19 +332,19 @@ class AutomaticRanges:
         if self._updates and not self._closures:  # that update ended by an exception
             self._updates = 0
             self._end("optimizer")
-        self._cycle.work()
+        self._iterations.work()
         if self._has_own_steps:
             self._end_step()
-        elif self._cycle.is_over:
+        elif self._iterations.is_over:
             if self._step is None and not self._number:
                 self._number = 1  # an iteration is over whose begin was not seen
             self._end_step()
-            self._cycle.begin()
+            self._iterations.begin()
             self._begin_step()
             if not self._is_called:
                 self._train(self._modules.descend())
             self._is_called = False
-        elif self._step is None and (self._number or (may_be_first and self._cycle.is_possible())):
+        elif self._step is None and (self._number or (may_be_first and self._iterations.is_possible())):
             self._begin_step()
 
     def _look(self) -> None:
@@ -364,84 +416,3 @@ def _mode(module: Any) -> bool:
     """Whether ``module`` is in mode ``train``; of one that wraps another, the other's mode, which it may not share."""
     inner = vars(module).get("_modules", {}).get("module")
     return bool((module if inner is None else inner).training)
-
-
-def _size_of(batch: Any) -> int | None:
-    """Of what a forward pass is given; None if that does not tell it as tensors do."""
-    try:
-        size = batch_size(batch)
-    except Exception:
-        return None
-    return size if 0 < size < 1 << 63 else None  # as NVTX can carry it
-
-
-class _Cycle:
-    """Which optimizer is the last of an iteration, and whether it has stepped.
-
-    Several optimizers, as those of a generator and a discriminator, step in turn, some more often than others. The one
-    that came last to its first step ends the iteration. If another one steps more than twice as often as in the last
-    iteration, the loop has changed, and that one ends it. Steps of one optimizer without any work between are one: ZeRO
-    calls it for each group of parameters.
-    """
-
-    def __init__(self, optimizers: Callable[[], int]) -> None:
-        self._optimizers = optimizers
-        self._last: int | None = None
-        self._known: set[int] = set()
-        self._is_settled = False
-        """Whether the first iteration is over, so that all optimizers of the loop are known."""
-        self._steps: dict[int, int] = {}
-        """Steps of each optimizer."""
-        self._steps_at: dict[int, dict[int, int]] = {}
-        """The same when an optimizer that ended an iteration stepped last."""
-        self._between: dict[int, dict[int, int]] = {}
-        """Steps of each optimizer between the last two steps of one that ended an iteration."""
-        self.since_work: dict[int, None] = {}
-        """Optimizers that have stepped since the last work, in turn."""
-        self.is_over = False
-
-    @property
-    def has_stepped(self) -> bool:
-        return bool(self._steps)
-
-    @property
-    def is_of_weights(self) -> bool:
-        """Whether only changes of weights told of updates so far."""
-        return self._steps.keys() == {WEIGHTS}
-
-    def is_possible(self) -> bool:
-        """Whether anything could end an iteration."""
-        return self._optimizers() > 0
-
-    def step(self, optimizer: int) -> bool:
-        """Note a step. Returns whether it is this optimizer's first."""
-        if optimizer in self.since_work:
-            return False
-        self.since_work[optimizer] = None
-        steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
-        if optimizer not in self._known:
-            self._known.add(optimizer)
-            self._last = optimizer
-        self._is_settled = self._is_settled or steps > 1 or len(self._known) >= self._optimizers()
-        if self._is_settled and self._has_changed(optimizer, steps):
-            self._known, self._last = {optimizer}, optimizer
-        if optimizer == self._last:
-            before = self._steps_at.get(optimizer, {})
-            self._between[optimizer] = {each: count - before.get(each, 0) for each, count in self._steps.items()}
-            self._steps_at[optimizer] = dict(self._steps)
-            self.is_over = self.is_over or self._is_settled
-        return steps == 1
-
-    def _has_changed(self, optimizer: int, steps: int) -> bool:
-        if self._last is None or optimizer == self._last:
-            return False
-        since_last = steps - self._steps_at[self._last].get(optimizer, 0)
-        return since_last > 2 * self._between[self._last].get(optimizer, 0) + 1
-
-    def work(self) -> None:
-        """The work for another step begins."""
-        self.since_work.clear()
-
-    def begin(self) -> None:
-        """Another iteration begins."""
-        self.is_over = False

@@ -14,6 +14,7 @@ CUDA it ends with the enqueue, since the kernel itself is in the profiler's GPU 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import sys
 from collections import Counter
@@ -58,6 +59,9 @@ PEERS = frozenset({"dst", "src", "root_rank"})
 """Arguments of the operators that name the other rank of a send or receive, or the root."""
 
 
+_AT_EXIT_S = 60.0
+
+
 class CollectiveRecorder:
     """Starts and ends the ranges, and numbers the collectives of each process group."""
 
@@ -71,7 +75,7 @@ class CollectiveRecorder:
         """Ranges whose work runs on. Holding the work keeps its identity, which a later ``wait`` is matched by."""
         self._storages: dict[dist.Work, set[int]] = {}
         """The addresses that each of these works reads and writes."""
-        self._watched: SimpleQueue[tuple[dist.Work, torch.futures.Future[Any]]] = SimpleQueue()
+        self._watched: SimpleQueue[tuple[dist.Work, torch.futures.Future[Any]] | None] = SimpleQueue()
         self._watcher: Thread | None = None
         self.recorded: Counter[tuple[str, str]] = Counter()
         """Ranges started, by (group name, op)."""
@@ -139,11 +143,17 @@ class CollectiveRecorder:
         if self._watcher is None:
             self._watcher = Thread(target=self._watch, name="hpcmm-collectives", daemon=True)
             self._watcher.start()
+            atexit.register(self._finish, self._watcher)
         self._watched.put((work, future))
 
+    def _finish(self, watcher: Thread) -> None:
+        """Wait for what nobody has waited for: a thread that is in C++ code when the interpreter ends aborts it."""
+        self._watched.put(None)
+        watcher.join(_AT_EXIT_S)
+
     def _watch(self) -> None:
-        while True:
-            work, future = self._watched.get()
+        while (watched := self._watched.get()) is not None:
+            work, future = watched
             # The error of a failed collective belongs to whoever waits for its work; only its end matters here.
             with contextlib.suppress(Exception):
                 future.wait()

@@ -47,14 +47,13 @@ class WatchedModules:
     @contextlib.contextmanager
     def unwatched(self, module: Any) -> Iterator[None]:
         """``module`` and its parts have no hook meanwhile, for what reads the source of hooks."""
-        ids = set()
-        for each in module.modules():
-            ids.add(id(each))
-            _remove_copies_of_hooks(each)
-        away = [(key, *self._hooks.pop(key)) for key in ids & self._hooks.keys()]
+        whole = list(_whole(module))
+        away = [(key, *self._hooks.pop(key)) for key in {*map(id, whole)} & self._hooks.keys()]
         for _, _, hooks in away:
             for hook in hooks:
                 hook.remove()
+        for each in whole:
+            _remove_other_hooks(each)
         try:
             yield
         finally:
@@ -84,6 +83,16 @@ class WatchedModules:
         """
         return sum(each._version for reference in self._parameters if (each := reference()) is not None)
 
+    def size_of(self, batch: Any) -> int | None:
+        """Elements of the tensors, and characters of the texts, that a forward pass is given; None if there are none.
+
+        Nothing of the program's own is called for it, for that may draw random numbers, or be there once.
+        """
+        torch = imported_torch()
+        with torch._C.DisableTorchFunction():
+            size = _elements(batch, (torch.Tensor, torch.nn.Parameter))
+        return size if size is not None and 0 < size < 1 << 63 else None  # as NVTX can carry it
+
     def _watch(self, modules: Iterable[Any]) -> list[Any]:
         new = []
         for module in modules:
@@ -91,23 +100,68 @@ class WatchedModules:
             if not _is_plain(module):
                 continue
             if (known is None or known[0]() is not module) and next(_trained(module), None) is not None:
-                self._parameters += map(weakref.ref, islice(_trained(module), _LOOKED_AT))
+                changing = (each for each in _trained(module) if _is_lazy(each) or not each.is_inference())
+                self._parameters += map(weakref.ref, islice(changing, _LOOKED_AT))
                 self._hooks[id(module)] = weakref.ref(module), _hooks_on(module, self._ranges)
                 new.append(module)
         return new
 
 
 def _trained(module: Any) -> Iterator[Any]:
-    """By PyTorch's own method, for a module of the program's may have another one of this name."""
-    return (each for each in imported_torch().nn.Module.parameters(module) if each.requires_grad)
+    """Read where PyTorch keeps them, for a module of the program's may have methods of its own by these names."""
+    for part in _whole(module):
+        yield from (
+            each for each in vars(part).get("_parameters", {}).values() if each is not None and each.requires_grad
+        )
+
+
+def _is_lazy(parameter: Any) -> bool:
+    """Whether it has no shape before the first forward pass, and answers nothing until then."""
+    return bool(imported_torch().nn.parameter.is_lazy(parameter))
+
+
+def _whole(module: Any) -> Iterator[Any]:
+    """``module`` and its parts, each once."""
+    seen, left = {id(module)}, [module]
+    while left:
+        each = left.pop()
+        yield each
+        new = {id(part): part for part in reversed(_parts(each)) if id(part) not in seen}
+        seen |= new.keys()
+        left += new.values()
+
+
+_MOST_OF_BATCH = 1000
+
+
+def _elements(batch: Any, tensors: tuple[type, ...]) -> int | None:
+    """None if it holds more than :data:`_MOST_OF_BATCH` things. Subclasses are looked into as what they derive from."""
+    size, looked_at, left = 0, 0, [batch]
+    while left:
+        each = left.pop()
+        looked_at += 1
+        if type(each) in tensors:
+            size += each.numel()
+        elif type(each) is str:
+            size += len(each)
+        elif isinstance(each, dict):
+            left += dict.values(each)
+        elif isinstance(each, list):
+            left += list.__iter__(each)
+        elif isinstance(each, tuple):
+            left += tuple.__iter__(each)
+        if looked_at + len(left) > _MOST_OF_BATCH:
+            return None
+    return size
 
 
 def _hooks_on(module: Any, ranges: Callable[[], AutomaticRanges]) -> list[Any]:
     if getattr(module, "_compiled_call_impl", None) is not None:
         return [_CompiledCall(module, ranges)]
     # Before the hooks of others: those of FSDP gather the parameters of this call.
-    begins = module.register_forward_pre_hook(_Hook(ranges, begins=True), prepend=True, with_kwargs=True)
-    return [begins, module.register_forward_hook(_Hook(ranges))]
+    base = imported_torch().nn.Module
+    begins = base.register_forward_pre_hook(module, _Hook(ranges, begins=True), prepend=True, with_kwargs=True)
+    return [begins, base.register_forward_hook(module, _Hook(ranges))]
 
 
 class _CompiledCall:
@@ -151,20 +205,28 @@ def _is_plain(module: Any) -> bool:
         return False
 
 
-def _remove_copies_of_hooks(module: Any) -> None:
-    """Of a model that was copied while it was watched."""
+def _remove_other_hooks(module: Any) -> None:
+    """Of a model that was copied while it was watched, or that took over the hooks of a watched one."""
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         hooks = vars(module).get(name, {})
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), nullcontext)]:
+        for key in [
+            key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (nullcontext, _Hook))
+        ]:
             del hooks[key]
 
 
 def _called(modules: Iterable[Any]) -> Iterator[Any]:
     """``modules``; in place of one that has no forward pass, such as a ``ModuleList``, its parts."""
     without = imported_torch().nn.Module.forward
-    for module in filter(_is_plain, modules):
+    seen: set[int] = set()
+    left = list(modules)[::-1]
+    while left:
+        module = left.pop()
+        if id(module) in seen or not _is_plain(module):
+            continue
+        seen.add(id(module))
         if type(module).forward is without and "forward" not in vars(module):
-            yield from _called(_parts(module))
+            left += reversed(_parts(module))
         else:
             yield module
 

@@ -1,14 +1,12 @@
 """Steps and phases of a program that names none, and how they give way to those that it names."""
 
-import gc
 from types import SimpleNamespace
 
 import pytest
 
 from hpcmm import annotate
-from hpcmm.annotate import auto_steps, ranges, watched_modules
+from hpcmm.annotate import auto_steps, ranges
 from hpcmm.annotate.auto_steps import AutomaticRanges
-from hpcmm.annotate.watched_modules import WatchedModules
 
 
 class Module:
@@ -27,9 +25,12 @@ class Program:
         monkeypatch.setattr(auto_steps, "tell_rank", lambda: None)
         monkeypatch.setattr(ranges, "tell_rank", lambda: None)
         monkeypatch.setattr(ranges, "_ATTACHED", True)
-        self.weights = 0
+        self.weights, self.sizes = 0, {}
         watched = SimpleNamespace(
-            find=lambda: self._look("find"), descend=lambda: self._look("descend"), weights=lambda: self.weights
+            find=lambda: self._look("find"),
+            descend=lambda: self._look("descend"),
+            weights=lambda: self.weights,
+            size_of=self.sizes.get,
         )
         self.ranges = AutomaticRanges(lambda: optimizers, watched)
         monkeypatch.setattr(ranges, "_automatic", self.ranges)
@@ -234,8 +235,9 @@ def test_gradients_that_an_engine_exchanges_behind_the_backward_pass_belong_to_i
 
 def test_a_forward_pass_carries_the_size_of_its_batch_once(program):
     program.train()
+    program.sizes["batch"] = 8
     begun = []
-    for given in [(("four",), {"mask": ["four"]}), ((), {})]:
+    for given in ("batch", "nothing that tells it"):
         program.ranges.forward_begins(program.model, grad=True, batch=given)
         begun.append(program.open[-1].payload)
         with annotate.phase("loss"):
@@ -313,86 +315,59 @@ def test_without_an_optimizer_there_are_no_steps(monkeypatch):
     assert "auto" not in program.text
 
 
-def test_copies_of_a_watched_module_tell_nothing(tmp_path):
-    torch = pytest.importorskip("torch")
-    told = SimpleNamespace(forward_begins=lambda *_, **__: calls.append("begin"), forward_ends=lambda _: None)
-    calls = []
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    gc.collect()
-    assert model in WatchedModules(lambda: told).find()
-    model(torch.ones(1, 2))
-    assert calls == ["begin"]
-    torch.save(model, tmp_path / "model.pt")
-    torch.load(tmp_path / "model.pt", weights_only=False)(torch.ones(1, 2))
-    assert calls == ["begin"]
+@pytest.mark.parametrize("begin", [0, 20], ids=["from the first on", "late"])
+def test_an_optimizer_that_steps_now_and_then_ends_no_iteration(monkeypatch, begin):
+    program = Program(monkeypatch, optimizers=2)
+    for iteration in range(100):
+        program.train(1)
+        if iteration >= begin and iteration % 20 == 0:
+            program.train(2)
+    assert program.text.count("(auto") >= 95
 
 
-def test_what_others_hooked_before_a_forward_pass_is_within_the_phase():
-    nn = pytest.importorskip("torch").nn
-
-    said = []
-    told = SimpleNamespace(
-        forward_begins=lambda *_, **__: said.append("begins"), forward_ends=lambda _: said.append("ends")
-    )
-    model = nn.Linear(1, 1)
-    model.register_forward_pre_hook(lambda *_: said.append("gathers"), prepend=True)
-    model.register_forward_hook(lambda *_: said.append("frees"))
-    watched_modules._hooks_on(model, lambda: told)
-    model(model.weight)
-    assert said == ["begins", "gathers", "frees", "ends"]
+def test_a_second_stage_with_an_optimizer_of_its_own_loses_no_step(monkeypatch):
+    program = Program(monkeypatch, optimizers=2)
+    for stage in (1, 2):
+        for _ in range(50):
+            program.train(stage)
+    assert 97 <= program.text.count("(auto") <= 100
 
 
-def test_a_module_that_answers_otherwise_than_pytorch_s_is_left_alone():
-    torch = pytest.importorskip("torch")
-    nn = torch.nn
-
-    class Groups(nn.Linear):
-        def parameters(self, rate):
-            return [{"params": [self.weight], "lr": rate}]
-
-    class Wrapping(nn.Linear):
-        @property
-        def module(self):
-            raise RuntimeError("not yet")
-
-    class Unmade(nn.Module):
-        def __init__(self):
-            """As a class that is made without its base class, or not ready yet."""
-
-    groups, wrapping, unmade, compiled = Groups(1, 1), Wrapping(1, 1), Unmade(), torch.compile(nn.Linear(1, 1))
-    found = WatchedModules(SimpleNamespace).find()
-    assert groups in found
-    assert wrapping in found
-    assert compiled in found
-    assert unmade not in found
-    assert auto_steps._mode(wrapping) is True
+def test_a_closure_that_raised_leaves_the_steps_that_follow_whole(program):
+    program.train()
+    for _ in range(2):
+        program.ranges.update_begins(1, closure=True)  # its exception keeps the end of the update from us
+    for _ in range(2):
+        program.fetch()
+        program.ranges.update_begins(1, closure=True)
+        program.forward()
+        program.backward()
+        program.ranges.closure_ends()
+        program.ranges.update_ends(1, closure=True)
+    assert program.text.endswith(f"(auto1 {WHOLE} (data)) (auto2 {WHOLE}")
 
 
-def test_a_script_of_torchscript_trains_without_being_watched():
-    torch = pytest.importorskip("torch")
-    scripted = torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1, 2))
-    assert not [each for each in WatchedModules(SimpleNamespace).find() if isinstance(each, torch.jit.ScriptModule)]
-    scripted(torch.ones(1, 2))
+def test_the_gradients_of_an_attack_on_inputs_say_nothing_of_the_mode_of_training(program):
+    for _ in range(3):
+        program.model.training = False
+        program.forward()
+        if program.ranges.backward_begins(accumulates=False):
+            program.ranges.backward_ends()
+        program.model.training = True
+        program.train()
+    assert program.text.endswith("(backward) (forward) (backward) (optimizer)")
 
 
-def test_a_batch_that_does_not_tell_its_size_has_none():
-    itself = []
-    itself.append(itself)
-    for batch in (itself, SimpleNamespace(numel=lambda: "many"), SimpleNamespace(numel=lambda: 1 << 63), [], None):
-        assert auto_steps._size_of(batch) is None
-    assert auto_steps._size_of(["abc"]) == 3
-
-
-def test_a_watched_model_is_scripted_and_watched_again():
-    torch = pytest.importorskip("torch")
-    calls = []
-    told = SimpleNamespace(forward_begins=lambda *_, **__: calls.append("begin"), forward_ends=lambda _: None)
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    watched = WatchedModules(lambda: told)
-    watched.find()
-    with watched.unwatched(model):
-        scripted = torch.jit.script(model)
-    scripted(torch.ones(1, 2))
-    assert calls == []
-    model(torch.ones(1, 2))
-    assert calls == ["begin"]
+def test_an_error_of_the_automatic_ranges_is_told_and_ends_them_alone(program, capsys):
+    program.train()
+    program.ranges.fetch_begins(1, grad=True)
+    del program.ranges._modules.weights, program.ranges._modules.size_of
+    with annotate.phase("own"):
+        program.forward()
+        program.train()
+    assert program.open == []
+    assert "(own" in program.text
+    assert "(forward" not in program.text.partition("(own")[2]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("hpcmm: automatic steps and phases end here (AttributeError")

@@ -114,3 +114,29 @@ def test_without_a_profiler_nothing_is_installed():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NVTX")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+LEAVES_ONE_OPEN = """
+import sys, time
+import torch, torch.distributed as dist
+from hpcmm.annotate import collectives
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+collectives.install(force=True)
+dist.barrier()
+if rank == 1:
+    time.sleep(1)  # meanwhile rank 0 comes to its end
+work = dist.all_reduce(torch.ones(1), async_op=True)
+if rank == 1:
+    work.wait()
+"""
+
+
+def test_a_rank_that_ends_before_its_last_collective_does_is_no_failure(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", LEAVES_ONE_OPEN]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
