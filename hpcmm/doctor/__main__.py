@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hpcmm.do
 
 
 def _command(options: argparse.Namespace) -> int:
-    config = with_python(compose_run(with_config_dirs(options.overrides, options.config_dir)), Path.cwd())
+    config = compose_run(with_config_dirs(options.overrides, options.config_dir))
     if problems := list(cluster_problems(config)):
         raise HpcmmError("\n".join(problems))
     return _check(config, options)
@@ -102,6 +102,7 @@ class Examined:
 
 def examine(config: RunConfig, count: int, nodelist: str | None, wait_s: int, *, nsys: bool) -> Examined:
     """Check this machine, and ``count`` nodes in a job of their own. Raises HpcmmError if Slurm gives none."""
+    config = with_python(config, Path.cwd())
     os.environ.update(config.cluster.submit_environment)
     folders = [Path(config.runs_root).expanduser().absolute(), cache_dir(config.cluster)]
     if count > 0:

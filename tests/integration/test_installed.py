@@ -72,7 +72,8 @@ def test_the_demos_configuration_and_the_scripts_template_come_with_it(installed
 @pytest.mark.slurm
 def test_a_file_that_init_wrote_and_checked_is_a_cluster(installed, slurm_cluster, tmp_path):
     site = {"SLURM_CONF": str(slurm_cluster.conf), "XDG_CONFIG_HOME": str(tmp_path / "config")}
-    said = run([str(installed / "hpcmm"), "init", "--yes", "--name", "lab"], tmp_path, **site)
+    own_python = ["--python", str(installed.parent)]  # the folder of an environment
+    said = run([str(installed / "hpcmm"), "init", "--yes", "--name", "lab", *own_python], tmp_path, **site)
     assert "The nodes met on eth0" in said
     written = yaml.safe_load((tmp_path / "config" / "hpcmm" / "conf" / "cluster" / "lab.yaml").read_text())
     assert (written["partition"], written["gpus_per_node"], written["nodes"]) == ("main", 2, 2)
