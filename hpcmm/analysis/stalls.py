@@ -259,6 +259,8 @@ def _pattern(
     gain = 0.0
     for first, period in _intervals(own, numbers) if own.max() > least_s else ():
         on = (numbers - first) % period == 0
+        if on[-1] and not _stands_out(own, on, least_s):
+            on[-1] = False  # what follows the last optimizer step lies behind the last step
         if not _stands_out(own, on, least_s):
             continue
         # With two of them only the round numbers of a loop's counter tell an interval from chance.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
@@ -77,9 +79,10 @@ def _parsed(parser: OverridesParser, override: str, space: ConfigSpace) -> Overr
     try:
         return _as_group(_known(parser.parse_override(_raw(override, space)), space), parser, space)
     except (HydraException, ValueError) as error:
-        raise HpcmmError(
-            f"Not a Hydra override: {shown!r}: {first_line(error)} Write KEY=VALUE, or GROUP=OPTION."
-        ) from error
+        remedy = "Write KEY=VALUE, or GROUP=OPTION."
+        if "=" not in override and (override.endswith(".py") or shutil.which(override) is not None):
+            remedy = f"Put -- before the command that is to run: -- {shlex.quote(shown)} ..."
+        raise HpcmmError(f"Not a Hydra override: {shown!r}: {first_line(error)} {remedy}") from error
     except RecursionError:
         raise HpcmmError(f"{shown!r} is nested too deeply.") from None
 

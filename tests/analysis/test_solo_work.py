@@ -43,6 +43,14 @@ def test_work_of_one_rank_at_intervals_is_called_that_with_its_steps(rank, when,
     assert "dmesg" not in suggest(first, {})
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_would_follow_the_last_step_is_not_missed_in_an_interval(seed) -> None:
+    at = {9, 19, 29, 39, 49}  # what belongs to step 59 lies behind the capture's steps
+    first = first_verdict(lambda r, s, p: 300.0 * (p == "other" and r == 0 and s in at), steps=60, seed=seed)
+    assert first.cause == "work of rank 0 alone in steps 9, 19, 29, 39, 49"
+    assert "5 times in 59 steps, every 10 steps" in first.evidence
+
+
 def test_work_of_one_rank_between_steps_is_said_to_lie_before_them() -> None:
     first = first_verdict(lambda r, s, p: 300.0 * (p == "between" and r == 0 and s % 10 == 0))
     assert first.cause == "work of rank 0 alone before steps 10, 20, 30"

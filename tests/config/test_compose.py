@@ -38,6 +38,7 @@ def test_the_command_line_overrules_the_experiment():
         ("experiment=none_such", "choose one of anomaly_demo"),
         ("train.steps=[1", "Not a Hydra override"),
         ("steps", "Not a Hydra override"),
+        ("train.py", "Put -- before the command that is to run: -- train.py ..."),
         ("~train.steps", "does not support deletion"),
         ("hydra.run.dir=x", "a setting of Hydra's"),
         ("hydra/launcher=submitit_slurm", "a setting of Hydra's"),
