@@ -245,7 +245,7 @@ class AutomaticRanges:
 
     def _look_at_weights(self) -> None:
         """Begin to look at the weights if nothing has stepped before this backward pass, the second at the latest."""
-        if self._iterations.has_stepped:
+        if self._iterations.has_stepped or self._closures:  # an optimizer tells of its update itself
             return
         self._passes += 1
         if self._passes == 1 + self._iterations.is_possible():

@@ -76,8 +76,9 @@ class Iterations:
     def _has_changed(self, optimizer: int, steps: int) -> bool:
         if self._last is None or optimizer == self._last:
             return False
-        since_last = steps - self._steps_at[self._last].get(optimizer, 0)
-        return since_last > 2 * self._between[self._last].get(optimizer, 0) + 1
+        # Another thread may have made one the last that has not been noted yet.
+        since_last = steps - self._steps_at.get(self._last, self._steps).get(optimizer, 0)
+        return since_last > 2 * self._between.get(self._last, {}).get(optimizer, 0) + 1
 
     def work(self) -> None:
         """The work for another step begins."""

@@ -31,13 +31,13 @@ class WatchedModules:
         """``ranges``: what each call is told to."""
         self._ranges = ranges
         self._hooks: dict[int, tuple[weakref.ref[Any], list[Any]]] = {}
-        self._parameters: list[weakref.ref[Any]] = []
+        self._weights: list[_Weight] = []
         self._has_said_so = False
 
     def find(self) -> list[Any]:
         """Watch modules that have parameters to train and are no part of another one."""
         self._hooks = {key: known for key, known in self._hooks.items() if known[0]() is not None}
-        self._parameters = [each for each in self._parameters if each() is not None]
+        self._weights = [each for each in self._weights if each.module() is not None]
         module_type = imported_torch().nn.Module
         # The type is asked and not the object, for some objects load what they stand for if they are asked.
         modules = [each for each in gc.get_objects() if issubclass(type(each), module_type)]
@@ -77,11 +77,8 @@ class WatchedModules:
         return self._watch(parts)
 
     def weights(self) -> int:
-        """The sum of the versions of some parameters of each module: an update changes all of them.
-
-        Of those that were there at first: ``torch.func`` puts others into their place for a call.
-        """
-        return sum(each._version for reference in self._parameters if (each := reference()) is not None)
+        """The sum of the versions of some parameters of each module: an update changes all of them."""
+        return sum(each.version() for each in self._weights)
 
     def size_of(self, batch: Any) -> int | None:
         """Elements of the tensors, and characters of the texts, that a forward pass is given; None if there are none.
@@ -100,19 +97,36 @@ class WatchedModules:
             if not _is_plain(module):
                 continue
             if (known is None or known[0]() is not module) and next(_trained(module), None) is not None:
-                changing = (each for each in _trained(module) if _is_lazy(each) or not each.is_inference())
-                self._parameters += map(weakref.ref, islice(changing, _LOOKED_AT))
+                changing = (each for each in _trained(module) if _is_lazy(each[2]) or not each[2].is_inference())
+                self._weights += (_Weight(*each) for each in islice(changing, _LOOKED_AT))
                 self._hooks[id(module)] = weakref.ref(module), _hooks_on(module, self._ranges)
                 new.append(module)
         return new
 
 
-def _trained(module: Any) -> Iterator[Any]:
-    """Read where PyTorch keeps them, for a module of the program's may have methods of its own by these names."""
+class _Weight:
+    """A parameter, by its module and name: PyTorch converts none in its place that has weak references."""
+
+    __slots__ = ("_id", "_name", "_version", "module")
+
+    def __init__(self, module: Any, name: str, parameter: Any) -> None:
+        self.module, self._name, self._id = weakref.ref(module), name, id(parameter)
+        self._version = 0
+
+    def version(self) -> int:
+        """Its version, as it was last if another one is there: ``torch.func`` puts others into its place for a call."""
+        parameter = getattr(self.module(), "_parameters", {}).get(self._name)
+        if parameter is not None and id(parameter) == self._id:
+            self._version = parameter._version
+        return self._version
+
+
+def _trained(module: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Each module, name and parameter, read where PyTorch keeps them: a program may have own methods of their names."""
     for part in _whole(module):
-        yield from (
-            each for each in vars(part).get("_parameters", {}).values() if each is not None and each.requires_grad
-        )
+        for name, each in vars(part).get("_parameters", {}).items():
+            if each is not None and each.requires_grad:
+                yield part, name, each
 
 
 def _is_lazy(parameter: Any) -> bool:

@@ -333,6 +333,18 @@ def test_a_second_stage_with_an_optimizer_of_its_own_loses_no_step(monkeypatch):
     assert 97 <= program.text.count("(auto") <= 100
 
 
+def test_an_optimizer_that_moves_its_weights_between_calls_for_gradients_has_one_step(program):
+    for _ in range(3):
+        program.ranges.update_begins(1, closure=True)
+        for _ in range(4):
+            program.forward()
+            program.backward()
+            program.ranges.closure_ends()
+            program.weights += 1
+        program.ranges.update_ends(1, closure=True)
+    assert program.text.count("(auto") == 3
+
+
 def test_a_closure_that_raised_leaves_the_steps_that_follow_whole(program):
     program.train()
     for _ in range(2):

@@ -186,3 +186,30 @@ def test_a_module_that_took_over_the_hooks_of_a_watched_one_is_scripted():
     )
     with watched.unwatched(other):
         torch.jit.script(other)
+
+
+def test_a_watched_model_is_converted_in_its_place():
+    model = nn.Linear(2, 2)
+    gc.collect()
+    watched = WatchedModules(lambda: SimpleNamespace(forward_begins=lambda *_, **__: None, forward_ends=lambda _: None))
+    watched.find()
+    before = watched.weights()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert watched.weights() != before
+
+
+def test_parameters_that_stand_in_for_a_call_are_no_change_of_the_weights():
+    model = nn.Linear(2, 2)
+    gc.collect()
+    told = SimpleNamespace(forward_begins=lambda *_, **__: seen.append(watched.weights()), forward_ends=lambda _: None)
+    watched, seen = WatchedModules(lambda: told), []
+    watched.find()
+    before = watched.weights()
+    torch.func.functional_call(model, {"weight": torch.ones(2, 2).add_(1)}, torch.ones(1, 2))
+    assert seen == [before]
