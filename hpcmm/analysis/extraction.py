@@ -86,12 +86,15 @@ def _why_no_ranges(report: Report) -> str:
     if report.requested and "nvtx" not in report.requested:
         return "no NVTX ranges at all: nsys was told not to trace them; add nvtx to its --trace"
     version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", report.nsys_version)[:2])
+    told = "no NVTX ranges at all: its loop names no steps (add hpcmm.annotate.steps, or launch it with hpcmm)"
     if version and version < NVTX_NEEDS_NSYS:
-        return (
-            f"no NVTX ranges at all: under nsys {report.nsys_version} the Python package nvtx 0.2.12 or later records "
-            f"nothing; {OLDER_NVTX}"
+        told += (
+            f"; or it does, but the Python package nvtx 0.2.12 or later records nothing under nsys "
+            f"{report.nsys_version}: {OLDER_NVTX}"
         )
-    return "no NVTX ranges at all: trace with --trace=nvtx, and annotate the loop with hpcmm.annotate"
+    elif not report.requested:
+        told += ", or nsys did not trace them (--trace=nvtx)"
+    return told
 
 
 def extract_traces(report: Report) -> list[RankTrace]:

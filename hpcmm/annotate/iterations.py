@@ -70,7 +70,6 @@ class Iterations:
             most = max(between, key=between.__getitem__)
             if between[most] > _MOST_IN_ITERATION:
                 self._last = most
-                self._steps_at[most], self._between[most] = so_far, {most: 1}
         return steps == 1
 
     def _has_changed(self, optimizer: int, steps: int) -> bool:

@@ -330,7 +330,7 @@ def test_a_second_stage_with_an_optimizer_of_its_own_loses_no_step(monkeypatch):
     for stage in (1, 2):
         for _ in range(50):
             program.train(stage)
-    assert 97 <= program.text.count("(auto") <= 100
+    assert program.text.count("(auto") >= 99
 
 
 def test_an_optimizer_that_moves_its_weights_between_calls_for_gradients_has_one_step(program):
