@@ -57,18 +57,27 @@ def run_watched(command: Sequence[str], run: RunDir, rank: int, watch: RankWatch
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         _unblock()
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until there is somebody to pass them on to
-    process = subprocess.Popen(command, preexec_fn=in_the_child)  # noqa: PLW1509 -- one thread here
+    started: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        if not started:
+            early.append(number)
+            return
         if number == signal.SIGTERM:  # Slurm sends it to the rank as well, whose stacks a second one would cut off
             time.sleep(_TO_WRITE_STACKS_S)
-        if process.returncode is None:
-            process.send_signal(number)
+        if started[0].returncode is None:
+            started[0].send_signal(number)
 
+    # Before there is somebody to pass them on to, for the mask below is that of one thread, and a rank may have others.
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # what the new process is to hear it hears itself
+    process = subprocess.Popen(command, preexec_fn=in_the_child)  # noqa: PLW1509 -- no other thread holds a lock of it
+    started.append(process)
     _unblock()
+    for heard in early:
+        pass_on(heard, None)
     if watch is not None:
         threading.Thread(target=_attend, args=(watch, process), daemon=True).start()
     status = process.wait()

@@ -258,6 +258,27 @@ def test_an_executable_that_the_node_does_not_have_is_named(tmp_path):
     assert "no-such-program is not an executable on the PATH of" in done.stderr
 
 
+SIGNALLED_AT_ONCE = """
+import subprocess, sys, threading, time
+from pathlib import Path
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.worker import signal_forwarding
+class SlowToReturn(subprocess.Popen):
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.stdout.readline()
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # which no mask of the main thread covers
+signal_forwarding.subprocess.Popen = lambda *given, **named: SlowToReturn(*given, stdout=subprocess.PIPE, **named)
+program = "trap 'exit 5' USR1; kill -USR1 $PPID; echo; while :; do sleep 0.05; done"
+sys.exit(signal_forwarding.run_watched(["sh", "-c", program], RunDir(Path(sys.argv[1])), 0))
+"""
+
+
+def test_a_signal_that_comes_while_the_executable_starts_reaches_it_too(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SIGNALLED_AT_ONCE, str(tmp_path)], env=os.environ | SLURM, check=False)
+    assert done.returncode == 5
+
+
 def test_a_signal_to_the_rank_reaches_the_executable(tmp_path):
     program = tmp_path / "run.sh"
     program.write_text("#!/bin/sh\ntrap 'echo told; exit 0' USR1\nkill -USR1 $PPID\nwhile :; do sleep 0.1; done\n")
