@@ -54,6 +54,7 @@ def _harmless(method: Method) -> Method:
     @functools.wraps(method)
     def call(self: AutomaticRanges, *arguments: Any, **keywords: Any) -> Any:
         if self.has_given_up:
+            self.close()
             return False
         try:
             return method(self, *arguments, **keywords)
@@ -146,9 +147,14 @@ class AutomaticRanges:
         """The program goes on without automatic ranges."""
         self.has_given_up = True
         print(f"hpcmm: automatic steps and phases end here ({type(error).__name__}: {error}).", file=sys.stderr)
-        self._hide()
-        self._phases.clear()
-        self._end_step()
+        self.close()
+
+    def close(self) -> None:
+        """End what is open. Ranges belong to a thread: on another one nothing happens."""
+        if (self._phases or self._step is not None) and self._is_own_thread():
+            self._hide()
+            self._phases.clear()
+            self._end_step()
 
     # What the program does. Each returns quickly on threads that do not train.
 

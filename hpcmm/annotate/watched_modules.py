@@ -7,7 +7,7 @@ import functools
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -85,9 +85,8 @@ class WatchedModules:
 
         Nothing of the program's own is called for it, for that may draw random numbers, or be there once.
         """
-        torch = imported_torch()
-        with torch._C.DisableTorchFunction():
-            size = _elements(batch, (torch.Tensor, torch.nn.Parameter))
+        with imported_torch()._C.DisableTorchFunction():
+            size = _elements(batch)
         return size if size is not None and 0 < size < 1 << 63 else None  # as NVTX can carry it
 
     def _watch(self, modules: Iterable[Any]) -> list[Any]:
@@ -148,24 +147,29 @@ def _whole(module: Any) -> Iterator[Any]:
 _MOST_OF_BATCH = 1000
 
 
-def _elements(batch: Any, tensors: tuple[type, ...]) -> int | None:
+def _elements(batch: Any) -> int | None:
     """None if it holds more than :data:`_MOST_OF_BATCH` things. Subclasses are looked into as what they derive from."""
-    size, looked_at, left = 0, 0, [batch]
+    tensor = imported_torch().Tensor
+    size, left, looked_at = 0, [batch], 1
     while left:
         each = left.pop()
-        looked_at += 1
-        if type(each) in tensors:
-            size += each.numel()
-        elif type(each) is str:
+        kind = type(each)
+        inside: Collection[Any] = ()
+        if issubclass(kind, tensor):
+            # Others stand for what has no elements of its own, such as the fake tensors of a compiler.
+            size += tensor.numel(each) if kind.__torch_dispatch__ is tensor.__torch_dispatch__ else 0
+        elif kind is str:
             size += len(each)
-        elif isinstance(each, dict):
-            left += dict.values(each)
-        elif isinstance(each, list):
-            left += list.__iter__(each)
-        elif isinstance(each, tuple):
-            left += tuple.__iter__(each)
-        if looked_at + len(left) > _MOST_OF_BATCH:
+        elif issubclass(kind, dict):
+            inside = dict.values(each)
+        elif issubclass(kind, list):
+            inside = list.__getitem__(each, slice(_MOST_OF_BATCH + 1))
+        elif issubclass(kind, tuple):
+            inside = tuple.__getitem__(each, slice(_MOST_OF_BATCH + 1))
+        looked_at += len(inside)
+        if looked_at > _MOST_OF_BATCH:
             return None
+        left += inside
     return size
 
 

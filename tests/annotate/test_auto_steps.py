@@ -1,5 +1,6 @@
 """Steps and phases of a program that names none, and how they give way to those that it names."""
 
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -368,6 +369,16 @@ def test_the_gradients_of_an_attack_on_inputs_say_nothing_of_the_mode_of_trainin
         program.model.training = True
         program.train()
     assert program.text.endswith("(backward) (forward) (backward) (optimizer)")
+
+
+def test_after_an_error_on_another_thread_the_own_one_ends_what_is_open(program):
+    program.train()
+    thread = Thread(target=program.ranges.give_up, args=(RuntimeError("there"),))
+    thread.start()
+    thread.join()
+    assert len(program.open) == 1
+    program.forward()
+    assert program.open == []
 
 
 def test_an_error_of_the_automatic_ranges_is_told_and_ends_them_alone(program, capsys):

@@ -102,10 +102,13 @@ def test_the_size_of_a_batch_calls_nothing_of_the_program_s_own():
     pair = namedtuple("pair", "image text")
     held = pair(torch.ones(2, 3), "four")
     assert size_of(((held, Once([torch.ones(5)])), {"mask": Drawing(a=torch.ones(1)), "o": OrderedDict(b="x")})) == 17
-    odd = SimpleNamespace(numel=lambda: "many"), torch.ones(2).as_subclass(Told), iter([torch.ones(2)])
+    assert size_of(torch.ones(2).as_subclass(Told)) == 2
+    odd = SimpleNamespace(numel=lambda: "many"), iter([torch.ones(2)])
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        fake = torch.ones(2)
     itself = []
     itself.append(itself)
-    for batch in (odd, itself, [], None, list(range(100_000)), 3):
+    for batch in (fake, odd, itself, [], None, list(range(100_000)), 3):
         assert size_of(batch) is None
 
 
