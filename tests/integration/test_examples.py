@@ -28,7 +28,7 @@ def runs(slurm_cluster, nsys, tmp_path_factory):
                 sys.executable, "-m", "hpcmm.launch", "cluster=local_slurm", "cluster.nodes=2", "profile=nsys",
                 "analyze=after", f"name={name}", "--", str(EXAMPLES / f"{name}.py"),
             ],
-            env=slurm_cluster.env, cwd=folder, check=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL,
+            env=slurm_cluster.env, cwd=folder, check=True, capture_output=True, timeout=200, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     found = {name: next((folder / "runs").glob(f"{name}-*")) for name in STEPS}
     jobs = [json.loads((run / "submission.json").read_text())["analysis_job_id"] for run in found.values()]

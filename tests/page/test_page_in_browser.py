@@ -220,6 +220,15 @@ def test_a_printed_page_is_light_and_whole(browser: Browser, slow_data: Analysis
     assert complaints(page) == []
 
 
+FIXED_WORK = """() => Array.from({ length: 10 }, () => {
+  const began = performance.now();
+  let sum = 0;
+  for (let number = 0; number < 5e5; number += 1) sum = (sum + number * number) % 7;
+  return sum < 0 ? 0 : performance.now() - began;
+})"""
+"""Milliseconds that each of some loops takes, which no page can make shorter."""
+
+
 def test_a_large_run_stays_responsive(large_page: tuple[Page, Path]) -> None:
     page, path = large_page
     assert path.stat().st_size < 6_000_000
@@ -228,10 +237,12 @@ def test_a_large_run_stays_responsive(large_page: tuple[Page, Path]) -> None:
     assert page.evaluate("hpcmmTimeline.lanes.reduce((sum, lane) => sum + lane.phaseRow.starts.length, 0)") == (
         RANKS * STEPS * len(PHASES)
     )
+    usual = page.evaluate(FIXED_WORK)
     drawn = page.evaluate(ZOOM_FRAMES)
-    # 60 frames a second leave 17 ms; the whole run, the worst case, may take a few frames on a busy machine.
-    assert statistics.median(drawn) < 40
-    assert max(drawn) < 500
+    usual = statistics.median(usual + page.evaluate(FIXED_WORK))
+    # As much as a fixed piece of work takes here and now, for the machine may be busy.
+    assert statistics.median(drawn) < max(40, 4 * usual)
+    assert max(drawn) < max(500, 50 * usual)
     assert complaints(page) == []
 
 
