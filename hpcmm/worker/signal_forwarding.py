@@ -73,7 +73,7 @@ def run_watched(command: Sequence[str], run: RunDir, rank: int, watch: RankWatch
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # what the new process is to hear it hears itself
-    process = subprocess.Popen(command, preexec_fn=in_the_child)  # noqa: PLW1509 -- no other thread holds a lock of it
+    process = subprocess.Popen(command, preexec_fn=in_the_child)  # noqa: PLW1509 -- it takes no lock of Python's
     started.append(process)
     _unblock()
     for heard in early:
