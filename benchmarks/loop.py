@@ -26,6 +26,7 @@ from measuring import Row, summary
 
 from hpcmm.config import config_file
 from hpcmm.config.compose import compose_run
+from hpcmm.config.mesh import Mesh
 from hpcmm.config.validate import validate
 from hpcmm.runs.run_dir import RunDir
 
@@ -120,8 +121,8 @@ def open_session(run_dir: RunDir) -> Session:
 
     from hpcmm.config.workload import workload_of  # noqa: PLC0415
     from hpcmm.train.checkpoint import Checkpoints  # noqa: PLC0415
-    from hpcmm.train.engine import build_engine  # noqa: PLC0415
     from hpcmm.train.loop import Session  # noqa: PLC0415
+    from hpcmm.train.recipes import build  # noqa: PLC0415
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     rank = dist.get_rank()
@@ -138,7 +139,7 @@ def open_session(run_dir: RunDir) -> Session:
     workload = workload_of(config)
     assert workload is not None
     training = workload.training(config, torch.device("cpu"))
-    engine = build_engine(training.model, config, training.parameter_groups())
+    engine = build(training, config, Mesh.of({}, dist.get_world_size()), rank)
     metrics = MetricsWriter(run_dir.rank_metrics(rank))
     return Session(config, run_dir, rank_env, training, engine, Checkpoints(run_dir, rank_env, 1), metrics)
 
@@ -150,14 +151,14 @@ def in_hpcmm(session: Session, first: int, steps: int) -> Times:
 
     session.config.train.steps = first + steps
     loop._checkpoint_due = lambda _step, _config: False
-    clock = Clock(session.engine)
+    clock = Clock(session.engine.deepspeed)
     loop._run_steps(session, first, {})
     return clock.stop()
 
 
 def bare(session: Session, first: int, steps: int) -> Times:
     """Seconds of a loop without hpcmm, over the same steps."""
-    training, engine = session.training, session.engine
+    training, engine = session.training, session.engine.deepspeed
     batches = training.batches(session.rank_env.rank, session.rank_env.world_size, first)
     clock = Clock(engine)
     for _ in range(steps):

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from hpcmm.config.keys import MISSING, key, made_by
+from hpcmm.config.mesh import Mesh
 from hpcmm.text import StrEnum
 
 
@@ -66,6 +67,34 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Offload(StrEnum):
+    """Where what ZeRO has divided is kept between uses."""
+
+    none = "none"
+    """On the GPU."""
+    cpu = "cpu"
+    nvme = "nvme"
+    """On the nodes' own disks, in ``parallel.nvme_path``."""
+
+
+class SequenceAttention(StrEnum):
+    """How ranks that share a sequence compute its attention together."""
+
+    ulysses = "ulysses"
+    """Each gets all tokens of some heads, by all-to-all; the degree must divide the heads."""
+    ring = "ring"
+    """Each keeps its tokens, and keys and values go round; any degree."""
+
+
+class Encoders(StrEnum):
+    """How the encoders of a multimodal model are spread."""
+
+    along = "along"
+    """As the language model."""
+    replicated = "replicated"
+    """Whole on each rank, each for its share of the micro-batch, beside a divided language model."""
 
 
 class Schedule(StrEnum):
@@ -268,10 +297,31 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the model is spread over the ranks."""
+    """How the model is spread over the ranks: the recipe."""
 
-    zero_stage: int = key(2)
+    name: str = key("zero2", "What the recipe is called: a name in ``conf/parallel/``.")
+    _target_: str | None = None
+    """The recipe's class, as package.module.Class: a subclass of :class:`hpcmm.config.recipe.Recipe`; None: itself."""
+    mesh: dict[str, int] = made_by(
+        dict,
+        "Ranks along each axis: ``pipeline``, ``data``, ``sequence``, ``tensor``, and ``expert``, which is part of "
+        "data. -1: the ranks that the others leave, as ``data`` has it if it is not named.",
+    )
+    zero_stage: int = key(2, "What ZeRO divides: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters.")
     precision: Precision = key(Precision.fp32)
+    attention: SequenceAttention = key(
+        SequenceAttention.ulysses, "``ulysses`` or ``ring``: attention over the axis ``sequence``."
+    )
+    encoders: Encoders = key(
+        Encoders.along,
+        "``along``: as the language model; ``replicated``: whole on each rank beside a divided language model.",
+    )
+    activation_checkpointing: bool = key(
+        False, "Compute a layer's activations again in the backward pass in place of keeping them."
+    )
+    offload_optimizer: Offload = key(Offload.none, "``none``, ``cpu`` or ``nvme``: where optimizer states are kept.")
+    offload_parameters: Offload = key(Offload.none, "``none``, ``cpu`` or ``nvme``, with ZeRO stage 3.")
+    nvme_path: str | None = key(None, "Folder on the nodes' own disks, for offloading to ``nvme``.")
     reduce_bucket_size: int = key(5_000_000, least=1)
     allgather_bucket_size: int = key(5_000_000, "Elements, not bytes, of one communication bucket.", least=1)
     overlap_comm: bool = key(False)
@@ -329,8 +379,9 @@ class RunConfig:
 
     @property
     def global_batch_size(self) -> int:
-        """Examples of one optimizer step over all ranks."""
-        return self.train.micro_batch_size * self.train.gradient_accumulation_steps * self.world_size
+        """Examples of one optimizer step over all ranks. Raises HpcmmError if ``parallel.mesh`` does not fit them."""
+        different = Mesh.of(self.parallel.mesh, self.world_size).data
+        return self.train.micro_batch_size * self.train.gradient_accumulation_steps * different
 
 
 def toolkit_values(config: RunConfig) -> dict[str, Any]:

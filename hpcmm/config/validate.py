@@ -11,7 +11,9 @@ from pathlib import Path
 
 from hpcmm.config.command import starts_workers
 from hpcmm.config.keys import leaves, out_of_bounds
+from hpcmm.config.mesh import DATA, Mesh
 from hpcmm.config.parts import own_error, part_problems
+from hpcmm.config.recipe import recipe_of
 from hpcmm.config.schema import (
     FUNCTION,
     SCRIPT,
@@ -219,9 +221,9 @@ def validate(config: RunConfig) -> None:
         *_optimisation(config),
         *cluster_problems(config),
         *_handover(config),
-        *_parallel(config),
         *part_problems(config),
         *_workload(config),
+        *_parallel(config),
         *_profile(config),
         *_launch(config),
     ]
@@ -299,15 +301,23 @@ def _workers(config: RunConfig) -> Iterator[str]:
 
 def _batch(config: RunConfig) -> Iterator[str]:
     train, wanted = config.train, config.train.global_batch_size
+    try:
+        mesh = recipe_of(config).mesh(config)
+    except HpcmmError:  # which _parallel says
+        return
     if wanted is not None and wanted != config.global_batch_size:
-        per_step = train.gradient_accumulation_steps * config.world_size
+        per_step = train.gradient_accumulation_steps * mesh.data
         fits = wanted > 0 and wanted % per_step == 0
         remedy = f"set train.micro_batch_size={wanted // per_step}" if fits else f"choose a multiple of {per_step}"
         yield (
             f"train.global_batch_size is {wanted}, but micro_batch_size {train.micro_batch_size} x "
-            f"gradient_accumulation_steps {train.gradient_accumulation_steps} x world size {config.world_size} is "
+            f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {_data_ranks(mesh)} is "
             f"{config.global_batch_size}: {remedy}."
         )
+
+
+def _data_ranks(mesh: Mesh) -> str:
+    return f"world size {mesh.data}" if mesh.model_parallel == 1 else f"{mesh.data} ranks of the data axis"
 
 
 def _optimisation(config: RunConfig) -> Iterator[str]:
@@ -362,8 +372,17 @@ def _open_at_the_end(lines: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _parallel(config: RunConfig) -> Iterator[str]:
+    """What the run's recipe refuses."""
     if config.parallel.zero_stage not in ZERO_STAGES:
         yield f"parallel.zero_stage is {config.parallel.zero_stage}, but ZeRO has the stages 0, 1, 2 and 3."
+        return
+    if config.task._target_ is None and config.parallel._target_ is None:
+        return
+    workload = workload_of(config)
+    axes, shape = (
+        (frozenset({DATA}), None) if workload is None else (workload.axes(config), workload.model_shape(config))
+    )
+    yield from recipe_of(config).problems(config, axes, shape)
 
 
 def _profile(config: RunConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hpcmm.config.mesh import DATA
 from hpcmm.config.parts import TARGET, import_class, options_of, own_error, own_folders, read_config_yaml
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
@@ -14,6 +15,7 @@ from hpcmm.errors import HpcmmError
 if TYPE_CHECKING:
     import torch
 
+    from hpcmm.config.recipe import ModelShape
     from hpcmm.evaluate.evaluation import Evaluation
     from hpcmm.serve.served import ServedModel
     from hpcmm.train.workload import Training
@@ -54,6 +56,17 @@ class Workload(ABC):
         Each is the rest of a sentence that begins with that run's folder. Its values are untrusted: of any type.
         """
         return iter(())
+
+    def axes(self, config: Any) -> frozenset[str]:  # noqa: ARG002
+        """The axes of ``parallel.mesh`` that its model can be cut along: see :meth:`Training.structure`.
+
+        Default: ``data`` alone, which any model can.
+        """
+        return frozenset({DATA})
+
+    def model_shape(self, config: Any) -> ModelShape | None:  # noqa: ARG002
+        """The sizes of its transformer, as far as this machine can know them without torch; None if it cannot."""
+        return None
 
     def is_finished(self, config: Any, steps_done: int) -> bool:
         """Whether a run with a checkpoint after ``steps_done`` steps has nothing left to do.

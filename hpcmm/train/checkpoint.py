@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import other_writer, read_text
 from hpcmm.runs.ownership import real_and_trusted
 from hpcmm.runs.run_dir import RunDir, checkpoint_name, newest_checkpoint, note_newest_checkpoint, steps_of_checkpoint
+from hpcmm.train.weights import read_weights, write_weights
 from hpcmm.worker.environment import RankEnvironment
 
 if TYPE_CHECKING:
-    import deepspeed
+    from hpcmm.train.engine import Engine
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -69,7 +71,7 @@ class Checkpoints:
         self._rank_env = rank_env
         self._keep = keep
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, steps_done: int, state: dict[str, Any]) -> None:
+    def save(self, engine: Engine, steps_done: int, state: dict[str, Any]) -> None:
         """Save what training needs to go on. The frozen encoders, which come from their own files, are left out.
 
         Raises HpcmmError if there is no room; the checkpoints before stay as they are.
@@ -81,7 +83,10 @@ class Checkpoints:
                 partial.mkdir()
             dist.barrier()
             torch.save(random_state(), self._random_state_file(partial))
-            engine.save_checkpoint(
+            weights = engine.weights()
+            if self._rank_env.rank == 0:
+                write_weights(partial, weights)
+            engine.deepspeed.save_checkpoint(
                 str(self._folder),
                 tag=partial.name,
                 client_state={"steps_done": steps_done, **state},
@@ -91,7 +96,7 @@ class Checkpoints:
             if self._rank_env.rank == 0:
                 self._publish(partial, steps_done)
 
-    def load_newest(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, Any] | None:
+    def load_newest(self, engine: Engine) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole, and return what was given to ``save``, with ``steps_done``.
 
         None if there is none. One that any rank finds damaged is put aside, with a warning that says what is wrong.
@@ -111,8 +116,8 @@ class Checkpoints:
                 shutil.rmtree(self._folder / f"damaged_{folder.name}", ignore_errors=True)
                 folder.rename(self._folder / f"damaged_{folder.name}")
 
-    def _load(self, engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-        _, state = engine.load_checkpoint(str(self._folder), tag=folder.name, custom_load_fn=_load_trained)
+    def _load(self, engine: Engine, folder: Path) -> dict[str, Any]:
+        _, state = engine.deepspeed.load_checkpoint(str(self._folder), tag=folder.name, custom_load_fn=_load_trained)
         restore_random_state(torch.load(self._random_state_file(folder), weights_only=True))
         assert state is not None
         return dict(state)
@@ -153,7 +158,7 @@ class Checkpoints:
     def _said_clearly(self, partial: Path, steps_done: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             if not _is_about_writing(error):
                 raise
             shutil.rmtree(partial, ignore_errors=True)
@@ -180,9 +185,11 @@ def _damage_of_file(path: Path, size: int) -> str | None:
     return f"wrong checksum of {broken}" if broken else None
 
 
-def _is_about_writing(error: OSError | RuntimeError) -> bool:
+def _is_about_writing(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, SafetensorError):  # it tells an error of writing in words alone
+        return "os error" in str(error) or "I/O error" in str(error)
     return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
 
 
@@ -221,8 +228,14 @@ def read_trained(run: RunDir) -> dict[str, Tensor]:
         tag = _latest(run)
         folders = (run.root, run.checkpoints, run.checkpoints / tag)
         _refuse_if_others_write(*folders, *sorted((run.checkpoints / tag).iterdir()))
+        weights = read_weights(run.checkpoints / tag)
     except OSError as error:  # closed to this user, or just being removed
         raise HpcmmError(f"The checkpoint of {run.root} cannot be read: {error.strerror}: {error.filename}.") from error
+    return weights if weights is not None else _of_deepspeed_files(run, tag)
+
+
+def _of_deepspeed_files(run: RunDir, tag: str) -> dict[str, Tensor]:
+    """What the pickles of a checkpoint hold that an older version saved."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: PLC0415 - takes seconds
 
     try:

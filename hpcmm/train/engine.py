@@ -1,29 +1,39 @@
-"""Model -> DeepSpeed engine: ZeRO, precision, optimizer and learning-rate schedule, as the configuration says."""
+"""Model -> engine: DeepSpeed with ZeRO, precision, optimizer and learning-rate schedule, and one step of it."""
 
 from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from hpcmm.config.schema import Precision, RunConfig, Schedule, TrainConfig
-from hpcmm.train.workload import trained_parameters
+from hpcmm import annotate
+from hpcmm.config.mesh import DATA, Mesh
+from hpcmm.config.schema import Offload, ParallelConfig, Precision, RunConfig, Schedule, TrainConfig
+from hpcmm.train.weights import buffers, trained_weights
+from hpcmm.train.workload import Training, trained_parameters
 
 _COMPILER_OFF = "TORCHDYNAMO_DISABLE"
 
 
 def build_engine(
-    model: nn.Module, config: RunConfig, groups: Sequence[dict[str, Any]] | None = None
+    model: nn.Module,
+    config: RunConfig,
+    groups: Sequence[dict[str, Any]] | None = None,
+    settings: dict[str, Any] | None = None,
+    mpu: Any = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """The engine over the parameters of ``model`` that are to be trained.
+    """DeepSpeed's engine over the parameters of ``model`` that are to be trained.
 
     ``groups``: these parameters as an optimizer takes them, see :meth:`Training.parameter_groups`; None: in one group.
+    ``settings``: what is added to DeepSpeed's configuration. ``mpu``: who shares what, as DeepSpeed takes it.
     """
     trained = trained_parameters(model)
     train = config.train
@@ -40,7 +50,8 @@ def build_engine(
             model_parameters=trained,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(config),
+            config={**deepspeed_config(config), **(settings or {})},
+            mpu=mpu,
             dist_init_required=False,
         )
     return engine
@@ -68,7 +79,6 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration of this run."""
     parallel, train = config.parallel, config.train
     return {
-        "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": train.gradient_clip,
@@ -80,8 +90,19 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
             "allgather_bucket_size": parallel.allgather_bucket_size,
             "overlap_comm": parallel.overlap_comm,
             "contiguous_gradients": True,
+            **_offload(parallel),
         },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _offload(parallel: ParallelConfig) -> dict[str, Any]:
+    """Where ZeRO keeps what it has divided. The loop's optimizer works on it there."""
+    places = {"offload_optimizer": parallel.offload_optimizer, "offload_param": parallel.offload_parameters}
+    pinned = {"pin_memory": torch.cuda.is_available()}
+    path = {} if parallel.nvme_path is None else {"nvme_path": parallel.nvme_path}
+    return {key: {"device": str(place), **pinned, **path} for key, place in places.items() if place is not Offload.none}
 
 
 def learning_rate_factor(train: TrainConfig) -> Callable[[int], float]:
@@ -99,3 +120,144 @@ def learning_rate_factor(train: TrainConfig) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return factor
+
+
+class Engine(ABC):
+    """What the loop drives: a model that a recipe has spread over the ranks. All ranks call each method together."""
+
+    deepspeed: deepspeed.DeepSpeedEngine
+    """For its checkpoints, and its optimizer."""
+    mesh: Mesh
+
+    def __init__(self, training: Training, config: RunConfig, mesh: Mesh, rank: int) -> None:
+        self.training = training
+        self.mesh = mesh
+        self.rounds = config.train.gradient_accumulation_steps
+        self.data_rank = mesh.coordinates(rank)[DATA]
+        """Which part of each global batch this rank sees; the ranks that share a model see the same."""
+
+    @abstractmethod
+    def step(self, batches: Iterator[Any]) -> dict[str, float]:
+        """One optimizer step over the next micro-batches, annotated. Returns the loss and its parts.
+
+        The loss is the mean over this rank's examples, or its tokens, whichever :meth:`Training.tokens` counts; these
+        are in ``tokens`` then, those of one data rank.
+        """
+
+    @property
+    @abstractmethod
+    def model(self) -> Any:
+        """What runs the model for scores: it is called as the model is, and has ``eval()`` and ``train()``."""
+
+    @property
+    def parameter_names(self) -> dict[nn.Parameter, str]:
+        """The names of this rank's parameters in the workload's own model."""
+        return {parameter: name for name, parameter in self.deepspeed.module.named_parameters()}
+
+    @property
+    def device(self) -> torch.device:
+        """The rank's."""
+        return torch.device(self.deepspeed.device)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained parameters, whole, in float32, and the buffers, by their names in the workload's own model.
+
+        A collective of all ranks. Rank 0 has all of them.
+        """
+        return {**dict(trained_weights(self.parameter_names)), **dict(buffers(self.deepspeed.module))}
+
+    def destroy(self) -> None:
+        """Let go of DeepSpeed's threads and groups; without it gloo's threads may abort the process at its end."""
+        self.deepspeed.destroy()
+
+
+class WholeEngine(Engine):
+    """The model as one module on each rank: each runs forward and backward, then all step."""
+
+    def __init__(
+        self,
+        training: Training,
+        config: RunConfig,
+        mesh: Mesh,
+        rank: int,
+        *,
+        settings: dict[str, Any] | None = None,
+        mpu: Any = None,
+        averaged: int | None = None,
+    ) -> None:
+        """``settings``: what a recipe adds to DeepSpeed's configuration. ``mpu``: its groups, as DeepSpeed takes them.
+
+        ``averaged``: the number that DeepSpeed divides the sum of the ranks' gradients by; None: the data ranks.
+        """
+        super().__init__(training, config, mesh, rank)
+        self.deepspeed = build_engine(training.model, config, training.parameter_groups(), settings, mpu)
+        self._averaged = mesh.data if averaged is None else averaged
+
+    @property
+    def model(self) -> Any:
+        """DeepSpeed's engine."""
+        return self.deepspeed
+
+    def step(self, batches: Iterator[Any]) -> dict[str, float]:
+        """See :class:`Engine`."""
+        batch = self._next(batches)
+        if self.training.tokens(batch) is None:
+            return self._step_of_means(batch, batches)
+        return self._step_of_sums([batch, *(self._next(batches) for _ in range(self.rounds - 1))])
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        with annotate.phase("data"):
+            return next(batches)
+
+    def _step_of_means(self, batch: Any, batches: Iterator[Any]) -> dict[str, float]:
+        """Each micro-batch counts the same, and is asked for when the one before is done."""
+        totals: dict[str, float] = {}
+        for number in range(self.rounds):
+            batch = batch if number == 0 else self._next(batches)
+            with annotate.phase("forward", batch):
+                loss, parts = self.training.loss(self.deepspeed, batch)
+            self._update(loss)
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                totals[name] = totals.get(name, 0.0) + float(value) / self.rounds
+        return totals
+
+    def _step_of_sums(self, micro_batches: list[Any]) -> dict[str, float]:
+        """Each token of the global batch counts the same, whichever rank and micro-batch it is in."""
+        tokens = sum(self.training.tokens(batch) or 0 for batch in micro_batches)
+        counted = CountedTokens(tokens, self.mesh, self.device)
+        total, sums = 0.0, dict[str, float]()
+        for batch in micro_batches:
+            with annotate.phase("forward", batch):
+                loss, parts = self.training.loss(self.deepspeed, batch)
+                # DeepSpeed divides by the micro-batches of a step and by the ranks.
+                share = loss * (self.rounds * self._averaged / counted.over_ranks())
+            self._update(share)
+            total += float(loss.detach())
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(value) / self.rounds
+        # Ranks that divide a sequence have its loss between them.
+        return {"loss": total * self.mesh.sequence / max(1, tokens), **sums, "tokens": tokens}
+
+    def _update(self, loss: Tensor) -> None:
+        with annotate.phase("backward"):
+            self.deepspeed.backward(loss)
+        with annotate.phase("optimizer"):
+            self.deepspeed.step()
+
+
+class CountedTokens:
+    """The labelled tokens of a step over all ranks: asked for at once, and waited for when they are needed."""
+
+    def __init__(self, tokens: int, mesh: Mesh, device: torch.device) -> None:
+        """``tokens``: those of this rank's micro-batches, which the ranks that share a model all have."""
+        self._sharing = mesh.model_parallel
+        self._sum = torch.tensor(float(tokens), dtype=torch.float64, device=device)
+        self._work = dist.all_reduce(self._sum, async_op=True)
+
+    def over_ranks(self) -> Tensor:
+        """A scalar, at least 1: no token at all makes a loss of 0, not of nan."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            self._sum = (self._sum / self._sharing).clamp_(min=1).float()
+        return self._sum

@@ -6,12 +6,10 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import deepspeed
 import torch
 from rich.progress import Progress as Bar
 from torch import nn
@@ -19,13 +17,15 @@ from torch import nn
 from hpcmm import annotate
 from hpcmm.annotate.ranges import close_window
 from hpcmm.annotate.stopping import StopRequest
+from hpcmm.config.recipe import recipe_of
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.metrics import MetricsWriter, write_scores
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.checkpoint import Checkpoints
-from hpcmm.train.engine import build_engine
+from hpcmm.train.engine import Engine
+from hpcmm.train.recipes import build
 from hpcmm.train.workload import Training
 from hpcmm.worker.environment import RankEnvironment
 
@@ -47,7 +47,7 @@ def train(
     with metrics.startup("model and data"):
         training = _checked(workload.training(config, device))
     with metrics.startup("engine"):
-        engine = build_engine(training.model, config, training.parameter_groups())
+        engine = _built(training, workload, config, rank_env, device)
     try:
         checkpoints = Checkpoints(run, rank_env, config.train.keep_checkpoints)
         resumed = checkpoints.load_newest(engine)
@@ -71,7 +71,7 @@ def train(
         metrics.end(**scores)
         return scores
     finally:
-        engine.destroy()  # or gloo's threads may abort the process at its end
+        engine.destroy()
 
 
 @dataclass(frozen=True)
@@ -82,24 +82,24 @@ class Session:
     run: RunDir
     rank_env: RankEnvironment
     training: Training
-    engine: deepspeed.DeepSpeedEngine
+    engine: Engine
     checkpoints: Checkpoints
     metrics: MetricsWriter
 
 
 def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
     """Train from step ``first`` on. Returns how many steps are done in all, fewer than asked for after a stop."""
-    config, rank_env = session.config, session.rank_env
+    config, rank_env, engine = session.config, session.rank_env, session.engine
     steps = config.train.steps
     done = first * config.train.gradient_accumulation_steps
-    batches = session.training.batches(rank_env.rank, rank_env.world_size, done)
+    batches = session.training.batches(engine.data_rank, engine.mesh.data, done)
     stop_request = StopRequest(session.run.root)
     signal.signal(signal.SIGUSR1, lambda *_: stop_request.ask())
     with Progress(config, first=first, shown=rank_env.rank == 0) as progress:
         for step in range(first, steps):
             began = time.perf_counter()
             with annotate.step(step):
-                values = _step(session.training, session.engine, batches, config)
+                values = session.engine.step(batches)
                 with annotate.phase("agree"):
                     stop = stop_request.agreed()
                 if stop or _checkpoint_due(step, config):
@@ -114,24 +114,15 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
     return steps
 
 
-def _step(
-    training: Training, engine: deepspeed.DeepSpeedEngine, batches: Iterator[Any], config: RunConfig
-) -> dict[str, float]:
-    """One optimizer step. Returns this rank's mean loss over its micro-batches, and the loss' parts."""
-    totals: dict[str, float] = {}
-    rounds = config.train.gradient_accumulation_steps
-    for _ in range(rounds):
-        with annotate.phase("data"):
-            batch = next(batches)
-        with annotate.phase("forward", batch):
-            loss, parts = training.loss(engine, batch)
-        with annotate.phase("backward"):
-            engine.backward(loss)
-        with annotate.phase("optimizer"):
-            engine.step()
-        for name, value in {"loss": loss.detach(), **parts}.items():
-            totals[name] = totals.get(name, 0.0) + float(value) / rounds
-    return totals
+def _built(
+    training: Training, workload: Workload, config: RunConfig, rank_env: RankEnvironment, device: torch.device
+) -> Engine:
+    """Raises HpcmmError for what the login node could not know, such as the sizes of a model that it does not see."""
+    recipe = recipe_of(config)
+    if problems := list(recipe.problems(config, workload.axes(config), workload.model_shape(config))):
+        raise HpcmmError("\n".join(problems))
+    own = recipe.engine(training, config, rank_env.rank, device)
+    return build(training, config, recipe.mesh(config), rank_env.rank) if own is None else own
 
 
 def _checkpoint_due(step: int, config: RunConfig) -> bool:
@@ -156,13 +147,13 @@ def _full_name(thing: object) -> str:
 
 
 def _score(
-    training: Training, engine: deepspeed.DeepSpeedEngine, config: RunConfig, rank_env: RankEnvironment, when: str
+    training: Training, engine: Engine, config: RunConfig, rank_env: RankEnvironment, when: str
 ) -> dict[str, float]:
     if not config.train.evaluate:
         return {}
     with annotate.phase("evaluate"):
         training.merge_rank_state()
-        scores = training.evaluate(engine, rank_env.rank, rank_env.world_size, final=when == "after")
+        scores = training.evaluate(engine.model, engine.data_rank, engine.mesh.data, final=when == "after")
     if rank_env.rank == 0:
         said = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         log.info("%s training, on held-out data: %s", when, said)

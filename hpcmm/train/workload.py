@@ -10,8 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpcmm.errors import HpcmmError
+
 if TYPE_CHECKING:
     import deepspeed
+
+    from hpcmm.train.structure import Structure
 
 
 class Training(ABC):
@@ -62,6 +66,7 @@ class Training(ABC):
     def batches(self, rank: int, world_size: int, first: int) -> Iterator[Any]:
         """This rank's micro-batches of ``train.micro_batch_size`` examples, without end.
 
+        ``rank`` of ``world_size``: of the mesh's data axis. Ranks that share a model have the same number.
         ``first``: the number of the first micro-batch, counted from 0 over the whole run; above 0 in a run that goes
         on from a checkpoint. The ranks' micro-batches of one number should be disjoint. The toolkit only hands a batch
         to :meth:`loss`, so its type is the workload's own.
@@ -72,9 +77,37 @@ class Training(ABC):
         """The loss of one micro-batch, a scalar with gradients, and its named parts for the metrics, scalars without.
 
         ``engine`` wraps ``model`` and is called in its place: ``engine(inputs)``. The toolkit averages gradients over
-        the ranks, and over the micro-batches of a step. Every rank must run through the model equally often: under
-        ZeRO stage 3 each run is a collective.
+        the ranks, and over the micro-batches of a step, or over what :meth:`tokens` counts. Every rank must run through
+        the model equally often: under ZeRO stage 3 each run is a collective.
         """
+
+    def tokens(self, batch: Any) -> int | None:  # noqa: ARG002
+        """Of how many terms, such as labelled tokens, :meth:`loss` is the sum for this micro-batch.
+
+        The toolkit then divides by the terms of the whole global batch, so that each counts the same, whichever rank
+        and micro-batch it is in. None, the default: the loss is a mean, and each micro-batch counts the same.
+        """
+        return None
+
+    def structure(self) -> Structure | None:
+        """How :attr:`model` is a chain that a mesh can cut along other axes than ``data``; None: it is none.
+
+        ``Workload.axes`` says the same before the job.
+        """
+        return None
+
+    def checkpoint_activations(self) -> None:
+        """Let the model's layers compute their activations again in the backward pass, before the engine is built.
+
+        Default: those of the structure's network. Raises HpcmmError if there is none.
+        """
+        structure = self.structure()
+        if structure is None:
+            raise HpcmmError(
+                f"parallel.activation_checkpointing is true, but {type(self).__name__} does not say which layers it is "
+                "for: leave it out."
+            )
+        structure.network.gradient_checkpointing_enable({"use_reentrant": False})
 
     def evaluate(
         self,
@@ -101,6 +134,18 @@ class Training(ABC):
 
     def finish(self, rank: int, world_size: int) -> None:  # noqa: B027 -- a hook, not a duty
         """The last call of training: what is to be logged at its end. Default: nothing."""
+
+
+def gathered(value: Any, rank: int, world_size: int) -> list[Any]:
+    """What each rank of the data axis has found, in their order, on all ranks, which call this together.
+
+    ``rank`` of ``world_size``: as :meth:`Training.evaluate` gets them. ``value`` must be something that pickle takes.
+    Of ranks that share a model, which have the same number, the first counts.
+    """
+    found: list[tuple[int, Any]] = [(0, None)] * dist.get_world_size()
+    dist.all_gather_object(found, (rank, value))
+    by_rank = dict(reversed(found))
+    return [by_rank[each] for each in range(world_size)]
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -31,9 +31,21 @@ from hpcmm.workloads.anomaly.models.losses import LossLearner
 from hpcmm.workloads.anomaly.models import build_model
 from hpcmm.workloads.anomaly.training import _mean_over_ranks
 from hpcmm.train.checkpoint import Checkpoints
-from hpcmm.train.engine import build_engine
+from hpcmm.train.engine import WholeEngine
+from hpcmm.config.mesh import Mesh
+from hpcmm.train.workload import Training
 from hpcmm.train.checkpoint import start_from
 from hpcmm.workloads.anomaly.question_answering.conversations import Dialogue
+
+class ModelAlone(Training):
+    def __init__(self, model):
+        self.model = model
+
+    def batches(self, rank, world_size, first):
+        return iter(())
+
+    def loss(self, engine, batch):
+        raise AssertionError
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -54,7 +66,8 @@ config = AnomalyConfig(
 )
 model = build_model(model_config, 0)
 before = {name: value.clone() for name, value in model.state_dict().items()}
-engine = build_engine(model, config)
+whole = WholeEngine(ModelAlone(model), config, Mesh(data=world), rank)
+engine = whole.deepspeed
 learner = LossLearner(config.train)
 generator = torch.Generator().manual_seed(0)
 images = torch.randn(2, 3, 64, 64, generator=generator)
@@ -68,7 +81,7 @@ for step in range(3):
     losses.append(mean.detach().double())
     engine.backward(learner(logits, mask[own], mean)[0])
     engine.step()
-Checkpoints(run, place, 2).save(engine, 3, {})
+Checkpoints(run, place, 2).save(whole, 3, {})
 total = torch.stack(losses)
 dist.all_reduce(total)
 changed = sorted(name for name, value in model.state_dict().items() if not torch.equal(value, before[name]))

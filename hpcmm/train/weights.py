@@ -1,0 +1,57 @@
+"""A checkpoint's weights as anybody reads them: one ``.safetensors`` file under the model's own names, of any recipe.
+
+DeepSpeed's own files are one a rank, pickles, and cut as the recipe cuts the model. A run goes on from those; scores,
+pages and warm starts read this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hpcmm.errors import HpcmmError
+
+WEIGHTS = "weights.safetensors"
+
+
+def trained_weights(names: dict[nn.Parameter, str]) -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters of a model under DeepSpeed, whole over the ranks that ZeRO divides them over, float32.
+
+    A collective of these ranks, which have to take all of them. ``names``: the parameters' names in the model.
+    """
+    for parameter, name in names.items():
+        if parameter.requires_grad:
+            whole = safe_get_full_fp32_param(parameter)
+            yield name, (parameter.detach() if whole is None else whole).float()
+
+
+def buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a checkpoint keeps, as this rank has them; those of numbers in float32."""
+    kept = module.state_dict(keep_vars=True)
+    for name, buffer in module.named_buffers():
+        if name in kept:
+            yield name, buffer.float() if buffer.is_floating_point() else buffer
+
+
+def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write them into the checkpoint ``folder``. Raises OSError, or SafetensorError if there is no room."""
+    save_file({name: value.cpu().contiguous().clone() for name, value in weights.items()}, folder / WEIGHTS)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor] | None:
+    """What :func:`write_weights` wrote, on the CPU; None if an older version saved the checkpoint, without such a file.
+
+    Raises HpcmmError if it is damaged.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return None
+    try:
+        found: dict[str, Tensor] = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise HpcmmError(f"The checkpoint {folder} cannot be loaded: {error}") from error
+    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
