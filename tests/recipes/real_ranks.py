@@ -22,14 +22,14 @@ PRELOADED = ["preloaded"]
 _FOREVER = 10**6
 
 
-class RanksFailed(AssertionError):
+class RanksFailedError(AssertionError):
     """A rank raised, ended early, or all were still at work at the end of their time."""
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
     """``function(rank, *arguments)`` on each of ``world`` ranks in one process group; what they return, by rank.
 
-    Raises RanksFailed with the first rank's traceback.
+    Raises RanksFailedError with the first rank's traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -62,15 +62,15 @@ def _outcomes(ends: list[Connection], timeout_s: float) -> list[Any]:
         ready = wait(left, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             silent = [rank for rank in range(len(ends)) if rank not in results]
-            raise RanksFailed(f"ranks {silent} were still at work after {timeout_s} s: they hang.")
+            raise RanksFailedError(f"ranks {silent} were still at work after {timeout_s} s: they hang.")
         for end in ready:
             rank = ends.index(end)  # type: ignore[arg-type]
             try:
                 worked, value = end.recv()  # type: ignore[union-attr]
             except EOFError:
-                raise RanksFailed(f"rank {rank} ended without a result.") from None
+                raise RanksFailedError(f"rank {rank} ended without a result.") from None
             if not worked:
-                raise RanksFailed(f"rank {rank} of {len(ends)}:\n{value}")
+                raise RanksFailedError(f"rank {rank} of {len(ends)}:\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(ends))]
 
@@ -91,9 +91,9 @@ def _rank(
 
 @contextlib.contextmanager
 def _in_group(rank: int, world: int, port: int) -> Iterator[None]:
-    import deepspeed  # noqa: PLC0415 -- preloaded in the server
-    import torch  # noqa: PLC0415
-    import torch.distributed as dist  # noqa: PLC0415
+    import deepspeed
+    import torch
+    import torch.distributed as dist
 
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1",
