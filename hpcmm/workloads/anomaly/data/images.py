@@ -28,8 +28,13 @@ def read_image(path: Path, side: int) -> Floats:
     Grey images get three equal channels, 16-bit ones lose their lower eight bits, transparency is dropped. Raises
     HpcmmError when the file is missing, not an image, or of a kind whose range of values is not known.
     """
-    with _open(path) as image:
-        return pixels_of(_eight_bits(image, path), side)
+    with open_image(path) as image:
+        return pixels_of(image, side)
+
+
+def open_image(path: Path) -> Image.Image:
+    """The decoded image, of 8 bits a channel. Raises HpcmmError as :func:`read_image` does."""
+    return _eight_bits(_open(path), path)
 
 
 def pixels_of(image: Image.Image, side: int) -> Floats:

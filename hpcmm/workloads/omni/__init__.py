@@ -1,0 +1,1 @@
+"""The omni-modal language model: conversations in which text, images and sounds are mixed."""

@@ -1,0 +1,100 @@
+"""A conversation as one example: its tokens, its labels, and what the modalities read of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from hpcmm.errors import HpcmmError
+from hpcmm.workloads.omni.data.batch import IGNORED, Answer, Batch, ModalityBatch
+from hpcmm.workloads.omni.data.chat import ChatFormat, Span
+from hpcmm.workloads.omni.data.conversations import TEXT, Conversation
+
+
+class Preparer(Protocol):
+    """What is asked of a modality while data are read, perhaps in a loader's process."""
+
+    def read(self, path: Path) -> Any:
+        """The file, or folder, as the arrays that the modality's encoder takes. Raises HpcmmError if it cannot."""
+
+    def count(self, prepared: Any) -> int:
+        """How many tokens what :meth:`read` gave takes in the row, 1 or more."""
+
+
+class Encoder:
+    """Makes examples of conversations, for one tokenizer and one set of modalities."""
+
+    def __init__(self, tokenizer: Any, modalities: Mapping[str, Preparer], max_tokens: int | None = None) -> None:
+        """``modalities``: by content type. ``max_tokens``: of an example; None for any number.
+
+        Raises HpcmmError if the tokenizer cannot be used.
+        """
+        self.format = ChatFormat(tokenizer)
+        self.modalities = dict(modalities)
+        self._max_tokens = max_tokens
+
+    def example(self, conversation: Conversation) -> Batch:
+        """The conversation with its labels.
+
+        Raises HpcmmError, with the conversation's origin, if a file cannot be read or the example is too long.
+        """
+        return self._encode(conversation, self.format.spans(conversation))
+
+    def prompt(self, conversation: Conversation) -> Batch:
+        """What a model is given to write the next turn, an answer. What was answered before has labels."""
+        return self._encode(conversation, self.format.prompt(conversation))
+
+    def _encode(self, conversation: Conversation, spans: Sequence[Span]) -> Batch:
+        tokens: list[int] = []
+        answers: list[int | None] = []
+        prepared: dict[str, list[Any]] = {key: [] for key in self.modalities}
+        places: dict[str, list[int]] = {key: [] for key in self.modalities}
+        for span in spans:
+            if span.part.type == TEXT:
+                new = self.format.tokens(span.part.text)
+                answers += [span.answer] * len(new)
+            else:
+                new = [0] * self._read(span, conversation, prepared)
+                answers += [None] * len(new)
+                places[span.part.type] += range(len(tokens), len(tokens) + len(new))
+            tokens += new
+            if self._max_tokens is not None and len(tokens) > self._max_tokens:
+                raise HpcmmError(
+                    f"{conversation.origin}: it has more than {self._max_tokens} tokens, images and sounds included: "
+                    "raise data.max_tokens, shorten it, or leave such ones out with data.on_error=skip."
+                )
+        # A place foretells the next one, so the last of the row foretells nothing.
+        labels = [IGNORED if answer is None else token for token, answer in zip(tokens, answers, strict=True)][1:]
+        numbers = answers[1:]
+        return Batch(
+            tokens=torch.tensor([tokens]),
+            positions=torch.arange(len(tokens))[None],
+            labels=torch.tensor([[*labels, IGNORED]]),
+            modalities={
+                key: ModalityBatch(prepared[key], torch.tensor(places[key], dtype=torch.int64)) for key in prepared
+            },
+            answers=tuple(
+                Answer(turn.text, turn.kind, numbers.count(number))
+                for number, turn in enumerate(conversation.turns)
+                if number in numbers
+            ),
+        )
+
+    def _read(self, span: Span, conversation: Conversation, prepared: dict[str, list[Any]]) -> int:
+        """Read a file of a modality into ``prepared``; the number of its tokens."""
+        kind, path = span.part.type, span.part.path
+        if kind not in self.modalities or path is None:
+            raise HpcmmError(f"{conversation.origin}: the model takes nothing of the type {kind}.")
+        modality = self.modalities[kind]
+        try:
+            one = modality.read(path)
+        except HpcmmError as error:
+            raise HpcmmError(f"{conversation.origin}: {error}") from error
+        count = modality.count(one)
+        if count < 1:
+            raise HpcmmError(f"{conversation.origin}: {path} is too small to make one token of it.")
+        prepared[kind].append(one)
+        return count

@@ -1,0 +1,90 @@
+"""WAV files as samples at the rate of an encoder."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpcmm.errors import HpcmmError
+from hpcmm.text import visible
+
+LONGEST_S = 1800
+"""Of a sound; a longer one would need more memory than a rank has."""
+_MOST_BYTES = 1 << 30
+_RATES_HZ = range(1000, 400_000)
+_UNREADABLE = (ValueError, EOFError, KeyError, TypeError, OverflowError, MemoryError, struct.error)
+"""What SciPy raises for damaged files, depending on where the damage lies."""
+
+
+def read_sound(path: Path, rate_hz: int) -> NDArray[np.float32]:
+    """The sound as (samples,) from -1 to 1, one channel, the mean of all, resampled to ``rate_hz``.
+
+    WAV files of any whole number of bits up to 32, or of floating point numbers. Raises HpcmmError if the file cannot
+    be read, is empty, or is longer than half an hour.
+    """
+    found_hz, values = _read(path)
+    samples = _scaled(values)
+    if samples.ndim == 2:
+        samples = samples.mean(axis=1)
+    if not len(samples):
+        raise HpcmmError(f"The sound {visible(str(path))} is empty; replace it or take it out of the set.")
+    if not np.isfinite(samples).all():
+        raise HpcmmError(f"The sound {visible(str(path))} has values that are not finite numbers; replace it.")
+    if found_hz not in _RATES_HZ or len(samples) > LONGEST_S * found_hz:
+        raise HpcmmError(
+            f"The sound {visible(str(path))} has {len(samples)} samples at {found_hz} Hz: it may have at most "
+            f"{LONGEST_S} s, at {_RATES_HZ[0]} to {_RATES_HZ[-1]} Hz."
+        )
+    return resample(samples, found_hz, rate_hz)
+
+
+def resample(samples: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
+    """(samples,) at another rate, by a polyphase filter that lets no higher frequency fold back."""
+    if from_hz == to_hz:
+        return samples
+    from scipy.signal import resample_poly  # noqa: PLC0415 -- takes most of a second
+
+    common = gcd(from_hz, to_hz)
+    return np.asarray(resample_poly(samples, to_hz // common, from_hz // common), np.float32)
+
+
+def write_sound(path: Path, samples: NDArray[np.float32], rate_hz: int) -> None:
+    """(samples,) from -1 to 1 as a WAV file of 16 bits."""
+    from scipy.io import wavfile  # noqa: PLC0415 -- as above
+
+    wavfile.write(path, rate_hz, np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16))
+
+
+def _read(path: Path) -> tuple[int, NDArray[Any]]:
+    from scipy.io import wavfile  # noqa: PLC0415 -- as above
+
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise HpcmmError(f"The sound {visible(str(path))} has more than 1 GiB; cut it into shorter ones.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that are no sound
+            rate_hz, values = wavfile.read(io.BytesIO(path.read_bytes()))
+    except (OSError, *_UNREADABLE) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise HpcmmError(
+            f"The sound {visible(str(path))} cannot be read as a WAV file: {visible(reason).rstrip('.')}; replace it "
+            "or take it out of the set."
+        ) from error
+    return int(rate_hz), values
+
+
+def _scaled(values: NDArray[Any]) -> NDArray[np.float32]:
+    """From -1 to 1. Whole numbers of 8 bits have no sign; those of 24 bits SciPy moves up to 32."""
+    samples: NDArray[np.float32] = values.astype(np.float32)
+    if values.dtype == np.uint8:
+        return (samples - 128) / np.float32(128)
+    if np.issubdtype(values.dtype, np.integer):
+        return samples / np.float32(np.iinfo(values.dtype).max + 1)
+    return samples
