@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install the system's side of hpcmm: Slurm and what its accounting needs, nsys, and a C++ compiler. No service is started
-# or enabled. Where something cannot be installed, one sentence says what it is, and the exit status is still 0.
+# Install the system's side of hpcmm: Slurm and what its accounting needs, nsys, a C++ compiler, and espeak-ng, which
+# speaks the sounds of the omni-modal demo. No service is started or enabled. Where something cannot be installed, one sentence says what it is, and the exit status is still 0.
 #
 #   scripts/system_packages.sh [--with-test-tools]
 set -euo pipefail
@@ -102,16 +102,22 @@ install_nsys() {
     say "nsys (Debian's nsight-systems, in non-free) cannot be installed here; runs work without it, but have no reports."
 }
 
+install_speech() { # apart from what is needed by all, so that its lack does not keep the rest from being installed
+    if install_missing espeak-ng && has espeak-ng; then return; fi
+    say "espeak-ng cannot be installed here; all works without it but the omni-modal demo, whose sounds it speaks."
+}
+
 main() {
     if [[ ${1:-} == --with-test-tools ]]; then wanted+=(chromium:chromium); fi
-    local missing=() entry before nsys=
+    local missing=() entry before nsys= speech=
     for entry in "${wanted[@]}"; do
         has "${entry#*:}" || missing+=("${entry%%:*}")
     done
     has nsys || nsys=nsight-systems
-    if [[ ${#missing[@]} -eq 0 && -z $nsys ]]; then return; fi
+    has espeak-ng || speech=espeak-ng
+    if [[ ${#missing[@]} -eq 0 && -z $nsys$speech ]]; then return; fi
     if [[ $EUID -ne 0 ]] || ! has apt-get; then
-        say "Not installed, and only root with apt can: ${missing[*]} $nsys; the rest is set up without."
+        say "Not installed, and only root with apt can: ${missing[*]} $nsys $speech; the rest is set up without."
         return
     fi
     before=$(known_units | tr '\n' ' ')
@@ -120,6 +126,7 @@ main() {
         say "apt could not install all of ${missing[*]}; the rest is set up without."
     fi
     if [[ -n $nsys ]]; then install_nsys; fi
+    if [[ -n $speech ]]; then install_speech; fi
     leave_new_units_off "$before"
 }
 

@@ -46,7 +46,7 @@ class OmniDataConfig:
         "run, ``skip`` warns, takes the next one in training, and leaves it out of the scores.",
     )
     vocabulary: int = key(
-        512,
+        1024,
         "Most tokens of the tokenizer that is made from the training text, for a language model that has none.",
         least=300,
     )

@@ -49,12 +49,15 @@ class ChatFormat:
         self._rendered: dict[Roles, tuple[str, ...]] = {}
 
     def spans(self, conversation: Conversation) -> list[Span]:
-        """The conversation in its order. Text is cut where an answer begins and ends.
+        """The conversation up to the end of its last answer. Text is cut where an answer begins and ends.
 
         So the tokens in front of an answer are those that a model is given when it is to write one. Raises HpcmmError
         if the template cannot write turns of these roles.
         """
-        return self._joined(conversation, conversation.roles)
+        spans = self._joined(conversation, conversation.roles)
+        while spans and spans[-1].answer is None:  # nothing is learnt from it
+            spans.pop()
+        return spans
 
     def prompt(self, conversation: Conversation) -> list[Span]:
         """What a model is given to write one more turn, an answer."""

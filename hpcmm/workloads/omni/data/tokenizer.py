@@ -6,12 +6,13 @@ import hashlib
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hpcmm.errors import HpcmmError
 from hpcmm.text import visible
-from hpcmm.workloads.omni.data.conversations import ROLES, TEXT, TRAIN, Conversation, ConversationFile
+from hpcmm.workloads.omni.data.conversations import ROLES, TEXT, TRAIN, ConversationFile
 
 _END = "<|end|>"
 _TEMPLATE = (
@@ -99,5 +100,9 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     )
 
 
-def _texts(conversations: Iterable[Conversation]) -> Iterator[str]:
-    return (part.text for each in conversations for turn in each.turns for part in turn.content if part.type == TEXT)
+def _texts(conversations: ConversationFile) -> Iterator[str]:
+    """Each text of each conversation that can be read; the others are reported where the data are checked."""
+    for index in range(len(conversations)):
+        with suppress(HpcmmError):
+            turns = conversations[index].turns
+            yield from [part.text for turn in turns for part in turn.content if part.type == TEXT]

@@ -38,6 +38,10 @@ _FINER = 3
 """Shapes are drawn this many times as large, and made smaller, for smooth edges."""
 
 
+_FILLED = 0.9
+"""Share of its cell's side that a shape keeps to, so that no two touch."""
+
+
 def draw_size(rng: np.random.Generator) -> tuple[int, int]:
     """Width and height in pixels."""
     width, height = np.exp(rng.normal(math.log(_SIDE), _SPREAD, 2)).clip(_SHORTEST, _LONGEST).round()
@@ -97,9 +101,9 @@ def draw(drawing: Drawing, rng: np.random.Generator) -> Image.Image:
     cell = min(large[0] / columns, large[1] / rows)
     for place in rng.permutation(columns * rows)[: drawing.count]:
         row, column = divmod(int(place), columns)
-        radius = cell * rng.uniform(0.3, 0.42)
+        radius = cell * rng.uniform(0.28, 0.42)
         centre = (np.array([column, row]) + 0.5) * (large[0] / columns, large[1] / rows)
-        centre += rng.uniform(-1, 1, 2) * (cell / 2 - radius)
+        centre += rng.uniform(-1, 1, 2) * (cell * _FILLED / 2 - radius)
         SHAPES[drawing.shape](pen, centre, radius, rng.uniform(-0.25, 0.25), _colour(colour))
     pixels = np.asarray(picture.resize((width, height), Image.Resampling.BOX), np.float32) / 255
     return _picture(pixels + rng.normal(0, 0.03, pixels.shape))
