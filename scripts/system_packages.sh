@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install the system's side of hpcmm: Slurm and what its accounting needs, nsys, a C++ compiler, and espeak-ng, which
-# speaks the sounds of the omni-modal demo. No service is started or enabled. Where something cannot be installed, one sentence says what it is, and the exit status is still 0.
+# speaks the sounds of the omni-modal demo. No service is started or enabled. Where something cannot be installed, one
+# sentence says what it is, and the exit status is still 0.
 #
 #   scripts/system_packages.sh [--with-test-tools]
 set -euo pipefail

@@ -40,6 +40,11 @@ class OmniDataConfig:
     max_tokens: int = key(
         2048, "Most tokens of a conversation, images and sounds included; a longer one cannot be used.", least=2
     )
+    packed: bool = key(
+        True,
+        "Put the conversations of a micro-batch one behind the other. False pads each to the longest of them, to "
+        "measure what that costs.",
+    )
     on_error: OnError = key(
         OnError.refuse,
         "A conversation with a file that cannot be read, or that is longer than ``max_tokens``: ``refuse`` ends the "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 IGNORED = -100
 """The label of a place that foretells nothing which is to be learnt."""
@@ -47,6 +48,8 @@ class Batch:
     answers: tuple[Answer, ...] = ()
     """In the order of their labels."""
     examples: int = 1
+    padding: int = 0
+    """How many of the S tokens stand for nothing."""
 
     @property
     def labelled(self) -> int:
@@ -81,6 +84,25 @@ def pack(examples: Sequence[Batch]) -> Batch:
         },
         answers=tuple(answer for each in examples for answer in each.answers),
         examples=sum(each.examples for each in examples),
+        padding=sum(each.padding for each in examples),
+    )
+
+
+def pad(examples: Sequence[Batch]) -> Batch:
+    """As :func:`pack`, with each example padded to the longest: what it costs is what packing saves."""
+    longest = max(each.tokens.shape[1] for each in examples)
+    return pack([_padded(each, longest - each.tokens.shape[1]) for each in examples])
+
+
+def _padded(example: Batch, by: int) -> Batch:
+    """With so many tokens more, which belong to the example and foretell nothing."""
+    length = example.tokens.shape[1]
+    return replace(
+        example,
+        tokens=functional.pad(example.tokens, (0, by)),
+        positions=torch.cat([example.positions, torch.arange(length, length + by)[None]], 1),
+        labels=functional.pad(example.labels, (0, by), value=IGNORED),
+        padding=example.padding + by,
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpcmm.errors import HpcmmError
 from hpcmm.train.sampling import EndlessSampler
-from hpcmm.workloads.omni.data.batch import Batch, pack
+from hpcmm.workloads.omni.data.batch import Batch, pack, pad
 from hpcmm.workloads.omni.data.conversations import Conversation, ConversationFile
 from hpcmm.workloads.omni.data.encoding import Encoder
 from hpcmm.workloads.omni.schema import OmniDataConfig, OnError
@@ -107,7 +107,7 @@ class Loading:
 
     def __init__(self, data: OmniDataConfig, seed: int, *, pin_memory: bool) -> None:
         self._settings: dict[str, Any] = {
-            "collate_fn": pack,
+            "collate_fn": pack if data.packed else pad,
             "num_workers": data.num_workers,
             "prefetch_factor": data.prefetch_batches if data.num_workers else None,
             "pin_memory": pin_memory,

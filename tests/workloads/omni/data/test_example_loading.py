@@ -52,6 +52,8 @@ def test_a_micro_batch_is_one_row_of_so_many_examples(encoder, write):
     assert batch.tokens.shape[0] == 1
     assert int((batch.positions == 0).sum()) == 3
     assert len(batch.modalities["image"].prepared) == 3
+    padded = next(Loading(OmniDataConfig(packed=False), 0, pin_memory=False).endless(examples, 3, 0, 1, first=0))
+    assert (said(padded), padded.examples) == (said(batch), 3)
 
 
 def test_the_seed_alone_changes_the_order_and_no_random_state_is_touched(encoder, write):

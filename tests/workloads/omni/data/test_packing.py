@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.omni.data.batch import Batch, ModalityBatch, pack, right_answers
+from hpcmm.workloads.omni.data.batch import Batch, ModalityBatch, pack, pad, right_answers
 from hpcmm.workloads.omni.data.conversations import Conversation, ConversationFile, Part, Turn
 from hpcmm.workloads.omni.data.encoding import Encoder
 
@@ -81,6 +81,24 @@ def test_a_row_is_the_examples_one_behind_the_other(examples):
     assert row.modalities["sound"].prepared == []
     assert row.modalities["sound"].places.shape == (0,)
     assert row.modalities["sound"].places.dtype == torch.int64
+
+
+def test_padding_adds_tokens_that_foretell_nothing_and_changes_nothing_else(examples):
+    row, padded = pack(examples), pad(examples)
+    longest = max(example.tokens.shape[1] for example in examples)
+    assert padded.tokens.shape == padded.positions.shape == padded.labels.shape == (1, 3 * longest)
+    assert padded.padding == 3 * longest - row.tokens.shape[1]
+    assert row.padding == 0
+    assert padded.positions.reshape(3, longest).tolist() == [list(range(longest))] * 3
+    assert torch.equal(padded.labels[padded.labels != -100], row.labels[row.labels != -100])
+    assert padded.answers == row.answers
+    places = padded.modalities["image"].places
+    assert padded.tokens[0, places].tolist() == [0] * 5
+    assert places.tolist() == [
+        place + number * longest
+        for number, example in enumerate(examples)
+        for place in example.modalities["image"].places.tolist()
+    ]
 
 
 def test_an_answer_is_right_if_all_its_tokens_are(examples):
