@@ -148,6 +148,8 @@ class _ModuleSource:
 
 def _read_class(module: str, name: str, deepest: int) -> ClassSource | None:
     source = _module_source(module)
+    if source is None and is_read_of_torch(module):
+        return ClassSource({}, True, frozenset(), {}, is_whole=False)  # there is no PyTorch here
     if source is None or deepest == 0:
         return None
     if name in source.classes:
@@ -213,6 +215,8 @@ def _is_no_part(target: str | None, base: ast.expr) -> bool:
     """Whether a base class whose source is not read can have no group's base among its own: Python's and torch's."""
     if target is None:
         return isinstance(base, ast.Name) and base.id in vars(builtins)
+    if is_read_of_torch(target.rpartition(".")[0]):
+        return False
     return target.partition(".")[0] in {"torch", "abc", "typing", "typing_extensions"}
 
 
@@ -316,7 +320,14 @@ def _is_package(module: str) -> bool:
 
 def _spec(module: str) -> ModuleSpec | None:
     """Where a module lies. Its packages are not imported, as ``importlib.util.find_spec`` would."""
-    return None if module.partition(".")[0] in ("", "torch") else _spec_on(module, tuple(sys.path))
+    top = module.partition(".")[0]
+    is_read = top and (top != "torch" or is_read_of_torch(module))
+    return _spec_on(module, tuple(sys.path)) if is_read else None
+
+
+def is_read_of_torch(module: str) -> bool:
+    """Whether this is a module of PyTorch whose classes a file may name; others take long, and tell nothing."""
+    return f"{module}.".startswith("torch.optim.")
 
 
 @functools.lru_cache(maxsize=1000)

@@ -57,6 +57,8 @@ class PartGroup:
     """The class that each part is a subclass of, as ``package.module.Class``."""
     given: tuple[str, ...] = ()
     """Parameters that the workload gives when it builds the part, so that no YAML file has to."""
+    offered: tuple[str, ...] = ()
+    """Parameters that are given unless the YAML file does."""
 
 
 def key(

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import platformdirs
 import yaml
 
-from hpcmm.config.class_source import class_source, fits, syntax_problem
+from hpcmm.config.class_source import class_source, fits, is_read_of_torch, syntax_problem
 from hpcmm.config.keys import PartGroup, parts_of
 from hpcmm.config.untyped_config import refuse_traps_of_own
 from hpcmm.errors import HpcmmError
@@ -246,8 +246,13 @@ def part_problems(config: Any) -> Iterator[str]:
             yield f"{key} has no {TARGET}, which names its class: choose {group.group}=NAME, or give it."
         elif NAME in part and not _is_option(part[NAME], group.group, folders):
             yield f"{key}.{NAME} is {part[NAME]!r}, but it is given by {group.group}=NAME alone: leave it out."
-        else:
+        elif part != (own := resolved_part(part.get(NAME), group.group, own_folders())) or not _is_of_torch(own):
             yield from _class_problems(key, part, group)
+
+
+def _is_of_torch(own: Mapping[str, Any]) -> bool:
+    """A class of PyTorch's that a file of hpcmm's own names is right, and to read it takes as long as all the rest."""
+    return str(own.get(TARGET)).startswith("torch.")
 
 
 def build_part(part: Any, group: PartGroup, **given: Any) -> Any:
@@ -318,9 +323,9 @@ def class_attribute(part: Mapping[str, Any], name: str) -> Any:
 
 def _why_unknown(target: str, group: PartGroup) -> str:
     """Why nothing is known of a class from its source."""
-    if target.partition(".")[0] == "torch":  # whose sources are not read: none of its classes is any group's
-        return f"that is not a {group.base.rpartition('.')[2]} ({group.base})."
     module = target.rpartition(".")[0]
+    if target.partition(".")[0] == "torch" and not is_read_of_torch(module):  # none of its classes is any group's
+        return f"that is not a {group.base.rpartition('.')[2]} ({group.base})."
     if (why := why_not_found(module)) is not None:
         return why
     if (problem := syntax_problem(module)) is not None:
@@ -360,5 +365,5 @@ def _class_problems(key: str, part: Mapping[str, Any], group: PartGroup) -> Iter
             wanted = ast.unparse(source.parameters[name].annotation or ast.Constant(None))
             yield f"{key}.{name} is {value!r}, but {target.rpartition('.')[2]} takes {wanted}."
     for name in settable:
-        if source.parameters[name].required and name not in own:
+        if source.parameters[name].required and name not in own and name not in group.offered:
             yield f"{key}.{name} is not given, but {target.rpartition('.')[2]} needs it."

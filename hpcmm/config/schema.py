@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from hpcmm.config.keys import MISSING, key, made_by
+from hpcmm.config.keys import MISSING, PartGroup, key, made_by
 from hpcmm.config.mesh import Mesh
 from hpcmm.text import StrEnum
 
@@ -31,6 +31,12 @@ FUNCTION = "function"
 
 SUBMIT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 """What ``cluster.submit_environment`` may set. Any other variable would change more than which cluster is asked."""
+
+
+OPTIMIZER = PartGroup(
+    "optimizer", "torch.optim.optimizer.Optimizer", given=("params",), offered=("lr", "betas", "weight_decay")
+)
+"""Any optimizer class in PyTorch's form, with its parameters."""
 
 
 def cluster_variables(given: Mapping[Any, Any]) -> dict[str, str]:
@@ -364,6 +370,7 @@ class RunConfig:
     launch: LaunchConfig = made_by(LaunchConfig)
     cluster: ClusterConfig = made_by(ClusterConfig)
     train: TrainConfig = made_by(TrainConfig)
+    optimizer: Any = key("adamw", "The optimizer: a name in ``conf/optimizer/``.", part=OPTIMIZER)
     parallel: ParallelConfig = made_by(ParallelConfig)
     profile: ProfileConfig = made_by(ProfileConfig)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from hpcmm.config.command import starts_workers
 from hpcmm.config.keys import leaves, out_of_bounds
 from hpcmm.config.mesh import DATA, Mesh
+from hpcmm.config.optimizer import optimizer_problems
 from hpcmm.config.parts import own_error, part_problems
 from hpcmm.config.recipe import recipe_of
 from hpcmm.config.schema import (
@@ -222,6 +223,7 @@ def validate(config: RunConfig) -> None:
         *cluster_problems(config),
         *_handover(config),
         *part_problems(config),
+        *optimizer_problems(config),
         *_workload(config),
         *_parallel(config),
         *_profile(config),

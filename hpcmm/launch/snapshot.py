@@ -190,7 +190,7 @@ def _holders_of(targets: Iterable[str]) -> list[Path]:
     None of an installed package, which the nodes have as well. Raises HpcmmError for a package that is not there.
     """
     found: list[Path] = []
-    for top in sorted({target.partition(".")[0] for target in targets} - {"hpcmm"}):
+    for top in sorted({target.partition(".")[0] for target in targets} - {"hpcmm", "torch"}):
         holder = holder_of(top)
         if holder is None:
             raise HpcmmError(f"The package {top} of this run's classes is not a folder or file here: set PYTHONPATH.")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hpcmm import annotate
 from hpcmm.config.mesh import DATA, Mesh
 from hpcmm.config.schema import Offload, ParallelConfig, Precision, RunConfig, Schedule, TrainConfig
+from hpcmm.train.optimizers import build_optimizer
 from hpcmm.train.weights import buffers, trained_weights
 from hpcmm.train.workload import Training, trained_parameters
 
@@ -37,12 +38,7 @@ def build_engine(
     """
     trained = trained_parameters(model)
     train = config.train
-    optimizer = torch.optim.AdamW(
-        [{"params": trained}] if groups is None else groups,
-        lr=train.learning_rate,
-        betas=(train.betas[0], train.betas[1]),
-        weight_decay=train.weight_decay,
-    )
+    optimizer = build_optimizer(config, model, [{"params": trained}] if groups is None else groups)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(train))
     with _no_compiler():
         engine, *_ = deepspeed.initialize(
@@ -82,6 +78,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": train.gradient_clip,
+        "zero_allow_untested_optimizer": True,  # hpcmm.config.optimizer refuses those that ZeRO would change
+        "zero_force_ds_cpu_optimizer": False,  # any of these may be offloaded
         "steps_per_print": 2**62,  # the loop prints
         "bf16": {"enabled": parallel.precision is Precision.bf16},
         "zero_optimization": {
@@ -92,8 +90,6 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
             "contiguous_gradients": True,
             **_offload(parallel),
         },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
     }
 
 
