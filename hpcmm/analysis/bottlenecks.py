@@ -96,7 +96,7 @@ def find(context: AnalysisContext) -> list[Finding]:
     least_s = least_loss_s(context, sum(finding.lost_s for finding in transfer))
     alone, explained = stalls.solo_findings(context, least_s)
     late, blamed = find_stragglers(context, least_s, explained)
-    late = [explain_by_batches(context, finding) for finding in late]
+    late = [_placed(context, explain_by_batches(context, finding), stages) for finding in late]
     own_work = _own_work(context)
     on_gpus = gpu_findings.in_steps(context.gpu, sum(finding.lost_s for finding in own_work))
     findings = [
@@ -111,6 +111,27 @@ def find(context: AnalysisContext) -> list[Finding]:
         *on_gpus,
     ]
     return _worth(_within(findings, context.period_s), context.steps.mean_s)
+
+
+_MOST_WAITING = 0.5
+"""A group is named for a rank that others wait for if it has this share of that waiting."""
+
+
+def _placed(context: AnalysisContext, finding: Finding, stages: Stages) -> Finding:
+    """``finding`` with the rank's pipeline stage, and the group in which the others wait for it, as far as known."""
+    if finding.rank is None:
+        return finding
+    told = finding.evidence
+    trace = next(index for index, each in enumerate(context.traces) if each.rank == finding.rank)
+    stage = next((number for number, members in enumerate(stages) if trace in members), None)
+    told += "" if stage is None else f"; rank {finding.rank} is in pipeline stage {stage}"
+    rows = context.rows
+    waiting = rows[(rows["late_rank"] == finding.rank).fillna(False).astype(bool) & (rows["axis"] != "")]
+    by_group = waiting.groupby(["axis", "group_ranks"])["exposed_wait_ns"].sum()
+    if len(by_group) and by_group.max() > _MOST_WAITING * by_group.sum() > 0:
+        at = by_group.reset_index().iloc[int(by_group.to_numpy(np.float64).argmax())]
+        told += f"; they wait in the {at['axis']} group of ranks {at['group_ranks']}"
+    return replace(finding, evidence=told)
 
 
 def _within(findings: Sequence[Finding], whole_s: float) -> list[Finding]:

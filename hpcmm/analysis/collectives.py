@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import nccl
+from hpcmm.analysis import nccl, process_groups
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, first_claims
-from hpcmm.analysis.trace import NO_PEER, RankTrace, nullable_steps
+from hpcmm.analysis.trace import NO_PEER, NO_SIZE, UNEVEN, RankTrace, nullable_steps
+from hpcmm.ranges import ranks_in
 
 SYNCHRONISING = frozenset({"all_reduce", "all_gather", "reduce_scatter", "barrier"})
 """No rank leaves before all have arrived, and all leave within the operation's own transfer time."""
@@ -62,11 +63,13 @@ def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
         return pd.DataFrame(
             columns=[
                 *(*columns, "peer", "trace", "rank", "node", "instance", "ranks", "complete", "synchronising"),
-                *("needs_all", "partner_start_ns"),
+                *("needs_all", "partner_start_ns", *UNEVEN, "axis", "axis_basis", "group_ranks"),
             ]
         )
     rows = nccl.with_basis(rows)
     rows["peer"] = rows["peer"].fillna(NO_PEER).astype(np.int64) if "peer" in rows else NO_PEER
+    for column in UNEVEN:
+        rows[column] = rows[column].fillna(NO_SIZE).astype(np.int64) if column in rows else NO_SIZE
     rows["instance"] = rows.groupby(KEY, sort=False).ngroup()
     collective = ~rows["op"].isin(POINT_TO_POINT)
     members = rows[collective].groupby("group")["trace"].nunique()
@@ -77,6 +80,7 @@ def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
     rows["synchronising"] = shared & rows["op"].isin(SYNCHRONISING)
     rows["needs_all"] = shared & (rows["op"].isin(NEEDS_ALL) | (rows["op"].isin(FROM_ROOT) & _root_is_last(rows)))
     rows["partner_start_ns"] = _partner_starts(rows)
+    rows = process_groups.with_groups(rows, traces)
     return rows.sort_values(["trace", "start_ns"], kind="stable", ignore_index=True)
 
 
@@ -178,12 +182,16 @@ def bus_bandwidth(rows: pd.DataFrame) -> npt.NDArray[np.float64]:
         queued[group.index.to_numpy()[1:]] = reach[:-1]
     begin = np.maximum(rows["last_start_ns"].to_numpy(np.int64), queued)
     seconds = (rows["end_ns"].to_numpy(np.int64) - begin) / 1e9
-    ranks = np.maximum(rows["ranks"].to_numpy(np.float64), 1)
-    op = rows["op"].to_numpy(str)
-    partial = np.isin(op, ["all_gather", "reduce_scatter", "all_to_all", "gather", "scatter"])
-    factor = np.select([op == "all_reduce", partial], [2 * (ranks - 1) / ranks, (ranks - 1) / ranks], 1.0)
+    factor = bus_factor(rows["op"].to_numpy(str), rows["ranks"].to_numpy(np.float64))
     usable = rows["complete"].to_numpy(bool) & (seconds > 0) & (rows["bytes"].to_numpy() > 0)
     return np.where(usable, rows["bytes"].to_numpy() * factor / np.where(usable, seconds, 1), np.nan)
+
+
+def bus_factor(op: npt.NDArray[np.str_], ranks: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Bytes that each link of a group of ``ranks`` has to carry, for each byte of payload, as nccl-tests define it."""
+    ranks = np.maximum(ranks, 1)
+    partial = np.isin(op, ["all_gather", "reduce_scatter", "all_to_all", "gather", "scatter"])
+    return np.select([op == "all_reduce", partial], [2 * (ranks - 1) / ranks, (ranks - 1) / ranks], 1.0)
 
 
 def expose(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> pd.DataFrame:
@@ -243,6 +251,9 @@ def claimed(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> Iterator[Claims]
 COLLECTIVE_COLUMNS = [
     "op",
     "group",
+    "axis",
+    "axis_basis",
+    "group_ranks",
     "sequence",
     "rank",
     "node",
@@ -296,6 +307,41 @@ def collectives_table(rows: pd.DataFrame) -> pd.DataFrame:
         table["bytes"].astype("Int64").where(table["basis"].isin([nccl.BY_NAME, nccl.BY_KERNEL]) | (table["bytes"] > 0))
     )
     return table.sort_values(["instance", "rank"], ignore_index=True)[COLLECTIVE_COLUMNS]
+
+
+BYTES_COLUMNS = [
+    "step",
+    "rank",
+    "node",
+    "axis",
+    "group",
+    "group_ranks",
+    "op",
+    "messages",
+    "bytes",
+    "bus_bytes",
+    "warmup",
+]
+
+
+def bytes_table(table: pd.DataFrame, warmup: int | None) -> pd.DataFrame:
+    """What each rank exchanges in each step, by group and operation (BYTES_COLUMNS); what tells no size is left out.
+
+    ``table``: that of :func:`collectives_table`. ``warmup``: the number of the step that is no more than that.
+    """
+    inside = table[table["step"].notna() & table["bytes"].notna()]
+    if inside.empty:
+        return pd.DataFrame(columns=BYTES_COLUMNS)
+    size = {ranks: len(ranks_in(ranks)) for ranks in inside["group_ranks"].unique()}
+    factor = bus_factor(inside["op"].to_numpy(str), inside["group_ranks"].map(size).to_numpy(np.float64))
+    keys = ["step", "rank", "node", "axis", "group", "group_ranks", "op"]
+    found = (
+        inside.assign(bytes=inside["bytes"].astype(np.int64), bus_bytes=inside["bytes"].astype(np.float64) * factor)
+        .groupby(keys, observed=True)
+        .agg(messages=("bytes", "size"), bytes=("bytes", "sum"), bus_bytes=("bus_bytes", "sum"))
+        .reset_index()
+    )
+    return found.assign(warmup=(found["step"] == warmup).fillna(False).astype(bool))[BYTES_COLUMNS]
 
 
 SMALL_BYTES = 4096

@@ -11,7 +11,7 @@ import pandas as pd
 
 from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
 from hpcmm.analysis.intervals import IntervalSet
-from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, WORKER, RankTrace
+from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, UNEVEN, WORKER, RankTrace
 from hpcmm.annotate import schema
 from hpcmm.reports.report import CudaEvents, Identity, Parts, Report
 from hpcmm.text import printable
@@ -192,7 +192,24 @@ def _extract_all(
         starved=gpu.starved,
         batches=phases.batch_sizes(ranges, steps),
         stalled=osrt.stalled_intervals(report.osrt, pid),
+        groups=_groups(report, pid),
+        expert_tokens=_expert_tokens(report, pid, segments),
     )
+
+
+def _groups(report: Report, pid: int) -> dict[str, schema.GroupMark]:
+    marks = [schema.GroupMark.parse(name) for name in report.marks.loc[report.marks["pid"] == pid, "name"]]
+    return {mark.group: mark for mark in marks if mark is not None}
+
+
+def _expert_tokens(report: Report, pid: int, segments: pd.DataFrame) -> pd.DataFrame | None:
+    mine = report.marks[report.marks["pid"] == pid]
+    tokens = pd.Series([schema.parse_expert_tokens(name) for name in mine["name"]], index=mine.index, dtype="Float64")
+    told = mine[tokens.notna()]
+    if told.empty:
+        return None
+    step, _ = phases.locate(segments, told["start_ns"].to_numpy(np.int64))
+    return pd.DataFrame({"step": step, "tokens": tokens.dropna().to_numpy(np.float64)})
 
 
 def _extract_calls(
@@ -250,6 +267,12 @@ def _collectives(ranges: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
         bytes=np.array([name.bytes for name in parts], dtype=np.int64),
     )
     frame["peer"] = np.array([NO_PEER if name.peer is None else name.peer for name in parts], dtype=np.int64)
+    for column in UNEVEN:
+        frame[column] = np.array([_or_none(getattr(name, column)) for name in parts], dtype=np.int64)
     frame["occurrence"] = frame.groupby(["group", "op", "sequence"]).cumcount()
     frame["step"], frame["phase"] = phases.locate(segments, frame["start_ns"].to_numpy(np.int64))
-    return frame[[*COLLECTIVE_COLUMNS, "peer", "tid"]]
+    return frame[[*COLLECTIVE_COLUMNS, "peer", *UNEVEN, "tid"]]
+
+
+def _or_none(size: int | None) -> int:
+    return NO_SIZE if size is None else size

@@ -254,6 +254,8 @@ _WRAP = "wrap larger units with fully_shard, so that fewer and larger gathers ru
 _ACTIVATIONS = "keep the tensor-parallel group within a node; sequence parallel; async tensor parallel (torch.compile)"
 _SENDS = "larger micro-batches send less often; keep neighbouring stages within a node or on its fastest links"
 _TOKENS = "keep these groups within a node, or overlap the exchange with computation"
+_EXPERTS = "keep each expert group within a node, or overlap the exchange with computation that needs no expert"
+_PARTS = "keep each sequence group within a node; fewer parts; ring attention overlaps its sends with computation"
 _BUFFERS = "send no buffers before each forward pass: DistributedDataParallel(broadcast_buffers=False)"
 _ANY = "if these are gradients, accumulate them over more micro-batches before they are exchanged, or compress them"
 _TRANSFER_ADVICE = {
@@ -268,6 +270,8 @@ _TRANSFER_ADVICE = {
     **{("pipeline sends", bound): _SENDS for bound in ("", "latency")},
     ("pipeline sends", "bandwidth"): "send activations in bf16, and keep neighbouring stages within a node",
     **{("tokens of experts or sequence parts", bound): _TOKENS for bound in ("", "latency", "bandwidth")},
+    **{("tokens of experts", bound): _EXPERTS for bound in ("", "latency", "bandwidth")},
+    **{("sequence parts", bound): _PARTS for bound in ("", "latency", "bandwidth")},
     **{("module buffers", bound): _BUFFERS for bound in ("", "latency", "bandwidth")},
     **{("small messages", bound): _FUSE for bound in ("", "latency", "bandwidth")},
 }
@@ -293,6 +297,8 @@ _IN_NODE_ADVICE = {
     "sharded parameters": "keep them gathered for backward (reshard_after_forward=False), or prefetch the next ones",
     "activations": "sequence parallel; async tensor parallel (torch.compile); leave outputs sharded (loss_parallel)",
     "tokens of experts or sequence parts": "overlap the exchange with computation",
+    "tokens of experts": "overlap the exchange with computation that needs no expert, or send in bf16",
+    "sequence parts": "fewer parts of the sequence, or ring attention, which overlaps its sends with computation",
     "pipeline sends": "larger micro-batches send less often; activations in bf16",
 }
 """Of groups that lie within a node already, by what moves."""

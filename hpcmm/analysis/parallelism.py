@@ -1,7 +1,8 @@
 """How a run is parallel: what each process group is for, which ranks are a pipeline stage, and which stage is heavier.
 
-No range says so. Sends and receives connect the stages of a pipeline; where a group's bytes flow, by operation and
-phase, tells gradients, sharded parameters and activations apart. A group is given a name only if the data tell one.
+The ranks may tell it (:mod:`hpcmm.analysis.process_groups`). Else sends and receives connect the stages of a pipeline,
+and where a group's bytes flow, by operation and phase, tells gradients, sharded parameters and activations apart. A
+group is given a name only if the data tell one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from hpcmm.analysis import process_groups
 from hpcmm.analysis.collectives import POINT_TO_POINT, SMALL_BYTES
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats
 from hpcmm.analysis.findings import HIGH, LOW, MEDIUM, AnalysisContext, Finding
 from hpcmm.analysis.intervals import NS_PER_S
-from hpcmm.analysis.trace import NO_PEER, OTHER, RankTrace
+from hpcmm.analysis.trace import NO_PEER, NO_SIZE, OTHER, RankTrace
+from hpcmm.annotate.schema import REPLICAS
 
 GRADIENTS, PARAMETERS, ACTIVATIONS, TOKENS, SENDS, BUFFERS, SMALL, UNKNOWN = (
     "gradients",
@@ -30,6 +33,17 @@ GRADIENTS, PARAMETERS, ACTIVATIONS, TOKENS, SENDS, BUFFERS, SMALL, UNKNOWN = (
     "",
 )
 """What moves."""
+EXPERT_TOKENS, SEQUENCE_PARTS = "tokens of experts", "sequence parts"
+"""The same, if the ranks tell which of the two."""
+_CARRIES = {
+    "tensor": ACTIVATIONS,
+    "sequence": SEQUENCE_PARTS,
+    "expert": EXPERT_TOKENS,
+    "pipeline": SENDS,
+    REPLICAS: GRADIENTS,
+}
+"""What the groups along an axis exchange; those of the data axis gradients or parameters."""
+_AXES = {GRADIENTS: "data", PARAMETERS: "data", ACTIVATIONS: "tensor", EXPERT_TOKENS: "expert", SENDS: "pipeline"}
 BULK = 0.1
 """A group is for what takes this share of its bytes."""
 OFTEN = 0.5
@@ -41,12 +55,14 @@ Stages = tuple[tuple[int, ...], ...]
 
 
 def find_stages(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> Stages:
-    """The stages that sends and receives connect.
+    """The stages that the ranks tell of, or else those that sends and receives connect.
 
     In a pipeline exactly one rank of each chain begins a step by sending, the first stage; a ring exchange of equal
     parts does not look like that, or its ends also share out their gradients.
     """
-    sends = rows[rows["op"].isin(POINT_TO_POINT) & (rows["step"] >= 0)] if len(rows) else rows
+    if told := process_groups.stages(traces):
+        return told
+    sends = rows[_pipeline_sends(rows) & (rows["step"] >= 0)] if len(rows) else rows
     if sends.empty:
         return ()
     if (sends["peer"] == NO_PEER).any():
@@ -63,6 +79,11 @@ def find_stages(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> Stages:
     if len({len(chain) for chain in ordered}) != 1 or len(ordered[0]) < 2:
         return ()
     return tuple(tuple(sorted(stage)) for stage in zip(*ordered, strict=True))
+
+
+def _pipeline_sends(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Sends and receives between stages, and not those within a group for something else, such as a ring."""
+    return rows["op"].isin(POINT_TO_POINT) & rows["axis"].isin(["", "pipeline"])
 
 
 def _chains(sends: pd.DataFrame, of_rank: dict[int, int]) -> list[list[int]]:
@@ -122,14 +143,42 @@ def what_moves(rows: pd.DataFrame, stages: Stages) -> npt.NDArray[np.object_]:
         found[at[small[at]]] = SMALL
         if small[at].all():
             found[at[tiny[at]]] = GRADIENTS
-    found[np.isin(op, ["all_to_all"]) & ~small] = TOKENS
+    told = rows["axis_basis"].to_numpy(str) == process_groups.TOLD
+    found[np.isin(op, ["all_to_all"]) & ~small & ~told] = TOKENS
+    uneven = rows["group"].isin(rows.loc[rows["received"] != NO_SIZE, "group"]).to_numpy(bool)
+    found[(found == TOKENS) & uneven] = EXPERT_TOKENS
     found[np.isin(op, ["broadcast"]) & ~small & rows["phase"].str.contains("forward").to_numpy(bool)] = BUFFERS
-    found[np.isin(op, [*POINT_TO_POINT])] = SENDS if stages else UNKNOWN
+    found[_pipeline_sends(rows).to_numpy(bool)] = SENDS if stages else UNKNOWN
     return found
 
 
+def with_axes(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> pd.DataFrame:
+    """``rows`` with the axes of groups that no rank tells of, if the bulk of their bytes does."""
+    missing = rows[(rows["axis"] == "") & (rows["ranks"] > 1)] if len(rows) else rows
+    if missing.empty:
+        return rows
+    stages = find_stages(rows, traces)
+    seen = {}
+    for group, of_group in missing.groupby("group"):
+        moves = pd.Series(what_moves(of_group, stages))
+        most = of_group["bytes"].reset_index(drop=True).groupby(moves).sum().idxmax()
+        seen[str(group)] = _AXES.get(str(most), "")
+    axis = rows["axis"].where(rows["axis"] != "", rows["group"].map(seen).fillna(""))
+    seen_now = (axis != "") & (rows["axis"] == "")
+    return rows.assign(axis=axis, axis_basis=rows["axis_basis"].where(~seen_now, process_groups.SEEN))
+
+
 def _group_moves(rows: pd.DataFrame, stages: Stages) -> str:
-    """What the bulk of one group's bytes is.
+    """What the bulk of one group's bytes is."""
+    axis = str(rows["axis"].iloc[0])
+    if axis in _CARRIES:
+        return _CARRIES[axis]
+    found = _moves_by_phase(rows, stages)
+    return found if "data" not in axis.split() or found == PARAMETERS else GRADIENTS
+
+
+def _moves_by_phase(rows: pd.DataFrame, stages: Stages) -> str:
+    """The same, of a group that the ranks tell nothing of, or that is for the data axis.
 
     Activations are exchanged within the forward pass, and reduced there too; one gather there, such as of the logits,
     may be larger than all else. Sharded parameters are gathered in forward or backward, and only their gradients are
@@ -172,7 +221,10 @@ def group_name(rows: pd.DataFrame, moves: str, traces: Sequence[RankTrace]) -> s
         PARAMETERS: "sharded data-parallel ",
         ACTIVATIONS: "tensor-parallel ",
         TOKENS: "expert- or sequence-parallel ",
+        EXPERT_TOKENS: "expert-parallel ",
     }
+    told = set(rows["axis"]) if (rows["axis_basis"] == process_groups.TOLD).all() else set()
+    kind = f"{told.pop()} " if len(told) == 1 else kinds.get(moves, "")
     members = [tuple(sorted(of_group["trace"].unique().tolist())) for _, of_group in rows.groupby("group")]
     several = sorted({each for each in members if len(each) > 1})
     if not several:
@@ -182,9 +234,9 @@ def group_name(rows: pd.DataFrame, moves: str, traces: Sequence[RankTrace]) -> s
     if len(several) == 1:
         ranks = ", ".join(str(traces[index].rank) for index in several[0])
         who = f"all {len(traces)} ranks" if len(several[0]) == len(traces) else f"ranks {ranks}"
-        return f"{kinds.get(moves, '')}group of {who} {where}"
+        return f"{kind}group of {who} {where}"
     sizes = sorted({len(each) for each in several})
-    return f"{kinds.get(moves, '')}groups of {' or '.join(map(str, sizes))} ranks {where}"
+    return f"{kind}groups of {' or '.join(map(str, sizes))} ranks {where}"
 
 
 LEAST_SHARE = 0.03
@@ -215,7 +267,7 @@ def pipeline_losses(context: AnalysisContext, stages: Stages) -> PipelineLosses:
         return PipelineLosses((), context.losses)
     rest, taken = _without_stages(context, stages)
     rows = context.rows
-    inside = rows[rows["op"].isin(POINT_TO_POINT) & rows["step"].isin(context.steps.numbers)]
+    inside = rows[_pipeline_sends(rows) & rows["step"].isin(context.steps.numbers)]
     count = len(context.steps.numbers) * len(context.traces)
     # Sends that do not say to whom they go do not tell waiting from transfer, either.
     unknown = inside["exposed_transfer_ns"].where(inside["peer"] == NO_PEER, 0.0)
@@ -332,4 +384,4 @@ def without_bubble(rows: pd.DataFrame, stages: Stages) -> pd.DataFrame:
     """``rows`` without the sends whose time the bubble's row holds."""
     if not stages:
         return rows
-    return rows[~(rows["op"].isin(POINT_TO_POINT) & (rows["peer"] == NO_PEER))]
+    return rows[~(_pipeline_sends(rows) & (rows["peer"] == NO_PEER))]

@@ -11,7 +11,18 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import bottlenecks, collectives, gpu_trace, nccl, osrt, phases, projection, time_tables, waitpid
+from hpcmm.analysis import (
+    bottlenecks,
+    collectives,
+    gpu_trace,
+    nccl,
+    osrt,
+    parallelism,
+    phases,
+    projection,
+    time_tables,
+    waitpid,
+)
 from hpcmm.analysis.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
 from hpcmm.analysis.findings import AnalysisContext, suggest
 from hpcmm.analysis.gpu_findings import span_s
@@ -101,8 +112,7 @@ def study(
         if len(steps.numbers):
             findings, whole_s = bottlenecks.find(context()), steps.mean_s
         else:
-            findings = bottlenecks.find_without_steps(made["gpu"], made["collectives"])
-            whole_s = span_s(made["gpu"])
+            findings, whole_s = bottlenecks.find_without_steps(made["gpu"], made["collectives"]), span_s(made["gpu"])
         advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
         return bottlenecks.table(findings, whole_s, advice)
 
@@ -117,7 +127,8 @@ def study(
             "phases": lambda: phases_table(traces, rows, steps.warmup_number),
             "phases_summary": lambda: phases_summary(made["phases"], steps),
             "efficiency": lambda: efficiency(made["phases"], steps, reference, samples_per_step(record.config)),
-            "collectives": lambda: collectives.collectives_table(rows),
+            "collectives": lambda: collectives.collectives_table(parallelism.with_axes(rows, traces)),
+            "comm_bytes": lambda: collectives.bytes_table(made["collectives"], steps.warmup_number),
             "comm_wait": lambda: comm_wait(context()),
             "gpu": lambda: gpu_trace.gpu_table(traces, rows, steps.warmup_number),
             "projection": lambda: projection.projection_table(traces),

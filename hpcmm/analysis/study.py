@@ -68,6 +68,7 @@ TABLES = (
     "bottlenecks",
     "clock",
     "collectives",
+    "comm_bytes",
     "comm_wait",
     "coverage",
     "delays",
@@ -83,7 +84,7 @@ TABLES = (
     "waitpid",
     "waitpid_windows",
 )
-UNITS = ("_s", "_s_per_step", "_bytes_per_s", "_share", "_ppm", "_efficiency", "_scaling")
+UNITS = ("_s", "_s_per_step", "_bytes_per_s", "_share", "_ppm", "_efficiency", "_scaling", "bus_bytes")
 """Ends of the names of columns that hold real numbers."""
 INTEGERS = frozenset(
     {
@@ -93,6 +94,7 @@ INTEGERS = frozenset(
         "collectives",
         "events",
         "late_rank",
+        "messages",
         "nodes",
         "rank",
         "rank_order",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.intervals import IntervalSet, Times
+from hpcmm.annotate.schema import GroupMark
 
 OTHER = "other"
 """Time within a step that no phase covers."""
@@ -37,6 +38,10 @@ COLLECTIVE_COLUMNS = [
 ]
 NO_PEER = -1
 """In column ``peer`` of collectives, which may be absent: no range tells an operation's other rank or root."""
+
+UNEVEN = ["sent", "received"]
+"""Bytes of an all-to-all's input and output, in columns that may be absent; NO_SIZE where both are ``bytes``."""
+NO_SIZE = -1
 
 OnClock = Callable[[Times], Times]
 """Maps a report's own times to the common clock."""
@@ -73,6 +78,10 @@ class RankTrace:
     """As :func:`hpcmm.analysis.projection.aggregate` gives it."""
     batches: pd.DataFrame | None = None
     """step, phase and size of each batch that a phase was told of; None if none was."""
+    groups: Mapping[str, GroupMark] = field(default_factory=dict)
+    """What its process groups are for, by their names in ``collectives``, as far as it told."""
+    expert_tokens: pd.DataFrame | None = None
+    """step and tokens of each layer's experts, as often as it told them; None if it never did."""
     starved: IntervalSet | None = None
     """When its GPUs were idle because the host had not launched more; None if no GPU activity was traced."""
     stalled: IntervalSet | None = None

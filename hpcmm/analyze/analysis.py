@@ -134,6 +134,10 @@ class Analysis:
         """Each rank's part in each collective: start_s, end_s, wait_s, transfer_s, bus_bytes_per_s, late_rank."""
         return self._table("collectives")
 
+    def comm_bytes(self) -> pd.DataFrame:
+        """What each rank exchanges in each step, by group and operation: messages, bytes, bus_bytes."""
+        return self._table("comm_bytes")
+
     def comm_wait(self) -> pd.DataFrame:
         """Rank x phase, seconds a step: waiting, transfer, what was overlapped, who was waited for and in what."""
         return self._table("comm_wait")

@@ -15,11 +15,15 @@ In a run of hpcmm's that is profiled, steps, phases and collectives are found wi
 callbacks in :mod:`hpcmm.annotate.callbacks`. Without a profiler attached nothing is installed and the context managers
 do nothing.
 
+``annotate.name_group(group, "tensor")`` tells what a process group is for, and ``annotate.expert_tokens(counts)`` how
+many tokens the experts of this rank got (:mod:`hpcmm.annotate.groups`).
+
 ``annotate.should_stop()`` and ``annotate.stopped()`` let a script save a checkpoint when its job is about to end, and
 go on from there: see :mod:`hpcmm.annotate.stopping`. Without a profiler the standard library is enough for all this.
 """
 
+from hpcmm.annotate.groups import expert_tokens, name_group
 from hpcmm.annotate.ranges import phase, profiler_attached, step, steps
 from hpcmm.annotate.stopping import should_stop, stopped
 
-__all__ = ["phase", "profiler_attached", "should_stop", "step", "steps", "stopped"]
+__all__ = ["expert_tokens", "name_group", "phase", "profiler_attached", "should_stop", "step", "steps", "stopped"]

@@ -16,8 +16,10 @@ from types import ModuleType
 from typing import Any
 
 from hpcmm.annotate.auto_steps import AutomaticRanges
+from hpcmm.annotate.groups import name_group
 from hpcmm.annotate.in_children.sitecustomize import LISTENS_AT
 from hpcmm.annotate.ranges import give_way, profiler_attached
+from hpcmm.annotate.schema import axis_of
 from hpcmm.annotate.watched_modules import WatchedModules, imported_torch
 
 Then = Callable[[ModuleType], None]
@@ -84,6 +86,7 @@ def annotate_program() -> None:
         return
     _ranges()  # the program's own ranges are known from now on
     annotate_collectives_at_init()
+    after_import("torch.distributed.device_mesh", _watch_meshes)
     after_import("torch.optim.optimizer", _watch_optimizers)
     after_import("torch.autograd", _watch_backward)
     after_import("torch.utils.data.dataloader", _watch_loaders)
@@ -129,6 +132,21 @@ def _wrap_init(module: ModuleType) -> None:
         collectives.install()
 
     module.init_process_group = init_and_annotate  # type: ignore[attr-defined]
+
+
+def _watch_meshes(module: ModuleType) -> None:
+    """A dimension of a mesh that holds all ranks has no group of its own that would describe itself."""
+    init: Any = module.init_device_mesh  # a name that PyTorch documents
+
+    @functools.wraps(init)
+    def init_and_name(*arguments: Any, **keywords: Any) -> Any:
+        mesh = init(*arguments, **keywords)
+        for name in mesh.mesh_dim_names or ():
+            if axis := axis_of(name):
+                name_group(mesh.get_group(name), axis)
+        return mesh
+
+    module.init_device_mesh = init_and_name  # type: ignore[attr-defined]
 
 
 # Steps and phases. What PyTorch does not document is asked for by name, and a name that is missing costs its phase.

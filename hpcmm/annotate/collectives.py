@@ -18,7 +18,7 @@ import atexit
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hpcmm.annotate import schema
+from hpcmm.annotate import groups, schema
 from hpcmm.annotate.ranges import profiler_attached, receive_begins, tell_rank
 
 OP_NAMES = {
@@ -97,7 +97,8 @@ class CollectiveRecorder:
             receive_begins()
         group = next(dist.ProcessGroup.unbox(a) for a in arguments if isinstance(a, torch.ScriptObject))
         sequence, whom = self._sequence(op, group), None if peer is None else _rank_in_job(group, peer)
-        name = schema.CollectiveName(op, group.group_name, sequence, _bytes(op, arguments), whom)
+        size = _bytes(op, arguments)
+        name = schema.CollectiveName(op, group.group_name, sequence, size, whom, *_uneven(op, arguments))
         range_id = self._nvtx.start_range(name.format(), domain=schema.COMM_DOMAIN)
         self.recorded[group.group_name, op] += 1
         try:
@@ -122,6 +123,7 @@ class CollectiveRecorder:
         """
         name = group.group_name
         if name not in self._sequences:
+            groups.seen(group)
             self._sequences[name] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
         if op not in POINT_TO_POINT:
             self._sequences[name] += 1
@@ -186,6 +188,14 @@ def _bytes(op: str, arguments: Iterable[Any]) -> int:
     if op == "barrier":
         return 0
     return max((sum(t.numel() * t.element_size() for t in _tensors([each])) for each in arguments), default=0)
+
+
+def _uneven(op: str, arguments: Sequence[Any]) -> tuple[int, int] | tuple[()]:
+    """Bytes of an all-to-all's input and output, if they differ; the output is its first argument."""
+    if op != "all_to_all":
+        return ()
+    received, sent = (_bytes("", [each]) for each in arguments[:2])
+    return () if sent == received else (sent, received)
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:

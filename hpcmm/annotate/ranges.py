@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from itertools import count
@@ -235,6 +235,14 @@ def steps(batches: Iterable[Batch], first: int = 0) -> Iterator[Batch]:
         return
 
 
+_told_at_capture: list[Callable[[], None]] = []
+
+
+def at_capture(tell: Callable[[], None]) -> None:
+    """Call ``tell`` when a capture begins: it holds no mark of before."""
+    _told_at_capture.append(tell)
+
+
 class CaptureWindow:
     """The range that a profiler records within, and nothing else.
 
@@ -254,6 +262,8 @@ class CaptureWindow:
             nvtx.push_range(schema.CAPTURE_RANGE, domain=schema.CAPTURE_DOMAIN)
             self._is_open = True
             tell_rank(again=True)
+            for tell in _told_at_capture:
+                tell()
 
     def close(self) -> None:
         """End the range if it has begun, for good."""

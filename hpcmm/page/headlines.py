@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from hpcmm.analysis import process_groups
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS
 from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
@@ -159,6 +160,12 @@ def _of_phases(study: Study) -> str:
         return ""
     told = ", ".join(f"{plain(phase)} {seconds(taken_s)}" for phase, taken_s in each_s.head(_MOST_PHASES).items())
     return f" Phases of a rank, in all: {told}{', ...' if len(each_s) > _MOST_PHASES else ''}."
+
+
+def mesh_line(study: Study) -> str:
+    """How the ranks are laid out, as their process groups tell it; empty if they do not."""
+    sizes = process_groups.mesh(study.traces)
+    return "mesh: " + " x ".join(f"{axis} {size}" for axis, size in sizes.items()) if sizes else ""
 
 
 def coverage_line(study: Study) -> str:

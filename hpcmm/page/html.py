@@ -24,6 +24,7 @@ from hpcmm.page.headlines import (
     gpu_line,
     headline,
     late_line,
+    mesh_line,
     number,
     percent,
     phases_line,
@@ -93,7 +94,7 @@ def _table(title: str, note: str, frame: pd.DataFrame, name: str) -> PageTable:
     return PageTable(title, note, columns, rows, max(0, len(frame) - MAX_ROWS), f"{name}.csv")
 
 
-_FACTS = (steps_line, coverage_line, efficiency_line, failed_line, alone_line, phases_line)
+_FACTS = (steps_line, mesh_line, coverage_line, efficiency_line, failed_line, alone_line, phases_line)
 _SCRIPTS = (
     "format", "palette", "unpack", "bitmap", "row", "lanes", "describe", "timeline", "gestures", "step_plot", "start",
 )  # fmt: skip

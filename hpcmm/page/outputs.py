@@ -24,6 +24,7 @@ from hpcmm.page.headlines import (
     gpu_line,
     headline,
     late_line,
+    mesh_line,
     number,
     percent,
     phases_line,
@@ -95,7 +96,7 @@ MAX_GAPS = 10
 def summary(study: Study) -> str:
     """The whole document."""
     rows = study.tables["bottlenecks"]
-    facts = [steps_line(study), coverage_line(study), efficiency_line(study), clock_line(study)]
+    facts = [steps_line(study), mesh_line(study), coverage_line(study), efficiency_line(study), clock_line(study)]
     facts += [failed_line(study), alone_line(study), phases_line(study), gpu_line(study), late_line(study)]
     parts = [f"# {escape(study.name or 'Analysis')}", f"**{escape(headline(study))}**"]
     if len(rows):

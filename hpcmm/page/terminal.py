@@ -29,6 +29,7 @@ from hpcmm.page.headlines import (
     gpu_line,
     headline,
     late_line,
+    mesh_line,
     number,
     percent,
     phases_line,
@@ -63,7 +64,7 @@ def print_study(study: Study, out: Path, console: Console | None = None) -> None
         else:
             console.print(_table(rows))
         console.print()
-    facts = [steps_line(study), coverage_line(study), efficiency_line(study)]
+    facts = [steps_line(study), mesh_line(study), coverage_line(study), efficiency_line(study)]
     _line(console, "; ".join(fact for fact in facts if fact) + ".", "", rich=rich)
     if len(study.tables["clock"]) > 1:
         _line(console, f"{clock_line(study)[:1].upper()}{clock_line(study)[1:]}.", "", rich=rich)

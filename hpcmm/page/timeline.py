@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from hpcmm.analysis import process_groups
 from hpcmm.analysis.findings import CAUSES
 from hpcmm.analysis.study import Study
 from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
@@ -160,7 +161,7 @@ def _collective_arrays(study: Study, traces: Sequence[RankTrace], unit: int) -> 
     if left_out:
         length = (rows["end_ns"] - rows["start_ns"]).to_numpy(np.int64)
         rows = rows.iloc[np.sort(np.argpartition(length, left_out)[left_out:])]
-    labels = rows["op"].astype(str) + " in group " + rows["group"].astype(str) if len(rows) else pd.Series(dtype=str)
+    labels = rows["op"].astype(str) + " in " + process_groups.labels(rows) if len(rows) else pd.Series(dtype=str)
     codes, names = pd.factorize(labels, sort=True)
     rows = rows.assign(code=np.minimum(codes, 2**16 - 1)).sort_values("start_ns", kind="stable")
     index_of = {id(trace): index for index, trace in enumerate(study.traces)}

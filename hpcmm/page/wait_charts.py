@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from hpcmm.analysis import process_groups
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.study import Study
 from hpcmm.analysis.trace import LOADING, OP_BUILD, OTHER_WAIT, SUPERVISION, WITHIN_STEP
@@ -119,6 +120,7 @@ def bandwidth(study: Study) -> tuple[list[BandwidthRow], int]:
     table = table[np.isfinite(rate) & (rate > 0) & (table["bytes"] > 0)]
     if table.empty:
         return [], 0
+    table = table.assign(group=process_groups.labels(table).str.removeprefix("group "))
     table = table.assign(scale=np.floor(np.log2(table["bytes"].astype(float))).astype(int))
     grouped = table.groupby(["op", "group", "scale"], observed=True)
     found = grouped.agg(

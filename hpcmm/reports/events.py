@@ -5,6 +5,7 @@ Times are nanoseconds of the report's own clock until :mod:`hpcmm.analysis.clock
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,18 @@ from hpcmm.annotate import schema
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.cuda import read_cuda, shifted
 from hpcmm.reports.identity import read_identity
-from hpcmm.reports.report import ID_MASK, LOADER_NAME, MARK, PID_SHIFT, PUSH_POP, START_END, Integers, Parts, Report
+from hpcmm.reports.report import (
+    ID_MASK,
+    LOADER_NAME,
+    MARK,
+    MARK_COLUMNS,
+    PID_SHIFT,
+    PUSH_POP,
+    START_END,
+    Integers,
+    Parts,
+    Report,
+)
 from hpcmm.reports.sqlite import MAX_NAME_LENGTH, MAX_NS, ReportDatabase
 
 DOMAIN_CREATE = 75
@@ -41,6 +53,7 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL) -> Report:
         domains = _domains(database)
         osrt = _read_osrt(database, damage)
         nvtx = _read_nvtx(database, domains, damage, parts)
+        marks = _marks(database, domains)
         cuda = None if parts is Parts.OS_CALLS and len(nvtx) else read_cuda(database, domains, damage)
         span = _spans(database, osrt)
         first, last = (time - base for time in _overall(span, base))
@@ -67,7 +80,8 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL) -> Report:
             damage=tuple(damage),
             requested=_requested(database),
             cuda=cuda,
-            ranks=_ranks(database, domains),
+            marks=marks.assign(start_ns=marks["start_ns"] - base),
+            ranks=_ranks(marks),
             parts=parts,
         )
 
@@ -204,25 +218,33 @@ def _domains(database: ReportDatabase) -> dict[tuple[int, int], str]:
     }
 
 
-def _ranks(database: ReportDatabase, domains: dict[tuple[int, int], str]) -> dict[int, int]:
-    """Ranks by pid, from the marks of the annotation."""
+def _marks(database: ReportDatabase, domains: dict[tuple[int, int], str]) -> pd.DataFrame:
+    """Marks of the annotation's own domain, in their order."""
     own = sorted({number for (_, number), name in domains.items() if name == schema.DOMAIN})
-    if not own or not database.has("NVTX_EVENTS", "eventType", "domainId", "globalTid"):
-        return {}
-    query = f"""
-        SELECT globalTid, domainId, {_text_expression(database)} FROM NVTX_EVENTS {_string_join(database)}
-        WHERE eventType = {MARK} AND domainId IN ({", ".join(map(str, own))}) AND typeof(globalTid) = 'integer'
-    """  # noqa: S608
-    try:
-        rows = database.rows(query)
-    except HpcmmError:
-        return {}
-    told = {
-        _pid(thread): schema.parse_rank(str(text))
-        for thread, number, text in rows
-        if isinstance(thread, int) and isinstance(number, int) and domains.get((_pid(thread), number)) == schema.DOMAIN
-    }
-    return {pid: rank for pid, rank in told.items() if rank is not None}
+    found: list[tuple[int, int, str]] = []
+    first, last = database.first_ns, database.last_ns
+    if own and database.has("NVTX_EVENTS", "eventType", "domainId", "globalTid"):
+        query = f"""
+            SELECT globalTid, domainId, {database.column("NVTX_EVENTS", "start")}, {_text_expression(database)}
+            FROM NVTX_EVENTS {_string_join(database)}
+            WHERE eventType = {MARK} AND domainId IN ({", ".join(map(str, own))}) AND typeof(globalTid) = 'integer'
+        """  # noqa: S608
+        with suppress(HpcmmError):
+            found = [
+                (start if isinstance(start, int) and first <= start <= last else first, _pid(thread), str(text))
+                for thread, number, start, text in database.rows(query)
+                if isinstance(thread, int)
+                and isinstance(number, int)
+                and domains.get((_pid(thread), number)) == schema.DOMAIN
+            ]
+    frame = pd.DataFrame(found, columns=MARK_COLUMNS).astype({"start_ns": np.int64, "pid": np.int64})
+    return frame.sort_values("start_ns", kind="stable", ignore_index=True)
+
+
+def _ranks(marks: pd.DataFrame) -> dict[int, int]:
+    """Ranks by pid; the last that a process tells holds."""
+    told = [(int(pid), schema.parse_rank(name)) for pid, name in zip(marks["pid"], marks["name"], strict=True)]
+    return {pid: rank for pid, rank in told if rank is not None}
 
 
 def _pid(global_tid: int) -> int:

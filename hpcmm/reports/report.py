@@ -52,6 +52,7 @@ class CudaEvents:
     """Calls in which the host waits for the device: start_ns, end_ns, pid."""
 
 
+MARK_COLUMNS = ["start_ns", "pid", "name"]
 MARK, PUSH_POP, START_END = 34, 59, 60
 PID_SHIFT, ID_MASK = 24, 0xFFFFFF
 """globalTid = ... pid (24 bits) tid (24 bits)."""
@@ -99,6 +100,8 @@ class Report:
     """Of ``nvtx`` and ``cuda``: what nsys was asked to trace; empty if the report does not say."""
     cuda: CudaEvents | None = None
     """What its GPUs did; None if no GPU activity was traced."""
+    marks: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MARK_COLUMNS))
+    """What the annotation marked in its own domain: start_ns, pid, name."""
     ranks: dict[int, int] = field(default_factory=dict)
     """Ranks by pid, of the processes that told theirs in a mark."""
     parts: Parts = Parts.ALL

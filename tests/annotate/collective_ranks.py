@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
-from hpcmm.annotate import collectives
+from hpcmm.annotate import collectives, expert_tokens, name_group
 from hpcmm.config.schema import ClusterConfig
 from hpcmm.node.cache import extensions_dir
 from hpcmm.worker.compiled_ops import load_ops
@@ -42,11 +42,19 @@ dist.scatter(short, [torch.empty(1000), torch.empty(1000)] if rank == 0 else Non
 dist.all_gather_object([None, None], {"rank": rank})
 dist.send(short, 1) if rank == 0 else dist.recv(short, 0)
 pair = dist.new_group([0, 1])
+name_group(pair, "tensor")
+name_group(dist.new_group([1]), "not rank 0's")
 dist.all_reduce(short, group=pair)
 
 with torch.inference_mode():
     made = torch.ones(1000)
     dist.all_reduce(made)
+
+# A group that is described as a DeviceMesh describes its own, and an exchange of unequal parts.
+dist.all_reduce(short, group=dist.new_group([0, 1], group_desc="mesh_dp_shard"))
+mine = 3 if rank == 0 else 1
+dist.all_to_all_single(torch.empty(2 * mine), torch.ones(4), [mine, mine], [3, 1])
+expert_tokens([5, 7], "layer 1")
 
 # What compiled graphs, DTensor and tensor parallelism call; C++ code waits for the results.
 gathered = functional.all_gather_tensor(short, 0, pair)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.annotate.schema import COMM_DOMAIN, CollectiveName
+from hpcmm.annotate.schema import COMM_DOMAIN, CollectiveName, GroupMark, parse_expert_tokens
 from hpcmm.config.schema import ProfileConfig
 from hpcmm.node.network import find_free_port
 from hpcmm.nsys.capture import run_under_nsys
+from hpcmm.reports.events import read_report
 from hpcmm.worker.nsys_rank import profile_flags
 from hpcmm.worker.task import nsys_flags_of
 
@@ -29,7 +30,7 @@ def by_group(recorded):
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory, nsys, compiled_ops):
-    """What rank 0 counted under nsys, and the names of the ranges in its report."""
+    """What rank 0 counted under nsys, the names of the ranges in its report, and the report as it is read."""
     folder = tmp_path_factory.mktemp("collectives")
     port = str(find_free_port("127.0.0.1"))
     command = [sys.executable, "-W", "ignore", str(SCRIPT)]
@@ -54,12 +55,12 @@ def captured(tmp_path_factory, nsys, compiled_ops):
             (COMM_DOMAIN,),
         ).fetchall()
     said = next(line for line in counts.read_text(encoding="utf-8").splitlines() if line.startswith("{"))
-    return json.loads(said), ranges
+    return json.loads(said), ranges, read_report(folder / "r.sqlite", folder / "rank_0000.nsys-rep")
 
 
 @pytest.mark.nsys
 def test_each_group_has_as_many_ranges_as_its_own_sequence_number(captured):
-    counted, _ = captured
+    counted, *_ = captured
     # gloo counts sends and receives among its own numbers, and so do the ranges.
     recorded = by_group(counted["recorded"])
     assert {group: recorded[group] for group in counted["own_numbers"]} == counted["own_numbers"]
@@ -74,7 +75,7 @@ def test_functional_collectives_are_seen_once_each(captured):
 
 @pytest.mark.nsys
 def test_the_report_holds_these_ranges_each_closed_and_named(captured):
-    counted, ranges = captured
+    counted, ranges, _ = captured
     names = [CollectiveName.parse(name) for name, _ in ranges]
     assert Counter(f"{name.group} {name.op}" for name in names) == counted["recorded"]
     assert [name for name, end in ranges if end is None] == []
@@ -83,7 +84,7 @@ def test_the_report_holds_these_ranges_each_closed_and_named(captured):
 
 @pytest.mark.nsys
 def test_sequence_numbers_run_without_a_gap_and_bytes_are_right(captured):
-    _, ranges = captured
+    ranges = captured[1]
     names = [CollectiveName.parse(name) for name, _ in ranges]
     for group in {name.group for name in names}:
         numbers = [name.sequence for name in names if name.group == group and name.op not in ("send", "recv")]
@@ -96,13 +97,30 @@ def test_sequence_numbers_run_without_a_gap_and_bytes_are_right(captured):
 
 @pytest.mark.nsys
 def test_who_is_at_the_other_end_is_told_of_those_that_have_one(captured):
-    _, ranges = captured
+    ranges = captured[1]
     names = [CollectiveName.parse(name) for name, _ in ranges]
     told = {name.op: name.peer for name in names if name.group == "0"}
     assert told["send"] == 1
     assert told["broadcast"] == told["reduce"] == 0
     assert told["all_reduce"] is None
     assert told["barrier"] is None
+
+
+@pytest.mark.nsys
+def test_the_report_tells_what_the_groups_are_for(captured):
+    report = captured[2]
+    marks = [GroupMark.parse(name) for name in report.marks["name"]]
+    told = {(mark.name, mark.ranks) for mark in marks if mark is not None}
+    assert told == {("tensor", (0, 1)), ("data", (0, 1))}, "named by the script, and by its description"
+    assert list(report.ranks.values()) == [0]
+    assert [parse_expert_tokens(name) for name in report.marks["name"]].count(12) == 1
+
+
+@pytest.mark.nsys
+def test_what_an_all_to_all_of_unequal_parts_sends_and_gets_is_told(captured):
+    names = [CollectiveName.parse(name) for name, _ in captured[1]]
+    exchanged = [(name.bytes, name.sent, name.received) for name in names if name.op == "all_to_all"]
+    assert exchanged == [(8000, None, None), (24, 16, 24)]
 
 
 def test_without_a_profiler_nothing_is_installed():

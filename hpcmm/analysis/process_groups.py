@@ -1,0 +1,77 @@
+"""What each process group is for, and who is in it: told by the ranks, or else seen from what they exchange.
+
+A rank tells it by a mark (:class:`hpcmm.annotate.schema.GroupMark`). The name that one member tells holds for all of
+them, for ``torch.distributed`` gives a group the same name on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from hpcmm.analysis.trace import RankTrace
+from hpcmm.annotate.schema import AXES, GroupMark, axis_of
+from hpcmm.ranges import write_ranges
+
+TOLD, SEEN = "told", "seen"
+"""How the purpose of a group is known (column ``axis_basis``)."""
+
+
+def told(traces: Sequence[RankTrace]) -> dict[str, GroupMark]:
+    """The marks of all groups, by the names that ``torch.distributed`` gives them."""
+    return {group: mark for trace in traces for group, mark in trace.groups.items()}
+
+
+def with_groups(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> pd.DataFrame:
+    """Rows of collectives with ``axis`` (what the group is for; empty if no rank tells), ``axis_basis``, and
+    ``group_ranks``, such as ``0-3``: as they are told, or else those that take part."""
+    marks = told(traces)
+    names = {group: axis_of(mark.name) or mark.name for group, mark in marks.items()}
+    members = {str(group): write_ranges(ranks) for group, ranks in rows.groupby("group")["rank"].unique().items()}
+    members |= {group: write_ranges(mark.ranks) for group, mark in marks.items() if mark.ranks}
+    axis = rows["group"].map(names).fillna("") if names else ""
+    found = rows.assign(axis=axis, group_ranks=rows["group"].map(members).fillna(""))
+    return found.assign(axis_basis=np.where(found["axis"] != "", TOLD, ""))
+
+
+def labels(rows: pd.DataFrame) -> pd.Series[str]:
+    """For each row ``tensor group of ranks 0-1``; if nothing is known of what a group is for, ``group NAME``."""
+    groups = rows[["group", "axis", "group_ranks"]].drop_duplicates("group")
+    told = {
+        group: f"{axis} group of ranks {ranks}" if axis else f"group {group}"
+        for group, axis, ranks in groups.itertuples(index=False)
+    }
+    return rows["group"].map(told).astype(str)
+
+
+def mesh(traces: Sequence[RankTrace]) -> dict[str, int]:
+    """The size of each axis that has groups of several ranks, outermost first; of unequal groups the largest."""
+    sizes: dict[str, int] = {}
+    for mark in told(traces).values():
+        axis = axis_of(mark.name)
+        if axis in AXES and len(mark.ranks) > 1:
+            sizes[axis] = max(sizes.get(axis, 1), len(mark.ranks))
+    return {axis: sizes[axis] for axis in AXES if axis in sizes}
+
+
+def stages(traces: Sequence[RankTrace]) -> tuple[tuple[int, ...], ...]:
+    """Traces of each pipeline stage, as the pipeline groups tell them: the n-th rank of each is of stage n.
+
+    Empty if they do not tell. A library may have groups of two neighbours, too, so that the longest counts.
+    """
+    longest: dict[int, tuple[int, ...]] = {}
+    for mark in told(traces).values():
+        if axis_of(mark.name) == "pipeline":
+            for rank in mark.ranks:
+                longest[rank] = max(longest.get(rank, ()), tuple(sorted(mark.ranks)), key=len)
+    if not traces or any(trace.rank not in longest for trace in traces):
+        return ()
+    count = {len(longest[trace.rank]) for trace in traces}
+    if len(count) != 1 or min(count) < 2:
+        return ()
+    found: list[list[int]] = [[] for _ in range(count.pop())]
+    for index, trace in enumerate(traces):
+        found[longest[trace.rank].index(trace.rank)].append(index)
+    return tuple(map(tuple, found)) if all(found) else ()
