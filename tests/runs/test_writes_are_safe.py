@@ -34,6 +34,7 @@ WRITTEN_ELSEWHERE = {
     ("workloads/anomaly/page/blocks.py", ""),
     # In the cache folder, which no other user can write.
     ("workloads/anomaly/data/", ""),
+    ("workloads/omni/data/made/", ""),
     # The kernel's file.
     ("reports/load.py", "serve"),
 }
