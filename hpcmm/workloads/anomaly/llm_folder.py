@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hpcmm.errors import HpcmmError
-from hpcmm.node.cache import cache_dir
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, LlmKind, ModelConfig
+from hpcmm.workloads.smollm2 import prepare_smollm2, smollm2_folder
 
 
 def model_config(config: AnomalyConfig) -> ModelConfig:
@@ -17,21 +16,10 @@ def model_config(config: AnomalyConfig) -> ModelConfig:
     llm = config.model.llm
     if llm.kind is not LlmKind.smollm2:
         return config.model
-    from hpcmm.workloads.anomaly.models.smollm2 import FOLDER  # noqa: PLC0415 -- imports torch
-
-    folder = cache_dir(config.cluster) / "llm" / FOLDER
-    if not folder.is_dir():
-        raise HpcmmError(f"{folder} is not there: every run makes it before its ranks start, unless it is removed.")
-    return replace(config.model, llm=replace(llm, path=str(folder)))
+    return replace(config.model, llm=replace(llm, path=str(smollm2_folder(config.cluster))))
 
 
 def ensure_llm(config: AnomalyConfig) -> None:
     """Convert the packaged language model if the configuration asks for it and it is not there."""
-    if config.model.llm.kind is not LlmKind.smollm2:
-        return
-    from hpcmm.workloads.anomaly.models.smollm2 import FOLDER, ensure_smollm2  # noqa: PLC0415 -- imports torch
-
-    folder = cache_dir(config.cluster) / "llm" / FOLDER
-    if not folder.is_dir():
-        print(f"Converting the language model's packaged weights in {folder}.", flush=True)
-    ensure_smollm2(folder)
+    if config.model.llm.kind is LlmKind.smollm2:
+        prepare_smollm2(config.cluster)

@@ -16,9 +16,9 @@ from hpcmm.workloads.anomaly.models.answers import answer
 from hpcmm.workloads.anomaly.models.language import LanguageHead
 from hpcmm.workloads.anomaly.models.llm import build_llm
 from hpcmm.workloads.anomaly.models.prompt_learner import BASE_PROMPTS, PromptLearner
-from hpcmm.workloads.anomaly.models.smollm2 import ensure_smollm2
 from hpcmm.workloads.anomaly.question_answering.conversations import Dialogue
 from hpcmm.workloads.anomaly.schema import LlmConfig, LlmKind, ModelConfig
+from hpcmm.workloads.smollm2 import ensure_smollm2
 
 TINY = LlmConfig(kind=LlmKind.tiny, lora_rank=2)
 CHANNELS = 320

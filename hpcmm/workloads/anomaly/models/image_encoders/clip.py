@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder, given_weights
 from hpcmm.workloads.anomaly.models.image_encoders.tokens import TINY_VISION, check_square, choose_taps, tokens_to_map
-from hpcmm.workloads.anomaly.models.pretrained import clip_config, load_pretrained
+from hpcmm.workloads.pretrained import clip_config, load_pretrained
 
 _KEY = "model.image_weights"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hpcmm.errors import HpcmmError
 from hpcmm.workloads.anomaly.models.image_encoders.encoder import ImageEncoder, given_weights
 from hpcmm.workloads.anomaly.models.image_encoders.tokens import TINY_VISION, check_square, choose_taps, tokens_to_map
-from hpcmm.workloads.anomaly.models.pretrained import load_pretrained
-
-_PREPROCESSING = "preprocessor_config.json"
+from hpcmm.workloads.pretrained import load_pretrained, pixel_scale
 
 
 class ViTEncoder(ImageEncoder):
@@ -51,7 +47,7 @@ class ViTEncoder(ImageEncoder):
 
         folder = given_weights(weights, "vit")
         network = load_pretrained(_WithoutPooler(ViTModel), folder, "a ViT", "model.image_weights")
-        self.mean, self.std = _pixel_scale(folder, self.mean, self.std)
+        self.mean, self.std = pixel_scale(folder, self.mean, self.std)
         return network
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
@@ -82,20 +78,3 @@ class _WithoutPooler:
 
     def from_pretrained(self, folder: Path, **options: Any) -> Any:
         return self._class.from_pretrained(folder, add_pooling_layer=False, **options)
-
-
-def _pixel_scale(
-    folder: Path, mean: Sequence[float], std: Sequence[float]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel from the folder, or those given if it does not tell."""
-    path = folder / _PREPROCESSING
-    if not path.is_file():
-        return tuple(mean), tuple(std)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        told = [tuple(float(value) for value in content[key]) for key in ("image_mean", "image_std")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HpcmmError(f"{path} tells no image_mean and image_std of three numbers each: {error!r}.") from error
-    if any(len(values) != 3 for values in told) or min(told[1]) <= 0:
-        raise HpcmmError(f"{path} must tell image_mean and image_std of three numbers each, the latter above 0.")
-    return told[0], told[1]

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from hpcmm.workloads.anomaly.models.image_encoders.clip import TINY_EMBEDDING_WIDTH
 from hpcmm.workloads.anomaly.models.image_encoders.encoder import given_weights
-from hpcmm.workloads.anomaly.models.pretrained import clip_config, load_pretrained, load_tokenizer
 from hpcmm.workloads.anomaly.models.text_encoders import bytes_tokenizer
 from hpcmm.workloads.anomaly.models.text_encoders.encoder import TextEncoder
+from hpcmm.workloads.pretrained import clip_config, load_pretrained, load_tokenizer
 
 _KEY = "model.text_encoder (or model.image_weights)"
 

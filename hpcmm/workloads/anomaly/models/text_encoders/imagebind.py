@@ -13,9 +13,9 @@ from torch.nn import functional
 from hpcmm.workloads.anomaly.models.image_encoders.clip import TINY_EMBEDDING_WIDTH
 from hpcmm.workloads.anomaly.models.image_encoders.encoder import given_weights
 from hpcmm.workloads.anomaly.models.imagebind import TextTower, load_text_tower
-from hpcmm.workloads.anomaly.models.pretrained import load_tokenizer
 from hpcmm.workloads.anomaly.models.text_encoders import bytes_tokenizer
 from hpcmm.workloads.anomaly.models.text_encoders.encoder import TextEncoder
+from hpcmm.workloads.pretrained import load_tokenizer
 
 
 class ImageBindTextEncoder(TextEncoder):

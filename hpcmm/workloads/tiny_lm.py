@@ -1,0 +1,94 @@
+"""Tiny random causal language models whose tokens are bytes: they run in a moment anywhere, and know no word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hpcmm.workloads.causal_lm import CausalLm
+
+ARCHITECTURES = ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+"""Those that can be made tiny, by the ``model_type`` of ``transformers``."""
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
+SPECIALS = ("<s>", "</s>")
+"""First token of a text, and its end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """How large a tiny network is."""
+
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    intermediate: int = 128
+    experts: int = 4
+    """Of a layer, in architectures with experts."""
+    experts_per_token: int = 2
+    router_loss: bool = False
+    """Whether experts that are chosen unevenly cost something."""
+    longest: int = 2048
+    """Tokens of a sequence at most."""
+
+
+def build_tiny_lm(architecture: str = "llama", sizes: Sizes | None = None, attention: str | None = None) -> CausalLm:
+    """A network of one of ARCHITECTURES with weights from PyTorch's random state, and a tokenizer of bytes.
+
+    ``attention``: the network's attention as ``transformers`` names it; None: its default.
+    """
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - takes seconds
+
+    config = _config(architecture, sizes or Sizes())
+    options = {} if attention is None else {"attn_implementation": attention}
+    return CausalLm(AutoModelForCausalLM.from_config(config, **options), bytes_tokenizer())
+
+
+def bytes_tokenizer() -> Any:
+    """A tokenizer that knows 256 bytes, a first token and an end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - takes seconds
+
+    first, end = SPECIALS
+    backend = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=first, eos_token=end, pad_token=end)
+
+
+def _vocabulary() -> dict[str, int]:
+    from tokenizers import pre_tokenizers  # noqa: PLC0415
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return {token: number for number, token in enumerate([*SPECIALS, *alphabet])}
+
+
+def _config(architecture: str, sizes: Sizes) -> Any:
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    assert architecture in ARCHITECTURES, architecture
+    experts = {}
+    if architecture in WITH_EXPERTS:
+        experts = {
+            "num_local_experts": sizes.experts,
+            "num_experts_per_tok": sizes.experts_per_token,
+            "output_router_logits": sizes.router_loss,
+        }
+    if architecture == "qwen3_moe":
+        experts |= {"moe_intermediate_size": sizes.intermediate, "norm_topk_prob": True}
+    return AutoConfig.for_model(
+        architecture,
+        vocab_size=len(_vocabulary()),
+        hidden_size=sizes.width,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.width // sizes.heads,
+        max_position_embeddings=sizes.longest,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        tie_word_embeddings=True,
+        **experts,
+    )
