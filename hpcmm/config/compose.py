@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from hpcmm.config.keys import parts_of
+from hpcmm.config.keys import part_maps_of, parts_of
 from hpcmm.config.parts import NAME, folders_of, with_parts
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.space import ConfigSpace, elements_of, explained, first_line, space_of
@@ -88,15 +88,29 @@ def _parsed(parser: OverridesParser, override: str, space: ConfigSpace) -> Overr
 
 
 def _as_group(override: Override, parser: OverridesParser, space: ConfigSpace) -> Override:
-    """``model.decoder=mlp`` as ``model/decoder=mlp``, if these are options, so that both mean the same in all."""
-    for key, group in parts_of(space.schema):
-        if override.key_or_group != key or group.group not in space.chosen or override.type is not OverrideType.CHANGE:
-            continue
-        each = elements_of(override, space) if override.is_sweep_override() else [override]
-        names = [element.value() for element in each]
-        if names and all(name in space.groups.get(group.group, []) for name in names):
-            return parser.parse_override(f"{group.group}={','.join(map(str, names))}")
+    """``model.decoder=mlp`` as ``model/decoder=mlp``, if these are options, so that both mean the same in all.
+
+    In a dictionary of parts, ``model.modalities.image=vit`` as ``model/modality@model.modalities.image=vit``.
+    """
+    key = override.key_or_group
+    if override.type is not OverrideType.CHANGE or override.package is not None:
+        return override
+    for part, group in parts_of(space.schema):
+        if key == part and group.group in space.chosen and (names := _options_in(override, group.group, space)):
+            return parser.parse_override(f"{group.group}={','.join(names)}")
+    for parts, group in part_maps_of(space.schema):
+        if key.rpartition(".")[0] == parts and (names := _options_in(override, group.group, space)):
+            chosen = f"{group.group}@{key}"
+            new = "" if chosen in space.chosen else "+"
+            return parser.parse_override(f"{new}{chosen}={','.join(names)}")
     return override
+
+
+def _options_in(override: Override, group: str, space: ConfigSpace) -> list[str]:
+    """The values of ``override``, a sweep's or its one, if all of them are options of ``group``; else none."""
+    each = elements_of(override, space) if override.is_sweep_override() else [override]
+    names = [element.value() for element in each]
+    return [str(name) for name in names] if all(name in space.groups.get(group, []) for name in names) else []
 
 
 def compose_tree(overrides: Sequence[Override], space: ConfigSpace, *, once: bool = False) -> DictConfig:
@@ -119,11 +133,12 @@ def compose_tree(overrides: Sequence[Override], space: ConfigSpace, *, once: boo
 
 def _note_names(tree: DictConfig, chosen: Sequence[ResultDefault], schema: type[RunConfig]) -> None:
     """Write into each part that a group option chose what that option is called."""
-    options = {default.package: default.config_path for default in chosen}
-    for key, group in parts_of(schema):
-        path = options.get(key)
-        part = OmegaConf.select(tree, key)
-        if path is not None and path.startswith(f"{group.group}/") and isinstance(part, DictConfig):
+    for default in chosen:
+        package, path = default.package or "", default.config_path or ""
+        groups = [group for key, group in parts_of(schema) if key == package]
+        groups += [group for key, group in part_maps_of(schema) if key == package.rpartition(".")[0]]
+        part = OmegaConf.select(tree, package) if groups else None
+        if groups and path.startswith(f"{groups[0].group}/") and isinstance(part, DictConfig):
             part[NAME] = path.rpartition("/")[2]
 
 

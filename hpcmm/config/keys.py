@@ -74,9 +74,12 @@ def key(
     return field(default=default, metadata=_metadata(help, Bounds(least, most, above), part))
 
 
-def made_by(factory: Callable[[], T], help: str = "") -> T:
-    """A key whose default is a new list, dictionary or section each time."""
-    return field(default_factory=factory, metadata=_metadata(help, Bounds(), None))
+def made_by(factory: Callable[[], T], help: str = "", *, parts: PartGroup | None = None) -> T:
+    """A key whose default is a new list, dictionary or section each time.
+
+    ``parts``: each value of the dictionary is a part of that group, under a name of the user's, or None for none.
+    """
+    return field(default_factory=factory, metadata={**_metadata(help, Bounds(), None), "parts": parts})
 
 
 def _metadata(words: str, bounds: Bounds, part: PartGroup | None) -> dict[str, Any]:
@@ -122,17 +125,22 @@ def _keys_of(schema: Any) -> tuple[tuple[str, Bounds | None], ...]:
 
 def parts_of(schema: Any) -> tuple[tuple[str, PartGroup], ...]:
     """The dotted names of all keys of the dataclass ``schema`` that hold a part."""
-    return _parts_of(schema)
+    return _keys_with(schema, "part")
+
+
+def part_maps_of(schema: Any) -> tuple[tuple[str, PartGroup], ...]:
+    """The dotted names of all keys of the dataclass ``schema`` that hold a dictionary of parts."""
+    return _keys_with(schema, "parts")
 
 
 @functools.cache
-def _parts_of(schema: Any) -> tuple[tuple[str, PartGroup], ...]:
+def _keys_with(schema: Any, what: str) -> tuple[tuple[str, PartGroup], ...]:
     found: list[tuple[str, PartGroup]] = []
     for each in fields(schema):
-        if (group := each.metadata.get("part")) is not None:
+        if (group := each.metadata.get(what)) is not None:
             found.append((each.name, group))
         elif (inner := _section(schema, each)) is not None:
-            found += [(f"{each.name}.{key}", group) for key, group in parts_of(inner)]
+            found += [(f"{each.name}.{key}", group) for key, group in _keys_with(inner, what)]
     return tuple(found)
 
 

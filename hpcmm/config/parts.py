@@ -23,7 +23,7 @@ import platformdirs
 import yaml
 
 from hpcmm.config.class_source import class_source, fits, is_read_of_torch, syntax_problem
-from hpcmm.config.keys import PartGroup, parts_of
+from hpcmm.config.keys import PartGroup, part_maps_of, parts_of
 from hpcmm.config.untyped_config import refuse_traps_of_own
 from hpcmm.errors import HpcmmError
 from hpcmm.files import group_can_write, is_known_owner, name_of, read_text
@@ -199,10 +199,17 @@ def with_parts(config: T, folders: Sequence[Path]) -> T:
     """``config`` with each part that is a name replaced by what the file of that name holds."""
     for key, group in parts_of(type(config)):
         section, _, name = key.rpartition(".")
-        holder = functools.reduce(getattr, filter(None, section.split(".")), config)
-        part = resolved_part(getattr(holder, name), group.group, folders)
-        setattr(holder, name, _truly_named(part, group.group, folders))
+        holder = _value(config, section) if section else config
+        setattr(holder, name, _found(getattr(holder, name), group.group, folders))
+    for key, group in part_maps_of(type(config)):
+        parts = _value(config, key)
+        for name, part in parts.items():
+            parts[name] = _found(part, group.group, folders)
     return config
+
+
+def _found(part: Any, group: str, folders: Sequence[Path]) -> Any:
+    return _truly_named(resolved_part(part, group, folders), group, folders)
 
 
 def _truly_named(part: Any, group: str, folders: Sequence[Path]) -> Any:
@@ -225,12 +232,19 @@ def part_name(part: Any) -> str:
     return str(part)
 
 
+def _parts_in(config: Any) -> Iterator[tuple[str, PartGroup, Any]]:
+    """Key, group and value of each part of the run, those of dictionaries among them."""
+    for key, group in parts_of(type(config)):
+        yield key, group, _value(config, key)
+    for key, group in part_maps_of(type(config)):
+        yield from ((f"{key}.{name}", group, part) for name, part in _value(config, key).items() if part is not None)
+
+
 def targets_of(config: Any) -> Iterator[str]:
     """The classes, as ``package.module.Class``, that the run names: its workload and its parts."""
     if config.task._target_ is not None:
         yield config.task._target_
-    for key, _ in parts_of(type(config)):
-        part = _value(config, key)
+    for _, _, part in _parts_in(config):
         if isinstance(part, Mapping) and TARGET in part:
             yield str(part[TARGET])
 
@@ -238,8 +252,7 @@ def targets_of(config: Any) -> Iterator[str]:
 def part_problems(config: Any) -> Iterator[str]:
     """A sentence for each part of ``config`` that is not there, is of the wrong class, or has a wrong parameter."""
     folders = folders_of(config.launch.config_dir)
-    for key, group in parts_of(type(config)):
-        part = _value(config, key)
+    for key, group, part in _parts_in(config):
         if not isinstance(part, Mapping):
             yield f"{key} is {part!r}, but hpcmm has {', '.join(options_of(group.group, folders))}."
         elif not isinstance(part.get(TARGET), str):

@@ -68,7 +68,8 @@ class ConfigSpace:
     repository: CachingConfigRepository = field(repr=False)
     """The files that have been read, so that no one is read twice."""
     chosen: frozenset[str] = frozenset()
-    """Groups of which an option is chosen, so that an override can choose another."""
+    """Groups of which an option is chosen, so that an override can choose another: ``model/decoder``, and with the
+    key that it is chosen for ``model/decoder@model.decoder``."""
 
     def files_to_merge(self) -> CachingConfigRepository:
         """The files that have been read, as copies: merging changes what it merges."""
@@ -347,7 +348,10 @@ def _chosen(space: ConfigSpace, point: Sequence[Override]) -> tuple[type[RunConf
             target = (section.get(TARGET) if OmegaConf.is_dict(section) else None) or target
     for override in point:
         target = override.value() if override.key_or_group == TASK_CLASS else target
-    names = {default.config_path.rpartition("/")[0] for default in defaults.defaults if default.config_path}
+    names = set()
+    for default in defaults.defaults:
+        group = (default.config_path or "").rpartition("/")[0]
+        names |= {group, f"{group}@{default.package}"}
     return RunConfig if target is None else load_workload(str(target)).schema, frozenset(names)
 
 
