@@ -10,8 +10,6 @@ from hpcmm.workloads.causal_lm import CausalLm
 ARCHITECTURES = ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 """Those that can be made tiny, by the ``model_type`` of ``transformers``."""
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
-SPECIALS = ("<s>", "</s>")
-"""First token of a text, and its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,16 +30,19 @@ class Sizes:
     """Tokens of a sequence at most."""
 
 
-def build_tiny_lm(architecture: str = "llama", sizes: Sizes | None = None, attention: str | None = None) -> CausalLm:
-    """A network of one of ARCHITECTURES with weights from PyTorch's random state, and a tokenizer of bytes.
+def build_tiny_lm(
+    architecture: str = "llama", sizes: Sizes | None = None, *, tokenizer: Any = None, attention: str | None = None
+) -> CausalLm:
+    """A network of one of ARCHITECTURES with weights from PyTorch's random state.
 
-    ``attention``: the network's attention as ``transformers`` names it; None: its default.
+    ``tokenizer``: what its tokens are; None: bytes. ``attention``: as ``transformers`` names it; None: its default.
     """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - takes seconds
 
-    config = _config(architecture, sizes or Sizes())
+    tokenizer = bytes_tokenizer() if tokenizer is None else tokenizer
+    config = _config(architecture, sizes or Sizes(), tokenizer)
     options = {} if attention is None else {"attn_implementation": attention}
-    return CausalLm(AutoModelForCausalLM.from_config(config, **options), bytes_tokenizer())
+    return CausalLm(AutoModelForCausalLM.from_config(config, **options), tokenizer)
 
 
 def bytes_tokenizer() -> Any:
@@ -49,21 +50,16 @@ def bytes_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - takes seconds
 
-    first, end = SPECIALS
-    backend = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[]))
+    first, end = specials = ["<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=first, eos_token=end, pad_token=end)
 
 
-def _vocabulary() -> dict[str, int]:
-    from tokenizers import pre_tokenizers  # noqa: PLC0415
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return {token: number for number, token in enumerate([*SPECIALS, *alphabet])}
-
-
-def _config(architecture: str, sizes: Sizes) -> Any:
+def _config(architecture: str, sizes: Sizes, tokenizer: Any) -> Any:
     from transformers import AutoConfig  # noqa: PLC0415
 
     assert architecture in ARCHITECTURES, architecture
@@ -78,7 +74,7 @@ def _config(architecture: str, sizes: Sizes) -> Any:
         experts |= {"moe_intermediate_size": sizes.intermediate, "norm_topk_prob": True}
     return AutoConfig.for_model(
         architecture,
-        vocab_size=len(_vocabulary()),
+        vocab_size=len(tokenizer),
         hidden_size=sizes.width,
         intermediate_size=sizes.intermediate,
         num_hidden_layers=sizes.layers,
@@ -86,9 +82,9 @@ def _config(architecture: str, sizes: Sizes) -> Any:
         num_key_value_heads=sizes.kv_heads,
         head_dim=sizes.width // sizes.heads,
         max_position_embeddings=sizes.longest,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
         **experts,
     )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from hpcmm.config.keys import PartGroup, key, made_by
+from hpcmm.config.parts import class_attribute, folders_of, options_of, part_name
+from hpcmm.config.schema import RunConfig, TaskConfig, TrainConfig
+
+ARCHITECTURES = ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+"""Language models that fit, by the ``model_type`` of ``transformers``."""
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
+_NAME = re.compile("[a-z][a-z0-9_]*")
 
 MODALITY = PartGroup("model/modality", "hpcmm.workloads.omni.models.modalities.modality.Modality", given=("width",))
 
@@ -111,8 +119,71 @@ class ModelConfig:
 
     language_model: LanguageModelConfig = made_by(LanguageModelConfig)
     modalities: dict[str, Any] = made_by(
-        dict, "What a conversation may hold beside text, each a name in ``conf/model/modality/``; null for none."
+        dict,
+        "What a conversation may hold beside text, each a name in ``conf/model/modality/``; null for none.",
+        parts=MODALITY,
     )
+
+
+@dataclass
+class OmniTrainConfig(TrainConfig):
+    """The optimisation: the cross-entropy of the answers' tokens, each of which counts the same."""
+
+    encoder_learning_rate: float | None = key(
+        None, "That of the modalities' encoders; None: ``learning_rate``.", above=0
+    )
+    connector_learning_rate: float | None = key(
+        None, "That of the modalities' connectors; None: ``learning_rate``.", above=0
+    )
+
+
+def _task() -> TaskConfig:
+    return TaskConfig("omni", "hpcmm.workloads.omni.workload.OmniWorkload")
+
+
+@dataclass
+class OmniConfig(RunConfig):
+    """A run of the omni-modal language model."""
+
+    task: TaskConfig = made_by(_task)
+    model: ModelConfig = made_by(ModelConfig)
+    data: OmniDataConfig = made_by(OmniDataConfig)
+    train: OmniTrainConfig = made_by(OmniTrainConfig)
+
+
+def problems(config: OmniConfig) -> Iterator[str]:
+    """A sentence for each thing that is wrong between the keys that this workload adds."""
+    yield from _language_problems(config.model.language_model)
+    yield from _modality_problems(config)
+    yield from data_problems(config.data)
+
+
+def _language_problems(language: LanguageModelConfig) -> Iterator[str]:
+    where, tiny = "model.language_model", language.tiny
+    if language.kind is LanguageModelKind.folder and not language.path:
+        yield f"{where}.path is not given: name the folder of the language model, or take model=omni_tiny."
+    if language.kind is not LanguageModelKind.tiny:
+        return
+    if language.architecture not in ARCHITECTURES:
+        yield f"{where}.architecture is {language.architecture!r}, but must be {' or '.join(ARCHITECTURES)}."
+    if tiny.heads % tiny.kv_heads:
+        yield f"{where}.tiny.heads is {tiny.heads}, but must be a multiple of kv_heads, {tiny.kv_heads}."
+    if tiny.width % (2 * tiny.heads):
+        yield f"{where}.tiny.width is {tiny.width}, but must be a multiple of twice the heads, {2 * tiny.heads}."
+    if tiny.experts_per_token > tiny.experts:
+        yield f"{where}.tiny.experts_per_token is {tiny.experts_per_token}, but there are {tiny.experts} experts."
+
+
+def _modality_problems(config: OmniConfig) -> Iterator[str]:
+    for name, part in config.model.modalities.items():
+        where = f"model.modalities.{name}"
+        if not _NAME.fullmatch(name) or name == "text":
+            yield f"{where}: a modality is called by small letters, digits and _, and not text: give it another name."
+        if isinstance(part, Mapping) and part.get("weights") is None and class_attribute(part, "needs_weights"):
+            tiny = f"{part_name(part)}_tiny"
+            known = tiny in options_of(MODALITY.group, folders_of(config.launch.config_dir))
+            otherwise = f", or take a small random one with {where}={tiny}" if known else ""
+            yield f"{where}.weights is not given, but {part_name(part)} needs its folder: name it{otherwise}."
 
 
 def data_problems(data: OmniDataConfig) -> Iterator[str]:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.causal_lm import CausalLm, add_lora, load_causal_lm
-from hpcmm.workloads.omni.schema import LanguageModelConfig, LanguageModelKind
-from hpcmm.workloads.tiny_lm import ARCHITECTURES, Sizes, build_tiny_lm
+from hpcmm.workloads.omni.schema import ARCHITECTURES, LanguageModelConfig, LanguageModelKind
+from hpcmm.workloads.tiny_lm import Sizes, build_tiny_lm
 
 _PATH = "model.language_model.path"
 _TARGETS = "model.language_model.lora_targets"
 
 
-def build_language_model(config: LanguageModelConfig, attention: str | None) -> CausalLm:
+def build_language_model(config: LanguageModelConfig, tokenizer: Any, attention: str | None) -> CausalLm:
     """Its weights frozen or not, with LoRA where ``lora_rank`` is above 0.
 
-    ``attention``: as ``transformers`` names it; None: its default.
+    ``tokenizer``: of a tiny one; None: of bytes. ``attention``: as ``transformers`` names it; None: its default.
     Raises HpcmmError if the folder is no such model, or ``lora_targets`` names no part of it.
     """
     if config.kind is LanguageModelKind.tiny:
-        language = build_tiny_lm(config.architecture, Sizes(**vars(config.tiny)), attention)
+        language = build_tiny_lm(
+            config.architecture, Sizes(**vars(config.tiny)), tokenizer=tokenizer, attention=attention
+        )
     else:
         if config.path is None:
             raise HpcmmError(f"The language model's folder is not given: name it as {_PATH}=/path/to/folder.")

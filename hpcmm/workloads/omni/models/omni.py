@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hpcmm.config.parts import build_part
 from hpcmm.train.attention import NAME as ATTENTION
 from hpcmm.train.structure import Row, Structure, TokenLoss
-from hpcmm.workloads.causal_lm import CausalLm, leave_out_tied
+from hpcmm.workloads.causal_lm import leave_out_tied
 from hpcmm.workloads.omni.data.batch import Batch
 from hpcmm.workloads.omni.models.language_model import build_language_model
 from hpcmm.workloads.omni.models.modalities.modality import Modality
@@ -26,12 +26,11 @@ class OmniModel(nn.Module):
     the text. Source of the idea: H. Liu et al., "Visual Instruction Tuning", NeurIPS 2023.
     """
 
-    def __init__(self, language: CausalLm, modalities: Mapping[str, Modality]) -> None:
+    def __init__(self, network: Any, modalities: Mapping[str, Modality]) -> None:
         super().__init__()
-        self.tokenizer = language.tokenizer
-        self.trunk = Trunk(language.network)
+        self.trunk = Trunk(network)
         self.modalities = nn.ModuleDict(modalities)
-        words = language.network.get_input_embeddings().weight
+        words = network.get_input_embeddings().weight
         for key, modality in modalities.items():
             modality.key = key
             modality.connector.match(words)
@@ -44,8 +43,7 @@ class OmniModel(nn.Module):
     def embed(self, batch: Batch) -> Row:
         """A packed row as the trunk takes it: embedded tokens (1, S, width), positions and labels, both (1, S)."""
         row: Tensor = self.trunk.lm.get_input_embeddings()(batch.tokens)[0]
-        for key, modality in self.modalities.items():
-            assert isinstance(modality, Modality)
+        for key, modality in self.readers().items():
             part = batch.modalities.get(key)
             if part is not None and len(part.prepared):
                 row = row.index_copy(0, part.places, modality(part.prepared).to(row.dtype))
@@ -53,10 +51,14 @@ class OmniModel(nn.Module):
                 row = row + 0 * modality([modality.example().to(row.device)]).sum().to(row.dtype)
         return Row(row[None], batch.positions, batch.labels)
 
+    def readers(self) -> dict[str, Modality]:
+        """The modalities by what a conversation calls them."""
+        return {key: each for key, each in self.modalities.items() if isinstance(each, Modality)}
+
     def structure(self) -> Structure:
         """Which part is what, for recipes that cut the model."""
         parts = {
-            f"modalities.{key}.{name}": getattr(each, name) for key, each in self.modalities.items() for name in _PARTS
+            f"modalities.{key}.{name}": getattr(each, name) for key, each in self.readers().items() for name in _PARTS
         }
         return Structure(
             embed=self.embed,
@@ -80,18 +82,21 @@ def _must_run(modality: Modality) -> bool:
     return trains or any(hasattr(each, "ds_id") for each in modality.parameters())
 
 
-def build_model(config: ModelConfig, seed: int = 0, attention: str | None = ATTENTION) -> OmniModel:
+def build_model(
+    config: ModelConfig, seed: int = 0, *, tokenizer: Any = None, attention: str | None = ATTENTION
+) -> OmniModel:
     """The model with weights that depend on ``config`` and ``seed`` alone; the global random state is left as it was.
 
-    ``attention``: the language model's, as ``transformers`` names it; a packed row needs the default one.
+    ``tokenizer``: of a tiny language model; None: of bytes. ``attention``: the language model's, as ``transformers``
+    names it; a packed row needs the default one.
     Raises HpcmmError for weights that cannot be read, and for parts that do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        language = build_language_model(config.language_model, attention)
+        language = build_language_model(config.language_model, tokenizer, attention)
         modalities: dict[str, Any] = {
             key: build_part(part, MODALITY, width=language.width)
             for key, part in config.modalities.items()
             if part is not None
         }
-        return OmniModel(language, modalities)
+        return OmniModel(language.network, modalities)

@@ -1,0 +1,86 @@
+"""The sizes of a run's language model as far as a machine without torch can know them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpcmm.config.mesh import DATA, EXPERT, PIPELINE, SEQUENCE, TENSOR
+from hpcmm.config.recipe import ModelShape
+from hpcmm.files import read_text
+from hpcmm.workloads.omni.schema import ARCHITECTURES, WITH_EXPERTS, LanguageModelKind, OmniConfig
+
+_CONFIG = "config.json"
+_SMOLLM2 = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+}
+"""Of SmolLM2-135M, whose folder is made on a node."""
+
+
+def network_settings(config: OmniConfig) -> Mapping[str, Any]:
+    """The network's ``config.json``, or the same of one without a folder; empty if this machine cannot read it."""
+    language = config.model.language_model
+    if language.kind is LanguageModelKind.smollm2:
+        return _SMOLLM2
+    if language.kind is LanguageModelKind.tiny:
+        tiny = language.tiny
+        return {
+            "model_type": language.architecture,
+            "num_hidden_layers": tiny.layers,
+            "hidden_size": tiny.width,
+            "num_attention_heads": tiny.heads,
+            "num_key_value_heads": tiny.kv_heads,
+            "intermediate_size": tiny.intermediate,
+            "vocab_size": config.data.vocabulary,
+            "tie_word_embeddings": True,
+            "num_local_experts": tiny.experts,
+            "num_experts_per_tok": tiny.experts_per_token,
+            "output_router_logits": tiny.router_loss,
+        }
+    try:
+        content = json.loads(read_text(Path(language.path or "", _CONFIG).expanduser()))
+    except (OSError, ValueError, RuntimeError, RecursionError):  # another machine's file: a rank says what is wrong
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def axes(config: OmniConfig) -> frozenset[str]:
+    """Along which axes of a mesh the language model can be cut; experts only if it has some."""
+    kind = network_settings(config).get("model_type")
+    if kind is not None and kind not in ARCHITECTURES:
+        return frozenset({DATA})
+    without = frozenset({DATA, SEQUENCE, TENSOR, PIPELINE})
+    return without if kind is not None and kind not in WITH_EXPERTS else without | {EXPERT}
+
+
+def model_shape(config: OmniConfig) -> ModelShape | None:
+    """The language model's sizes; None if this machine cannot know them."""
+    found = network_settings(config)
+    try:
+        heads, width = int(found["num_attention_heads"]), int(found["hidden_size"])
+        has_experts = found.get("model_type") in WITH_EXPERTS
+        experts = int(found.get("num_local_experts") or found.get("num_experts") or 0) if has_experts else 0
+        inner = found.get("moe_intermediate_size") if experts else None
+        return ModelShape(
+            layers=int(found["num_hidden_layers"]),
+            width=width,
+            heads=heads,
+            kv_heads=int(found.get("num_key_value_heads") or heads),
+            head_width=int(found.get("head_dim") or width // heads),
+            intermediate=int(inner or found["intermediate_size"]),
+            vocabulary=int(found["vocab_size"]),
+            experts=experts,
+            experts_per_token=int(found.get("num_experts_per_tok") or 0) if experts else 0,
+            tied_embeddings=bool(found.get("tie_word_embeddings")),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
