@@ -31,6 +31,8 @@ class Span:
     """The number of the turn whose answer it belongs to; None of what is not to be learnt."""
     joins: bool = True
     """Whether it goes on with the text before it, if that is of the same answer."""
+    after: str = ""
+    """The text right before it, for some tokenizers put a space in front of what has none."""
 
 
 class ChatFormat:
@@ -57,19 +59,27 @@ class ChatFormat:
         spans = self._joined(conversation, conversation.roles)
         while spans and spans[-1].answer is None:  # nothing is learnt from it
             spans.pop()
-        return spans
+        return list(_in_context(spans))
 
     def prompt(self, conversation: Conversation) -> list[Span]:
-        """What a model is given to write one more turn, an answer."""
-        return self._joined(conversation, (*conversation.roles, ASSISTANT))
+        """What a model is given to write one more turn, an answer. It writes the space before a word itself."""
+        answer = Span(Part(TEXT, "?"), len(conversation.turns))
+        return list(_in_context([*self._joined(conversation, (*conversation.roles, ASSISTANT)), answer]))[:-1]
 
     def stop_tokens(self, conversation: Conversation) -> list[int]:
         """The tokens of which each ends the answer that follows the conversation."""
         end = self._end((*conversation.roles, ASSISTANT), conversation.origin)
-        return sorted({self._tokenizer.eos_token_id, self.tokens(end)[-1]})
+        return sorted({self._tokenizer.eos_token_id, self._tokens(end)[-1]})
 
-    def tokens(self, text: str) -> list[int]:
-        """The text's tokens, with none added."""
+    def tokens(self, span: Span) -> list[int]:
+        """The tokens that a text has behind the text before it, with none added."""
+        if span.after:
+            before, whole = self._tokens(span.after), self._tokens(span.after + span.part.text)
+            if whole[: len(before)] == before:
+                return whole[len(before) :]
+        return self._tokens(span.part.text)
+
+    def _tokens(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _joined(self, conversation: Conversation, roles: Roles) -> list[Span]:
@@ -154,6 +164,24 @@ class ChatFormat:
 
 def _literal(text: str, answer: int | None = None) -> Span:
     return Span(Part(TEXT, text), answer)
+
+
+def _in_context(spans: Sequence[Span]) -> Iterator[Span]:
+    """The spans, each text with the one before it. The spaces in front of an answer are made its own.
+
+    For they are part of a word's token, which a model is to write.
+    """
+    before, spaces = "", ""
+    for span, following in zip(spans, [*spans[1:], None], strict=True):
+        if span.part.type != TEXT:
+            before, spaces = "", ""
+            yield span
+            continue
+        text = kept = spaces + span.part.text
+        if span.answer is None and following and following.answer is not None and following.part.type == TEXT:
+            kept = text.rstrip(" ")
+        yield replace(span, part=Part(TEXT, kept), after=before if span.joins else "")
+        before, spaces = kept, text[len(kept) :]
 
 
 def _named(roles: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import open_followed
 from hpcmm.text import visible
 
 TRAIN, TEST = "train.jsonl", "test.jsonl"
@@ -33,6 +34,7 @@ UNNAMED = "answers"
 
 _MOST_BYTES = 1 << 24
 """Of a line; a longer one is no conversation."""
+_MOST_TURNS = 512
 _LONGEST_SHOWN = 80
 
 
@@ -92,7 +94,7 @@ class ConversationFile(Sequence[Conversation]):
         """Raises HpcmmError, with file and line, for what is no conversation, and for a file that is not there."""
         start, origin = int(self._starts[index]), f"{visible(str(self.path))}, line {self._lines[index]}"
         try:
-            with self.path.open("rb") as file:
+            with open_followed(self.path) as file:
                 file.seek(start)
                 line = file.readline(_MOST_BYTES + 1)
         except OSError as error:
@@ -107,8 +109,8 @@ class ConversationFile(Sequence[Conversation]):
 
     def _turns(self, values: Any) -> Iterator[Turn]:
         turns = values.get("turns") if isinstance(values, dict) else None
-        if not isinstance(turns, list) or not turns:
-            raise _LineError('it must be an object with a list of "turns".')
+        if not isinstance(turns, list) or not 1 <= len(turns) <= _MOST_TURNS:
+            raise _LineError(f'it must be an object with a list of "turns", 1 to {_MOST_TURNS} of them.')
         for number, turn in enumerate(turns, 1):
             where = f"turn {number}"
             if not isinstance(turn, dict) or turn.get("role") not in ROLES:
@@ -150,8 +152,8 @@ class ConversationFile(Sequence[Conversation]):
         path = self._folder / given
         if given.is_absolute() or ".." in given.parts or not _is_within(path, self._folder):
             raise _LineError(f"{what} is {_shown(name)}, which leaves the data folder: name a file in it.")
-        if not path.exists():
-            raise _LineError(f"{what} is {_shown(name)}, which is not there.")
+        if not path.is_file() and not path.is_dir():
+            raise _LineError(f"{what} is {_shown(name)}, which is not there, or is no file.")
         return path
 
 
@@ -163,7 +165,7 @@ def _places_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Where each line that is not empty begins, in bytes, and its number from 1 on; both (lines,) int64."""
     starts, numbers, place = [], [], 0
     try:
-        with path.open("rb") as file:
+        with open_followed(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_MOST_BYTES), b""), 1):
                 if not line.endswith(b"\n") and len(line) == _MOST_BYTES:
                     raise HpcmmError(

@@ -54,7 +54,7 @@ class Encoder:
         places: dict[str, list[int]] = {key: [] for key in self.modalities}
         for span in spans:
             if span.part.type == TEXT:
-                new = self.format.tokens(span.part.text)
+                new = self.format.tokens(span)
                 answers += [span.answer] * len(new)
             else:
                 new = [0] * self._read(span, conversation, prepared)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from math import gcd
 from pathlib import Path
@@ -13,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcmm.errors import HpcmmError
+from hpcmm.files import read_followed
 from hpcmm.text import visible
 
 LONGEST_S = 1800
 """Of a sound; a longer one would need more memory than a rank has."""
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 1 << 29
 _RATES_HZ = range(1000, 400_000)
-_UNREADABLE = (ValueError, EOFError, KeyError, TypeError, OverflowError, MemoryError, struct.error)
-"""What SciPy raises for damaged files, depending on where the damage lies."""
 
 
 def read_sound(path: Path, rate_hz: int) -> NDArray[np.float32]:
@@ -65,17 +63,21 @@ def write_sound(path: Path, samples: NDArray[np.float32], rate_hz: int) -> None:
 def _read(path: Path) -> tuple[int, NDArray[Any]]:
     from scipy.io import wavfile  # noqa: PLC0415 -- as above
 
+    named = f"The sound {visible(str(path))}"
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise HpcmmError(f"The sound {visible(str(path))} has more than 1 GiB; cut it into shorter ones.")
+        content = read_followed(path, _MOST_BYTES + 1)
+    except OSError as error:
+        raise HpcmmError(f"{named} cannot be read: {error.strerror}.") from error
+    if len(content) > _MOST_BYTES:
+        raise HpcmmError(f"{named} has more than {_MOST_BYTES >> 20} MiB; cut it into shorter ones.")
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that are no sound
-            rate_hz, values = wavfile.read(io.BytesIO(path.read_bytes()))
-    except (OSError, *_UNREADABLE) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            rate_hz, values = wavfile.read(io.BytesIO(content))
+    except Exception as error:  # SciPy raises about anything, depending on where the damage lies
+        reason = visible(str(error)).rstrip(".")
         raise HpcmmError(
-            f"The sound {visible(str(path))} cannot be read as a WAV file: {visible(reason).rstrip('.')}; replace it "
-            "or take it out of the set."
+            f"{named} cannot be read as a WAV file: {reason}; replace it or take it out of the set."
         ) from error
     return int(rate_hz), values
 

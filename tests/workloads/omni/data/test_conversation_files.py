@@ -1,6 +1,7 @@
 """JSON-lines files of conversations: what they may hold, and what is said of those that hold something else."""
 
 import json
+import os
 
 import pytest
 
@@ -71,6 +72,7 @@ def test_empty_lines_count_as_lines_and_as_nothing_else(write):
         ("9" * 10_000, "it is not JSON that can be read"),
         ("[]", 'a list of "turns"'),
         ({"turns": []}, 'a list of "turns"'),
+        ({"turns": [ANSWER] * 513}, 'a list of "turns", 1 to 512 of them'),
         ({"turns": ["hello"]}, "turn 1 must be an object"),
         ({"turns": [{"role": "narrator", "content": "x"}]}, 'whose "role" is system, user or assistant'),
         ({"turns": [{"role": "user", "content": "x"}]}, "nothing to learn"),
@@ -81,7 +83,7 @@ def test_empty_lines_count_as_lines_and_as_nothing_else(write):
         (asked({"type": "text", "text": "\ud800"}), "half of a character"),
         (asked({"type": "smell", "path": "red.png"}), '"type" smell, but the model takes text, image or sound'),
         (asked({"type": "image"}), 'the image of turn 1 has no "path"'),
-        (picture("green.png"), "is green.png, which is not there"),
+        (picture("green.png"), "is green.png, which is not there, or is no file"),
         (picture("a\x1b[31mb"), "a\N{REPLACEMENT CHARACTER}[31mb, which is not there"),
         ({"turns": [{"role": "assistant", "content": "x", "kind": 3}]}, 'the "kind" of turn 1'),
     ],
@@ -102,6 +104,18 @@ def test_a_path_cannot_leave_the_data_folder(folder, write, name):
     (folder / "away").symlink_to(folder.parent)
     with pytest.raises(HpcmmError, match="which leaves the data folder"):
         ConversationFile(write(picture(name)), KNOWN)[0]
+
+
+def test_a_pipe_in_the_data_folder_is_not_waited_for(folder, write):
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(
+        HpcmmError, match=r"line 1: the image of turn 1 is pipe\.png, which is not there, or is no file"
+    ):
+        ConversationFile(write(picture("pipe.png")), KNOWN)[0]
+    (folder / "train.jsonl").unlink()
+    os.mkfifo(folder / "train.jsonl")
+    with pytest.raises(HpcmmError, match="cannot be read: it is not a file"):
+        ConversationFile(folder / "train.jsonl", KNOWN)
 
 
 def test_a_link_within_the_data_folder_and_a_linked_data_folder_can_be_used(folder, write):

@@ -46,7 +46,7 @@ def test_a_folder_of_the_users_is_looked_through_before_the_run(own, cluster, fo
 def test_what_is_skipped_is_counted(own, cluster, folder, capsys):
     ensure_data(replace(own, on_error=OnError.skip), 0, cluster, KINDS)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("which is not there. It is left out, as data.on_error says.")
+    assert lines[0].endswith("which is not there, or is no file. It is left out, as data.on_error says.")
     assert lines[1:] == [
         f"To train on: 3 conversations, 1 with images, 0 with sounds, in {folder}/train.jsonl; 1 cannot be used.",
         f"To be scored on: 1 conversations, 0 with images, 0 with sounds, in {folder}/test.jsonl.",

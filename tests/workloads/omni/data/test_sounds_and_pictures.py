@@ -69,6 +69,22 @@ def with_rate(path, rate_hz):
     path.write_bytes(content)
 
 
+def test_whatever_is_damaged_in_a_sound_becomes_a_sentence(tmp_path):
+    write_sound(tmp_path / "a.wav", tone(440), RATE_HZ)
+    sound, draw = (tmp_path / "a.wav").read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        content = bytearray(sound)
+        for place in draw.integers(0, 48, 3):
+            content[place] = draw.choice([0, 1, 127, 128, 255, draw.integers(256)])
+        (tmp_path / "a.wav").write_bytes(content[: draw.integers(20, len(content))])
+        try:
+            read_sound(tmp_path / "a.wav", RATE_HZ)
+        except HpcmmError:
+            refused += 1
+    assert refused > 100
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
