@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+
 from hpcmm.config.mesh import EXPERT, PIPELINE, SEQUENCE, TENSOR, Mesh
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
@@ -19,8 +21,13 @@ def build(training: Training, config: RunConfig, mesh: Mesh, rank: int) -> Engin
     """
     structure = _structure(training, config, mesh)
     settings: dict[str, Any] = {}
-    del structure
-    return WholeEngine(training, config, mesh, rank, settings=settings)
+    if structure is not None and mesh.sequence > 1:
+        from hpcmm.train.recipes.sequence import shard_sequence  # noqa: PLC0415 -- it imports transformers
+
+        group, _ = dist.new_subgroups_by_enumeration(mesh.groups(SEQUENCE))
+        shard_sequence(structure, group, config.parallel.attention)
+    # The ranks that share a sequence are data ranks to DeepSpeed: see the sequence recipe.
+    return WholeEngine(training, config, mesh, rank, settings=settings, averaged=mesh.data * mesh.sequence)
 
 
 def _structure(training: Training, config: RunConfig, mesh: Mesh) -> Structure | None:
