@@ -90,7 +90,7 @@ def network_check(form: SequenceAttention, architecture: str, heads: tuple[int, 
 def recomputed(form: SequenceAttention) -> Check:
     def check(group: dist.ProcessGroup) -> None:
         trunk = Trunk(network("qwen3")).train()
-        trunk.network.activation_checkpointing_enable()
+        trunk.network.gradient_checkpointing_enable()
         as_one_process(trunk, row(LENGTHS), form, group)
 
     return check

@@ -24,7 +24,7 @@ def build(training: Training, config: RunConfig, mesh: Mesh, rank: int) -> Engin
     if structure is not None and mesh.sequence > 1:
         from hpcmm.train.recipes.sequence import shard_sequence  # noqa: PLC0415 -- it imports transformers
 
-        group, _ = dist.new_subgroups_by_enumeration(mesh.groups(SEQUENCE))
+        group, _ = dist.new_subgroups_by_enumeration(mesh.groups(SEQUENCE))  # type: ignore[no-untyped-call]
         shard_sequence(structure, group, config.parallel.attention)
     # The ranks that share a sequence are data ranks to DeepSpeed: see the sequence recipe.
     return WholeEngine(training, config, mesh, rank, settings=settings, averaged=mesh.data * mesh.sequence)
