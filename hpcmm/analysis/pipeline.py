@@ -19,6 +19,7 @@ from hpcmm.analysis import (
     osrt,
     parallelism,
     phases,
+    process_groups,
     projection,
     time_tables,
     waitpid,
@@ -35,6 +36,7 @@ from hpcmm.analysis.trace import RankTrace
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.report import Parts, Progress
 from hpcmm.reports.run_record import RunRecord
+from hpcmm.runs.throughput import in_words
 from hpcmm.text import printable
 
 OF_OS_CALLS = frozenset({"osrt", "environment", "startup"})
@@ -98,7 +100,7 @@ def study(
     """All tables, from the traces of all ranks; computation scaling is against ``reference``."""
     progress("aligning clocks", 0, 1)
     traces, clock = on_one_clock(inventory)
-    traces = phases.group_rare_phases(traces)
+    traces = phases.group_rare_phases([process_groups.with_record(trace, record.groups) for trace in traces])
     progress("matching collectives", 0, 1)
     rows = collectives.match_with_waits(traces, clock.error_ns)
     steps = step_times(traces)
@@ -116,7 +118,6 @@ def study(
         advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
         return bottlenecks.table(findings, whole_s, advice)
 
-    steady = rows["step"].isin(steps.numbers)
     made = Tables(
         {
             "coverage": lambda: inventory.table,
@@ -145,9 +146,10 @@ def study(
         traces=tuple(traces),
         collectives=rows,
         steps=steps,
-        wait_matrix=wait_matrix(rows, len(traces), steady) / 1e9 / max(len(steps.numbers), 1),
+        wait_matrix=wait_matrix(rows, len(traces), rows["step"].isin(steps.numbers)) / 1e9 / max(len(steps.numbers), 1),
         clock=clock,
         complete=inventory.complete,
+        throughput=in_words(record.throughput) if record.throughput else "",
         failed_run=record.folder if record.failed else "",
         failed_before_steps=record.failed_before_steps and not any(len(trace.steps) for trace in traces),
         line_to_add=step_line(record.framework) if (inventory.table["status"] == NO_STEPS).any() else "",

@@ -6,7 +6,8 @@ them, for ``torch.distributed`` gives a group the same name on each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,11 @@ from hpcmm.ranges import write_ranges
 
 TOLD, SEEN = "told", "seen"
 """How the purpose of a group is known (column ``axis_basis``)."""
+
+
+def with_record(trace: RankTrace, record: Mapping[int, Mapping[str, GroupMark]]) -> RankTrace:
+    """``trace`` with what the run directory tells of its rank's groups, if its report tells of none."""
+    return trace if trace.groups else replace(trace, groups=record.get(trace.rank, {}))
 
 
 def told(traces: Sequence[RankTrace]) -> dict[str, GroupMark]:

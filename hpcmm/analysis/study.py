@@ -33,6 +33,8 @@ class Study:
     """The run directory, where that notes that the run failed."""
     failed_before_steps: bool = False
     """Neither the run directory nor a report knows of a step before that."""
+    throughput: str = ""
+    """Tokens, operations and memory in words, as the ranks noted them."""
     line_to_add: str = ""
     """The line that would give the run's script steps; empty if nothing lacks them."""
 

@@ -25,6 +25,7 @@ from hpcmm.ranges import profiled_ranks
 from hpcmm.runs.ownership import other_user
 from hpcmm.runs.run_dir import RunDir, SweepDir, runs_in
 from hpcmm.runs.submission import job_ids_of
+from hpcmm.runs.throughput import in_words, throughput_of
 from hpcmm.slurm.commands import SilentError
 from hpcmm.slurm.jobs import Answer, Job, own_jobs
 from hpcmm.text import printable
@@ -306,6 +307,9 @@ def _state_lines(state: State) -> list[str]:
         said = "it was never queued, was cancelled before it started, or Slurm has forgotten it."
         return [f"{asked}: no job of it is known here: {said}{printable(state.target.namesake_hint)}"]
     lines = _job_lines(state.jobs, state.run_of)
+    pace = None if state.run is None or state.is_array else throughput_of(state.run)
+    if pace is not None:
+        lines.append(f"  {printable(in_words(pace))}")
     counts = _counts(state)
     if sum(counts.values()) > 1:
         lines.append(", ".join(f"{count} {printable(name)}" for name, count in counts.items()))
@@ -327,7 +331,9 @@ def _as_values(job: Job, run: RunDir | None) -> dict[str, Any]:
     del values["command"], values["uid"]
     start = values.pop("started")
     found = run or run_of_command(job)
+    pace = throughput_of(found) if found else None
     return values | {
+        "throughput": None if pace is None else asdict(pace) | {"mfu": pace.mfu, "hfu": pace.hfu},
         "tasks": job.tasks,
         "active": job.active,
         "started": "" if job.pending else start,

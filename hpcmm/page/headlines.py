@@ -168,6 +168,23 @@ def mesh_line(study: Study) -> str:
     return "mesh: " + " x ".join(f"{axis} {size}" for axis, size in sizes.items()) if sizes else ""
 
 
+def throughput_line(study: Study) -> str:
+    """Tokens, operations and memory; empty if the ranks noted none."""
+    return plain(study.throughput)
+
+
+def exchanged_line(study: Study) -> str:
+    """The bytes that a rank exchanges in a step, by what its groups are for; empty if no operation tells its size."""
+    table = study.tables.get("comm_bytes")
+    table = table[~table["warmup"]] if table is not None and len(table) else None
+    if table is None or table.empty:
+        return ""
+    steps, ranks = table["step"].nunique(), table["rank"].nunique()
+    by_axis = table[table["op"] != "recv"].groupby("axis")["bytes"].sum().sort_values(ascending=False)
+    told = [f"{size(float(total) / steps / ranks)} {axis or 'unnamed'}" for axis, total in by_axis.items()]
+    return f"exchanged a step and rank: {plain(', '.join(told))}" if told else ""
+
+
 def coverage_line(study: Study) -> str:
     """How many of the expected reports were read."""
     status = study.tables["coverage"]["status"]

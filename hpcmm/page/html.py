@@ -20,6 +20,7 @@ from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
     efficiency_line,
+    exchanged_line,
     failed_line,
     gpu_line,
     headline,
@@ -32,6 +33,7 @@ from hpcmm.page.headlines import (
     rank_name,
     seconds,
     steps_line,
+    throughput_line,
 )
 from hpcmm.page.step_charts import (
     TRANSFER,
@@ -94,7 +96,17 @@ def _table(title: str, note: str, frame: pd.DataFrame, name: str) -> PageTable:
     return PageTable(title, note, columns, rows, max(0, len(frame) - MAX_ROWS), f"{name}.csv")
 
 
-_FACTS = (steps_line, mesh_line, coverage_line, efficiency_line, failed_line, alone_line, phases_line)
+_FACTS = (
+    steps_line,
+    mesh_line,
+    throughput_line,
+    exchanged_line,
+    coverage_line,
+    efficiency_line,
+    failed_line,
+    alone_line,
+    phases_line,
+)
 _SCRIPTS = (
     "format", "palette", "unpack", "bitmap", "row", "lanes", "describe", "timeline", "gestures", "step_plot", "start",
 )  # fmt: skip

@@ -20,6 +20,7 @@ from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
     efficiency_line,
+    exchanged_line,
     failed_line,
     gpu_line,
     headline,
@@ -31,6 +32,7 @@ from hpcmm.page.headlines import (
     plain,
     seconds,
     steps_line,
+    throughput_line,
 )
 from hpcmm.page.html import page
 from hpcmm.page.perfetto import write_trace
@@ -96,8 +98,11 @@ MAX_GAPS = 10
 def summary(study: Study) -> str:
     """The whole document."""
     rows = study.tables["bottlenecks"]
-    facts = [steps_line(study), mesh_line(study), coverage_line(study), efficiency_line(study), clock_line(study)]
-    facts += [failed_line(study), alone_line(study), phases_line(study), gpu_line(study), late_line(study)]
+    lines = (
+        *(steps_line, mesh_line, throughput_line, exchanged_line, coverage_line, efficiency_line, clock_line),
+        *(failed_line, alone_line, phases_line, gpu_line, late_line),
+    )
+    facts = [line(study) for line in lines]
     parts = [f"# {escape(study.name or 'Analysis')}", f"**{escape(headline(study))}**"]
     if len(rows):
         first = rows.iloc[0]

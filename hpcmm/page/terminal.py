@@ -25,6 +25,7 @@ from hpcmm.page.headlines import (
     clock_line,
     coverage_line,
     efficiency_line,
+    exchanged_line,
     failed_line,
     gpu_line,
     headline,
@@ -38,6 +39,7 @@ from hpcmm.page.headlines import (
     seconds,
     startup_line,
     steps_line,
+    throughput_line,
 )
 from hpcmm.text import printable
 
@@ -68,7 +70,7 @@ def print_study(study: Study, out: Path, console: Console | None = None) -> None
     _line(console, "; ".join(fact for fact in facts if fact) + ".", "", rich=rich)
     if len(study.tables["clock"]) > 1:
         _line(console, f"{clock_line(study)[:1].upper()}{clock_line(study)[1:]}.", "", rich=rich)
-    lines = (failed_line, alone_line, phases_line, gpu_line, late_line, startup_line)
+    lines = (throughput_line, exchanged_line, failed_line, alone_line, phases_line, gpu_line, late_line, startup_line)
     for told in filter(None, (line(study) for line in lines)):
         _line(console, f"{told[:1].upper()}{told[1:]}.", "", rich=rich)
     for gap in _gaps(study.tables["coverage"]):

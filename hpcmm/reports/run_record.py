@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpcmm.annotate.schema import GroupMark
 from hpcmm.config.untyped_config import read_untyped_config, trains_a_workload
 from hpcmm.errors import HpcmmError
 from hpcmm.files import read_text, resolved
@@ -15,12 +17,15 @@ from hpcmm.runs.exit_status import newest_outcome
 from hpcmm.runs.metrics import RankStart, starts_of
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import package_version
+from hpcmm.runs.throughput import Throughput, throughput_of
 
 FRAMEWORKS = ("lightning", "accelerate", "transformers", "deepspeed")
 """Those that are told apart; who imports several writes the loop for the first of them."""
 _IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\w+)|import[ \t]+(\w[^#;\n]*))", re.MULTILINE)
 _SCRIPT_BYTES = 1 << 20
 _MOST_IMPORTS = 50
+_MOST_GROUPS = 1000
+"""Of a rank; a list of more is damaged."""
 _SAME = {"pytorch_lightning": "lightning", "lightning_fabric": "lightning"}
 
 
@@ -44,6 +49,10 @@ class RunRecord:
     """It notes that and no step of any rank; of a script, whose steps it never notes, the reports know better."""
     nvtx: str = ""
     """Version of the Python package nvtx that the run used; empty if it is not known."""
+    throughput: Throughput | None = None
+    """What the ranks noted of tokens, operations and memory."""
+    groups: Mapping[int, Mapping[str, GroupMark]] = field(default_factory=dict)
+    """What the process groups of each rank are for, by their names in its report."""
     framework: str = ""
     """What the run's script trains with, one of :data:`FRAMEWORKS`; empty if its imports name none."""
 
@@ -96,8 +105,17 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         failed=failed,
         failed_before_steps=failed and not any(each.stepped for each in ranks),
         nvtx=package_version(run_dir, "nvtx"),
+        throughput=throughput_of(run_dir),
+        groups={each.last.rank: _groups(each.records) for each in ranks},
         framework=_framework(run_dir, _section(config, "task").get("path")),
     )
+
+
+def _groups(records: Sequence[dict[str, Any]]) -> dict[str, GroupMark]:
+    told = [record.get("marks") for record in records if record.get("event") == "groups"]
+    listed = told[-1] if told and isinstance(told[-1], list) else []
+    marks = [GroupMark.parse(each) for each in listed[:_MOST_GROUPS] if isinstance(each, str)]
+    return {mark.group: mark for mark in marks if mark is not None}
 
 
 def _profiled(profile: dict[str, Any], world_size: int, ranks_per_node: int) -> frozenset[int]:

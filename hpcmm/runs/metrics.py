@@ -24,7 +24,7 @@ from hpcmm.runs.run_dir import RunDir
 
 MAX_LINE_BYTES = 1 << 20
 """Of a line of metrics; what is longer is damage."""
-_TAIL_BYTES = 64 * 1024
+TAIL_BYTES = 64 * 1024
 _MOST_BYTES = 1 << 30
 """Of a rank's records that are read."""
 _MOST_RANKS_OF_OTHERS = 10_000
@@ -32,8 +32,8 @@ _MOST_BYTES_OF_OTHERS = 1 << 31
 """Of all ranks' records that are looked through; a line counts for more than its length."""
 _MOST_PARSED_OF_OTHERS = 32 * 1024**2
 """Of these, what is understood: the starts, and what stands before a first step."""
-_MOST_TAILS_OF_OTHERS = 32 * 1024**2
-_BYTES_OF_A_LINE = 128
+MOST_TAILS_OF_OTHERS = 32 * 1024**2
+BYTES_OF_A_LINE = 128
 """As long as a record; so much also an empty line costs."""
 _RANK_FILE = re.compile(r"rank_([0-9]{1,9})\.jsonl")
 _STEPPED = ("step", "lost")
@@ -86,6 +86,14 @@ class MetricsWriter:
     def startup_part(self, part: str, duration_s: float) -> None:
         """A part of the start that was measured otherwise."""
         self._write("startup", part=part, duration_s=duration_s)
+
+    def device(self, *, name: str, precision: str, peak_flops: float | None) -> None:
+        """What the rank computes on: ``peak_flops`` a second with inputs of that precision; None if not known."""
+        self._write("device", name=name, precision=precision, peak_flops=peak_flops)
+
+    def groups(self, mesh: str, marks: Sequence[str]) -> None:
+        """How the ranks are laid out, and what this rank's process groups are for, as its report has it too."""
+        self._write("groups", mesh=mesh, marks=list(marks))
 
     def resume(self, step: int) -> None:
         """Training goes on with ``step``. Later steps of earlier attempts become ``lost`` records: they come again."""
@@ -192,15 +200,15 @@ def starts_of(run: RunDir) -> list[RankStarts]:
     """
     allowance = None if is_mine(run.root) else _Allowance()
     try:
-        return [found for path in _rank_files(run).values() if (found := _starts(run, path, allowance)) is not None]
+        return [found for path in rank_files(run).values() if (found := _starts(run, path, allowance)) is not None]
     except _BeyondAllowanceError:
         return []
 
 
 def progress_of(run: RunDir) -> dict[int, RankProgress]:
     """How far each rank came, by its number; from the ends of the files, however long these are."""
-    files = _rank_files(run)
-    share = _TAIL_BYTES if is_mine(run.root) else min(_TAIL_BYTES, _MOST_TAILS_OF_OTHERS // max(1, len(files)))
+    files = rank_files(run)
+    share = TAIL_BYTES if is_mine(run.root) else min(TAIL_BYTES, MOST_TAILS_OF_OTHERS // max(1, len(files)))
     found = {rank: _progress(run, path, rank, share) for rank, path in files.items()}
     return {rank: progress for rank, progress in found.items() if progress is not None}
 
@@ -227,7 +235,8 @@ def read_scores(run: RunDir) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
-def _rank_files(run: RunDir) -> dict[int, Path]:
+def rank_files(run: RunDir) -> dict[int, Path]:
+    """The ranks' records by their number; none at all if they are more than any run has."""
     names = names_in(run.metrics, within=run.root)
     if len(names) > _MOST_RANKS_OF_OTHERS and not is_mine(run.root):
         return {}  # a part of them would tell another story than all
@@ -247,7 +256,7 @@ class _Allowance:
     to_parse: int = _MOST_PARSED_OF_OTHERS
 
     def take(self, line: bytes, *, parsed: bool) -> None:
-        cost = len(line) + _BYTES_OF_A_LINE
+        cost = len(line) + BYTES_OF_A_LINE
         self.to_look_through -= cost
         self.to_parse -= cost if parsed else 0
         if min(self.to_look_through, self.to_parse) < 0:
@@ -290,8 +299,8 @@ def _as_start(record: dict[str, Any]) -> RankStart | None:
 
 
 def _progress(run: RunDir, path: Path, rank: int, most_bytes: int) -> RankProgress | None:
-    most_lines = most_bytes // _BYTES_OF_A_LINE
-    records = _records(read_tail(path, most_bytes, within=run.root).splitlines()[-most_lines:])
+    most_lines = most_bytes // BYTES_OF_A_LINE
+    records = whole_records(read_tail(path, most_bytes, within=run.root).splitlines()[-most_lines:])
     began = [number for number, record in enumerate(records) if record.get("event") == "start"]
     since = records[began[-1] :] if began else records
     start = (
@@ -312,16 +321,20 @@ def _progress(run: RunDir, path: Path, rank: int, most_bytes: int) -> RankProgre
 
 
 def _first_start(run: RunDir, path: Path, most_bytes: int) -> dict[str, Any] | None:
+    return next((record for record in head_records(run, path, most_bytes) if record.get("event") == "start"), None)
+
+
+def head_records(run: RunDir, path: Path, most_bytes: int) -> list[dict[str, Any]]:
+    """The records that a file begins with."""
     try:
         with open_regular(path, within=run.root) as file:
             head = file.read(most_bytes).decode(errors="replace")
     except OSError:
-        return None
-    records = _records(head.splitlines()[: most_bytes // _BYTES_OF_A_LINE])
-    return next((record for record in records if record.get("event") == "start"), None)
+        return []
+    return whole_records(head.splitlines()[: most_bytes // BYTES_OF_A_LINE])
 
 
-def _records(lines: Sequence[str]) -> list[dict[str, Any]]:
+def whole_records(lines: Sequence[str]) -> list[dict[str, Any]]:
     """Of whole lines: the tail of a file begins within one, and a rank may have died while it wrote another."""
     return [record for line in lines if (record := json_object(line)) is not None]
 

@@ -25,7 +25,9 @@ from hpcmm.runs.metrics import MetricsWriter, write_scores
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import Engine
+from hpcmm.train.group_names import name_process_groups
 from hpcmm.train.recipes import build
+from hpcmm.train.throughput import Throughput, note_device
 from hpcmm.train.workload import Training
 from hpcmm.worker.environment import RankEnvironment
 
@@ -46,8 +48,12 @@ def train(
     """
     with metrics.startup("model and data"):
         training = _checked(workload.training(config, device))
+    throughput = Throughput(training, workload.model_shape(config), config)
     with metrics.startup("engine"):
         engine = _built(training, workload, config, rank_env, device)
+    throughput.attach(engine, rank_env.rank)
+    note_device(metrics, device, config.parallel.precision)
+    metrics.groups(str(engine.mesh), name_process_groups(engine.mesh))
     try:
         checkpoints = Checkpoints(run, rank_env, config.train.keep_checkpoints)
         resumed = checkpoints.load_newest(engine)
@@ -57,7 +63,9 @@ def train(
             first, scores = resumed["steps_done"], resumed["scores"]
             log.info("resumed from the checkpoint after step %d of %d", first, config.train.steps)
         metrics.resume(first)
-        steps_done = _run_steps(Session(config, run, rank_env, training, engine, checkpoints, metrics), first, scores)
+        steps_done = _run_steps(
+            Session(config, run, rank_env, training, engine, checkpoints, metrics, throughput), first, scores
+        )
         close_window()
         training.finish(rank_env.rank, rank_env.world_size)
         if steps_done < config.train.steps:
@@ -85,6 +93,7 @@ class Session:
     engine: Engine
     checkpoints: Checkpoints
     metrics: MetricsWriter
+    throughput: Throughput
 
 
 def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
@@ -92,14 +101,15 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
     config, rank_env, engine = session.config, session.rank_env, session.engine
     steps = config.train.steps
     done = first * config.train.gradient_accumulation_steps
-    batches = session.training.batches(engine.data_rank, engine.mesh.data, done)
+    batches = session.throughput.watched(session.training.batches(engine.data_rank, engine.mesh.data, done))
     stop_request = StopRequest(session.run.root)
     signal.signal(signal.SIGUSR1, lambda *_: stop_request.ask())
     with Progress(config, first=first, shown=rank_env.rank == 0) as progress:
         for step in range(first, steps):
             began = time.perf_counter()
             with annotate.step(step):
-                values = session.engine.step(batches)
+                with session.throughput.step():
+                    values = engine.step(batches)
                 with annotate.phase("agree"):
                     stop = stop_request.agreed()
                 if stop or _checkpoint_due(step, config):
@@ -107,7 +117,7 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
                         session.training.merge_rank_state()
                         session.checkpoints.save(session.engine, step + 1, {"scores": scores})
             step_s = time.perf_counter() - began
-            session.metrics.step(step, **values, step_s=step_s)
+            session.metrics.step(step, **values, **session.throughput.take(engine.device), step_s=step_s)
             progress.advance(step, values["loss"], step_s)
             if stop:
                 return step + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +86,13 @@ class Training(ABC):
 
         The toolkit then divides by the terms of the whole global batch, so that each counts the same, whichever rank
         and micro-batch it is in. None, the default: the loss is a mean, and each micro-batch counts the same.
+        """
+        return None
+
+    def lengths(self, batch: Any) -> Sequence[int] | None:  # noqa: ARG002
+        """Tokens of each example of this micro-batch, whatever they stand for: for tokens and operations a second.
+
+        None, the default: it has no tokens.
         """
         return None
 

@@ -61,6 +61,14 @@ def test_the_mesh_follows_from_the_groups() -> None:
     assert process_groups.mesh(simulate_run(balanced, ranks=2)) == {}
 
 
+def test_the_run_directory_tells_what_a_report_does_not() -> None:
+    trace = simulate_run(balanced, ranks=2)[0]
+    noted = {0: {"0": GroupMark("0", "tensor", (0, 1))}}
+    assert process_groups.with_record(trace, noted).groups == noted[0]
+    named = told([trace], ("0", "data", (0, 1)))[0]
+    assert process_groups.with_record(named, noted).groups["0"].name == "data"
+
+
 def test_a_late_rank_is_late_in_a_group_that_is_named() -> None:
     first = verdicts(tensor_and_data(slow=3))[0]
     assert first.rank == 3
