@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import collectives, delay_costs, gpu_findings, parallelism, stalls, wait_chains
+from hpcmm.analysis import collectives, delay_costs, experts, gpu_findings, parallelism, stalls, wait_chains
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
 from hpcmm.analysis.findings import (
     CAUSES,
@@ -96,14 +96,16 @@ def find(context: AnalysisContext) -> list[Finding]:
     least_s = least_loss_s(context, sum(finding.lost_s for finding in transfer))
     alone, explained = stalls.solo_findings(context, least_s)
     late, blamed = find_stragglers(context, least_s, explained)
-    late = [_placed(context, explain_by_batches(context, finding), stages) for finding in late]
+    moe = experts.expert_groups(context)
+    late = [experts.explain_by_experts(context, explain_by_batches(context, finding), moe) for finding in late]
+    late = [_placed(context, finding, stages) for finding in late]
     own_work = _own_work(context)
     on_gpus = gpu_findings.in_steps(context.gpu, sum(finding.lost_s for finding in own_work))
     findings = [
         *alone,
         *late,
         *in_pipeline.findings,
-        *_imbalance(context, blamed),
+        *_imbalance(context, blamed, moe),
         *stopped,
         *broken,
         *transfer,
@@ -263,9 +265,13 @@ def _transfer_of(
     return replace(found, moves=moves, bound=bound, is_single=is_single, is_in_node=name.endswith("within a node"))
 
 
-def _imbalance(context: AnalysisContext, blamed: Mask) -> list[Finding]:
-    """Waiting that no straggler causes: because batches differ, or else because ranks do, by turns."""
+def _imbalance(context: AnalysisContext, blamed: Mask, moe: Sequence[experts.ExpertGroup]) -> list[Finding]:
+    """Waiting that no straggler causes: because loads of experts or batches differ, or else ranks do, by turns."""
     rest = np.where(blamed, 0.0, context.losses)
+    loads = experts.find_expert_imbalance(context, rest, moe, np.asarray(blamed.any(axis=(0, 2))))
+    if loads is not None:
+        compute = [index for index, name in enumerate(context.parts.names) if kind_of_part(name) == "compute"]
+        rest[:, :, compute] *= 1.0 - loads.lost_s / float(rest[:, :, compute].sum(axis=(1, 2)).mean())
     uneven = find_batch_imbalance(context, rest, ~np.asarray(blamed.any(axis=(0, 2))))
     if uneven is not None:
         compute = [index for index, name in enumerate(context.parts.names) if kind_of_part(name) == "compute"]
@@ -286,7 +292,7 @@ def _imbalance(context: AnalysisContext, blamed: Mask) -> list[Finding]:
     worst = context.worst_step(rest[:, :, int(by_part.argmax())].sum(axis=1))
     rows = f"delays: phase={part}" + ("" if worst is None else f" step={worst}")
     other = Finding("imbalance", CAUSES["imbalance"], lost, None, "", phase, told, LOW, rows, worst)
-    return [other] if uneven is None else [uneven, other]
+    return [each for each in (loads, uneven, other) if each is not None]
 
 
 def _most_often(context: AnalysisContext, rest: Floats, blamed: Mask) -> str:

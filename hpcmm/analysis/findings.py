@@ -32,6 +32,7 @@ CAUSES = {
     "compute": "computation",
     "batch": "longer batches",
     "uneven": "uneven batches",
+    "experts": "expert imbalance",
     "checkpoint": "checkpoint",
     "subprocess": "waiting for a child process",
     "stall": "stall",
@@ -193,6 +194,8 @@ def suggest(finding: Finding, config: Mapping[str, Any], cpus: int = 0, framewor
         return _shell(finding)
     if finding.kind in _PIPELINE_ADVICE or (finding.kind == "transfer" and not (trains and finding.moves in ours)):
         return _advice_for_what_moves(finding, framework)
+    if finding.kind == "experts":
+        return _EVEN_EXPERTS
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _GPU_ADVICE[finding.kind]
     if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
@@ -246,6 +249,10 @@ _PIPELINE_ADVICE = {
     "bubble": "more micro-batches a step, or an interleaved schedule (several smaller stages a rank)",
 }
 
+_EVEN_EXPERTS = (
+    "an auxiliary loss that evens out the router, or more weight on it (router_aux_loss_coef); a capacity factor, "
+    "above which tokens are dropped; or other ranks for experts that get many tokens"
+)
 _FEWER_GRADIENTS = "accumulate gradients over more micro-batches (no_sync), or compress them (bf16_compress_hook)"
 _LARGER_BUCKETS = "fewer, larger buckets: DistributedDataParallel(bucket_cap_mb=100), DeepSpeed's reduce_bucket_size"
 _FUSE = "fuse small collectives: stack their values into one tensor, and exchange losses and metrics only when logged"

@@ -50,6 +50,8 @@ class Batch:
     examples: int = 1
     padding: int = 0
     """How many of the S tokens stand for nothing."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each conversation that was packed, without padding."""
 
     @property
     def labelled(self) -> int:
@@ -85,6 +87,7 @@ def pack(examples: Sequence[Batch]) -> Batch:
         answers=tuple(answer for each in examples for answer in each.answers),
         examples=sum(each.examples for each in examples),
         padding=sum(each.padding for each in examples),
+        lengths=tuple(length for each in examples for length in each.lengths or (each.tokens.shape[1] - each.padding,)),
     )
 
 

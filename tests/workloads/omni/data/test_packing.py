@@ -101,6 +101,12 @@ def test_padding_adds_tokens_that_foretell_nothing_and_changes_nothing_else(exam
     ]
 
 
+def test_a_packed_row_knows_the_length_of_each_example_without_padding(examples):
+    lengths = tuple(example.tokens.shape[1] for example in examples)
+    assert pack(examples).lengths == pad(examples).lengths == lengths
+    assert pack([pack(examples[:2]), examples[2]]).lengths == lengths
+
+
 def test_an_answer_is_right_if_all_its_tokens_are(examples):
     row = pack(examples)
     assert [answer.kind for answer in row.answers] == ["colour", "thing", "colour", "colour"]
