@@ -322,6 +322,9 @@ class ParallelConfig:
         Encoders.along,
         "``along``: as the language model; ``replicated``: whole on each rank beside a divided language model.",
     )
+    pipeline_layers: list[int] | None = key(
+        None, "Layers of each pipeline stage, from the first on; None: so that the stages cost about the same."
+    )
     activation_checkpointing: bool = key(
         False, "Compute a layer's activations again in the backward pass in place of keeping them."
     )

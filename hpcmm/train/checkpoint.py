@@ -117,10 +117,9 @@ class Checkpoints:
                 folder.rename(self._folder / f"damaged_{folder.name}")
 
     def _load(self, engine: Engine, folder: Path) -> dict[str, Any]:
-        _, state = engine.deepspeed.load_checkpoint(str(self._folder), tag=folder.name, custom_load_fn=_load_trained)
+        state = engine.load(folder)
         restore_random_state(torch.load(self._random_state_file(folder), weights_only=True))
-        assert state is not None
-        return dict(state)
+        return state
 
     def _publish(self, partial: Path, steps_done: int) -> None:
         sizes = {path.name: path.stat().st_size for path in partial.iterdir() if path.is_file()}
@@ -191,15 +190,6 @@ def _is_about_writing(error: Exception) -> bool:
     if isinstance(error, SafetensorError):  # it tells an error of writing in words alone
         return "os error" in str(error) or "I/O error" in str(error)
     return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-
-
-def _load_trained(src: dict[str, Any], dst: nn.Module) -> None:
-    """As ``load_state_dict``, which would also ask for the frozen parameters that were left out."""
-    missing, unexpected = dst.load_state_dict(src, strict=False)
-    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
-    wrong = sorted(trained.intersection(missing)) + sorted(unexpected)
-    if wrong:
-        raise HpcmmError(f"The checkpoint is of another model: {', '.join(wrong[:5])} do not match.")
 
 
 def _same_on_all(number: int, device: torch.device) -> int:

@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -18,7 +19,7 @@ from hpcmm import annotate
 from hpcmm.config.mesh import DATA, Mesh
 from hpcmm.config.schema import Offload, ParallelConfig, Precision, RunConfig, Schedule, TrainConfig
 from hpcmm.train.optimizers import build_optimizer
-from hpcmm.train.weights import buffers, trained_weights
+from hpcmm.train.weights import buffers, load_trained, trained_weights
 from hpcmm.train.workload import Training, trained_parameters
 
 _COMPILER_OFF = "TORCHDYNAMO_DISABLE"
@@ -161,6 +162,11 @@ class Engine(ABC):
         A collective of all ranks. Rank 0 has all of them.
         """
         return {**dict(trained_weights(self.parameter_names)), **dict(buffers(self.deepspeed.module))}
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go on from what DeepSpeed saved in ``folder``. Returns what the loop saved with it. A collective."""
+        _, state = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name, custom_load_fn=load_trained)
+        return dict(state)
 
     def destroy(self) -> None:
         """Let go of DeepSpeed's threads and groups; without it gloo's threads may abort the process at its end."""

@@ -38,6 +38,15 @@ def buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer.float() if buffer.is_floating_point() else buffer
 
 
+def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """As ``load_state_dict``, which would also ask for the frozen parameters that were left out."""
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    wrong = sorted(trained.intersection(missing)) + sorted(unexpected)
+    if wrong:
+        raise HpcmmError(f"The checkpoint is of another model: {', '.join(wrong[:5])} do not match.")
+
+
 def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write them into the checkpoint ``folder``. Raises OSError, or SafetensorError if there is no room."""
     save_file({name: value.cpu().contiguous().clone() for name, value in weights.items()}, folder / WEIGHTS)

@@ -20,6 +20,11 @@ def build(training: Training, config: RunConfig, mesh: Mesh, rank: int) -> Engin
     Raises HpcmmError if the model has no structure to be cut along one of the mesh's axes.
     """
     structure = _structure(training, config, mesh)
+    if mesh.pipeline > 1:
+        from hpcmm.train.recipes.pipeline import PipelineEngine  # noqa: PLC0415 - other recipes do without
+
+        assert structure is not None
+        return PipelineEngine(training, config, mesh, rank, structure)
     settings: dict[str, Any] = {}
     if structure is not None and mesh.sequence > 1:
         from hpcmm.train.recipes.sequence import shard_sequence  # noqa: PLC0415 -- it imports transformers
