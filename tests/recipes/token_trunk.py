@@ -15,6 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hpcmm.train.attention import NAME
 from hpcmm.train.structure import NO_LABEL, Row, Structure, TokenLoss
 
 WIDTH = 48
@@ -36,7 +37,7 @@ class Trunk(nn.Module):
         return TokenLoss(total, (logits.argmax(-1) == labels[0])[labelled])
 
 
-def network(architecture: str, heads: int = 4, kv_heads: int = 2, attention: str = "hpcmm") -> PreTrainedModel:
+def network(architecture: str, heads: int = 4, kv_heads: int = 2, attention: str = NAME) -> PreTrainedModel:
     """``llama``; ``qwen3`` with a sliding window in its second layer; ``mixtral`` with one in both, and experts."""
     torch.manual_seed(0)
     sizes = {
