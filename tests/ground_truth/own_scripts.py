@@ -47,6 +47,9 @@ SCRIPTS: dict[str, OwnScript] = {
     "even_stages": OwnScript(
         command=["pipeline.py", "gpipe", "8", "8"], cause="pipeline bubble", advice="micro-batches"
     ),
+    "uneven_experts": OwnScript(
+        command=["experts.py", "2", "0.6"], cause="expert imbalance", rank=2, advice="router_aux_loss_coef"
+    ),
     "small_messages": OwnScript(
         command=["messages.py", "small"],
         cause="communication transfer of small messages, bound by latency",
