@@ -365,12 +365,15 @@ def _duration(seconds: float) -> str:
 
 def _bubble(context: AnalysisContext, stages: Stages, sends: pd.DataFrame, lost_s: float) -> Finding:
     last = stages[-1][0]
-    received = sends[(sends["trace"] == last) & (sends["op"] == "recv")].groupby("step").size()
+    receives = sends[(sends["trace"] == last) & (sends["op"] == "recv")]
+    # Beside its activations a micro-batch may send their shape, and labels, which are smaller.
+    received = receives[receives["bytes"] >= BULK * receives["bytes"].max()].groupby("step").size()
     batches = float(received.median()) if len(received) else 0.0
     told = f"ranks of {len(stages)} pipeline stages wait for the stage before or after theirs"
     if batches >= 1:
         idle = (len(stages) - 1) / (batches + len(stages) - 1)
-        told += f"; {batches:.0f} receives a step on the last stage: as many micro-batches leave {idle:.0%} idle"
+        told += f"; the last stage receives {batches:.0f} times a step: as many micro-batches leave {idle:.0%} idle"
+        told += f" at best, and {lost_s / context.steps.mean_s:.0%} of a step were measured"
     waits = sends.groupby("step")["exposed_wait_ns"].sum().reindex(context.steps.numbers).fillna(0.0)
     worst = context.worst_step(waits.to_numpy(np.float64))
     rows = f"collectives: op=recv rank={context.traces[last].rank}" + ("" if worst is None else f" step={worst}")

@@ -100,8 +100,22 @@ def test_a_bubble_is_no_stages_fault() -> None:
     found = verdicts(pipeline([20.0, 20.0]))
     assert by_cause(found)[0] == ("pipeline bubble", None, "")
     assert not any(finding.blames for finding in found)
-    assert "as many micro-batches leave 20% idle" in found[0].evidence
+    assert "as many micro-batches leave 20% idle at best, and " in found[0].evidence
+    measured = float(re.search(r"(\d+)% of a step were measured", found[0].evidence)[1]) / 100
+    assert measured == pytest.approx(found[0].lost_s / 0.2, abs=0.1)
+    assert 0.15 < measured < 0.4
     assert "micro-batches" in suggest(found[0], {})
+
+
+def test_shapes_and_labels_beside_activations_are_no_micro_batches() -> None:
+    with_shapes = []
+    for trace in pipeline([20.0, 20.0]):
+        sends = trace.collectives[trace.collectives["op"].isin(["send", "recv"])]
+        small = sends.assign(bytes=16, start_ns=sends["start_ns"] - 2, end_ns=sends["start_ns"] - 1)
+        joined = pd.concat([trace.collectives, small]).sort_values("start_ns", ignore_index=True)
+        with_shapes.append(replace(trace, collectives=joined))
+    bubble = next(finding for finding in verdicts(with_shapes) if finding.kind == "bubble")
+    assert "receives 4 times a step: as many micro-batches leave 20% idle" in bubble.evidence
 
 
 def test_a_slow_rank_of_a_stage_is_that_rank() -> None:
