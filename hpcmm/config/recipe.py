@@ -65,6 +65,7 @@ class Recipe:
         yield from _zero_problems(config, mesh)
         yield from _offload_problems(config, mesh)
         yield from _mixed_problems(config, mesh)
+        yield from _stage_problems(config, mesh, shape)
         if shape is not None:
             yield from _shape_problems(config, mesh, shape)
 
@@ -167,6 +168,21 @@ def _mixed_problems(config: RunConfig, mesh: Mesh) -> Iterator[str]:
         )
     if config.parallel.encoders is Encoders.replicated and mesh.pipeline > 1:
         yield "parallel.encoders=replicated does not go with a pipeline, whose first stage has them: leave it out."
+
+
+def _stage_problems(config: RunConfig, mesh: Mesh, shape: ModelShape | None) -> Iterator[str]:
+    layers = config.parallel.pipeline_layers
+    if layers is None:
+        return
+    said = f"parallel.pipeline_layers={list(layers)}"
+    if mesh.pipeline == 1:
+        yield f"{said}, but there is one stage: set parallel.mesh.pipeline, or leave it out."
+    elif len(layers) != mesh.pipeline:
+        yield f"{said} has {len(layers)} numbers for {mesh.pipeline} stages: give one for each."
+    elif min(layers) < 1:
+        yield f"{said} leaves a stage without layers: give each at least 1."
+    elif shape is not None and sum(layers) != shape.layers:
+        yield f"{said} is {sum(layers)} layers, but the language model has {shape.layers}: let them sum to that."
 
 
 def _shape_problems(config: RunConfig, mesh: Mesh, shape: ModelShape) -> Iterator[str]:

@@ -65,6 +65,8 @@ class PipelineEngine(Engine):
             _count_once(module, counted=self._first_of_tensor)
             self.deepspeed = build_engine(module, config, groups)
         self._drive(self.deepspeed)
+        for tie in module.tied_comms.values():  # the axes' own groups are known by their ranks
+            annotate.name_group(tie["group"], "pipeline")
         self._model = Chain(self)
 
     def _drive(self, engine: Any) -> None:
@@ -97,8 +99,9 @@ class PipelineEngine(Engine):
         """See :class:`Engine`. The first stage alone reads data."""
         tokens = 0
         if self._waiting is not None:
-            with annotate.phase("data"):
-                self._waiting.extend(next(batches) for _ in range(self.rounds))
+            for _ in range(self.rounds):
+                with annotate.phase("data"):
+                    self._waiting.append(next(batches))
             tokens = self._tokens(self._waiting)
         # The first stage counts for all stages.
         counted = CountedTokens(tokens * self.mesh.pipeline, self.mesh, self.device)

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hpcmm.train.attention import NAME as ATTENTION
 from hpcmm.train.structure import NO_LABEL, Row, Structure, TokenLoss
 from hpcmm.train.workload import Training
 
@@ -41,31 +41,13 @@ NETWORKS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def packed(
-    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, position_ids: Tensor, **given: Any
-) -> tuple[Tensor, None]:
-    """Causal attention of each example of a row by itself; an example's positions begin with 0."""
-    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
-    parts = [
-        functional.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
-            is_causal=True, scale=given.get("scaling"), enable_gqa=True,
-        )
-        for a, b in zip(starts, [*starts[1:], query.shape[2]], strict=True)
-    ]  # fmt: skip
-    return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-ALL_ATTENTION_FUNCTIONS.register("packed_for_tests", packed)
-
-
 def network_of(kind: str, *, layers: int = 4, tied: bool = False) -> PreTrainedModel:
     model, config, more = NETWORKS[kind]
     return model(
         config(
             vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
-            attn_implementation="packed_for_tests", **more,
+            attn_implementation=ATTENTION, **more,
         )
     )  # fmt: skip
 
@@ -118,11 +100,16 @@ class TokenTraining(Training):
     """``config``: a RunConfig; the rest as the keywords say."""
 
     def __init__(self, config: Any, device: torch.device, **options: Any) -> None:
-        torch.manual_seed(7)
+        torch.manual_seed(options.pop("seed", 7))
+        router_loss, elsewhere = options.pop("router_loss", False), options.pop("elsewhere", False)
         kind, examples = options.pop("kind", "llama"), config.train.micro_batch_size
         frozen, lora = options.pop("frozen", ""), options.pop("lora", False)
         self.model = TokenModel(network_of(kind, **options)).to(device)
-        self.model.requires_grad_(True)
+        torch.manual_seed(1)
+        self.model.encoder[0].reset_parameters()  # of its own file, whatever the seed
+        self.model.trunk.lm.config.output_router_logits = router_loss
+        if elsewhere:
+            self.model.scale = nn.Parameter(torch.ones(1))
         for name, parameter in self.model.named_parameters():
             if any(name.startswith(each) for each in frozen.split()):
                 parameter.requires_grad_(False)
