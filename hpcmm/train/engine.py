@@ -176,7 +176,7 @@ class Engine(ABC):
 class WholeEngine(Engine):
     """The model as one module on each rank: each runs forward and backward, then all step."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- what recipes differ in
         self,
         training: Training,
         config: RunConfig,
@@ -186,13 +186,17 @@ class WholeEngine(Engine):
         settings: dict[str, Any] | None = None,
         mpu: Any = None,
         averaged: int | None = None,
+        groups: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         """``settings``: what a recipe adds to DeepSpeed's configuration. ``mpu``: its groups, as DeepSpeed takes them.
 
+        ``groups``: the parameters in groups for the optimizer, if they differ from the training's.
         ``averaged``: the number that DeepSpeed divides the sum of the ranks' gradients by; None: the data ranks.
         """
         super().__init__(training, config, mesh, rank)
-        self.deepspeed = build_engine(training.model, config, training.parameter_groups(), settings, mpu)
+        self.deepspeed = build_engine(
+            training.model, config, training.parameter_groups() if groups is None else groups, settings, mpu
+        )
         self._averaged = mesh.data if averaged is None else averaged
 
     @property

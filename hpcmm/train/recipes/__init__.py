@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.distributed as dist
-
 from hpcmm.config.mesh import EXPERT, PIPELINE, SEQUENCE, TENSOR, Mesh
-from hpcmm.config.schema import RunConfig
+from hpcmm.config.schema import Encoders, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.train.engine import Engine, WholeEngine
+from hpcmm.train.recipes.encoders import group_of, keep_whole, share_encoders
 from hpcmm.train.structure import Structure
 from hpcmm.train.workload import Training
+
+ZERO_OF_PARAMETERS = 3
+"""The stage of ZeRO that divides parameters."""
 
 
 def build(training: Training, config: RunConfig, mesh: Mesh, rank: int) -> Engine:
@@ -20,19 +20,30 @@ def build(training: Training, config: RunConfig, mesh: Mesh, rank: int) -> Engin
     Raises HpcmmError if the model has no structure to be cut along one of the mesh's axes.
     """
     structure = _structure(training, config, mesh)
+    if structure is None:
+        return WholeEngine(training, config, mesh, rank)
     if mesh.pipeline > 1:
         from hpcmm.train.recipes.pipeline import PipelineEngine  # noqa: PLC0415 - other recipes do without
 
-        assert structure is not None
         return PipelineEngine(training, config, mesh, rank, structure)
-    settings: dict[str, Any] = {}
-    if structure is not None and mesh.sequence > 1:
+    whole_encoders = config.parallel.encoders is Encoders.replicated
+    if mesh.sequence > 1:
         from hpcmm.train.recipes.sequence import shard_sequence  # noqa: PLC0415 -- it imports transformers
 
-        group, _ = dist.new_subgroups_by_enumeration(mesh.groups(SEQUENCE))  # type: ignore[no-untyped-call]
-        shard_sequence(structure, group, config.parallel.attention)
-    # The ranks that share a sequence are data ranks to DeepSpeed: see the sequence recipe.
-    return WholeEngine(training, config, mesh, rank, settings=settings, averaged=mesh.data * mesh.sequence)
+        sequence_group = group_of(mesh, rank, SEQUENCE)
+        shard_sequence(structure, sequence_group, config.parallel.attention)
+        if whole_encoders:
+            share_encoders(structure, sequence_group, partial=True)
+    if mesh.tensor > 1 or mesh.expert > 1:
+        from hpcmm.train.recipes.cut import CutEngine  # noqa: PLC0415 -- as above
+
+        engine: WholeEngine = CutEngine(training, structure, config, mesh, rank)
+    else:
+        # The ranks that share a sequence are data ranks to DeepSpeed: see the sequence recipe.
+        engine = WholeEngine(training, config, mesh, rank, averaged=mesh.data * mesh.sequence)
+    if whole_encoders and config.parallel.zero_stage == ZERO_OF_PARAMETERS:
+        keep_whole(engine.deepspeed, structure)
+    return engine
 
 
 def _structure(training: Training, config: RunConfig, mesh: Mesh) -> Structure | None:
