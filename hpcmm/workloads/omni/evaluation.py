@@ -56,7 +56,7 @@ model writes if it always takes the likeliest. Intervals are Wilson's."""
 
     def score(self, model: OmniModel, config: OmniConfig, device: torch.device, progress: Progress) -> Scored:
         from hpcmm.workloads.omni.data.kinds import read_kinds  # noqa: PLC0415 -- imports torch
-        from hpcmm.workloads.omni.folders import data_root  # noqa: PLC0415
+        from hpcmm.workloads.omni.folders import conversations_folder  # noqa: PLC0415
         from hpcmm.workloads.omni.scoring import HeldOut  # noqa: PLC0415
 
         held_out, answers, done = HeldOut.of(config, model, device), list[Any](), 0
@@ -64,7 +64,7 @@ model writes if it always takes the likeliest. Intervals are Wilson's."""
             answers += row
             done += examples
             progress(done, len(held_out))
-        root = data_root(config)
+        root = conversations_folder(config)
         name = MADE if config.data.root is None else root.name
         return Scored(by_kind(answers, read_kinds(root)), trained_on=name, scored_on=name)
 

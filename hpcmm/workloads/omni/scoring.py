@@ -16,7 +16,7 @@ from hpcmm.workloads.omni.data.conversations import TEST, ConversationFile
 from hpcmm.workloads.omni.data.encoding import Encoder
 from hpcmm.workloads.omni.data.loading import Loading, TestExamples
 from hpcmm.workloads.omni.data.tokenizer import load_tokenizer
-from hpcmm.workloads.omni.folders import data_root, tokenizer_folder
+from hpcmm.workloads.omni.folders import conversations_folder, tokenizer_folder
 from hpcmm.workloads.omni.models import OmniModel
 from hpcmm.workloads.omni.schema import OmniConfig
 
@@ -35,7 +35,7 @@ class HeldOut:
     """The held-out conversations of a run."""
 
     def __init__(self, config: OmniConfig, encoder: Encoder, device: torch.device) -> None:
-        file = ConversationFile(data_root(config) / TEST, encoder.modalities)
+        file = ConversationFile(conversations_folder(config) / TEST, encoder.modalities)
         self._examples = TestExamples(file, encoder, config.data.on_error)
         self._loading = Loading(config.data, config.train.seed, pin_memory=device.type == "cuda")
         self._at_once = _SCORED_AT_ONCE * config.train.micro_batch_size

@@ -20,7 +20,7 @@ from hpcmm.workloads.omni.data.encoding import Encoder
 from hpcmm.workloads.omni.data.kinds import AnswerKind, read_kinds
 from hpcmm.workloads.omni.data.loading import Loading, TrainExamples
 from hpcmm.workloads.omni.data.tokenizer import load_tokenizer
-from hpcmm.workloads.omni.folders import data_root, model_config, tokenizer_folder
+from hpcmm.workloads.omni.folders import conversations_folder, model_config, tokenizer_folder
 from hpcmm.workloads.omni.models import OmniModel, build_model
 from hpcmm.workloads.omni.schema import OmniConfig, OmniTrainConfig, OnError
 from hpcmm.workloads.omni.scoring import HeldOut, ScoredAnswer, accuracies
@@ -39,7 +39,7 @@ class OmniTraining(Training):
         self.model = build_model(model_config(config), config.train.seed, tokenizer=tokenizer).to(device)
         if config.train.init_from is not None:
             start_from(self.model, config.train.init_from)
-        root, data = data_root(config), config.data
+        root, data = conversations_folder(config), config.data
         modalities = self.model.readers()
         encoder = Encoder(tokenizer, modalities, data.max_tokens)
         self._loading = Loading(data, config.train.seed, pin_memory=device.type == "cuda")
@@ -63,10 +63,6 @@ class OmniTraining(Training):
     def tokens(self, batch: Batch) -> int:
         """The row's labels."""
         return batch.labelled
-
-    def lengths(self, batch: Batch) -> tuple[int, ...]:
-        """Of the row's conversations."""
-        return batch.lengths
 
     def structure(self) -> Structure:
         """Embedding, trunk and head."""
