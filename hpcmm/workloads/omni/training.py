@@ -64,6 +64,10 @@ class OmniTraining(Training):
         """The row's labels."""
         return batch.labelled
 
+    def lengths(self, batch: Batch) -> tuple[int, ...]:
+        """Of the row's conversations."""
+        return batch.lengths
+
     def structure(self) -> Structure:
         """Embedding, trunk and head."""
         return self.model.structure()
