@@ -21,7 +21,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,16 @@ class StopRequest:
             self._agreed = self._agreement.any(distributed, self._is_asked(looks=distributed.get_rank() == 0))
         return self._agreed
 
+    def agreed_with(self, numbers: Sequence[float]) -> tuple[bool, list[float]]:
+        """As :meth:`agreed`, and the sum of each number over all ranks, by the same collective."""
+        distributed = _distributed()
+        if distributed is None:
+            return self._is_asked(looks=True), list(numbers)
+        asked = float(self._is_asked(looks=distributed.get_rank() == 0))
+        askers, *sums = self._agreement.sums(distributed, [asked, *numbers])
+        self._agreed = self._agreed or askers > 0
+        return self._agreed, sums
+
     def note_stopped(self) -> None:
         """Say that a checkpoint is saved, and that the job is to go on from it. Raises OSError if that cannot be."""
         (self._run_dir / STOPPED).touch()
@@ -77,7 +87,7 @@ class StopRequest:
 
 
 class _Agreement:
-    """A maximum over all ranks, of a number on the CPU, so that no rank has to wait for its GPU to read it."""
+    """A maximum or sum over all ranks of numbers on the CPU, so that no rank has to wait for its GPU to read them."""
 
     def __init__(self) -> None:
         self._world: Callable[[], Any] = lambda: None
@@ -87,13 +97,24 @@ class _Agreement:
     def any(self, distributed: Any, wanted: bool) -> bool:
         """Whether ``wanted`` is true on any rank. All ranks call this together."""
         torch = sys.modules["torch"]
+        self._join(distributed)
+        flag = torch.tensor([int(wanted)], dtype=torch.int32, device=self._device)
+        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
+
+    def sums(self, distributed: Any, numbers: list[float]) -> list[float]:
+        """The sum of each number. All ranks call this together."""
+        torch = sys.modules["torch"]
+        self._join(distributed)
+        values = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        distributed.all_reduce(values, group=self._group)
+        return [float(each) for each in values.tolist()]
+
+    def _join(self, distributed: Any) -> None:
         world = distributed.group.WORLD
         if self._world() is not world:  # the first call, or the script has made its groups anew
             self._world = weakref.ref(world)
             self._group, self._device = _group_on_cpu(distributed)
-        flag = torch.tensor([int(wanted)], dtype=torch.int32, device=self._device)
-        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
 
 
 def _group_on_cpu(distributed: Any) -> tuple[Any, str]:

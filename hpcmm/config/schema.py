@@ -6,6 +6,7 @@ Hydra merges ``conf/`` into :class:`RunConfig`; a key that is not a field here i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
@@ -13,6 +14,7 @@ from typing import Any
 
 from hpcmm.config.keys import MISSING, PartGroup, key, made_by
 from hpcmm.config.mesh import Mesh
+from hpcmm.config.train_sections import LossScaleConfig, UntilConfig
 from hpcmm.text import StrEnum
 
 
@@ -73,6 +75,8 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
+    """With a scaled loss, for GPUs that have no bf16."""
 
 
 class Offload(StrEnum):
@@ -299,6 +303,9 @@ class TrainConfig:
     )
     keep_checkpoints: int = key(2, "How many of the newest checkpoints stay.", least=1)
     evaluate: bool = key(True, "Score the held-out data before and after training.")
+    evaluate_every: int = key(0, "Steps between scores on the held-out data while training; 0: none.", least=0)
+    until: UntilConfig = made_by(UntilConfig)
+    loss_scale: LossScaleConfig = made_by(LossScaleConfig)
 
 
 @dataclass
@@ -420,7 +427,7 @@ def _of_plain(schema: Any, values: Mapping[str, Any]) -> Any:
     for each in fields(schema):
         if each.name in values:
             value = values[each.name]
-            kind = globals().get(str(each.type).partition(" | ")[0])  # its type's text, which 3.9 cannot evaluate
+            kind = vars(sys.modules[schema.__module__]).get(str(each.type).partition(" | ")[0])  # its type's text, which 3.9 cannot evaluate
             if value is not None and is_dataclass(kind):
                 value = _of_plain(kind, value)
             elif value is not None and isinstance(kind, type) and issubclass(kind, Enum):

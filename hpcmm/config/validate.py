@@ -12,7 +12,7 @@ from pathlib import Path
 from hpcmm.config.command import starts_workers
 from hpcmm.config.keys import leaves, out_of_bounds
 from hpcmm.config.mesh import DATA, Mesh
-from hpcmm.config.optimizer import optimizer_problems
+from hpcmm.config.optimisation import optimisation_problems
 from hpcmm.config.parts import own_error, part_problems
 from hpcmm.config.recipe import recipe_of
 from hpcmm.config.schema import (
@@ -219,11 +219,10 @@ def validate(config: RunConfig) -> None:
         *_task(config),
         *_workers(config),
         *_batch(config),
-        *_optimisation(config),
         *cluster_problems(config),
         *_handover(config),
         *part_problems(config),
-        *optimizer_problems(config),
+        *optimisation_problems(config),
         *_workload(config),
         *_parallel(config),
         *_profile(config),
@@ -320,12 +319,6 @@ def _batch(config: RunConfig) -> Iterator[str]:
 
 def _data_ranks(mesh: Mesh) -> str:
     return f"world size {mesh.data}" if mesh.model_parallel == 1 else f"{mesh.data} ranks of the data axis"
-
-
-def _optimisation(config: RunConfig) -> Iterator[str]:
-    train = config.train
-    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        yield f"train.betas is {train.betas}, but must be two numbers from 0 to below 1."
 
 
 def _handover(config: RunConfig) -> Iterator[str]:

@@ -18,7 +18,7 @@ from hpcmm.jobs.state import local_job, record_of
 from hpcmm.jobs.why import explain, lines_of
 from hpcmm.resources import environment_of_modules, own_module
 from hpcmm.runs.exit_status import outcome_of
-from hpcmm.runs.metrics import FinishedStep, finished_step, read_scores
+from hpcmm.runs.metrics import FinishedStep, finished_step, read_scores, read_settled
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import JobIdentity, identity_of, write_job_record
 from hpcmm.slurm.commands import SilentError
@@ -87,6 +87,8 @@ def _follow(config: RunConfig, submission: Submission, console: Console) -> int:
         _show_analysis(submission, console)
     outcome = outcome_of(submission.run, submission.job_id)
     if outcome is not None and outcome.completed:
+        if (settled := read_settled(submission.run)) is not None:
+            console.print(f"settled after step {settled.steps_done}: {settled.reason}")
         if scores := read_scores(submission.run):
             said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
             console.print(f"on held-out data: {said}")

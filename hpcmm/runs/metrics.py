@@ -109,6 +109,14 @@ class MetricsWriter:
         """One training step. ``values`` in the units of their names (``step_s``)."""
         self._write("step", step=step, **values)
 
+    def evaluated(self, steps_done: int, **scores: float) -> None:
+        """Scores on held-out data while training, after ``steps_done`` steps."""
+        self._write("evaluate", steps_done=steps_done, **scores)
+
+    def settled(self, steps_done: int, reason: str) -> None:
+        """Training ends before its last step, for its metric has settled."""
+        self._write("settled", steps_done=steps_done, reason=reason)
+
     def end(self, **values: float) -> None:
         self._write("end", **values)
 
@@ -233,6 +241,29 @@ def read_scores(run: RunDir) -> dict[str, float]:
     """What :func:`write_scores` wrote; empty if there is none, without what is no number."""
     found = read_json_object(run.evaluation, within=run.root)
     return {name: value for name, value in found.items() if isinstance(value, float)}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A run that ended before its last step, for its metric had settled."""
+
+    steps_done: int
+    reason: str
+    """The rest of a sentence: ``loss has not fallen by 0.01 in 20 steps``."""
+
+
+def write_settled(run: RunDir, settled: Settled) -> None:
+    """Write ``settled.json``, once the checkpoint after these steps is whole: the run is finished from then on."""
+    write_json(run.settled, {"steps_done": settled.steps_done, "reason": settled.reason})
+
+
+def read_settled(run: RunDir) -> Settled | None:
+    """What :func:`write_settled` wrote; None if the run has not settled."""
+    found = read_json_object(run.settled, within=run.root)
+    steps_done, reason = found.get("steps_done"), found.get("reason")
+    if isinstance(steps_done, int) and not isinstance(steps_done, bool) and isinstance(reason, str):
+        return Settled(steps_done, reason)
+    return None
 
 
 def rank_files(run: RunDir) -> dict[int, Path]:

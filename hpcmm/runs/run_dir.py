@@ -159,6 +159,11 @@ class RunDir:
         return self.root / STOP
 
     @property
+    def settled(self) -> Path:
+        """After how many steps, and why, the run ended before its last step: its metric had settled."""
+        return self.root / "settled.json"
+
+    @property
     def stopped(self) -> Path:
         """An empty file: the ranks stopped as asked, with a checkpoint, before the last step."""
         return self.root / STOPPED

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hpcmm import annotate
 from hpcmm.config.mesh import DATA, Mesh
 from hpcmm.config.schema import Offload, ParallelConfig, Precision, RunConfig, Schedule, TrainConfig
+from hpcmm.train.loss_scaling import check_fp16, fp16_settings
 from hpcmm.train.optimizers import build_optimizer
 from hpcmm.train.weights import buffers, load_trained, trained_weights
 from hpcmm.train.workload import Training, trained_parameters
@@ -37,6 +38,7 @@ def build_engine(
     ``groups``: these parameters as an optimizer takes them, see :meth:`Training.parameter_groups`; None: in one group.
     ``settings``: what is added to DeepSpeed's configuration. ``mpu``: who shares what, as DeepSpeed takes it.
     """
+    check_fp16(config)
     trained = trained_parameters(model)
     train = config.train
     optimizer = build_optimizer(config, model, [{"params": trained}] if groups is None else groups)
@@ -83,6 +85,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # any of these may be offloaded
         "steps_per_print": 2**62,  # the loop prints
         "bf16": {"enabled": parallel.precision is Precision.bf16},
+        "fp16": fp16_settings(config),
         "zero_optimization": {
             "stage": parallel.zero_stage,
             "reduce_bucket_size": parallel.reduce_bucket_size,

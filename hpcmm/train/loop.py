@@ -21,13 +21,15 @@ from hpcmm.config.recipe import recipe_of
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
-from hpcmm.runs.metrics import MetricsWriter, write_scores
+from hpcmm.runs.metrics import MetricsWriter, Settled, write_scores, write_settled
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.train import loss_scaling
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import Engine
 from hpcmm.train.group_names import name_process_groups
 from hpcmm.train.recipes import build
 from hpcmm.train.throughput import Throughput, note_device
+from hpcmm.train.watching import Watch
 from hpcmm.train.workload import Training
 from hpcmm.worker.environment import RankEnvironment
 
@@ -58,17 +60,17 @@ def train(
         checkpoints = Checkpoints(run, rank_env, config.train.keep_checkpoints)
         resumed = checkpoints.load_newest(engine)
         if resumed is None:
-            first, scores = 0, _score(training, engine, config, rank_env, "before")
+            first, scores, watched = 0, _score(training, engine, config, rank_env, "before"), None
         else:
-            first, scores = resumed["steps_done"], resumed["scores"]
+            first, scores, watched = resumed["steps_done"], resumed["scores"], resumed.get("watched")
             log.info("resumed from the checkpoint after step %d of %d", first, config.train.steps)
         metrics.resume(first)
-        steps_done = _run_steps(
-            Session(config, run, rank_env, training, engine, checkpoints, metrics, throughput), first, scores
-        )
+        watch = Watch(config, training, engine, metrics, watched)
+        session = Session(config, run, rank_env, training, engine, checkpoints, metrics, throughput, watch)
+        steps_done = _run_steps(session, first, scores)
         close_window()
         training.finish(rank_env.rank, rank_env.world_size)
-        if steps_done < config.train.steps:
+        if steps_done < config.train.steps and watch.settled is None:
             log.info("stopped as asked after step %d of %d, with a checkpoint", steps_done, config.train.steps)
             if rank_env.rank == 0:
                 run.stopped.touch()
@@ -94,34 +96,52 @@ class Session:
     checkpoints: Checkpoints
     metrics: MetricsWriter
     throughput: Throughput
+    watch: Watch
 
 
 def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
-    """Train from step ``first`` on. Returns how many steps are done in all, fewer than asked for after a stop."""
-    config, rank_env, engine = session.config, session.rank_env, session.engine
+    """Train from step ``first`` on. Returns how many steps are done in all, fewer than asked for after a stop, and if
+    the run has settled."""
+    config, rank_env, engine, watch = session.config, session.rank_env, session.engine, session.watch
     steps = config.train.steps
     done = first * config.train.gradient_accumulation_steps
     batches = session.throughput.watched(session.training.batches(engine.data_rank, engine.mesh.data, done))
     stop_request = StopRequest(session.run.root)
     signal.signal(signal.SIGUSR1, lambda *_: stop_request.ask())
     with Progress(config, first=first, shown=rank_env.rank == 0) as progress:
+        watch.evaluate(first)  # which a stop had no time for
+        if watch.settled:
+            _note_settled(session, first)
+            return first
         for step in range(first, steps):
             began = time.perf_counter()
             with annotate.step(step):
-                with session.throughput.step():
+                with session.throughput.step(), loss_scaling.said_clearly(config):
                     values = engine.step(batches)
                 with annotate.phase("agree"):
-                    stop = stop_request.agreed()
-                if stop or _checkpoint_due(step, config):
+                    stop = watch.agree(stop_request, step + 1, values)
+                if not stop:
+                    watch.evaluate(step + 1)
+                if stop or watch.settled or _checkpoint_due(step, config):
                     with annotate.phase("checkpoint"):
                         session.training.merge_rank_state()
-                        session.checkpoints.save(session.engine, step + 1, {"scores": scores})
+                        session.checkpoints.save(session.engine, step + 1, {"scores": scores, "watched": watch.state})
             step_s = time.perf_counter() - began
+            values |= loss_scaling.noted(engine.deepspeed, config)
             session.metrics.step(step, **values, **session.throughput.take(engine.device), step_s=step_s)
             progress.advance(step, values["loss"], step_s)
-            if stop:
+            if watch.settled:
+                _note_settled(session, step + 1)
+            if stop or watch.settled:
                 return step + 1
     return steps
+
+
+def _note_settled(session: Session, steps_done: int) -> None:
+    """Its checkpoint is whole: from now on the run counts as finished."""
+    session.watch.note_settled(steps_done)
+    if session.rank_env.rank == 0:
+        write_settled(session.run, Settled(steps_done, session.watch.settled or ""))
 
 
 def _built(

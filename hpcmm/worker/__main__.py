@@ -232,16 +232,21 @@ def _is_profiled(config: RunConfig, rank: int) -> bool:
 
 
 def is_finished(config: RunConfig, run: RunDir) -> bool:
-    """Whether the run has trained all of its steps: started once more, it has nothing to record.
+    """Whether the run has trained all of its steps, or its metric has settled.
 
-    Its reports would be replaced by empty ones.
+    Started once more, it has nothing to record, and its reports would be replaced by empty ones.
     """
     if config.task._target_ is None:
         return False
     from hpcmm.config.workload import load_workload  # noqa: PLC0415
+    from hpcmm.runs.metrics import read_settled  # noqa: PLC0415
     from hpcmm.runs.run_dir import steps_in_newest_checkpoint  # noqa: PLC0415
 
-    return load_workload(config.task._target_).is_finished(config, steps_in_newest_checkpoint(run) or 0)
+    steps_done = steps_in_newest_checkpoint(run) or 0
+    settled = read_settled(run)
+    if settled is not None and settled.steps_done == steps_done:
+        return True
+    return load_workload(config.task._target_).is_finished(config, steps_done)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Which optimizers fit which run: what can be known of a class from its name and its source text, without torch."""
+"""What must hold of optimizer, precision and the end of training, as far as it is known without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from hpcmm.config.mesh import TENSOR
 from hpcmm.config.parts import TARGET, class_attribute, part_name
-from hpcmm.config.schema import RunConfig
+from hpcmm.config.schema import Executor, Precision, RunConfig
+from hpcmm.config.train_sections import UntilConfig
 
 WHOLE_PARAMETERS = "whole_parameters"
 """Class attribute of an optimizer whose step of an element depends on the whole parameter, such as its norm."""
@@ -16,7 +18,43 @@ _WITH_A_CLOSURE = frozenset({"torch.optim.LBFGS"})
 _ON_GPUS = ("bitsandbytes.",)
 
 
-def optimizer_problems(config: RunConfig) -> Iterator[str]:
+_GPU_DEVICES = ("nvidia[0-9]*", "kfd")
+"""What the drivers of GPUs make in ``/dev``."""
+
+
+def optimisation_problems(config: RunConfig) -> Iterator[str]:
+    """A sentence for each thing that is wrong with how the run is to be trained."""
+    train = config.train
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        yield f"train.betas is {train.betas}, but must be two numbers from 0 to below 1."
+    yield from _optimizer(config)
+    yield from _precision(config)
+    yield from _until(config)
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    if config.parallel.precision is not Precision.fp16:
+        return
+    otherwise = "choose parallel.precision=bf16 or fp32"
+    if not config.cluster.gpus_per_node:
+        yield f"parallel.precision is fp16, which needs GPUs, and cluster.gpus_per_node is 0: {otherwise}."
+    elif config.cluster.executor is Executor.local and not any(any(Path("/dev").glob(name)) for name in _GPU_DEVICES):
+        yield f"parallel.precision is fp16, which needs a GPU, and this machine has none: {otherwise}."
+
+
+def _until(config: RunConfig) -> Iterator[str]:
+    until = config.train.until
+    if until.metric is None:
+        if until != UntilConfig():
+            yield "train.until has no metric: give train.until.metric=loss, a part of the loss, or a score."
+    elif until.patience < until.every and not config.train.evaluate_every:
+        yield (
+            f"train.until.patience is {until.patience}, but {until.metric} is looked at each {until.every} steps: "
+            "raise it, or lower train.until.every."
+        )
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
     """A sentence for each way in which the optimizer does not fit the run."""
     part = config.optimizer
     if not isinstance(part, Mapping) or config.task._target_ is None:
