@@ -427,7 +427,10 @@ def _of_plain(schema: Any, values: Mapping[str, Any]) -> Any:
     for each in fields(schema):
         if each.name in values:
             value = values[each.name]
-            kind = vars(sys.modules[schema.__module__]).get(str(each.type).partition(" | ")[0])  # its type's text, which 3.9 cannot evaluate
+            # By its type's text, which Python 3.9 cannot evaluate.
+            kind = vars(sys.modules[schema.__module__]).get(str(each.type).partition(" | ")[0])
+                str(each.type).partition(" | ")[0]
+            )  # its type's text, which 3.9 cannot evaluate
             if value is not None and is_dataclass(kind):
                 value = _of_plain(kind, value)
             elif value is not None and isinstance(kind, type) and issubclass(kind, Enum):

@@ -30,10 +30,10 @@ def fp16_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def check_fp16(config: RunConfig) -> None:
-    """Raises HpcmmError if the run asks for fp16 and this rank's device has none."""
-    if config.parallel.precision is Precision.fp16 and not get_accelerator().is_fp16_supported():
+    """Raises HpcmmError if the run asks for fp16 and this rank has no GPU: few processors can, and these slowly."""
+    if config.parallel.precision is Precision.fp16 and get_accelerator().device_name() == "cpu":
         raise HpcmmError(
-            f"parallel.precision is fp16, which needs a GPU, and this rank trains on {get_accelerator()._name}: choose "
+            "parallel.precision is fp16, which needs a GPU, and this rank trains on the processor: choose "
             "parallel.precision=bf16 or fp32."
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import torch
 from real_ranks import run_ranks
 from torch import nn
 
+from hpcmm.annotate.stopping import STOP
 from hpcmm.config.compose import compose_run
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload
@@ -47,7 +49,7 @@ class Line(Training):
         return error, {"error": error.detach()}
 
     @torch.no_grad()
-    def evaluate(self, engine: Any, rank: int, world_size: int, *, final: bool) -> dict[str, float]:
+    def evaluate(self, engine: Any, rank: int, _world_size: int, **_: bool) -> dict[str, float]:
         fit = -float((engine(XS.to(self._dtype())).float() - 3 * XS).square().mean()) + 0 * float(torch.rand(1))
         return {"fit": fit} if rank == 0 else {}
 
@@ -109,10 +111,10 @@ def settling_ranks(rank: int, root: Path) -> dict[str, Any]:
     facts["again"] = train_here(rank, whole, *UNTIL_LOSS)
     for stops in (1, 2, 3):  # after one step each
         dist.barrier()
-        cut.stop.touch()
+        (cut.root / STOP).touch()
         facts[f"stop {stops}"] = train_here(rank, cut, *UNTIL_LOSS)
     dist.barrier()
-    cut.stop.unlink(missing_ok=True)
+    (cut.root / STOP).unlink(missing_ok=True)
     facts["cut"] = train_here(rank, cut, *UNTIL_LOSS)
     until_fit = ["train.until={metric: fit, patience: 4, min_delta: 0.01}", "train.evaluate_every=2"]
     facts["scored"] = train_here(rank, scored, *until_fit)
@@ -198,10 +200,10 @@ def scored_ranks(rank: int, root: Path) -> dict[str, Any]:
     facts["every"] = train_here(rank, every, "train.steps=6", "train.evaluate_every=2")
     facts["plain"] = train_here(rank, plain, "train.steps=6")
     dist.barrier()
-    cut.stop.touch()
+    (cut.root / STOP).touch()
     facts["stopped"] = train_here(rank, cut, "train.steps=3", "train.evaluate_every=1")
     dist.barrier()
-    cut.stop.unlink(missing_ok=True)
+    (cut.root / STOP).unlink(missing_ok=True)
     facts["resumed"] = train_here(rank, cut, "train.steps=3", "train.evaluate_every=1")
     facts["refused"] = error_of(rank, RunDir(root / "fp16"), "parallel.precision=fp16")
     facts["fp16"] = fp16_here(rank, RunDir(root / "fp16"))
@@ -209,10 +211,11 @@ def scored_ranks(rank: int, root: Path) -> dict[str, Any]:
 
 
 def fp16_here(rank: int, run: RunDir) -> list[dict[str, Any]]:
-    """In the processor's own fp16, which DeepSpeed would not take by itself."""
+    """In the processor's own fp16."""
     from deepspeed.accelerator import get_accelerator
 
-    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True):
+    supported = mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True)
+    with supported, mock.patch("hpcmm.train.engine.check_fp16"):
         scale = "train.loss_scale={initial_power: 18, window: 3}"
         return train_here(rank, run, "parallel.precision=fp16", "train.steps=12", "train.schedule=cosine", scale)
 
@@ -239,8 +242,8 @@ def test_scores_that_a_stop_left_no_time_for_come_when_the_run_goes_on(scored):
 
 def test_fp16_on_a_processor_is_refused_in_a_sentence(scored):
     assert scored[1]["refused"] == (
-        "parallel.precision is fp16, which needs a GPU, and this rank trains on cpu: choose parallel.precision=bf16 or "
-        "fp32."
+        "parallel.precision is fp16, which needs a GPU, and this rank trains on the processor: choose "
+        "parallel.precision=bf16 or fp32."
     )
 
 
@@ -251,7 +254,7 @@ def test_a_step_that_overflows_fp16_is_skipped_and_counted_and_the_scale_halves(
     assert skipped[-1] < len(steps)
     scales = [step["loss_scale"] for step in steps]
     assert scales[0] == 2**17
-    for before, after, more in zip(scales, scales[1:], [b - a for a, b in zip(skipped, skipped[1:])], strict=True):
-        assert after == before / 2 if more else after in (before, 2 * before)
-    assert max(scales[index] for index in range(1, len(scales)) if scales[index] > scales[index - 1]) > 0
+    for before, after in pairwise(zip(scales, skipped, strict=True)):
+        is_skipped = after[1] > before[1]
+        assert after[0] == before[0] / 2 if is_skipped else after[0] in (before[0], 2 * before[0])
     assert steps[-1]["loss"] < steps[0]["loss"]
