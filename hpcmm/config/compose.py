@@ -159,20 +159,22 @@ def override_text(override: Override, space: ConfigSpace) -> str:
     assert text is not None
     # Hydra adds a key to a dictionary, or a parameter to a part, only when it is told so with ++.
     key = override.key_or_group
-    in_dictionary = get_origin(space.type_of(key)) is dict or (space.is_part(key) and key not in space.groups)
+    in_dictionary = key not in space.groups and (get_origin(space.type_of(key)) is dict or space.is_part(key))
     return f"++{text}" if in_dictionary and override.type is OverrideType.CHANGE else text
 
 
 def _raw(override: str, space: ConfigSpace) -> str:
     """``override`` with its words quoted if they are to stay as they are written (``1e-4``, ``true``, ``007``)."""
     key, separator, value = override.partition("=")
+    if key.lstrip("+") in space.groups:
+        return override
     return f"{key}{separator}{quote_bare_words(value)}" if _takes_text(space.type_of(key.lstrip("+"))) else override
 
 
 def _takes_text(annotation: Any) -> bool:
     """Whether a value of this type is text, or made of text: ``str``, ``list[str]``, ``dict[str, str]``."""
     values = get_args(annotation)[1:] if get_origin(annotation) is dict else get_args(annotation)
-    return annotation is str or str in values
+    return annotation is str or str in values or any(map(_takes_text, values))
 
 
 def _known(override: Override, space: ConfigSpace) -> Override:

@@ -373,6 +373,11 @@ class RunConfig:
         None,
         "Job id, or run, sweep or point (SWEEP/0003) beside this one, that must have completed before this one starts.",
     )
+    stages: dict[str, list[str]] = made_by(
+        dict,
+        "Runs to queue one after the other by this launch, each from the weights of the one before: a name, and the "
+        "overrides that it has beside those of the launch.",
+    )
     analyze: Analyze = key(
         Analyze.never, "``after`` queues the analysis behind the run, so that one command ends in tables."
     )
@@ -429,8 +434,6 @@ def _of_plain(schema: Any, values: Mapping[str, Any]) -> Any:
             value = values[each.name]
             # By its type's text, which Python 3.9 cannot evaluate.
             kind = vars(sys.modules[schema.__module__]).get(str(each.type).partition(" | ")[0])
-                str(each.type).partition(" | ")[0]
-            )  # its type's text, which 3.9 cannot evaluate
             if value is not None and is_dataclass(kind):
                 value = _of_plain(kind, value)
             elif value is not None and isinstance(kind, type) and issubclass(kind, Enum):

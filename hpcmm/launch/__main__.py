@@ -30,6 +30,7 @@ examples:
   python -m hpcmm.launch cluster=a30 'task.args=[--lr,1e-3],[--lr,1e-4]' -- train.py     two points, one job array
   python -m hpcmm.launch cluster=a30 task=function task.target=my_pkg.train:main task.kwargs.lr=1e-4
   python -m hpcmm.launch cluster=a30 train.learning_rate=1e-3,1e-4 'train.seed=range(0,5)'    ten points, one job array
+  python -m hpcmm.launch cluster=a30 stages=decoder_then_words      two runs, the second from the first one's weights
   python -m hpcmm.launch resubmit latest                    the failed points of a sweep once more; latest/0003: one
   python -m hpcmm.launch experiment=anomaly_demo dry_run=true   print the job's script, submit nothing
 
@@ -59,8 +60,7 @@ def _command(given: list[str], prog: str) -> int:
 
 def _launch(overrides: Sequence[str], command: Sequence[str] | None) -> int:
     from hpcmm.config.space import with_config_dirs  # noqa: PLC0415 -- after --help, which needs none of it
-    from hpcmm.config.sweep import compose_points  # noqa: PLC0415
-    from hpcmm.launch.plan import dry_run_text, plan  # noqa: PLC0415
+    from hpcmm.launch.stages import dry_run_of, launch_stages, plan_stages  # noqa: PLC0415
 
     overrides = with_config_dirs(overrides)
     options = [word for word in overrides if word.startswith("-")]
@@ -70,20 +70,20 @@ def _launch(overrides: Sequence[str], command: Sequence[str] | None) -> int:
             "--, see --help."
         )
     words = overrides if command is None else [*overrides, SEPARATOR, *command]
-    planned = plan(compose_points(words), words)
-    if planned.config.dry_run:
-        print(dry_run_text(planned), end="")
+    stages = plan_stages(words)
+    if stages[0].planned.config.dry_run:
+        print(dry_run_of(stages), end="")
         return 0
-    from hpcmm.launch.interpreter import require_packages  # noqa: PLC0415
-    from hpcmm.launch.submit import submit  # noqa: PLC0415 -- submitit, which a dry run does not need
-    from hpcmm.launch.write import write  # noqa: PLC0415
+    return launch_stages(stages, _show)
 
-    require_packages(planned.config, planned.interpreter)
-    write(planned)
-    submission = submit(planned)
+
+def _show(stage: str, submission: Submission) -> int:
+    planned = submission.planned
     if JOB_ID.fullmatch(planned.config.name):
         said = f"name={planned.config.name} alone would mean the job of that number"
         print(f"hpcmm: {said}: other commands find this run by {submission.run.root.name}.", file=sys.stderr)
+    if stage:
+        print(f"stage:          {stage}")
     return _show_sweep(submission) if planned.is_sweep else _show_run(submission)
 
 

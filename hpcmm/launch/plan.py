@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,28 +101,30 @@ class Plan:
 
 
 def launch(overrides: Sequence[str]) -> Submission:
-    """Compose, plan, write and submit a run or a sweep; returns once the job is accepted.
-
-    Raises HpcmmError when anything is wrong. The run directory of a job that Slurm refused is removed again.
-    """
+    """Compose, plan, write and submit a run or a sweep, as :func:`plan`, ``write`` and ``submit`` do; no stages."""
     from hpcmm.launch.submit import submit  # noqa: PLC0415 -- submitit, which a dry run does not need
     from hpcmm.launch.write import write  # noqa: PLC0415
 
-    planned = plan(compose_points(overrides), overrides)
+    points = compose_points(overrides)
+    if any(point.config.stages for point in points):
+        raise HpcmmError("stages are for the command line: run `hpcmm launch`.")
+    planned = plan(points, overrides)
     require_packages(planned.config, planned.interpreter)
     write(planned)
     return submit(planned)
 
 
-def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
+def plan(points: Sequence[Point], overrides: Sequence[str], follows: Plan | None = None) -> Plan:
     """Validate every point, and resolve what the job needs; points with overrides of their own are a sweep.
 
-    Unless this is a dry run, Slurm is asked for the job to wait for and the size of the array. Raises HpcmmError for
-    values that are wrong, and for a script, a job to wait for or a run to start from that is not there.
+    ``follows``: a run of this launch to start from, not there yet. Unless this is a dry run, Slurm is asked for the job
+    to wait for and the size of the array. Raises HpcmmError for wrong values, and for a script, job or run not there.
     """
     here = Path.cwd()
     points = [replace(point, config=with_python(point.config, here)) for point in points]
     starts = _validated(points)
+    if follows is not None:
+        starts[None] = str(follows.run.root)
     first, is_sweep = points[0].config, bool(points[0].overrides)
     if is_sweep:
         _check_can_be_array(first)
@@ -133,13 +135,12 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
     interpreter = ask(first.cluster)
     for said in filter(None, (note_on_rank(first), *check(first, interpreter, _packages(code, code.scripts)))):
         print(f"hpcmm: {printable(said)}", file=sys.stderr)
-    python_path = code.python_path
-    if any(os.pathsep in folder for folder in python_path):
+    if any(os.pathsep in folder for folder in code.python_path):
         raise HpcmmError(
             f"{run.root.parent} holds a colon, at which PYTHONPATH is split: set runs_root to another folder."
         )
     if (start := starts[first.train.init_from]) is not None:
-        _note_other_data(first, RunDir(Path(start)))
+        _note_other_data(first, RunDir(Path(start)), follows)
     _note_same_outputs(points, codes[what_runs(first.task, here)], here)
     named = None if first.after is None else _job_or_folder(first.after, run.root.parent)
     after = None if named is None else job_to_wait_for(named, run.root.parent)
@@ -150,7 +151,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str]) -> Plan:
             waited = None if _JOB_ID.fullmatch(named) else RunDir(run.root.parent / named)
             after = _still_to_wait_for(after, str(first.after), waited)
     most_tasks = most_array_tasks() if is_sweep and not first.dry_run else None
-    job = Job(run, python_path, points=len(points) if is_sweep else None, after=after, working_directory=here)
+    job = Job(run, code.python_path, points=len(points) if is_sweep else None, after=after, working_directory=here)
     arrays = arrays_of(job, most_tasks, first.launch.parallel_points)
     _check_arrays(arrays, most_tasks)
     planned = tuple(
@@ -323,10 +324,12 @@ def _trained(run: RunDir, config: RunConfig) -> RunDir:
     return run
 
 
-def _note_other_data(config: RunConfig, start: RunDir) -> None:
+def _note_other_data(config: RunConfig, start: RunDir, follows: Plan | None) -> None:
     """Say what the workload finds to differ between this run and ``start``, the run to start from."""
     if (workload := workload_of(config)) is not None:
-        for difference in workload.notes_on_start(config, read_untyped_config(start.config)):
+        is_next = follows is not None and follows.run.root == start.root
+        before = asdict(follows.config) if follows and is_next else read_untyped_config(start.config)
+        for difference in workload.notes_on_start(config, before):
             print(f"hpcmm: {printable(f'{start.root} {difference}')}", file=sys.stderr)
 
 

@@ -25,7 +25,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import other_writer, read_text
 from hpcmm.runs.ownership import real_and_trusted
 from hpcmm.runs.run_dir import RunDir, checkpoint_name, newest_checkpoint, note_newest_checkpoint, steps_of_checkpoint
-from hpcmm.train.weights import read_weights, write_weights
+from hpcmm.train.weights import add_carried, keep_carried, mark_carried, read_weights, write_weights
 from hpcmm.worker.environment import RankEnvironment
 
 if TYPE_CHECKING:
@@ -71,6 +71,14 @@ class Checkpoints:
         self._rank_env = rank_env
         self._keep = keep
 
+    def keep_carried(self, model: nn.Module) -> None:
+        """Keep what ``model`` has of another run and does not train, for that is in no other file of this run.
+
+        Call it before the engine is built. Raises HpcmmError if there is no room.
+        """
+        with self._said_clearly(self._folder / ".none", 0):
+            keep_carried(model, self._folder, writes=self._rank_env.rank == 0)
+
     def save(self, engine: Engine, steps_done: int, state: dict[str, Any]) -> None:
         """Save what training needs to go on. The frozen encoders, which come from their own files, are left out.
 
@@ -86,6 +94,7 @@ class Checkpoints:
             weights = engine.weights()
             if self._rank_env.rank == 0:
                 write_weights(partial, weights)
+                add_carried(self._folder, partial)
             engine.deepspeed.save_checkpoint(
                 str(self._folder),
                 tag=partial.name,
@@ -240,8 +249,9 @@ def _of_deepspeed_files(run: RunDir, tag: str) -> dict[str, Tensor]:
 
 
 def start_from(model: nn.Module, folder: str) -> None:
-    """Give ``model`` what the run in ``folder`` trained. What that run did not have stays as it is.
+    """Give ``model`` what the run in ``folder`` trained, and what that run had from another. All else stays as it is.
 
+    Of that, what this run does not train goes into its checkpoints as well.
     Raises HpcmmError if that run has no checkpoint, or trained something that ``model`` lacks.
     """
     run = RunDir(Path(folder))
@@ -254,6 +264,7 @@ def start_from(model: nn.Module, folder: str) -> None:
             "sizes of the model."
         )
     model.load_state_dict(state, strict=False)
+    mark_carried(value for name, value in model.named_parameters(remove_duplicate=False) if name in state)
 
 
 def _latest(run: RunDir) -> str:

@@ -50,6 +50,8 @@ def train(
     """
     with metrics.startup("model and data"):
         training = _checked(workload.training(config, device))
+        checkpoints = Checkpoints(run, rank_env, config.train.keep_checkpoints)
+        checkpoints.keep_carried(training.model)
     throughput = Throughput(training, workload.model_shape(config), config)
     with metrics.startup("engine"):
         engine = _built(training, workload, config, rank_env, device)
@@ -57,7 +59,6 @@ def train(
     note_device(metrics, device, config.parallel.precision)
     metrics.groups(str(engine.mesh), name_process_groups(engine.mesh))
     try:
-        checkpoints = Checkpoints(run, rank_env, config.train.keep_checkpoints)
         resumed = checkpoints.load_newest(engine)
         if resumed is None:
             first, scores, watched = 0, _score(training, engine, config, rank_env, "before"), None

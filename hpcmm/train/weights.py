@@ -6,7 +6,9 @@ pages and warm starts read this file alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from deepspeed.utils import safe_get_full_fp32_param
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from hpcmm.errors import HpcmmError
 
 WEIGHTS = "weights.safetensors"
+CARRIED = "carried.safetensors"
+"""What an earlier run trained and this one does not."""
+_IS_CARRIED = "_hpcmm_is_carried"
 
 
 def trained_weights(names: dict[nn.Parameter, str]) -> Iterator[tuple[str, Tensor]]:
@@ -47,20 +52,62 @@ def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
         raise HpcmmError(f"The checkpoint is of another model: {', '.join(wrong[:5])} do not match.")
 
 
+def mark_carried(parameters: Iterable[nn.Parameter]) -> None:
+    """Note that these came from another run: if they do not train, they are in no other file."""
+    for parameter in parameters:
+        setattr(parameter, _IS_CARRIED, True)
+
+
+def keep_carried(model: nn.Module, folder: Path, *, writes: bool) -> None:
+    """Keep the frozen parameters that came from another run in ``folder``, that of the run's checkpoints.
+
+    ``writes``: whether this is the rank that writes them. A run that goes on gets those that it began with, whatever
+    the other run has become. Call it before the engine is built, which may cut and round the model. Raises OSError, or
+    SafetensorError if there is no room.
+    """
+    file = folder / CARRIED
+    if file.is_file():
+        model.load_state_dict(_read(file), strict=False)
+        return
+    carried = {
+        name: value.detach()
+        for name, value in model.named_parameters()
+        if not value.requires_grad and getattr(value, _IS_CARRIED, False)
+    }
+    if carried and writes:
+        partial = folder / f".{CARRIED}.part"
+        save_file({name: value.float().cpu().contiguous().clone() for name, value in carried.items()}, partial)
+        partial.rename(file)
+
+
+def add_carried(checkpoints: Path, folder: Path) -> None:
+    """Put what :func:`keep_carried` kept into the checkpoint ``folder``: by a link, for it takes no room then."""
+    if (file := checkpoints / CARRIED).is_file():
+        try:
+            os.link(file, folder / CARRIED)
+        except OSError:  # not every file system has them
+            shutil.copyfile(file, folder / CARRIED)
+
+
 def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write them into the checkpoint ``folder``. Raises OSError, or SafetensorError if there is no room."""
     save_file({name: value.cpu().contiguous().clone() for name, value in weights.items()}, folder / WEIGHTS)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor] | None:
-    """What :func:`write_weights` wrote, on the CPU; None if an older version saved the checkpoint, without such a file.
+    """What :func:`write_weights` and :func:`add_carried` put there, on the CPU.
 
-    Raises HpcmmError if it is damaged.
+    None if an older version saved the checkpoint, without such a file. Raises HpcmmError if it is damaged.
     """
     if not (folder / WEIGHTS).is_file():
         return None
+    carried = _read(folder / CARRIED) if (folder / CARRIED).is_file() else {}
+    return {**carried, **_read(folder / WEIGHTS)}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
     try:
-        found: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        found: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError, ValueError) as error:
-        raise HpcmmError(f"The checkpoint {folder} cannot be loaded: {error}") from error
+        raise HpcmmError(f"The checkpoint {file.parent} cannot be loaded: {error}") from error
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
