@@ -55,7 +55,9 @@ class Case:
         more = {"clip": self.clip, "rounds": self.rounds - 1, "precision": self.precision != "fp32"}
         more |= {"replicated": self.encoders != "along", "checkpointing": self.checkpointing, "adam": self.adam}
         more |= {"offload": self.offload, "resume": self.resume}
-        return ", ".join([self.kind, mesh, f"zero {self.zero}", self.variant, *(name for name, on in more.items() if on)])
+        return ", ".join(
+            [self.kind, mesh, f"zero {self.zero}", self.variant, *(name for name, on in more.items() if on)]
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ def one_case(rank: int, case: Case, folder: str) -> Found | None:
             started = difference(saved, dict(alone.model.named_parameters()))
     if rank:
         return None
-    return against_one_process(case, mesh, weights, losses, norms, {"seen": seen, "resumed": resumed, "started": started})
+    return against_one_process(
+        case, mesh, weights, losses, norms, {"seen": seen, "resumed": resumed, "started": started}
+    )
 
 
 def built(case: Case, config: RunConfig, mesh: Mesh, rank: int) -> tuple[TinyTraining, Engine]:
@@ -190,7 +194,12 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def against_one_process(
-    case: Case, mesh: Mesh, weights: dict[str, torch.Tensor], losses: list[float], norms: list[float], more: dict[str, Any]
+    case: Case,
+    mesh: Mesh,
+    weights: dict[str, torch.Tensor],
+    losses: list[float],
+    norms: list[float],
+    more: dict[str, Any],
 ) -> Found:
     alone = TinyTraining(case.kind, case.variant)
     trained = {name: value for name, value in alone.model.named_parameters() if value.requires_grad}
