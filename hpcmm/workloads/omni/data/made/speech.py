@@ -27,7 +27,7 @@ _ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp")
 _VOICES = ("m1", "m3", "m5", "m6", "f1", "f3", "f4")
 _HELD_OUT_VOICES = ("m2", "m4", "m7", "f2", "f5")
 _PROGRAM = "espeak-ng"
-_LONGEST_CALL_S = 60
+_LONGEST_CALL_S = 300  # a call takes 10 ms, but a machine without free memory stands still for minutes
 _SILENCE = 0.02
 """What is quieter than this share of a word's loudest sample, before and after it, is cut off."""
 
