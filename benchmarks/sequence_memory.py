@@ -1,6 +1,6 @@
 """Peak activation memory of a step at sequence degrees 1, 2 and 4, for Ulysses and for ring attention, on CPUs.
 
-    python benchmarks/sequence_memory.py [--tokens 4096] [--json FILE]
+    python benchmarks/sequence_memory.py [--tokens 2048] [--json FILE]
 
 Every allocation and release of a rank's forward and backward pass is taken from PyTorch's profiler, kernels' own
 scratch memory included; the peak of their sum is what the step holds beside weights and gradients, which are there
@@ -46,7 +46,7 @@ def peak_bytes(step: Callable[[], None]) -> int:
 
 def main() -> None:
     parser = measuring.parser(__doc__)
-    parser.add_argument("--tokens", type=measuring.positive, default=4096, help="of the row; default 4096")
+    parser.add_argument("--tokens", type=measuring.positive, default=2048, help="of the row; default 2048")
     options = parser.parse_args()
     rows = []
     peaks = measure(options.tokens)
