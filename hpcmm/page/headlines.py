@@ -180,7 +180,9 @@ def exchanged_line(study: Study) -> str:
     if table is None or table.empty:
         return ""
     steps, ranks = table["step"].nunique(), table["rank"].nunique()
-    by_axis = table[table["op"] != "recv"].groupby("axis")["bytes"].sum().sort_values(ascending=False)
+    # A group of one rank exchanges nothing, and a message that one rank sends is what another receives.
+    table = table[(table["bus_bytes"] > 0) & (table["op"] != "recv")]
+    by_axis = table.groupby("axis")["bytes"].sum().sort_values(ascending=False)
     told = [f"{size(float(total) / steps / ranks)} {axis or 'unnamed'}" for axis, total in by_axis.items()]
     return f"exchanged a step and rank: {plain(', '.join(told))}" if told else ""
 
