@@ -165,7 +165,10 @@ def _of_phases(study: Study) -> str:
 def mesh_line(study: Study) -> str:
     """How the ranks are laid out, as their process groups tell it; empty if they do not."""
     sizes = process_groups.mesh(study.traces)
-    return "mesh: " + " x ".join(f"{axis} {size}" for axis, size in sizes.items()) if sizes else ""
+    experts = sizes.pop("expert", 0)
+    told = [" x ".join(f"{axis} {count}" for axis, count in sizes.items())] if sizes else []
+    told += [f"expert {experts}"] if experts else []  # which is a part of the data axis
+    return "mesh: " + ", ".join(told) if told else ""
 
 
 def throughput_line(study: Study) -> str:
