@@ -101,7 +101,7 @@ def _axis_problems(mesh: Mesh, axes: frozenset[str]) -> Iterator[str]:
 
 def _zero_problems(config: RunConfig, mesh: Mesh) -> Iterator[str]:
     parallel = config.parallel
-    stage, bf16 = parallel.zero_stage, parallel.precision is Precision.bf16
+    stage = parallel.zero_stage
     if mesh.pipeline > 1 and stage > 1:
         yield (
             f"parallel.zero_stage is {stage} with a pipeline, whose stages keep their gradients from micro-batch to "
@@ -112,10 +112,10 @@ def _zero_problems(config: RunConfig, mesh: Mesh) -> Iterator[str]:
             f"parallel.zero_stage is 0 with a pipeline in {parallel.precision}, whose checkpoints DeepSpeed cannot "
             "load again: set parallel.zero_stage=1."
         )
-    if mesh.expert > 1 and stage == 0 and bf16:
+    if mesh.expert > 1 and stage == 0:
         yield (
-            "parallel.zero_stage is 0 with experts in bf16, which keeps no float32 weights for them and drifts from "
-            "the loss of one process: set parallel.zero_stage=1."
+            "parallel.zero_stage is 0 with experts, for which DeepSpeed clips by each rank's own norm and, in bf16, "
+            "keeps no float32 weights, so that the ranks drift apart: set parallel.zero_stage=1."
         )
     if mesh.expert > 1 and stage == 3 and (mesh.tensor > 1 or mesh.sequence > 1):
         yield (
@@ -143,6 +143,11 @@ def _offload_problems(config: RunConfig, mesh: Mesh) -> Iterator[str]:
             yield "Offloading to NVMe takes ZeRO stage 3: set parallel.zero_stage=3, or offload to cpu."
         if parallel.nvme_path is None:
             yield "parallel.nvme_path is not given: name a folder on the nodes' own NVMe disks."
+    if mesh.expert > 1 and mesh.tensor > 1 and (optimizer is not Offload.none or parameters is not Offload.none):
+        yield (
+            "parallel.offload_optimizer does not work in DeepSpeed's AutoEP if tensor is cut, too: set it to none, or "
+            "leave parallel.mesh.tensor out."
+        )
     if mesh.pipeline > 1 and (optimizer is not Offload.none or parameters is not Offload.none):
         yield "parallel.offload_optimizer does not work with a pipeline in DeepSpeed: set it to none."
 
@@ -195,6 +200,11 @@ def _shape_problems(config: RunConfig, mesh: Mesh, shape: ModelShape) -> Iterato
         yield (
             f"parallel.mesh.tensor is {mesh.tensor}, but the language model has {shape.heads} heads and "
             f"{shape.kv_heads} of keys and values, which each rank must get as many of: choose a divisor of both."
+        )
+    if not shape.experts and shape.intermediate % mesh.tensor:
+        yield (
+            f"parallel.mesh.tensor is {mesh.tensor}, but the language model's feed-forward networks are "
+            f"{shape.intermediate} wide, of which each rank must get as much: choose a divisor."
         )
     if config.parallel.attention is SequenceAttention.ulysses and shape.heads % mesh.sequence:
         yield (

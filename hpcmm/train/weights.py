@@ -46,10 +46,19 @@ def buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
     """As ``load_state_dict``, which would also ask for the frozen parameters that were left out."""
     missing, unexpected = dst.load_state_dict(src, strict=False)
-    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    trained = {
+        name
+        for name, parameter in dst.named_parameters()
+        if parameter.requires_grad and not _is_divided_expert(parameter)
+    }
     wrong = sorted(trained.intersection(missing)) + sorted(unexpected)
     if wrong:
         raise HpcmmError(f"The checkpoint is of another model: {', '.join(wrong[:5])} do not match.")
+
+
+def _is_divided_expert(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO stage 3 has divided an expert's parameter, which it saves with the optimizer's states alone."""
+    return hasattr(parameter, "ds_id") and getattr(parameter, "ds_zero_placement_family", "") == "autoep_expert"
 
 
 def mark_carried(parameters: Iterable[nn.Parameter]) -> None:

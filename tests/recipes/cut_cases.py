@@ -55,9 +55,8 @@ class Case:
         more = {"clip": self.clip, "rounds": self.rounds - 1, "precision": self.precision != "fp32"}
         more |= {"replicated": self.encoders != "along", "checkpointing": self.checkpointing, "adam": self.adam}
         more |= {"offload": self.offload, "resume": self.resume}
-        return ", ".join(
-            [self.kind, mesh, f"zero {self.zero}", self.variant, *(name for name, on in more.items() if on)]
-        )
+        words = [self.kind, mesh, f"zero {self.zero}", self.variant, *(name for name, on in more.items() if on)]
+        return ", ".join(filter(None, words))
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def one_case(rank: int, case: Case, folder: str) -> Found | None:
         losses.append(loss)
         norms.append(norm)
         if checkpoints is not None and step == STEPS - 2:
-            saved = engine.weights()
+            saved = {name: value.clone() for name, value in engine.weights().items()}
             checkpoints.save(engine, step + 1, {})
     weights = engine.weights()
     seen = training.model.encoder.seen
@@ -169,7 +168,6 @@ def one_step(engine: Engine, batches: Any) -> tuple[float, float]:
 def checkpoints_in(folder: str, rank: int, ranks: int) -> Checkpoints:
     run = RunDir(Path(folder))
     if rank == 0:
-        run.root.mkdir()
         run.create()
     dist.barrier()
     return Checkpoints(run, RankEnvironment(rank, rank, ranks, ranks, "1", "here", "127.0.0.1", 1), keep=1)

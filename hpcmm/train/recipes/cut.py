@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hpcmm.config.mesh import TENSOR, Mesh
 from hpcmm.config.schema import Encoders, RunConfig
+from hpcmm.errors import HpcmmError
 from hpcmm.train.engine import WholeEngine
 from hpcmm.train.recipes.encoders import group_of, share_encoders
 from hpcmm.train.recipes.experts import (
@@ -50,6 +51,7 @@ class CutEngine(WholeEngine):
                 settings |= expert_settings(network, structure.network_name, mesh.expert)
                 groups = expert_groups(groups, network, mesh.expert)
                 if not any(group.get("moe") for group in groups):
+                    _check_frozen(config.parallel.zero_stage)
                     meanwhile.enter_context(no_expert_trains())
                 meanwhile.enter_context(text_keys())
                 meanwhile.enter_context(_described(model, network.config))
@@ -87,6 +89,15 @@ class CutEngine(WholeEngine):
             if len(both) == 2:
                 yield name, torch.cat([both[0], both[1]], dim=1)
                 del halves[name]
+
+
+def _check_frozen(zero_stage: int) -> None:
+    """Raises HpcmmError if a run whose experts are frozen could not save a checkpoint."""
+    if zero_stage == 3:
+        raise HpcmmError(
+            "parallel.zero_stage is 3 and the experts of the language model are frozen, which DeepSpeed's AutoEP "
+            "cannot save in a checkpoint: set parallel.zero_stage=2."
+        )
 
 
 def _gathered(part: Tensor, group: Any, dimension: int) -> Tensor:
