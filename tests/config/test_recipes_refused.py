@@ -63,6 +63,11 @@ def test_a_combination_that_cannot_hold_is_refused(parallel, reason, remedy):
     ("parallel", "words"),
     [
         (ParallelConfig(mesh={"expert": 2}, zero_stage=0, precision=Precision.bf16), "parallel.zero_stage=1"),
+        (ParallelConfig(mesh={"expert": 2}, zero_stage=0), "clips by each rank's own norm"),
+        (
+            ParallelConfig(mesh={"expert": 2, "tensor": 2}, offload_optimizer=Offload.cpu),
+            "leave parallel.mesh.tensor out",
+        ),
         (ParallelConfig(mesh={"expert": 2, "tensor": 2}, zero_stage=3), "parallel.zero_stage=2"),
         (ParallelConfig(mesh={"expert": 8}), "4 experts a layer"),
         (ParallelConfig(mesh={"tensor": 2}), "add parallel.mesh.expert"),
@@ -105,3 +110,8 @@ def test_a_recipe_of_a_users_own_is_a_class_that_a_file_names():
     assert list(recipe_of(named).problems(named, ALL, None)) == ["halves are all that it does"]
     with pytest.raises(HpcmmError, match="is not a recipe: it must be a subclass of"):
         recipe_of(RunConfig(parallel=ParallelConfig(_target_="hpcmm.config.mesh.Mesh")))
+
+
+def test_tensor_parallelism_needs_feed_forward_networks_that_divide():
+    odd = ModelShape(layers=4, width=64, heads=4, kv_heads=4, head_width=16, intermediate=130, vocabulary=512)
+    assert "130 wide" in problems(ParallelConfig(mesh={"tensor": 4}), shape=odd)

@@ -1,0 +1,117 @@
+"""A model whose linear maps, experts or encoders are shared between ranks trains as in one process.
+
+Four processes train all cases, one after another, with SGD, for Adam hides wrong scales of gradients.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cut_cases import Case, Found, check
+from cut_model import TinyTraining
+from real_ranks import run_ranks
+
+from hpcmm.errors import HpcmmError
+from hpcmm.train.recipes.encoders import shares
+from hpcmm.train.recipes.experts import expert_groups, expert_settings
+from hpcmm.train.recipes.tensor import _planned
+
+RANKS = 4
+FP32, BF16 = 2e-5, 5e-3
+
+CASES = [
+    Case("llama", {"tensor": 4}, 0, clip=0.5, resume=True),
+    Case("tied", {"tensor": 2}, 2, checkpointing=True, rounds=2, resume=True),
+    Case("qwen2", {"tensor": 2}, 1, "lora", clip=0.5, encoders="replicated"),
+    Case("qwen3", {"tensor": 2}, 3, "all and lora", clip=0.5, encoders="replicated", resume=True),
+    Case("llama", {"tensor": 2}, 1, "frozen", precision="bf16"),
+    Case("llama", {}, 3, encoders="replicated", clip=0.5),
+    Case("llama", {"sequence": 2}, 2, encoders="replicated", clip=0.5),
+    Case("mixtral", {"expert": 2}, 2, "aux", clip=0.05, resume=True),
+    Case("qwen3_moe", {"expert": 4}, 3, rounds=2, resume=True),
+    Case("mixtral", {"expert": 2}, 1, "lora", checkpointing=True, resume=True),
+    Case("mixtral", {"expert": 2, "tensor": 2}, 1, clip=0.05, encoders="replicated", resume=True),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    folder = tmp_path_factory.mktemp("runs")
+    outcomes = run_ranks(RANKS, check, CASES, str(folder), timeout_s=240)[0]
+    return dict(zip(map(str, CASES), outcomes, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_losses_norms_and_whole_weights_are_those_of_one_process(case: Case, found: dict[str, Found]):
+    of_case = found[str(case)]
+    tolerance = FP32 if case.precision == "fp32" else BF16
+    assert not of_case.wrong_names
+    assert of_case.loss < tolerance
+    assert of_case.norm < 10 * tolerance
+    assert of_case.weight < tolerance
+
+
+@pytest.mark.parametrize("case", [each for each in CASES if each.resume], ids=str)
+def test_a_run_goes_on_from_a_checkpoint_and_another_starts_from_it(case: Case, found: dict[str, Found]):
+    assert found[str(case)].resumed == 0
+    assert found[str(case)].started == 0
+
+
+def test_ranks_that_divide_a_model_encode_a_share_each(found: dict[str, Found]):
+    shared = Case("mixtral", {"expert": 2, "tensor": 2}, 1, clip=0.05, encoders="replicated", resume=True)
+    whole = Case("tied", {"tensor": 2}, 2, checkpointing=True, rounds=2, resume=True)
+    assert found[str(shared)].seen < found[str(whole)].seen
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([1, 1, 1, 1], [range(0, 2), range(2, 4)]),
+        ([9, 1, 1, 1], [range(0, 1), range(1, 4)]),
+        ([5], [range(0, 0), range(0, 1)]),
+        ([], [range(0, 0), range(0, 0)]),
+    ],
+)
+def test_neighbouring_things_are_shared_by_their_sizes(sizes: list[int], expected: list[range]):
+    assert shares(sizes, 2) == expected
+
+
+def test_what_is_cut_is_what_the_architecture_says_within_the_network_alone():
+    model = TinyTraining("qwen3").model
+    planned = dict(_planned(model.trunk.lm))
+    assert planned["model.layers.1.self_attn.q_proj"] == "colwise"
+    assert planned["model.layers.0.mlp.down_proj"] == "rowwise"
+    assert not any("lm_head" in name or "embed" in name for name in planned)
+
+
+def test_an_architecture_without_a_plan_is_refused():
+    network = TinyTraining("llama").model.trunk.lm
+    network.config.base_model_tp_plan = None
+    with pytest.raises(HpcmmError, match=r"leave parallel\.mesh\.tensor out"):
+        list(_planned(network))
+
+
+def test_a_style_of_cutting_that_is_not_known_is_refused():
+    network = TinyTraining("llama").model.trunk.lm
+    network.config.base_model_tp_plan = {"layers.*.mlp.up_proj": "diagonal"}
+    with pytest.raises(HpcmmError, match="'diagonal', which is not supported"):
+        list(_planned(network))
+
+
+def test_a_network_without_experts_or_with_jitter_is_refused():
+    with pytest.raises(HpcmmError, match="does not know the experts of a llama"):
+        expert_settings(TinyTraining("llama").model.trunk.lm, "trunk.lm", 2)
+    noisy = TinyTraining("mixtral").model.trunk.lm
+    noisy.config.router_jitter_noise = 0.1
+    with pytest.raises(HpcmmError, match="router_jitter_noise, which DeepSpeed's AutoEP leaves out"):
+        expert_settings(noisy, "trunk.lm", 2)
+
+
+def test_experts_have_an_optimizer_group_of_their_own_with_the_values_of_theirs():
+    model = TinyTraining("mixtral").model
+    parameters = list(model.parameters())
+    groups = expert_groups([{"params": parameters, "lr": 0.1}], model.trunk.lm, 2)
+    assert [group.get("moe", False) for group in groups] == [False, True]
+    assert all(group["lr"] == 0.1 for group in groups)
+    assert sum(len(group["params"]) for group in groups) == len(parameters)
+    assert all(isinstance(each, torch.nn.Parameter) and each.dim() == 3 for each in groups[1]["params"])
