@@ -174,12 +174,19 @@ def merge_batch_statistics(model: nn.Module) -> None:
     ]
     if not norms or dist.get_world_size() == 1:
         return
-    means = torch.cat([_statistic(norm.running_mean) for norm in norms])
-    variances = torch.cat([_statistic(norm.running_var) for norm in norms])
-    moments = torch.stack([means, variances + means.square()])
-    dist.all_reduce(moments)
-    moments /= dist.get_world_size()
+    # A pipeline's later stages have none of them, but take part in the sum.
+    here = not any(norm.weight.is_meta for norm in norms)
+    device = next(each.device for each in model.parameters() if not each.is_meta)
     sizes = [norm.num_features for norm in norms]
+    sums = torch.zeros(2 * sum(sizes) + 1, device=device)
+    if here:
+        means = torch.cat([_statistic(norm.running_mean) for norm in norms])
+        variances = torch.cat([_statistic(norm.running_var) for norm in norms])
+        sums = torch.cat([means, variances + means.square(), sums.new_ones(1)])
+    dist.all_reduce(sums)
+    if not here:
+        return
+    moments = (sums[:-1] / sums[-1]).view(2, -1)
     new_means = torch.split(moments[0], sizes)
     new_variances = torch.split(moments[1] - moments[0].square(), sizes)
     for norm, mean, variance in zip(norms, new_means, new_variances, strict=True):

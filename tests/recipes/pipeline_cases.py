@@ -108,6 +108,7 @@ def as_one_process(mesh: dict[str, int], *, optimizer: str = "sgd", tolerance: f
 
 TWO = {"pipeline": 2}
 """And two data ranks."""
+CUBE = {"pipeline": 2, "tensor": 2}
 CONNECTOR = "trunk encoder"
 FIRST_STAGE = "encoder connector trunk.lm.model.embed_tokens trunk.lm.model.layers.0"
 CHECKS: dict[str, Callable[[], None]] = {
@@ -124,6 +125,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "LoRA": lambda: as_one_process(TWO, frozen="encoder", lora=True, clip=0.5),
     "recomputed activations": lambda: as_one_process(TWO, kind="mixtral", activation_checkpointing=True, clip=0.5),
     "experts": lambda: as_one_process({"pipeline": 4}, kind="qwen3_moe"),
+    "pipeline x tensor": lambda: as_one_process(CUBE, clip=0.5, tied=True),
+    "pipeline x tensor without ZeRO": lambda: as_one_process(CUBE, clip=0.5, tied=True, zero_stage=0, kind="qwen3"),
+    "pipeline x tensor with LoRA": lambda: as_one_process(CUBE, clip=0.5, frozen="encoder", lora=True, kind="qwen2"),
     "bf16": lambda: as_one_process(TWO, precision=Precision.bf16, tied=True, optimizer="adamw", tolerance=3e-2),
 }
 

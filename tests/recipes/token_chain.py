@@ -41,8 +41,9 @@ NETWORKS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def network_of(kind: str, *, layers: int = 4, tied: bool = False) -> PreTrainedModel:
-    model, config, more = NETWORKS[kind]
+def network_of(kind: str, *, layers: int = 4, tied: bool = False, **more: Any) -> PreTrainedModel:
+    model, config, own = NETWORKS[kind]
+    more = {**own, **more}
     return model(
         config(
             vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=layers,

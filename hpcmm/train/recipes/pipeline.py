@@ -5,13 +5,14 @@ What a stage is comes from :mod:`hpcmm.train.recipes.stages`. A step of M micro-
 idle for (P - 1) / (M + P - 1) of its time. D. Narayanan et al., "PipeDream", 2019; "Megatron-LM", 2021.
 
 Bytes: at each boundary between stages, a micro-batch of S tokens of width W and e bytes an element sends ``S W e``
-forward and as much backward, beside ``8 S`` for its positions and labels and 1,024 for the row's length.
+forward and as much backward, beside ``8 S`` for its positions and labels and 1,024 for the row's length. Each rank of
+a tensor group sends whole rows to its neighbour.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from hpcmm.train.workload import Training
 
 TIED = "embedding"
 """DeepSpeed's key of the weight that the first and the last stage share."""
+_WHOLE_ROWS = {"pipe_partitioned": False, "grad_partitioned": False}
+"""Else tensor ranks would send parts of a row, and DeepSpeed takes all rows to be as long as the first."""
 
 
 class PipelineEngine(Engine):
@@ -44,15 +47,16 @@ class PipelineEngine(Engine):
         """``structure``: that of ``training.model``, whose parts that other stages have lose their memory."""
         super().__init__(training, config, mesh, rank)
         place = mesh.coordinates(rank)
-        self._stage, self._first_of_tensor = place[PIPELINE], place[TENSOR] == 0
+        self._stage = place[PIPELINE]
         chain = stages.chain_of(structure)
         bounds = _bounds(chain, structure, config, mesh)
         self._catalogue = Catalogue(training.model, chain, bounds)
         tied, device = stages.tied(structure), next(training.model.parameters()).device
         own = range(bounds[self._stage], bounds[self._stage + 1])
         names = {parameter: name for name, parameter in training.model.named_parameters()}
-        stages.drop(chain, own)
         kept = [chain[number] for number in own]
+        self._cut, self._tensor_group = _cut_maps(training.model, structure, kept, mesh)
+        stages.drop(chain, own)
         self._names = {parameter: names[parameter] for parameter in stages.parameters_of(kept)}
         self._waiting = chain[0].waiting if isinstance(chain[0], stages.Embedding) and own.start == 0 else None
         self._head = chain[-1] if isinstance(chain[-1], stages.Head) and own.stop == len(chain) else None
@@ -62,8 +66,8 @@ class PipelineEngine(Engine):
             groups = [{"params": [anchored.anchor], "weight_decay": 0.0}]
         with redirect_stdout(io.StringIO()):  # it reports on its layers
             module = _Stage(chain, bounds, mesh, _tied_here(chain, own) if tied else None)
-            _count_once(module, counted=self._first_of_tensor)
-            self.deepspeed = build_engine(module, config, groups)
+            _count_once(module, self._cut, counted=place[TENSOR] == 0)
+            self.deepspeed = build_engine(module, config, groups, {"pipeline": _WHOLE_ROWS})
         self._drive(self.deepspeed)
         for tie in module.tied_comms.values():  # the axes' own groups are known by their ranks
             annotate.name_group(tie["group"], "pipeline")
@@ -160,7 +164,11 @@ class PipelineEngine(Engine):
 
     def weights(self) -> dict[str, Tensor]:
         """See :class:`Engine`."""
-        own = dict(trained_weights(self._names))
+        cut = {self._names[parameter]: dimension for parameter, dimension in self._cut.items()}
+        own = {
+            name: value if name not in cut else _gathered(value, self._tensor_group, cut[name])
+            for name, value in trained_weights(self._names)
+        }
         own |= {name: buffer for name, buffer in self.training.model.named_buffers() if not buffer.is_meta}
         return self._catalogue.gathered(own, self.mesh, self.device)
 
@@ -304,15 +312,37 @@ def _tied_here(chain: Sequence[nn.Module], own: range) -> tuple[nn.Module, ...]:
     return embedding or head
 
 
-def _count_once(module: nn.Module, *, counted: bool) -> None:
+def _cut_maps(
+    model: nn.Module, structure: Structure, kept: Sequence[nn.Module], mesh: Mesh
+) -> tuple[dict[nn.Parameter, int], Any]:
+    """Cut the linear maps of this stage's layers along the tensor axis. The parameters that are cut, along which
+    dimension, and the group of ranks that have the other parts.
+    """
+    if mesh.tensor == 1:
+        return {}, None
+    from hpcmm.train.recipes.tensor import cut_parameters, shard_tensor  # noqa: PLC0415 - others do without
+
+    group, _ = dist.new_subgroups_by_enumeration(mesh.groups(TENSOR))  # type: ignore[no-untyped-call]
+    shard_tensor(model, structure.network, group)
+    own = set(stages.parameters_of(kept))
+    return {each: cut for each, cut in cut_parameters(model).items() if each in own}, group
+
+
+def _gathered(part: Tensor, group: Any, dimension: int) -> Tensor:
+    """The whole of what the ranks of ``group`` have parts of."""
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts, dim=dimension)
+
+
+def _count_once(module: nn.Module, cut: Mapping[nn.Parameter, int], *, counted: bool) -> None:
     """Tell DeepSpeed whose share of the gradients' norm this rank adds: without it that of stage 0 alone is seen.
 
-    ``counted``: whether it adds what all ranks of a tensor group hold.
+    ``cut``: parameters that each rank of a tensor group has a part of. ``counted``: whether it adds all others.
     """
     for parameter in module.parameters():
         replicated = getattr(parameter, "ds_pipe_replicated", False)
-        cut = getattr(parameter, "tensor_model_parallel", False)
-        parameter.model_parallel = not replicated and (counted or cut)  # type: ignore[attr-defined]
+        parameter.model_parallel = not replicated and (counted or parameter in cut)  # type: ignore[attr-defined]
 
 
 def _in_phase(name: str | None, run: Callable[..., Any]) -> Callable[..., Any]:
