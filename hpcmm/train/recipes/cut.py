@@ -25,7 +25,7 @@ from hpcmm.train.recipes.experts import (
     own_names,
     text_keys,
 )
-from hpcmm.train.recipes.tensor import cut_parameters, shard_tensor, tensor_settings
+from hpcmm.train.recipes.tensor import cut_parameters, gathered, shard_tensor, tensor_settings
 from hpcmm.train.structure import Structure
 from hpcmm.train.weights import buffers
 from hpcmm.train.workload import Training
@@ -77,9 +77,9 @@ class CutEngine(WholeEngine):
             found = safe_get_full_fp32_param(parameter)
             value = (parameter.detach() if found is None else found).float()
             if parameter in dimensions:
-                value = _gathered(value, self._tensor_group, dimensions[parameter])
+                value = gathered(value, self._tensor_group, dimensions[parameter])
             if parameter in groups:
-                value = _gathered(value, groups[parameter], 0)
+                value = gathered(value, groups[parameter], 0)
             name, half = names.get(parameter, (known_as, None))
             if half is None:
                 yield name, value
@@ -98,12 +98,6 @@ def _check_frozen(zero_stage: int) -> None:
             "parallel.zero_stage is 3 and the experts of the language model are frozen, which DeepSpeed's AutoEP "
             "cannot save in a checkpoint: set parallel.zero_stage=2."
         )
-
-
-def _gathered(part: Tensor, group: Any, dimension: int) -> Tensor:
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return torch.cat(parts, dim=dimension)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.train.engine import CountedTokens, Engine, build_engine
 from hpcmm.train.recipes import stages
+from hpcmm.train.recipes.encoders import group_of
+from hpcmm.train.recipes.tensor import cut_parameters, gathered, shard_tensor
 from hpcmm.train.structure import Structure, TokenLoss
 from hpcmm.train.weights import load_trained, trained_weights
 from hpcmm.train.workload import Training
@@ -55,7 +57,7 @@ class PipelineEngine(Engine):
         own = range(bounds[self._stage], bounds[self._stage + 1])
         names = {parameter: name for name, parameter in training.model.named_parameters()}
         kept = [chain[number] for number in own]
-        self._cut, self._tensor_group = _cut_maps(training.model, structure, kept, mesh)
+        self._cut, self._tensor_group = _cut_maps(training.model, structure, kept, mesh, rank)
         stages.drop(chain, own)
         self._names = {parameter: names[parameter] for parameter in stages.parameters_of(kept)}
         self._waiting = chain[0].waiting if isinstance(chain[0], stages.Embedding) and own.start == 0 else None
@@ -166,7 +168,7 @@ class PipelineEngine(Engine):
         """See :class:`Engine`."""
         cut = {self._names[parameter]: dimension for parameter, dimension in self._cut.items()}
         own = {
-            name: value if name not in cut else _gathered(value, self._tensor_group, cut[name])
+            name: value if name not in cut else gathered(value, self._tensor_group, cut[name])
             for name, value in trained_weights(self._names)
         }
         own |= {name: buffer for name, buffer in self.training.model.named_buffers() if not buffer.is_meta}
@@ -313,26 +315,17 @@ def _tied_here(chain: Sequence[nn.Module], own: range) -> tuple[nn.Module, ...]:
 
 
 def _cut_maps(
-    model: nn.Module, structure: Structure, kept: Sequence[nn.Module], mesh: Mesh
+    model: nn.Module, structure: Structure, kept: Sequence[nn.Module], mesh: Mesh, rank: int
 ) -> tuple[dict[nn.Parameter, int], Any]:
     """Cut the linear maps of this stage's layers along the tensor axis. The parameters that are cut, along which
     dimension, and the group of ranks that have the other parts.
     """
     if mesh.tensor == 1:
         return {}, None
-    from hpcmm.train.recipes.tensor import cut_parameters, shard_tensor  # noqa: PLC0415 - others do without
-
-    group, _ = dist.new_subgroups_by_enumeration(mesh.groups(TENSOR))  # type: ignore[no-untyped-call]
+    group = group_of(mesh, rank, TENSOR)
     shard_tensor(model, structure.network, group)
     own = set(stages.parameters_of(kept))
     return {each: cut for each, cut in cut_parameters(model).items() if each in own}, group
-
-
-def _gathered(part: Tensor, group: Any, dimension: int) -> Tensor:
-    """The whole of what the ranks of ``group`` have parts of."""
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return torch.cat(parts, dim=dimension)
 
 
 def _count_once(module: nn.Module, cut: Mapping[nn.Parameter, int], *, counted: bool) -> None:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.module_inject.layers import (
     ColumnParallel,
@@ -76,6 +77,13 @@ def cut_parameters(module: nn.Module) -> dict[nn.Parameter, int]:
         elif isinstance(each, LinearAllreduce):
             found[each.weight] = 1
     return found
+
+
+def gathered(part: Tensor, group: Any, dimension: int) -> Tensor:
+    """The whole of what the ranks of ``group`` have parts of, along ``dimension``. A collective of these."""
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts, dim=dimension)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
