@@ -7,10 +7,10 @@ model along each axis of the mesh on top of DeepSpeed; the files give it the siz
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpcmm.config.mesh import EXPERT, PIPELINE, SEQUENCE, TENSOR, Mesh
+from hpcmm.config.model_shape import ModelShape
 from hpcmm.config.parts import import_class
 from hpcmm.config.schema import Encoders, Offload, Precision, RunConfig, SequenceAttention
 from hpcmm.errors import HpcmmError
@@ -20,27 +20,6 @@ if TYPE_CHECKING:
 
     from hpcmm.train.engine import Engine
     from hpcmm.train.workload import Training
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a transformer, for what a mesh may cut and for the floating-point operations of a step."""
-
-    layers: int
-    width: int
-    """Length of a token's hidden state."""
-    heads: int
-    kv_heads: int
-    """Heads of keys and values, which groups of ``heads`` share."""
-    head_width: int
-    intermediate: int
-    """Inner width of a layer's feed-forward network; of each expert if there are some."""
-    vocabulary: int
-    experts: int = 0
-    """Experts of a layer; 0 without."""
-    experts_per_token: int = 0
-    tied_embeddings: bool = False
-    """Whether the output map is the embedding itself."""
 
 
 class Recipe:

@@ -15,7 +15,7 @@ from hpcmm.errors import HpcmmError
 if TYPE_CHECKING:
     import torch
 
-    from hpcmm.config.recipe import ModelShape
+    from hpcmm.config.model_shape import ModelShape
     from hpcmm.evaluate.evaluation import Evaluation
     from hpcmm.serve.served import ServedModel
     from hpcmm.train.workload import Training

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpcmm.annotate.ranges import batch_size
-from hpcmm.config.recipe import ModelShape
+from hpcmm.config.model_shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hpcmm.config.mesh import DATA
-from hpcmm.config.recipe import ModelShape
+from hpcmm.config.model_shape import ModelShape
 from hpcmm.config.schema import Encoders, Precision, RunConfig
 from hpcmm.runs.metrics import MetricsWriter
 from hpcmm.train.engine import Engine

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hpcmm.config.mesh import SIZES
-from hpcmm.config.recipe import ModelShape, Recipe, recipe_of
+from hpcmm.config.model_shape import ModelShape
+from hpcmm.config.recipe import Recipe, recipe_of
 from hpcmm.config.schema import (
     ClusterConfig,
     Encoders,

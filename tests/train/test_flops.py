@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hpcmm.config.recipe import ModelShape
+from hpcmm.config.model_shape import ModelShape
 from hpcmm.train.flops import MeasuredFlops, TransformerFlops, forward_flops
 from hpcmm.train.peaks import peak_flops
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hpcmm.config.mesh import Mesh
-from hpcmm.config.recipe import ModelShape
+from hpcmm.config.model_shape import ModelShape
 from hpcmm.config.schema import ParallelConfig, Precision
 from hpcmm.train.flops import TransformerFlops
 from hpcmm.train.throughput import Throughput, note_device, peak_memory_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcmm.config.mesh import DATA, EXPERT, PIPELINE, SEQUENCE, TENSOR
-from hpcmm.config.recipe import ModelShape
+from hpcmm.config.model_shape import ModelShape
 from hpcmm.files import read_text
 from hpcmm.workloads.omni.schema import ARCHITECTURES, WITH_EXPERTS, LanguageModelKind, OmniConfig
 

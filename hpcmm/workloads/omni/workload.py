@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpcmm.config.mesh import EXPERT, PIPELINE, SEQUENCE
-from hpcmm.config.recipe import ModelShape
+from hpcmm.config.model_shape import ModelShape
 from hpcmm.config.workload import Workload
 from hpcmm.workloads.omni import shape
 from hpcmm.workloads.omni.schema import LanguageModelKind, OmniConfig, problems
