@@ -23,6 +23,7 @@ from hpcmm.train.recipes.experts import (
     expert_settings,
     no_expert_trains,
     own_names,
+    tell_tokens,
     text_keys,
 )
 from hpcmm.train.recipes.tensor import cut_parameters, gathered, shard_tensor, tensor_settings
@@ -56,6 +57,7 @@ class CutEngine(WholeEngine):
                 meanwhile.enter_context(text_keys())
                 meanwhile.enter_context(_described(model, network.config))
             super().__init__(training, config, mesh, rank, settings=settings, groups=groups)
+        tell_tokens(self.deepspeed.module)
         if mesh.tensor > 1:  # it would send the first batch as a pickle
             self.deepspeed.first_dataloader_check.remove()
             count_all_experts(self.deepspeed.optimizer, set(expert_parameters(self.deepspeed.module)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 from transformers.utils import output_capturing
 
+from hpcmm import annotate
 from hpcmm.errors import HpcmmError
 
 EXPERTS = ".mlp.experts"
@@ -87,6 +88,22 @@ def expert_layers(module: nn.Module) -> Iterator[tuple[str, AutoEPMoELayer]]:
     for name, each in module.named_modules():
         if isinstance(each, AutoEPMoELayer):
             yield name, each
+
+
+def tell_tokens(module: nn.Module) -> None:
+    """Let each rank tell a profiler how many tokens its experts of a layer get, for the analysis' expert imbalance.
+
+    AutoEP rounds each expert's number up to a multiple of 8, as its grouped maps need it.
+    """
+
+    def telling(layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def tell(_experts: nn.Module, arguments: tuple[Any, ...]) -> None:
+            annotate.expert_tokens(arguments[1], layer)  # behind the tokens, sorted by expert, their numbers
+
+        return tell
+
+    for name, layer in expert_layers(module):
+        layer.experts.register_forward_pre_hook(telling(name))
 
 
 def own_names(module: nn.Module) -> dict[nn.Parameter, tuple[str, int | None]]:
