@@ -57,20 +57,14 @@ class OmniModel(nn.Module):
 
     def structure(self) -> Structure:
         """Which part is what, for recipes that cut the model."""
-        parts = {
-            f"modalities.{key}.{name}": getattr(each, name) for key, each in self.readers().items() for name in _PARTS
-        }
         return Structure(
             embed=self.embed,
-            embedders=parts,
+            embedders={f"modalities.{key}": each for key, each in self.readers().items()},
             trunk=self.trunk,
             network=self.trunk.lm,
             network_name="trunk.lm",
             head=self.trunk.head,
         )
-
-
-_PARTS = ("encoder", "connector")
 
 
 def _must_run(modality: Modality) -> bool:
