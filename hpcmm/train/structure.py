@@ -43,7 +43,7 @@ class Structure:
     """The chain of a token model."""
 
     embed: Callable[[Any], Row]
-    """A micro-batch to its row; a method of the model."""
+    """A micro-batch to its row; a method of the model. A batch that has a method ``to`` is on the rank's device."""
     embedders: Mapping[str, nn.Module]
     """What ``embed`` uses, the network's token embedding aside, by the modules' names within the model: encoders and
     connectors."""

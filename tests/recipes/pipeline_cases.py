@@ -194,9 +194,14 @@ def own_layers_alone(_folder: str) -> None:
     assert layers == {str(rank)}
     assert ("connector.weight" in held, "trunk.lm.lm_head.weight" in held) == (rank == 0, rank == last)
     assert "trunk.lm.model.embed_tokens.weight" in engine.parameter_names.values() or rank not in (0, last)
-    read = iter([random_row(0, 2), random_row(1, 2)] if rank == 0 else [])
+    moved: list[Any] = []
+    rows = [random_row(0, 2), random_row(1, 2)] if rank == 0 else []
+    for row in rows:
+        row.to = lambda device, row=row: moved.append(device) or row
+    read = iter(rows)
     engine.step(read)
     assert next(read, None) is None
+    assert moved == [engine.device] * len(rows)
     engine.destroy()
 
 

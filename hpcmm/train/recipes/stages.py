@@ -50,9 +50,12 @@ class Embedding(nn.Module):
         """Micro-batches in the order of their forward passes. They are no tensors, which alone DeepSpeed hands on."""
         self._embed = structure.embed
 
-    def forward(self, _: Tensor) -> Carried:
-        """The next of the micro-batches."""
-        row = self._embed(self.waiting.popleft())
+    def forward(self, given: Tensor) -> Carried:
+        """The next of the micro-batches. ``given``: nothing, on the rank's device."""
+        batch = self.waiting.popleft()
+        if hasattr(batch, "to"):  # as a workload's own loss does
+            batch = batch.to(given.device)
+        row = self._embed(batch)
         hidden = row.embedded
         if torch.is_grad_enabled() and not hidden.requires_grad:
             hidden.requires_grad_()  # the next stage sends a gradient in any case, also if nothing here trains
