@@ -120,7 +120,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "AdamW": lambda: as_one_process(TWO, optimizer="adamw", tied=True, clip=0.5, tolerance=5e-5, kind="qwen3"),
     "a frozen encoder": lambda: as_one_process(TWO, frozen="encoder", clip=0.5),
     "a first stage that is frozen": lambda: as_one_process(TWO, frozen=FIRST_STAGE, pipeline_layers=[1, 3], clip=0.5),
-    "stages that are frozen": lambda: as_one_process({"pipeline": 4}, frozen=CONNECTOR, clip=0.05),
+    "stages that are frozen": lambda: as_one_process({"pipeline": 4}, frozen=CONNECTOR, clip=0.05, tied=True),
     "stages that are frozen, without ZeRO": lambda: as_one_process(TWO, frozen=CONNECTOR, clip=0.05, zero_stage=0),
     "LoRA": lambda: as_one_process(TWO, frozen="encoder", lora=True, clip=0.5),
     "recomputed activations": lambda: as_one_process(TWO, kind="mixtral", activation_checkpointing=True, clip=0.5),

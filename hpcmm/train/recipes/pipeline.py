@@ -62,12 +62,13 @@ class PipelineEngine(Engine):
         self._names = {parameter: names[parameter] for parameter in stages.parameters_of(kept)}
         self._waiting = chain[0].waiting if isinstance(chain[0], stages.Embedding) and own.start == 0 else None
         self._head = chain[-1] if isinstance(chain[-1], stages.Head) and own.stop == len(chain) else None
+        shared = _tied_here(chain, own) if tied else None
         groups = _own_groups(training.parameter_groups(), self._names)
         if not groups:  # stage 0 takes no hidden states, and its parameters are those of all its micro-batches
             chain[own[-1]] = anchored = stages.Anchor(chain[own[-1]], device)
             groups = [{"params": [anchored.anchor], "weight_decay": 0.0}]
         with redirect_stdout(io.StringIO()):  # it reports on its layers
-            module = _Stage(chain, bounds, mesh, _tied_here(chain, own) if tied else None)
+            module = _Stage(chain, bounds, mesh, shared)
             _count_once(module, self._cut, counted=place[TENSOR] == 0)
             self.deepspeed = build_engine(module, config, groups, {"pipeline": _WHOLE_ROWS})
         self._drive(self.deepspeed)
