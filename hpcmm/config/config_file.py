@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from hpcmm.config.keys import MISSING
-from hpcmm.config.parts import TARGET, own_folders, targets_of, with_parts
+from hpcmm.config.parts import TARGET, options_of, own_folders, read_config_yaml, targets_of, with_parts
 from hpcmm.config.schema import RunConfig, cluster_variables
 from hpcmm.config.untyped_config import VERSION, VERSION_KEY, plain_values, values_of_today
 from hpcmm.config.workload import load_workload
@@ -107,12 +108,20 @@ def _schema_of(values: dict[str, Any], path: Path, writer: Path | None) -> type[
 
 def _refuse_foreign_classes(targets: Iterable[str], path: Path, writer: Path | None) -> None:
     """To import a class runs code: of one that is not hpcmm's own, the file must be the user's, and nobody else's."""
-    foreign = [target for target in targets if not target.startswith("hpcmm.")]
+    foreign = [target for target in targets if not target.startswith("hpcmm.") and target not in _shipped_optimizers()]
     if foreign and writer is not None:
         raise HpcmmError(
             f"{path} names {visible(foreign[0])[:_MOST_OF_A_REASON]}, which is not hpcmm's, and {writer} can be "
             "written by another user: take the run over (chown, chmod go-w) if you trust it."
         )
+
+
+@functools.cache
+def _shipped_optimizers() -> frozenset[str]:
+    """Classes of PyTorch and DeepSpeed that hpcmm's own files name."""
+    (folder,) = own_folders()
+    files = (read_config_yaml(folder / "optimizer" / f"{name}.yaml") for name in options_of("optimizer", [folder]))
+    return frozenset(str(file.get(TARGET)) for file in files)
 
 
 def _of_the_cluster_alone(values: dict[str, Any]) -> dict[str, Any]:

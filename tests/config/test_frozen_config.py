@@ -123,3 +123,11 @@ def test_a_later_version_is_refused_and_told_with_the_code_that_reads_it(frozen,
         load(frozen)
     assert str(refused.value).isprintable()
     assert read_untyped_config(frozen)["cluster"]["executor"] == "local"
+
+
+def test_a_run_with_an_optimizer_of_pytorch_can_be_read_where_others_write(frozen):
+    frozen.chmod(0o666)
+    assert load(frozen).optimizer["_target_"] == "torch.optim.AdamW"
+    frozen.write_text(frozen.read_text(encoding="utf-8").replace("torch.optim.AdamW", "mine.Fast"), encoding="utf-8")
+    with pytest.raises(HpcmmError, match=r"names mine\.Fast, which is not hpcmm's, and .* can be written by another"):
+        load(frozen)
