@@ -65,7 +65,7 @@ def test_another_seed_whose_standins_are_others_is_noted(runs: Path, capsys: pyt
         ("name: decoder\n", ""),
     ]:
         (runs / "decoder-1" / "config.yaml").write_text(frozen)
-        _note_other_data(config, RunDir(runs / "decoder-1"))
+        _note_other_data(config, RunDir(runs / "decoder-1"), None)
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == bool(said)
         assert said in "".join(lines)
