@@ -131,7 +131,7 @@ def test_its_classes_are_not_followed_if_another_user_could_have_named_them(proj
         (["task=signals", "data.examples=3"], "data.examples is 3, less than one step's 64"),
         (["task=signals", "data.lenght=3"], "data.lenght is not a configuration key: did you mean data.length?"),
         (["task=signals", "model.decoder=fcn"], "model is a config group, but the chosen task has no such key"),
-        (["task=signal"], "choose one of anomaly, function, script, signals"),
+        (["task=signal"], "choose one of anomaly, function, omni, script, signals"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_submitted(project: Path, overrides: list[str], said: str):
