@@ -24,3 +24,5 @@ class ModelShape:
     experts_per_token: int = 0
     tied_embeddings: bool = False
     """Whether the output map is the embedding itself."""
+    frozen: bool = False
+    """Whether its own weights stay as they are."""

@@ -197,6 +197,11 @@ def _shape_problems(config: RunConfig, mesh: Mesh, shape: ModelShape) -> Iterato
             f"parallel.mesh.expert is {mesh.expert}, but the language model has {shape.experts} experts a layer: "
             "choose a divisor."
         )
+    if shape.experts and shape.frozen and mesh.expert > 1 and config.parallel.zero_stage == 3:
+        yield (
+            "parallel.zero_stage is 3 and the language model's experts are frozen, which DeepSpeed's AutoEP cannot "
+            "save in a checkpoint: set parallel.zero_stage=2."
+        )
     if shape.experts and mesh.tensor > 1 and mesh.expert == 1:
         yield (
             f"parallel.mesh.tensor is {mesh.tensor} and the language model has {shape.experts} experts, whose maps "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hpcmm.config.mesh import SIZES
@@ -91,6 +93,13 @@ def test_experts_have_rules_of_their_own(parallel, words):
 )
 def test_what_holds_is_not_refused(parallel):
     assert problems(parallel) == ""
+
+
+def test_frozen_experts_that_zero_divides_could_not_be_saved():
+    parallel = ParallelConfig(mesh={"expert": 2}, zero_stage=3)
+    assert problems(parallel, shape=EXPERTS) == ""
+    assert "frozen" in problems(parallel, shape=replace(EXPERTS, frozen=True))
+    assert problems(replace(parallel, zero_stage=2), shape=replace(EXPERTS, frozen=True)) == ""
 
 
 def test_a_model_that_cannot_be_cut_is_named_with_what_it_can():

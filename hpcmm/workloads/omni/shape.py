@@ -81,6 +81,7 @@ def model_shape(config: OmniConfig) -> ModelShape | None:
             experts=experts,
             experts_per_token=int(found.get("num_experts_per_tok") or 0) if experts else 0,
             tied_embeddings=bool(found.get("tie_word_embeddings")),
+            frozen=config.model.language_model.frozen,
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
