@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,7 +265,8 @@ def table(outcomes: dict[Cell, Outcome]) -> str:
             else:
                 places.append(f"{outcome.deviation:.0e}")
         lines.append(f"| {row} | " + " | ".join(places) + " |")
-    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items()), ""])
+    said = (textwrap.fill(f"{number}. {reason}", 118, subsequent_indent="   ") for reason, number in reasons.items())
+    return "\n".join([*lines, "", *said, ""])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -288,7 +290,8 @@ def main(arguments: Sequence[str]) -> int:
             said = f"FAILED: {error}"
         print(f"{cell}: {said}", flush=True)
     if given.write is not None:
-        given.write.write_text(table(outcomes), encoding="utf-8")
+        head, _, _ = given.write.read_text(encoding="utf-8").partition("| mesh |")  # the words before the table stay
+        given.write.write_text(head + table(outcomes), encoding="utf-8")
     return 1 if wrong else 0
 
 
