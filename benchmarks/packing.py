@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import measuring
 
@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace) -> list[measuring.Row]:
     ]
 
 
-def _network():  # noqa: ANN202 -- transformers is imported here
+def _network() -> Any:
     import torch  # noqa: PLC0415
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
@@ -114,7 +114,7 @@ def _examples(options: argparse.Namespace, generator: object) -> list[Batch]:
     ]
 
 
-def _step(network, batch: Batch) -> None:  # noqa: ANN001
+def _step(network: Any, batch: Batch) -> None:
     from torch.nn.functional import cross_entropy  # noqa: PLC0415
 
     network.zero_grad()

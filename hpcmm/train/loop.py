@@ -29,7 +29,7 @@ from hpcmm.train.engine import Engine
 from hpcmm.train.group_names import name_process_groups
 from hpcmm.train.recipes import build
 from hpcmm.train.throughput import Throughput, note_device
-from hpcmm.train.watching import Watch
+from hpcmm.train.watching import Watch, score
 from hpcmm.train.workload import Training
 from hpcmm.worker.environment import RankEnvironment
 
@@ -182,9 +182,7 @@ def _score(
 ) -> dict[str, float]:
     if not config.train.evaluate:
         return {}
-    with annotate.phase("evaluate"):
-        training.merge_rank_state()
-        scores = training.evaluate(engine.model, engine.data_rank, engine.mesh.data, final=when == "after")
+    scores = score(training, engine, final=when == "after")
     if rank_env.rank == 0:
         said = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         log.info("%s training, on held-out data: %s", when, said)

@@ -57,3 +57,9 @@ class Structure:
     head: Callable[[Tensor, Tensor], TokenLoss]
     """The network's last hidden states (1, S, width), after its norm, and labels (1, S) to the loss; it uses
     ``network.lm_head`` alone."""
+
+    @property
+    def outermost_embedders(self) -> list[nn.Module]:
+        """The embedders that lie within no other one."""
+        names = self.embedders
+        return [module for name, module in names.items() if not any(name.startswith(f"{other}.") for other in names)]

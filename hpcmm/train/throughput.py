@@ -46,13 +46,7 @@ class Throughput:
         mesh = engine.mesh
         self._is_first = not any(place for axis, place in mesh.coordinates(rank).items() if axis != DATA)
         if self._network is not None and self._structure is not None:
-            embedders = self._structure.embedders
-            outermost = [
-                module
-                for name, module in embedders.items()
-                if not any(name.startswith(f"{other}.") for other in embedders)
-            ]
-            self._measured = MeasuredFlops(outermost)
+            self._measured = MeasuredFlops(self._structure.outermost_embedders)
             if self._config.parallel.encoders is not Encoders.replicated:  # else each encodes its own share
                 self._same_encoders = mesh.sequence * mesh.tensor
         elif mesh.model_parallel == 1:

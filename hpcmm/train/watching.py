@@ -21,6 +21,13 @@ log = logging.getLogger("hpcmm.train")
 _LOSS = "loss"
 
 
+def score(training: Training, engine: Engine, *, final: bool) -> dict[str, float]:
+    """The scores on held-out data, of which rank 0's count. All ranks call it together."""
+    with annotate.phase("evaluate"):
+        training.merge_rank_state()
+        return training.evaluate(engine.model, engine.data_rank, engine.mesh.data, final=final)
+
+
 class Watch:
     """The scores of ``train.evaluate_every``, and ``train.until``. All ranks call each method together."""
 
@@ -77,12 +84,8 @@ class Watch:
         if not every or steps_done == 0 or steps_done % every or comes_anyway or self._evaluated == steps_done:
             return
         before = random_state()
-        with annotate.phase("evaluate"):
-            self._training.merge_rank_state()
-            mesh = self._engine.mesh
-            own = self._training.evaluate(self._engine.model, self._engine.data_rank, mesh.data, final=False)
+        shared = [score(self._training, self._engine, final=False)]
         restore_random_state(before)
-        shared = [own]
         dist.broadcast_object_list(shared, src=0)
         scores = {name: float(value) for name, value in shared[0].items()}
         self._evaluated = steps_done

@@ -31,8 +31,13 @@ def trained_weights(names: dict[nn.Parameter, str]) -> Iterator[tuple[str, Tenso
     """
     for parameter, name in names.items():
         if parameter.requires_grad:
-            whole = safe_get_full_fp32_param(parameter)
-            yield name, (parameter.detach() if whole is None else whole).float()
+            yield name, whole_over_zero(parameter)
+
+
+def whole_over_zero(parameter: nn.Parameter) -> Tensor:
+    """A trained parameter, whole over the ranks that ZeRO divides it over, float32. A collective of these ranks."""
+    whole = safe_get_full_fp32_param(parameter)
+    return (parameter.detach() if whole is None else whole).float()
 
 
 def buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from hpcmm.config.mesh import Mesh
 from hpcmm.config.model_shape import ModelShape
 from hpcmm.config.schema import ParallelConfig, Precision
 from hpcmm.train.flops import TransformerFlops
+from hpcmm.train.structure import Structure
 from hpcmm.train.throughput import Throughput, note_device, peak_memory_bytes
 
 SHAPE = ModelShape(layers=2, width=8, heads=2, kv_heads=2, head_width=4, intermediate=16, vocabulary=10)
@@ -36,7 +37,11 @@ class Training:
         self.model = nn.ModuleDict({"encoder": self.encoder, "network": Network()})
 
     def structure(self):
-        return SimpleNamespace(embedders={"encoder": self.encoder}, network=self.model["network"])
+        network = self.model["network"]
+        unused = {"embed": None, "head": None}
+        return Structure(
+            embedders={"encoder": self.encoder}, trunk=network, network=network, network_name="network", **unused
+        )
 
     def lengths(self, batch):
         return batch

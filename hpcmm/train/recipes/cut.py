@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from hpcmm.config.mesh import TENSOR, Mesh
@@ -28,7 +27,7 @@ from hpcmm.train.recipes.experts import (
 )
 from hpcmm.train.recipes.tensor import cut_parameters, gathered, shard_tensor, tensor_settings
 from hpcmm.train.structure import Structure
-from hpcmm.train.weights import buffers
+from hpcmm.train.weights import buffers, whole_over_zero
 from hpcmm.train.workload import Training
 
 
@@ -76,8 +75,7 @@ class CutEngine(WholeEngine):
         for parameter, known_as in self.parameter_names.items():
             if not parameter.requires_grad:
                 continue
-            found = safe_get_full_fp32_param(parameter)
-            value = (parameter.detach() if found is None else found).float()
+            value = whole_over_zero(parameter)
             if parameter in dimensions:
                 value = gathered(value, self._tensor_group, dimensions[parameter])
             if parameter in groups:

@@ -38,9 +38,8 @@ def share_encoders(structure: Structure, group: dist.ProcessGroup, *, partial: b
     engine sums all ranks' gradients. Else each has the whole gradient, as if linear maps are cut, and what a rank's
     share gives to the encoder's parameters is summed here.
     """
-    for name, module in structure.embedders.items():
-        if not any(name.startswith(f"{other}.") for other in structure.embedders):
-            _Shared(module, group, partial)
+    for module in structure.outermost_embedders:
+        _Shared(module, group, partial)
 
 
 def keep_whole(engine: Any, structure: Structure) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcmm.config.workload import Workload
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, LlmKind, problems
+from hpcmm.workloads.made_data import notes_on_other_seed
 
 if TYPE_CHECKING:
     from hpcmm.evaluate.evaluation import Evaluation
@@ -36,15 +37,7 @@ class AnomalyWorkload(Workload):
 
     def notes_on_start(self, config: AnomalyConfig, before: Mapping[str, Any]) -> Iterator[str]:
         """Whether the run to start from had other stand-in images, for the seed makes them."""
-        data, train = before.get("data"), before.get("train")
-        if config.data.root is not None or not isinstance(data, dict) or data.get("root") is not None:
-            return
-        seed = train.get("seed") if isinstance(train, dict) else None
-        if isinstance(seed, int) and seed != config.train.seed:
-            yield (
-                f"trained with train.seed={seed} and this run has {config.train.seed}, so its stand-in "
-                f"images are others: add train.seed={seed} to go on with the same."
-            )
+        return notes_on_other_seed(config.data.root, config.train.seed, before, "stand-in images")
 
     def prepare(self, config: AnomalyConfig) -> None:
         """Make the stand-in images and convert the packaged language model, as far as the run needs them."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hpcmm.config.mesh import EXPERT, PIPELINE, SEQUENCE
 from hpcmm.config.model_shape import ModelShape
 from hpcmm.config.workload import Workload
+from hpcmm.workloads.made_data import notes_on_other_seed
 from hpcmm.workloads.omni import shape
 from hpcmm.workloads.omni.schema import LanguageModelKind, OmniConfig, problems
 
@@ -57,15 +58,7 @@ class OmniWorkload(Workload):
 
     def notes_on_start(self, config: OmniConfig, before: Mapping[str, Any]) -> Iterator[str]:
         """Whether the run to start from had other conversations, for the seed makes them."""
-        data, train = before.get("data"), before.get("train")
-        if config.data.root is not None or not isinstance(data, dict) or data.get("root") is not None:
-            return
-        seed = train.get("seed") if isinstance(train, dict) else None
-        if isinstance(seed, int) and seed != config.train.seed:
-            yield (
-                f"trained with train.seed={seed} and this run has {config.train.seed}, so its conversations are others:"
-                f" add train.seed={seed} to go on with the same."
-            )
+        return notes_on_other_seed(config.data.root, config.train.seed, before, "conversations")
 
     def prepare(self, config: OmniConfig) -> None:
         """Make conversations and tokenizer, and convert the packaged language model, as far as the run needs them."""

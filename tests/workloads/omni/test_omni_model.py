@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_omni import IMAGE, SOUND, random_batch, random_example, tiny_model
 
-from hpcmm.workloads.omni.data.batch import IGNORED, Batch, pack
+from hpcmm.train.structure import NO_LABEL
+from hpcmm.workloads.omni.data.batch import Batch, pack
 from hpcmm.workloads.omni.models import OmniModel
 from hpcmm.workloads.tiny_lm import ARCHITECTURES
 
@@ -49,7 +50,7 @@ def test_the_loss_is_the_one_that_the_network_itself_gives_an_example(architectu
     embedded, _, labels = model.embed(example)
     network.set_attn_implementation("sdpa")
     wanted = network(inputs_embeds=embedded, shift_labels=labels, labels=labels)
-    count = int((labels != IGNORED).sum())
+    count = int((labels != NO_LABEL).sum())
     assert float(found.total.detach()) / count == pytest.approx(float(wanted.loss.detach()), rel=1e-5)
     assert len(found.correct) == count
 

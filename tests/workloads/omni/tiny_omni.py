@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcmm.workloads.omni.data.batch import IGNORED, Answer, Batch, ModalityBatch, pack
+from hpcmm.train.structure import NO_LABEL
+from hpcmm.workloads.omni.data.batch import Answer, Batch, ModalityBatch, pack
 from hpcmm.workloads.omni.models import OmniModel, build_model
 from hpcmm.workloads.omni.schema import LanguageModelConfig, ModelConfig, TinyConfig
 
@@ -59,7 +60,7 @@ def random_example(model: OmniModel, rng: np.random.Generator, things: Sequence[
         places += range(len(tokens), len(tokens) + count)
         tokens += [0] * count + rng.integers(2, 258, rng.integers(1, 4)).tolist()
     answer: list[int] = rng.integers(2, 258, rng.integers(2, 5)).tolist()
-    labels = [IGNORED] * (len(tokens) - 1) + answer + [IGNORED]
+    labels = [NO_LABEL] * (len(tokens) - 1) + answer + [NO_LABEL]
     row = torch.tensor([tokens + answer])
     return Batch(
         tokens=row,

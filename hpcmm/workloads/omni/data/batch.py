@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-IGNORED = -100
-"""The label of a place that foretells nothing which is to be learnt."""
+from hpcmm.train.structure import NO_LABEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ def _padded(example: Batch, by: int) -> Batch:
         example,
         tokens=functional.pad(example.tokens, (0, by)),
         positions=torch.cat([example.positions, torch.arange(length, length + by)[None]], 1),
-        labels=functional.pad(example.labels, (0, by), value=IGNORED),
+        labels=functional.pad(example.labels, (0, by), value=NO_LABEL),
         padding=example.padding + by,
     )
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.omni.data.batch import IGNORED, Answer, Batch, ModalityBatch
+from hpcmm.train.structure import NO_LABEL
+from hpcmm.workloads.omni.data.batch import Answer, Batch, ModalityBatch
 from hpcmm.workloads.omni.data.chat import ChatFormat, Span
 from hpcmm.workloads.omni.data.conversations import TEXT, Conversation
 
@@ -67,12 +68,12 @@ class Encoder:
                     "raise data.max_tokens, shorten it, or leave such ones out with data.on_error=skip."
                 )
         # A place foretells the next one, so the last of the row foretells nothing.
-        labels = [IGNORED if answer is None else token for token, answer in zip(tokens, answers, strict=True)][1:]
+        labels = [NO_LABEL if answer is None else token for token, answer in zip(tokens, answers, strict=True)][1:]
         numbers = answers[1:]
         return Batch(
             tokens=torch.tensor([tokens]),
             positions=torch.arange(len(tokens))[None],
-            labels=torch.tensor([[*labels, IGNORED]]),
+            labels=torch.tensor([[*labels, NO_LABEL]]),
             modalities={
                 key: ModalityBatch(prepared[key], torch.tensor(places[key], dtype=torch.int64)) for key in prepared
             },
