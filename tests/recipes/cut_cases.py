@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -75,6 +79,8 @@ class Found:
     """Of a weight, if the run goes on from a checkpoint."""
     started: float = 0.0
     """Of a weight of the model by itself, if it starts from that checkpoint."""
+    written_twice: tuple[str, ...] = ()
+    """Files of the checkpoint that more than one rank wrote."""
 
 
 def config_of(case: Case, ranks: int) -> RunConfig:
@@ -127,13 +133,14 @@ def one_case(rank: int, case: Case, folder: str) -> Found | None:
     checkpoints = checkpoints_in(folder, rank, ranks) if case.resume else None
     batches = training.batches(engine.data_rank, mesh.data, 0)
     losses, norms = [], []
+    twice: tuple[str, ...] = ()
     for step in range(STEPS):
         loss, norm = one_step(engine, batches)
         losses.append(loss)
         norms.append(norm)
         if checkpoints is not None and step == STEPS - 2:
             saved = {name: value.clone() for name, value in engine.weights().items()}
-            checkpoints.save(engine, step + 1, {})
+            twice = written_twice(partial(checkpoints.save, engine, step + 1, {}))
     weights = engine.weights()
     seen = training.model.encoder.seen
     engine.destroy()
@@ -148,7 +155,12 @@ def one_case(rank: int, case: Case, folder: str) -> Found | None:
     if rank:
         return None
     return against_one_process(
-        case, mesh, weights, losses, norms, {"seen": seen, "resumed": resumed, "started": started}
+        case,
+        mesh,
+        weights,
+        losses,
+        norms,
+        {"seen": seen, "resumed": resumed, "started": started, "written_twice": twice},
     )
 
 
@@ -171,6 +183,24 @@ def checkpoints_in(folder: str, rank: int, ranks: int) -> Checkpoints:
         run.create()
     dist.barrier()
     return Checkpoints(run, RankEnvironment(rank, rank, ranks, ranks, "1", "here", "127.0.0.1", 1), keep=1)
+
+
+def written_twice(save: Callable[[], None]) -> tuple[str, ...]:
+    """Save, and tell which files more than one rank has written."""
+    mine: list[str] = []
+    write = torch.save
+
+    def noted(state: Any, file: Any, *rest: Any, **options: Any) -> None:
+        mine.append(str(file))
+        write(state, file, *rest, **options)
+
+    with patch.object(torch, "save", noted):
+        save()
+    by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, mine)
+    assert all(by_rank), "each rank writes its random state at least"
+    count = Counter(name for names in by_rank for name in names)
+    return tuple(sorted(Path(name).name for name, writers in count.items() if writers > 1))
 
 
 def resumed_weights(case: Case, config: RunConfig, mesh: Mesh, rank: int, checkpoints: Checkpoints) -> dict[str, Any]:

@@ -31,6 +31,7 @@ CASES = [
     Case("qwen3_moe", {"expert": 4}, 3, rounds=2, resume=True),
     Case("mixtral", {"expert": 2}, 1, "lora", checkpointing=True, resume=True),
     Case("mixtral", {"expert": 2, "tensor": 2}, 1, clip=0.05, encoders="replicated", resume=True),
+    Case("qwen3_moe", {"expert": 2, "tensor": 2}, 0, resume=True),
 ]
 
 
@@ -55,6 +56,11 @@ def test_losses_norms_and_whole_weights_are_those_of_one_process(case: Case, fou
 def test_a_run_goes_on_from_a_checkpoint_and_another_starts_from_it(case: Case, found: dict[str, Found]):
     assert found[str(case)].resumed == 0
     assert found[str(case)].started == 0
+
+
+@pytest.mark.parametrize("case", [each for each in CASES if each.resume], ids=str)
+def test_no_two_ranks_write_one_file_of_a_checkpoint(case: Case, found: dict[str, Found]):
+    assert found[str(case)].written_twice == ()
 
 
 def test_ranks_that_divide_a_model_encode_a_share_each(found: dict[str, Found]):

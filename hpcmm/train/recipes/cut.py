@@ -24,6 +24,7 @@ from hpcmm.train.recipes.experts import (
     own_names,
     tell_tokens,
     text_keys,
+    write_experts_once,
 )
 from hpcmm.train.recipes.tensor import cut_parameters, gathered, shard_tensor, tensor_settings
 from hpcmm.train.structure import Structure
@@ -60,6 +61,8 @@ class CutEngine(WholeEngine):
         if mesh.tensor > 1:  # it would send the first batch as a pickle
             self.deepspeed.first_dataloader_check.remove()
             count_all_experts(self.deepspeed.optimizer, set(expert_parameters(self.deepspeed.module)))
+        if mesh.tensor > 1 and mesh.expert > 1:
+            write_experts_once(self.deepspeed, mesh.tensor, mesh.expert, rank)
 
     def weights(self) -> dict[str, Tensor]:
         """See :meth:`Engine.weights`."""

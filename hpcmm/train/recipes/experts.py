@@ -14,6 +14,8 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import lcm
+from pathlib import Path
 from typing import Any
 
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
@@ -27,6 +29,8 @@ from hpcmm.errors import HpcmmError
 
 EXPERTS = ".mlp.experts"
 """How the names of a layer's experts end."""
+_OF_EXPERTS = re.compile(r"(layer_\d+_expert|expp_rank)_\d+_")
+"""How DeepSpeed names the files of a checkpoint that hold experts."""
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """How ``transformers`` names the maps of a layer's experts: (experts, 2 inner, width) and (experts, width, inner)."""
 
@@ -152,6 +156,25 @@ def count_all_experts(optimizer: Any, experts: set[nn.Parameter]) -> None:
                 del parameter.model_parallel
 
     optimizer.get_grad_norm_direct = with_all
+
+
+def write_experts_once(engine: Any, tensor: int, experts: int, rank: int) -> None:
+    """Let one rank alone write each file of experts in a checkpoint.
+
+    A file is named by a rank's place on the tensor axis and among the ranks that share the experts, and both repeat
+    after ``lcm(tensor, experts)`` ranks. DeepSpeed lets ranks behind these write the same file at the same time, which
+    may damage it.
+    """
+    if rank < lcm(tensor, experts):
+        return
+    save = engine.checkpoint_engine.save
+
+    def save_own(state: Any, path: str, *rest: Any, **options: Any) -> Any:
+        if _OF_EXPERTS.match(Path(path).name):
+            return True
+        return save(state, path, *rest, **options)
+
+    engine.checkpoint_engine.save = save_own
 
 
 @contextmanager
