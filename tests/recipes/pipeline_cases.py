@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from token_chain import WIDTH, TokenTraining, random_row
 from torch import nn
+from writers import written_twice
 
 from hpcmm import annotate
 from hpcmm.config.mesh import Mesh
@@ -134,13 +136,21 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 def resumed(folder: str) -> None:
     """A run that is saved and goes on gives the losses of one that was never stopped, in the same order of data."""
-    config, options = config_of(TWO, optimizer="adamw", clip=0.5), {"tied": True, "frozen": "encoder"}
+    for number, (mesh, zero_stage) in enumerate([(TWO, 1), (CUBE, 1), (CUBE, 0), ({"pipeline": 4}, 0)]):
+        goes_on(
+            f"{folder}/{number}",
+            config_of(mesh, optimizer="adamw", clip=0.5 * zero_stage or 1e9, zero_stage=zero_stage),
+        )
+
+
+def goes_on(folder: str, config: RunConfig) -> None:
+    options = {"tied": True, "frozen": "encoder"}
     whole = engine_of(config, options)
     batches = whole.training.batches(whole.data_rank, whole.mesh.data, 0)
     checkpoints = Checkpoints(run_in(folder), rank_env(), keep=1)
     step_of(whole, batches)
     step_of(whole, batches)
-    checkpoints.save(whole, 2, {"note": "kept"})
+    assert written_twice(partial(checkpoints.save, whole, 2, {"note": "kept"})) == ()
     expected = [step_of(whole, batches) for _ in range(2)]
     weights = whole.weights()
     whole.destroy()
