@@ -13,7 +13,6 @@ from enum import Enum
 from typing import Any
 
 from hpcmm.config.keys import MISSING, PartGroup, key, made_by
-from hpcmm.config.mesh import Mesh
 from hpcmm.config.train_sections import LossScaleConfig, UntilConfig
 from hpcmm.text import StrEnum
 
@@ -398,12 +397,6 @@ class RunConfig:
     def known_steps(self) -> int | None:
         """Steps of the training; None of a script or function, which alone knows."""
         return None if self.task._target_ is None else self.train.steps
-
-    @property
-    def global_batch_size(self) -> int:
-        """Examples of one optimizer step over all ranks. Raises HpcmmError if ``parallel.mesh`` does not fit them."""
-        different = Mesh.of(self.parallel.mesh, self.world_size).data
-        return self.train.micro_batch_size * self.train.gradient_accumulation_steps * different
 
 
 def toolkit_values(config: RunConfig) -> dict[str, Any]:

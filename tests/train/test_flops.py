@@ -117,6 +117,10 @@ def test_a_module_that_fails_leaves_no_counter_behind() -> None:
 def test_a_gpus_peak_depends_on_its_kind_and_the_precision() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA GH200 480GB", "bf16") == peak_flops("NVIDIA H200", "bf16") == 989.4e12
+    assert peak_flops("NVIDIA H200 NVL", "bf16") == 835.5e12
+    assert peak_flops("NVIDIA GB200", "bf16") == 2500e12
+    assert peak_flops("NVIDIA B200", "bf16") == 2250e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
     assert peak_flops("NVIDIA A10", "fp32") == pytest.approx(31.2e12)
     assert peak_flops("Tesla V100-SXM2-16GB", "bf16") is None, "it has none"
