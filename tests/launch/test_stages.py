@@ -59,6 +59,15 @@ def test_stages_come_from_a_file_of_their_group_too():
     assert words.points[0].config.train.learning_rate == 1e-4
 
 
+def test_connectors_are_aligned_before_all_of_an_omni_modal_model_trains():
+    align, tune = compose_stages(["task=omni", "model=omni_smollm2", "cluster=local_slurm", "stages=align_then_tune"])
+    first, second = align.points[0].config.model, tune.points[0].config.model
+    assert first.language_model.frozen and not second.language_model.frozen
+    assert [part["frozen"] for part in first.modalities.values()] == [True, True]
+    assert [part["frozen"] for part in second.modalities.values()] == [False, False]
+    assert not any(part.get("connector_frozen") for part in first.modalities.values())
+
+
 def test_what_is_typed_wins_and_that_is_said(here, capsys):
     stages = compose_stages([*here, "train.steps=2", "model.decoder=resnet"])
     assert [stage.points[0].config.train.steps for stage in stages] == [2, 2]
