@@ -63,3 +63,9 @@ class Structure:
         """The embedders that lie within no other one."""
         names = self.embedders
         return [module for name, module in names.items() if not any(name.startswith(f"{other}.") for other in names)]
+
+    def checkpoint_activations(self) -> None:
+        """Let the network's layers compute their activations again in the backward pass."""
+        # transformers gave the method its new name, and warns of the old one, only after the lowest version that fits.
+        enable = getattr(self.network, "activation_checkpointing_enable", None)
+        (enable or self.network.gradient_checkpointing_enable)({"use_reentrant": False})

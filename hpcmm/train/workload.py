@@ -114,7 +114,7 @@ class Training(ABC):
                 f"parallel.activation_checkpointing is true, but {type(self).__name__} does not say which layers it is "
                 "for: leave it out."
             )
-        structure.network.gradient_checkpointing_enable({"use_reentrant": False})
+        structure.checkpoint_activations()
 
     def evaluate(
         self,

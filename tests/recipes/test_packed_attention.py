@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from token_trunk import WINDOW, Trunk, gradients, network, row
+from token_trunk import WINDOW, Trunk, gradients, network, row, structure
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,7 +139,7 @@ def test_a_row_is_looked_at_once_for_all_layers(checkpointing: bool, monkeypatch
     monkeypatch.setattr(attention.layout_of, "_find", lambda positions: looks.append(1) or find_layout(positions))
     trunk = Trunk(network("llama")).train()
     if checkpointing:
-        trunk.network.gradient_checkpointing_enable()
+        structure(trunk).checkpoint_activations()
     for number in (1, 2):
         gradients(trunk, row(LENGTHS))
         assert len(looks) == number

@@ -90,7 +90,7 @@ def network_check(form: SequenceAttention, architecture: str, heads: tuple[int, 
 def recomputed(form: SequenceAttention) -> Check:
     def check(group: dist.ProcessGroup) -> None:
         trunk = Trunk(network("qwen3")).train()
-        trunk.network.gradient_checkpointing_enable()
+        structure(trunk).checkpoint_activations()
         as_one_process(trunk, row(LENGTHS), form, group)
 
     return check
