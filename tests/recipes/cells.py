@@ -226,6 +226,7 @@ class ManyConversations(Training):
         self.model.trunk.lm.config.output_router_logits = False  # of each packed row by itself, so no sum over rows
         rng = np.random.default_rng(7)
         kinds = [("image",), ("sound",), (), ("image", "sound"), ("image", "image"), ("sound", "image", "sound")]
+        kinds += [(key, "image") for key in self.model.modalities if key not in {"image", "sound"}]
         self._examples = [random_example(self.model, rng, kinds[n % len(kinds)]) for n in range(2 * GLOBAL_BATCH)]
 
     def batches(self, rank: int, world_size: int, first: int) -> Iterator[Batch]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 from cells import Cell, all_cells, run
+
+VIDEO = Path(__file__).resolve().parents[2] / "examples" / "video_modality"
 
 CORE = [
     Cell("zero2", feature="accumulation"),
@@ -24,6 +29,26 @@ CORE = [
 def test_a_recipe_trains_as_one_process_does(cell: Cell, compiled_ops: None):
     outcome = run(cell)
     assert outcome.refusal == ""
+    assert outcome.holds(cell), outcome
+
+
+@dataclass(frozen=True)
+class CellWithVideo(Cell):
+    """With a modality that hpcmm does not know, of a package and a folder of the user's."""
+
+    def overrides(self) -> list[str]:
+        return [*super().overrides(), f"launch.config_dir={VIDEO / 'conf'}", "model.modalities.video=video"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("row", ["zero1", "zero3", "pipeline", "tensor, replicated encoders"])
+def test_a_modality_of_the_users_own_is_spread_as_others_are(
+    row: str, compiled_ops: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(VIDEO)
+    cell = CellWithVideo(row)
+    outcome = run(cell)
     assert outcome.holds(cell), outcome
 
 

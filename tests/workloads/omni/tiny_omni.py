@@ -76,8 +76,9 @@ def random_example(model: OmniModel, rng: np.random.Generator, things: Sequence[
 def _random_thing(modality: Any, rng: np.random.Generator) -> torch.Tensor:
     example = modality.example()
     if example.dtype == torch.uint8:
-        _, height, width = example.shape
-        size = (3, height * int(rng.integers(1, 4)), width * int(rng.integers(1, 4)))
+        *frames, _, height, width = example.shape  # a video has some more
+        frames = [each * int(rng.integers(1, 4)) for each in frames]
+        size = (*frames, 3, height * int(rng.integers(1, 4)), width * int(rng.integers(1, 4)))
         return torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8))
     bands, frames = example.shape
     return torch.from_numpy(rng.normal(size=(bands, frames * int(rng.integers(1, 25)))).astype(np.float32))
