@@ -22,6 +22,7 @@ from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import Target, default_environment, find_targets, run_of_command
 from hpcmm.jobs.state import State, all_over, poller_of, recorded_jobs, silence, states_of
 from hpcmm.ranges import profiled_ranks
+from hpcmm.runs.metrics import read_settled
 from hpcmm.runs.ownership import other_user
 from hpcmm.runs.run_dir import RunDir, SweepDir, runs_in
 from hpcmm.runs.submission import job_ids_of
@@ -307,13 +308,20 @@ def _state_lines(state: State) -> list[str]:
         said = "it was never queued, was cancelled before it started, or Slurm has forgotten it."
         return [f"{asked}: no job of it is known here: {said}{printable(state.target.namesake_hint)}"]
     lines = _job_lines(state.jobs, state.run_of)
-    pace = None if state.run is None or state.is_array else throughput_of(state.run)
-    if pace is not None:
-        lines.append(f"  {printable(in_words(pace))}")
+    if state.run is not None and not state.is_array:
+        told = [in_words(pace) if (pace := throughput_of(state.run)) else None, read_settled(state.run)]
+        lines += [f"  {printable(str(each))}" for each in told if each is not None]
     counts = _counts(state)
     if sum(counts.values()) > 1:
-        lines.append(", ".join(f"{count} {printable(name)}" for name, count in counts.items()))
+        settled = _settled_points(state)
+        early = f"; {settled} of them settled before the last step" if settled else ""
+        lines.append(", ".join(f"{count} {printable(name)}" for name, count in counts.items()) + early)
     return lines
+
+
+def _settled_points(state: State) -> int:
+    runs = {run.root: run for job in state.jobs if (run := state.run_of(job)) is not None} if state.is_array else {}
+    return sum(read_settled(run) is not None for run in runs.values())
 
 
 def _counts(state: State) -> dict[str, int]:
@@ -331,8 +339,9 @@ def _as_values(job: Job, run: RunDir | None) -> dict[str, Any]:
     del values["command"], values["uid"]
     start = values.pop("started")
     found = run or run_of_command(job)
-    pace = throughput_of(found) if found else None
+    pace, settled = (throughput_of(found), read_settled(found)) if found else (None, None)
     return values | {
+        "settled": None if settled is None else asdict(settled),
         "throughput": None if pace is None else asdict(pace) | {"mfu": pace.mfu, "hfu": pace.hfu},
         "tasks": job.tasks,
         "active": job.active,

@@ -88,7 +88,7 @@ def _follow(config: RunConfig, submission: Submission, console: Console) -> int:
     outcome = outcome_of(submission.run, submission.job_id)
     if outcome is not None and outcome.completed:
         if (settled := read_settled(submission.run)) is not None:
-            console.print(f"settled after step {settled.steps_done}: {settled.reason}")
+            console.print(str(settled), markup=False)
         if scores := read_scores(submission.run):
             said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
             console.print(f"on held-out data: {said}")

@@ -251,6 +251,9 @@ class Settled:
     reason: str
     """The rest of a sentence: ``loss has not fallen by 0.01 in 20 steps``."""
 
+    def __str__(self) -> str:
+        return f"settled after step {self.steps_done}: {self.reason}"
+
 
 def write_settled(run: RunDir, settled: Settled) -> None:
     """Write ``settled.json``, once the checkpoint after these steps is whole: the run is finished from then on."""

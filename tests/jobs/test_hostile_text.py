@@ -62,6 +62,7 @@ def run(tmp_path, slurm):
     made.config.write_text(json.dumps({"name": HOSTILE, "cluster": cluster, "task": {"_target_": None}}))
     made.submission_script.touch()
     made.submission.write_text('{"job_id": "7"}')
+    made.settled.write_text(json.dumps({"steps_done": 3, "reason": HOSTILE.replace("\udc9b", "")}))
     for log in (made.batch_log, made.rank_log(0), made.analysis_log):
         log.write_bytes(f"{HOSTILE}\nerror: {HOSTILE}\n{HOSTILE}".encode(errors="surrogateescape"))
     error = RankError(0, HOSTILE, 5, "ValueError", f"{HOSTILE}\n{HOSTILE}", [f"  {HOSTILE}", f"ValueError: {HOSTILE}"])

@@ -23,6 +23,7 @@ from hpcmm.ranges import tasks_in
 from hpcmm.runs import failures
 from hpcmm.runs.attempts import begin_attempt
 from hpcmm.runs.ledger import Ledger, LedgerPoint
+from hpcmm.runs.metrics import Settled, write_settled
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.serve.address import find_served_run
 from hpcmm.slurm.jobs import Job
@@ -218,6 +219,19 @@ def test_the_status_of_a_point_is_one_row_and_that_of_a_sweep_sums_up(slurm, swe
     assert ask_jobs("status", "demo").stdout.splitlines()[-1] == "2 FAILED, 1 COMPLETED, 1 RUNNING"
     told = json.loads(ask_jobs("status", "demo", "--json").stdout)["targets"][0]
     assert told["counts"] == {"FAILED": 2, "COMPLETED": 1, "RUNNING": 1}
+
+
+def test_a_run_that_ended_because_it_had_settled_says_so(slurm, sweep):
+    slurm.answers("squeue", *all_rows(sweep))
+    write_settled(sweep.point(0), Settled(1840, "loss has not fallen by 0.01 in 200 steps"))
+    lines = ask_jobs("status", "demo/0000").stdout.splitlines()
+    assert lines[-1] == "  settled after step 1840: loss has not fallen by 0.01 in 200 steps"
+    counted = ask_jobs("status", "demo").stdout.splitlines()[-1]
+    assert counted == "2 FAILED, 1 COMPLETED, 1 RUNNING; 1 of them settled before the last step"
+    (told,) = json.loads(ask_jobs("status", "demo/0000", "--json").stdout)["targets"][0]["jobs"]
+    assert told["settled"] == {"steps_done": 1840, "reason": "loss has not fallen by 0.01 in 200 steps"}
+    (other,) = json.loads(ask_jobs("status", "demo/0001", "--json").stdout)["targets"][0]["jobs"]
+    assert other["settled"] is None
 
 
 @pytest.mark.parametrize("unknown", ["nosuch", "demo/0009"])
