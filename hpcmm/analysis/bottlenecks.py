@@ -262,7 +262,9 @@ def _transfer_of(
         confidence = MEDIUM if node and confidence == HIGH else confidence
     found = Finding("transfer", cause, lost, None, node, phase, told, confidence, where, worst)
     is_single = bound == "latency" and len(rows) <= _MOST_SINGLE * count
-    return replace(found, moves=moves, bound=bound, is_single=is_single, is_in_node=name.endswith("within a node"))
+    bytes_of_it = float(rows["bytes"].sum()) / count
+    is_in_node = name.endswith("within a node")
+    return replace(found, moves=moves, bound=bound, is_single=is_single, is_in_node=is_in_node, step_bytes=bytes_of_it)
 
 
 def _imbalance(context: AnalysisContext, blamed: Mask, moe: Sequence[experts.ExpertGroup]) -> list[Finding]:

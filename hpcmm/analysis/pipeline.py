@@ -25,12 +25,13 @@ from hpcmm.analysis import (
     waitpid,
 )
 from hpcmm.analysis.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
-from hpcmm.analysis.findings import AnalysisContext, suggest
+from hpcmm.analysis.findings import AnalysisContext
 from hpcmm.analysis.gpu_findings import span_s
 from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.pop_metrics import Reference, efficiency, samples_per_step
 from hpcmm.analysis.report_inventory import NO_STEPS, ReportInventory, environment_table
 from hpcmm.analysis.study import TABLES, Selection, Study, Tables, step_line
+from hpcmm.analysis.suggestions import suggest
 from hpcmm.analysis.time_tables import FirstStep, comm_wait, phases_summary, phases_table, startup_table, wait_matrix
 from hpcmm.analysis.trace import RankTrace
 from hpcmm.errors import HpcmmError

@@ -13,10 +13,11 @@ from simulated import MS, everyone, simulate_program, simulate_run
 
 from hpcmm.analysis import bottlenecks
 from hpcmm.analysis.collectives import match_with_waits
-from hpcmm.analysis.findings import CAUSES, Finding, computation_has_phases, suggest
+from hpcmm.analysis.findings import CAUSES, Finding, computation_has_phases
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.statistics import chance_of_sum
+from hpcmm.analysis.suggestions import suggest
 from hpcmm.reports.run_record import RunRecord
 from hpcmm.runs.metrics import RankStart
 

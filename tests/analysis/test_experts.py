@@ -11,8 +11,8 @@ from test_bottlenecks import verdicts
 from hpcmm.analysis.bottlenecks import gather
 from hpcmm.analysis.collectives import match_with_waits
 from hpcmm.analysis.experts import expert_groups
-from hpcmm.analysis.findings import suggest
 from hpcmm.analysis.phases import step_times
+from hpcmm.analysis.suggestions import suggest
 from hpcmm.annotate.schema import GroupMark
 
 RANKS, STEPS, TOKEN_BYTES, EACH = 4, 20, 2_000, 1_000

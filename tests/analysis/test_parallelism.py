@@ -10,9 +10,9 @@ from simulated import MS, make_trace, simulate_program, simulate_run
 from test_bottlenecks import balanced, verdicts
 
 from hpcmm.analysis.collectives import bound_by, in_words, match_with_waits, start_up_s
-from hpcmm.analysis.findings import suggest
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.parallelism import ACTIVATIONS, GRADIENTS, PARAMETERS, find_stages, what_moves
+from hpcmm.analysis.suggestions import suggest
 from hpcmm.annotate.schema import CollectiveName
 
 GRADIENT_BYTES = 4_000_000
@@ -251,7 +251,10 @@ def test_a_script_is_advised_no_key_for_a_transfer_and_a_workload_is() -> None:
     assert "bucket" not in suggest(replace(single, moves="small messages"), {})
 
     assert "bucket" in suggest(latency, {"cluster": {}})
-    assert suggest(latency, {"parallel": {"reduce_bucket_size": 5}}) == "parallel.reduce_bucket_size=20"
+    own = {"zero_stage": 1, "reduce_bucket_size": 5}
+    assert suggest(latency, {"parallel": own}) == "parallel.reduce_bucket_size=20"
+    own["reduce_bucket_size"] = 10**12  # which holds all of them already
+    assert suggest(latency, {"parallel": own}) == "train.gradient_accumulation_steps=2"
     sharded = replace(finding, moves=PARAMETERS)
     assert "reshard_after_forward" in suggest(sharded, {"train": {}})
 

@@ -7,7 +7,7 @@ import pytest
 from simulated import everyone, simulate_program
 from test_bottlenecks import verdicts
 
-from hpcmm.analysis.findings import suggest
+from hpcmm.analysis.suggestions import suggest
 
 WORK = {"data": 5.0, "forward": 30.0, "backward": 60.0, "other": 1.0, "between": 1.0}
 PROGRAM = ["data", "forward", "backward", ("backward", everyone), "other"]
