@@ -42,9 +42,12 @@ def _axes_by_ranks(mesh: Mesh, rank: int) -> dict[tuple[int, ...], str]:
     """Names of the groups of ``rank`` along the mesh's axes, by their members.
 
     All ranks together are a group for something only along data and sequence, over both of which gradients are
-    averaged, or if the mesh has one axis.
+    averaged, or if the mesh has one axis. The group that shares a sequence has a name from the recipe that made it, so
+    that what else has its ranks averages gradients, too.
     """
     axes = [axis for axis in AXES if getattr(mesh, axis) > 1]
+    if axes == [SEQUENCE]:
+        return {tuple(mesh.group(rank, SEQUENCE)): f"{DATA} x {SEQUENCE}"}
     found: dict[tuple[int, ...], str] = {}
     for count in range(1, len(axes) + 1):
         for chosen in combinations(axes, count):

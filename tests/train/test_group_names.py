@@ -28,3 +28,7 @@ def test_a_mesh_of_one_axis_has_one_group() -> None:
 def test_experts_lie_within_the_data_axis() -> None:
     assert _axes_by_ranks(Mesh(data=4, expert=2), rank=3) == {(0, 1, 2, 3): "data", (2, 3): "expert"}
     assert _axes_by_ranks(Mesh(data=2, expert=2), rank=0) == {(0, 1): "data"}, "DeepSpeed's tables tell which is which"
+
+
+def test_what_shares_the_ranks_of_the_only_sequence_averages_gradients():
+    assert _axes_by_ranks(Mesh(sequence=2), rank=1) == {(0, 1): "data x sequence"}
