@@ -93,6 +93,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-wait-ms", type=float, metavar="T", help="the first of them waits so long (default: 5)")
     parser.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait (default: 64)")
     parser.add_argument("--max-upload-mb", type=float, metavar="MB", help="size of one uploaded file (default: 16)")
+    parser.add_argument("--max-megapixels", type=float, metavar="M", help="pixels of one image (default: 40)")
+    parser.add_argument("--max-files", type=int, metavar="N", help="files of a table or conversation (default: 32)")
 
 
 def _options(given: argparse.Namespace, pages: Sequence[ServedModel]) -> ServeOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hpcmm.errors import HpcmmError
@@ -30,17 +31,22 @@ class ServeOptions:
     """Requests that wait for the model; more are told that it is busy."""
     max_upload_mb: float = 16.0
     """Size of one file."""
+    max_megapixels: float = 40.0
+    """Pixels of one image."""
+    max_files: int = 32
+    """Files of one table, or of one conversation."""
     page: dict[str, Any] = field(default_factory=dict)
     """What the options of the workload's page say; see ``ServedModel.options``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise HpcmmError(f"--port is {self.port}, but a port is a number up to 65535; 0 takes a free one.")
-        for name, most in (("max_batch", 1024), ("max_waiting", 10_000)):
+        for name, most in (("max_batch", 1024), ("max_waiting", 10_000), ("max_files", 1000)):
             check_whole_number(name, getattr(self, name), most)
         if not 0 <= self.max_wait_ms <= 1000:
             raise HpcmmError(f"--max-wait-ms is {self.max_wait_ms}, but must lie between 0 and 1000.")
         check_size("max_upload_mb", self.max_upload_mb)
+        check_size("max_megapixels", self.max_megapixels)
 
     @property
     def max_upload_bytes(self) -> int:
@@ -51,6 +57,18 @@ class ServeOptions:
     def max_body_bytes(self) -> int:
         """Of one request that uploads files: four of the largest, or many small ones."""
         return 4 * self.max_upload_bytes
+
+    def check_upload(self, path: Path) -> int:
+        """The bytes of an uploaded file. Raises HpcmmError, with a sentence for its sender, if it is large or gone."""
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise HpcmmError("The file is no longer here: upload it again.") from error
+        if size > self.max_upload_bytes:
+            raise HpcmmError(
+                f"The file has {size / 1e6:.1f} MB, and at most {self.max_upload_mb:g} MB are taken: make it smaller."
+            )
+        return size
 
     def values(self) -> dict[str, Any]:
         """Plain values, from which :meth:`of` makes the same options."""

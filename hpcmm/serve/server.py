@@ -34,6 +34,8 @@ from hpcmm.serve.service import RequestLog, Service
 from hpcmm.text import printable
 
 LOOPBACK = "127.0.0.1"
+CSS = Path(__file__).with_name("page.css")
+"""Of all pages."""
 _SESSIONS = 500
 """Open pages of which the server remembers what they show."""
 _CONNECTIONS = 400
@@ -120,7 +122,7 @@ def build_app(page: ServedPage, service: Service[Any, Any], cache: Path, address
         enable_monitoring=False,
         mcp_server=False,
         theme=_theme(gradio.themes),
-        css=page.css,
+        css=CSS.read_text(encoding="utf-8") + page.css,
     )
     return Guard(
         app,

@@ -24,6 +24,7 @@ READ_ELSEWHERE = {
     # The server's own folder, which is private.
     ("serve/server.py", ""),
     ("serve/guard.py", ""),
+    ("serve/uploads.py", ""),
     # This user's own run, which they have just made, or which is at work.
     ("launch/write.py", "_sha256"),
     ("launch/submit.py", "_output_to"),

@@ -11,7 +11,7 @@ import pytest
 import serving
 from PIL import Image
 
-from hpcmm.workloads.anomaly.page.uploads import ImageLimits
+from hpcmm.serve.options import ServeOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "page"))  # the browser
 
@@ -31,8 +31,8 @@ def server(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def options() -> ImageLimits:
-    return ImageLimits(max_upload_mb=2, max_megapixels=4)
+def options() -> ServeOptions:
+    return ServeOptions(run="/runs/small", max_upload_mb=2, max_megapixels=4)
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from PIL import Image
 
+from hpcmm.serve.served import sentence
+from hpcmm.serve.uploads import jpeg, shrunk
 from hpcmm.workloads.anomaly.page import rendering
-from hpcmm.workloads.anomaly.page.drawing import jpeg, overlay, shrunk
+from hpcmm.workloads.anomaly.page.drawing import LARGEST_SIDE, overlay
 from hpcmm.workloads.anomaly.page.findings import Seen
 from hpcmm.workloads.anomaly.page.rendering import CSV_COLUMNS, Row
 
@@ -63,7 +65,7 @@ def test_hostile_text_adds_no_element_and_no_template(text):
             rendering.result(rows[0].seen, 0.5),
             rendering.table(rows, 0.5),
             rendering.gallery(rows, 0.5),
-            rendering.sentence(text),
+            sentence(text),
         ]
     )
     found = Tags(page)
@@ -74,7 +76,7 @@ def test_hostile_text_adds_no_element_and_no_template(text):
 
 @given(st.text(max_size=40))
 def test_any_text_is_shown_as_it_is(text):
-    shown = Tags(rendering.sentence(text)).text
+    shown = Tags(sentence(text)).text
     assert shown == "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
@@ -123,4 +125,4 @@ def test_the_heat_lies_where_the_map_is_high_and_an_outline_around_it():
 
 @pytest.mark.parametrize("size", [(10, 10), (4000, 1), (3, 5000), (560, 560)])
 def test_pictures_are_of_the_page_s_size_whatever_was_uploaded(size):
-    assert max(shrunk(Image.new("RGB", size)).size) == 560
+    assert max(shrunk(Image.new("RGB", size), LARGEST_SIDE).size) == 560

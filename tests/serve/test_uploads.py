@@ -12,7 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
-from hpcmm.workloads.anomaly.page.uploads import ImageLimits, UnusableImageError, open_upload
+from hpcmm.errors import HpcmmError
+from hpcmm.serve.options import ServeOptions
+from hpcmm.serve.uploads import FORMATS, UnusableImageError, open_upload
+from hpcmm.workloads.anomaly.data import images
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
@@ -156,10 +159,14 @@ def test_a_small_file_of_very_many_strips_is_refused(tmp_path, options):
 def test_a_large_file_is_refused(tmp_path, options):
     path = tmp_path / "large.bmp"
     path.write_bytes(b"BM" + bytes(options.max_upload_bytes))
-    with pytest.raises(UnusableImageError, match=r"2\.0 MB, and at most 2 MB"):
+    with pytest.raises(HpcmmError, match=r"2\.0 MB, and at most 2 MB"):
         open_upload(path, options)
 
 
 def test_a_file_that_has_gone_is_said(tmp_path):
-    with pytest.raises(UnusableImageError, match="upload it again"):
-        open_upload(tmp_path / "gone.png", ImageLimits(max_upload_mb=16, max_megapixels=40))
+    with pytest.raises(HpcmmError, match="upload it again"):
+        open_upload(tmp_path / "gone.png", ServeOptions(run="/runs/small"))
+
+
+def test_what_is_taken_is_what_a_model_can_be_trained_on():
+    assert FORMATS == images.FORMATS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ import gradio as gr
 
 from hpcmm.errors import HpcmmError
 from hpcmm.serve.options import ServeOptions
+from hpcmm.serve.served import heading, sentence, user_name
 from hpcmm.serve.service import Service
+from hpcmm.serve.uploads import SUFFIXES, sent_file, sent_files
 from hpcmm.workloads.anomaly.page import rendering
 from hpcmm.workloads.anomaly.page.findings import MOST_CAPTION_CHARACTERS, MOST_QUESTION_CHARACTERS, Inspector, Seen
 from hpcmm.workloads.anomaly.page.predictor import Finding, Request
 from hpcmm.workloads.anomaly.page.rendering import Row
 from hpcmm.workloads.anomaly.page.served import DetectorPage
-from hpcmm.workloads.anomaly.page.uploads import SUFFIXES, ImageLimits
 
 QUESTION = "Is there an anomaly in the image, and where?"
 _STATE_LIFE_S = 1800
@@ -26,9 +26,8 @@ _STATE_LIFE_S = 1800
 
 def fill_page(page: DetectorPage, service: Service[Request, Finding], cache: Path) -> None:
     """Add the components to the open Blocks. ``cache`` is the folder that files to download are written to."""
-    limits = ImageLimits(service.options.max_upload_mb, page.options.max_megapixels)
-    inspector = Inspector(service, limits, page.predictor.side, speaks=page.predictor.speaks)
-    gr.HTML(_title(page), elem_classes="hpcmm-title")
+    inspector = Inspector(service, page.predictor.side, speaks=page.predictor.speaks)
+    gr.HTML(_title(page))
     with gr.Tab("One image"):
         _one_image(page, inspector)
     with gr.Tab("Many images"):
@@ -42,7 +41,7 @@ def _one_image(page: DetectorPage, inspector: Inspector) -> None:
             image = gr.Image(
                 label="Image", sources=["upload", "clipboard"], height=300, buttons=[], format="png", elem_id="image"
             )
-            image.preprocess = _as_uploaded
+            image.preprocess = sent_file
             caption = _caption(page, "caption")
             question = gr.Textbox(
                 QUESTION,
@@ -69,17 +68,17 @@ def _one_image(page: DetectorPage, inspector: Inspector) -> None:
                     elem_id="examples",
                 )
         with gr.Column(scale=6):
-            shown = gr.HTML(rendering.sentence("Upload an image or take an example, then ask."), elem_id="result")
+            shown = gr.HTML(sentence("Upload an image or take an example, then ask."), elem_id="result")
             threshold = _threshold(page, "threshold")
 
     async def answer(
-        upload: tuple[str, str] | None, caption: str, question: str, threshold: float, request: gr.Request
+        upload: tuple[Path, str] | None, caption: str, question: str, threshold: float, request: gr.Request
     ) -> tuple[str, Seen | None]:
-        path, name = (Path(upload[0]), upload[1]) if upload else (None, "")
+        path, name = upload or (None, "")
         try:
-            found = await inspector.look(path, name, caption, question, user=_user(request))
+            found = await inspector.look(path, name, caption, question, user=user_name(request.session_hash))
         except HpcmmError as error:
-            return rendering.sentence(str(error), "problem"), None
+            return sentence(str(error), "problem"), None
         return await asyncio.to_thread(rendering.result, found, _within(threshold)), found
 
     def again(threshold: float, found: Seen | None) -> Any:
@@ -112,29 +111,29 @@ def _many_images(page: DetectorPage, inspector: Inspector, options: ServeOptions
     with gr.Row():
         with gr.Column(scale=5):
             files = gr.File(
-                label=f"Images, up to {page.options.max_files}",
+                label=f"Images, up to {options.max_files}",
                 file_count="multiple",
                 file_types=list(SUFFIXES),
                 height=220,
                 elem_id="files",
             )
-            files.preprocess = lambda payload: [_as_uploaded(each) for each in payload or []]
+            files.preprocess = sent_files
             caption = _caption(page, "caption-of-all")
             score = gr.Button("Score all", variant="primary", elem_id="score-all")
             threshold = _threshold(page, "threshold-of-all")
             download = gr.DownloadButton("Download the table as CSV", interactive=False, elem_id="download")
         with gr.Column(scale=6):
-            table = gr.HTML(rendering.sentence("Upload images of one kind, then score them."), elem_id="table")
+            table = gr.HTML(sentence("Upload images of one kind, then score them."), elem_id="table")
             gallery = gr.HTML("", elem_id="gallery")
 
     async def score_all(
-        uploads: list[tuple[str, str]], caption: str, threshold: float, request: gr.Request
+        uploads: list[tuple[Path, str]], caption: str, threshold: float, request: gr.Request
     ) -> tuple[str, str, Any, list[Row]]:
-        if not uploads or len(uploads) > page.options.max_files:
-            many = f"At most {page.options.max_files} images are taken at once; these are {len(uploads or [])}."
+        if not uploads or len(uploads) > options.max_files:
+            many = f"At most {options.max_files} images are taken at once; these are {len(uploads or [])}."
             said = many if uploads else "There are no images yet: upload some."
-            return rendering.sentence(said, "problem"), "", gr.DownloadButton(interactive=False), []
-        found = await _look_at_all(inspector, at_once, uploads, caption, _user(request))
+            return sentence(said, "problem"), "", gr.DownloadButton(interactive=False), []
+        found = await _look_at_all(inspector, at_once, uploads, caption, user_name(request.session_hash))
         return (*await asyncio.to_thread(drawn, threshold, found), found)
 
     def drawn(threshold: float, found: list[Row]) -> tuple[Any, Any, Any]:
@@ -165,15 +164,15 @@ def _many_images(page: DetectorPage, inspector: Inspector, options: ServeOptions
 
 
 async def _look_at_all(
-    inspector: Inspector, most: int, uploads: list[tuple[str, str]], caption: str, user: str
+    inspector: Inspector, most: int, uploads: list[tuple[Path, str]], caption: str, user: str
 ) -> list[Row]:
     """All files, ``most`` at a time, so that one table does not fill the queue in front of the others' questions."""
     at_once = asyncio.Semaphore(most)
 
-    async def look(path: str, name: str) -> Row:
+    async def look(path: Path, name: str) -> Row:
         async with at_once:
             try:
-                return Row(name, await inspector.look(Path(path), name, caption, None, user=user, kind="table"))
+                return Row(name, await inspector.look(path, name, caption, None, user=user, kind="table"))
             except HpcmmError as error:
                 return Row(name, None, str(error))
 
@@ -206,24 +205,7 @@ def _title(page: DetectorPage) -> str:
     )
     standins = " Trained on stand-in images: its scores say nothing about real parts." if about.is_standin else ""
     told = f"{about.model} · checkpoint {about.checkpoint} · {speaks}.{standins}"
-    return f"<h1>{rendering.escaped(about.run)}</h1><p>{rendering.escaped(told)}</p>"
-
-
-def _as_uploaded(payload: Any) -> tuple[str, str] | None:
-    """An upload's path and the name that it had, which is the sender's word, without folders.
-
-    In place of gradio's own ``preprocess``, which would decode the image: hpcmm does, within its limits. (A class of
-    its own would have gradio write a file beside this one.)
-    """
-    if payload is None or payload.path is None:
-        return None
-    name = payload.orig_name if isinstance(payload.orig_name, str) and payload.orig_name else Path(payload.path).name
-    return payload.path, name.replace("\\", "/").rpartition("/")[2][:200]
-
-
-def _user(request: gr.Request) -> str:
-    """A short name for a page that is open in a browser, to tell users apart in the log."""
-    return hashlib.sha256(str(request.session_hash).encode(errors="replace")).hexdigest()[:8]
+    return heading(about.run, told)
 
 
 def _within(threshold: object) -> float:

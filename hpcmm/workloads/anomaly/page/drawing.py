@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,13 +16,6 @@ _OUTLINE = np.array([0, 229, 255], np.float32)
 """Cyan, which the heat colours do not hold."""
 
 
-def shrunk(image: Image.Image, side: int = LARGEST_SIDE) -> Image.Image:
-    """The image with no side above ``side``; a small one is enlarged, so that its map can be seen."""
-    scale = side / max(image.size)
-    width, height = (max(1, round(length * scale)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-
 def overlay(image: Image.Image, values: Floats, threshold: float) -> Image.Image:
     """The map (side, side) in colours over the image, and an outline around what reaches the threshold."""
     large = Image.fromarray(np.asarray(values, np.float32)).resize(image.size, Image.Resampling.BILINEAR)
@@ -34,17 +24,6 @@ def overlay(image: Image.Image, values: Floats, threshold: float) -> Image.Image
     mixed = np.asarray(image, np.float32) * (1 - opaque) + heat(enlarged) * 255 * opaque
     mixed[_edge(enlarged >= threshold)] = _OUTLINE
     return Image.fromarray(mixed.round().astype(np.uint8))
-
-
-def data_uri(image: Image.Image, quality: int = 88) -> str:
-    """The picture as text that an ``img`` takes: no file lies anywhere."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg(image, quality)).decode("ascii")
-
-
-def jpeg(image: Image.Image, quality: int = 88) -> bytes:
-    written = io.BytesIO()
-    image.save(written, "JPEG", quality=quality)
-    return written.getvalue()
 
 
 def _edge(marked: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmm.errors import HpcmmError
+from hpcmm.serve.served import typed
 from hpcmm.serve.service import Service
+from hpcmm.serve.uploads import Uploaded, jpeg, open_upload, shrunk
 from hpcmm.workloads.anomaly.data.images import pixels_of
-from hpcmm.workloads.anomaly.page.drawing import LARGEST_SIDE, jpeg, shrunk
+from hpcmm.workloads.anomaly.page.drawing import LARGEST_SIDE
 from hpcmm.workloads.anomaly.page.predictor import Finding, Request
-from hpcmm.workloads.anomaly.page.uploads import ImageLimits, Uploaded, open_upload
 from hpcmm.workloads.anomaly.question_answering.grid import CELL_NAMES, defect_cells
 
 MOST_QUESTION_CHARACTERS = 300
@@ -43,9 +44,8 @@ class Seen:
 class Inspector:
     """Looks at uploaded images for all users. ``side`` is that of the images that the model sees, in pixels."""
 
-    def __init__(self, service: Service[Request, Finding], limits: ImageLimits, side: int, *, speaks: bool) -> None:
+    def __init__(self, service: Service[Request, Finding], side: int, *, speaks: bool) -> None:
         self._service = service
-        self._limits = limits
         self._side = side
         self._speaks = speaks
 
@@ -64,10 +64,10 @@ class Inspector:
     ) -> tuple[Seen, dict[str, Any]]:
         if path is None:
             raise HpcmmError("There is no image yet: upload one, or take an example.")
-        phrase = _text(caption, "what the image shows", MOST_CAPTION_CHARACTERS)
+        phrase = typed(caption, "what the image shows", MOST_CAPTION_CHARACTERS)
         if not phrase:
             raise HpcmmError("Say what the image shows, such as “a brick wall”.")
-        asked = None if question is None else _text(question, "the question", MOST_QUESTION_CHARACTERS)
+        asked = None if question is None else typed(question, "the question", MOST_QUESTION_CHARACTERS)
         uploaded, pixels, picture = await self._service.prepared(lambda: self._decoded(path))
         found = await self._service.ask(Request(pixels, phrase, asked if self._speaks and asked else None))
         if not np.isfinite(found.score):
@@ -77,7 +77,7 @@ class Inspector:
         return seen, {**size, "score": round(seen.score, 4), "words": seen.words}
 
     def _decoded(self, path: Path) -> tuple[Uploaded, NDArray[np.float32], bytes]:
-        uploaded = open_upload(path, self._limits)
+        uploaded = open_upload(path, self._service.options)
         return uploaded, pixels_of(uploaded.image, self._side), jpeg(shrunk(uploaded.image, LARGEST_SIDE))
 
 
@@ -101,10 +101,3 @@ def rule_answer(values: NDArray[np.float32], score: float, threshold: float) -> 
 
 def _listed(places: list[str]) -> str:
     return places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
-
-
-def _text(given: object, what: str, most: int) -> str:
-    text = given.encode("utf-8", "replace").decode().strip() if isinstance(given, str) else ""
-    if len(text) > most:
-        raise HpcmmError(f"Of {what}, at most {most} characters are taken; these are {len(text)}.")
-    return text

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpcmm.text import visible
-from hpcmm.workloads.anomaly.page.drawing import SMALL_SIDE, data_uri, overlay
+from hpcmm.serve.served import escaped
+from hpcmm.serve.uploads import data_uri, jpeg
+from hpcmm.workloads.anomaly.page.drawing import SMALL_SIDE, overlay
 from hpcmm.workloads.anomaly.page.findings import Seen, as_image
 
 CSV_COLUMNS = ("file", "score", "threshold", "anomalous", "answer", "problem")
@@ -25,15 +25,10 @@ class Row:
     problem: str = ""
 
 
-def sentence(text: str, kind: str = "hint") -> str:
-    """A line in the place of a result; ``kind`` is hint or problem."""
-    return f'<div class="hpcmm-note hpcmm-{kind}" role="status">{escaped(text)}</div>'
-
-
 def result(seen: Seen, threshold: float) -> str:
     """One image with its verdict, score, words, heat map and legend."""
     anomalous = seen.score >= threshold
-    picture = data_uri(overlay(as_image(seen.picture), seen.map, threshold))
+    picture = data_uri(jpeg(overlay(as_image(seen.picture), seen.map, threshold)))
     kind, verdict = ("bad", "anomalous") if anomalous else ("good", "normal")
     note = f'<p class="hpcmm-small">{escaped(seen.note)}</p>' if seen.note else ""
     speaker = "a rule on the heat map" if seen.words is None else "the language model"
@@ -100,7 +95,7 @@ def _card(seen: Seen, threshold: float) -> str:
     image = as_image(seen.picture)
     image.thumbnail((SMALL_SIDE, SMALL_SIDE))
     name = escaped(seen.name)
-    picture = data_uri(overlay(image, seen.map, threshold), quality=80)
+    picture = data_uri(jpeg(overlay(image, seen.map, threshold), quality=80))
     return (
         f'<figure><img src="{picture}" alt="heat map over {name}">'
         f'<figcaption title="{name}">{seen.score:.2f} {name}</figcaption></figure>'
@@ -123,11 +118,6 @@ def _legend(threshold: float) -> str:
         f'<div class="hpcmm-mark" style="left:{100 * threshold:.1f}%"></div></div><span>1 anomalous</span>'
         '<span class="hpcmm-outline">reaches the threshold</span></figcaption>'
     )
-
-
-def escaped(text: str) -> str:
-    """Escaped for HTML, and for the page's own templates, which would evaluate ``${...}`` and ``{{...}}``."""
-    return html.escape(visible(text)).replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;")
 
 
 def _cell(value: str) -> str:

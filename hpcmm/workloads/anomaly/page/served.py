@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hpcmm.config.parts import part_name
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.run_dir import RunDir, newest_checkpoint
-from hpcmm.serve.options import ServeOptions, check_size, check_whole_number
+from hpcmm.serve.options import ServeOptions
 from hpcmm.serve.served import ServedModel, ServedPage
 from hpcmm.serve.service import Service
 from hpcmm.workloads.anomaly.schema import AnomalyConfig
@@ -30,15 +30,10 @@ class PageOptions:
 
     threshold: float | None = None
     """Score from which an image is called anomalous; None chooses it on held-out images."""
-    max_megapixels: float = 40.0
-    max_files: int = 32
-    """Images of one table."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise HpcmmError(f"--threshold is {self.threshold}, but a score lies between 0 and 1.")
-        check_whole_number("max_files", self.max_files, 1000)
-        check_size("max_megapixels", self.max_megapixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +53,6 @@ class ServedDetector(ServedModel):
 
     def add_options(self, parser: ArgumentParser) -> None:
         parser.add_argument("--threshold", type=float, metavar="X", help="default: chosen on the held-out images")
-        parser.add_argument("--max-megapixels", type=float, metavar="M", help="pixels of one image (default: 40)")
-        parser.add_argument("--max-files", type=int, metavar="N", help="images of one table (default: 32)")
 
     def options(self, given: Namespace) -> dict[str, Any]:
         names = [field.name for field in fields(PageOptions)]

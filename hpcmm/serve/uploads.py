@@ -1,4 +1,4 @@
-"""From a file that somebody uploaded to an image, or to one sentence on why it is none.
+"""From a file that somebody uploaded to an image, or to one sentence on why it is none; and images within a page.
 
 Only the formats below are decoded, whatever the file is called. The size is read from the header and checked before
 a pixel is decoded, so that a small file cannot unfold into all of the memory.
@@ -6,20 +6,24 @@ a pixel is decoded, so that a small file cannot unfold into all of the memory.
 
 from __future__ import annotations
 
+import base64
+import io
 import mmap
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from hpcmm.errors import HpcmmError
-from hpcmm.serve.options import MEGABYTE
-from hpcmm.workloads.anomaly.data.images import FORMATS
+from hpcmm.serve.options import ServeOptions
 
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+"""Of images that are decoded. Pillow would know many more: an EPS file it gives to Ghostscript to run."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """What the page's file dialogue offers."""
 _RANGE_UNKNOWN = ("I", "F")
@@ -33,18 +37,6 @@ class UnusableImageError(HpcmmError):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """What one image may have at most: size of its file, and million pixels."""
-
-    max_upload_mb: float
-    max_megapixels: float
-
-    @property
-    def max_upload_bytes(self) -> int:
-        return round(self.max_upload_mb * MEGABYTE)
-
-
-@dataclass(frozen=True, slots=True)
 class Uploaded:
     """A decoded image, RGB and upright, and what there is to say about it."""
 
@@ -53,16 +45,29 @@ class Uploaded:
     note: str = ""
 
 
-def open_upload(path: Path, limits: ImageLimits) -> Uploaded:
-    """Decode the file. Raises UnusableImageError when it is no image of :data:`FORMATS` or exceeds a limit."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise UnusableImageError("The image is no longer here: upload it again.") from error
-    if size > limits.max_upload_bytes:
-        raise UnusableImageError(
-            f"The file has {size / 1e6:.1f} MB, and at most {limits.max_upload_mb:g} MB are taken: make it smaller."
-        )
+def sent_file(payload: Any) -> tuple[Path, str] | None:
+    """An upload's path and the name that it had, which is the sender's word, without folders.
+
+    It takes the place of a gradio component's own ``preprocess``, which would decode the file, or open it: hpcmm does,
+    within its limits. (A component class of its own would have gradio write a file beside its module.)
+    """
+    if payload is None or payload.path is None:
+        return None
+    name = payload.orig_name if isinstance(payload.orig_name, str) and payload.orig_name else Path(payload.path).name
+    return Path(payload.path), name.replace("\\", "/").rpartition("/")[2][:200]
+
+
+def sent_files(payload: Any) -> list[tuple[Path, str]]:
+    """As :func:`sent_file`, of a component that takes several."""
+    return [sent for each in payload or [] if (sent := sent_file(each)) is not None]
+
+
+def open_upload(path: Path, limits: ServeOptions) -> Uploaded:
+    """Decode an image. Raises UnusableImageError if it is none of :data:`FORMATS` or exceeds a limit.
+
+    Raises HpcmmError, as ``check_upload``, if its file does.
+    """
+    size = limits.check_upload(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a bomb is refused by its size below
@@ -82,7 +87,7 @@ def open_upload(path: Path, limits: ImageLimits) -> Uploaded:
         raise UnusableImageError("The image is damaged or cut off, and cannot be decoded.") from error
 
 
-def _check_size(image: Image.Image, limits: ImageLimits) -> None:
+def _check_size(image: Image.Image, limits: ServeOptions) -> None:
     width, height = image.size
     if width * height > limits.max_megapixels * 1e6:
         raise UnusableImageError(f"The image has {width} x {height} pixels. {_too_many(limits)}")
@@ -116,7 +121,7 @@ def _scans_in(path: Path) -> int:
     return scans
 
 
-def _too_many(limits: ImageLimits) -> str:
+def _too_many(limits: ServeOptions) -> str:
     return f"At most {limits.max_megapixels:g} million pixels are taken: make it smaller."
 
 
@@ -143,3 +148,21 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     upright = ImageOps.exif_transpose(image)
     return (upright or image).convert("RGB")
+
+
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """The image with its longer side of ``side`` pixels; a small one is enlarged."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def jpeg(image: Image.Image, quality: int = 88) -> bytes:
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=quality)
+    return written.getvalue()
+
+
+def data_uri(picture: bytes) -> str:
+    """A JPEG as text that an ``img`` takes: no file lies anywhere."""
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode("ascii")
