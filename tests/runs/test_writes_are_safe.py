@@ -14,7 +14,7 @@ WRITTEN_ELSEWHERE = {
     ("workloads/anomaly/maps_picture.py", "draw"),
     # Into memory.
     ("evaluate/__main__.py", "_write"),
-    ("workloads/anomaly/page/drawing.py", "jpeg"),
+    ("serve/uploads.py", "jpeg"),
     # In the run's own directory, which was made for this user alone.
     ("annotate/stopping.py", "note_stopped"),
     ("launch/write.py", ""),
@@ -33,6 +33,7 @@ WRITTEN_ELSEWHERE = {
     ("nsys/capture.py", ""),
     ("worker/compiled_ops.py", ""),
     ("workloads/anomaly/page/blocks.py", ""),
+    ("workloads/omni/page/served.py", "_copied"),
     # In the cache folder, which no other user can write.
     ("workloads/anomaly/data/", ""),
     ("workloads/omni/data/made/", ""),

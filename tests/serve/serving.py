@@ -40,10 +40,18 @@ class Server:
 
 def train(runs_root: Path, *overrides: str) -> Path:
     """A run of one rank and one step on small images: a real checkpoint, and scores that mean nothing."""
-    words = [
-        "cluster=local", "cluster.ranks_per_node=1", "name=small", "train.steps=1", "train.evaluate=false", "wait=true",
+    return launch(
+        runs_root, "name=small", "train.steps=1",
         "data.image_size=64", "data.train_images_per_category=2", "data.test_images_per_category=4",
-        "model.decoder_width=32", "model.text_adapter_width=64", f"runs_root={runs_root}", *overrides,
+        "model.decoder_width=32", "model.text_adapter_width=64", *overrides,
+    )  # fmt: skip
+
+
+def launch(runs_root: Path, *overrides: str) -> Path:
+    """The directory of a run of one rank, which has ended."""
+    words = [
+        "cluster=local", "cluster.ranks_per_node=1", "train.evaluate=false", "wait=true", f"runs_root={runs_root}",
+        *overrides,
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "hpcmm.launch", *words], capture_output=True, text=True, timeout=280, check=False

@@ -46,13 +46,11 @@ model writes if it always takes the likeliest. Intervals are Wilson's."""
         return f"tiny_{language.architecture}" if language.kind is LanguageModelKind.tiny else str(language.kind)
 
     def build_model(self, config: OmniConfig) -> OmniModel:
-        from hpcmm.workloads.omni.data.tokenizer import load_tokenizer  # noqa: PLC0415 -- imports torch
-        from hpcmm.workloads.omni.folders import model_config, prepare, tokenizer_folder  # noqa: PLC0415
-        from hpcmm.workloads.omni.models import build_model  # noqa: PLC0415
+        from hpcmm.workloads.omni.answering import model_of  # noqa: PLC0415 -- imports torch
+        from hpcmm.workloads.omni.folders import prepare  # noqa: PLC0415
 
         prepare(config)
-        tokenizer = load_tokenizer(tokenizer_folder(config))
-        return build_model(model_config(config), config.train.seed, tokenizer=tokenizer)
+        return model_of(config)
 
     def score(self, model: OmniModel, config: OmniConfig, device: torch.device, progress: Progress) -> Scored:
         from hpcmm.workloads.omni.data.kinds import read_kinds  # noqa: PLC0415 -- imports torch

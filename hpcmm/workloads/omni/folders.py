@@ -47,3 +47,15 @@ def prepare(config: OmniConfig) -> None:
         data_root.ensure_made_tokenizer(data, seed, config.cluster)
     if kind is LanguageModelKind.smollm2:
         prepare_smollm2(config.cluster)
+
+
+def prepare_to_answer(config: OmniConfig) -> None:
+    """Make what a trained model needs to answer: conversations only if its tokenizer is made of their text.
+
+    Raises InputError as :func:`prepare` does.
+    """
+    kind = config.model.language_model.kind
+    if kind is LanguageModelKind.tiny:
+        prepare(config)
+    if kind is LanguageModelKind.smollm2:
+        prepare_smollm2(config.cluster)

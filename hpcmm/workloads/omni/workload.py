@@ -14,6 +14,7 @@ from hpcmm.workloads.omni.schema import LanguageModelKind, OmniConfig, problems
 
 if TYPE_CHECKING:
     from hpcmm.evaluate.evaluation import Evaluation
+    from hpcmm.serve.served import ServedModel
     from hpcmm.workloads.omni.training import OmniTraining
 
 
@@ -77,3 +78,9 @@ class OmniWorkload(Workload):
         from hpcmm.workloads.omni.evaluation import OmniEvaluation  # noqa: PLC0415 -- for this command alone
 
         return OmniEvaluation()
+
+    def served(self) -> ServedModel:
+        """A page on which one talks to the model."""
+        from hpcmm.workloads.omni.page.served import ServedOmni  # noqa: PLC0415 -- for this command alone
+
+        return ServedOmni()

@@ -47,7 +47,7 @@ def test_the_model_writes_the_answers_that_are_scored_as_right(architecture: str
     with torch.no_grad():
         right = right_answers(pack(examples), model(pack(examples)).correct)
     written = [
-        write_answers(model, [prompt], tokenizer, [1], len(tokens))[0]
+        write_answers(model, [prompt], tokenizer, [1], len(tokens))[0].text
         for prompt, tokens in zip(prompts, wanted, strict=True)
     ]
     texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in wanted]
@@ -58,6 +58,18 @@ def test_the_model_writes_the_answers_that_are_scored_as_right(architecture: str
     together = write_answers(model, prompts, tokenizer, [1], longest)
     alone = [write_answers(model, [prompt], tokenizer, [1], longest)[0] for prompt in prompts]
     assert together == alone
+
+
+def test_an_answer_ends_at_the_first_token_that_ends_one_or_is_cut_off():
+    tokenizer = bytes_tokenizer()
+    model = tiny_model().eval()
+    prompts = [random_example(model, np.random.default_rng(seed), []) for seed in range(2)]
+    cut_off = write_answers(model, prompts, tokenizer, [1], 6)
+    assert [(each.tokens, each.ended) for each in cut_off] == [(6, False)] * 2
+    embedded = model.embed(prompts[0]).embedded
+    with torch.no_grad():
+        first = int(model.trunk.lm(inputs_embeds=embedded).logits[0, -1].argmax())
+    assert write_answers(model, prompts[:1], tokenizer, [first], 6) == [("", 0, True)]
 
 
 def test_accuracies_are_of_all_answers_and_of_each_modality():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,6 +46,8 @@ class Part:
     """``text``, or the key of a modality, such as ``image``."""
     text: str = ""
     path: Path | None = None
+    prepared: Any = field(default=None, compare=False, repr=False)
+    """What the modality's ``read`` gave of a file that was read already."""
 
 
 @dataclass(frozen=True, slots=True)

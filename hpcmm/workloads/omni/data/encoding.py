@@ -15,6 +15,10 @@ from hpcmm.workloads.omni.data.chat import ChatFormat, Span
 from hpcmm.workloads.omni.data.conversations import TEXT, Conversation
 
 
+class TooLongError(HpcmmError):
+    """A conversation of more tokens than are taken."""
+
+
 class Preparer(Protocol):
     """What is asked of a modality while data are read, perhaps in a loader's process."""
 
@@ -40,7 +44,7 @@ class Encoder:
     def example(self, conversation: Conversation) -> Batch:
         """The conversation with its labels.
 
-        Raises HpcmmError, with the conversation's origin, if a file cannot be read or the example is too long.
+        Raises HpcmmError, with the conversation's origin, if a file cannot be read, and TooLongError.
         """
         return self._encode(conversation, self.format.spans(conversation))
 
@@ -63,7 +67,7 @@ class Encoder:
                 places[span.part.type] += range(len(tokens), len(tokens) + len(new))
             tokens += new
             if self._max_tokens is not None and len(tokens) > self._max_tokens:
-                raise HpcmmError(
+                raise TooLongError(
                     f"{conversation.origin}: it has more than {self._max_tokens} tokens, images and sounds included: "
                     "raise data.max_tokens, shorten it, or leave such ones out with data.on_error=skip."
                 )
@@ -86,14 +90,15 @@ class Encoder:
 
     def _read(self, span: Span, conversation: Conversation, prepared: dict[str, list[Any]]) -> int:
         """Read a file of a modality into ``prepared``; the number of its tokens."""
-        kind, path = span.part.type, span.part.path
-        if kind not in self.modalities or path is None:
+        kind, path, one = span.part.type, span.part.path, span.part.prepared
+        if kind not in self.modalities or (path is None and one is None):
             raise HpcmmError(f"{conversation.origin}: the model takes nothing of the type {kind}.")
         modality = self.modalities[kind]
-        try:
-            one = modality.read(path)
-        except HpcmmError as error:
-            raise HpcmmError(f"{conversation.origin}: {error}") from error
+        if one is None and path is not None:
+            try:
+                one = modality.read(path)
+            except HpcmmError as error:
+                raise HpcmmError(f"{conversation.origin}: {error}") from error
         count = modality.count(one)
         if count < 1:
             raise HpcmmError(f"{conversation.origin}: {path} is too small to make one token of it.")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
 import warnings
+from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcmm.errors import HpcmmError
-from hpcmm.files import read_followed
+from hpcmm.files import open_followed, read_followed
 from hpcmm.text import visible
 
 LONGEST_S = 1800
 """Of a sound; a longer one would need more memory than a rank has."""
 _MOST_BYTES = 1 << 29
 _RATES_HZ = range(1000, 400_000)
+_MOST_CHUNKS = 1000
+"""In front of the samples of a WAV file."""
 
 
 def read_sound(path: Path, rate_hz: int) -> NDArray[np.float32]:
@@ -41,6 +46,48 @@ def read_sound(path: Path, rate_hz: int) -> NDArray[np.float32]:
             f"{LONGEST_S} s, at {_RATES_HZ[0]} to {_RATES_HZ[-1]} Hz."
         )
     return resample(samples, found_hz, rate_hz)
+
+
+@dataclass(frozen=True, slots=True)
+class SoundHeader:
+    """What a WAV file says of its samples."""
+
+    rate_hz: int
+    frames: int
+    """Samples of each channel."""
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.rate_hz
+
+
+def sound_header(path: Path) -> SoundHeader:
+    """The header of a WAV file, without a sample being read.
+
+    Raises HpcmmError, with a sentence for whoever uploaded it, if it is no such file or does not hold what it says.
+    """
+    with open_followed(path) as file:
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            raise HpcmmError("The file is no WAV sound: convert it to WAV.")
+        frame_bytes = rate_hz = 0
+        for _ in range(_MOST_CHUNKS):
+            name, size = struct.unpack("<4sI", file.read(8).ljust(8, b"\0"))
+            start = file.tell()
+            if name == b"fmt ":
+                _, _, rate_hz, _, frame_bytes = struct.unpack("<HHIIH", file.read(14).ljust(14, b"\0"))
+            if name == b"data" or not name.strip(b"\0"):
+                break
+            file.seek(start + size + size % 2)
+        if name != b"data" or frame_bytes == 0 or rate_hz not in _RATES_HZ:
+            raise HpcmmError(
+                f"The sound is damaged, or not of {_RATES_HZ[0]} to {_RATES_HZ[-1]} samples a second: save it anew."
+            )
+        if start + size > os.fstat(file.fileno()).st_size:
+            raise HpcmmError("The sound is cut off: its file has fewer samples than it says.")
+    if size < frame_bytes:
+        raise HpcmmError("The sound is empty.")
+    return SoundHeader(rate_hz, size // frame_bytes)
 
 
 def resample(samples: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,18 @@ _GENERATING = "sdpa"
 """Attention with a cache and a mask, which that over packed rows has not."""
 
 
+class Written(NamedTuple):
+    """An answer, how many tokens it has, and whether the model ended it; else it was cut off."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
 @torch.no_grad()
 def write_answers(
     model: OmniModel, prompts: Sequence[Batch], tokenizer: Any, stop_tokens: Sequence[int], most_tokens: int
-) -> list[str]:
+) -> list[Written]:
     """The model's answer to each of ``prompts``, of one conversation each, on the model's device.
 
     ``stop_tokens``: each ends an answer. ``most_tokens``: of an answer.
@@ -38,7 +46,14 @@ def write_answers(
             eos_token_id=list(stop_tokens),
             pad_token_id=tokenizer.eos_token_id,
         )
-    return [str(text).strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return [_written(row, tokenizer, stop_tokens) for row in tokens.tolist()]
+
+
+def _written(tokens: Sequence[int], tokenizer: Any, stop_tokens: Sequence[int]) -> Written:
+    """A row of what was generated. Behind the token that ends it come others, up to the longest of the batch."""
+    length = next((place for place, token in enumerate(tokens) if token in stop_tokens), len(tokens))
+    text = str(tokenizer.decode(tokens[:length], skip_special_tokens=True)).strip()
+    return Written(text, length, ended=length < len(tokens))
 
 
 @contextmanager

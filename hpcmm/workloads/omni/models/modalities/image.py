@@ -32,6 +32,7 @@ class ImageModality(Modality):
     """
 
     needs_weights = True
+    upload_suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
     def __init__(
         self,

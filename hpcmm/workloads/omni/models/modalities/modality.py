@@ -29,6 +29,9 @@ class Modality(nn.Module, ABC):
     needs_weights: ClassVar[bool] = False
     """Whether the parameter ``weights`` has to be given. Read from the source on the login node: a plain constant."""
 
+    upload_suffixes: ClassVar[Sequence[str] | None] = ()
+    """The endings of files that a page's dialogue offers; none for any file. None if it takes no single file."""
+
     def finish(self, encoder: nn.Module, connector: Connector, *, frozen: bool, connector_frozen: bool) -> None:
         """Set the two parts and which of them train. A frozen encoder stays in evaluation mode."""
         self.encoder, self.connector = encoder, connector

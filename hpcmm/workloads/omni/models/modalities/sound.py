@@ -39,6 +39,7 @@ class SoundModality(Modality):
     """
 
     needs_weights = True
+    upload_suffixes = (".wav",)
 
     def __init__(  # noqa: PLR0913 -- each is a key of a YAML file
         self,
@@ -62,7 +63,7 @@ class SoundModality(Modality):
             )
         encoder = _shortened(self.network(weights, states), states)
         self._merge, self._states = merge, states
-        self._most_samples = int(most_s * RATE_HZ)
+        self.most_s = most_s
         self._bands = int(encoder.config.num_mel_bins)
         joined = Connector(connector, int(encoder.config.d_model) * merge, width)
         self.finish(encoder, joined, frozen=frozen, connector_frozen=connector_frozen)
@@ -87,7 +88,7 @@ class SoundModality(Modality):
 
     def prepare(self, samples: NDArray[np.float32]) -> Tensor:
         """As :meth:`read`, of samples (n,) in memory, from -1 to 1, at RATE_HZ."""
-        wave = samples[: self._most_samples]
+        wave = samples[: int(self.most_s * RATE_HZ)]
         whole = HOP * FRAMES_PER_STATE * self._merge  # samples of a token
         wave = np.pad(wave, (0, max(whole, -(-len(wave) // whole) * whole) - len(wave)))
         features = _spectrogram(self._bands)(
