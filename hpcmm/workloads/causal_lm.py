@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.pretrained import first_line, quiet
+from hpcmm.workloads.pretrained import check_report, first_line, load_tokenizer, quiet
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,42 +39,42 @@ def load_causal_lm(folder: Path, key: str, kinds: Collection[str], attention: st
         raise HpcmmError(f"{folder} has no config.json: set {key} to the folder of a transformers model.")
     if not any(folder.glob("*.safetensors")):
         raise HpcmmError(f"{folder} has no weights in .safetensors files: convert them, for no other kind is read.")
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - takes seconds
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig  # noqa: PLC0415 - takes seconds
 
     try:
         with quiet():
+            _check_settings(PretrainedConfig.get_config_dict(folder, local_files_only=True)[0], folder, key, kinds)
             found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            if found.model_type not in kinds:
-                raise HpcmmError(
-                    f"{folder} holds a model of type {found.model_type}, but {key} takes {', '.join(sorted(kinds))}."
-                )
-            tokenizer = load_tokenizer(folder)
+            if attention is not None:  # whatever the folder was saved with
+                found._attn_implementation = attention
+            tokenizer = load_tokenizer(folder, "the language model", key)
             network, report = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=found,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                **({} if attention is None else {"attn_implementation": attention}),
+                ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise HpcmmError(f"The language model in {folder} cannot be loaded: {first_line(error)}") from error
-    if report["missing_keys"]:
-        lacking = sorted(report["missing_keys"])
-        raise HpcmmError(f"The weights in {folder} lack {lacking[0]}, and {len(lacking) - 1} more tensors.")
+    except HpcmmError:
+        raise
+    except Exception as error:  # damaged files show as errors of many libraries
+        raise HpcmmError(f"The language model in {folder} cannot be loaded: {first_line(error)}.") from error
+    check_report(report, folder, "the language model")
     return CausalLm(network, tokenizer)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a language model's folder. Raises HpcmmError if it cannot be read."""
-    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds
-
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise HpcmmError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
+def _check_settings(settings: Mapping[str, Any], folder: Path, key: str, kinds: Collection[str]) -> None:
+    """Raises HpcmmError if a ``config.json`` is of a model that does not fit."""
+    kind = settings.get("model_type")
+    if kind not in kinds:
+        raise HpcmmError(f"{folder} holds a model of type {kind}, but {key} takes {', '.join(sorted(kinds))}.")
+    if settings.get("quantization_config"):
+        raise HpcmmError(
+            f"{folder} holds quantised weights, which cannot train: name a folder with those of 16 or 32 bits as {key}."
+        )
 
 
 def add_lora(network: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str], key: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,33 @@ def load_pretrained(model_class: Any, folder: Path, what: str, key: str, **optio
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 **options,
             )
         except Exception as error:  # damaged files show as errors of many libraries
             raise HpcmmError(
-                f"{what[:1].upper()}{what[1:]} in {folder} cannot be loaded: {first_line(error)}"
+                f"{what[:1].upper()}{what[1:]} in {folder} cannot be loaded: {first_line(error)}."
             ) from error
+    check_report(report, folder, what)
+    return model.eval()
+
+
+def check_report(report: Mapping[str, Any], folder: Path, what: str) -> None:
+    """Raises HpcmmError if a loading report of ``transformers`` has tensors that lack, or are of another shape.
+
+    The model must have been loaded with ``ignore_mismatched_sizes``, for else the report says nothing of shapes.
+    """
+    others = sorted(report["mismatched_keys"])
+    if others:
+        name, found, expected = others[0]
+        raise HpcmmError(
+            f"The weights in {folder} are not of {what} that its config.json describes: {name} is of the shape "
+            f"{tuple(found)}, not {tuple(expected)}."
+        )
     lacking = sorted(report["missing_keys"])
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise HpcmmError(f"The weights in {folder} are not of {what}: they lack {lacking[0]}{more}.")
-    return model.eval()
 
 
 def clip_config(folder: Path, key: str) -> Any:
@@ -115,14 +131,14 @@ def load_tokenizer(folder: Path, what: str, key: str) -> Any:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             raise HpcmmError(
-                f"The tokenizer of {what} cannot be loaded from {folder}: {first_line(error)} {key} must name a folder "
-                "with tokenizer.json, or vocab.json and merges.txt."
+                f"The tokenizer of {what} cannot be loaded from {folder}: {first_line(error)}; {key} must name a "
+                "folder with tokenizer.json, or vocab.json and merges.txt."
             ) from error
 
 
 def first_line(error: Exception) -> str:
     """What to tell of another library's error."""
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".:; ")
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Answerer:
         self._model = model.to(device).eval()
         self._device = device
         self._tokenizer = load_tokenizer(tokenizer_folder(config))
-        self._encoder = Encoder(self._tokenizer, model.readers(), config.data.max_tokens)
+        self._encoder = Encoder(self._tokenizer, model.readers(), config.data.max_tokens, model.vocabulary)
         self._context = int(model.trunk.lm.config.max_position_embeddings)
 
     def answer(self, conversations: Sequence[Conversation], most_tokens: int = 32) -> list[str]:

@@ -45,7 +45,8 @@ class HeldOut:
     def of(cls, config: OmniConfig, model: OmniModel, device: torch.device) -> HeldOut:
         """Those of a run that is over, with the tokenizer that it had."""
         tokenizer = load_tokenizer(tokenizer_folder(config))
-        return cls(config, Encoder(tokenizer, model.readers(), config.data.max_tokens), device)
+        encoder = Encoder(tokenizer, model.readers(), config.data.max_tokens, model.vocabulary)
+        return cls(config, encoder, device)
 
     def __len__(self) -> int:
         return len(self._examples)

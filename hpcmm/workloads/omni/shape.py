@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hpcmm.config.mesh import DATA, EXPERT, PIPELINE, SEQUENCE, TENSOR
 from hpcmm.config.model_shape import ModelShape
 from hpcmm.files import read_text
+from hpcmm.text import visible
 from hpcmm.workloads.omni.schema import ARCHITECTURES, WITH_EXPERTS, LanguageModelKind, OmniConfig
 
 _CONFIG = "config.json"
@@ -24,6 +25,8 @@ _SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 """Of SmolLM2-135M, whose folder is made on a node."""
+_OF_THE_LONGEST = ("dynamic", "longrope")
+"""Rotary embeddings that depend on how long the longest example of a row is."""
 
 
 def network_settings(config: OmniConfig) -> Mapping[str, Any]:
@@ -51,6 +54,28 @@ def network_settings(config: OmniConfig) -> Mapping[str, Any]:
     except (OSError, ValueError, RuntimeError, RecursionError):  # another machine's file: a rank says what is wrong
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def problems(config: OmniConfig) -> Iterator[str]:
+    """What a network's ``config.json`` has that does not fit, if this machine can read it."""
+    found, path = network_settings(config), config.model.language_model.path
+    kind = found.get("model_type")
+    if kind is not None and kind not in ARCHITECTURES:
+        yield (
+            f"model.language_model.path is {path}, a model of type {visible(str(kind))}, but this workload takes "
+            f"{', '.join(ARCHITECTURES)}: name a folder of one of these."
+        )
+    rotary = found.get("rope_parameters") or found.get("rope_scaling")
+    if not isinstance(rotary, dict):
+        return
+    form = rotary.get("rope_type", rotary.get("type"))
+    most = rotary.get("original_max_position_embeddings") if form == "longrope" else None
+    most = most or found.get("max_position_embeddings")
+    if form in _OF_THE_LONGEST and isinstance(most, int) and config.data.max_tokens > most:
+        yield (
+            f"data.max_tokens is {config.data.max_tokens}, but the language model's positions (rope_type {form}) "
+            f"change for all conversations of a row if one is longer than {most} tokens: set data.max_tokens={most}."
+        )
 
 
 def axes(config: OmniConfig) -> frozenset[str]:

@@ -41,7 +41,7 @@ class OmniTraining(Training):
             start_from(self.model, config.train.init_from)
         root, data = conversations_folder(config), config.data
         modalities = self.model.readers()
-        encoder = Encoder(tokenizer, modalities, data.max_tokens)
+        encoder = Encoder(tokenizer, modalities, data.max_tokens, self.model.vocabulary)
         self._loading = Loading(data, config.train.seed, pin_memory=device.type == "cuda")
         self._train = TrainExamples(ConversationFile(root / TRAIN, modalities), encoder, data.on_error)
         self._held_out = HeldOut(config, encoder, device)

@@ -26,6 +26,7 @@ class OmniWorkload(Workload):
     def problems(self, config: OmniConfig) -> Iterator[str]:
         """What must hold between the keys of ``model``, ``data`` and ``train``."""
         yield from problems(config)
+        yield from shape.problems(config)
         if shape.network_settings(config).get("output_router_logits"):
             cut = [axis for axis in (PIPELINE, SEQUENCE, EXPERT) if config.parallel.mesh.get(axis, 1) != 1]
             if cut:

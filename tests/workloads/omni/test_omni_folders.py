@@ -9,7 +9,10 @@ import pytest
 import torch
 from tiny_omni import random_batch, tiny_config, tiny_model
 
+from hpcmm.config.compose import compose_run
+from hpcmm.config.validate import validate
 from hpcmm.errors import HpcmmError
+from hpcmm.train.attention import NAME as ATTENTION
 from hpcmm.workloads.omni.models import build_model
 from hpcmm.workloads.omni.schema import ARCHITECTURES, LanguageModelConfig, LanguageModelKind, ModelConfig
 from hpcmm.workloads.tiny_lm import bytes_tokenizer
@@ -43,10 +46,86 @@ def test_a_folder_of_another_architecture_or_with_code_of_its_own_is_refused(tmp
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (tmp_path / "config.json").write_text(json.dumps({**settings, "model_type": "own", "auto_map": own}))
-    with pytest.raises(HpcmmError, match="cannot be loaded"):
+    with pytest.raises(HpcmmError, match="of type own"):
         build_model(of_folder(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "auto_map": own}))
+    build_model(of_folder(tmp_path))
 
 
 def test_low_rank_updates_on_maps_that_are_not_there_are_refused(tmp_path: Path):
     with pytest.raises(HpcmmError, match=r"model\.language_model\.lora_targets=\['query'\] does not fit"):
         tiny_model(language={"lora_rank": 2, "lora_targets": ["query"]})
+
+
+def saved(folder: Path, **sizes: int) -> Path:
+    """A folder with a tiny network and a tokenizer of bytes."""
+    tiny_model(**sizes).trunk.lm.save_pretrained(folder)
+    bytes_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def change(folder: Path, **settings: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"intermediate_size": 96}, r"mlp\.down_proj\.weight is of the shape \(64, 128\), not \(64, 96\)\.$"),
+        ({"num_hidden_layers": 3}, r"they lack model\.layers\.2\.input_layernorm\.weight and 8 more\.$"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights, which cannot train: name a folder"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path, settings: dict[str, object], said: str):
+    change(saved(tmp_path), **settings)
+    with pytest.raises(HpcmmError, match=said):
+        build_model(of_folder(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path):
+    for file in saved(tmp_path).glob("*token*"):
+        file.unlink()
+    with pytest.raises(HpcmmError, match=r"must name a folder with tokenizer\.json, or vocab\.json and merges\.txt\.$"):
+        build_model(of_folder(tmp_path))
+
+
+def test_damaged_weights_are_refused_in_one_sentence(tmp_path: Path):
+    weights = saved(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(HpcmmError, match=r"^The language model in .* cannot be loaded: [^\n]*$"):
+        build_model(of_folder(tmp_path))
+
+
+def refusal(folder: Path, *overrides: str) -> str:
+    language = ["model/language_model=folder", f"model.language_model.path={folder}"]
+    with pytest.raises(HpcmmError) as error:
+        validate(compose_run(["task=omni", "cluster=local", *language, *overrides]))
+    return str(error.value)
+
+
+def test_another_type_of_model_is_refused_before_the_job(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3"}))
+    assert "a model of type phi3, but this workload takes llama, mixtral, qwen2, qwen3, qwen3_moe" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 100}},
+    ],
+)
+def test_positions_that_depend_on_the_longest_of_a_row_bound_the_tokens(tmp_path: Path, rotary: dict[str, object]):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 100, **rotary}))
+    assert "is longer than 100 tokens: set data.max_tokens=100." in refusal(tmp_path)
+    language = ["model/language_model=folder", f"model.language_model.path={tmp_path}"]
+    validate(compose_run(["task=omni", "cluster=local", *language, "data.max_tokens=100"]))
+
+
+def test_a_folders_network_trains_from_the_first_step_on_by_hpcmms_attention(tmp_path: Path):
+    change(saved(tmp_path), _attn_implementation="flash_attention_2")
+    model = build_model(of_folder(tmp_path))
+    assert model.trunk.lm.config._attn_implementation == ATTENTION
+    assert all(module.training for module in model.trunk.modules())  # else neither dropout nor recomputing

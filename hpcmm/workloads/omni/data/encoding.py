@@ -32,14 +32,22 @@ class Preparer(Protocol):
 class Encoder:
     """Makes examples of conversations, for one tokenizer and one set of modalities."""
 
-    def __init__(self, tokenizer: Any, modalities: Mapping[str, Preparer], max_tokens: int | None = None) -> None:
-        """``modalities``: by content type. ``max_tokens``: of an example; None for any number.
+    def __init__(
+        self,
+        tokenizer: Any,
+        modalities: Mapping[str, Preparer],
+        max_tokens: int | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
+        """``modalities``: by content type. ``max_tokens``: of an example; None for any number. ``vocabulary``: how many
+        tokens the language model has embeddings of; None for as many as the tokenizer knows.
 
         Raises HpcmmError if the tokenizer cannot be used.
         """
         self.format = ChatFormat(tokenizer)
         self.modalities = dict(modalities)
         self._max_tokens = max_tokens
+        self._vocabulary = vocabulary
 
     def example(self, conversation: Conversation) -> Batch:
         """The conversation with its labels.
@@ -60,6 +68,11 @@ class Encoder:
         for span in spans:
             if span.part.type == TEXT:
                 new = self.format.tokens(span)
+                if self._vocabulary is not None and max(new, default=0) >= self._vocabulary:
+                    raise HpcmmError(
+                        f"{conversation.origin}: a text has token {max(new)}, but the language model has embeddings of "
+                        f"{self._vocabulary} tokens alone: its tokenizer is that of another model."
+                    )
                 answers += [span.answer] * len(new)
             else:
                 new = [0] * self._read(span, conversation, prepared)

@@ -27,13 +27,9 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a ``transformers`` folder, which runs no code of that folder. Raises HpcmmError if it cannot."""
     if not folder.is_dir():
         raise HpcmmError(f"{visible(str(folder))} is not a folder; name the one with the tokenizer's files.")
-    from transformers import AutoTokenizer  # noqa: PLC0415 -- takes seconds
+    from hpcmm.workloads import pretrained  # noqa: PLC0415 -- imports torch
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers' own errors have no type of their own
-        reason = visible(str(error).strip().partition("\n")[0])
-        raise HpcmmError(f"The tokenizer in {visible(str(folder))} cannot be loaded: {reason}") from error
+    return pretrained.load_tokenizer(folder, "the language model", "model.language_model.path")
 
 
 def made_tokenizer_folder(root: Path, vocabulary: int, cache: Path) -> Path:

@@ -28,7 +28,7 @@ def build_language_model(config: LanguageModelConfig, tokenizer: Any, attention:
         if config.path is None:
             raise HpcmmError(f"The language model's folder is not given: name it as {_PATH}=/path/to/folder.")
         language = load_causal_lm(Path(config.path).expanduser(), _PATH, ARCHITECTURES, attention)
-    language.network.requires_grad_(not config.frozen)
+    language.network.train().requires_grad_(not config.frozen)  # a folder's begins in evaluation mode
     if config.lora_rank > 0:
         add_lora(
             language.network,

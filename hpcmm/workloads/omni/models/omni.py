@@ -51,6 +51,11 @@ class OmniModel(nn.Module):
                 row = row + 0 * modality([modality.example().to(row.device)]).sum().to(row.dtype)
         return Row(row[None], batch.positions, batch.labels)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the language model has embeddings of."""
+        return int(self.trunk.lm.get_input_embeddings().num_embeddings)
+
     def readers(self) -> dict[str, Modality]:
         """The modalities by what a conversation calls them."""
         return {key: each for key, each in self.modalities.items() if isinstance(each, Modality)}

@@ -181,3 +181,11 @@ def test_all_tensors_move_together_also_those_of_the_modalities(examples):
     assert isinstance(other, np.ndarray)
     assert (moved.answers, moved.examples) == (batch.answers, 3)
     assert moved.modalities["x"].places.device.type == "meta"
+
+
+def test_a_tokenizer_that_has_more_tokens_than_the_language_model_is_refused(tokenizer, modalities, write):
+    conversation = ConversationFile(write({"turns": [user(RED, QUESTION), assistant("red")]}), modalities)[0]
+    largest = int(Encoder(tokenizer, modalities).example(conversation).tokens.max())
+    Encoder(tokenizer, modalities, vocabulary=largest + 1).example(conversation)
+    with pytest.raises(HpcmmError, match=f"a text has token {largest}, but the language model"):
+        Encoder(tokenizer, modalities, vocabulary=largest).example(conversation)
