@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,6 +79,8 @@ class CollectiveRecorder:
         self._watcher: Thread | None = None
         self.recorded: Counter[tuple[str, str]] = Counter()
         """Ranges started, by (group name, op)."""
+        self.bytes: Counter[Exchange] = Counter()
+        """Their payload, of groups of several ranks."""
 
     def record(
         self,
@@ -95,12 +97,13 @@ class CollectiveRecorder:
         """
         if op == "recv":
             receive_begins()
-        group = next(dist.ProcessGroup.unbox(a) for a in arguments if isinstance(a, torch.ScriptObject))
+        group = _group(arguments)
         sequence, whom = self._sequence(op, group), None if peer is None else _rank_in_job(group, peer)
         size = _bytes(op, arguments)
         name = schema.CollectiveName(op, group.group_name, sequence, size, whom, *_uneven(op, arguments))
         range_id = self._nvtx.start_range(name.format(), domain=schema.COMM_DOMAIN)
         self.recorded[group.group_name, op] += 1
+        self.bytes[_exchange(op, group, whom)] += size if group.size() > 1 else 0
         try:
             result = call()
             work = _work(result) if device == "cpu" else None
@@ -175,6 +178,74 @@ class CollectiveRecorder:
             self.waited(work)
 
 
+class Exchange(NamedTuple):
+    """What is counted together."""
+
+    group: str
+    """As ``torch.distributed`` names it."""
+    op: str
+    peer: int | None
+    """Of a send or receive the other rank of the job; of a collective None."""
+
+
+def _exchange(op: str, group: dist.ProcessGroup, peer: int | None) -> Exchange:
+    return Exchange(group.group_name, op, peer if op in POINT_TO_POINT else None)
+
+
+class ByteCounter:
+    """Counts what is exchanged, and no more."""
+
+    def __init__(self) -> None:
+        self.bytes: Counter[Exchange] = Counter()
+        """Payload, of groups of several ranks."""
+
+    def record(
+        self,
+        op: str,
+        _device: str,
+        arguments: tuple[Any, ...],
+        _blocking: bool,
+        call: Callable[[], Any],
+        peer: int | None = None,
+    ) -> Any:
+        """Count, and return what ``call`` returns."""
+        group = _group(arguments)
+        if group.size() > 1:
+            whom = None if peer is None else _rank_in_job(group, peer)
+            self.bytes[_exchange(op, group, whom)] += _bytes(op, arguments)
+        return call()
+
+
+@contextlib.contextmanager
+def counted_bytes() -> Iterator[Counter[Exchange]]:
+    """Count the payload of this process' collectives meanwhile, with or without a profiler.
+
+    A payload is the largest of a collective's input and output, as in the table ``comm_bytes``. The counter is filled
+    when this ends.
+    """
+    found: Counter[Exchange] = Counter()
+    if _installed is not None:
+        before = _installed[0].bytes.copy()
+        try:
+            yield found
+        finally:
+            found.update(_installed[0].bytes - before)
+        return
+    counter = ByteCounter()
+    library = _intercept(counter)
+    try:
+        yield found
+    finally:
+        if library is not None:
+            library._destroy()  # type: ignore[no-untyped-call]
+        found.update(counter.bytes)
+
+
+def _group(arguments: Iterable[Any]) -> dist.ProcessGroup:
+    """The process group among an operator's arguments."""
+    return next(dist.ProcessGroup.unbox(each) for each in arguments if isinstance(each, torch.ScriptObject))
+
+
 def _rank_in_job(group: dist.ProcessGroup, rank: int) -> int | None:
     """The rank in the job of a group's member; None for a group that ``torch.distributed`` does not know."""
     try:
@@ -227,7 +298,8 @@ def install(*, force: bool = False) -> CollectiveRecorder | None:
         if not (profiler_attached() or force):
             return None
         recorder = CollectiveRecorder()
-        _installed = (recorder, _intercept(recorder))
+        library = _intercept(recorder)
+        _installed = (recorder, [] if library is None else [library, _notice_tensors(recorder)])
         _notice_waits(recorder)
         if dist.is_initialized():
             tell_rank()
@@ -237,26 +309,34 @@ def install(*, force: bool = False) -> CollectiveRecorder | None:
 _KEY = "BackendSelect"
 
 
-def _intercept(recorder: CollectiveRecorder) -> list[torch.library.Library]:
-    """Register the recording kernels; they last as long as the returned libraries."""
+def _intercept(recorder: CollectiveRecorder | ByteCounter) -> torch.library.Library | None:
+    """Register the recording kernels; they last as long as the returned library. None if PyTorch does not let us."""
     try:
         below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
     except AttributeError as error:  # not documented by PyTorch
         print(f"hpcmm: this PyTorch lets nobody see its collectives ({error}): none is recorded.", file=sys.stderr)
-        return []
+        return None
     library = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
     for operator, op in OP_NAMES.items():
         if hasattr(torch.ops.c10d, operator):  # each version has some more
             kernel = _recording_kernel(recorder, operator, op, below)
             library.impl(operator, kernel, _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
+    return library
+
+
+def _notice_tensors(recorder: CollectiveRecorder) -> torch.library.Library:
+    """Let ``wait_tensor`` end the ranges of works whose result is waited for; likewise."""
+    below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
     functional = torch.library.Library("_c10d_functional", "IMPL")  # type: ignore[no-untyped-call]
     if hasattr(torch.ops._c10d_functional, "wait_tensor"):
         wait = _wait_kernel(recorder, torch.ops._c10d_functional.wait_tensor.default, below)
         functional.impl("wait_tensor", wait, _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
-    return [library, functional]
+    return functional
 
 
-def _recording_kernel(recorder: CollectiveRecorder, operator: str, op: str, below: Any) -> Callable[..., Any]:
+def _recording_kernel(
+    recorder: CollectiveRecorder | ByteCounter, operator: str, op: str, below: Any
+) -> Callable[..., Any]:
     """``below``: the dispatch keys that come after the kernel's own."""
     overload = getattr(torch.ops.c10d, operator).default
     argument_names = [argument.name for argument in overload._schema.arguments]

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from hpcmm.config.space import ConfigSpace, elements_of, explained, space_of
 from hpcmm.errors import HpcmmError
 
 MOST_POINTS = 100_000
+_MOST_SHOWN = 20
+"""Refused points that a launch names; the ledger has all."""
 _CARRIES_VALUES = re.compile(r"\$\{(?!oc\.env:)")
 """An interpolation of another key."""
 SHARED_BY_ALL = ("name", "runs_root", "wait", "dry_run", "after", "analyze", "cluster", "launch")
@@ -39,6 +41,43 @@ class Point:
 
     overrides: tuple[str, ...]
     config: RunConfig
+
+
+@dataclass(frozen=True)
+class RefusedPoint:
+    """A point of a sweep that cannot run."""
+
+    overrides: tuple[str, ...]
+    reason: str
+
+
+def divided(points: Sequence[Point], check: Callable[[Point], None]) -> tuple[list[Point], list[RefusedPoint]]:
+    """The points that ``check`` accepts, and those that it refuses by an HpcmmError.
+
+    Raises HpcmmError if it refuses all of them, or the one point of a launch that is no sweep.
+    """
+    kept, refused = list[Point](), list[RefusedPoint]()
+    for point in points:
+        try:
+            check(point)
+            kept.append(point)
+        except HpcmmError as error:
+            if not point.overrides:
+                raise
+            refused.append(RefusedPoint(point.overrides, str(error)))
+    if not kept:
+        raise HpcmmError(f"At the point {', '.join(refused[0].overrides)}: {refused[0].reason}")
+    return kept, refused
+
+
+def text_of_refused(refused: Sequence[RefusedPoint], left: int) -> str:
+    """Lines that name refused points beside ``left`` that can run; empty without any."""
+    if not refused:
+        return ""
+    listed = [f"  {', '.join(each.overrides)}: {' '.join(each.reason.split())}" for each in refused[:_MOST_SHOWN]]
+    listed += [f"  ... and {len(refused) - _MOST_SHOWN} more"] * (len(refused) > _MOST_SHOWN)
+    said = f"{len(refused)} of {left + len(refused)} points {'is' if len(refused) == 1 else 'are'} refused"
+    return "\n".join([f"hpcmm: {said}; the others go on:", *listed, ""])
 
 
 def compose_points(words: Sequence[str]) -> list[Point]:

@@ -101,9 +101,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     cancelled.add_argument("job", metavar="JOB")
     patience = "seconds that a profiled run may take to save a checkpoint and its reports (default: 60; 0: at once)"
     cancelled.add_argument("--wait", type=float, default=60.0, metavar="S", help=patience)
+    table = add(
+        "table", _table, "a sweep's points side by side: time of a step, bytes that ranks exchange, memory, loss"
+    )
+    table.add_argument("jobs", nargs="+", metavar="SWEEP", help="a sweep, or runs")
     explained = add("why", _why, "why a job failed: which rank first, where, and what to do")
     explained.add_argument("job", metavar="JOB")
-    for command in (listed, status, cancelled, explained):
+    for command in (listed, status, cancelled, table, explained):
         command.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
@@ -228,6 +232,20 @@ def _cancel(options: argparse.Namespace) -> int:
     else:
         print(f"Cancelled job {listed}.")
     return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    from hpcmm.jobs.table import lines_of, rows_of, values_of  # noqa: PLC0415 -- only here
+
+    targets, unknown = _known(options.jobs, options.runs_root)
+    states = states_of(targets, needs_slurm=False)
+    _complain([*map(_whose, targets), *unknown, *(note for state in states for note in state.notes)])
+    rows = [row for state in states for row in rows_of(state)]
+    if options.json:
+        _print_json({"rows": values_of(rows)})
+    else:
+        print("\n".join(lines_of(rows, options.jobs[0])))
+    return int(bool(unknown))
 
 
 def _why(options: argparse.Namespace) -> int:

@@ -1,9 +1,10 @@
-"""Follow a submitted job to its end: its state, rank 0's progress, and at last its accounting record."""
+"""Follow a submitted job, or a sweep, to its end: its state, rank 0's progress, and at last its accounting record."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,14 +13,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hpcmm.config.schema import Analyze, Executor, RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.jobs.find_run import Target
+from hpcmm.jobs.find_run import Target, target_of
 from hpcmm.jobs.logs import Log
-from hpcmm.jobs.state import local_job, record_of
+from hpcmm.jobs.state import State, all_over, local_job, poller_of, record_of
+from hpcmm.jobs.table import has_completed, rows_of
+from hpcmm.jobs.table import lines_of as lines_of_table
 from hpcmm.jobs.why import explain, lines_of
 from hpcmm.resources import environment_of_modules, own_module
 from hpcmm.runs.exit_status import outcome_of
 from hpcmm.runs.metrics import FinishedStep, finished_step, read_scores, read_settled
-from hpcmm.runs.run_dir import RunDir
+from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.runs.submission import JobIdentity, identity_of, write_job_record
 from hpcmm.slurm.commands import SilentError
 from hpcmm.slurm.jobs import ACTIVE, Job, find_job, job_records
@@ -66,6 +69,35 @@ def follow(config: RunConfig, submission: Submission) -> int:
         said = f"hpcmm: {submission.run.root} is gone, so job {submission.job_id} cannot be followed."
         console.print(said, markup=False)
         return 1
+
+
+def follow_sweep(sweep: SweepDir) -> int:
+    """Watch until all points are over, and print their table. Returns 0 if each completed, 1 if not, 130 on Ctrl-C."""
+    console = _PlainConsole(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+    target, shown = target_of(sweep.shared), ""
+
+    def is_over(states: list[State]) -> bool:
+        nonlocal shown
+        counts = Counter[str]()
+        for job in states[0].jobs:
+            counts[job.state] += job.tasks
+        if (line := ", ".join(f"{count} {state}" for state, count in counts.most_common())) != shown:
+            console.print(f"sweep {sweep.root.name}: {line}", markup=False)
+            shown = line
+        return all_over(states)
+
+    def tell(complaint: str) -> None:
+        console.print(f"hpcmm: {complaint} It is asked again.", markup=False)
+
+    try:
+        states = poller_of([target], longest_s=_LONGEST_S, tell=tell).wait(is_over)
+    except KeyboardInterrupt:
+        cancel = f"python -m hpcmm.jobs cancel {shlex.quote(str(sweep.root))}"
+        console.print(f"Following stopped; the points go on. To end them: {cancel}", markup=False)
+        return 130
+    rows = rows_of(states[0])
+    print("\n".join(lines_of_table(rows, str(sweep.root))), flush=True)
+    return 0 if has_completed(rows) else 1
 
 
 def _follow(config: RunConfig, submission: Submission, console: Console) -> int:

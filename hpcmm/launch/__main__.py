@@ -109,6 +109,11 @@ def _show_sweep(submission: Submission) -> int:
     print(f"sweep:          {printable(str(sweep.root))}")
     print(f"ledger:         {printable(str(sweep.ledger))}")
     print(f"failed points:  python -m hpcmm.launch {RESUBMIT} {_word(sweep.root)}")
+    print(f"side by side:   python -m hpcmm.jobs table {_word(sweep.root)}", flush=True)
+    if submission.planned.config.wait:
+        from hpcmm.jobs.follow import follow_sweep  # noqa: PLC0415 -- rich, as above
+
+        return follow_sweep(sweep)
     return 0
 
 

@@ -22,7 +22,7 @@ from hpcmm.annotate.stopping import RUN_DIR
 from hpcmm.config.command import note_on_outputs, note_on_rank, what_runs
 from hpcmm.config.parts import targets_of
 from hpcmm.config.schema import Executor, RunConfig
-from hpcmm.config.sweep import Point, compose_points
+from hpcmm.config.sweep import Point, RefusedPoint, compose_points, divided, text_of_refused
 from hpcmm.config.untyped_config import read_untyped_config
 from hpcmm.config.validate import validate
 from hpcmm.config.workload import workload_of
@@ -40,7 +40,7 @@ from hpcmm.runs.submission import identity_of, job_ids_of, submitted_job
 from hpcmm.slurm.commands import SilentError, clusters_asked
 from hpcmm.slurm.jobs import find_job
 from hpcmm.slurm.sbatch import enter_cluster, most_array_tasks
-from hpcmm.text import printable
+from hpcmm.text import printable, printable_lines
 
 if TYPE_CHECKING:
     from hpcmm.launch.submit import Submission
@@ -78,6 +78,8 @@ class Plan:
     """The job's Python."""
     packages: frozenset[str] | None
     """What the user's code imports; None if the task is hpcmm's own, or if nothing tells."""
+    refused: tuple[RefusedPoint, ...] = ()
+    """Points of the sweep that cannot run."""
 
     @property
     def run(self) -> RunDir:
@@ -118,16 +120,17 @@ def plan(points: Sequence[Point], overrides: Sequence[str], follows: Plan | None
     """Validate every point, and resolve what the job needs; points with overrides of their own are a sweep.
 
     ``follows``: a run of this launch to start from, not there yet. Unless this is a dry run, Slurm is asked for the job
-    to wait for and the size of the array. Raises HpcmmError for wrong values, and for a script, job or run not there.
+    to wait for and the size of the array. Points of a sweep that cannot run are named and left out, as long as one can.
+    Raises HpcmmError for wrong values, and for a script, job or run not there.
     """
     here = Path.cwd()
-    points = [replace(point, config=with_python(point.config, here)) for point in points]
-    starts = _validated(points)
+    points, refused, starts = _validated([replace(each, config=with_python(each.config, here)) for each in points])
     if follows is not None:
         starts[None] = str(follows.run.root)
     first, is_sweep = points[0].config, bool(points[0].overrides)
     if is_sweep:
         _check_can_be_array(first)
+        print(printable_lines(text_of_refused(refused, len(points))), end="", file=sys.stderr)
     run = _named(first)
     found = _check_folders(first, run)
     codes = _codes(points, run, here)
@@ -162,7 +165,8 @@ def plan(points: Sequence[Point], overrides: Sequence[str], follows: Plan | None
         )
         for index, point in enumerate(points)
     )
-    return Plan(planned, arrays[0], arrays, code, tuple(overrides), found, interpreter, _packages_of_all(first, code))
+    packages = _packages_of_all(first, code)
+    return Plan(planned, arrays[0], arrays, code, tuple(overrides), found, interpreter, packages, tuple(refused))
 
 
 def _check_folders(config: RunConfig, run: RunDir) -> Exchangeable | None:
@@ -174,29 +178,24 @@ def _check_folders(config: RunConfig, run: RunDir) -> Exchangeable | None:
     return check_runs_root(run.root)
 
 
-def _validated(points: Sequence[Point]) -> dict[str | None, str | None]:
-    """The folder of each run that a point names to start from. Raises HpcmmError for the first point that is wrong."""
+def _validated(points: Sequence[Point]) -> tuple[list[Point], list[RefusedPoint], dict[str | None, str | None]]:
+    """The points that can run, those that cannot, and the folder of each run that one names to start from.
+
+    Raises HpcmmError if none can.
+    """
     starts: dict[str | None, str | None] = {}
-    for point in points:
-        try:
-            validate(point.config)
-            named = point.config.train.init_from
-            if named not in starts:
-                starts[named] = run_to_start_from(point.config)
-        except HpcmmError as error:
-            if not point.overrides:
-                raise
-            raise HpcmmError(f"At the point {', '.join(point.overrides)}: {error}") from error
-    return starts
+
+    def check(point: Point) -> None:
+        validate(point.config)
+        if (named := point.config.train.init_from) not in starts:
+            starts[named] = run_to_start_from(point.config)
+
+    return *divided(points, check), starts
 
 
 def _check_can_be_array(config: RunConfig) -> None:
     if config.cluster.executor is Executor.local:
         raise HpcmmError("A sweep is a Slurm job array, and cluster=local has no Slurm: choose another cluster.")
-    if config.wait:
-        raise HpcmmError(
-            "A sweep returns at once: leave wait=true out, and see how it goes with python -m hpcmm.jobs status SWEEP."
-        )
 
 
 def _check_arrays(arrays: Sequence[Job], most_tasks: int | None) -> None:

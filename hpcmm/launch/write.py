@@ -25,7 +25,7 @@ from hpcmm.launch.project_files import project_root, revision
 from hpcmm.launch.script import render_analysis_script, render_script
 from hpcmm.launch.snapshot import take_snapshot
 from hpcmm.resources import PACKAGE
-from hpcmm.runs.ledger import Ledger, LedgerPoint
+from hpcmm.runs.ledger import Ledger, LedgerPoint, RefusedEntry
 from hpcmm.runs.ownership import check_runs_root
 from hpcmm.runs.run_dir import RunDir, SweepDir, make_private
 from hpcmm.runs.submission import write_provenance_record
@@ -139,4 +139,5 @@ def _write_ledger(planned: Plan) -> None:
     points = [
         LedgerPoint(index, list(point.overrides), point.run.root.name) for index, point in enumerate(planned.points)
     ]
-    Ledger(SweepDir(planned.run.root), points).write()
+    refused = [RefusedEntry(list(each.overrides), each.reason) for each in planned.refused]
+    Ledger(SweepDir(planned.run.root), points, refused).write()

@@ -42,11 +42,20 @@ class LedgerPoint:
 
 
 @dataclass
+class RefusedEntry:
+    """A point that was asked for and cannot run."""
+
+    overrides: list[str]
+    reason: str
+
+
+@dataclass
 class Ledger:
     """All points of a sweep."""
 
     sweep: SweepDir
     points: list[LedgerPoint]
+    refused: list[RefusedEntry] = field(default_factory=list)
     lock: int | None = None
     """The descriptor that keeps other launchers out, while this one does; for sbatch to hold it too."""
 
@@ -62,7 +71,8 @@ class Ledger:
 
     def write(self) -> None:
         """Replace the file in one step: a reader sees the old one or the new one."""
-        write_json(self.sweep.ledger, {"points": [asdict(point) for point in self.points]}, indent=1)
+        refused = {"refused": [asdict(each) for each in self.refused]} if self.refused else {}
+        write_json(self.sweep.ledger, {"points": [asdict(point) for point in self.points], **refused}, indent=1)
 
     @contextmanager
     def locked(self) -> Iterator[int]:
@@ -137,6 +147,17 @@ def overrides_of(sweep: SweepDir) -> dict[int, str]:
     return found
 
 
+def refused_of(sweep: SweepDir) -> list[tuple[str, str]]:
+    """Values and reason of each point that cannot run; of whoever's ledger, without damage."""
+    entries = read_json_object(sweep.ledger, _MOST_BYTES, within=sweep.root).get("refused")
+    found = []
+    for each in entries if isinstance(entries, list) else []:
+        given, reason = (each.get("overrides"), each.get("reason")) if isinstance(each, dict) else (None, None)
+        if isinstance(given, list) and isinstance(reason, str):
+            found.append((", ".join(word for word in given if isinstance(word, str)), reason))
+    return found
+
+
 def arrays_of(jobs: Mapping[int, Sequence[str]]) -> list[str]:
     """Numbers of the arrays that these tasks of points belong to, the latest last."""
     places: dict[str, int] = {}
@@ -159,6 +180,7 @@ def read_ledger(path: Path) -> Ledger:
     try:
         record = json.loads(read_text(file, _MOST_BYTES, within=root))
         points = [LedgerPoint(**point) for point in record["points"]]
+        refused = [RefusedEntry(**each) for each in record.get("refused", [])]
         whole = [point.index for point in points] == [*range(len(points))] and all(map(_is_whole, points))
     except OSError as error:
         raise HpcmmError(f"{file} cannot be read ({error.strerror}): give the ledger of a sweep.") from error
@@ -166,4 +188,4 @@ def read_ledger(path: Path) -> Ledger:
         raise HpcmmError(f"{file} is no ledger of a sweep: {error}.") from error
     if not whole or not points:
         raise HpcmmError(f"{file} is no ledger of a sweep: its points are damaged.")
-    return Ledger(SweepDir(root), points)
+    return Ledger(SweepDir(root), points, refused)

@@ -35,6 +35,8 @@ _MOST_PARSED_OF_OTHERS = 32 * 1024**2
 MOST_TAILS_OF_OTHERS = 32 * 1024**2
 BYTES_OF_A_LINE = 128
 """As long as a record; so much also an empty line costs."""
+COMM_BYTES = "comm_bytes_"
+"""How the names of a step's values begin that tell what the rank exchanged, by what its groups are for."""
 _RANK_FILE = re.compile(r"rank_([0-9]{1,9})\.jsonl")
 _STEPPED = ("step", "lost")
 """Events of a rank that came as far as a step."""

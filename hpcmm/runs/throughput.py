@@ -1,14 +1,20 @@
-"""How much a run gets through: tokens and floating-point operations a second, and memory, as its ranks noted them."""
+"""How much a run gets through: time of a step, tokens and floating-point operations a second, bytes that the ranks
+exchange, and memory, as the ranks noted them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpcmm.files import read_tail
 from hpcmm.runs.metrics import (
     BYTES_OF_A_LINE,
+    COMM_BYTES,
     MOST_TAILS_OF_OTHERS,
     TAIL_BYTES,
     head_records,
@@ -20,6 +26,8 @@ from hpcmm.runs.run_dir import RunDir
 
 _MOST = 1e30
 """No sum of a rank's is larger."""
+_AXIS = re.compile(re.escape(COMM_BYTES) + "([a-z_]{1,40})")
+_MOST_AXES = 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,14 @@ class Throughput:
     """Of the inputs that the peak is for."""
     peak_memory_bytes: float
     """The most that a rank had of its device's memory, or of the node's on a CPU."""
+    step_s: float = 0.0
+    """The median of the steps."""
+    samples_per_s: float = 0.0
+    """Of all ranks."""
+    loss: float | None = None
+    """Of the newest step that all ranks have noted, over the whole global batch."""
+    comm_bytes: dict[str, float] = field(default_factory=dict)
+    """Payload that a rank exchanges in a step, the mean over the ranks, by what its groups are for."""
 
     @property
     def mfu(self) -> float | None:
@@ -83,7 +99,26 @@ def throughput_of(run: RunDir) -> Throughput | None:
         peak_flops_per_s=sum(peaks) if all(peaks) and len(paces) == len(files) else None,
         precision=names.pop() if len(names) == 1 else "",
         peak_memory_bytes=max(pace.peak_memory_bytes for pace in paces),
+        step_s=statistics.median(step_s for pace in paces for step_s in pace.steps_s),
+        samples_per_s=a_second("samples"),
+        loss=_loss(paces),
+        comm_bytes=_mean_bytes(paces),
     )
+
+
+def _loss(paces: Sequence[_Pace]) -> float | None:
+    """Each token counts the same if the ranks tell how many they had; else each rank does."""
+    steps = set.intersection(*(set(pace.losses) for pace in paces))
+    if not steps:
+        return None
+    newest = [pace.losses[max(steps)] for pace in paces]
+    weights = sum(weight for _, weight in newest)
+    return sum(loss * weight for loss, weight in newest) / weights if weights else None
+
+
+def _mean_bytes(paces: Sequence[_Pace]) -> dict[str, float]:
+    names = sorted({name for pace in paces for name in pace.comm_bytes})[:_MOST_AXES]
+    return {name: sum(pace.comm_bytes.get(name, 0.0) for pace in paces) / len(paces) for name in names}
 
 
 @dataclass(frozen=True)
@@ -95,9 +130,14 @@ class _Pace:
     sums: dict[str, float]
     peak_memory_bytes: float
     device: dict[str, Any]
+    steps_s: list[float]
+    losses: dict[int, tuple[float, float]]
+    """By step the loss, and of how many tokens it is the mean; 1 if that is not noted."""
+    comm_bytes: dict[str, float]
+    """A step on average."""
 
 
-_SUMMED = ("input_tokens", "model_flops", "hardware_flops")
+_SUMMED = ("input_tokens", "samples", "model_flops", "hardware_flops")
 
 
 def _pace(run: RunDir, path: Path, most_bytes: int) -> _Pace | None:
@@ -111,8 +151,38 @@ def _pace(run: RunDir, path: Path, most_bytes: int) -> _Pace | None:
         return None
     sums = {name: sum(_number(record.get(name)) for record in counted) for name in _SUMMED if name in counted[-1]}
     memory = max(_number(record.get("peak_memory_bytes")) for record in newest)
-    device = next((record for record in head_records(run, path, most_bytes) if record.get("event") == "device"), {})
-    return _Pace(len(counted), sum(_number(record["step_s"]) for record in counted), sums, memory, device)
+    head = head_records(run, path, most_bytes)
+    device = next((record for record in head if record.get("event") == "device"), {})
+    usual = [record for record in counted if not _axes(record)] or counted  # to count the bytes takes time
+    return _Pace(
+        len(counted),
+        sum(_number(record["step_s"]) for record in counted),
+        sums,
+        memory,
+        device,
+        [_number(record["step_s"]) for record in usual],
+        dict(filter(None, map(_loss_of, newest))),
+        _bytes_of([*head, *tail]),
+    )
+
+
+def _loss_of(record: dict[str, Any]) -> tuple[int, tuple[float, float]] | None:
+    """The step, and what :attr:`_Pace.losses` has of it."""
+    step, loss = record.get("step"), record.get("loss")
+    if type(step) is not int or not isinstance(loss, float):
+        return None
+    return step, (loss, _number(record["tokens"]) if "tokens" in record else 1.0)
+
+
+def _axes(record: dict[str, Any]) -> dict[str, float]:
+    return {match[1]: _number(value) for name, value in record.items() if (match := _AXIS.fullmatch(name))}
+
+
+def _bytes_of(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of a long run they are at the beginning of its file, of a short one also at its end."""
+    steps = {str(record.get("unix_ns")): found for record in records if (found := _axes(record))}
+    names = {name for found in steps.values() for name in found}
+    return {name: sum(found.get(name, 0.0) for found in steps.values()) / len(steps) for name in names}
 
 
 def _number(value: object) -> float:

@@ -1,4 +1,4 @@
-"""What a rank notes of each step beside its loss: tokens, floating-point operations, and its peak memory.
+"""What a rank notes of a step beside its loss: tokens, operations, peak memory, and of some steps what it exchanges.
 
 Each rank notes its part, so that the sums over the ranks are the step's: of the ranks that share a micro-batch the
 first notes the tokens and the network's operations, and each what its encoders did.
@@ -7,20 +7,25 @@ first notes the tokens and the network's operations, and each what its encoders 
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from hpcmm.config.mesh import DATA
+from hpcmm.annotate.collectives import Exchange, counted_bytes
+from hpcmm.annotate.groups import named_groups
+from hpcmm.config.mesh import DATA, Mesh
 from hpcmm.config.model_shape import ModelShape
 from hpcmm.config.schema import Encoders, Precision, RunConfig
-from hpcmm.runs.metrics import MetricsWriter
+from hpcmm.runs.metrics import COMM_BYTES, MetricsWriter
 from hpcmm.train.engine import Engine
 from hpcmm.train.flops import MeasuredFlops, TransformerFlops
 from hpcmm.train.peaks import peak_flops
 from hpcmm.train.workload import Training
+
+BYTES_COUNTED_IN = range(1, 4)
+"""The steps of an attempt whose collectives are counted. To count one costs some 0.1 ms, so it is not done in all."""
 
 
 class Throughput:
@@ -40,10 +45,13 @@ class Throughput:
         self._is_first = False
         self._same_encoders = 1
         self._values: dict[str, float] = {}
+        self._steps = 0
+        self._mesh, self._rank = Mesh(), 0
 
     def attach(self, engine: Engine, rank: int) -> None:
         """Count what the modules of the engine's model do, from now on."""
         mesh = engine.mesh
+        self._mesh, self._rank = mesh, rank
         self._is_first = not any(place for axis, place in mesh.coordinates(rank).items() if axis != DATA)
         if self._network is not None and self._structure is not None:
             self._measured = MeasuredFlops(self._structure.outermost_embedders)
@@ -56,6 +64,8 @@ class Throughput:
         """The micro-batches as they come."""
         for batch in batches:
             lengths = self._training.lengths(batch) if self._is_first else None
+            if self._is_first:
+                self._add("samples", self._config.train.micro_batch_size)
             if lengths is not None:
                 self._add("input_tokens", sum(lengths))
                 if self._network is not None:
@@ -69,9 +79,16 @@ class Throughput:
         """Around all of a step's computation."""
         self._measured.counts = True
         try:
-            yield
+            if self._steps in BYTES_COUNTED_IN:
+                with counted_bytes() as exchanged:
+                    yield
+                by_axis = bytes_by_axis(exchanged, self._mesh, self._rank)
+                self._values |= {f"{COMM_BYTES}{name}": count for name, count in by_axis.items()}
+            else:
+                yield
         finally:
             self._measured.counts = False
+            self._steps += 1
 
     def take(self, device: torch.device) -> dict[str, float]:
         """What the step that is over adds to its record; names of what is not known are left out."""
@@ -86,6 +103,27 @@ class Throughput:
 
     def _add(self, name: str, value: float) -> None:
         self._values[name] = self._values.get(name, 0.0) + value
+
+
+def bytes_by_axis(exchanged: Mapping[Exchange, int], mesh: Mesh, rank: int) -> dict[str, float]:
+    """What ``rank`` exchanged, by what the groups are for: ``data``, ``data_x_sequence``, ``other``.
+
+    Of sends and receives the sends count, for each message is in both. They lie along the axis that both ranks differ
+    in, whichever group carries them: DeepSpeed's pipeline sends in that of all ranks.
+    """
+    found: dict[str, float] = {}
+    here = mesh.coordinates(rank)
+    for each, count in exchanged.items():
+        if each.op == "recv":
+            continue
+        mark = named_groups().get(each.group)
+        name = "other" if mark is None else mark.name
+        if each.peer is not None:
+            there = mesh.coordinates(each.peer)
+            name = " x ".join(axis for axis in here if here[axis] != there[axis])
+        name = name.replace(" ", "_")
+        found[name] = found.get(name, 0.0) + count
+    return found
 
 
 def peak_memory_bytes(device: torch.device) -> float:

@@ -9,7 +9,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.launch import submit
 from hpcmm.launch.plan import plan
 from hpcmm.launch.submit import resubmit
-from hpcmm.runs.ledger import Ledger, LedgerPoint, read_ledger
+from hpcmm.runs.ledger import Ledger, LedgerPoint, RefusedEntry, read_ledger, refused_of
 from hpcmm.runs.run_dir import SweepDir
 
 
@@ -57,15 +57,43 @@ def test_points_share_no_list():
         (["train.steps=1,many"], "train.steps: Value 'many'"),
         (["train.stepz=1,2"], "did you mean train.steps?"),
         (["train.seed=range(0,1000)", "train.steps=range(1,1000)"], "has 999000 points"),
-        (["train.steps=1,0"], "At the point train.steps=0: train.steps is 0"),
+        (["train.steps=0", "train.seed=4,5"], "At the point train.seed=4: train.steps is 0"),
         (["train.steps=1,2", "cluster=local"], "cluster=local has no Slurm"),
-        (["train.steps=1,2", "wait=true"], "A sweep returns at once"),
     ],
 )
 def test_what_cannot_be_one_array_is_refused(overrides, expected):
     with pytest.raises(HpcmmError) as raised:
         plan(compose_points(overrides), overrides)
     assert expected in str(raised.value)
+
+
+def test_points_that_cannot_run_are_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["task=omni", "cluster=slurm", "cluster.nodes=2", "dry_run=true", "parallel=ddp,expert,zero1"]
+    planned = plan(compose_points(overrides), overrides)
+    assert [point.overrides for point in planned.points] == [("parallel=ddp",), ("parallel=zero1",)]
+    assert [point.run.root.name for point in planned.points] == ["0000", "0001"]
+    (refused,) = planned.refused
+    assert refused.overrides == ("parallel=expert",)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "hpcmm: 1 of 3 points is refused; the others go on:"
+    assert said[1].startswith("  parallel=expert: parallel.mesh.expert is 2, but ")
+    assert said[1].endswith("the language model has no experts: leave it out.")
+
+
+def test_a_launch_of_one_run_is_refused_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["task=omni", "cluster=slurm", "cluster.nodes=2", "dry_run=true", "parallel=expert"]
+    with pytest.raises(HpcmmError, match=r"^parallel\.mesh\.expert is 2"):
+        plan(compose_points(overrides), overrides)
+
+
+def test_a_ledger_keeps_the_points_that_were_refused(tmp_path):
+    ledger = Ledger(SweepDir(tmp_path), [LedgerPoint(0, ["a=1"], "0000")], [RefusedEntry(["a=2"], "a is too large.")])
+    ledger.write()
+    read_ledger(tmp_path).note_array("7", read_ledger(tmp_path).points)
+    assert read_ledger(tmp_path).refused == [RefusedEntry(["a=2"], "a is too large.")]
+    assert refused_of(SweepDir(tmp_path)) == [("a=2", "a is too large.")]
 
 
 def ledger_of(folder, jobs):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ from hpcmm.launch.__main__ import main as launch
 from hpcmm.ranges import tasks_in
 from hpcmm.runs import failures
 from hpcmm.runs.attempts import begin_attempt
-from hpcmm.runs.ledger import Ledger, LedgerPoint
-from hpcmm.runs.metrics import Settled, write_settled
+from hpcmm.runs.ledger import Ledger, LedgerPoint, RefusedEntry, read_ledger
+from hpcmm.runs.metrics import MetricsWriter, Settled, write_settled
 from hpcmm.runs.run_dir import RunDir, SweepDir
 from hpcmm.serve.address import find_served_run
 from hpcmm.slurm.jobs import Job
@@ -148,6 +149,36 @@ def all_rows(sweep, again="RUNNING"):
 
 def ask_jobs(*arguments):
     return subprocess.run([sys.executable, "-m", "hpcmm.jobs", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_points_of_a_sweep_stand_side_by_side_with_those_that_were_refused(sweep, slurm):
+    slurm.answers("squeue", *all_rows(sweep))
+    ledger = read_ledger(sweep.root)
+    ledger.refused.append(RefusedEntry(["train.seed=9"], "train.seed is 9, which is unlucky:\nset it to 8."))
+    ledger.write()
+    for rank in range(2):
+        with MetricsWriter(sweep.point(0).rank_metrics(rank)) as metrics:
+            metrics.resume(0)
+            counted = {"comm_bytes_data": 2e6 * (1 + rank), "comm_bytes_data_x_sequence": 5e5}
+            for step, (step_s, more) in enumerate([(9.0, {}), (4.0, counted), (0.5, {}), (0.25, {}), (0.5, {})]):
+                numbers = {"samples": 8, "input_tokens": 1000, "peak_memory_bytes": 3e8, "step_s": step_s}
+                metrics.step(step, loss=2.5, **more, **numbers)
+    done = ask_jobs("table", "demo")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [re.split("  +", line.strip()) for line in done.stdout.splitlines()]
+    assert lines[0] == [
+        "point", "overrides", "state", "step s", "tokens/s", "samples/s", "data MB", "data x sequence MB", "peak MB",
+        "loss",
+    ]  # fmt: skip
+    # 4 steps after the first, of 5.25 s, on both ranks
+    assert lines[1] == ["0000", "train.seed=0", "COMPLETED", "0.5", "1,524", "12.2", "3", "0.5", "300", "2.5000"]
+    assert lines[2] == ["0001", "train.seed=1", "RUNNING"]
+    assert lines[5] == ["train.seed=9", "REFUSED", "train.seed is 9, which is unlucky: set it to 8."]
+    assert lines[-1] == ["why one failed: python -m hpcmm.jobs why demo"]
+    rows = json.loads(ask_jobs("table", "demo", "--json").stdout)["rows"]
+    assert [row["state"] for row in rows] == ["COMPLETED", "RUNNING", "FAILED", "FAILED", "REFUSED"]
+    assert rows[0]["comm_bytes"] == {"data": 3e6, "data_x_sequence": 5e5}
+    assert (rows[0]["step_s"], rows[0]["loss"]) == (0.5, 2.5)
 
 
 def shown(asked, runs_root="runs"):

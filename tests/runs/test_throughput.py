@@ -55,6 +55,31 @@ def test_a_rank_that_shares_its_micro_batch_notes_none_of_the_tokens(tmp_path: P
     assert in_words(found) == "300 tokens/s; a rank's peak memory is 2 GB"
 
 
+def test_the_time_of_a_step_is_the_median_of_those_in_which_nothing_was_counted(tmp_path: Path) -> None:
+    counted = {"comm_bytes_data": 100.0, "comm_bytes_tensor": 7.0}
+    steps = [(9.0, {}), (5.0, counted), (1.0, {}), (2.0, {}), (1.5, {})]
+    found = throughput_of(noted(tmp_path, 0, steps=steps))
+    assert found.step_s == 1.5
+    assert found.comm_bytes == {"data": 100.0, "tensor": 7.0}
+
+
+def test_bytes_are_the_mean_over_the_ranks_also_at_the_beginning_of_a_long_file(tmp_path: Path) -> None:
+    many = [(1.0, {})] * 2000
+    noted(tmp_path, 0, steps=[(1.0, {}), (1.0, {"comm_bytes_data": 10.0}), (1.0, {"comm_bytes_data": 30.0}), *many])
+    found = throughput_of(noted(tmp_path, 1, steps=[(1.0, {}), (1.0, {"comm_bytes_pipeline": 4.0})]))
+    assert found.comm_bytes == {"data": 10.0, "pipeline": 2.0}
+
+
+def test_the_loss_is_that_of_the_newest_step_of_all_ranks_each_token_once(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.metrics.mkdir()
+    for rank, losses in enumerate(([5.0, 4.0, 3.0], [5.0, 1.0])):
+        with MetricsWriter(run.rank_metrics(rank)) as metrics:
+            for step, loss in enumerate(losses):
+                metrics.step(step, loss=loss, tokens=1 + rank, peak_memory_bytes=1.0, step_s=1.0)
+    assert throughput_of(run).loss == pytest.approx((4.0 + 2 * 1.0) / 3)
+
+
 def test_runs_of_earlier_versions_and_damaged_records_tell_nothing(tmp_path: Path) -> None:
     assert throughput_of(RunDir(tmp_path / "none")) is None
     run = noted(tmp_path, 0, steps=[])

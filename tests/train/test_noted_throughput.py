@@ -8,7 +8,7 @@ from torch import nn
 
 from hpcmm.config.mesh import Mesh
 from hpcmm.config.model_shape import ModelShape
-from hpcmm.config.schema import ParallelConfig, Precision
+from hpcmm.config.schema import ParallelConfig, Precision, TrainConfig
 from hpcmm.train.flops import TransformerFlops
 from hpcmm.train.structure import Structure
 from hpcmm.train.throughput import Throughput, note_device, peak_memory_bytes
@@ -52,7 +52,7 @@ class Training:
 
 def step_of(training, mesh: Mesh, rank: int, shape=SHAPE, encoders=3):
     """What the last of some steps notes; the encoder runs ``encoders`` times, on 2 rows each."""
-    config = SimpleNamespace(parallel=ParallelConfig())
+    config = SimpleNamespace(parallel=ParallelConfig(), train=TrainConfig(micro_batch_size=2))
     throughput = Throughput(training, shape, config)
     throughput.attach(SimpleNamespace(mesh=mesh), rank)
     batches = throughput.watched(iter([[3, 5]] * 4))
@@ -70,6 +70,7 @@ def test_ranks_that_share_a_model_note_it_once() -> None:
     training = Training()
     noted = [step_of(training, mesh, rank) for rank in range(4)]
     assert [each.get("input_tokens", 0) for each in noted] == [8, 0, 8, 0]
+    assert [each.get("samples", 0) for each in noted] == [2, 0, 2, 0]
     network = TransformerFlops.of(SHAPE, training.model["network"], [], recomputes=False).of_examples([3, 5], 2).model
     of_encoder = 3 * 3 * 2 * 2 * 4 * 8
     assert sum(each["model_flops"] for each in noted) == pytest.approx(2 * (network + of_encoder))
