@@ -82,6 +82,8 @@ def _config(architecture: str, sizes: Sizes, tokenizer: Any) -> Any:
         num_key_value_heads=sizes.kv_heads,
         head_dim=sizes.width // sizes.heads,
         max_position_embeddings=sizes.longest,
+        # So that a map keeps the size of what it is given: the default, 0.02, is for widths near 1000.
+        initializer_range=sizes.width**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

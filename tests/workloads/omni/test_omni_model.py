@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,28 @@ def test_tokens_begin_as_large_as_those_of_words():
     words = float(model.trunk.lm.get_input_embeddings().weight.detach().square().mean().sqrt())
     image = row[batch.modalities["image"].places]
     assert float(image.square().mean().sqrt().detach()) == pytest.approx(words, rel=0.05)
+
+
+@pytest.mark.parametrize("key", ["image", "sound"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_another_image_or_sound_changes_a_random_model_s_answer(architecture: str, key: str):
+    model = tiny_model(architecture).eval()
+    batch = random_batch(model, things=[[key]])
+    part = batch.modalities[key]
+    one, other = (
+        answering_states(model, replace(batch, modalities={**batch.modalities, key: replace(part, prepared=prepared)}))
+        for prepared in (part.prepared, [each.flip(-1) for each in part.prepared])
+    )
+    assert float((one - other).norm() / one.norm()) > 0.03
+
+
+@torch.no_grad()
+def answering_states(model: OmniModel, batch: Batch) -> torch.Tensor:
+    """The last hidden states (labels, width) that the answers' tokens are foretold from."""
+    embedded, positions, labels = model.embed(batch)
+    network = model.trunk.lm.model
+    states = network(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
+    return states[labels != NO_LABEL]
 
 
 def test_a_few_steps_learn_a_batch():

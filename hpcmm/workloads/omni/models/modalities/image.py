@@ -17,7 +17,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.workloads.omni.data.images import read_image
 from hpcmm.workloads.omni.models.modalities.connector import Connector
 from hpcmm.workloads.omni.models.modalities.merging import merged_squares
-from hpcmm.workloads.omni.models.modalities.modality import Modality
+from hpcmm.workloads.omni.models.modalities.modality import Modality, scaled_to_inputs
 from hpcmm.workloads.omni.models.modalities.vision import LAYOUTS, PackedVision
 from hpcmm.workloads.pretrained import load_pretrained, model_type_of, pixel_scale
 
@@ -152,7 +152,7 @@ class TinyImageModality(ImageModality):
         if self._architecture not in names:
             raise HpcmmError(f"A tiny image encoder is {', '.join(sorted(names))}, not {self._architecture}.")
         config = AutoConfig.for_model(names[self._architecture], **self._sizes)
-        return AutoModel.from_config(config), _HALF, _HALF
+        return scaled_to_inputs(AutoModel.from_config(config)), _HALF, _HALF
 
 
 def _fitted(width: int, height: int, side: int, most: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.workloads.omni.data.sounds import read_sound
 from hpcmm.workloads.omni.models.modalities.connector import Connector
 from hpcmm.workloads.omni.models.modalities.merging import merged_runs
-from hpcmm.workloads.omni.models.modalities.modality import Modality
+from hpcmm.workloads.omni.models.modalities.modality import Modality, scaled_to_inputs
 from hpcmm.workloads.pretrained import load_pretrained, model_type_of
 
 RATE_HZ = 16_000
@@ -161,7 +161,7 @@ class TinySoundModality(SoundModality):
         from transformers import WhisperConfig  # noqa: PLC0415 - takes seconds
         from transformers.models.whisper.modeling_whisper import WhisperEncoder  # noqa: PLC0415
 
-        return WhisperEncoder(WhisperConfig(**self._sizes, max_source_positions=states))
+        return scaled_to_inputs(WhisperEncoder(WhisperConfig(**self._sizes, max_source_positions=states)))
 
 
 def _shortened(encoder: Any, states: int) -> Any:
