@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hpcmm.config.mesh import EXPERT, PIPELINE, SEQUENCE, TENSOR, Mesh
+from hpcmm.config.mesh import DATA, EXPERT, PIPELINE, SEQUENCE, TENSOR, Mesh
 from hpcmm.config.model_shape import ModelShape
 from hpcmm.config.parts import import_class
 from hpcmm.config.schema import Encoders, Offload, Precision, RunConfig, SequenceAttention
@@ -40,7 +40,7 @@ class Recipe:
         except HpcmmError as error:
             yield str(error)
             return
-        yield from _axis_problems(mesh, axes)
+        yield from _axis_problems(config, mesh, axes)
         yield from _zero_problems(config, mesh)
         yield from _offload_problems(config, mesh)
         yield from _mixed_problems(config, mesh)
@@ -73,7 +73,7 @@ def global_batch_size(config: RunConfig) -> int:
     return train.micro_batch_size * train.gradient_accumulation_steps * recipe_of(config).mesh(config).data
 
 
-def _axis_problems(mesh: Mesh, axes: frozenset[str]) -> Iterator[str]:
+def _axis_problems(config: RunConfig, mesh: Mesh, axes: frozenset[str]) -> Iterator[str]:
     for axis in (PIPELINE, SEQUENCE, TENSOR, EXPERT):
         size = getattr(mesh, axis)
         if size > 1 and axis not in axes:
@@ -82,6 +82,11 @@ def _axis_problems(mesh: Mesh, axes: frozenset[str]) -> Iterator[str]:
                 f"parallel.mesh.{axis} is {size}, but this workload's model, as it is configured, cannot be cut along "
                 f"{axis}: leave it out. It can be along {others}."
             )
+    if config.parallel.encoders is Encoders.replicated and axes == {DATA}:
+        yield (
+            "parallel.encoders=replicated keeps whole encoders beside a divided language model, but this workload's "
+            "model does not tell one from the other: leave it out."
+        )
 
 
 def _zero_problems(config: RunConfig, mesh: Mesh) -> Iterator[str]:

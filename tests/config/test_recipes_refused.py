@@ -66,6 +66,7 @@ def test_a_combination_that_cannot_hold_is_refused(parallel, reason, remedy):
     ("parallel", "words"),
     [
         (ParallelConfig(mesh={"expert": 2}, zero_stage=0, precision=Precision.bf16), "parallel.zero_stage=1"),
+        (ParallelConfig(mesh={"expert": 2}, zero_stage=0, precision=Precision.fp16), "parallel.zero_stage=1"),
         (ParallelConfig(mesh={"expert": 2}, zero_stage=0), "clips by each rank's own norm"),
         (
             ParallelConfig(mesh={"expert": 2, "tensor": 2}, offload_optimizer=Offload.cpu),
@@ -125,3 +126,9 @@ def test_a_recipe_of_a_users_own_is_a_class_that_a_file_names():
 def test_tensor_parallelism_needs_feed_forward_networks_that_divide():
     odd = ModelShape(layers=4, width=64, heads=4, kv_heads=4, head_width=16, intermediate=130, vocabulary=512)
     assert "130 wide" in problems(ParallelConfig(mesh={"tensor": 4}), shape=odd)
+
+
+def test_encoders_are_not_kept_whole_of_a_model_that_tells_none():
+    whole = ParallelConfig(zero_stage=3, encoders=Encoders.replicated)
+    assert "does not tell one from the other: leave it out" in problems(whole, axes=frozenset({"data"}), shape=None)
+    assert problems(whole) == ""

@@ -224,6 +224,11 @@ def problems(config: AnomalyConfig) -> Iterator[str]:
     """A sentence for each thing that is wrong between the keys that this workload adds."""
     yield from _model_problems(config)
     yield from _data_problems(config)
+    if config.parallel.activation_checkpointing:
+        yield (
+            "parallel.activation_checkpointing is true, but the detector has no layers that compute their activations "
+            "again: leave it out. A smaller train.micro_batch_size saves memory, too."
+        )
 
 
 def _model_problems(config: AnomalyConfig) -> Iterator[str]:
