@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,11 @@ _BASE_WORDS = " Look at every part of the anomaly map with care and name the par
 """The base prompts begin as the first of these tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextLoss:
-    """Cross-entropy summed over the tokens of a batch's answers, a scalar, and how many tokens there are."""
+class TextLoss(NamedTuple):
+    """Cross-entropy summed over the tokens of a batch's answers, a scalar, and how many tokens there are.
+
+    A tuple, for ZeRO stage 3 looks through what a module gives.
+    """
 
     total: Tensor
     tokens: int
