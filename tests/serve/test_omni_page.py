@@ -442,8 +442,8 @@ def test_the_page_in_a_browser(server, image, sound):
         assert page.input_value("#message textarea") == ""
         page.set_input_files("input[type=file][accept*='.wav']", sound)
         page.wait_for_selector("#draft audio")
-        page.evaluate("document.querySelector('#draft audio').load()")
         page.evaluate("document.querySelector('#draft audio').preload = 'metadata'")
+        page.evaluate("document.querySelector('#draft audio').load()")
         page.wait_for_function("Math.abs(document.querySelector('#draft audio').duration - 0.4) < 0.01")
         page.fill("#message textarea", "What is it?")
         page.click("#send")

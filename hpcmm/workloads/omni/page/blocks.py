@@ -184,8 +184,8 @@ def fill_page(page: OmniPage, service: Service[Prompt, Written], cache: Path) ->
         send = gr.Button("Send", variant="primary", elem_id="send", scale=1)
     with gr.Row():
         uploads = {key: _upload_button(key, suffixes) for key, suffixes in page.uploads.items()}
-        empty = gr.Button("Empty the message", elem_id="empty")
-        begin = gr.Button("New conversation", elem_id="begin")
+        empty = gr.Button("Empty the message", size="md", elem_id="empty")
+        begin = gr.Button("New conversation", size="md", elem_id="begin")
     labels = [f"{place}. {each.kind}: {_start(each.messages[-1].text)}" for place, each in enumerate(examples, 1)]
     shown = [talked, draft, box, chat]
 
