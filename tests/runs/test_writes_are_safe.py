@@ -26,6 +26,7 @@ WRITTEN_ELSEWHERE = {
     ("runs/failures.py", ""),
     ("train/checkpoint.py", ""),
     ("train/loop.py", ""),
+    ("train/recipes/experts.py", ""),
     ("train/weights.py", ""),
     ("node/recorder.py", "_opened_high"),
     # In a folder that was made for this alone, and that nobody else can come to.
