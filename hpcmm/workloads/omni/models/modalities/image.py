@@ -17,7 +17,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.workloads.omni.data.images import read_image
 from hpcmm.workloads.omni.models.modalities.connector import Connector
 from hpcmm.workloads.omni.models.modalities.merging import merged_squares
-from hpcmm.workloads.omni.models.modalities.modality import Modality, scaled_to_inputs
+from hpcmm.workloads.omni.models.modalities.modality import Modality
 from hpcmm.workloads.omni.models.modalities.vision import LAYOUTS, PackedVision
 from hpcmm.workloads.pretrained import load_pretrained, model_type_of, pixel_scale
 
@@ -152,7 +152,7 @@ class TinyImageModality(ImageModality):
         if self._architecture not in names:
             raise HpcmmError(f"A tiny image encoder is {', '.join(sorted(names))}, not {self._architecture}.")
         config = AutoConfig.for_model(names[self._architecture], **self._sizes)
-        return scaled_to_inputs(AutoModel.from_config(config)), _HALF, _HALF
+        return _scaled_to_inputs(AutoModel.from_config(config)), _HALF, _HALF
 
 
 def _fitted(width: int, height: int, side: int, most: int) -> tuple[int, int]:
@@ -162,3 +162,15 @@ def _fitted(width: int, height: int, side: int, most: int) -> tuple[int, int]:
     while columns * rows > most:  # rounded up, or one side is shorter than a square
         columns, rows = (columns - 1, rows) if columns >= rows else (columns, rows - 1)
     return columns * side, rows * side
+
+
+def _scaled_to_inputs(network: nn.Module) -> nn.Module:
+    """A random ``network`` whose maps are drawn anew, so that each keeps the size of what it is given.
+
+    ``transformers`` draws them for about 1000 channels. Source: Y. LeCun et al., "Efficient BackProp", 1998, section
+    4.6.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return network

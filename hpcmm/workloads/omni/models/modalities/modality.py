@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -66,16 +66,3 @@ class Modality(nn.Module, ABC):
         All things of a batch go through each module together: the ranks of a job run through it equally often, however
         many things each has.
         """
-
-
-def scaled_to_inputs(network: Any) -> Any:
-    """A random ``network`` of few channels, its maps drawn anew so that each keeps the size of what it is given.
-
-    ``transformers`` draws weights for about 1000 channels: with 64 a sound is a hundredth of the position embeddings
-    that are added to it, so that a sound encoder hears nothing for hundreds of steps.
-    Source: Y. LeCun et al., "Efficient BackProp", 1998, section 4.6.
-    """
-    for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    return network

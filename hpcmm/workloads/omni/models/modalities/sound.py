@@ -16,7 +16,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.workloads.omni.data.sounds import read_sound
 from hpcmm.workloads.omni.models.modalities.connector import Connector
 from hpcmm.workloads.omni.models.modalities.merging import merged_runs
-from hpcmm.workloads.omni.models.modalities.modality import Modality, scaled_to_inputs
+from hpcmm.workloads.omni.models.modalities.modality import Modality
 from hpcmm.workloads.pretrained import load_pretrained, model_type_of
 
 RATE_HZ = 16_000
@@ -145,6 +145,8 @@ class TinySoundModality(SoundModality):
             "encoder_layers": layers,
             "encoder_attention_heads": heads,
             "num_mel_bins": bands,
+            # With the default, 0.02, a sound is a hundredth of the position embeddings that are added to it.
+            "init_std": channels**-0.5,
         }
         super().__init__(
             width,
@@ -161,7 +163,7 @@ class TinySoundModality(SoundModality):
         from transformers import WhisperConfig  # noqa: PLC0415 - takes seconds
         from transformers.models.whisper.modeling_whisper import WhisperEncoder  # noqa: PLC0415
 
-        return scaled_to_inputs(WhisperEncoder(WhisperConfig(**self._sizes, max_source_positions=states)))
+        return WhisperEncoder(WhisperConfig(**self._sizes, max_source_positions=states))
 
 
 def _shortened(encoder: Any, states: int) -> Any:
