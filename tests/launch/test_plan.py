@@ -93,8 +93,8 @@ def test_a_plan_refuses_a_script_of_any_point_before_slurm_is_asked(here: Path, 
     assert planned("cluster=slurm", "train.seed=1,2", "dry_run=true").is_sweep
 
 
-def test_a_sweep_that_is_to_be_waited_for_is_told_what_shows_how_it_goes(capsys, monkeypatch, tmp_path):
+def test_a_sweep_may_be_waited_for(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     own = ("cluster=slurm", "task=function", "task.target=json:dumps", "wait=true", "dry_run=true")
-    assert launch_command([*own, "task.kwargs.seed=1,2"]) == 1
-    assert "python -m hpcmm.jobs status" in capsys.readouterr().err
+    assert launch_command([*own, "task.kwargs.seed=1,2"]) == 0
+    assert "#SBATCH --array=0-1" in capsys.readouterr().out

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hpcmm.errors import HpcmmError
 from hpcmm.files import read_followed
 from hpcmm.runs.run_dir import RunDir, newest_checkpoint
@@ -23,7 +21,6 @@ from hpcmm.serve.served import ServedModel, ServedPage
 from hpcmm.serve.service import Service
 from hpcmm.text import printable
 from hpcmm.workloads.omni.data.conversations import ASSISTANT, TEST, TEXT, Conversation, ConversationFile, Part, Turn
-from hpcmm.workloads.omni.data.sounds import sound_header
 from hpcmm.workloads.omni.schema import OmniConfig
 
 if TYPE_CHECKING:
@@ -177,7 +174,9 @@ class OmniPage(ServedPage):
 
         modality, note, picture = self._modalities[key], "", b""
         if isinstance(modality, ImageModality):
-            from hpcmm.serve.uploads import jpeg, open_upload  # noqa: PLC0415 -- Pillow, which --help does not need
+            import numpy as np  # noqa: PLC0415 -- as Pillow, --help does not need it
+
+            from hpcmm.serve.uploads import jpeg, open_upload  # noqa: PLC0415 -- imports Pillow
 
             uploaded = open_upload(path, self.limits)
             prepared = modality.prepare(np.array(uploaded.image))
@@ -228,6 +227,8 @@ class OmniPage(ServedPage):
 
 def _checked_sound(path: Path, most_s: float) -> str:
     """A note on the sound. Raises HpcmmError for one that is none, or too long, before a sample is read."""
+    from hpcmm.workloads.omni.data.sounds import sound_header  # noqa: PLC0415 -- NumPy
+
     try:
         header = sound_header(path)
     except OSError as error:
