@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-import numpy as np
 
 from hpcmm.errors import HpcmmError
 from hpcmm.files import open_followed
@@ -94,7 +93,7 @@ class ConversationFile(Sequence[Conversation]):
 
     def __getitem__(self, index: Any) -> Any:  # of Sequence's two forms, only that with a number
         """Raises HpcmmError, with file and line, for what is no conversation, and for a file that is not there."""
-        start, origin = int(self._starts[index]), f"{visible(str(self.path))}, line {self._lines[index]}"
+        start, origin = self._starts[index], f"{visible(str(self.path))}, line {self._lines[index]}"
         try:
             with open_followed(self.path) as file:
                 file.seek(start)
@@ -163,9 +162,9 @@ class _LineError(Exception):
     """What is wrong with a line, as the end of a sentence."""
 
 
-def _places_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Where each line that is not empty begins, in bytes, and its number from 1 on; both (lines,) int64."""
-    starts, numbers, place = [], [], 0
+def _places_of(path: Path) -> tuple[array[int], array[int]]:
+    """Where each line that is not empty begins, in bytes, and its number from 1 on; 8 bytes each."""
+    starts, numbers, place = array("q"), array("q"), 0
     try:
         with open_followed(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_MOST_BYTES), b""), 1):
@@ -184,7 +183,7 @@ def _places_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ) from error
     if not starts:
         raise HpcmmError(f"{visible(str(path))} holds no conversation; write one a line, as JSON.")
-    return np.array(starts, np.int64), np.array(numbers, np.int64)
+    return starts, numbers
 
 
 def _parsed(line: bytes) -> Any:
