@@ -24,7 +24,6 @@ import pandas as pd
 from measuring import Row, ratio, summary
 
 from hpcmm.config import config_file
-from hpcmm.config.recipe import global_batch_size
 from hpcmm.runs.run_dir import RunDir
 
 FACTORS = ("parallel_efficiency", "load_balance", "serialisation_efficiency", "transfer_efficiency")
@@ -88,7 +87,7 @@ def measure(run: RunDir, analysis: Path) -> Measured:
         nodes=config.cluster.nodes,
         ranks=config.world_size,
         step_s=step_s,
-        samples_per_s=global_batch_size(config) / statistics.median(step_s),
+        samples_per_s=config.global_batch_size / statistics.median(step_s),
         efficiency=efficiency[efficiency["scope"] == "run"].iloc[0],
         bottlenecks=pd.read_csv(analysis / "bottlenecks.csv"),
     )

@@ -67,12 +67,6 @@ def recipe_of(config: RunConfig) -> Recipe:
     return found()
 
 
-def global_batch_size(config: RunConfig) -> int:
-    """Examples of one optimizer step over all ranks. Raises HpcmmError if the mesh does not fit the ranks."""
-    train = config.train
-    return train.micro_batch_size * train.gradient_accumulation_steps * recipe_of(config).mesh(config).data
-
-
 def _axis_problems(config: RunConfig, mesh: Mesh, axes: frozenset[str]) -> Iterator[str]:
     for axis in (PIPELINE, SEQUENCE, TENSOR, EXPERT):
         size = getattr(mesh, axis)

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 from hpcmm.config.keys import MISSING, PartGroup, key, made_by
+from hpcmm.config.parts import import_class
 from hpcmm.config.train_sections import LossScaleConfig, UntilConfig
 from hpcmm.text import StrEnum
 
@@ -397,6 +398,12 @@ class RunConfig:
     def known_steps(self) -> int | None:
         """Steps of the training; None of a script or function, which alone knows."""
         return None if self.task._target_ is None else self.train.steps
+
+    @property
+    def global_batch_size(self) -> int:
+        """Examples of one optimizer step over all ranks. Raises HpcmmError if the recipe's mesh does not fit them."""
+        mesh = import_class(self.parallel._target_ or "hpcmm.config.recipe.Recipe")().mesh(self)
+        return self.train.micro_batch_size * self.train.gradient_accumulation_steps * int(mesh.data)
 
 
 def toolkit_values(config: RunConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import nn
 from hpcmm import annotate
 from hpcmm.annotate.ranges import close_window
 from hpcmm.annotate.stopping import StopRequest
-from hpcmm.config.recipe import global_batch_size, recipe_of
+from hpcmm.config.recipe import recipe_of
 from hpcmm.config.schema import RunConfig
 from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
@@ -195,7 +195,7 @@ class Progress:
     def __init__(self, config: RunConfig, *, first: int, shown: bool) -> None:
         """``first``: the step that this attempt begins with."""
         self._steps = config.train.steps
-        self._batch = global_batch_size(config)
+        self._batch = config.global_batch_size
         self._every = config.train.log_every
         self._first = first
         self._shown = shown

@@ -4,7 +4,6 @@ import pytest
 
 from hpcmm.config.compose import compose_run
 from hpcmm.config.config_file import dump, load
-from hpcmm.config.recipe import global_batch_size
 from hpcmm.config.schema import Executor, Schedule
 from hpcmm.errors import HpcmmError
 
@@ -14,7 +13,7 @@ def test_the_demo_composes_to_eight_ranks_under_nsys():
     assert run.world_size == 8
     assert run.cluster.executor is Executor.slurm
     assert run.profile.tool == "nsys"
-    assert global_batch_size(run) == 8 * run.train.micro_batch_size
+    assert run.global_batch_size == 8 * run.train.micro_batch_size
 
 
 def test_the_command_line_overrules_the_experiment():

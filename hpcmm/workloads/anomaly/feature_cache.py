@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from hpcmm.config.recipe import global_batch_size
 from hpcmm.config.schema import Precision
 from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import cache_dir
@@ -69,7 +68,7 @@ def keep_features(
     kept = []
     for images, variants in ((train, config.data.feature_variants), (test, 1)):
         store = FeatureStore(root / _items_digest(common, images, config, ranks))
-        seen = min(variants, -(-config.train.steps * global_batch_size(config) // len(images)))
+        seen = min(variants, -(-config.train.steps * config.global_batch_size // len(images)))
         _fill(store, images, len(images) * seen, encoder, config, ranks)
         kept.append(KeptItems(store, len(images), variants))
     return kept[0], kept[1]
