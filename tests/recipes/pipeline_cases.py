@@ -136,7 +136,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 def resumed(folder: str) -> None:
     """A run that is saved and goes on gives the losses of one that was never stopped, in the same order of data."""
-    for number, (mesh, zero_stage) in enumerate([(TWO, 1), (CUBE, 1), (CUBE, 0), ({"pipeline": 4}, 0)]):
+    for number, (mesh, zero_stage) in enumerate([(TWO, 1), (CUBE, 0)]):
         goes_on(
             f"{folder}/{number}",
             config_of(mesh, optimizer="adamw", clip=0.5 * zero_stage or 1e9, zero_stage=zero_stage),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from cells import Cell, all_cells, run
 
+from hpcmm.errors import HpcmmError
+
 VIDEO = Path(__file__).resolve().parents[2] / "examples" / "video_modality"
 
 CORE = [
@@ -20,8 +22,25 @@ CORE = [
     Cell("tensor", feature="clipping"),
     Cell("expert", trained="all"),
     Cell("3d"),
+    Cell("zero2", feature="accumulation", workload="anomaly"),
+    Cell("zero3", trained="LoRA", workload="anomaly"),
 ]
 """One of each kind."""
+REFUSED = {
+    Cell(row, workload="anomaly"): f"parallel.mesh.{axis} is 2, but this workload's model"
+    for row, axis in {
+        "ulysses": "sequence",
+        "ring": "sequence",
+        "pipeline": "pipeline",
+        "tensor": "tensor",
+        "expert": "expert",
+        "3d": "pipeline",
+    }.items()
+} | {
+    Cell("zero3, replicated encoders", workload="anomaly"): "parallel.encoders=replicated keeps whole encoders",
+    Cell("ddp", feature="recomputed activations", workload="anomaly"): "parallel.activation_checkpointing is true",
+}
+"""What a detector with a convolutional decoder has no parts for; each with the remedy."""
 
 
 @pytest.mark.timeout(400)
@@ -50,6 +69,14 @@ def test_a_modality_of_the_users_own_is_spread_as_others_are(
     cell = CellWithVideo(row)
     outcome = run(cell)
     assert outcome.holds(cell), outcome
+
+
+@pytest.mark.parametrize("cell", REFUSED, ids=str)
+def test_what_a_model_cannot_do_is_refused_before_the_job(cell: Cell):
+    with pytest.raises(HpcmmError) as refused:
+        cell.config()
+    assert str(refused.value).startswith(REFUSED[cell])
+    assert "leave it out" in str(refused.value)
 
 
 @pytest.mark.long
