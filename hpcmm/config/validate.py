@@ -306,14 +306,14 @@ def _batch(config: RunConfig) -> Iterator[str]:
         mesh = recipe_of(config).mesh(config)
     except HpcmmError:  # which _parallel says
         return
-    per_step = train.gradient_accumulation_steps * mesh.data
-    if wanted is not None and wanted != train.micro_batch_size * per_step:
+    if wanted is not None and wanted != config.global_batch_size:
+        per_step = train.gradient_accumulation_steps * mesh.data
         fits = wanted > 0 and wanted % per_step == 0
         remedy = f"set train.micro_batch_size={wanted // per_step}" if fits else f"choose a multiple of {per_step}"
         yield (
             f"train.global_batch_size is {wanted}, but micro_batch_size {train.micro_batch_size} x "
             f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {_data_ranks(mesh)} is "
-            f"{train.micro_batch_size * per_step}: {remedy}."
+            f"{config.global_batch_size}: {remedy}."
         )
 
 

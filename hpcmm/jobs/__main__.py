@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from hpcmm.cli import run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular
-from hpcmm.jobs import logs
+from hpcmm.jobs import logs, table
 from hpcmm.jobs.cancel import cancel
 from hpcmm.jobs.find_run import Target, default_environment, find_targets, run_of_command
 from hpcmm.jobs.state import State, all_over, poller_of, recorded_jobs, silence, states_of
@@ -101,13 +100,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     cancelled.add_argument("job", metavar="JOB")
     patience = "seconds that a profiled run may take to save a checkpoint and its reports (default: 60; 0: at once)"
     cancelled.add_argument("--wait", type=float, default=60.0, metavar="S", help=patience)
-    table = add(
+    compared = add(
         "table", _table, "a sweep's points side by side: time of a step, bytes that ranks exchange, memory, loss"
     )
-    table.add_argument("jobs", nargs="+", metavar="SWEEP", help="a sweep, or runs")
+    compared.add_argument("jobs", nargs="+", metavar="SWEEP", help="a sweep, or runs")
     explained = add("why", _why, "why a job failed: which rank first, where, and what to do")
     explained.add_argument("job", metavar="JOB")
-    for command in (listed, status, cancelled, table, explained):
+    for command in (listed, status, cancelled, compared, explained):
         command.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
@@ -235,16 +234,14 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    from hpcmm.jobs.table import lines_of, rows_of, values_of  # noqa: PLC0415 -- only here
-
     targets, unknown = _known(options.jobs, options.runs_root)
     states = states_of(targets, needs_slurm=False)
     _complain([*map(_whose, targets), *unknown, *(note for state in states for note in state.notes)])
-    rows = [row for state in states for row in rows_of(state)]
+    rows = [row for state in states for row in table.rows_of(state)]
     if options.json:
-        _print_json({"rows": values_of(rows)})
+        _print_json({"rows": table.values_of(rows)})
     else:
-        print("\n".join(lines_of(rows, options.jobs[0])))
+        print("\n".join(table.lines_of(rows, options.jobs[0])))
     return int(bool(unknown))
 
 
@@ -344,11 +341,8 @@ def _settled_points(state: State) -> int:
 
 def _counts(state: State) -> dict[str, int]:
     """How many jobs, or points of a sweep, are in which state, the most first."""
-    counts: Counter[str] = Counter()
-    for job in state.jobs:
-        counts[job.state] += job.tasks
     others = {"without a known end": len(state.unknown), "never submitted": len(state.unsubmitted)}
-    return dict(counts.most_common()) | {name: count for name, count in others.items() if count}
+    return dict(table.jobs_by_state(state).most_common()) | {name: count for name, count in others.items() if count}
 
 
 def _as_values(job: Job, run: RunDir | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import Target, target_of
 from hpcmm.jobs.logs import Log
 from hpcmm.jobs.state import State, all_over, local_job, poller_of, record_of
-from hpcmm.jobs.table import has_completed, rows_of
+from hpcmm.jobs.table import has_completed, jobs_by_state, rows_of
 from hpcmm.jobs.table import lines_of as lines_of_table
 from hpcmm.jobs.why import explain, lines_of
 from hpcmm.resources import environment_of_modules, own_module
@@ -78,10 +77,8 @@ def follow_sweep(sweep: SweepDir) -> int:
 
     def is_over(states: list[State]) -> bool:
         nonlocal shown
-        counts = Counter[str]()
-        for job in states[0].jobs:
-            counts[job.state] += job.tasks
-        if (line := ", ".join(f"{count} {state}" for state, count in counts.most_common())) != shown:
+        counts = jobs_by_state(states[0]).most_common()
+        if (line := ", ".join(f"{count} {state}" for state, count in counts)) != shown:
             console.print(f"sweep {sweep.root.name}: {line}", markup=False)
             shown = line
         return all_over(states)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from hpcmm.jobs.find_run import Target
 from hpcmm.jobs.state import State
 from hpcmm.ranges import is_task_of
+from hpcmm.runs.exit_status import COMPLETED, FAILED
 from hpcmm.runs.ledger import overrides_of, refused_of
 from hpcmm.runs.run_dir import SweepDir
 from hpcmm.runs.throughput import Throughput, throughput_of
@@ -18,7 +19,8 @@ from hpcmm.text import printable
 
 REFUSED = "REFUSED"
 """The state of a point that could not be launched."""
-_COMPLETED = "COMPLETED"
+_HAS_A_CAUSE = {FAILED, "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL"}
+"""States that ``jobs why`` explains."""
 _MB = 1e6
 _WORDS = 3
 """The first columns: point, overrides, state."""
@@ -49,6 +51,14 @@ def rows_of(state: State) -> list[Row]:
     overrides = overrides_of(target.sweep)
     rows = [_row(state, point, overrides) for point in target.points]
     return rows + [Row("", given, REFUSED, reason, None) for given, reason in refused_of(target.sweep)]
+
+
+def jobs_by_state(state: State) -> Counter[str]:
+    """How many jobs, or points of a sweep, are in which of Slurm's states."""
+    counts = Counter[str]()
+    for job in state.jobs:
+        counts[job.state] += job.tasks
+    return counts
 
 
 def _row(state: State, point: Target, overrides: dict[int, str]) -> Row:
@@ -90,7 +100,7 @@ def lines_of(rows: Sequence[Row], asked: str) -> list[str]:
         lines.append(
             "MB: payload that a rank exchanges in a step, the mean over its ranks, by what the groups are for."
         )
-    if any(re.fullmatch("FAILED|TIMEOUT|OUT_OF_MEMORY|NODE_FAIL", row.state) for row in rows):
+    if any(row.state in _HAS_A_CAUSE for row in rows):
         lines.append(f"why one failed: python -m hpcmm.jobs why {printable(shlex.quote(asked))}")
     return lines
 
@@ -136,4 +146,4 @@ def _short(value: float) -> str:
 
 def has_completed(rows: Sequence[Row]) -> bool:
     """Whether each point that was launched has completed."""
-    return all(row.state in (_COMPLETED, REFUSED) for row in rows)
+    return all(row.state in (COMPLETED, REFUSED) for row in rows)

@@ -392,6 +392,23 @@ def test_what_the_model_takes_is_what_can_be_uploaded(talk, run, tmp_path, capsy
     assert "an uploaded numbers was not read: ValueError" in capsys.readouterr().err
 
 
+def test_a_class_that_reads_files_of_another_kind_is_given_them_as_they_are(talk, run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples" / "video_modality")
+    from clips.video import VideoModality
+
+    page = OmniPage(
+        talk._page.answerer, {"video": VideoModality(8)}, ServeOptions(run=str(run)), name="x", about="",
+        max_tokens=99, held_out=[],
+    )  # fmt: skip
+    assert page.uploads == {"video": [".gif", ".webp"]}
+    first, *others = [Image.new("RGB", (32, 16), colour) for colour in ("red", "green", "blue")]
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=others)
+    piece = page.piece("video", tmp_path / "clip.gif", "clip.gif")
+    assert (piece.tokens, tuple(piece.part.prepared.shape)) == (3 * 2 * 1, (3, 3, 16, 32))
+    with pytest.raises(HpcmmError, match="cannot be read as a GIF or WebP"):
+        page.piece("video", written(tmp_path / "not.gif", b"none"), "not.gif")
+
+
 def test_tokens_of_an_answer_must_be_a_number():
     with pytest.raises(HpcmmError, match=r"^--max-new-tokens is 0"):
         PageOptions(max_new_tokens=0)

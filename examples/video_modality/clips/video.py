@@ -30,6 +30,7 @@ class VideoModality(ImageModality):
     """
 
     needs_weights = False
+    upload_suffixes = (".gif", ".webp")
 
     def __init__(
         self,

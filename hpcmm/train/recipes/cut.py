@@ -61,7 +61,6 @@ class CutEngine(WholeEngine):
         if mesh.tensor > 1:  # it would send the first batch as a pickle
             self.deepspeed.first_dataloader_check.remove()
             count_all_experts(self.deepspeed.optimizer, set(expert_parameters(self.deepspeed.module)))
-        if mesh.tensor > 1 and mesh.expert > 1:
             write_experts_once(self.deepspeed, mesh.tensor, mesh.expert, rank)
 
     def weights(self) -> dict[str, Tensor]:

@@ -173,7 +173,8 @@ class OmniPage(ServedPage):
         from hpcmm.workloads.omni.models.modalities.sound import SoundModality  # noqa: PLC0415 -- imports torch
 
         modality, note, picture = self._modalities[key], "", b""
-        if isinstance(modality, ImageModality):
+        read = type(modality).read  # a class that overrides it reads files of another kind, such as videos
+        if isinstance(modality, ImageModality) and read is ImageModality.read:
             import numpy as np  # noqa: PLC0415 -- as Pillow, --help does not need it
 
             from hpcmm.serve.uploads import jpeg, open_upload  # noqa: PLC0415 -- imports Pillow
@@ -184,7 +185,7 @@ class OmniPage(ServedPage):
             note, picture = uploaded.note, jpeg(uploaded.image)
         else:
             self.limits.check_upload(path)
-            if isinstance(modality, SoundModality):
+            if isinstance(modality, SoundModality) and read is SoundModality.read:
                 note = _checked_sound(path, modality.most_s)
             prepared = _read(key, modality, path, name)
         tokens = modality.count(prepared)
