@@ -169,10 +169,10 @@ def write_experts_once(engine: Any, tensor: int, experts: int, rank: int) -> Non
         return
     save = engine.checkpoint_engine.save
 
-    def save_own(state: Any, path: str, *rest: Any, **options: Any) -> Any:
+    def save_own(state_dict: Any, path: str) -> Any:
         if _OF_EXPERTS.match(Path(path).name):
             return True
-        return save(state, path, *rest, **options)
+        return save(state_dict, path)
 
     engine.checkpoint_engine.save = save_own
 
