@@ -13,7 +13,6 @@ from enum import Enum
 from typing import Any
 
 from hpcmm.config.keys import MISSING, PartGroup, key, made_by
-from hpcmm.config.parts import import_class
 from hpcmm.config.train_sections import LossScaleConfig, UntilConfig
 from hpcmm.text import StrEnum
 
@@ -402,6 +401,8 @@ class RunConfig:
     @property
     def global_batch_size(self) -> int:
         """Examples of one optimizer step over all ranks. Raises HpcmmError if the recipe's mesh does not fit them."""
+        from hpcmm.config.parts import import_class  # noqa: PLC0415 - a script's Python has none of its packages
+
         mesh = import_class(self.parallel._target_ or "hpcmm.config.recipe.Recipe")().mesh(self)
         return self.train.micro_batch_size * self.train.gradient_accumulation_steps * int(mesh.data)
 
