@@ -123,6 +123,8 @@ def open_session(run_dir: RunDir) -> Session:
     from hpcmm.train.checkpoint import Checkpoints  # noqa: PLC0415
     from hpcmm.train.loop import Session  # noqa: PLC0415
     from hpcmm.train.recipes import build  # noqa: PLC0415
+    from hpcmm.train.throughput import Throughput  # noqa: PLC0415
+    from hpcmm.train.watching import Watch  # noqa: PLC0415
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     rank = dist.get_rank()
@@ -139,9 +141,13 @@ def open_session(run_dir: RunDir) -> Session:
     workload = workload_of(config)
     assert workload is not None
     training = workload.training(config, torch.device("cpu"))
+    throughput = Throughput(training, workload.model_shape(config), config)
     engine = build(training, config, Mesh.of({}, dist.get_world_size()), rank)
+    throughput.attach(engine, rank)
     metrics = MetricsWriter(run_dir.rank_metrics(rank))
-    return Session(config, run_dir, rank_env, training, engine, Checkpoints(run_dir, rank_env, 1), metrics)
+    checkpoints = Checkpoints(run_dir, rank_env, 1)
+    watch = Watch(config, training, engine, metrics, None)
+    return Session(config, run_dir, rank_env, training, engine, checkpoints, metrics, throughput, watch)
 
 
 def in_hpcmm(session: Session, first: int, steps: int) -> Times:
