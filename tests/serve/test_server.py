@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import stat
@@ -38,6 +39,16 @@ def test_it_listens_on_the_loopback_interface_alone(server):
     children = psutil.Process(server.process.pid).net_connections()
     listening = {each.laddr.ip for each in children if each.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
+
+
+def test_it_rests_when_nobody_asks(server):
+    def switches() -> int:
+        tasks = Path(f"/proc/{server.process.pid}/task").glob("*/status")
+        return sum(int(re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", each.read_text(), re.M)[1]) for each in tasks)
+
+    before, began = switches(), time.monotonic()
+    time.sleep(1)
+    assert (switches() - before) / (time.monotonic() - began) < 300  # gradio's queue alone: about 900 a second
 
 
 def test_the_token_is_in_no_command_line_and_no_log(server, trained_run):
