@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -133,6 +133,16 @@ CHECKS: dict[str, Callable[[], None]] = {
     "bf16": lambda: as_one_process(TWO, precision=Precision.bf16, tied=True, optimizer="adamw", tolerance=3e-2),
 }
 
+CORE = (
+    "two stages of two data ranks",
+    "tied embeddings over four stages",
+    "stages that are frozen",
+    "LoRA",
+    "pipeline x tensor",
+    "bf16",
+)
+"""One of each kind."""
+
 
 def resumed(folder: str) -> None:
     """A run that is saved and goes on gives the losses of one that was never stopped, in the same order of data."""
@@ -236,16 +246,21 @@ def refused(_folder: str) -> None:
         engine_of(config_of(TWO), {"elsewhere": True})
 
 
-MORE_CHECKS = (resumed, textbook_bytes, own_layers_alone, annotated, refused)
+OF_FILES = (resumed, textbook_bytes, own_layers_alone, annotated, refused)
 
 
-def check_all(_rank: int, folder: str) -> None:
-    """All checks, one after another."""
-    for name, check in CHECKS.items():
+def check_named(_rank: int, names: Sequence[str]) -> None:
+    """These checks, one after another."""
+    for name in names:
         try:
-            check()
+            CHECKS[name]()
         except Exception as error:
             error.add_note(f"in the check {name!r}")
             raise
-    for each in MORE_CHECKS:
+
+
+def check_core(rank: int, folder: str) -> None:
+    """Those that each change is tried with."""
+    check_named(rank, CORE)
+    for each in OF_FILES:
         each(f"{folder}/{each.__name__}")
