@@ -35,6 +35,7 @@ TELLS_ITS_PLACE = """\
 import json, sys
 import torch.distributed as dist
 dist.init_process_group("gloo")
+dist.barrier()  # else rank 0, which has the store, may end before another rank has read it
 told = {"rank": dist.get_rank(), "of": dist.get_world_size(), "argv": sys.argv}
 print("\\n" + json.dumps(told) + "\\n", end="", flush=True)
 dist.destroy_process_group()

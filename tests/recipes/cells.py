@@ -43,7 +43,6 @@ from hpcmm.workloads.omni.models import OmniModel, build_model
 if TYPE_CHECKING:
     from hpcmm.config.schema import RunConfig
 
-STEPS = 5
 GLOBAL_BATCH = 24
 """Examples of a step, whatever the mesh: what every number of data ranks and micro-batches here divides."""
 TOLERANCE = {"fp32": 2e-5, "bf16": 3e-3}
@@ -175,7 +174,7 @@ def run(cell: Cell) -> Outcome:
         config = cell.config()
     except HpcmmError as error:
         return Outcome(refusal=str(error))
-    losses = run_ranks(cell.ranks, trained_losses, config, cell.table.training, timeout_s=CELL_S)
+    losses = run_ranks(cell.ranks, trained_losses, config, cell.table, timeout_s=CELL_S)
     alone = alone_losses(config, cell.table)
     together = [
         sum(total for total, _ in step) / sum(tokens for _, tokens in step) for step in zip(*losses, strict=True)
@@ -197,30 +196,30 @@ def alone_losses(config: RunConfig, table: Table) -> list[float]:
     key = repr((config.model, config.optimizer, train.gradient_clip, train.learning_rate))  # type: ignore[attr-defined]
     key += "" if table.is_sum else str(train.gradient_accumulation_steps)
     if key not in _alone:
-        (_alone[key],) = run_ranks(1, losses_of_one_process, config, table.training, timeout_s=CELL_S)
+        (_alone[key],) = run_ranks(1, losses_of_one_process, config, table, timeout_s=CELL_S)
     return _alone[key]
 
 
-def trained_losses(rank: int, config: Any, made: Callable[[Any], Training]) -> list[tuple[float, int]]:
+def trained_losses(rank: int, config: Any, table: Table) -> list[tuple[float, int]]:
     """On a rank: of each step its loss times its tokens, and its tokens; if these do not count, as if it had one."""
     from hpcmm.config.recipe import recipe_of
     from hpcmm.train.recipes import build
 
-    training = made(config)
+    training = table.training(config)
     engine = build(training, config, recipe_of(config).mesh(config), rank)
     batches = training.batches(engine.data_rank, engine.mesh.data, 0)
-    steps = [engine.step(batches) for _ in range(STEPS)]
+    steps = [engine.step(batches) for _ in range(table.steps)]
     return [(values["loss"] * values.get("tokens", 1), int(values.get("tokens", 1))) for values in steps]
 
 
-def losses_of_one_process(_rank: int, config: Any, made: Callable[[Any], Training]) -> list[float]:
+def losses_of_one_process(_rank: int, config: Any, table: Table) -> list[float]:
     """PyTorch alone, in float32: the loss of each step's whole batch, a mean over its tokens or its micro-batches."""
-    training = made(config)
+    training = table.training(config)
     model: Any = training.model
     optimizer = build_optimizer(config, model, training.parameter_groups())
     batches = training.batches(0, 1, 0)
     found = []
-    for _ in range(STEPS):
+    for _ in range(table.steps):
         micro_batches = list(itertools.islice(batches, config.train.gradient_accumulation_steps))
         tokens = sum(training.tokens(batch) or 1 for batch in micro_batches)
         losses = [training.loss(model, batch)[0] / tokens for batch in micro_batches]
@@ -306,7 +305,8 @@ class Table:
     """What trains, with its overrides."""
     rows: Sequence[str]
     learning_rates: Mapping[str, float]
-    """By what trains: such that five steps change the loss by far more than a cell may deviate."""
+    """By what trains: such that the steps change the loss by far more than a cell may deviate."""
+    steps: int = 5
     precisions: Sequence[str] = ("fp32", "bf16")
     features: Sequence[str] = tuple(filter(None, FEATURES))
     experts: Sequence[str] = ()
@@ -339,7 +339,7 @@ TABLES = {
         ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "ulysses", "ring", "pipeline", "tensor", "expert", "3d"],
         {"all": 3.0, "decoder": 3.0, "LoRA": 3.0},
         features=["clipping", "accumulation"],
-        precisions=["fp32"],  # in five steps it learns less than bf16 rounds off
+        steps=20,  # in five it learns less than bf16 rounds off
         is_sum=False,
     ),
 }
