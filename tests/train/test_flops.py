@@ -127,3 +127,6 @@ def test_a_gpus_peak_depends_on_its_kind_and_the_precision() -> None:
     assert peak_flops("NVIDIA L4", "bf16") == 121e12
     assert peak_flops("NVIDIA L40S", "bf16") == 362.05e12
     assert peak_flops("NVIDIA GeForce GTX 1080", "fp16") is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp8") is None
+    assert peak_flops("NVIDIA L40S", "fp8") == 733e12
+    assert peak_flops("NVIDIA H200", "fp8") == pytest.approx(2 * 989.4e12, rel=1e-3), "twice that of bf16"
