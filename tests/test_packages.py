@@ -54,6 +54,7 @@ def test_what_a_room_imports_comes_with_what_is_installed_for_it(room: str) -> N
     if room in OF_TRAINING:
         extras = PROJECT["optional-dependencies"]
         brought |= with_what_they_bring([*extras["train"], *extras["serve"]])
+        brought |= {name_of(each) for each in extras["fp8"]}  # which scripts/setup.sh installs apart
     without = [
         module
         for module in imported(room) - IN_THE_JOB

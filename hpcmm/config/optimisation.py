@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ WHOLE_PARAMETERS = "whole_parameters"
 _OF_WHOLE_PARAMETERS = frozenset({"torch.optim.Adafactor", "torch.optim.Muon"})
 _WITH_A_CLOSURE = frozenset({"torch.optim.LBFGS"})
 _ON_GPUS = ("bitsandbytes.",)
-
+_WITHOUT_FP8 = re.compile(
+    r"(?<![a-z0-9])(p100|v100s?|t4|a10|a16|a30|a40|a100|a800|a[456]000|mi[12]\d0x?)(?![a-z0-9])", re.IGNORECASE
+)
+"""Types of GPUs as Slurm and sites call them. A rank asks its GPU itself."""
 
 _GPU_DEVICES = ("nvidia[0-9]*", "kfd")
 """What the drivers of GPUs make in ``/dev``."""
@@ -33,13 +37,19 @@ def optimisation_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _precision(config: RunConfig) -> Iterator[str]:
-    if config.parallel.precision is not Precision.fp16:
+    precision, cluster = config.parallel.precision, config.cluster
+    if precision not in (Precision.fp16, Precision.fp8):
         return
     otherwise = "choose parallel.precision=bf16 or fp32"
-    if not config.cluster.gpus_per_node:
-        yield f"parallel.precision is fp16, which needs GPUs, and cluster.gpus_per_node is 0: {otherwise}."
-    elif config.cluster.executor is Executor.local and not any(any(Path("/dev").glob(name)) for name in _GPU_DEVICES):
-        yield f"parallel.precision is fp16, which needs a GPU, and this machine has none: {otherwise}."
+    if not cluster.gpus_per_node:
+        yield f"parallel.precision is {precision}, which needs GPUs, and cluster.gpus_per_node is 0: {otherwise}."
+    elif cluster.executor is Executor.local and not any(any(Path("/dev").glob(name)) for name in _GPU_DEVICES):
+        yield f"parallel.precision is {precision}, which needs a GPU, and this machine has none: {otherwise}."
+    elif precision is Precision.fp8 and _WITHOUT_FP8.search(cluster.gpu_type or ""):
+        yield (
+            f"parallel.precision is fp8, and cluster.gpu_type is {cluster.gpu_type}, a GPU that does not multiply in "
+            "fp8: set parallel.precision=bf16, or choose a cluster of newer GPUs."
+        )
 
 
 def _until(config: RunConfig) -> Iterator[str]:

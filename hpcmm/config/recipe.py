@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from hpcmm.train.engine import Engine
     from hpcmm.train.workload import Training
 
+FP8_MULTIPLE = 16
+"""Divides inputs and outputs of a linear map that a GPU multiplies in fp8."""
+
 
 class Recipe:
     """Spreads a model over the ranks of a mesh. Subclass it for a recipe of your own, in a module without torch."""
@@ -45,6 +48,8 @@ class Recipe:
         yield from _offload_problems(config, mesh)
         yield from _mixed_problems(config, mesh)
         yield from _stage_problems(config, mesh, shape)
+        if config.parallel.precision is Precision.fp8:
+            yield from _fp8_problems(mesh, axes, shape)
         if shape is not None:
             yield from _shape_problems(config, mesh, shape)
 
@@ -172,6 +177,31 @@ def _stage_problems(config: RunConfig, mesh: Mesh, shape: ModelShape | None) -> 
         yield f"{said} leaves a stage without layers: give each at least 1."
     elif shape is not None and sum(layers) != shape.layers:
         yield f"{said} is {sum(layers)} layers, but the language model has {shape.layers}: let them sum to that."
+
+
+def _fp8_problems(mesh: Mesh, axes: frozenset[str], shape: ModelShape | None) -> Iterator[str]:
+    """Of a model in which nothing would multiply in fp8."""
+    said, otherwise = "parallel.precision is fp8", "set parallel.precision=bf16"
+    if axes == {DATA}:
+        yield (
+            f"{said}, in which the linear maps of a language model multiply, but this workload's model does not tell "
+            f"where it has one: {otherwise}."
+        )
+    if mesh.tensor > 1:
+        yield (
+            f"{said}, but parallel.mesh.tensor is {mesh.tensor}, and the maps that AutoTP puts in place of the model's "
+            f"own multiply in bf16: leave parallel.mesh.tensor out, or {otherwise}."
+        )
+    if shape is not None and shape.frozen:
+        yield (
+            f"{said}, in which the linear maps of a language model multiply that train, but the language model is "
+            f"frozen: {otherwise}."
+        )
+    if shape is not None and shape.width % FP8_MULTIPLE:
+        yield (
+            f"{said}, for which GPUs ask for widths that {FP8_MULTIPLE} divides, but the language model's is "
+            f"{shape.width}: {otherwise}."
+        )
 
 
 def _shape_problems(config: RunConfig, mesh: Mesh, shape: ModelShape) -> Iterator[str]:

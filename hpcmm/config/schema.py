@@ -76,6 +76,8 @@ class Precision(StrEnum):
     bf16 = "bf16"
     fp16 = "fp16"
     """With a scaled loss, for GPUs that have no bf16."""
+    fp8 = "fp8"
+    """bf16, but the linear maps of a language model's layers multiply in 8 bits, on GPUs that can."""
 
 
 class Offload(StrEnum):
@@ -320,7 +322,9 @@ class ParallelConfig:
         "data. -1: the ranks that the others leave, as ``data`` has it if it is not named.",
     )
     zero_stage: int = key(2, "What ZeRO divides: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters.")
-    precision: Precision = key(Precision.fp32)
+    precision: Precision = key(
+        Precision.fp32, "``fp32``, ``bf16``, ``fp16``, or ``fp8``, in which a language model's linear maps multiply."
+    )
     attention: SequenceAttention = key(
         SequenceAttention.ulysses, "``ulysses`` or ``ring``: attention over the axis ``sequence``."
     )

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hpcmm import annotate
 from hpcmm.config.mesh import DATA, Mesh
-from hpcmm.config.schema import Offload, ParallelConfig, Precision, RunConfig, Schedule, TrainConfig
-from hpcmm.train.loss_scaling import check_fp16, fp16_settings
+from hpcmm.config.schema import Offload, ParallelConfig, RunConfig, Schedule, TrainConfig
 from hpcmm.train.optimizers import build_optimizer
+from hpcmm.train.precision import check_fp16, sixteen_bits
 from hpcmm.train.weights import buffers, load_trained, trained_weights
 from hpcmm.train.workload import Training, trained_parameters
 
@@ -84,8 +84,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # hpcmm.config.optimizer refuses those that ZeRO would change
         "zero_force_ds_cpu_optimizer": False,  # any of these may be offloaded
         "steps_per_print": 2**62,  # the loop prints
-        "bf16": {"enabled": parallel.precision is Precision.bf16},
-        "fp16": fp16_settings(config),
+        **sixteen_bits(config),
         "zero_optimization": {
             "stage": parallel.zero_stage,
             "reduce_bucket_size": parallel.reduce_bucket_size,

@@ -18,12 +18,12 @@ from hpcmm import annotate
 from hpcmm.annotate.ranges import close_window
 from hpcmm.annotate.stopping import StopRequest
 from hpcmm.config.recipe import recipe_of
-from hpcmm.config.schema import RunConfig
+from hpcmm.config.schema import Precision, RunConfig
 from hpcmm.config.workload import Workload
 from hpcmm.errors import HpcmmError
 from hpcmm.runs.metrics import MetricsWriter, Settled, write_scores, write_settled
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.train import loss_scaling
+from hpcmm.train import precision
 from hpcmm.train.checkpoint import Checkpoints
 from hpcmm.train.engine import Engine
 from hpcmm.train.group_names import name_process_groups
@@ -117,7 +117,7 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
         for step in range(first, steps):
             began = time.perf_counter()
             with annotate.step(step):
-                with session.throughput.step(), loss_scaling.said_clearly(config):
+                with session.throughput.step(), precision.said_clearly(config):
                     values = engine.step(batches)
                 with annotate.phase("agree"):
                     stop = watch.agree(stop_request, step + 1, values)
@@ -128,7 +128,7 @@ def _run_steps(session: Session, first: int, scores: dict[str, float]) -> int:
                         session.training.merge_rank_state()
                         session.checkpoints.save(session.engine, step + 1, {"scores": scores, "watched": watch.state})
             step_s = time.perf_counter() - began
-            values |= loss_scaling.noted(engine.deepspeed, config)
+            values |= precision.noted(engine.deepspeed, config)
             session.metrics.step(step, **values, **session.throughput.take(engine.device), step_s=step_s)
             progress.advance(step, values["loss"], step_s)
             if watch.settled:
@@ -152,6 +152,10 @@ def _built(
     recipe = recipe_of(config)
     if problems := list(recipe.problems(config, workload.axes(config), workload.model_shape(config))):
         raise HpcmmError("\n".join(problems))
+    if config.parallel.precision is Precision.fp8:
+        maps = precision.multiply_in_fp8(training, config, device)
+        if rank_env.rank == 0:
+            log.info("%d linear maps of the language model multiply in fp8, all else in bf16", maps)
     own = recipe.engine(training, config, rank_env.rank, device)
     return build(training, config, recipe.mesh(config), rank_env.rank) if own is None else own
 

@@ -27,6 +27,7 @@ from hpcmm.config.schema import (
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.train.checkpoint import Checkpoints, start_from
 from hpcmm.train.engine import Engine
+from hpcmm.train.precision import multiply_in_fp8
 from hpcmm.train.recipes import build
 from hpcmm.worker.environment import RankEnvironment
 
@@ -164,6 +165,8 @@ def one_case(rank: int, case: Case, folder: str) -> Found | None:
 
 def built(case: Case, config: RunConfig, mesh: Mesh, rank: int) -> tuple[TinyTraining, Engine]:
     training = TinyTraining(case.kind, case.variant)
+    if config.parallel.precision is Precision.fp8:
+        multiply_in_fp8(training, config, torch.device("cpu"), emulated=True)
     return training, build(training, config, mesh, rank)
 
 

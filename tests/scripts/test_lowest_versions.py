@@ -17,7 +17,7 @@ def script():
 
 
 def test_each_requirement_has_a_lower_bound_that_is_asked_for(script):
-    lines = script.constraints(["train", "serve", "dev"])
+    lines = script.constraints(["train", "serve", "fp8", "dev"])
     assert all(line.count("==") == 1 for line in lines)
     assert {"hydra-core==1.3.2", "pyarrow==22.0"} <= set(lines)
     assert len(script.constraints([])) < len(lines)
@@ -27,5 +27,5 @@ def test_each_requirement_has_a_lower_bound_that_is_asked_for(script):
 def test_a_requirement_without_a_lower_bound_is_named(script, given):
     with pytest.raises(ValueError, match=f"^{given} of pyproject.toml has no lower bound"):
         script.lowest(given)
-    with pytest.raises(ValueError, match="no-such: extras are train, serve, dev"):
+    with pytest.raises(ValueError, match="no-such: extras are train, serve, fp8, dev"):
         script.constraints(["no-such"])

@@ -83,3 +83,32 @@ def test_what_cannot_be_is_refused_before_the_job(overrides, expected):
 
 def test_fp16_is_accepted_for_a_cluster_with_gpus():
     validate(compose_run(["cluster=a30", "parallel.precision=fp16"]))
+
+
+FP8 = ["task=omni", "parallel.precision=fp8"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["cluster=local"], "is fp8, which needs GPUs, and cluster.gpus_per_node is 0: choose parallel.precision=bf16"),
+        (["cluster=a30"], "cluster.gpu_type is a30, a GPU that does not multiply in fp8: set parallel.precision=bf16"),
+        (["cluster=h100_infiniband", "cluster.gpu_type=nvidia_a100-sxm4-80gb"], "does not multiply in fp8"),
+        (["cluster=h100_infiniband", "parallel=tensor"], "parallel.mesh.tensor is 2, and the maps that AutoTP puts"),
+        (["cluster=h100_infiniband", "parallel=3d"], "leave parallel.mesh.tensor out, or set parallel.precision=bf16"),
+        (["cluster=h100_infiniband", "model.language_model.frozen=true"], "the language model is frozen: set parallel"),
+        (
+            ["cluster=h100_infiniband", "model.language_model.tiny.width=72"],
+            "that 16 divides, but .* is 72: set",
+        ),
+        (["cluster=h100_infiniband", "task=anomaly"], "does not tell where it has one: set parallel.precision=bf16"),
+    ],
+)
+def test_fp8_is_refused_before_the_job_if_a_gpu_or_the_model_cannot(overrides, expected):
+    with pytest.raises(HpcmmError, match=expected):
+        validate(compose_run([*FP8, *overrides]))
+
+
+@pytest.mark.parametrize("words", ["parallel=zero3", "parallel=ring", "parallel=pipeline", "cluster.gpu_type=l40s"])
+def test_fp8_is_accepted_for_a_language_model_that_trains_on_new_gpus(words):
+    validate(compose_run([*FP8, "cluster=h100_infiniband", words]))
