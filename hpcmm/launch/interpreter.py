@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from hpcmm.config.schema import ClusterConfig, Executor, RunConfig
+from hpcmm.config.schema import ClusterConfig, Executor, Precision, RunConfig
 from hpcmm.errors import HpcmmError
 from hpcmm.text import visible
 
@@ -28,7 +28,8 @@ OLDEST = (3, 9)
 """Of the Pythons that ranks run on; the launcher and hpcmm's own workloads need the launcher's."""
 _OLDEST_OF_WORKLOADS = (3, 11)
 _NEEDED_BY_WORKLOADS = ("torch", "deepspeed", "omegaconf", "yaml")
-_ASKED_FOR = ("nvtx", *_NEEDED_BY_WORKLOADS)
+_OF_FP8 = "torchao"
+_ASKED_FOR = ("nvtx", *_NEEDED_BY_WORKLOADS, _OF_FP8)
 _PATIENCE_S = 30.0
 """The first start of a Python from a shared file system may take so long."""
 _NVTX_OF_OLD_NSYS = (0, 2, 11)
@@ -205,15 +206,22 @@ def check(config: RunConfig, interpreter: Interpreter, imports: Collection[str])
             yield f"{interpreter.python} is not checked: {interpreter.not_asked}."
         return
     if config.task._target_ is not None and config.cluster.python is not None:
-        yield from _for_workloads(interpreter)
+        yield from _for_workloads(config, interpreter)
     if "torch" in imports and "torch" not in interpreter.has and interpreter.is_certain:
         yield f"the script imports torch, which {interpreter.python} does not have: {interpreter.pip('torch')}"
     if config.profile.tool is not None:
         yield from _for_nvtx(config, interpreter)
 
 
-def _for_workloads(interpreter: Interpreter) -> Iterator[str]:
-    missing = [each for each in _NEEDED_BY_WORKLOADS if each not in interpreter.has]
+def _missing_packages(config: RunConfig, interpreter: Interpreter) -> tuple[list[str], str]:
+    """What a workload lacks, and what of hpcmm's extras brings it."""
+    of_fp8 = [_OF_FP8] if config.parallel.precision is Precision.fp8 else []
+    missing = [each for each in (*_NEEDED_BY_WORKLOADS, *of_fp8) if each not in interpreter.has]
+    return missing, "extras, train and fp8" if of_fp8 else "extra, train"
+
+
+def _for_workloads(config: RunConfig, interpreter: Interpreter) -> Iterator[str]:
+    missing, extras = _missing_packages(config, interpreter)
     assert interpreter.version is not None
     if interpreter.version < _OLDEST_OF_WORKLOADS:
         raise HpcmmError(
@@ -223,7 +231,7 @@ def _for_workloads(interpreter: Interpreter) -> Iterator[str]:
     if missing:
         said = f"{interpreter.python} does not have {', '.join(missing)}, which this workload needs"
         if interpreter.is_certain:
-            raise HpcmmError(f"{said}: leave cluster.python out, or install hpcmm there with its extra, train.")
+            raise HpcmmError(f"{said}: leave cluster.python out, or install hpcmm there with its {extras}.")
         yield f"{said}, unless cluster.modules or cluster.setup bring it."
 
 
@@ -233,11 +241,12 @@ def require_packages(config: RunConfig, interpreter: Interpreter) -> None:
     A dry run needs nothing of it.
     """
     is_own = config.cluster.python is None and interpreter.is_certain and not interpreter.not_asked
-    missing = [each for each in _NEEDED_BY_WORKLOADS if each not in interpreter.has]
+    missing, extras = _missing_packages(config, interpreter)
     if config.task._target_ is not None and is_own and missing:
+        named = f"hpcmm[{'train,fp8' if _OF_FP8 in missing else 'train'}]"
         raise HpcmmError(
             f"{interpreter.python} does not have {', '.join(missing)}, which this workload needs: install hpcmm with "
-            "its extra, train ('hpcmm[train]'), or name another Python as cluster.python."
+            f"its {extras} ('{named}'), or name another Python as cluster.python."
         )
 
 

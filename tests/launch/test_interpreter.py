@@ -271,3 +271,20 @@ def test_hpcmm_without_its_extra_runs_no_workload_but_scripts(words, refused, mo
     )
     with pytest.raises(HpcmmError, match=needed) if refused else nullcontext():
         interpreter.require_packages(config, ask(config.cluster))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_fp8_asks_for_torchao_and_names_the_extra_that_brings_it(own, monkeypatch):
+    has = frozenset({"torch", "deepspeed", "omegaconf", "yaml"})
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: name in has or None)
+    monkeypatch.setattr(interpreter, "_answer", lambda python, _: Interpreter(python, (3, 11, 7), has=has))
+    python = [] if own else [f"cluster.python={sys.executable}"]
+    config = compose_run(["cluster=slurm", "task=omni", "parallel.precision=fp8", *python])
+    with pytest.raises(HpcmmError, match=r"not have torchao, which this workload needs: .* extras, train and fp8"):
+        if own:
+            interpreter.require_packages(config, ask(config.cluster))
+        else:
+            list(interpreter.check(config, ask(config.cluster), []))
+    bf16 = compose_run(["cluster=slurm", "task=omni", "parallel.precision=bf16", *python])
+    interpreter.require_packages(bf16, ask(bf16.cluster))
+    assert list(interpreter.check(bf16, ask(bf16.cluster), [])) == []
