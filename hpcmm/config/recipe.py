@@ -184,8 +184,8 @@ def _fp8_problems(mesh: Mesh, axes: frozenset[str], shape: ModelShape | None) ->
     said, otherwise = "parallel.precision is fp8", "set parallel.precision=bf16"
     if axes == {DATA}:
         yield (
-            f"{said}, in which the linear maps of a language model multiply, but this workload's model does not tell "
-            f"where it has one: {otherwise}."
+            f"{said}, which is for the linear maps of a language model, and this workload's model does not tell where "
+            f"it has one: {otherwise}."
         )
     if mesh.tensor > 1:
         yield (
@@ -194,8 +194,8 @@ def _fp8_problems(mesh: Mesh, axes: frozenset[str], shape: ModelShape | None) ->
         )
     if shape is not None and shape.frozen:
         yield (
-            f"{said}, in which the linear maps of a language model multiply that train, but the language model is "
-            f"frozen: {otherwise}."
+            f"{said}, which is for linear maps of the language model that train, and the language model is frozen: "
+            f"{otherwise}."
         )
     if shape is not None and shape.width % FP8_MULTIPLE:
         yield (

@@ -20,6 +20,7 @@ from hpcmm.train.loop import _built
 from hpcmm.train.precision import multiply_in_fp8
 from hpcmm.worker.environment import RankEnvironment
 
+pytestmark = pytest.mark.timeout(400)
 FP8 = 1e-2
 """Of a loss and of a weight, from those of one process in float32."""
 OF_BF16 = 3e-2
