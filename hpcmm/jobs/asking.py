@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hpcmm.files import read_followed
-from hpcmm.jobs.diagnostics import JobDiagnostics
-from hpcmm.jobs.find_run import shared_folder, world_size_of
+from hpcmm.files import read_followed, read_tail
+from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
+from hpcmm.jobs.find_run import settings, shared_folder, world_size_of
 from hpcmm.jobs.standing import (
     Group,
     Standing,
@@ -25,6 +25,8 @@ from hpcmm.jobs.standing import (
     said_of_workers,
     standing_of,
 )
+from hpcmm.jobs.state import is_local, why_it_waits
+from hpcmm.node.recorder import is_still, wakes, works
 from hpcmm.ranges import MAX_RANK
 from hpcmm.runs.ownership import is_mine
 from hpcmm.runs.run_dir import RunDir
@@ -33,13 +35,11 @@ from hpcmm.runs.stacks import (
     Answer,
     Place,
     ask,
-    is_still,
     main_place,
     newest_folder,
     ranks_of,
-    wakes,
-    works,
 )
+from hpcmm.slurm.jobs import Job
 
 _PATIENCE_S = 12.0
 """For answers: a rank is looked at twice, and the file that asks may be seen some seconds late."""
@@ -127,7 +127,7 @@ def ranks_at_end(evidence: JobDiagnostics) -> Ranks | None:
                 rank,
                 _node_of(evidence, rank),
                 place,
-                groups=_groups_at(place, answers.get(rank)),
+                **_told_at(place, answers.get(rank)),
                 workers=said_of_workers(place, at_end[rank]) if rank in at_end else "",
             )
             for rank, place in stacks.items()
@@ -143,11 +143,13 @@ def ranks_at_end(evidence: JobDiagnostics) -> Ranks | None:
     return Ranks(groups, said, missing_ranks(known, still=evidence.hang is not None), asked_unix_ns=asked_ns)
 
 
-def _groups_at(place: Place, answer: Answer | None) -> dict[str, int]:
-    """The numbers that a rank told before, if it still stood there at the end."""
+def _told_at(place: Place, answer: Answer | None) -> dict[str, Any]:
+    """What a rank told before of its groups, if it still stood there at the end."""
     look = answer.looks[-1] if answer is not None and answer.looks else None
     before = main_place(look.stack) if look is not None else None
-    return look.groups if look is not None and before is not None and before.frames == place.frames else {}
+    if look is None or before is None or before.frames != place.frames:
+        return {}
+    return {"groups": look.groups, "waits": look.waits, "marks": look.marks, "mixed": look.mixed}
 
 
 def _node_of(evidence: JobDiagnostics, rank: int) -> str:
@@ -255,3 +257,140 @@ def _source(group: Group, run: RunDir) -> str:
         return ""
     number = int(match["line"])
     return lines[number - 1].strip()[:_MOST_SOURCE] if 0 < number <= len(lines) else ""
+
+
+# What they left.
+
+_RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
+_MOST_FRAMES = 20
+_LATELY_S = 120.0
+
+
+def worked_lately(evidence: JobDiagnostics) -> bool:
+    """Whether ranks still finished steps shortly before Slurm ended the job; False if nothing tells."""
+    try:
+        ended_s = datetime.fromisoformat(evidence.job.ended).timestamp()
+        job_s = ended_s - datetime.fromisoformat(evidence.job.started).timestamp()
+    except (ValueError, OverflowError):
+        return False
+    known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
+    last_s = max((each.last_unix_ns / 1e9 for each in known), default=0.0)
+    return ended_s - last_s <= max(_LATELY_S, job_s / 20)
+
+
+def hung_rank(evidence: JobDiagnostics) -> RankDiagnostics | None:
+    """The one rank that was not in a collective when all were told to end, if all others were."""
+    places = {rank: main_place(each.stacks) for rank, each in evidence.ranks.items()}
+    away = [rank for rank, place in places.items() if place is not None and not place.in_collective]
+    waiting = [rank for rank, place in places.items() if place is not None and place.in_collective]
+    # One that was ended while it recorded how it lost another has raised, too.
+    raising = {rank for rank in away if any(_RECORDING.search(frame) for frame in frames_of(evidence.ranks[rank]))}
+    away = [rank for rank in away if rank not in raising]
+    told = [rank for rank, each in evidence.ranks.items() if each.error is not None or rank in raising]
+    if len(away) == 1 and len(away) + len(waiting) + len(told) == len(places) > 1:
+        return evidence.ranks[away[0]]
+    return None
+
+
+def behind(evidence: JobDiagnostics, complained: set[int]) -> RankDiagnostics | None:
+    """The rank that did not complain as the others did, or that finished fewer steps than all others."""
+    quiet = [rank for rank in evidence.ranks.values() if rank.rank not in complained]
+    if len(quiet) == 1:
+        return quiet[0]
+    steps = {
+        rank.rank: -1 if rank.progress.last_step is None else rank.progress.last_step
+        for rank in evidence.ranks.values()
+        if rank.progress is not None
+    }
+    last = [rank for rank, step in steps.items() if step == min(steps.values())]
+    return evidence.ranks[last[0]] if len(last) == 1 and len(steps) > 1 else None
+
+
+def while_others_waited(evidence: JobDiagnostics, hung: RankDiagnostics) -> str:
+    """Where a rank was when the job ended, and what all others waited for."""
+    others = [main_place(rank.stacks) for rank in evidence.ranks.values() if rank.rank != hung.rank]
+    met = not all(place.in_rendezvous for place in others if place is not None)
+    waited = "in a collective" if met else "for the group to form (init_process_group)"
+    place = main_place(hung.stacks)
+    assert place is not None
+    return f"while all ranks but this one waited {waited}; it was at {place.said}"
+
+
+def steps_finished(evidence: JobDiagnostics) -> str:
+    """How far the ranks of a job that runs have come; empty if they do not tell."""
+    known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
+    steps = [each.last_step for each in known if each.last_step is not None]
+    if not steps:
+        return ""
+    ago_s = max(0.0, time.time() - max(each.last_unix_ns for each in known) / 1e9)
+    slowest = min(known, key=lambda each: (each.last_step or 0, each.rank)).rank
+    return (
+        f"Nothing has failed so far: {len(known)} ranks finished step {min(steps)} to {max(steps)}, rank {slowest} the "
+        f"fewest, the last one {ago_s:.0f} s ago."
+    )
+
+
+def progress(evidence: JobDiagnostics) -> str:
+    """How far a job has come that has not failed."""
+    if evidence.job.state == "COMPLETED":
+        stopped = evidence.run is not None and is_local(evidence.run) and evidence.run.stopped.exists()
+        if not stopped and _ended_before_its_ranks(evidence):
+            return (
+                "That is Slurm's word, but none of its ranks started: its script ended before that, such as by exec or "
+                "exit in cluster.setup."
+            )
+        return "It stopped as asked; nothing has failed." if stopped else "Nothing has failed."
+    if evidence.job.pending:
+        return waiting(evidence.job)
+    return steps_finished(evidence) or (
+        f"Nothing has failed so far{'; no step is finished yet' if is_workload(evidence) else ''}."
+    )
+
+
+def _ended_before_its_ranks(evidence: JobDiagnostics) -> bool:
+    """Whether a script of ours left neither the note that it had prepared the ranks, nor one of its end."""
+    run = evidence.run
+    if run is None or evidence.prepared or evidence.ranks or is_local(run) or evidence.gone:
+        return False
+    shared = shared_folder(run)
+    return _PREPARES in read_tail(shared.submission_script, _SCRIPT_BYTES, within=shared.root)
+
+
+def waiting(job: Job) -> str:
+    """What a job waits for that is queued."""
+    reason = f"Slurm's reason is {job.reason}." if job.reason else "Slurm tells no reason yet."
+    start = f" It is expected to start at {job.started}." if job.started else ""
+    return f"Nothing has failed so far. {why_it_waits(job) or reason}{start}"
+
+
+_PREPARES, _SCRIPT_BYTES = "hpcmm.worker prepare ", 1 << 20
+
+
+def step_reached(evidence: JobDiagnostics, rank: int) -> str:
+    """How far a rank came before the end."""
+    known = evidence.ranks.get(rank)
+    if known is None:
+        return ""
+    if known.progress is not None and known.progress.last_step is not None:
+        return f"finished step {known.progress.last_step}"
+    if known.error is not None and known.error.step is not None:
+        return f"step {known.error.step}"
+    return "no step yet" if known.progress is not None and is_workload(evidence) else ""
+
+
+def is_workload(evidence: JobDiagnostics) -> bool:
+    """Whether the ranks tell of their steps, as those of a user's script do not."""
+    task = settings(evidence.run).get("task") if evidence.run else None
+    return isinstance(task, dict) and task.get("_target_") is not None
+
+
+def ranks_that_meet(evidence: JobDiagnostics) -> list[tuple[RankDiagnostics, Place]]:
+    """The ranks, if all that left stacks waited for the rendezvous when they were told to end; else none."""
+    places = [(rank, place) for rank in evidence.ranks.values() if (place := main_place(rank.stacks)) is not None]
+    return places if all(place.in_rendezvous for _, place in places) else []
+
+
+def frames_of(rank: RankDiagnostics) -> list[str]:
+    """Where it was, for a reader."""
+    place = main_place(rank.stacks)
+    return [f"  {frame}" for frame in place.frames[:_MOST_FRAMES]] if place else []

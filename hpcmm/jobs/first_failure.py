@@ -6,7 +6,16 @@ import re
 import signal
 from dataclasses import dataclass, field, replace
 
-from hpcmm.jobs.asking import Ranks, ranks_at_end
+from hpcmm.jobs.asking import (
+    Ranks,
+    behind,
+    frames_of,
+    hung_rank,
+    ranks_at_end,
+    ranks_that_meet,
+    while_others_waited,
+    worked_lately,
+)
 from hpcmm.jobs.diagnostics import (
     TOLD_TO_END,
     Event,
@@ -19,14 +28,6 @@ from hpcmm.jobs.diagnostics import (
 )
 from hpcmm.jobs.find_run import settings
 from hpcmm.jobs.logs import early_ends, log_ends, srun_words
-from hpcmm.jobs.standing import (
-    behind,
-    frames_of,
-    hung_rank,
-    ranks_that_meet,
-    while_others_waited,
-    worked_lately,
-)
 from hpcmm.jobs.state import DEPENDENCY_FAILED, why_it_waits
 from hpcmm.node.classify import CONSEQUENCES, Kind, cause_of_exception, complaint_in, kind_of_signal, signal_name
 from hpcmm.runs.exit_status import signal_of
@@ -95,7 +96,7 @@ def hang_of(what: str, ranks: Ranks | None, hang: HangNote | None = None) -> Ver
     """Ranks that stand still: ``what`` says since when."""
     missing = ranks.missing if ranks is not None else []
     rank, node = (missing[0].rank, missing[0].node) if len(missing) == 1 else (None, "")
-    said = "; ".join([what, *(ranks.findings if ranks is not None else [])])
+    said = "; ".join([what, *(ranks.findings[:1] if ranks is not None else [])])
     return Verdict(Kind.hang, said, rank, node, hang.unix_ns if hang is not None else None)
 
 

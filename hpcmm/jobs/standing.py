@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 
-from hpcmm.files import read_tail
-from hpcmm.jobs.diagnostics import JobDiagnostics, RankDiagnostics
-from hpcmm.jobs.find_run import settings, shared_folder
-from hpcmm.jobs.state import is_local, why_it_waits
+from hpcmm.annotate.schema import axis_of
 from hpcmm.ranges import write_ranges
 from hpcmm.runs.stacks import (
     Answer,
     Look,
+    Mark,
     Place,
+    Wait,
     main_place,
 )
-from hpcmm.slurm.jobs import Job
-
-# Which ranks stand together.
 
 
 @dataclass(frozen=True)
@@ -37,25 +31,60 @@ class Standing:
     """Of the latest collective that it has called, in the group that matters, see :func:`numbered`."""
     workers: str = ""
     """Where the processes stand that it has started, if it waits for them."""
+    waits: Sequence[Wait] = ()
+    """As it tells itself."""
+    marks: Mapping[str, Mark] = field(default_factory=dict)
+    mixed: Collection[str] = ()
+    counted_in: str = ""
+    """The group of ``number``."""
+    of: str = ""
+    """What the group that it waits in is for, such as ``tensor group``; empty of the job's only group."""
+    members: str = ""
+    """Of that group, such as ``ranks 0-1``."""
+
+    @property
+    def wait(self) -> Wait | None:
+        """What it waits in, once :func:`numbered` has found it among ``waits``."""
+        return self.waits[0] if self.waits and self.place is not None else None
 
     @property
     def operation(self) -> str | None:
         """The collective that it waits in, with its number."""
-        if self.place is None or self.place.operation is None:
-            return None
-        counts = self.number is not None and not self.place.in_rendezvous
-        return self.place.operation + (f" number {self.number}" if counts else "")
+        called = self.place.operation if self.place is not None else None
+        if self.wait is not None and (called is None or called.startswith("wait") or self.wait.peer is not None):
+            called = self.wait.op
+        counts = self.number is not None and self.place is not None and not self.place.in_rendezvous
+        counts = counts and (self.wait is None or self.wait.peer is None)
+        return called if called is None or not counts else f"{called} number {self.number}"
 
     @property
     def said(self) -> str:
-        if self.place is None:
-            return self.why or _NO_ANSWER
-        if self.operation is None and self.workers and is_program(self.place):
-            return self.workers
-        if self.operation is None:
-            more = f"; {self.workers}" if self.workers else ""
-            return self.place.short + (f" ({self.why})" if self.why else "") + more
-        return f"{self.operation}, called at {self.place.short.partition(', in ')[0]}"
+        return said_together([self])
+
+
+def said_together(standings: Sequence[Standing]) -> str:
+    """Of ranks that stand at one place, in groups of one kind."""
+    first = standings[0]
+    if first.place is None:
+        return first.why or _NO_ANSWER
+    if first.operation is None and first.workers and is_program(first.place):
+        return first.workers
+    if first.operation is None:
+        more = f"; {first.workers}" if first.workers else ""
+        return first.place.short + (f" ({first.why})" if first.why else "") + more
+    return f"{waits_together(standings)}, called at {first.place.short.partition(', in ')[0]}"
+
+
+def waits_together(standings: Sequence[Standing]) -> str:
+    """``all_reduce number 4 of the tensor groups of ranks 0-1; ranks 2-3``, ``recv from rank 2 of ...``."""
+    words, first = standings[0].operation or "", standings[0]
+    if peers := sorted({each.wait.peer for each in standings if each.wait and each.wait.peer is not None}):
+        words += f" {'to' if words == 'send' else 'from'} {ranks_named(peers)}"
+    groups = list(dict.fromkeys(each.members for each in standings if each.members))
+    if groups:
+        more = f"; and {len(groups) - _MOST_NAMED} more" if len(groups) > _MOST_NAMED else ""
+        words += f" of the {first.of}{'s' if len(groups) > 1 else ''} of {'; '.join(groups[:_MOST_NAMED])}{more}"
+    return words
 
 
 _NO_ANSWER = "it gave no answer: its node, or the process in front of it, may be stopped or gone"
@@ -65,7 +94,17 @@ _MOST_NAMED = 8
 def standing_of(answer: Answer) -> Standing:
     look = answer.looks[-1] if answer.looks else Look(0)
     place = main_place(look.stack)
-    return Standing(answer.rank, answer.node, place, answer.why, look.groups, workers=said_of_workers(place, answer))
+    return Standing(
+        answer.rank,
+        answer.node,
+        place,
+        answer.why,
+        look.groups,
+        workers=said_of_workers(place, answer),
+        waits=look.waits,
+        marks=look.marks,
+        mixed=look.mixed,
+    )
 
 
 _PROGRAM = re.compile(r'/hpcmm/worker/entrypoint\.py", line \d+ in _run_program$')
@@ -80,7 +119,7 @@ _FOR_PROCESSES = re.compile(
     r"/multiprocessing/|/subprocess\.py|/torch/utils/data/dataloader|/torch/distributed/elastic/|/concurrent/futures/"
     r"|/joblib/|/hpcmm/worker/signal_forwarding"
 )
-_MOST_PLACES = 4
+_MOST_PLACES, _MOST_FRAMES = 4, 20
 
 
 def said_of_workers(place: Place | None, answer: Answer) -> str:
@@ -118,14 +157,85 @@ _QUEUES = re.compile(r"/multiprocessing/(?:queues|connection)\.py")
 
 
 def numbered(standings: Iterable[Standing]) -> list[Standing]:
-    """With numbers of the group in which the ranks have not all come to the same collective, or of the only group."""
+    """With what each rank waits in, and with the number of its latest collective in the group that matters.
+
+    That is the group that it waits in, or that others wait in without it. If no rank tells of groups, it is the one in
+    which the ranks have not all come to the same collective, or the only one.
+    """
     known = list(standings)
-    numbers: dict[str, set[int]] = {}
+    members = _members(known)
+    began = {group: {each.rank for each in known if any(w.group == group for w in each.waits)} for group in members}
+    known = [replace(each, waits=sorted(each.waits, key=lambda w: not _is_open(w, members, began))) for each in known]
+    awaited = [wait.group for each in known if (wait := each.wait) is not None and wait.group]
+    apart = _apart(known)
+    mixed = {group for each in known for group in each.mixed}
+    mixed |= {wait.group for each in known if (wait := each.wait) is not None and wait.peer is not None}
+    found = []
     for each in known:
+        own = [each.wait.group] if each.wait is not None else [group for group in awaited if group in each.groups]
+        group = next(iter(own), "") or apart
+        number = each.groups.get(group)
+        if each.wait is not None and each.wait.number is not None:
+            number = each.wait.number
+        of, ranks = _named(each, members, known)
+        found.append(replace(each, number=None if group in mixed else number, counted_in=group, of=of, members=ranks))
+    return found
+
+
+def _apart(standings: Iterable[Standing]) -> str:
+    """The one group in which the ranks have not all come to the same collective, or the only group; else empty."""
+    numbers: dict[str, set[int]] = {}
+    for each in standings:
         for name, number in each.groups.items():
             numbers.setdefault(name, set()).add(number)
     apart = [name for name, found in numbers.items() if len(found) > 1] if len(numbers) > 1 else list(numbers)
-    return [replace(each, number=each.groups.get(apart[0])) if len(apart) == 1 else each for each in known]
+    return apart[0] if len(apart) == 1 else ""
+
+
+def _members(standings: Iterable[Standing]) -> dict[str, set[int]]:
+    """The ranks of each group: as they are told, else those that tell of the group."""
+    told: dict[str, set[int]] = {}
+    seen: dict[str, set[int]] = {}
+    for each in standings:
+        for group in each.groups:
+            seen.setdefault(group, set()).add(each.rank)
+        for group, mark in each.marks.items():
+            told.setdefault(group, set()).update(mark.ranks)
+    return {group: told.get(group) or ranks for group, ranks in seen.items()}
+
+
+def _is_open(wait: Wait, members: Mapping[str, set[int]], began: Mapping[str, set[int]]) -> bool:
+    """Whether somebody has not come to it."""
+    return wait.peer is not None or bool(members.get(wait.group, set()) - began.get(wait.group, set()))
+
+
+def _named(standing: Standing, members: Mapping[str, set[int]], known: Sequence[Standing]) -> tuple[str, str]:
+    """What the group is for that a rank waits in, and its ranks, in words; nothing of the job's only group."""
+    wait = standing.wait
+    if wait is None or not wait.group or len(members) < 2:
+        return "", ""
+    marks = {group: mark for each in known for group, mark in each.marks.items() if mark.name}
+    group = wait.group
+    if wait.peer is not None and group not in marks:  # libraries send within the group of all ranks
+        both = {standing.rank, wait.peer}
+        along = [name for name in standing.marks if name in marks and both <= members.get(name, set())]
+        group = min(along, key=lambda name: len(members[name]), default=group)
+    ranks = members.get(group, set())
+    axis = axis_of(marks[group].name) or marks[group].name if group in marks else ""
+    is_all = not axis and len(ranks) > 1 and ranks >= {each.rank for each in known}
+    who = "all ranks" if is_all else ranks_named(sorted(ranks)) if ranks else ""
+    return f"{axis} group".strip(), who
+
+
+def _waited_for(standing: Standing, known: Sequence[Standing], members: Mapping[str, set[int]]) -> set[int] | None:
+    """The ranks that a rank waits for; None if that is not known."""
+    wait = standing.wait
+    if wait is None or not wait.group:
+        return None
+    if wait.peer is not None:
+        return {wait.peer}
+    here = {each.rank for each in known if each.wait is not None and each.wait.group == wait.group}
+    return members[wait.group] - here if wait.group in members else None
 
 
 @dataclass(frozen=True)
@@ -143,11 +253,21 @@ class Group:
 
 def grouped(standings: Iterable[Standing]) -> list[Group]:
     """The largest group first; of two that are alike in size the one with the lowest rank."""
-    found: dict[str, Group] = {}
+    found: dict[tuple[str, str], list[Standing]] = {}
     for each in sorted(standings, key=lambda standing: standing.rank):
-        known = found.get(each.said, Group([], each.said, None if each.workers else each.place))
-        found[each.said] = replace(known, ranks=[*known.ranks, each.rank])
-    return sorted(found.values(), key=lambda group: (-len(group.ranks), group.ranks[0]))
+        found.setdefault((said_together([replace(each, members="", waits=_of_anybody(each))]), each.of), []).append(
+            each
+        )
+    groups = [
+        Group([each.rank for each in alike], said_together(alike), None if alike[0].workers else alike[0].place)
+        for alike in found.values()
+    ]
+    return sorted(groups, key=lambda group: (-len(group.ranks), group.ranks[0]))
+
+
+def _of_anybody(standing: Standing) -> list[Wait]:
+    """What it waits in, whoever the other rank is."""
+    return [replace(each, peer=None if each.peer is None else 0) for each in standing.waits]
 
 
 def missing_ranks(standings: Iterable[Standing], *, still: bool = False) -> list[Standing]:
@@ -158,8 +278,11 @@ def missing_ranks(standings: Iterable[Standing], *, still: bool = False) -> list
     known = list(standings)
     if still and (apart := _not_in_backward(known)):
         return apart
+    members = _members(known)
+    waited_for = [_waited_for(each, known, members) for each in known if each.operation is not None]
+    somebody = {rank for ranks in waited_for for rank in ranks or ()}
     ahead = _ahead(known)
-    away = [each for each in known if each.operation is None]
+    away = [each for each in known if each.operation is None and (each.rank in somebody or None in waited_for)]
     # One in backward may wait for gradients there; it does if it has come as far as those that wait.
     return [each for each in away if not _waits_unseen(each, ahead)] if len(away) < len(known) else []
 
@@ -172,184 +295,77 @@ def _not_in_backward(standings: Sequence[Standing]) -> list[Standing]:
     return away if len(away) < len(standings) else []
 
 
-def _ahead(standings: Iterable[Standing]) -> int | None:
-    """The number that those that wait in a collective have come to."""
-    numbers = [each.number for each in standings if each.operation is not None and each.number is not None]
-    return max(numbers, default=None)
+def _ahead(standings: Iterable[Standing]) -> dict[str, int]:
+    """The number that those that wait in a collective have come to, in each group."""
+    found: dict[str, int] = {}
+    for each in standings:
+        if each.operation is not None and each.number is not None:
+            found[each.counted_in] = max(each.number, found.get(each.counted_in, 0))
+    return found
 
 
-def _waits_unseen(standing: Standing, ahead: int | None) -> bool:
-    if standing.place is None or not standing.place.may_wait:
+def _waits_unseen(standing: Standing, ahead: Mapping[str, int]) -> bool:
+    if standing.place is None or not standing.place.may_wait or standing.number is None:
         return False
-    return standing.number is not None and ahead is not None and standing.number >= ahead
+    return standing.counted_in in ahead and standing.number >= ahead[standing.counted_in]
 
 
 def findings(standings: Iterable[Standing], *, still: bool = True) -> list[str]:
     """Sentences on who is missing where. ``still``: the ranks are known not to move; else it is one moment's view."""
     known = list(standings)
-    calls: dict[str, list[int]] = {}
-    ahead = _ahead(known)
+    members, away = _members(known), missing_ranks(known)
+    if still and (apart := _not_in_backward(known)):
+        waiting = [each.rank for each in known if each not in apart]
+        missing, are = ranks_named([each.rank for each in apart]), "are" if len(apart) > 1 else "is"
+        return [f"{missing} {are} not in a backward pass, in which {ranks_named(waiting)} wait, as for gradients"]
+    direct: list[Standing] = []
+    in_turn: list[Standing] = []
     for each in known:
-        operation = each.operation
-        if operation is None and each.number != ahead and _waits_unseen(each, ahead):
-            operation = f"one of backward, number {each.number}"  # so those that wait are behind, or called another one
-        if operation is not None:
-            calls.setdefault(operation, []).append(each.rank)
-    named = [f"{ranks_named(ranks)} in {name}" for name, ranks in list(calls.items())[:_MOST_NAMED]]
+        if each.operation is not None or (each not in away and _waits_unseen(each, _ahead(known))):
+            awaited = _waited_for(each, known, members)
+            if awaited is None or awaited & {lost.rank for lost in away}:
+                direct.append(each)
+            elif awaited:
+                in_turn.append(each)
+    if away:
+        said = [_did_not_come(away, direct, _ahead(known), still=still)]
+        return said + ([f"others wait{'' if still else 'ed'} for these in turn: {_calls(in_turn)}"] if in_turn else [])
+    waiting_all = [*direct, *in_turn]
+    if len({waits_together([each]) for each in waiting_all}) < 2:
+        return []
+    return [f"the ranks wait{'' if still else 'ed'} in different {_exchanges(waiting_all)}s: {_calls(waiting_all)}"]
+
+
+def _did_not_come(
+    away: Sequence[Standing], direct: Sequence[Standing], ahead: Mapping[str, int], *, still: bool
+) -> str:
+    numbers = [each.number for each in away if each.number is not None]
+    same = len({each.counted_in for each in away}) == 1 and numbers
+    came = f"; {'their' if len(away) > 1 else 'its'} last one was number {max(numbers)}" if same else ""
+    missing, several = ranks_named([each.rank for each in away]), len(away) > 1
+    is_past = bool(same) and min(numbers) > ahead.get(away[0].counted_in, min(numbers))
+    word = "an exchange" if _exchanges(direct) == "exchange" else "a collective"
+    came_not = f"{'are' if several else 'is'} past" if is_past else "did not come to"
+    came_not = f"{came_not} {word} that others wait in" if still else f"in no {word.split()[1]} while others were"
+    return f"{missing} {came_not} ({_calls(direct)}){came}"
+
+
+def _exchanges(waiting: Iterable[Standing]) -> str:
+    return "exchange" if any(each.wait is not None and each.wait.peer is not None for each in waiting) else "collective"
+
+
+def _calls(waiting: Sequence[Standing]) -> str:
+    """``ranks 0-1 in all_reduce number 4 of ..., rank 2 in ...``."""
+    calls: dict[tuple[str, str], list[Standing]] = {}
+    for each in waiting:
+        operation = each.operation or f"one of backward, number {each.number}"  # so the others are behind, or elsewhere
+        calls.setdefault((operation, each.of), []).append(each)
     said = []
-    if still and (away := _not_in_backward(known)):
-        waiting = [each.rank for each in known if each not in away]
-        missing, are = ranks_named([each.rank for each in away]), "are" if len(away) > 1 else "is"
-        said.append(f"{missing} {are} not in a backward pass, in which {ranks_named(waiting)} wait, as for gradients")
-    elif away := missing_ranks(known):
-        numbers = [each.number for each in away if each.number is not None]
-        came = f"; {'their' if len(away) > 1 else 'its'} last one was number {max(numbers)}" if numbers else ""
-        missing = ranks_named([each.rank for each in away])
-        is_past = bool(numbers) and ahead is not None and min(numbers) > ahead
-        came_not = f"{'are' if len(away) > 1 else 'is'} past" if is_past else "did not come to"
-        came_not = f"{came_not} a collective that others wait in" if still else "in no collective while others were"
-        said.append(f"{missing} {came_not} ({', '.join(named)}){came}")
-    elif len(calls) > 1:
-        said.append(f"the ranks wait{'' if still else 'ed'} in different collectives: {', '.join(named)}")
-    return said
+    for (operation, _), alike in list(calls.items())[:_MOST_NAMED]:
+        words = waits_together(alike) if alike[0].operation is not None else operation
+        said.append(f"{ranks_named([each.rank for each in alike])} in {words}")
+    return ", ".join(said)
 
 
 def ranks_named(numbers: list[int]) -> str:
     return f"rank{'' if len(numbers) == 1 else 's'} {write_ranges(numbers)}"
-
-
-# The ranks of a job.
-
-_RECORDING = re.compile(r'/hpcmm/node/recorder\.py", line \d+ in _record$')
-_MOST_FRAMES = 20
-_LATELY_S = 120.0
-
-
-def worked_lately(evidence: JobDiagnostics) -> bool:
-    """Whether ranks still finished steps shortly before Slurm ended the job; False if nothing tells."""
-    try:
-        ended_s = datetime.fromisoformat(evidence.job.ended).timestamp()
-        job_s = ended_s - datetime.fromisoformat(evidence.job.started).timestamp()
-    except (ValueError, OverflowError):
-        return False
-    known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
-    last_s = max((each.last_unix_ns / 1e9 for each in known), default=0.0)
-    return ended_s - last_s <= max(_LATELY_S, job_s / 20)
-
-
-def hung_rank(evidence: JobDiagnostics) -> RankDiagnostics | None:
-    """The one rank that was not in a collective when all were told to end, if all others were."""
-    places = {rank: main_place(each.stacks) for rank, each in evidence.ranks.items()}
-    away = [rank for rank, place in places.items() if place is not None and not place.in_collective]
-    waiting = [rank for rank, place in places.items() if place is not None and place.in_collective]
-    # One that was ended while it recorded how it lost another has raised, too.
-    raising = {rank for rank in away if any(_RECORDING.search(frame) for frame in frames_of(evidence.ranks[rank]))}
-    away = [rank for rank in away if rank not in raising]
-    told = [rank for rank, each in evidence.ranks.items() if each.error is not None or rank in raising]
-    if len(away) == 1 and len(away) + len(waiting) + len(told) == len(places) > 1:
-        return evidence.ranks[away[0]]
-    return None
-
-
-def behind(evidence: JobDiagnostics, complained: set[int]) -> RankDiagnostics | None:
-    """The rank that did not complain as the others did, or that finished fewer steps than all others."""
-    quiet = [rank for rank in evidence.ranks.values() if rank.rank not in complained]
-    if len(quiet) == 1:
-        return quiet[0]
-    steps = {
-        rank.rank: -1 if rank.progress.last_step is None else rank.progress.last_step
-        for rank in evidence.ranks.values()
-        if rank.progress is not None
-    }
-    last = [rank for rank, step in steps.items() if step == min(steps.values())]
-    return evidence.ranks[last[0]] if len(last) == 1 and len(steps) > 1 else None
-
-
-def while_others_waited(evidence: JobDiagnostics, hung: RankDiagnostics) -> str:
-    """Where a rank was when the job ended, and what all others waited for."""
-    others = [main_place(rank.stacks) for rank in evidence.ranks.values() if rank.rank != hung.rank]
-    met = not all(place.in_rendezvous for place in others if place is not None)
-    waited = "in a collective" if met else "for the group to form (init_process_group)"
-    place = main_place(hung.stacks)
-    assert place is not None
-    return f"while all ranks but this one waited {waited}; it was at {place.said}"
-
-
-def steps_finished(evidence: JobDiagnostics) -> str:
-    """How far the ranks of a job that runs have come; empty if they do not tell."""
-    known = [rank.progress for rank in evidence.ranks.values() if rank.progress and rank.progress.last_step is not None]
-    steps = [each.last_step for each in known if each.last_step is not None]
-    if not steps:
-        return ""
-    ago_s = max(0.0, time.time() - max(each.last_unix_ns for each in known) / 1e9)
-    slowest = min(known, key=lambda each: (each.last_step or 0, each.rank)).rank
-    return (
-        f"Nothing has failed so far: {len(known)} ranks finished step {min(steps)} to {max(steps)}, rank {slowest} the "
-        f"fewest, the last one {ago_s:.0f} s ago."
-    )
-
-
-def progress(evidence: JobDiagnostics) -> str:
-    """How far a job has come that has not failed."""
-    if evidence.job.state == "COMPLETED":
-        stopped = evidence.run is not None and is_local(evidence.run) and evidence.run.stopped.exists()
-        if not stopped and _ended_before_its_ranks(evidence):
-            return (
-                "That is Slurm's word, but none of its ranks started: its script ended before that, such as by exec or "
-                "exit in cluster.setup."
-            )
-        return "It stopped as asked; nothing has failed." if stopped else "Nothing has failed."
-    if evidence.job.pending:
-        return waiting(evidence.job)
-    return steps_finished(evidence) or (
-        f"Nothing has failed so far{'; no step is finished yet' if is_workload(evidence) else ''}."
-    )
-
-
-def _ended_before_its_ranks(evidence: JobDiagnostics) -> bool:
-    """Whether a script of ours left neither the note that it had prepared the ranks, nor one of its end."""
-    run = evidence.run
-    if run is None or evidence.prepared or evidence.ranks or is_local(run) or evidence.gone:
-        return False
-    shared = shared_folder(run)
-    return _PREPARES in read_tail(shared.submission_script, _SCRIPT_BYTES, within=shared.root)
-
-
-def waiting(job: Job) -> str:
-    """What a job waits for that is queued."""
-    reason = f"Slurm's reason is {job.reason}." if job.reason else "Slurm tells no reason yet."
-    start = f" It is expected to start at {job.started}." if job.started else ""
-    return f"Nothing has failed so far. {why_it_waits(job) or reason}{start}"
-
-
-_PREPARES, _SCRIPT_BYTES = "hpcmm.worker prepare ", 1 << 20
-
-
-def step_reached(evidence: JobDiagnostics, rank: int) -> str:
-    """How far a rank came before the end."""
-    known = evidence.ranks.get(rank)
-    if known is None:
-        return ""
-    if known.progress is not None and known.progress.last_step is not None:
-        return f"finished step {known.progress.last_step}"
-    if known.error is not None and known.error.step is not None:
-        return f"step {known.error.step}"
-    return "no step yet" if known.progress is not None and is_workload(evidence) else ""
-
-
-def is_workload(evidence: JobDiagnostics) -> bool:
-    """Whether the ranks tell of their steps, as those of a user's script do not."""
-    task = settings(evidence.run).get("task") if evidence.run else None
-    return isinstance(task, dict) and task.get("_target_") is not None
-
-
-def ranks_that_meet(evidence: JobDiagnostics) -> list[tuple[RankDiagnostics, Place]]:
-    """The ranks, if all that left stacks waited for the rendezvous when they were told to end; else none."""
-    places = [(rank, place) for rank in evidence.ranks.values() if (place := main_place(rank.stacks)) is not None]
-    return places if all(place.in_rendezvous for _, place in places) else []
-
-
-def frames_of(rank: RankDiagnostics) -> list[str]:
-    """Where it was, for a reader."""
-    place = main_place(rank.stacks)
-    return [f"  {frame}" for frame in place.frames[:_MOST_FRAMES]] if place else []

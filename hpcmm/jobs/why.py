@@ -14,18 +14,22 @@ from typing import Any
 from hpcmm.jobs.asking import (
     Ranks,
     ask_ranks,
+    is_workload,
     lines_of_points,
     lines_of_ranks,
+    progress,
     ranks_at_end,
     said_of_running,
+    step_reached,
     still_for,
     values_of_ranks,
+    waiting,
+    worked_lately,
 )
 from hpcmm.jobs.diagnostics import Event, JobDiagnostics, gather_newest, gather_points, known_state
 from hpcmm.jobs.find_run import Target, settings
 from hpcmm.jobs.first_failure import Verdict, events_of, first_failure, hang_of
 from hpcmm.jobs.logs import printable
-from hpcmm.jobs.standing import is_workload, progress, step_reached, waiting, worked_lately
 from hpcmm.jobs.state import State, why_it_waits
 from hpcmm.node.classify import ADVICE, ADVICE_FOR_SCRIPTS, Kind
 from hpcmm.ranges import tasks_in, write_ranges
@@ -154,7 +158,8 @@ def explanation_of(evidence: JobDiagnostics) -> Explanation:
     if job.state == "COMPLETED" or (job.active and not events and evidence.hang is None):
         return Explanation(evidence, None, events)
     verdict = first_failure(evidence)
-    tells = verdict.kind in _STANDING_TELLS and not worked_lately(evidence)
+    # Of a hang also if steps were finished shortly before, which launch.hang_s may end within a minute.
+    tells = verdict.kind is Kind.hang or (verdict.kind in _STANDING_TELLS and not worked_lately(evidence))
     return Explanation(evidence, verdict, events, ranks_at_end(evidence) if tells else None)
 
 

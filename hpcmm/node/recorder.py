@@ -1,6 +1,6 @@
 """In the rank: leave a record of the exception that ends it, and its threads' stacks when it is told to end.
 
-And from outside: what the kernel and their Pythons tell of a rank's processes.
+And from outside: what the kernel and their Pythons tell of a rank's processes, and whether these move.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hpcmm.node.classify import CONSEQUENCES, kind_of_exception
 from hpcmm.node.network import unreachable_nodes
 from hpcmm.runs import failures
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.runs.stacks import ASK_FOR_STACK, MOST_STACK
+from hpcmm.runs.stacks import ASK_FOR_STACK, MOST_STACK, Answer, Look, frames_in, main_place
 
 _open_stacks: list[TextIO] = []
 
@@ -355,3 +355,49 @@ def _signal_thread(pid: int, thread: int, number: int) -> None:
     """To one thread alone: a signal to a process may interrupt what its main thread waits in."""
     if (call := _TGKILL.get(os.uname().machine)) is not None:
         ctypes.CDLL(None).syscall(call, pid, thread, int(number))
+
+
+# Whether ranks move.
+
+_MOVED_BYTES = 1 << 20
+"""Read or written between two looks: less may be a thread that only tells of the machine."""
+_BUSY = 0.05
+"""Of one processor, which others may share. What only waits takes less."""
+
+
+def moved(before: Look, now: Look) -> bool:
+    """Whether a rank has come anywhere between two looks, or something that it waits for has done its work."""
+    if (before.step, before.groups) != (now.step, now.groups) or frames_in(before.stack) != frames_in(now.stack):
+        return True
+    between_s = (now.unix_ns - before.unix_ns) / 1e9
+    busy = now.children_s - before.children_s > _BUSY * between_s > 0
+    return busy or abs(now.io_bytes - before.io_bytes) > _MOVED_BYTES
+
+
+def is_still(answer: Answer) -> bool:
+    """Whether a rank did nothing between two looks."""
+    return len(answer.looks) > 1 and not moved(*answer.looks[-2:])
+
+
+def works(before: Look, now: Look) -> bool:
+    """Whether a rank kept a processor busy between two looks by anything else than a wait, as far as one sees."""
+    busy = now.own_s - before.own_s > _BUSY * (now.unix_ns - before.unix_ns) / 1e9
+    return busy and not (now.spins or _waits(now))
+
+
+def wakes(before: Look, now: Look) -> bool:
+    """Whether a rank woke and slept again and again between two looks: in a loop that may, or may not, come to an end.
+
+    A wait for a loader's queue wakes every five seconds, too.
+    """
+    often = now.wakes - before.wakes > max(1.0, _OFTEN * (now.unix_ns - before.unix_ns) / 1e9)
+    return often and not _waits(now)
+
+
+_OFTEN = 0.4
+"""Times a second."""
+
+
+def _waits(look: Look) -> bool:
+    place = main_place(look.stack)
+    return bool(look.waits) or place is None or place.in_collective or place.may_wait

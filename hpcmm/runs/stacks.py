@@ -29,13 +29,11 @@ MOST_STACK = 64 * 1024
 """Characters of a stack that are kept: Python writes at most 100 frames."""
 _MOST_BYTES = 4 * 1024**2
 """Of an answer that is read."""
-MOST_WORKERS = 64
+MOST_WORKERS, MOST_STACK_OF_WORKER = 64, 16 * 1024
 """Of the processes that a launched one has started, so many are asked."""
-MOST_STACK_OF_WORKER = 16 * 1024
 _MOST_OF_OTHERS = 32 * 1024**2
-_MOST_GROUPS = 64
-_MOST_FRAMES = 100
-_MOST_NAME = 300
+_MOST_GROUPS, _MOST_MEMBERS = 64, 1024
+_MOST_FRAMES, _MOST_NAME = 100, 300
 _ATTEMPT = re.compile(r"([0-9]{1,12})\.([0-9]{1,9})")
 _ANSWER = re.compile(r"rank_([0-9]{1,6})\.json")
 
@@ -49,9 +47,9 @@ _WAITING = re.compile(
 )
 _DISTRIBUTED = re.compile(r"/torch/distributed/(?!checkpoint/|elastic/)")
 _OPERATION = re.compile(
-    r"(?:monitored_)?barrier|i?(?:all_)?reduce(?:_\w+)?|all_?gather(?:_\w+)?|reduce_scatter(?:_\w+)?|all_to_all(?:_\w+)?"
-    r"|broadcast(?:_\w+)?|i?(?:send|recv)(?:_object_list)?|batch_isend_irecv|(?:gather|scatter)(?:_\w+)?|new_group"
-    r"|split_group|init_process_group|wait_tensor|wait"
+    r"(?!\w+_fn$)(?:(?:monitored_)?barrier|i?(?:all_)?reduce(?:_\w+)?|all_?gather(?:_\w+)?|reduce_scatter(?:_\w+)?"
+    r"|all_to_all(?:_\w+)?|broadcast(?:_\w+)?|i?(?:send|recv)(?:_object_list)?|batch_isend_irecv"
+    r"|(?:gather|scatter)(?:_\w+)?|new_group|split_group|init_process_group|wait_tensor|wait)"
 )
 _MEETING = re.compile(
     r"/torch/distributed/rendezvous\.py\"|/torch/distributed/distributed_c10d\.py\", line \d+ in init_process_group"
@@ -158,6 +156,26 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Wait:
+    """An exchange between ranks that one of them waits in."""
+
+    op: str
+    group: str
+    """As ``torch.distributed`` names it; empty if that is not known."""
+    number: int | None = None
+    peer: int | None = None
+    """Of a send or receive the other rank of the job."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a process group is for, as its program or a library calls it, and its ranks; empty if that is not told."""
+
+    name: str
+    ranks: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Look:
     """One rank at one moment."""
 
@@ -177,6 +195,12 @@ class Look:
     """How often its main thread has gone to sleep so far."""
     spins: bool = False
     """It uses a GPU, for which a wait may keep a processor busy."""
+    waits: list[Wait] = field(default_factory=list)
+    """What it waits in, as far as it tells: one exchange, or the oldest one of each group that is not over."""
+    marks: dict[str, Mark] = field(default_factory=dict)
+    """Of groups that have a name, or that it waits in, by the name that ``torch.distributed`` gives them."""
+    mixed: list[str] = field(default_factory=list)
+    """Groups in whose numbers sends and receives count, which not all members take part in."""
 
 
 @dataclass(frozen=True)
@@ -378,14 +402,39 @@ def _rank_in(value: Any, more: int = 0) -> int | None:
 def _as_look(given: Mapping[str, Any]) -> Look:
     """What has another type than expected counts as not said."""
     step, stack, groups = given.get("step"), given.get("stack"), given.get("groups")
-    groups = groups if isinstance(groups, dict) else {}
-    numbers = {str(name)[:_MOST_NAME]: number for name, number in groups.items() if _is_count(number)}
+    groups = groups.items() if isinstance(groups, dict) else ()
+    numbers = {str(name)[:_MOST_NAME]: number for name, number in groups if _is_count(number)}
     numbers = dict(list(numbers.items())[:_MOST_GROUPS])
     own_s, children_s = (each if isinstance(each, float) else 0.0 for each in map(given.get, ("own_s", "children_s")))
     unix_ns, io_bytes, wakes = map(_count, map(given.get, ("unix_ns", "io_bytes", "wakes")))
     stack = stack[:MOST_STACK] if isinstance(stack, str) else ""
-    step = step if _is_count(step) else None
-    return Look(unix_ns, stack, step, numbers, own_s, children_s, io_bytes, wakes, given.get("spins") is True)
+    step, spins = step if _is_count(step) else None, given.get("spins") is True
+    return Look(unix_ns, stack, step, numbers, own_s, children_s, io_bytes, wakes, spins, **exchanges_in(given))
+
+
+def exchanges_in(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``waits``, ``marks`` and ``mixed`` of a look, as a rank or an answer tells them; without what is damaged."""
+    waits, marks, found, known = given.get("waits"), given.get("marks"), [], {}
+    for each in (waits if isinstance(waits, list) else [])[:_MOST_GROUPS]:
+        op, group, number, peer = _fields(each, 4)
+        if isinstance(op, str) and isinstance(group, str):
+            counted = number if _is_count(number) else None
+            found.append(Wait(op[:_MOST_NAME], group[:_MOST_NAME], counted, _rank_in(peer)))
+    for group, each in list((marks if isinstance(marks, dict) else {}).items())[:_MOST_GROUPS]:
+        name, ranks = _fields(each, 2)
+        if isinstance(name, str):
+            ranks = [rank for rank in _fields(ranks) if _rank_in(rank) is not None]
+            known[str(group)[:_MOST_NAME]] = Mark(name[:_MOST_NAME], ranks[:_MOST_MEMBERS])
+    names = [each[:_MOST_NAME] for each in _fields(given.get("mixed"))[:_MOST_GROUPS] if isinstance(each, str)]
+    return {"waits": found, "marks": known, "mixed": names}
+
+
+def _fields(given: Any, count: int | None = None) -> list[Any]:
+    """The values of a list or a record; ``count`` times None if there are not so many."""
+    values = (
+        list(given.values()) if isinstance(given, dict) else list(given) if isinstance(given, (list, tuple)) else []
+    )
+    return values if count in {None, len(values)} else [None] * (count or 0)
 
 
 def _count(value: Any) -> int:
@@ -394,52 +443,6 @@ def _count(value: Any) -> int:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-# Whether ranks move.
-
-_MOVED_BYTES = 1 << 20
-"""Read or written between two looks: less may be a thread that only tells of the machine."""
-_BUSY = 0.05
-"""Of one processor, which others may share. What only waits takes less."""
-
-
-def moved(before: Look, now: Look) -> bool:
-    """Whether a rank has come anywhere between two looks, or something that it waits for has done its work."""
-    if (before.step, before.groups) != (now.step, now.groups) or frames_in(before.stack) != frames_in(now.stack):
-        return True
-    between_s = (now.unix_ns - before.unix_ns) / 1e9
-    busy = now.children_s - before.children_s > _BUSY * between_s > 0
-    return busy or abs(now.io_bytes - before.io_bytes) > _MOVED_BYTES
-
-
-def is_still(answer: Answer) -> bool:
-    """Whether a rank did nothing between two looks."""
-    return len(answer.looks) > 1 and not moved(*answer.looks[-2:])
-
-
-def works(before: Look, now: Look) -> bool:
-    """Whether a rank kept a processor busy between two looks by anything else than a wait, as far as one sees."""
-    busy = now.own_s - before.own_s > _BUSY * (now.unix_ns - before.unix_ns) / 1e9
-    return busy and not (now.spins or _waits(now))
-
-
-def wakes(before: Look, now: Look) -> bool:
-    """Whether a rank woke and slept again and again between two looks: in a loop that may, or may not, come to an end.
-
-    A wait for a loader's queue wakes every five seconds, too.
-    """
-    often = now.wakes - before.wakes > max(1.0, _OFTEN * (now.unix_ns - before.unix_ns) / 1e9)
-    return often and not _waits(now)
-
-
-_OFTEN = 0.4
-"""Times a second."""
-
-
-def _waits(look: Look) -> bool:
-    place = main_place(look.stack)
-    return place is None or place.in_collective or place.may_wait
 
 
 def frames_in(stack: str) -> list[str]:

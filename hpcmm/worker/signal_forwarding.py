@@ -29,13 +29,16 @@ from hpcmm.node.recorder import (
     Listener,
     Process,
     below,
+    moved,
     node_of,
     processes,
     values_in,
+    wakes,
     wakes_of,
     what_it_does,
     what_keeps,
     work_of,
+    works,
 )
 from hpcmm.runs import failures, stacks
 from hpcmm.runs.run_dir import RunDir
@@ -210,8 +213,9 @@ class RankWatch:
         for each in self._listeners.values():
             if each is not self._main and (stack := each.left()):
                 still_there = stacks.frames_in(stack) == stacks.frames_in(each.values.get("stack", ""))
-                groups = each.values.get("groups", {}) if still_there else {}
-                looks = [stacks.Look(time.time_ns(), stack, groups=groups)]
+                told = each.values if still_there else {}
+                groups = told.get("groups", {})
+                looks = [stacks.Look(time.time_ns(), stack, groups=groups, **stacks.exchanges_in(told))]
                 name = each.values.get("name") or f"process {each.pid}"
                 found.append(stacks.Worker(each.pid, name=name, looks=looks, **_identity(each.values)))
         if found:
@@ -315,9 +319,9 @@ def _looks_at(asked: Sequence[Listener], known: Mapping[int, Process]) -> list[t
             why = f"it did not answer within {ANSWERS_WITHIN_S:.0f} s"  # noqa: PLW2901
         step, groups, spins = (each.values.get(name) for name in ("step", "groups", "spins"))
         work = work_of(each.pid, known)
-        looks.append(
-            (stacks.Look(time.time_ns(), stack, step, groups or {}, *work, wakes_of(each.pid), spins is True), why)
-        )
+        told = stacks.exchanges_in(each.values) if each not in silent else {}
+        look = stacks.Look(time.time_ns(), stack, step, groups or {}, *work, wakes_of(each.pid), spins is True, **told)
+        looks.append((look, why))
     return looks
 
 
@@ -367,10 +371,10 @@ class Stillness:
         whys = {rank: answer.why for rank, answer in answers.items()}
         tells = any(look.step is not None or look.groups for look in {**self._last, **looks}.values())
         pairs = [(self._last.get(rank), look) for rank, look in looks.items()]
-        some_moved = any(last is None or stacks.moved(last, look) or stacks.works(last, look) for last, look in pairs)
+        some_moved = any(last is None or moved(last, look) or works(last, look) for last, look in pairs)
         if self._since_s is None or some_moved or whys != self._whys or (output != self._output and not tells):
             self._since_s, self._looks = now_s, 0
-        if any(last is not None and stacks.wakes(last, look) for last, look in pairs):
+        if any(last is not None and wakes(last, look) for last, look in pairs):
             self._awake_s = now_s
         self._last, self._whys, self._output = {**self._last, **looks}, whys, output
         self._looks += 1

@@ -12,7 +12,7 @@ from hpcmm.jobs.standing import Standing, findings, grouped, missing_ranks, numb
 from hpcmm.jobs.why import explanation_of, lines_of
 from hpcmm.node.classify import Kind
 from hpcmm.runs.failures import RankExit
-from hpcmm.runs.stacks import AT_END, Answer, HangNote, Look, Worker, main_place
+from hpcmm.runs.stacks import AT_END, Answer, HangNote, Look, Mark, Wait, Worker, main_place
 from hpcmm.slurm.jobs import Job
 
 C10D = "/env/lib/python3.11/site-packages/torch/distributed"
@@ -133,6 +133,93 @@ def test_of_several_groups_the_one_in_which_ranks_differ_gives_the_numbers():
     assert [each.number for each in ranks] == [7, 7, 6]
     apart = numbered([rank(0, ALL_REDUCE, 41, 7), rank(1, SLEEP, 40, 6)])
     assert [each.number for each in apart] == [None, None]
+
+
+RECV = stack(
+    f'"{C10D}/distributed_c10d.py", line 2720 in recv',
+    f'"{C10D}/c10d_logger.py", line 83 in wrapper',
+    '"/env/lib/python3.11/site-packages/deepspeed/comm/torch.py", line 460 in recv',
+    '"/home/me/train.py", line 3 in evaluate',
+    MAIN,
+)
+IN_WORK = stack('"/home/me/train.py", line 12 in reduce', '"/home/me/train.py", line 7 in <module>', MAIN)
+GRID = {"0": ("", range(4)), "p0": ("pipeline", (0, 2)), "p1": ("pipeline", (1, 3))}
+GRID |= {"t0": ("mesh_tp", (0, 1)), "t1": ("tensor", (2, 3))}
+"""Two stages of two tensor ranks."""
+
+
+def in_grid(rank, text, *waits, grid=GRID, mixed=(), **numbers):
+    own = {group: (name, list(ranks)) for group, (name, ranks) in grid.items() if rank in ranks}
+    marks = {group: Mark(name, ranks) for group, (name, ranks) in own.items() if name or group in {w[1] for w in waits}}
+    groups = dict.fromkeys(own, 7) | numbers
+    look = Look(1, text, groups=groups, waits=[Wait(*each) for each in waits], marks=marks, mixed=list(mixed))
+    return standing_of(Answer(rank, f"n{rank}", "key", [look]))
+
+
+def test_a_hang_of_a_pipeline_of_tensor_groups_names_what_each_rank_waits_in_and_who_is_missing_there():
+    ranks = numbered(
+        [
+            in_grid(0, RECV, ("recv", "0", None, 2)),
+            in_grid(1, RECV, ("recv", "0", None, 3)),
+            in_grid(2, SLEEP, t1=12),
+            in_grid(3, ALL_REDUCE, ("all_reduce", "t1"), t1=13),
+        ]
+    )
+    assert [(group.named, group.said) for group in grouped(ranks)] == [
+        ("0-1", "recv from ranks 2-3 of the pipeline groups of ranks 0,2; ranks 1,3, called at train.py:3 in evaluate"),
+        ("2", "train.py:10 in <module>"),
+        ("3", "all_reduce number 13 of the tensor group of ranks 2-3, called at train.py:3 in evaluate"),
+    ]
+    assert [each.rank for each in missing_ranks(ranks)] == [2]
+    assert findings(ranks) == [
+        "rank 2 did not come to an exchange that others wait in (rank 0 in recv from rank 2 of the pipeline group of "
+        "ranks 0,2, rank 3 in all_reduce number 13 of the tensor group of ranks 2-3)",
+        "others wait for these in turn: rank 1 in recv from rank 3 of the pipeline group of ranks 1,3",
+    ]
+
+
+def test_a_rank_that_nobody_waits_for_is_not_missing():
+    ranks = numbered(
+        [in_grid(0, SLEEP), in_grid(1, SLEEP), in_grid(2, ALL_REDUCE, ("all_reduce", "t1")), in_grid(3, SLEEP)]
+    )
+    assert [each.rank for each in missing_ranks(ranks)] == [3]
+
+
+def test_ranks_that_wait_for_each_other_in_different_groups_are_told_with_these():
+    ranks = [in_grid(0, RECV, ("recv", "0", None, 2)), in_grid(2, ALL_REDUCE, ("all_reduce", "p0"))]
+    assert missing_ranks(numbered(ranks)) == []
+    assert findings(numbered(ranks)) == [
+        "the ranks wait in different exchanges: rank 0 in recv from rank 2 of the pipeline group of ranks 0,2, "
+        "rank 2 in all_reduce number 7 of the pipeline group of ranks 0,2"
+    ]
+
+
+def test_numbers_of_a_group_in_which_ranks_also_send_are_left_out():
+    everybody = {"0": ("", range(2)), "1": ("expert", range(2))}
+    waits = in_grid(0, ALL_REDUCE, ("all_reduce", "0"), grid=everybody, mixed=["0"], **{"0": 40})
+    assert findings(numbered([waits, in_grid(1, SLEEP, grid=everybody, **{"0": 31})])) == [
+        "rank 1 did not come to a collective that others wait in (rank 0 in all_reduce of the group of all ranks)"
+    ]
+
+
+def test_a_wait_for_what_began_before_is_one_in_the_collective_that_the_missing_rank_has_not_begun():
+    begun = ("all_gather", "t0", 8), ("reduce_scatter", "0", 9)
+    ranks = [in_grid(0, IN_WORK, *begun), in_grid(1, IN_WORK, *begun), in_grid(2, SLEEP), in_grid(3, IN_WORK, begun[1])]
+    assert said(*ranks) == [
+        ("0-1,3", "reduce_scatter number 9 of the group of all ranks, called at train.py:12 in reduce"),
+        ("2", "train.py:10 in <module>"),
+    ]
+    assert [each.rank for each in missing_ranks(numbered(ranks))] == [2]
+
+
+def test_a_backward_pass_whose_collective_is_known_is_named_by_it():
+    only = {"0": ("", range(3))}
+    ranks = [in_grid(rank, BACKWARD, ("all_reduce", "0", 8), grid=only) for rank in (0, 1)]
+    ranks = numbered([*ranks, in_grid(2, SLEEP, grid=only)])
+    assert findings(ranks) == [
+        "rank 2 did not come to a collective that others wait in (ranks 0-1 in all_reduce number 8); "
+        "its last one was number 7"
+    ]
 
 
 def test_a_question_to_the_process_group_is_no_collective():

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from hpcmm.node.recorder import is_still, moved, wakes, works
 from hpcmm.runs import stacks
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.runs.stacks import Answer, Look, Worker, is_still, moved, ranks_of, wakes, works
+from hpcmm.runs.stacks import Answer, Look, Worker, ranks_of
 
 S = 1_000_000_000
 STACK = 'Stack (most recent call first):\n  File "/home/me/train.py", line 3 in <module>\n'

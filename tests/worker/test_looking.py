@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 
+from hpcmm.node.recorder import is_still, moved
 from hpcmm.runs import failures, stacks
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.stacks import Answer, Look
@@ -103,7 +104,7 @@ def test_a_rank_tells_where_it_stands_and_goes_on(rank):
         answer = rank.asked()
         assert (answer.rank, answer.node, answer.why) == (3, "node7", "")
         assert "in wait_for_nothing" in answer.looks[-1].stack.splitlines()[1]
-        assert stacks.is_still(answer)
+        assert is_still(answer)
         assert process.poll() is None
 
 
@@ -182,7 +183,7 @@ def test_a_python_that_a_rank_starts_tells_where_it_stands(rank, without):
         (worker,) = rank.asked().workers
         assert (worker.rank, worker.world, worker.joined, worker.why) == (5, 8, False, "")
         assert "in wait_for_nothing" in worker.looks[-1].stack.splitlines()[1]
-        assert not stacks.moved(*worker.looks)
+        assert not moved(*worker.looks)
         assert process.poll() is None
 
 

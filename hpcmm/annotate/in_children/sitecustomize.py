@@ -10,6 +10,12 @@ import faulthandler
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # the module typing would delay each start
+    from collections.abc import Iterable, Mapping
+    from types import FrameType
+    from typing import Any
+
 LISTENS_AT = "HPCMM_STACKS"
 """The environment variable that tells where to introduce oneself: a file of the process in front of the rank, its
 inode, and the signal by which that process asks if nothing else helps."""
@@ -17,6 +23,8 @@ inode, and the signal by which that process asks if nothing else helps."""
 _C10D = "torch.distributed.distributed_c10d"
 _MOST_GROUPS = 64
 _MOST_FRAMES = 100
+_MOST_RANKS = 1024
+"""Of a group whose members are told."""
 _MOST_START_S = 10.0
 _SIGTERM = 15
 
@@ -113,9 +121,11 @@ class _Listener:
             self._introduced.release()
         try:
             while self._is_there(self._questions) and os.read(self._questions, 64) and self._is_there(self._told):
-                _tell(self._told, {"stack": _stack_of(self._main)})
+                frame = sys._current_frames().get(self._main)
+                _tell(self._told, {"stack": _stack_of(frame)})
                 values = {"step": step_begun(), "groups": _collectives(), "spins": _uses_gpu(), "name": _name()}
-                _tell(self._told, dict(_place(), **values))
+                _tell(self._told, dict(_place(), **values, **exchanges(frame)))
+                del frame  # it would keep what it holds
         except OSError:
             return
 
@@ -139,9 +149,9 @@ def _tell(told: int, values: "dict[str, object]") -> None:
     os.write(told, repr(values).encode("utf-8", "backslashreplace") + b"\n")
 
 
-def _stack_of(thread: int) -> str:
+def _stack_of(frame: "FrameType | None") -> str:
     """As faulthandler writes it."""
-    lines, frame = ["Stack (most recent call first):"], sys._current_frames().get(thread)
+    lines = ["Stack (most recent call first):"]
     while frame is not None and len(lines) <= _MOST_FRAMES:
         code = frame.f_code
         lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
@@ -193,6 +203,138 @@ def _collectives() -> "dict[str, int]":
     except Exception:  # internals of PyTorch's, which another version may have changed
         return found
     return found
+
+
+def exchanges(frame: "FrameType | None") -> "dict[str, Any]":
+    """What a thread waits in (``waits``: op, group, number, peer), what groups are for (``marks``: name, ranks), and
+    in whose numbers sends and receives count (``mixed``).
+
+    The call that waits tells its group. Of a wait for what has begun before, PyTorch's flight recorder tells which
+    collectives of which groups are not over, if this version has one.
+    """
+    c10d: Any = sys.modules.get(_C10D)
+    nothing: dict[str, Any] = {"waits": [], "marks": {}, "mixed": []}
+    try:
+        if frame is None or c10d is None or not c10d.is_initialized():
+            return nothing
+        open_, mixed = _recorded()
+        called = _call_that_waits(frame, c10d)
+        waits = [called] if called else (open_ or [("wait", "", None, None)]) if _waits_for_work(frame, c10d) else []
+        groups = {str(each.group_name): each for each in list(c10d._world.pg_map) if each.size() > 1}
+        names = {**{name: "" for _, name, _, _ in waits}, **_names(groups)}
+        marks = {name: (names[name], _ranks_of(groups[name], c10d)) for name in names if name in groups}
+        return {"waits": waits[:_MOST_GROUPS], "marks": marks, "mixed": mixed[:_MOST_GROUPS]}
+    except Exception:  # internals of PyTorch's, which another version may have changed
+        return nothing
+
+
+def _recorded() -> "tuple[list[tuple[str, str, int | None, int | None]], list[str]]":
+    """By the flight recorder: the oldest collective of each group that is not over, and groups with gaps in numbers."""
+    import json  # noqa: PLC0415 -- not before somebody asks
+
+    found: dict[str, tuple[str, str, int | None, int | None]] = {}
+    last: dict[str, int] = {}
+    mixed: dict[str, None] = {}
+    for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
+        recorder = getattr(sys.modules["torch._C._distributed_c10d"], dump, None)
+        entries = json.loads(recorder(includeCollectives=True, onlyActive=False)).get("entries", []) if recorder else []
+        for entry in entries:
+            group, number = str(entry["process_group"][0]), int(entry["collective_seq_id"])
+            if not entry["is_p2p"]:
+                if last.get(group, number - 1) != number - 1:
+                    mixed[group] = None
+                last[group] = number
+            if not entry["retired"] and entry["state"] != "completed":
+                op = str(entry["profiling_name"]).partition(":")[2].partition(" ")[0]
+                found.setdefault(group, (op, group, None if entry["is_p2p"] else number, None))
+    return list(found.values()), list(mixed)
+
+
+def _call_that_waits(frame: "FrameType", c10d: "Any") -> "tuple[str, str, int | None, int | None] | None":
+    """The innermost call of ``torch.distributed`` with its group; or the receive or send whose work is waited for."""
+    passed = _passed(frame.f_locals.values(), c10d) if _method_called(frame) == "wait" else None
+    if passed is not None:
+        return passed
+    outer: FrameType | None = frame
+    for _ in range(_INNERMOST):
+        if outer is None:
+            break
+        name = outer.f_code.co_name
+        # Only there, for whose variables are looked at keeps them until it returns.
+        if str(outer.f_globals.get("__name__", "")).startswith("torch.distributed.") and not _asks(name):
+            values = outer.f_locals
+            if "group" in values:
+                group = values["group"] if isinstance(values["group"], c10d.ProcessGroup) else c10d._get_default_group()
+                name = name.lstrip("i")
+                peer = values.get({"send": "dst", "recv": "src"}.get(name, ""))
+                return name, str(group.group_name), None, peer if isinstance(peer, int) else None
+        outer = outer.f_back
+    return None
+
+
+def _asks(name: str) -> bool:
+    """Whether a function of ``torch.distributed`` waits for nobody."""
+    return name.lstrip("_").partition("_")[0] in {"get", "is", "set"}
+
+
+def _passed(values: "Iterable[Any]", c10d: "Any") -> "tuple[str, str, int | None, int | None] | None":
+    """What lists among some values say of sends and receives that began together; a receive, if there is one."""
+    listed = [each for value in list(values) if isinstance(value, list) for each in value]
+    operations = [each for each in listed if isinstance(each, c10d.P2POp)]
+    for each in sorted(operations, key=lambda operation: str(operation.op.__name__)):  # irecv, isend
+        return each.op.__name__.lstrip("i"), str(c10d._group_or_default_group(each.group).group_name), None, each.peer
+    return None
+
+
+def _waits_for_work(frame: "FrameType", c10d: "Any") -> bool:
+    """Whether C++ code is in a wait for collectives: of a work, of a tensor that one brings, or in backward."""
+    caller = frame.f_back
+    named = {frame.f_code.co_name, caller.f_code.co_name if caller is not None else ""}
+    if _method_called(frame) == "wait" or named & {"_engine_run_backward", "wait_tensor"}:
+        return True
+    if not str(frame.f_globals.get("__name__", "")).startswith("deepspeed."):
+        return False
+    # Its handles have their waits called by a function that also marks them for profilers.
+    return any(isinstance(getattr(value, "__self__", None), c10d.Work) for value in list(frame.f_locals.values()))
+
+
+_INNERMOST = 12
+
+
+def _method_called(frame: "FrameType") -> str:
+    """The name of the method that a frame calls just now, if its arguments are simple; else empty."""
+    import dis  # noqa: PLC0415 -- not before somebody asks
+
+    name = ""
+    for each in dis.get_instructions(frame.f_code):
+        if each.offset >= frame.f_lasti:
+            break
+        if each.opname in {"LOAD_METHOD", "LOAD_ATTR"}:
+            name = str(each.argval)
+        elif not each.opname.startswith(_SIMPLE):
+            name = ""
+    return name
+
+
+_SIMPLE = ("LOAD_CONST", "LOAD_FAST", "KW_NAMES", "PRECALL", "CACHE", "PUSH_NULL")
+
+
+def _names(groups: "Mapping[str, Any]") -> "dict[str, str]":
+    """What groups are for, as the program has named them, or the library that made them has described them."""
+    annotated: Any = sys.modules.get("hpcmm.annotate.groups")
+    named = annotated.named_groups() if annotated is not None else {}
+    found = {}
+    for name, group in list(groups.items())[:_MOST_GROUPS]:
+        described = str(getattr(group, "group_desc", ""))
+        word = named[name].name if name in named else "" if described in {"undefined", "default_pg"} else described
+        if word:
+            found[name] = word
+    return found
+
+
+def _ranks_of(group: "Any", c10d: "Any") -> "list[int]":
+    """In order; none of them if they are too many to tell."""
+    return sorted(map(int, c10d.get_process_group_ranks(group))) if group.size() <= _MOST_RANKS else []
 
 
 def step_begun() -> "int | None":
