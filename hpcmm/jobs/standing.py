@@ -259,10 +259,15 @@ def grouped(standings: Iterable[Standing]) -> list[Group]:
             each
         )
     groups = [
-        Group([each.rank for each in alike], said_together(alike), None if alike[0].workers else alike[0].place)
+        Group([each.rank for each in alike], said_together(alike), alike[0].place if _is_alone(alike[0]) else None)
         for alike in found.values()
     ]
     return sorted(groups, key=lambda group: (-len(group.ranks), group.ranks[0]))
+
+
+def _is_alone(standing: Standing) -> bool:
+    """Whether it waits neither for others nor for processes that it has started."""
+    return standing.operation is None and not standing.workers
 
 
 def _of_anybody(standing: Standing) -> list[Wait]:

@@ -79,8 +79,12 @@ class PipelineEngine(Engine):
     def _drive(self, engine: Any) -> None:
         """Put this recipe's ways in place of DeepSpeed's: where micro-batches come from, phases, and what is told."""
         annotated = {
+            schedule.RecvActivation: "forward",
             schedule.ForwardPass: "forward",
+            schedule.SendActivation: "forward",
+            schedule.RecvGrad: "backward",
             schedule.BackwardPass: "backward",
+            schedule.SendGrad: "backward",
             schedule.ReduceTiedGrads: "backward",
             schedule.ReduceGrads: "backward",
             schedule.OptimizerStep: "optimizer",
