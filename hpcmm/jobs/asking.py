@@ -306,6 +306,18 @@ def behind(evidence: JobDiagnostics, complained: set[int]) -> RankDiagnostics | 
     return evidence.ranks[last[0]] if len(last) == 1 and len(steps) > 1 else None
 
 
+def waited_in(evidence: JobDiagnostics, ranks: Iterable[int]) -> str:
+    """``rank 0, 1 waited in (rank 1 in all_reduce of the tensor group of ranks 0-1)``: ranks that waited in vain."""
+    waited = list(ranks)
+    calls: dict[str, list[int]] = {}
+    for rank in waited:
+        error = evidence.ranks[rank].error
+        if error is not None and error.exchange:
+            calls.setdefault(error.exchange, []).append(rank)
+    told = ", ".join(f"{ranks_named(each)} in {call}" for call, each in list(calls.items())[:_MOST_SHOWN])
+    return f"rank {', '.join(map(str, waited))} waited in" + (f" ({told})" if told else "")
+
+
 def while_others_waited(evidence: JobDiagnostics, hung: RankDiagnostics) -> str:
     """Where a rank was when the job ended, and what all others waited for."""
     others = [main_place(rank.stacks) for rank in evidence.ranks.values() if rank.rank != hung.rank]

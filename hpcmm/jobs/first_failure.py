@@ -13,6 +13,7 @@ from hpcmm.jobs.asking import (
     hung_rank,
     ranks_at_end,
     ranks_that_meet,
+    waited_in,
     while_others_waited,
     worked_lately,
 )
@@ -258,8 +259,8 @@ def _did_not_arrive(evidence: JobDiagnostics, later: list[Event]) -> Verdict:
         return Verdict(first.kind, what, first.rank, first.node, first.unix_ns, first.traceback)
     place = main_place(missing.stacks)
     where = f"it was at {place.said}" if place else "where it was is not known"
-    waited = ", ".join(str(event.rank) for event in later[:8])
-    what = f"this rank did not come to a collective that rank {waited} waited in: {where}"
+    waited = waited_in(evidence, [event.rank for event in later[:8]])
+    what = f"this rank did not come to a collective that {waited}: {where}"
     return Verdict(Kind.collective_timeout, what, missing.rank, missing.node, first.unix_ns, frames_of(missing))
 
 

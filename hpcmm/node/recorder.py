@@ -25,10 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from hpcmm.annotate.in_children.sitecustomize import listen, opened, step_begun
+from hpcmm.annotate.groups import named_groups
+from hpcmm.annotate.in_children.sitecustomize import exchange_that_failed, listen, opened, step_begun
 from hpcmm.errors import ScriptExitError
 from hpcmm.node.classify import CONSEQUENCES, kind_of_exception
 from hpcmm.node.network import unreachable_nodes
+from hpcmm.ranges import write_ranges
 from hpcmm.runs import failures
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.stacks import ASK_FOR_STACK, MOST_STACK, Answer, Look, frames_in, main_place
@@ -130,11 +132,24 @@ def _record(error: BaseException, path: Path, rank: int, node: str) -> None:
     lines = "".join(traceback.format_exception(type(error), error, frames)).splitlines()
     cut = [line for line in lines[: -failures.MOST_LINES] if line[:1].strip()]  # what it was raised from stays
     lines = [*cut[-failures.MOST_LINES :], *lines[-failures.MOST_LINES :]]
-    unreachable = unreachable_nodes() if kind_of_exception(kind, message, lines) in CONSEQUENCES else []
+    of_others = kind_of_exception(kind, message, lines) in CONSEQUENCES
+    unreachable, exchange = (unreachable_nodes(), exchange_of(error)) if of_others else ([], "")
+    record = failures.RankError(rank, node, now_ns, kind, message, lines, unreachable, step_begun(), exchange)
     try:
-        failures.write(failures.RankError(rank, node, now_ns, kind, message, lines, unreachable, step_begun()), path)
+        failures.write(record, path)
     except OSError as problem:
         print(f"hpcmm: {path} cannot be written ({problem.strerror}).", file=sys.stderr)
+
+
+def exchange_of(error: BaseException) -> str:
+    """``all_reduce of the tensor group of ranks 2-3``; of a group without a name the call alone, or nothing."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name, group, peer = exchange_that_failed(trace.tb_frame) if trace is not None else ("", "", None)
+    mark = named_groups().get(group)
+    words = name if peer is None else f"{name} {'to' if name == 'send' else 'from'} rank {peer}"
+    return words if mark is None else f"{words} of the {mark.name} group of ranks {write_ranges(mark.ranks)}"
 
 
 _HPCMM = Path(__file__).parent.parent

@@ -51,6 +51,9 @@ class RankError:
     """Nodes of the job that this node could not reach when a peer was lost or a collective timed out."""
     step: int | None = None
     """The step of ``hpcmm.annotate`` that it was in, or had been in last."""
+    exchange: str = ""
+    """What between ranks failed, such as ``all_reduce of the tensor group of ranks 2-3``, if a peer was lost or a
+    collective timed out."""
 
 
 def cut_off_nodes(errors: Iterable[RankError], nodes: Collection[str], states: Mapping[str, str]) -> list[str]:

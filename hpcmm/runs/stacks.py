@@ -56,8 +56,8 @@ _MEETING = re.compile(
     r"|/hpcmm/worker/distributed\.py\", line \d+ in _rendezvous"
 )
 """Where a rank waits to meet the others at MASTER_ADDR."""
-_ASKS = re.compile(r"_?(?:get|is|set)_\w+")
-"""Functions of torch.distributed that wait for nobody."""
+_ASKS = re.compile(r"_?(?:get|is|set)_\w+|<module>")
+"""Functions of torch.distributed that wait for nobody, and its import."""
 _BACKWARD = re.compile(r"/torch/autograd/graph\.py\", line \d+ in _engine_run_backward")
 _LIBRARY = re.compile(r"/(?:site|dist)-packages/|/lib/python\d|<frozen |/hpcmm/(?:annotate|worker|node)/")
 _INNERMOST = 12

@@ -135,6 +135,12 @@ def test_of_several_groups_the_one_in_which_ranks_differ_gives_the_numbers():
     assert [each.number for each in apart] == [None, None]
 
 
+def test_an_import_of_torch_is_no_collective():
+    imports = stack(f'"{C10D}/rpc/api.py", line 3 in <module>', '"/home/me/train.py", line 1 in <module>', MAIN)
+    (rank,) = missing_ranks(numbered([at(0, ALL_REDUCE, 6), at(1, imports)]))
+    assert (rank.rank, rank.operation) == (1, None)
+
+
 RECV = stack(
     f'"{C10D}/distributed_c10d.py", line 2720 in recv',
     f'"{C10D}/c10d_logger.py", line 83 in wrapper',

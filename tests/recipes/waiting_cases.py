@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed._functional_collectives as functional
 
 from hpcmm import annotate
 from hpcmm.annotate.in_children.sitecustomize import exchanges
+from hpcmm.node.recorder import exchange_of
 
 LONGEST_S = 20.0
 
@@ -99,3 +101,18 @@ def _calls(tensor: Any, plain: Any, replica: Any) -> dict[str, Callable[[int], A
         "backward": lambda _rank: replica(torch.ones(2, 4)).sum().backward(),
         SLEEPS: sleep,
     }
+
+
+def told_of_a_wait_in_vain(rank: int) -> str:
+    """What rank 0 tells of an exchange that the other rank did not come to, once its groups are gone."""
+    pair = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    annotate.name_group(pair, "tensor")
+    if rank == 1:
+        _store().wait(["over"])
+        return ""
+    try:
+        dist.all_reduce(torch.ones(4), group=pair)
+    except RuntimeError as error:
+        _store().set("over", "")
+        return exchange_of(error)
+    return "it did not wait"

@@ -228,6 +228,15 @@ def exchanges(frame: "FrameType | None") -> "dict[str, Any]":
         return nothing
 
 
+def exchange_that_failed(frame: "FrameType") -> "tuple[str, str, int | None]":
+    """Of a call that raised: its name, the group and the other rank, as far as it is one of ``torch.distributed``."""
+    try:
+        name, group, _, peer = _call_that_waits(frame, sys.modules[_C10D]) or ("", "", None, None)
+    except Exception:  # as above
+        return "", "", None
+    return name, group, peer
+
+
 def _recorded() -> "tuple[list[tuple[str, str, int | None, int | None]], list[str]]":
     """By the flight recorder: the oldest collective of each group that is not over, and groups with gaps in numbers."""
     import json  # noqa: PLC0415 -- not before somebody asks
@@ -264,10 +273,11 @@ def _call_that_waits(frame: "FrameType", c10d: "Any") -> "tuple[str, str, int | 
         if str(outer.f_globals.get("__name__", "")).startswith("torch.distributed.") and not _asks(name):
             values = outer.f_locals
             if "group" in values:
-                group = values["group"] if isinstance(values["group"], c10d.ProcessGroup) else c10d._get_default_group()
-                name = name.lstrip("i")
+                group, name = values["group"], name.lstrip("i")
+                if not isinstance(group, c10d.ProcessGroup):
+                    group = c10d.group.WORLD  # None once it has been left
                 peer = values.get({"send": "dst", "recv": "src"}.get(name, ""))
-                return name, str(group.group_name), None, peer if isinstance(peer, int) else None
+                return name, str(getattr(group, "group_name", "")), None, peer if isinstance(peer, int) else None
         outer = outer.f_back
     return None
 
