@@ -16,8 +16,8 @@ import pandas as pd
 
 from hpcmm.analysis import process_groups
 from hpcmm.analysis.collectives import POINT_TO_POINT, SMALL_BYTES
-from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats
-from hpcmm.analysis.findings import HIGH, LOW, MEDIUM, AnalysisContext, Finding
+from hpcmm.analysis.delay_costs import Floats
+from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, AnalysisContext, Finding, kind_of_part
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.trace import NO_PEER, NO_SIZE, OTHER, RankTrace
 from hpcmm.annotate.schema import REPLICAS
@@ -262,7 +262,8 @@ class PipelineLosses:
 
 
 def pipeline_losses(context: AnalysisContext, stages: Stages) -> PipelineLosses:
-    """The heavier stage and the bubble. Ranks are compared only with those of their own stage from then on."""
+    """The heavier stage, the one that loads data, and the bubble. Ranks are compared only with those of their own stage
+    from then on."""
     if not stages:
         return PipelineLosses((), context.losses)
     rest, taken = _without_stages(context, stages)
@@ -272,9 +273,12 @@ def pipeline_losses(context: AnalysisContext, stages: Stages) -> PipelineLosses:
     # Sends that do not say to whom they go do not tell waiting from transfer, either.
     unknown = inside["exposed_transfer_ns"].where(inside["peer"] == NO_PEER, 0.0)
     waiting = float((inside["exposed_wait_ns"] + unknown).sum()) / NS_PER_S / count + taken
-    heavier = _heavier(context, stages)
-    bubble = _bubble(context, stages, inside, max(0.0, waiting - sum(finding.lost_s for finding in heavier)))
-    return PipelineLosses((*heavier, bubble), rest)
+    heavier, loading = _heavier(context, stages), _loading(context, stages)
+    # While one stage loads, the others wait.
+    waiting -= sum(finding.lost_s for finding in heavier)
+    waiting -= sum(finding.lost_s for finding in loading) * (1 - 1 / len(stages))
+    bubble = _bubble(context, stages, inside, max(0.0, waiting))
+    return PipelineLosses((*heavier, *loading, bubble), rest)
 
 
 def _without_stages(context: AnalysisContext, stages: Stages) -> tuple[Floats, float]:
@@ -302,7 +306,10 @@ def _without_stages(context: AnalysisContext, stages: Stages) -> tuple[Floats, f
 
 
 def _work(context: AnalysisContext) -> Floats:
-    """Seconds of computation of each trace in each step: of its GPUs if all were traced, else of the step thread."""
+    """Seconds of computation of each trace in each step: of its GPUs if all were traced, else of the step thread.
+
+    Loading and saving is no work of layers, so that it cannot move to another stage.
+    """
     numbers = context.steps.numbers
     if len(context.gpu):
         table = context.gpu[context.gpu["step"].notna()]
@@ -310,22 +317,46 @@ def _work(context: AnalysisContext) -> Floats:
         wide = wide.reindex(index=numbers, columns=[trace.rank for trace in context.traces])
         if np.isfinite(wide.to_numpy(np.float64)).all():
             return wide.to_numpy(np.float64)
-    return context.time_in(
-        [name for name in context.parts.names if name != BETWEEN_STEPS and not name.startswith(SUBPROCESS)]
-    )
+    return context.time_in([name for name in context.parts.names if kind_of_part(name) in {"compute", "other"}])
+
+
+def _by_stage(times: Floats, stages: Stages) -> Floats:
+    """``times`` of each trace in each step as those of the stages, shape (steps, stages).
+
+    A single slow rank does not make its stage a heavy one: its least busy ranks tell.
+    """
+    return np.column_stack([np.sort(times[:, stage], axis=1)[:, (len(stage) - 1) // 2] for stage in stages])
+
+
+def _ahead(context: AnalysisContext, by_stage: Floats) -> tuple[int, Floats] | None:
+    """The stage that has most, and by how much more than the mean of the others in each step; None if chance may do."""
+    most = int(by_stage.mean(axis=0).argmax())
+    ahead = by_stage[:, most] - np.delete(by_stage, most, axis=1).mean(axis=1)
+    error = float(ahead.std(ddof=1)) / np.sqrt(len(ahead)) if len(ahead) > 1 else np.inf
+    least = max(LEAST_SHARE * context.steps.mean_s, LEAST_ERRORS * error)
+    return (most, ahead) if float(ahead.mean()) >= least else None
+
+
+def _loading(context: AnalysisContext, stages: Stages) -> list[Finding]:
+    """Data loading of one stage, most often the first one."""
+    loads = context.time_in([name for name in context.parts.names if kind_of_part(name) == "data"])
+    if (found := _ahead(context, _by_stage(loads, stages))) is None:
+        return []
+    most, ahead = found
+    ranks, lost = context.ranks(stages[most]), float(ahead.mean())
+    told = f"stage {most} (ranks {ranks}) loads data for {lost:.3g} s a step, and the others wait for it"
+    cause = f"{CAUSES['data']} of pipeline stage {most}"
+    rows, worst = f"phases_summary: rank={ranks.split(',')[0]} phase=data", context.worst_step(np.maximum(ahead, 0.0))
+    return [Finding("data", cause, lost, None, "", "data", told, MEDIUM, rows, worst, several=True)]
 
 
 def _heavier(context: AnalysisContext, stages: Stages) -> list[Finding]:
-    work = _work(context)
-    # A single slow rank does not make its stage a heavy one: its least busy ranks tell.
-    by_stage = np.column_stack([np.sort(work[:, stage], axis=1)[:, (len(stage) - 1) // 2] for stage in stages])
+    by_stage = _by_stage(_work(context), stages)
     mean = by_stage.mean(axis=0)
-    most = int(mean.argmax())
-    ahead = by_stage[:, most] - np.delete(by_stage, most, axis=1).mean(axis=1)
-    more = float(ahead.mean())
-    error = float(ahead.std(ddof=1)) / np.sqrt(len(ahead)) if len(ahead) > 1 else np.inf
-    if more < LEAST_SHARE * context.steps.mean_s or more < LEAST_ERRORS * error:
+    if (found := _ahead(context, by_stage)) is None:
         return []
+    most, ahead = found
+    more = float(ahead.mean())
     least = min(range(len(stages)), key=lambda index: float(mean[index]))
     than = f"stage {least}" if len(stages) == 2 else "the others"
     ranks = context.ranks(stages[most])

@@ -18,11 +18,13 @@ from hpcmm.annotate.schema import CollectiveName
 GRADIENT_BYTES = 4_000_000
 
 
-def pipeline(work_ms, *, node_of=lambda rank: f"node{rank // 2 + 1}", batches=4, steps=20, peers=True, slow=None):
+def pipeline(
+    work_ms, *, node_of=lambda rank: f"node{rank // 2 + 1}", batches=4, steps=20, peers=True, slow=None, load_ms=0.0
+):
     """Two stages of two ranks, GPipe: all forward passes, all backward passes, then each stage's own all-reduce.
 
     ``work_ms`` of a stage is for one forward pass; a backward pass takes as long. ``slow`` are ms that
-    a rank takes longer.
+    a rank takes longer. The first stage begins a step by loading for ``load_ms``.
     """
     dice = np.random.default_rng(0)
     at = np.zeros(4)
@@ -40,6 +42,7 @@ def pipeline(work_ms, *, node_of=lambda rank: f"node{rank // 2 + 1}", batches=4,
 
     for step in range(steps):
         begin = at.copy()
+        at[:2] += load_ms * MS
         for first in (0, 1):
             last = first + 2
             for _ in range(batches):
@@ -61,7 +64,9 @@ def pipeline(work_ms, *, node_of=lambda rank: f"node{rank // 2 + 1}", batches=4,
         done = max(at) + 1 * MS
         for rank in range(4):
             comm[rank].append(("all_reduce", "0", step + 1, 4, int(at[rank]), int(done), step, -1))
-            segments[rank].append((step, "other", int(begin[rank]), int(done)))
+            loaded = int(begin[rank] + (load_ms * MS if rank < 2 else 0))
+            segments[rank] += [(step, "data", int(begin[rank]), loaded)] if loaded > begin[rank] else []
+            segments[rank].append((step, "other", loaded, int(done)))
         at[:] = done
     traces = []
     for rank in range(4):
@@ -88,6 +93,17 @@ def test_a_heavier_stage_is_a_stage_and_not_a_slow_node(heavy: int, peers: bool)
     assert float(first.cause.split()[-4]) == pytest.approx(80.0, rel=0.05), "8 passes of 10 ms"
     assert "runs this stage alone" in first.evidence
     assert f"of the work of stage {heavy} to stage {1 - heavy}" in suggest(first, {})
+
+
+def test_data_loading_of_a_stage_is_no_work_that_could_move_to_another_one() -> None:
+    found = verdicts(pipeline([20.0, 20.0], load_ms=60.0))
+    causes = {finding.cause: finding for finding in found}
+    assert not any("heavier" in cause for cause in causes)
+    loading = causes["data loading of pipeline stage 0"]
+    assert loading.lost_s == pytest.approx(0.060, rel=0.05)
+    assert suggest(loading, {"train": {}, "data": {"num_workers": 0}}) == "data.num_workers=2"
+    without = {finding.cause: finding for finding in verdicts(pipeline([20.0, 20.0]))}
+    assert causes["pipeline bubble"].lost_s == pytest.approx(without["pipeline bubble"].lost_s, rel=0.1)
 
 
 def test_a_stage_on_several_nodes_is_no_node_of_its_own() -> None:
