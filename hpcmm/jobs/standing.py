@@ -345,7 +345,7 @@ def _did_not_come(
     away: Sequence[Standing], direct: Sequence[Standing], ahead: Mapping[str, int], *, still: bool
 ) -> str:
     numbers = [each.number for each in away if each.number is not None]
-    same = len({each.counted_in for each in away}) == 1 and numbers
+    same = numbers and len({each.counted_in for each in (*away, *direct)}) == 1  # else nobody knows of which group
     came = f"; {'their' if len(away) > 1 else 'its'} last one was number {max(numbers)}" if same else ""
     missing, several = ranks_named([each.rank for each in away]), len(away) > 1
     is_past = bool(same) and min(numbers) > ahead.get(away[0].counted_in, min(numbers))
