@@ -63,9 +63,10 @@ class Verdict:
 
 
 def events_of(evidence: JobDiagnostics) -> list[Event]:
-    """The ranks' ends by their own fault or another's, by time; not those of ranks that were told to end."""
+    """The ranks' ends by their own fault, then those by another's, each by time; not those of ranks told to end."""
     found = [event for rank in evidence.ranks.values() if (event := event_of(rank)) is not None]
-    return sorted(found, key=lambda event: (event.unix_ns, event.rank))
+    # A rank that raised ends after those that lost it: it leaves its groups first.
+    return sorted(found, key=lambda event: (event.kind in CONSEQUENCES, event.unix_ns, event.rank))
 
 
 def first_failure(evidence: JobDiagnostics) -> Verdict:
