@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from cells import STEPS, Cell, ManyConversations
-from cut_cases import Case, check, config_of, forget_groups
+from cells import Cell, ManyConversations
+from cut_cases import Case, Found, check, config_of, forget_groups
 from cut_model import TinyTraining
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -21,12 +22,13 @@ from hpcmm.train.precision import multiply_in_fp8
 from hpcmm.train.recipes import build
 
 RANKS = 2
+STEPS = 5
 PACKAGES = Path(sys.prefix) / "fp8"
 """Where ``scripts/setup.sh`` puts torchao."""
 IS_INSTALLED = PACKAGES.is_dir() or find_spec("torchao") is not None
 CPU = torch.device("cpu")
-CASES = [
-    Case("llama", {}, 3, "all and lora", clip=0.5, precision="fp8", resume=True),
+CORE = [Case("llama", {}, 3, "all and lora", clip=0.5, precision="fp8", resume=True)]
+REST = [
     Case("qwen3", {}, 3, rounds=2, precision="fp8", checkpointing=True),
     Case("mixtral", {"expert": 2}, 1, precision="fp8", resume=True),
     Case("qwen3_moe", {"expert": 2}, 3, precision="fp8"),
@@ -41,12 +43,17 @@ NOTHING_KEPT = {
 """So that ZeRO stage 3 lets go of a tiny model's parameters, too, as it does of a large one's."""
 
 
-def on_ranks(rank: int, folder: str) -> dict[str, Any]:
-    """All that the tests look at."""
+def check_cases(rank: int, cases: Sequence[Case], folder: str) -> list[Found]:
+    """As of any precision."""
     if find_spec("torchao") is None:
         sys.path.append(str(PACKAGES))
+    return check(rank, list(cases), folder)
+
+
+def on_ranks(rank: int, folder: str) -> dict[str, Any]:
+    """What the tests look at in each run."""
     return {
-        "cases": check(rank, CASES, folder),
+        "cases": check_cases(rank, CORE, folder),
         "omni": [conversations(rank, "zero2", Precision.bf16), conversations(rank, "pipeline", Precision.fp8)],
         "maps": {kind: maps_of(kind, variant) for kind, variant in (("llama", "all and lora"), ("mixtral", ""))},
         "kept": weights_that_stay(rank),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cut_cases import Case, Found, config_of
 from cut_model import TinyTraining
-from emulated_fp8 import CASES, CPU, IS_INSTALLED, RANKS, on_ranks
+from emulated_fp8 import CORE, CPU, IS_INSTALLED, RANKS, REST, check_cases, on_ranks
 from real_ranks import run_ranks
 
 from hpcmm.config.mesh import DATA, PIPELINE
@@ -29,28 +30,37 @@ H100 = torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, compiled_ops: None) -> dict[str, Any]:
+def run(tmp_path_factory: pytest.TempPathFactory, compiled_ops: None) -> Callable[..., Any]:
+    """A function on the ranks; what rank 0 returns."""
     if not IS_INSTALLED:
         pytest.skip("torchao is not installed: run scripts/setup.sh")
-    return run_ranks(RANKS, on_ranks, str(tmp_path_factory.mktemp("runs")), timeout_s=280)[0]
+    folder = str(tmp_path_factory.mktemp("runs"))
+    return lambda function, *arguments: run_ranks(RANKS, function, *arguments, folder, timeout_s=280)[0]
 
 
-@pytest.fixture
-def of_case(case: Case, found: dict[str, Any]) -> Found:
-    return found["cases"][CASES.index(case)]
+@pytest.fixture(scope="module")
+def found(run: Callable[..., Any]) -> dict[str, Any]:
+    return run(on_ranks)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_losses_and_weights_are_near_those_of_one_process(case: Case, of_case: Found):
-    assert not of_case.wrong_names
-    assert of_case.loss < FP8
-    assert of_case.weight < FP8
+def is_near_one_process(case: Case, found: Found) -> None:
+    assert not found.wrong_names
+    assert found.loss < FP8
+    assert found.weight < FP8
+    if case.resume:
+        assert found.resumed == 0
+        assert found.started == 0  # without fp8
 
 
-@pytest.mark.parametrize("case", [each for each in CASES if each.resume], ids=str)
-def test_a_run_goes_on_from_a_checkpoint_and_one_without_fp8_starts_from_it(case: Case, of_case: Found):
-    assert of_case.resumed == 0
-    assert of_case.started == 0
+def test_losses_and_weights_are_near_those_of_one_process_and_a_run_goes_on(found: dict[str, Any]):
+    for case, of_case in zip(CORE, found["cases"], strict=True):
+        is_near_one_process(case, of_case)
+
+
+@pytest.mark.long
+def test_so_they_are_in_each_other_form_of_a_recipe(run: Callable[..., Any]):
+    for case, of_case in zip(REST, run(check_cases, REST), strict=True):
+        is_near_one_process(case, of_case)
 
 
 def test_a_tiny_omni_modal_model_learns_as_in_bf16(found):
