@@ -54,7 +54,7 @@ class ClassSource:
     bases: frozenset[str]
     """All base classes that were found, as ``package.module.Class``, itself included."""
     attributes: Mapping[str, Any]
-    """Class attributes that are plain constants, its own before those of its bases."""
+    """Class attributes that are plain constants or tuples of them, its own before those of its bases."""
     is_whole: bool
     """Whether every base class was found, so that what is not in ``bases`` is no base."""
 
@@ -223,11 +223,16 @@ def _is_no_part(target: str | None, base: ast.expr) -> bool:
 def _constants(node: ast.ClassDef) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for each in node.body:
-        if isinstance(each, ast.AnnAssign | ast.Assign) and isinstance(each.value, ast.Constant):
+        if isinstance(each, ast.AnnAssign | ast.Assign) and each.value is not None and _is_constant(each.value):
             target = each.target if isinstance(each, ast.AnnAssign) else each.targets[0]
             if isinstance(target, ast.Name):
-                found[target.id] = each.value.value
+                found[target.id] = ast.literal_eval(each.value)
     return found
+
+
+def _is_constant(value: ast.expr) -> bool:
+    elements = value.elts if isinstance(value, ast.Tuple) else [value]
+    return all(isinstance(element, ast.Constant) for element in elements)
 
 
 def _parameters(function: ast.FunctionDef) -> dict[str, Parameter]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hpcmm.config.mesh import DATA, EXPERT, PIPELINE, SEQUENCE, TENSOR
 from hpcmm.config.model_shape import ModelShape
+from hpcmm.config.parts import class_attribute, part_name
 from hpcmm.files import read_text
 from hpcmm.text import visible
 from hpcmm.workloads.omni.schema import ARCHITECTURES, WITH_EXPERTS, LanguageModelKind, OmniConfig
@@ -49,15 +50,20 @@ def network_settings(config: OmniConfig) -> Mapping[str, Any]:
             "num_experts_per_tok": tiny.experts_per_token,
             "output_router_logits": tiny.router_loss,
         }
+    return _settings_in(language.path or "")
+
+
+def _settings_in(folder: str) -> Mapping[str, Any]:
     try:
-        content = json.loads(read_text(Path(language.path or "", _CONFIG).expanduser()))
+        content = json.loads(read_text(Path(folder, _CONFIG).expanduser()))
     except (OSError, ValueError, RuntimeError, RecursionError):  # another machine's file: a rank says what is wrong
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def problems(config: OmniConfig) -> Iterator[str]:
-    """What a network's ``config.json`` has that does not fit, if this machine can read it."""
+    """What the ``config.json`` of a network or an encoder has that does not fit, if this machine can read it."""
+    yield from _encoder_problems(config)
     found, path = network_settings(config), config.model.language_model.path
     kind = found.get("model_type")
     if kind is not None and kind not in ARCHITECTURES:
@@ -76,6 +82,18 @@ def problems(config: OmniConfig) -> Iterator[str]:
             f"data.max_tokens is {config.data.max_tokens}, but the language model's positions (rope_type {form}) "
             f"change for all conversations of a row if one is longer than {most} tokens: set data.max_tokens={most}."
         )
+
+
+def _encoder_problems(config: OmniConfig) -> Iterator[str]:
+    for name, part in config.model.modalities.items():
+        if not isinstance(part, Mapping) or not isinstance(folder := part.get("weights"), str):
+            continue
+        kind, fitting = _settings_in(folder).get("model_type"), class_attribute(part, "model_types")
+        if kind is not None and fitting and kind not in fitting:
+            yield (
+                f"model.modalities.{name}.weights is {folder}, a model of type {visible(str(kind))}, but "
+                f"{part_name(part)} takes {', '.join(fitting)}: name a folder of one of these."
+            )
 
 
 def axes(config: OmniConfig) -> frozenset[str]:

@@ -109,6 +109,13 @@ def test_another_type_of_model_is_refused_before_the_job(tmp_path: Path):
     assert "a model of type phi3, but this workload takes llama, mixtral, qwen2, qwen3, qwen3_moe" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(("modality", "takes"), [("image", "clip, clip_vision_model, siglip"), ("sound", "whisper")])
+def test_an_encoder_of_another_type_is_refused_before_the_job(tmp_path: Path, modality: str, takes: str):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "wav2vec2"}))
+    refused = refusal(Path("/elsewhere"), "model=omni", f"model.modalities.{modality}.weights={tmp_path}")
+    assert f"{modality}.weights is {tmp_path}, a model of type wav2vec2, but {modality} takes {takes}" in refused
+
+
 @pytest.mark.parametrize(
     "rotary",
     [

@@ -32,6 +32,7 @@ class ImageModality(Modality):
     """
 
     needs_weights = True
+    model_types = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "vit")
     upload_suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
     def __init__(
@@ -69,8 +70,8 @@ class ImageModality(Modality):
         classes = {"vit": ViTModel, "clip": CLIPVisionModel, "siglip": SiglipVisionModel}
         classes |= {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
         kind = model_type_of(folder, "an image encoder", KEY)
-        if kind not in classes:
-            raise HpcmmError(f"{folder} holds a model of type {kind}, but images take {', '.join(sorted(classes))}.")
+        if kind not in self.model_types:
+            raise HpcmmError(f"{folder} holds a model of type {kind}, but images take {', '.join(self.model_types)}.")
         # The tower's own pooling is not used, and image classifiers' folders do not hold it.
         options = {"add_pooling_layer": False} if kind == "vit" else {}
         network = load_pretrained(classes[kind], folder, "an image encoder", KEY, **options)

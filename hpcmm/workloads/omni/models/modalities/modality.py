@@ -29,6 +29,9 @@ class Modality(nn.Module, ABC):
     needs_weights: ClassVar[bool] = False
     """Whether the parameter ``weights`` has to be given. Read from the source on the login node: a plain constant."""
 
+    model_types: ClassVar[Sequence[str]] = ()
+    """What ``weights`` may hold, by the ``model_type`` of ``transformers``; none for anything. Read as above."""
+
     upload_suffixes: ClassVar[Sequence[str] | None] = ()
     """The endings of files that a page's dialogue offers; none for any file. None if it takes no single file."""
 

@@ -39,6 +39,7 @@ class SoundModality(Modality):
     """
 
     needs_weights = True
+    model_types = ("whisper",)
     upload_suffixes = (".wav",)
 
     def __init__(  # noqa: PLR0913 -- each is a key of a YAML file
@@ -78,8 +79,8 @@ class SoundModality(Modality):
 
         folder = Path(weights).expanduser()
         kind = model_type_of(folder, "a sound encoder", "weights")
-        if kind != "whisper":
-            raise HpcmmError(f"{folder} holds a model of type {kind}, but sounds take whisper.")
+        if kind not in self.model_types:
+            raise HpcmmError(f"{folder} holds a model of type {kind}, but sounds take {', '.join(self.model_types)}.")
         return load_pretrained(WhisperModel, folder, "a sound encoder", "weights").encoder
 
     def read(self, path: Path) -> Tensor:
