@@ -187,19 +187,20 @@ class WholeEngine(Engine):
         *,
         settings: dict[str, Any] | None = None,
         mpu: Any = None,
-        averaged: int | None = None,
+        sequence_group: dist.ProcessGroup | None = None,
         groups: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         """``settings``: what a recipe adds to DeepSpeed's configuration. ``mpu``: its groups, as DeepSpeed takes them.
 
         ``groups``: the parameters in groups for the optimizer, if they differ from the training's.
-        ``averaged``: the number that DeepSpeed divides the sum of the ranks' gradients by; None: the data ranks.
+        ``sequence_group``: the ranks that divide this rank's sequences. They are data ranks to DeepSpeed.
         """
         super().__init__(training, config, mesh, rank)
         self.deepspeed = build_engine(
             training.model, config, training.parameter_groups() if groups is None else groups, settings, mpu
         )
-        self._averaged = mesh.data if averaged is None else averaged
+        self._averaged = mesh.data * mesh.sequence  # what DeepSpeed divides the sum of the ranks' gradients by
+        self._sequence_group = sequence_group
 
     @property
     def model(self) -> Any:
@@ -243,8 +244,16 @@ class WholeEngine(Engine):
             total += float(loss.detach())
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / self.rounds
-        # Ranks that divide a sequence have its loss between them.
-        return {"loss": total * self.mesh.sequence / max(1, tokens), **sums, "tokens": tokens}
+        return {"loss": self._over_sequence(total) / max(1, tokens), **sums, "tokens": tokens}
+
+    def _over_sequence(self, total: float) -> float:
+        """The sum of what the ranks that divide a sequence have of its loss."""
+        if self._sequence_group is None:
+            return total
+        with annotate.phase("agree"):
+            whole = torch.tensor(total, dtype=torch.float64, device=self.device)
+            dist.all_reduce(whole, group=self._sequence_group)
+            return whole.item()
 
     def _update(self, loss: Tensor) -> None:
         with annotate.phase("backward"):

@@ -25,7 +25,7 @@ from tiny_omni import random_example
 from torch import Tensor, nn
 
 from hpcmm.config.compose import compose_run
-from hpcmm.config.mesh import Mesh
+from hpcmm.config.mesh import DATA, Mesh
 from hpcmm.config.validate import validate
 from hpcmm.errors import HpcmmError
 from hpcmm.train.optimizers import build_optimizer
@@ -161,11 +161,14 @@ class Outcome:
     """Why it was refused, and what to do instead; empty if it was not."""
     deviation: float = 0.0
     """The largest relative difference of a step's loss from that of one process."""
+    differs: float = 0.0
+    """The largest relative difference between what ranks of one model note as a step's loss."""
     learnt: float = 0.0
     """By what part the loss of one process changed over the steps: what a wrong gradient would make another change."""
 
     def holds(self, cell: Cell) -> bool:
-        return not self.refusal and self.deviation <= TOLERANCE[cell.precision] < self.learnt / 2
+        tolerance = TOLERANCE[cell.precision]
+        return not self.refusal and max(self.deviation, self.differs) <= tolerance < self.learnt / 2
 
 
 def run(cell: Cell) -> Outcome:
@@ -181,7 +184,18 @@ def run(cell: Cell) -> Outcome:
         sum(total for total, _ in step) / sum(tokens for _, tokens in step) for step in zip(*losses, strict=True)
     ]
     deviation = max(abs(a - b) / b for a, b in zip(together, alone, strict=True))
-    return Outcome(deviation=deviation, learnt=abs(alone[-1] - alone[0]) / alone[0])
+    return Outcome(deviation=deviation, differs=differs(losses, config), learnt=abs(alone[-1] - alone[0]) / alone[0])
+
+
+def differs(losses: list[list[tuple[float, int]]], config: RunConfig) -> float:
+    """As :attr:`Outcome.differs`. ``losses``: by rank, as of :func:`trained_losses`."""
+    mesh = Mesh.of(config.parallel.mesh, config.world_size)
+    first = {mesh.coordinates(rank)[DATA]: losses[rank] for rank in reversed(range(len(losses)))}
+    return max(
+        abs(total - expected) / expected
+        for rank, steps in enumerate(losses)
+        for (total, _), (expected, _) in zip(steps, first[mesh.coordinates(rank)[DATA]], strict=True)
+    )
 
 
 _alone: dict[str, list[float]] = {}

@@ -24,9 +24,10 @@ from hpcmm.config.mesh import Mesh
 
 E = 4
 """Bytes of an element in float32."""
-TOKENS, LOSS_AND_LABELS, ROW_LENGTH, PLACES = 8, 16, 1024, 8
-"""The step's number of labelled tokens, over all ranks, in float64; what a pipeline's last stage tells the others, two
-float64; the length of a row, and its positions and labels a token, with which hidden states travel."""
+TOKENS, LOSS, LOSS_AND_LABELS, ROW_LENGTH, PLACES = 8, 8, 16, 1024, 8
+"""The step's number of labelled tokens, over all ranks, in float64; the loss of a sequence that ranks divide, the same;
+what a pipeline's last stage tells the others, two float64; the length of a row, and its positions and labels a token,
+with which hidden states travel."""
 NORM, NORM_OF_ZERO_3 = 4, 8
 """The square of the gradients' norm: DeepSpeed sums it over each group that has a part of it."""
 ROWS = 8
@@ -78,6 +79,7 @@ def bytes_of(
         found[replicas] += of_zero(zero, held.shared, held.whole, micro_batches)
         found[replicas] += NORM_OF_ZERO_3 if zero == 3 else NORM
     if mesh.sequence > 1:
+        found["sequence"] += LOSS
         found["sequence"] += held.layers * (of_ring(held, mesh.sequence) if ring else of_ulysses(held, mesh.sequence))
     if mesh.tensor > 1:
         found["tensor"] += 4 * held.layers * held.row + (of_encoder(held, mesh.tensor) if held.encoder else 0)

@@ -27,6 +27,7 @@ def build(training: Training, config: RunConfig, mesh: Mesh, rank: int) -> Engin
 
         return PipelineEngine(training, config, mesh, rank, structure)
     whole_encoders = config.parallel.encoders is Encoders.replicated
+    sequence_group = None
     if mesh.sequence > 1:
         from hpcmm.train.recipes.sequence import shard_sequence  # noqa: PLC0415 -- it imports transformers
 
@@ -39,8 +40,7 @@ def build(training: Training, config: RunConfig, mesh: Mesh, rank: int) -> Engin
 
         engine: WholeEngine = CutEngine(training, structure, config, mesh, rank)
     else:
-        # The ranks that share a sequence are data ranks to DeepSpeed: see the sequence recipe.
-        engine = WholeEngine(training, config, mesh, rank, averaged=mesh.data * mesh.sequence)
+        engine = WholeEngine(training, config, mesh, rank, sequence_group=sequence_group)
     if whole_encoders and config.parallel.zero_stage == ZERO_OF_PARAMETERS:
         keep_whole(engine.deepspeed, structure)
     return engine
