@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -343,6 +344,8 @@ def _why_unknown(target: str, group: PartGroup) -> str:
         return why
     if (problem := syntax_problem(module)) is not None:
         return f"{problem}."
+    if module and importlib.util.find_spec(package := module.partition(".")[0]) is None:
+        return f"there is no package {package}: install it, start hpcmm in the folder that holds it, or set PYTHONPATH."
     return (
         "there is no such class: write package.module.Class, and start hpcmm in the folder that holds the package, or "
         "set PYTHONPATH."

@@ -46,7 +46,7 @@ def submit(options: ServeOptions, cluster: str, overrides: Sequence[str], runs_r
     planned = plan([Point((), config)], words)
     task = replace(task, kwargs={"job_dir": str(planned.run.root), **task.kwargs})
     point = replace(planned.points[0], config=replace(planned.config, task=task))
-    planned = replace(planned, points=(point,))
+    planned = replace(planned, points=(point,), packages=frozenset())  # DeepSpeed's ops are compiled for training alone
     write(planned)
     return submit_job(planned, is_latest=False)
 

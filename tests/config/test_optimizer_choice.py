@@ -57,6 +57,7 @@ def test_each_optimizer_of_hpcmm_fits_plain_data_parallelism(name):
         (["optimizer._target_=torch.optim.Adafactor"], "optimizer=Adafactor needs each parameter whole"),
         (["optimizer._target_=torch.optim.LBFGS"], "evaluates the loss several times a step"),
         (["optimizer._target_=torch.optim.Adamm"], "there is no such class"),
+        (["optimizer._target_=no_such_package.optim.Adam"], "there is no package no_such_package: install it"),
         (["optimizer._target_=torch.nn.Linear"], "is not a Optimizer"),
         (["optimizer=sgd", "optimizer.momentun=0.8"], "not a parameter of SGD; its parameters: lr, momentum"),
         (["optimizer=sgd", "optimizer.nesterov=much"], "optimizer.nesterov is 'much', but SGD takes bool"),
