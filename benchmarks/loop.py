@@ -55,27 +55,9 @@ def run(options: argparse.Namespace) -> None:
         run_dir.create()
         config_file.dump(config, run_dir.config)
         subprocess.run([sys.executable, "-m", "hpcmm.worker", "prepare", str(run_dir.root)], check=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        program = [sys.executable, __file__, f"--steps={options.steps}", f"--turns={options.turns}"]
+        program = [__file__, f"--steps={options.steps}", f"--turns={options.turns}", f"--rank-of={run_dir.root}"]
         program += [f"--json={options.json}"] if options.json else []
-        ranks = [
-            subprocess.Popen(
-                [*program, f"--rank-of={run_dir.root}"],
-                env={
-                    **os.environ,
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(options.ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                    "OMP_NUM_THREADS": "1",
-                },
-            )
-            for rank in range(options.ranks)
-        ]
-        failed = [rank.wait() for rank in ranks]
+        failed = measuring.run_ranks(program, options.ranks)
         if any(failed):
             sys.exit(f"ranks ended with {failed}")
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: medians and ratios, and the option ``--json FILE`` with the file that it asks for.
+"""What the benchmarks share: medians and ratios, ranks, and the option ``--json FILE`` with the file that it asks for.
 
 The file holds one JSON object: the benchmark's name, the machine's cores, what the units in the names of numbers mean,
 and ``rows``, an object for each thing that was measured.
@@ -10,7 +10,10 @@ import argparse
 import json
 import math
 import os
+import socket
 import statistics
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,6 +48,20 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
+
+
+def run_ranks(program: Sequence[str], ranks: int, **environment: str) -> list[int]:
+    """Run a Python program as ranks that can meet on this machine, a thread each. Their exit statuses, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {**os.environ, **shared, **environment}
+    processes = [
+        subprocess.Popen([sys.executable, *program], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(ranks)
+    ]
+    return [process.wait() for process in processes]
 
 
 def summary(values: Sequence[float], unit: str, of: str = "") -> Row:

@@ -16,10 +16,7 @@ attention, and its Ulysses takes no packed rows: those recipes have nobody to be
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -60,20 +57,9 @@ def run(recipe: str, options: argparse.Namespace) -> Row:
         config = compose_run(overrides)
         validate(config)
         config_file.dump(config, Path(folder) / "config.yaml")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        program = [sys.executable, __file__, recipe, f"--runs={options.runs}", f"--steps={options.steps}"]
-        shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # whose import takes seconds of each rank
-        ranks = [
-            subprocess.Popen(
-                [*program, f"--rank-in={folder}"],
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(RANKS)
-        ]
-        if any(failed := [rank.wait() for rank in ranks]):
+        program = [__file__, recipe, f"--runs={options.runs}", f"--steps={options.steps}", f"--rank-in={folder}"]
+        failed = measuring.run_ranks(program, RANKS, TORCHDYNAMO_DISABLE="1")  # its import takes seconds of each rank
+        if any(failed):
             sys.exit(f"{recipe}: ranks ended with {failed}")
         return read_json_object(Path(folder) / "row.json")
 

@@ -58,10 +58,14 @@ def fp16_settings(config: RunConfig) -> dict[str, Any]:
 def check_fp16(config: RunConfig) -> None:
     """Raises HpcmmError if the run asks for fp16 and this rank has no GPU: few processors can, and these slowly."""
     if config.parallel.precision is Precision.fp16 and get_accelerator().device_name() == "cpu":
-        raise HpcmmError(
-            "parallel.precision is fp16, which needs a GPU, and this rank trains on the processor: choose "
-            "parallel.precision=bf16 or fp32."
-        )
+        raise _needs_a_gpu(Precision.fp16)
+
+
+def _needs_a_gpu(precision: Precision) -> HpcmmError:
+    return HpcmmError(
+        f"parallel.precision is {precision}, which needs a GPU, and this rank trains on the processor: choose "
+        "parallel.precision=bf16 or fp32."
+    )
 
 
 def noted(engine: deepspeed.DeepSpeedEngine, config: RunConfig) -> dict[str, float]:
@@ -132,10 +136,7 @@ def _multiplies_in_fp8(name: str, module: nn.Module) -> bool:
 def _check_gpu(device: torch.device) -> None:
     """Raises HpcmmError if this rank's device does not multiply in fp8."""
     if device.type != "cuda":
-        raise HpcmmError(
-            "parallel.precision is fp8, which needs a GPU, and this rank trains on the processor: choose "
-            "parallel.precision=bf16 or fp32."
-        )
+        raise _needs_a_gpu(Precision.fp8)
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         has, least = (".".join(map(str, each)) for each in (capability, _LEAST_CAPABILITY))
