@@ -1,16 +1,16 @@
 """Steps of hpcmm's recipes beside the same model under DeepSpeed calls written by hand, by turns.
 
-    python benchmarks/recipes.py [ddp zero1 ... pipeline] [--runs 11] [--steps 4] [--json FILE]
+    python benchmarks/recipes.py [ddp zero1 ... pipeline] [--runs 11] [--steps 16] [--json FILE]
 
 For each recipe two ranks make the omni-modal workload's tiny model twice, from one seed: once by the recipe, and once
 by ``deepspeed.initialize`` and a loop of forward, backward and step, with the same settings, data and optimizer. In
 each turn both run ``--steps`` steps, in alternating order. Prints the processor time of a step, user and system, summed
 over the ranks, and what hpcmm's costs as a multiple of the other.
 
-By hand, tensor parallelism is ``deepspeed.tp_model_init``, expert parallelism is AutoEP in DeepSpeed's configuration
-(with hpcmm's repair for the newest ``transformers``), and a pipeline is ``PipelineModule`` over the same chain of
-layers, cut at the same place, with the batch read by both ends and no sum for tied embeddings. DeepSpeed has no ring
-attention, and its Ulysses takes no packed rows: those recipes have nobody to be compared with.
+By hand, tensor parallelism is AutoTP and expert parallelism AutoEP, both in DeepSpeed's configuration (the latter with
+hpcmm's repair for the newest ``transformers``), and a pipeline is ``PipelineModule`` over the same chain of layers, cut
+at the same place, with the batch read by both ends and no sum for tied embeddings. DeepSpeed has no ring attention, and
+its Ulysses takes no packed rows: those recipes have nobody to be compared with.
 """
 
 from __future__ import annotations
@@ -48,6 +48,14 @@ OF_RECIPE = {
     "pipeline": ("train.gradient_accumulation_steps=4",),
 }
 """What a recipe needs besides its name."""
+LANGUAGE_MODEL_ALONE = {
+    "use_default_specs": False,
+    "layer_specs": [
+        {"patterns": [r"trunk\.lm\..*\.([qkv]|gate|up)_proj\.weight$"], "partition_type": "column"},
+        {"patterns": [r"trunk\.lm\..*\.(o|down)_proj\.weight$"], "partition_type": "row"},
+    ],
+}
+"""What AutoTP is to cut: by itself it would cut the encoders, too, and their shapes would not fit any more."""
 
 
 def run(recipe: str, options: argparse.Namespace) -> Row:
@@ -166,7 +174,6 @@ def by_hand(config: Any) -> Iterator[None]:
 def initialized(config: Any, training: Any) -> Any:
     """``deepspeed.initialize`` with the recipe's settings."""
     import deepspeed  # noqa: PLC0415
-    import torch  # noqa: PLC0415
 
     from hpcmm.train.engine import deepspeed_config  # noqa: PLC0415
     from hpcmm.train.optimizers import build_optimizer  # noqa: PLC0415
@@ -175,9 +182,7 @@ def initialized(config: Any, training: Any) -> Any:
     model, settings, mesh = training.model, deepspeed_config(config), recipe_of(config).mesh(config)
     structure, groups = training.structure(), training.parameter_groups()
     if mesh.tensor > 1:
-        settings["tensor_parallel"] = {"autotp_size": mesh.tensor}
-        deepspeed.tp_model_init(structure.network, mesh.tensor, torch.float32)
-        model.ds_autotp_parsed = True  # else it cuts the encoders, too, and their shapes do not fit any more
+        settings["tensor_parallel"] = {"autotp_size": mesh.tensor, "partition_config": LANGUAGE_MODEL_ALONE}
     if mesh.expert > 1:
         settings |= expert_settings(structure.network, structure.network_name, mesh.expert)
         groups = expert_groups(groups, structure.network, mesh.expert)
@@ -240,7 +245,7 @@ def main() -> None:
     parser = measuring.parser(__doc__)
     parser.add_argument("recipes", nargs="*", choices=[*RECIPES, []], metavar="RECIPE", help="default: all")
     parser.add_argument("--runs", type=measuring.positive, default=11, help="turns (default: 11)")
-    parser.add_argument("--steps", type=measuring.positive, default=4, help="steps of a turn (default: 4)")
+    parser.add_argument("--steps", type=measuring.positive, default=16, help="steps of a turn (default: 16)")
     parser.add_argument("--rank-in", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_in:

@@ -101,6 +101,7 @@ def find_network_stalls(context: AnalysisContext, stopped_s: Floats) -> list[Fin
     if rows.empty or unseen:
         return []
     inside = rows[rows["step"].isin(numbers)]
+    inside = inside[_usual(inside["phase"], inside["step"], len(numbers))]
     total = inside.groupby("step")["exposed_transfer_ns"].sum().reindex(numbers).fillna(0.0).to_numpy(np.float64)
     transfer = np.maximum(total / NS_PER_S / len(context.traces) - stopped_s, 0.0)
     usual = float(np.median(transfer))
@@ -120,6 +121,14 @@ def find_network_stalls(context: AnalysisContext, stopped_s: Floats) -> list[Fin
     phase = str(longest["phase"])
     mean = float(lost.mean())
     return [Finding("interruption", CAUSES["interruption"], mean, None, "", phase, told, MEDIUM, pointer, worst)]
+
+
+def _usual(phase: pd.Series, step: pd.Series, steps: int) -> pd.Series:
+    """Which rows lie in a phase that at least half of the steps have.
+
+    A step with a checkpoint or an evaluation has no usual step to compare what is exchanged there with.
+    """
+    return step.groupby(phase).transform("nunique") >= steps / 2
 
 
 RECEIVING = frozenset({"recv", "recvfrom", "recvmsg", "readv"})

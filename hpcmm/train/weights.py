@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -35,7 +36,13 @@ def trained_weights(names: dict[nn.Parameter, str]) -> Iterator[tuple[str, Tenso
 
 
 def whole_over_zero(parameter: nn.Parameter) -> Tensor:
-    """A trained parameter, whole over the ranks that ZeRO divides it over, float32. A collective of these ranks."""
+    """A trained parameter, whole over the ranks that ZeRO divides it over, float32. A collective of these ranks.
+
+    Unless it is no part of one: a float32 parameter that stage 3 has not cut is what the optimizer's parts add up to.
+    DeepSpeed would exchange it all the same, one message a parameter.
+    """
+    if parameter.dtype == torch.float32 and not hasattr(parameter, "ds_id"):
+        return parameter.detach()
     whole = safe_get_full_fp32_param(parameter)
     return (parameter.detach() if whole is None else whole).float()
 

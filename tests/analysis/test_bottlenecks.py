@@ -482,14 +482,26 @@ def test_what_costs_everybody_most_goes_before_the_one_that_takes_longer_over_it
     assert second == ("data loading", 0)
 
 
-@pytest.mark.parametrize(("hit", "expected"), [([], False), ([12], True), (range(0, 30, 2), False)])
-def test_communication_that_stood_still_for_a_while_is_told_from_slow_transfer(hit, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("hit", "phase", "expected"),
+    [
+        ([], "backward", False),
+        ([12], "backward", True),
+        (range(0, 30, 2), "backward", False),
+        ([12], "checkpoint", False),
+    ],
+    ids=["nowhere", "one step", "each other step", "what one step alone exchanges"],
+)
+def test_communication_that_stood_still_for_a_while_is_told_from_slow_transfer(hit, phase, expected: bool) -> None:
     traces = simulate_run(lambda _rank, _step, phase: BALANCED[phase], noise_ms=1.0)
     late = np.cumsum([2000 * MS if step in hit else 0 for step in range(30)])
     before = np.concatenate(([0], late[:-1]))
 
     def longer(frame: pd.DataFrame) -> pd.DataFrame:
         last = frame["phase"] == "backward" if "phase" in frame else True
+        there = last & frame["step"].isin(hit)
+        if "op" in frame:
+            frame = frame.assign(phase=frame["phase"].where(~there, phase))
         return frame.assign(
             start_ns=frame["start_ns"] + before[frame["step"]],
             end_ns=frame["end_ns"] + np.where(last, late[frame["step"]], before[frame["step"]]),

@@ -47,6 +47,9 @@ GLOBAL_BATCH = 24
 """Examples of a step, whatever the mesh: what every number of data ranks and micro-batches here divides."""
 TOLERANCE = {"fp32": 2e-5, "bf16": 3e-3}
 """The largest deviation of a step's loss from that of one process, relative."""
+ROUTED_BF16 = 3e-2
+"""The same of experts in bf16: a token whose best experts are nearly equal goes to others when its scores are rounded.
+DDP, which leaves such a model as it is, deviates by 1.6e-2."""
 CELL_S = 150
 """Seconds after which a cell hangs."""
 
@@ -113,6 +116,11 @@ class Cell:
             return RANKS[self.row][1]
         return {"3d": 4, "ring of 3": 3, "expert x tensor": 4, "sequence x tensor": 4}.get(self.row, 2)
 
+    @property
+    def tolerance(self) -> float:
+        """Of the deviation, in this precision."""
+        return ROUTED_BF16 if self.precision == "bf16" and "expert" in self.row else TOLERANCE[self.precision]
+
     def overrides(self) -> list[str]:
         """The configuration as a user would write it."""
         return [
@@ -167,8 +175,7 @@ class Outcome:
     """By what part the loss of one process changed over the steps: what a wrong gradient would make another change."""
 
     def holds(self, cell: Cell) -> bool:
-        tolerance = TOLERANCE[cell.precision]
-        return not self.refusal and max(self.deviation, self.differs) <= tolerance < self.learnt / 2
+        return not self.refusal and max(self.deviation, self.differs) <= cell.tolerance < self.learnt / 2
 
 
 def run(cell: Cell) -> Outcome:

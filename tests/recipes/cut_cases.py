@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,8 @@ class Found:
     """Of a weight of the model by itself, if it starts from that checkpoint."""
     written_twice: tuple[str, ...] = ()
     """Files of the checkpoint that more than one rank wrote."""
+    sums: int = 0
+    """All-reduces that make the weights whole."""
 
 
 def config_of(case: Case, ranks: int) -> RunConfig:
@@ -140,7 +143,8 @@ def one_case(rank: int, case: Case, folder: str) -> Found | None:
         if checkpoints is not None and step == STEPS - 2:
             saved = {name: value.clone() for name, value in engine.weights().items()}
             twice = written_twice(partial(checkpoints.save, engine, step + 1, {}))
-    weights = engine.weights()
+    with patch("torch.distributed.all_reduce", wraps=dist.all_reduce) as sums:
+        weights = engine.weights()
     seen = training.model.encoder.seen
     engine.destroy()
     forget_groups()
@@ -159,7 +163,7 @@ def one_case(rank: int, case: Case, folder: str) -> Found | None:
         weights,
         losses,
         norms,
-        {"seen": seen, "resumed": resumed, "started": started, "written_twice": twice},
+        {"seen": seen, "resumed": resumed, "started": started, "written_twice": twice, "sums": sums.call_count},
     )
 
 

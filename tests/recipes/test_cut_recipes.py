@@ -88,6 +88,12 @@ def test_no_two_ranks_write_one_file_of_a_checkpoint(case: Case, found: Outcomes
     assert found[case].written_twice == ()
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32_weights_that_no_rank_has_cut_are_saved_without_a_message_each(case: Case, found: Outcomes):
+    in_parts = case.precision != "fp32" and case.zero in {1, 2}
+    assert bool(found[case].sums) == in_parts
+
+
 def test_ranks_that_divide_a_model_encode_a_share_each(found: Outcomes):
     shared = Case("mixtral", {"expert": 2, "tensor": 2}, 1, clip=0.05, encoders="replicated", resume=True)
     whole = Case("llama", {"tensor": 4}, 0, clip=0.5, resume=True)
