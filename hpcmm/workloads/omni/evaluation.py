@@ -67,7 +67,7 @@ model writes if it always takes the likeliest. Intervals are Wilson's."""
         return Scored(by_kind(answers, read_kinds(root)), trained_on=name, scored_on=name)
 
     def remarks(self, table: pd.DataFrame) -> list[str]:
-        said = []
+        said = [_beside_chance(own) for _, own in table.groupby("run", sort=False)]
         if MADE in {*table["trained_on"], *table["scored_on"]}:
             said.append(
                 "These conversations are made by hpcmm: the scores say that training works, and nothing about "
@@ -93,6 +93,18 @@ def by_kind(answers: Sequence[ScoredAnswer], kinds: Mapping[str, AnswerKind]) ->
     rows += [_row(str(modality), own) for modality, own in found.groupby("modality", sort=True)]
     rows += [_row(POOLED, found), {"category": MEAN, "answers": len(found), **mean}]
     return pd.DataFrame(rows)
+
+
+def _beside_chance(table: pd.DataFrame) -> str:
+    """One run's shares by modality, with what guessing gives if that is known."""
+    modalities = table[~table["category"].isin([POOLED, MEAN]) & ~table["category"].str.contains(": ")]
+    said = [
+        f"{row.category} {row.accuracy:.3f} of {row.answers} (95% interval {row.lower_95:.3f} to {row.upper_95:.3f}"
+        + ("" if np.isnan(row.chance) else f", by guessing {row.chance:.3f}")
+        + ")"
+        for row in modalities.itertuples()
+    ]
+    return f"{table['model'].iloc[0]}, seed {table['seed'].iloc[0]}, right answers: {'; '.join(said)}."
 
 
 def wilson_interval(right: int, answers: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from tiny_omni import random_example, tiny_model
 
 from hpcmm.workloads.omni.data.batch import Batch, pack, right_answers
 from hpcmm.workloads.omni.data.kinds import AnswerKind
-from hpcmm.workloads.omni.evaluation import MEAN, POOLED, by_kind, wilson_interval
+from hpcmm.workloads.omni.evaluation import MEAN, POOLED, OmniEvaluation, by_kind, wilson_interval
 from hpcmm.workloads.omni.models.answers import write_answers
 from hpcmm.workloads.omni.scoring import ScoredAnswer, accuracies
 from hpcmm.workloads.tiny_lm import bytes_tokenizer
@@ -94,6 +94,16 @@ def test_the_table_has_a_row_a_kind_a_modality_and_all_answers_beside_chance():
     assert np.isnan(table.loc["text", "chance"])
     assert np.isnan(table.loc[POOLED, "chance"])
     assert (table["lower_95"] <= table["accuracy"])[:-1].all()
+
+
+def test_what_is_said_of_a_run_sets_each_modality_beside_guessing():
+    table = by_kind(ANSWERS, KINDS).assign(run="one", model="tiny_llama", seed=3, trained_on="own", scored_on="own")
+    (said,) = OmniEvaluation().remarks(table)
+    assert said == (
+        "tiny_llama, seed 3, right answers: image 0.667 of 6 (95% interval 0.300 to 0.903, by guessing 0.333); "
+        "sound 0.500 of 2 (95% interval 0.095 to 0.905, by guessing 0.100); "
+        "text 0.000 of 1 (95% interval 0.000 to 0.793)."
+    )
 
 
 def test_wilsons_interval_is_that_of_the_tables():
