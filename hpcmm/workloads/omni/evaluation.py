@@ -98,12 +98,11 @@ def by_kind(answers: Sequence[ScoredAnswer], kinds: Mapping[str, AnswerKind]) ->
 def _beside_chance(table: pd.DataFrame) -> str:
     """One run's shares by modality, with what guessing gives if that is known."""
     modalities = table[~table["category"].isin([POOLED, MEAN]) & ~table["category"].str.contains(": ")]
-    said = [
-        f"{row.category} {row.accuracy:.3f} of {row.answers} (95% interval {row.lower_95:.3f} to {row.upper_95:.3f}"
-        + ("" if np.isnan(row.chance) else f", by guessing {row.chance:.3f}")
-        + ")"
-        for row in modalities.itertuples()
-    ]
+    said = []
+    for row in modalities.to_dict("records"):
+        guessed = "" if np.isnan(row["chance"]) else f", by guessing {row['chance']:.3f}"
+        interval = f"95% interval {row['lower_95']:.3f} to {row['upper_95']:.3f}"
+        said.append(f"{row['category']} {row['accuracy']:.3f} of {row['answers']} ({interval}{guessed})")
     return f"{table['model'].iloc[0]}, seed {table['seed'].iloc[0]}, right answers: {'; '.join(said)}."
 
 
