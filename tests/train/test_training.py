@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.config.schema import RunConfig
 from hpcmm.node.network import find_free_port
 from hpcmm.runs.run_dir import RunDir
-from hpcmm.worker.prepare import prepare
 
 RANK = '''
 import json, os, sys
@@ -104,10 +102,9 @@ def train_line(run: RunDir, steps: int) -> dict:
 
 
 @pytest.mark.timeout(400)
-def test_a_workload_of_a_newcomer_is_trained_scored_saved_and_resumed(tmp_path: Path):
+def test_a_workload_of_a_newcomer_is_trained_scored_saved_and_resumed(tmp_path: Path, compiled_ops: None):
     run = RunDir(tmp_path / "run")
     run.create()
-    prepare(RunConfig())  # compiled ops alone
     facts = train_line(run, 3)
     step = ["loss", "loss"]  # two micro-batches a step
     assert facts["calls"] == [
