@@ -153,7 +153,7 @@ class ConversationFile(Sequence[Conversation]):
         path = self._folder / given
         if given.is_absolute() or ".." in given.parts or not _is_within(path, self._folder):
             raise _LineError(f"{what} is {_shown(name)}, which leaves the data folder: name a file in it.")
-        if not path.is_file() and not path.is_dir():
+        if not _is_there(path):
             raise _LineError(f"{what} is {_shown(name)}, which is not there, or is no file.")
         return path
 
@@ -199,6 +199,14 @@ def _is_within(path: Path, folder: Path) -> bool:
     """Whether what ``path`` means, links followed, lies in ``folder``, a real path."""
     try:
         return Path(os.path.realpath(path)).is_relative_to(folder)
+    except OSError:
+        return False
+
+
+def _is_there(path: Path) -> bool:
+    """Whether it is a file or a folder; a name that is too long, or that must not be looked up, is none."""
+    try:
+        return path.is_file() or path.is_dir()
     except OSError:
         return False
 

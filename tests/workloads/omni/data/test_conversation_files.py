@@ -84,6 +84,7 @@ def test_empty_lines_count_as_lines_and_as_nothing_else(write):
         (asked({"type": "smell", "path": "red.png"}), '"type" smell, but the model takes text, image or sound'),
         (asked({"type": "image"}), 'the image of turn 1 has no "path"'),
         (picture("green.png"), "is green.png, which is not there, or is no file"),
+        (picture("long" * 2000), "..., which is not there, or is no file"),
         (picture("a\x1b[31mb"), "a\N{REPLACEMENT CHARACTER}[31mb, which is not there"),
         ({"turns": [{"role": "assistant", "content": "x", "kind": 3}]}, 'the "kind" of turn 1'),
     ],
