@@ -17,6 +17,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.train.recipes.encoders import shares
 from hpcmm.train.recipes.experts import expert_groups, expert_settings
 from hpcmm.train.recipes.tensor import _planned
+from hpcmm.workloads.causal_lm import add_lora
 
 RANKS = 4
 FP32, BF16 = 2e-5, 5e-3
@@ -142,6 +143,16 @@ def test_a_network_without_experts_or_with_jitter_is_refused():
     noisy.config.router_jitter_noise = 0.1
     with pytest.raises(HpcmmError, match="router_jitter_noise, which DeepSpeed's AutoEP leaves out"):
         expert_settings(noisy, "trunk.lm", 2)
+
+
+def test_a_router_with_lora_is_refused_for_experts_that_are_divided():
+    network = TinyTraining("mixtral").model.trunk.lm
+    add_lora(network, 2, 16.0, 0.0, ["q_proj"], "targets")
+    expert_settings(network, "trunk.lm", 2)
+    network = TinyTraining("mixtral").model.trunk.lm
+    add_lora(network, 2, 16.0, 0.0, ["q_proj", "gate"], "targets")
+    with pytest.raises(HpcmmError, match=r"model\.layers\.0\.mlp\.gate has LoRA, which DeepSpeed's AutoEP leaves out"):
+        expert_settings(network, "trunk.lm", 2)
 
 
 def test_experts_have_an_optimizer_group_of_their_own_with_the_values_of_theirs():

@@ -52,6 +52,11 @@ def expert_settings(network: Any, network_name: str, ranks: int) -> dict[str, An
             "The language model has router_jitter_noise, which DeepSpeed's AutoEP leaves out: set it to 0 in its "
             "config.json, or leave parallel.mesh.expert out."
         )
+    if updated := next(_updated_routers(network), None):
+        raise HpcmmError(
+            f"{updated} has LoRA, which DeepSpeed's AutoEP leaves out: give LoRA other maps than the router's, or "
+            "leave parallel.mesh.expert out."
+        )
     layers = rf"{re.escape(f'{network_name}.{network.base_model_prefix}')}\.layers\.\d+\.mlp"
     return {
         "expert_parallel": {
@@ -65,6 +70,14 @@ def expert_settings(network: Any, network_name: str, ranks: int) -> dict[str, An
 
 def _first_experts(network: Any) -> nn.Module | None:
     return next((module for name, module in network.named_modules() if name.endswith(EXPERTS)), None)
+
+
+def _updated_routers(network: Any) -> Iterator[str]:
+    """The parts of blocks with experts that LoRA stands beside."""
+    blocks = tuple(name.removesuffix("experts") for name, _ in network.named_modules() if name.endswith(EXPERTS))
+    for name, module in network.named_modules():
+        if name.startswith(blocks) and hasattr(module, "base_layer"):
+            yield name
 
 
 def expert_groups(groups: Sequence[dict[str, Any]], network: Any, ranks: int) -> list[dict[str, Any]]:
