@@ -13,7 +13,10 @@ from cut_cases import Case, Found, check
 from cut_model import TinyTraining
 from real_ranks import run_ranks
 
+from hpcmm.config.mesh import Mesh
+from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
+from hpcmm.train.recipes import build
 from hpcmm.train.recipes.encoders import shares
 from hpcmm.train.recipes.experts import expert_groups, expert_settings
 from hpcmm.train.recipes.tensor import _planned
@@ -134,6 +137,13 @@ def test_a_style_of_cutting_that_is_not_known_is_refused():
     network.config.base_model_tp_plan = {"layers.*.mlp.up_proj": "diagonal"}
     with pytest.raises(HpcmmError, match="'diagonal', which is not supported"):
         list(_planned(network))
+
+
+def test_a_model_of_which_nothing_trains_is_refused():
+    training = TinyTraining("llama")
+    training.model.requires_grad_(False)
+    with pytest.raises(HpcmmError, match="Nothing of the model trains, for all its parameters are frozen: let one"):
+        build(training, RunConfig(), Mesh(), 0)
 
 
 def test_a_network_without_experts_or_with_jitter_is_refused():

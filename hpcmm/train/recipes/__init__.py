@@ -8,7 +8,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.train.engine import Engine, WholeEngine
 from hpcmm.train.recipes.encoders import group_of, keep_whole, share_encoders
 from hpcmm.train.structure import Structure
-from hpcmm.train.workload import Training
+from hpcmm.train.workload import Training, trained_parameters
 
 ZERO_OF_PARAMETERS = 3
 """The stage of ZeRO that divides parameters."""
@@ -17,8 +17,13 @@ ZERO_OF_PARAMETERS = 3
 def build(training: Training, config: RunConfig, mesh: Mesh, rank: int) -> Engine:
     """The engine that trains ``training.model`` on the mesh. All ranks call it together.
 
-    Raises HpcmmError if the model has no structure to be cut along one of the mesh's axes.
+    Raises HpcmmError if the model has no structure to be cut along one of the mesh's axes, or no parameter trains.
     """
+    if not trained_parameters(training.model):
+        raise HpcmmError(
+            "Nothing of the model trains, for all its parameters are frozen: let one of its parts train, such as "
+            "connectors or LoRA."
+        )
     structure = _structure(training, config, mesh)
     if structure is None:
         return WholeEngine(training, config, mesh, rank)
