@@ -21,6 +21,8 @@ from hpcmm.text import visible
 LONGEST_S = 1800
 """Of a sound; a longer one would need more memory than a rank has."""
 _MOST_BYTES = 1 << 29
+_LOUDEST = 2.0**31
+"""Of samples, which should lie from -1 to 1; the power of larger ones is no float32 number."""
 _RATES_HZ = range(1000, 400_000)
 _MOST_CHUNKS = 1000
 """In front of the samples of a WAV file."""
@@ -40,6 +42,8 @@ def read_sound(path: Path, rate_hz: int) -> NDArray[np.float32]:
         raise HpcmmError(f"The sound {visible(str(path))} is empty; replace it or take it out of the set.")
     if not np.isfinite(samples).all():
         raise HpcmmError(f"The sound {visible(str(path))} has values that are not finite numbers; replace it.")
+    if np.abs(samples).max() > _LOUDEST:
+        raise HpcmmError(f"The sound {visible(str(path))} has values far beyond -1 to 1; replace it.")
     if found_hz not in _RATES_HZ or len(samples) > LONGEST_S * found_hz:
         raise HpcmmError(
             f"The sound {visible(str(path))} has {len(samples)} samples at {found_hz} Hz: it may have at most "

@@ -93,6 +93,7 @@ def test_whatever_is_damaged_in_a_sound_becomes_a_sentence(tmp_path):
         (lambda path: path.unlink(), "No such file"),
         (lambda path: write_sound(path, tone(440)[:0], RATE_HZ), "is empty"),
         (lambda path: wavfile.write(path, RATE_HZ, np.full(9, np.nan, np.float32)), "not finite numbers"),
+        (lambda path: wavfile.write(path, RATE_HZ, np.full(9, 1e38, np.float32)), "far beyond -1 to 1"),
         (lambda path: with_rate(path, 0), "at 0 Hz: it may have at most 1800 s"),
         (lambda path: with_rate(path, 1), "has 4000 samples at 1 Hz"),
         (lambda path: with_rate(path, 500_000), "at 500000 Hz: it may have at most"),
