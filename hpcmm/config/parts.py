@@ -287,6 +287,9 @@ def build_part(part: Any, group: PartGroup, **given: Any) -> Any:
         return found(**given, **parameters)
     except TypeError as error:
         raise HpcmmError(f"{part[TARGET]} does not take these parameters: {error}.") from error
+    except (ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise HpcmmError(f"{group.group}={part_name(part)} cannot be made: {reason}") from error
 
 
 def import_class(target: str) -> type:

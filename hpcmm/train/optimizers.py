@@ -32,7 +32,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, groups: Sequence[dict[s
         given = {name: value for name, value in rates.items() if name in taken and name not in part}
     try:
         built = build_part(part, OPTIMIZER, params=groups, **given)
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise HpcmmError(f"optimizer={part_name(part)} cannot be made: {reason}") from error
     assert isinstance(built, torch.optim.Optimizer)

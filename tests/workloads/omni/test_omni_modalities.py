@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from hpcmm.config.parts import build_part
 from hpcmm.errors import HpcmmError
 from hpcmm.workloads.omni.models.modalities.image import ImageModality, TinyImageModality
 from hpcmm.workloads.omni.models.modalities.merging import merged_runs, merged_squares
 from hpcmm.workloads.omni.models.modalities.sound import SoundModality, TinySoundModality
+from hpcmm.workloads.omni.schema import MODALITY
 
 WIDTH = 48
 ARCHITECTURES = ("vit", "clip", "siglip")
@@ -152,6 +154,21 @@ def test_whispers_encoder_loads_from_a_folder_for_shorter_windows(tmp_path: Path
 def test_a_window_that_merging_would_cross_is_refused():
     with pytest.raises(HpcmmError, match=r"150 states of 20 ms, but must have a multiple of merge=7"):
         TinySoundModality(WIDTH, merge=7)
+
+
+@pytest.mark.parametrize("length_s", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["window_s", "most_s"])
+def test_a_length_that_no_sound_has_is_refused(name: str, length_s: float):
+    with pytest.raises(HpcmmError, match=f"{name} of the sound is {length_s}, but must be above 0"):
+        TinySoundModality(WIDTH, **{name: length_s})
+
+
+def test_sizes_that_transformers_refuses_are_a_sentence():
+    part = {"_target_": f"{TinySoundModality.__module__}.TinySoundModality", "heads": 3}
+    with pytest.raises(HpcmmError, match=r"model/modality=.* cannot be made: embed_dim must be divisible by num_heads"):
+        build_part(part, MODALITY, width=WIDTH)
+    with pytest.raises(HpcmmError, match=r"model/modality=.* cannot be made: integer division"):
+        build_part({**part, "heads": 0}, MODALITY, width=WIDTH)
 
 
 def test_an_unknown_connector_is_refused():

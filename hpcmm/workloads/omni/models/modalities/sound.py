@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.omni.data.sounds import read_sound
+from hpcmm.workloads.omni.data.sounds import LONGEST_S, read_sound
 from hpcmm.workloads.omni.models.modalities.connector import Connector
 from hpcmm.workloads.omni.models.modalities.merging import merged_runs
 from hpcmm.workloads.omni.models.modalities.modality import Modality
@@ -54,8 +54,12 @@ class SoundModality(Modality):
         frozen: bool = True,
         connector_frozen: bool = False,
     ) -> None:
-        """``most_s``: what is longer is cut off. Raises HpcmmError if the folder ``weights`` is no Whisper."""
+        """``most_s``: what is longer is cut off. Raises HpcmmError if the folder ``weights`` is no Whisper, and for
+        lengths that no sound has."""
         super().__init__()
+        for name, length_s in {"window_s": window_s, "most_s": most_s}.items():
+            if not 0 < length_s <= LONGEST_S:
+                raise HpcmmError(f"{name} of the sound is {length_s}, but must be above 0 and at most {LONGEST_S} s.")
         states = round(window_s * RATE_HZ / HOP / FRAMES_PER_STATE)
         if merge < 1 or states < 1 or states % merge:
             raise HpcmmError(
