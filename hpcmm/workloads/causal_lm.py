@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpcmm.errors import HpcmmError
-from hpcmm.workloads.pretrained import check_report, first_line, load_tokenizer, quiet
+from hpcmm.workloads.pretrained import check_no_adapter, check_report, first_line, load_tokenizer, quiet
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ def load_causal_lm(folder: Path, key: str, kinds: Collection[str], attention: st
         raise HpcmmError(f"{folder} has no config.json: set {key} to the folder of a transformers model.")
     if not any(folder.glob("*.safetensors")):
         raise HpcmmError(f"{folder} has no weights in .safetensors files: convert them, for no other kind is read.")
+    check_no_adapter(folder, key)
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig  # noqa: PLC0415 - takes seconds
 
     try:

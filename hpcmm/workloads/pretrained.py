@@ -14,6 +14,7 @@ import torch
 from hpcmm.errors import HpcmmError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+ADAPTER = "adapter_config.json"
 PREPROCESSING = "preprocessor_config.json"
 
 
@@ -33,6 +34,15 @@ def check_folder(folder: Path, what: str, key: str) -> None:
         )
 
 
+def check_no_adapter(folder: Path, key: str) -> None:
+    """Raises HpcmmError if ``folder`` holds an adapter, which ``transformers`` would put into the model unasked."""
+    if (folder / ADAPTER).is_file():
+        raise HpcmmError(
+            f"{folder} has {ADAPTER}, so it holds an adapter beside or without its model: merge the two with peft's "
+            f"merge_and_unload, and name the folder of the result as {key}."
+        )
+
+
 def load_pretrained(model_class: Any, folder: Path, what: str, key: str, **options: Any) -> Any:
     """``model_class.from_pretrained`` of a local folder: float32, in evaluation mode, every weight found.
 
@@ -40,6 +50,7 @@ def load_pretrained(model_class: Any, folder: Path, what: str, key: str, **optio
     class does not use, such as another tower's, are left out; tensors that lack, or are of another shape, are an error.
     """
     check_folder(folder, what, key)
+    check_no_adapter(folder, key)
     with quiet():
         try:
             model, report = model_class.from_pretrained(

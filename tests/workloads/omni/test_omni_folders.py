@@ -64,6 +64,12 @@ def saved(folder: Path, **sizes: int) -> Path:
     return folder
 
 
+def test_a_folder_with_an_adapter_is_refused(tmp_path: Path):
+    (saved(tmp_path) / "adapter_config.json").write_text("{}")
+    with pytest.raises(HpcmmError, match=r"has adapter_config\.json, so it holds an adapter"):
+        build_model(of_folder(tmp_path))
+
+
 def change(folder: Path, **settings: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
