@@ -148,8 +148,10 @@ def load_tokenizer(folder: Path, what: str, key: str) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What to tell of another library's error."""
-    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".:; ")
+    """What to tell of another library's error: its first line, and the next one if that has the reason."""
+    line, _, rest = (str(error).strip() or type(error).__name__).partition("\n")
+    reason = rest.strip().partition("\n")[0] if line.rstrip().endswith(":") else ""
+    return f"{line.rstrip()} {reason}".rstrip(".:; ")
 
 
 @contextmanager

@@ -70,6 +70,14 @@ def test_a_folder_with_an_adapter_is_refused(tmp_path: Path):
         build_model(of_folder(tmp_path))
 
 
+def test_sizes_that_do_not_go_together_are_refused_with_their_reason(tmp_path: Path):
+    change(saved(tmp_path), num_attention_heads=5)
+    with pytest.raises(
+        HpcmmError, match=r"hidden size \(64\) is not a multiple of the number of attention heads \(5\)"
+    ):
+        build_model(of_folder(tmp_path))
+
+
 def change(folder: Path, **settings: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
