@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -77,10 +78,12 @@ class Server:
 def started(proof_s: float = 600, most: int = 20, hangup: str = "heeded") -> Iterator[Server]:
     command = [sys.executable, "-c", PROGRAM, str(proof_s), str(most), hangup]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        server = Server(process)
         try:
-            yield Server(process)
+            yield server
         finally:
             process.kill()
+            shutil.rmtree(server.folder, ignore_errors=True)  # which a server that is killed leaves behind
 
 
 @contextlib.contextmanager

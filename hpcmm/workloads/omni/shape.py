@@ -28,6 +28,9 @@ _SMOLLM2 = {
 """Of SmolLM2-135M, whose folder is made on a node."""
 _OF_THE_LONGEST = ("dynamic", "longrope")
 """Rotary embeddings that depend on how long the longest example of a row is."""
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_ROUTER = "gate"
+"""The map of each layer that chooses a token's experts."""
 
 
 def network_settings(config: OmniConfig) -> Mapping[str, Any]:
@@ -71,6 +74,11 @@ def problems(config: OmniConfig) -> Iterator[str]:
             f"model.language_model.path is {path}, a model of type {visible(str(kind))}, but this workload takes "
             f"{', '.join(ARCHITECTURES)}: name a folder of one of these."
         )
+    for size in _SIZES:
+        if isinstance(found.get(size), int) and found[size] < 1:
+            yield f"model.language_model.path is {path}, whose {_CONFIG} has {size} {found[size]}: name another folder."
+    if config.parallel.mesh.get(EXPERT, 1) not in {0, 1}:
+        yield from _expert_problems(config, found)
     rotary = found.get("rope_parameters") or found.get("rope_scaling")
     if not isinstance(rotary, dict):
         return
@@ -82,6 +90,36 @@ def problems(config: OmniConfig) -> Iterator[str]:
             f"data.max_tokens is {config.data.max_tokens}, but the language model's positions (rope_type {form}) "
             f"change for all conversations of a row if one is longer than {most} tokens: set data.max_tokens={most}."
         )
+
+
+def _expert_problems(config: OmniConfig, found: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed's AutoEP does not take over from a network whose experts are divided."""
+    language, instead = config.model.language_model, "or leave parallel.mesh.expert out."
+    if language.lora_rank and _ROUTER in {target.rpartition(".")[2] for target in language.lora_targets}:
+        yield (
+            f"model.language_model.lora_targets has {_ROUTER}, the router, whose updates DeepSpeed's AutoEP leaves "
+            f"out: take it out of these, {instead}"
+        )
+    if found.get("router_jitter_noise"):
+        yield (
+            f"model.language_model.path is {language.path}, whose {_CONFIG} has router_jitter_noise, which DeepSpeed's "
+            f"AutoEP leaves out: set it to 0 there, {instead}"
+        )
+    if found.get("model_type") in WITH_EXPERTS and not _has_layers_with_experts(found):
+        yield (
+            f"model.language_model.path is {language.path}, of whose layers none has experts (mlp_only_layers, "
+            "decoder_sparse_step): leave parallel.mesh.expert out."
+        )
+
+
+def _has_layers_with_experts(found: Mapping[str, Any]) -> bool:
+    """Whether one has; yes if the settings do not tell."""
+    layers, every, listed = (found.get(key) for key in ("num_hidden_layers", "decoder_sparse_step", "mlp_only_layers"))
+    if not isinstance(layers, int):
+        return True
+    every = every if isinstance(every, int) and every > 0 else 1
+    dense = {layer for layer in listed if isinstance(layer, int)} if isinstance(listed, list) else set()
+    return any(layer not in dense for layer in range(every - 1, layers, every))
 
 
 def _encoder_problems(config: OmniConfig) -> Iterator[str]:

@@ -131,6 +131,33 @@ def test_an_encoder_of_another_type_is_refused_before_the_job(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
+    ("settings", "overrides", "expected"),
+    [
+        ({"router_jitter_noise": 0.1}, [], "config.json has router_jitter_noise, which"),
+        ({"mlp_only_layers": [1, 0]}, [], "of whose layers none has experts"),
+        ({"decoder_sparse_step": 3}, [], "of whose layers none has experts"),
+        ({}, ["lora_rank=2", "lora_targets=[q_proj,mlp.gate]"], "lora_targets has gate, the router, whose updates"),
+    ],
+)
+def test_what_divided_experts_leave_out_is_refused_before_the_job(
+    tmp_path: Path, settings: dict[str, object], overrides: list[str], expected: str
+):
+    kind = {"model_type": "qwen3_moe", "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(kind | settings))
+    given = [f"model.language_model.{override}" for override in overrides]
+    assert expected in refusal(tmp_path, *given, "parallel=expert", "cluster.ranks_per_node=2")
+    language = ["model/language_model=folder", f"model.language_model.path={tmp_path}"]
+    validate(compose_run(["task=omni", "cluster=local", *language, *given]))
+    (tmp_path / "config.json").write_text(json.dumps(kind | {"mlp_only_layers": [0], "decoder_sparse_step": 2}))
+    validate(compose_run(["task=omni", "cluster=local", *language, "parallel=expert", "cluster.ranks_per_node=2"]))
+
+
+def test_sizes_that_no_network_has_are_refused_before_the_job(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": -1}))
+    assert "whose config.json has num_hidden_layers -1: name another folder." in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
     "rotary",
     [
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
