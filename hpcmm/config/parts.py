@@ -288,8 +288,13 @@ def build_part(part: Any, group: PartGroup, **given: Any) -> Any:
     except TypeError as error:
         raise HpcmmError(f"{part[TARGET]} does not take these parameters: {error}.") from error
     except (ValueError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
-        raise HpcmmError(f"{group.group}={part_name(part)} cannot be made: {reason}") from error
+        raise cannot_be_made(part, group, error) from error
+
+
+def cannot_be_made(part: Any, group: PartGroup, error: Exception) -> HpcmmError:
+    """What to raise if a part's class ended with ``error``."""
+    reason = " ".join(str(error).split())
+    return HpcmmError(f"{group.group}={part_name(part)} cannot be made: {reason}")
 
 
 def import_class(target: str) -> type:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcmm.config.parts import TARGET, build_part, import_class, own_folders, part_name, resolved_part
+from hpcmm.config.parts import TARGET, build_part, cannot_be_made, import_class, own_folders, resolved_part
 from hpcmm.config.schema import OPTIMIZER, RunConfig
-from hpcmm.errors import HpcmmError
 
 
 def build_optimizer(config: RunConfig, model: nn.Module, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -33,8 +32,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, groups: Sequence[dict[s
     try:
         built = build_part(part, OPTIMIZER, params=groups, **given)
     except (RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise HpcmmError(f"optimizer={part_name(part)} cannot be made: {reason}") from error
+        raise cannot_be_made(part, OPTIMIZER, error) from error
     assert isinstance(built, torch.optim.Optimizer)
     return built
 

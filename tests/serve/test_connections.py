@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,13 +77,14 @@ class Server:
 @contextlib.contextmanager
 def started(proof_s: float = 600, most: int = 20, hangup: str = "heeded") -> Iterator[Server]:
     command = [sys.executable, "-c", PROGRAM, str(proof_s), str(most), hangup]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        server = Server(process)
+    with (
+        tempfile.TemporaryDirectory() as folder,  # for what a server that is killed leaves behind
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": folder}) as process,
+    ):
         try:
-            yield server
+            yield Server(process)
         finally:
             process.kill()
-            shutil.rmtree(server.folder, ignore_errors=True)  # which a server that is killed leaves behind
 
 
 @contextlib.contextmanager
