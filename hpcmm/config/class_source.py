@@ -76,13 +76,21 @@ def fits(annotation: ast.expr | None, value: Any) -> bool:
         except SyntaxError:  # free text
             return True
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
-        if annotation.value.id == "Optional":
-            return value is None or fits(annotation.slice, value)
-        inner = annotation.slice if annotation.value.id == "list" and isinstance(value, list) else None
-        return fits(annotation.value, value) and all(fits(inner, each) for each in (value if inner else ()))
+        return _fits_special(annotation.value, annotation.slice, value)
     name = annotation.id if isinstance(annotation, ast.Name) else None
     types = (type(None),) if isinstance(annotation, ast.Constant) else _PLAIN_TYPES.get(name or "", (object,))
     return isinstance(value, types) and not (isinstance(value, bool) and types in ((int,), (int, float)))
+
+
+def _fits_special(form: ast.Name, content: ast.expr, value: Any) -> bool:
+    """As :func:`fits`, of ``form[content]``."""
+    if form.id == "Optional":
+        return value is None or fits(content, value)
+    if form.id == "Literal":
+        choices = content.elts if isinstance(content, ast.Tuple) else [content]
+        return any(isinstance(each, ast.Constant) and each.value == value for each in choices)
+    inner = content if form.id == "list" and isinstance(value, list) else None
+    return fits(form, value) and all(fits(inner, each) for each in (value if inner else ()))
 
 
 def syntax_problem(module: str) -> str | None:

@@ -22,6 +22,8 @@ class ModelShape:
     experts: int = 0
     """Experts of a layer; 0 without."""
     experts_per_token: int = 0
+    dense_intermediate: int = 0
+    """Inner width of the layers without experts, in a network that also has layers with some; 0 without."""
     tied_embeddings: bool = False
     """Whether the output map is the embedding itself."""
     frozen: bool = False

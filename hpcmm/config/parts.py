@@ -11,6 +11,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -287,13 +288,14 @@ def build_part(part: Any, group: PartGroup, **given: Any) -> Any:
         return found(**given, **parameters)
     except TypeError as error:
         raise HpcmmError(f"{part[TARGET]} does not take these parameters: {error}.") from error
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         raise cannot_be_made(part, group, error) from error
 
 
 def cannot_be_made(part: Any, group: PartGroup, error: Exception) -> HpcmmError:
     """What to raise if a part's class ended with ``error``."""
-    reason = " ".join(str(error).split())
+    says_why = isinstance(error, (ValueError, ArithmeticError))  # another kind is rarely meant for who set the values
+    reason = " ".join(str(error).split()) if says_why else own_error(error)
     return HpcmmError(f"{group.group}={part_name(part)} cannot be made: {reason}")
 
 
@@ -383,6 +385,8 @@ def _class_problems(key: str, part: Mapping[str, Any], group: PartGroup) -> Iter
                 yield f"{key}.{name} is not a parameter of {target.rpartition('.')[2]}; its parameters: {known}."
         elif isinstance(value, str) and "${" in value:
             yield f"{key}.{name} is {value!r}: choose the part as {group.group}=NAME, for only so is this filled in."
+        elif isinstance(value, float) and math.isnan(value):
+            yield f"{key}.{name} is {value}, which is no number: give one, or leave it out."
         elif not (value is None and source.parameters[name].nullable) and not fits(
             source.parameters[name].annotation, value
         ):

@@ -215,10 +215,11 @@ def _shape_problems(config: RunConfig, mesh: Mesh, shape: ModelShape) -> Iterato
             f"parallel.mesh.tensor is {mesh.tensor}, but the language model has {shape.heads} heads and "
             f"{shape.kv_heads} of keys and values, which each rank must get as many of: choose a divisor of both."
         )
-    if not shape.experts and shape.intermediate % mesh.tensor:
+    inner = shape.dense_intermediate if shape.experts else shape.intermediate
+    if inner % mesh.tensor:
         yield (
             f"parallel.mesh.tensor is {mesh.tensor}, but the language model's feed-forward networks are "
-            f"{shape.intermediate} wide, of which each rank must get as much: choose a divisor."
+            f"{inner} wide, of which each rank must get as much: choose a divisor."
         )
     if config.parallel.attention is SequenceAttention.ulysses and shape.heads % mesh.sequence:
         yield (

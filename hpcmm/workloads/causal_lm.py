@@ -82,19 +82,39 @@ def add_lora(network: nn.Module, rank: int, alpha: float, dropout: float, target
     """Put low-rank updates beside the maps named ``targets``; they start at zero effect.
 
     What trained before still trains. ``key``: the configuration key of ``targets``, for the message.
-    Raises HpcmmError if ``targets`` names no part of the network.
+    Raises HpcmmError if ``targets`` names no part of the network, or one that is no map.
     Source: E. Hu et al., "LoRA", ICLR 2022.
     """
     from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - takes seconds
 
+    if lacking := _targets_of_nothing(network, targets):  # peft passes over one if another names something
+        raise HpcmmError(
+            f"{key}={list(targets)} does not fit: nothing is called {lacking[0]}; name maps of {_maps(network)}."
+        )
     adapter = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     try:
         inject_adapter_in_model(adapter, network)
     except ValueError as error:
-        raise HpcmmError(f"{key}={list(targets)} does not fit: {first_line(error)}") from error
+        # In more lines it begins with the whole part.
+        reason = str(error).rstrip(".") if "\n" not in str(error) else "it has a part that gets no update"
+        raise HpcmmError(f"{key}={list(targets)} does not fit: {reason}; name maps of {_maps(network)}.") from error
     for parameter in trained:  # peft freezes what it leaves as it is
         parameter.requires_grad_(True)
+
+
+def _targets_of_nothing(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Those that name no part. None of a network with fused experts, whose maps peft finds by their older names, too."""
+    if any(parameter.dim() > 2 for parameter in network.parameters()):
+        return []
+    names = [f".{name}" for name, _ in network.named_modules()]
+    return [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+
+
+def _maps(network: nn.Module) -> str:
+    """What the maps of ``network`` are called, without their layers."""
+    maps = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    return ", ".join(sorted({name.rpartition(".")[2] for name in maps}))
 
 
 def leave_out_tied(model: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:

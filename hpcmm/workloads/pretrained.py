@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +129,8 @@ def pixel_scale(
         told = [tuple(float(value) for value in content[key]) for key in ("image_mean", "image_std")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HpcmmError(f"{path} tells no image_mean and image_std of three numbers each: {error!r}.") from error
-    if any(len(values) != 3 for values in told) or min(told[1]) <= 0:
+    is_finite = all(math.isfinite(value) for values in told for value in values)
+    if any(len(values) != 3 for values in told) or not is_finite or min(told[1]) <= 0:
         raise HpcmmError(f"{path} must tell image_mean and image_std of three numbers each, the latter above 0.")
     return told[0], told[1]
 

@@ -108,7 +108,7 @@ class DataConfig:
         lambda: list(AnomalyKind),
         "Kinds of simulated defects, each as likely: ``perlin``, ``rectangle``, ``cut_paste``.",
     )
-    num_workers: int = key(0, "Loader processes a rank; 0 decodes in the rank's own process.", least=0)
+    num_workers: int = key(0, "Loader processes a rank; 0 decodes in the rank's own process.", least=0, most=256)
     prefetch_batches: int = key(2, "Micro-batches that each loader process makes ahead.", least=1)
     feature_cache: bool = key(
         False,

@@ -66,7 +66,7 @@ class OmniDataConfig:
         "Most tokens of the tokenizer that is made from the training text, for a language model that has none.",
         least=300,
     )
-    num_workers: int = key(0, "Loader processes a rank; 0 reads in the rank's own process.", least=0)
+    num_workers: int = key(0, "Loader processes a rank; 0 reads in the rank's own process.", least=0, most=256)
     prefetch_batches: int = key(2, "Micro-batches that each loader process makes ahead.", least=1)
 
 

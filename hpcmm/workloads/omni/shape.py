@@ -58,16 +58,39 @@ def network_settings(config: OmniConfig) -> Mapping[str, Any]:
 
 def _settings_in(folder: str) -> Mapping[str, Any]:
     try:
-        content = json.loads(read_text(Path(folder, _CONFIG).expanduser()))
+        return _object_in(Path(folder, _CONFIG).expanduser())
     except (OSError, ValueError, RuntimeError, RecursionError):  # another machine's file: a rank says what is wrong
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def _object_in(file: Path) -> Mapping[str, Any]:
+    """Raises ValueError, or RecursionError, if it is no JSON object, and OSError or RuntimeError if it is not here."""
+    content = json.loads(read_text(file))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no object")
+    return content
+
+
+def _is_damaged(folder: str) -> bool:
+    """Whether this machine can read the folder's settings, and they are none."""
+    try:
+        _object_in(Path(folder, _CONFIG).expanduser())
+    except (ValueError, RecursionError):
+        return True
+    except (OSError, RuntimeError):
+        return False
+    return False
 
 
 def problems(config: OmniConfig) -> Iterator[str]:
     """What the ``config.json`` of a network or an encoder has that does not fit, if this machine can read it."""
     yield from _encoder_problems(config)
     found, path = network_settings(config), config.model.language_model.path
+    if path and not found and _is_damaged(path):
+        yield (
+            f"model.language_model.path is {path}, whose {_CONFIG} cannot be read as a JSON object: copy the "
+            "folder anew, or name another."
+        )
     kind = found.get("model_type")
     if kind is not None and kind not in ARCHITECTURES:
         yield (
@@ -105,21 +128,24 @@ def _expert_problems(config: OmniConfig, found: Mapping[str, Any]) -> Iterator[s
             f"model.language_model.path is {language.path}, whose {_CONFIG} has router_jitter_noise, which DeepSpeed's "
             f"AutoEP leaves out: set it to 0 there, {instead}"
         )
-    if found.get("model_type") in WITH_EXPERTS and not _has_layers_with_experts(found):
+    if found.get("model_type") in WITH_EXPERTS and not _has_layers(found, dense=False):
         yield (
             f"model.language_model.path is {language.path}, of whose layers none has experts (mlp_only_layers, "
             "decoder_sparse_step): leave parallel.mesh.expert out."
         )
 
 
-def _has_layers_with_experts(found: Mapping[str, Any]) -> bool:
-    """Whether one has; yes if the settings do not tell."""
+def _has_layers(found: Mapping[str, Any], *, dense: bool) -> bool:
+    """Whether a network with experts has layers without some, or, if not ``dense``, layers with some.
+
+    If the settings do not tell, all layers have experts.
+    """
     layers, every, listed = (found.get(key) for key in ("num_hidden_layers", "decoder_sparse_step", "mlp_only_layers"))
     if not isinstance(layers, int):
-        return True
+        return not dense
     every = every if isinstance(every, int) and every > 0 else 1
-    dense = {layer for layer in listed if isinstance(layer, int)} if isinstance(listed, list) else set()
-    return any(layer not in dense for layer in range(every - 1, layers, every))
+    without = {layer for layer in listed if isinstance(layer, int)} if isinstance(listed, list) else set()
+    return any((layer in without or (layer + 1) % every != 0) is dense for layer in range(layers))
 
 
 def _encoder_problems(config: OmniConfig) -> Iterator[str]:
@@ -161,6 +187,7 @@ def model_shape(config: OmniConfig) -> ModelShape | None:
             vocabulary=int(found["vocab_size"]),
             experts=experts,
             experts_per_token=int(found.get("num_experts_per_tok") or 0) if experts else 0,
+            dense_intermediate=int(found["intermediate_size"]) if experts and _has_layers(found, dense=True) else 0,
             tied_embeddings=bool(found.get("tie_word_embeddings")),
             frozen=config.model.language_model.frozen,
         )

@@ -52,9 +52,19 @@ def test_a_folder_of_another_architecture_or_with_code_of_its_own_is_refused(tmp
     build_model(of_folder(tmp_path))
 
 
-def test_low_rank_updates_on_maps_that_are_not_there_are_refused(tmp_path: Path):
-    with pytest.raises(HpcmmError, match=r"model\.language_model\.lora_targets=\['query'\] does not fit"):
-        tiny_model(language={"lora_rank": 2, "lora_targets": ["query"]})
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (["query"], "nothing is called query"),
+        (["q_proj", "key"], "nothing is called key"),
+        (["self_attn"], "it has a part that gets no update"),
+    ],
+)
+def test_low_rank_updates_on_maps_that_are_not_there_are_refused(targets: list[str], reason: str):
+    with pytest.raises(HpcmmError) as refused:
+        tiny_model(language={"lora_rank": 2, "lora_targets": targets})
+    assert f"model.language_model.lora_targets={targets} does not fit: {reason}; name maps of" in str(refused.value)
+    assert str(refused.value).endswith("k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.")
 
 
 def saved(folder: Path, **sizes: int) -> Path:
@@ -150,6 +160,39 @@ def test_what_divided_experts_leave_out_is_refused_before_the_job(
     validate(compose_run(["task=omni", "cluster=local", *language, *given]))
     (tmp_path / "config.json").write_text(json.dumps(kind | {"mlp_only_layers": [0], "decoder_sparse_step": 2}))
     validate(compose_run(["task=omni", "cluster=local", *language, "parallel=expert", "cluster.ranks_per_node=2"]))
+
+
+def test_layers_without_experts_are_divided_as_those_of_other_networks(tmp_path: Path):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"intermediate_size": 126, "moe_intermediate_size": 64, "vocab_size": 512, "num_experts": 4}
+    kind = {"model_type": "qwen3_moe", **sizes}
+    given = ["parallel=expert", "parallel.mesh={expert: 2, tensor: 4}", "cluster.ranks_per_node=8"]
+    (tmp_path / "config.json").write_text(json.dumps(kind | {"mlp_only_layers": [0]}))
+    assert "the language model's feed-forward networks are 126 wide" in refusal(tmp_path, *given)
+    (tmp_path / "config.json").write_text(json.dumps(kind))
+    language = ["model/language_model=folder", f"model.language_model.path={tmp_path}"]
+    validate(compose_run(["task=omni", "cluster=local", *language, *given]))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff" * 3, "[" * 10_000])
+def test_settings_that_are_no_json_are_refused_before_the_job(tmp_path: Path, content: str):
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    assert "whose config.json cannot be read as a JSON object: copy the folder anew" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model.modalities.image.connector=mpl", "'mpl', but TinyImageModality takes Literal['linear', 'mlp']."),
+        ("model.modalities.image.architecture=resnet", "'resnet', but TinyImageModality takes Literal["),
+        ("data.num_workers=100000", "data.num_workers is 100000"),
+        ("optimizer.eps=nan", "optimizer.eps is nan, which is no number: give one, or leave it out."),
+    ],
+)
+def test_values_that_nothing_takes_are_refused_before_the_job(setting: str, said: str):
+    with pytest.raises(HpcmmError) as refused:
+        validate(compose_run(["task=omni", "cluster=local", setting]))
+    assert said in str(refused.value)
 
 
 def test_sizes_that_no_network_has_are_refused_before_the_job(tmp_path: Path):

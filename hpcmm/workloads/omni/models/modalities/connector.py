@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from hpcmm.errors import HpcmmError
-
-Kind = Literal["linear", "mlp"]
 
 
 class Connector(nn.Module):

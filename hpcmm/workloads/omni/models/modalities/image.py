@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class ImageModality(Modality):
         *,
         merge: int = 2,
         most_tokens: int = 256,
-        connector: str = "mlp",
+        connector: Literal["linear", "mlp"] = "mlp",
         frozen: bool = True,
         connector_frozen: bool = False,
     ) -> None:
@@ -114,7 +114,7 @@ class TinyImageModality(ImageModality):
         self,
         width: int,
         *,
-        architecture: str = "vit",
+        architecture: Literal["clip", "siglip", "vit"] = "vit",
         channels: int = 64,
         layers: int = 2,
         heads: int = 4,
@@ -122,7 +122,7 @@ class TinyImageModality(ImageModality):
         side: int = 64,
         merge: int = 2,
         most_tokens: int = 256,
-        connector: str = "mlp",
+        connector: Literal["linear", "mlp"] = "mlp",
         frozen: bool = False,
         connector_frozen: bool = False,
     ) -> None:

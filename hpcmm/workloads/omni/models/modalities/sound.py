@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class SoundModality(Modality):
         window_s: float = 3.0,
         most_s: float = 30.0,
         merge: int = 5,
-        connector: str = "mlp",
+        connector: Literal["linear", "mlp"] = "mlp",
         frozen: bool = True,
         connector_frozen: bool = False,
     ) -> None:
@@ -140,7 +140,7 @@ class TinySoundModality(SoundModality):
         window_s: float = 3.0,
         most_s: float = 30.0,
         merge: int = 5,
-        connector: str = "mlp",
+        connector: Literal["linear", "mlp"] = "mlp",
         frozen: bool = False,
         connector_frozen: bool = False,
     ) -> None:
