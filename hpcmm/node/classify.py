@@ -194,6 +194,7 @@ _CONNECTS = (
     r"|^[\w.]{0,300}(?:gaierror|Connection\w{0,100}Error|Connect(?:Timeout|Error)|ReadTimeout(?:Error)?)\b"
 )
 _REMEDIES: tuple[tuple[Kind, str, str], ...] = (
+    (Kind.exception, r"^hpcmm\.errors\.HpcmmError: ", "Do what the sentence says, then launch again."),
     (
         Kind.exception,
         r"^subprocess\.CalledProcessError",

@@ -129,6 +129,9 @@ def test_advice_follows_from_the_exception_if_it_tells_more_than_its_kind():
     assert "own words stand in the rank's log" in child[1]
     text = cause_of_exception("UnicodeDecodeError", "'utf-8' codec can't decode byte 0xe9")
     assert (text[0], "encoding" in text[1]) == (Kind.data, True)
+    own = cause_of_exception("hpcmm.errors.HpcmmError", "model/modality=image_tiny cannot be made: side is 4.")
+    assert own == (Kind.exception, "Do what the sentence says, then launch again.")
+    assert cause_of_exception("hpcmm.errors.ScriptExitError", "train.py ended with status 3.")[1] == ""
 
 
 @pytest.mark.parametrize(
