@@ -17,6 +17,7 @@ from typing import Any
 from hpcmm.files import entries_of, is_folder_here, read_followed
 from hpcmm.resources import ask_for_module
 
+_CHOICE = "Literal"
 _PLAIN_TYPES: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -86,11 +87,22 @@ def _fits_special(form: ast.Name, content: ast.expr, value: Any) -> bool:
     """As :func:`fits`, of ``form[content]``."""
     if form.id == "Optional":
         return value is None or fits(content, value)
-    if form.id == "Literal":
-        choices = content.elts if isinstance(content, ast.Tuple) else [content]
-        return any(isinstance(each, ast.Constant) and each.value == value for each in choices)
+    if form.id == _CHOICE:
+        return any(isinstance(each, ast.Constant) and each.value == value for each in _choices(content))
     inner = content if form.id == "list" and isinstance(value, list) else None
     return fits(form, value) and all(fits(inner, each) for each in (value if inner else ()))
+
+
+def _choices(content: ast.expr) -> list[ast.expr]:
+    """The elements of ``Literal[content]``."""
+    return content.elts if isinstance(content, ast.Tuple) else [content]
+
+
+def described(annotation: ast.expr) -> str:
+    """An annotation as a message says it: its source, or the values of a ``Literal``."""
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == _CHOICE:
+        return " or ".join(ast.unparse(each) for each in _choices(annotation.slice))
+    return ast.unparse(annotation)
 
 
 def syntax_problem(module: str) -> str | None:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import platformdirs
 import yaml
 
-from hpcmm.config.class_source import class_source, fits, is_read_of_torch, syntax_problem
+from hpcmm.config.class_source import class_source, described, fits, is_read_of_torch, syntax_problem
 from hpcmm.config.keys import PartGroup, part_maps_of, parts_of
 from hpcmm.config.untyped_config import refuse_traps_of_own
 from hpcmm.errors import HpcmmError
@@ -390,7 +390,7 @@ def _class_problems(key: str, part: Mapping[str, Any], group: PartGroup) -> Iter
         elif not (value is None and source.parameters[name].nullable) and not fits(
             source.parameters[name].annotation, value
         ):
-            wanted = ast.unparse(source.parameters[name].annotation or ast.Constant(None))
+            wanted = described(source.parameters[name].annotation or ast.Constant(None))
             yield f"{key}.{name} is {value!r}, but {target.rpartition('.')[2]} takes {wanted}."
     for name in settable:
         if source.parameters[name].required and name not in own and name not in group.offered:

@@ -104,7 +104,7 @@ def add_lora(network: nn.Module, rank: int, alpha: float, dropout: float, target
 
 
 def _targets_of_nothing(network: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Those that name no part. None of a network with fused experts, whose maps peft finds by their older names, too."""
+    """Those that name no part; none of a network with fused experts, whose maps peft finds by older names, too."""
     if any(parameter.dim() > 2 for parameter in network.parameters()):
         return []
     names = [f".{name}" for name, _ in network.named_modules()]

@@ -183,8 +183,11 @@ def test_settings_that_are_no_json_are_refused_before_the_job(tmp_path: Path, co
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("model.modalities.image.connector=mpl", "'mpl', but TinyImageModality takes Literal['linear', 'mlp']."),
-        ("model.modalities.image.architecture=resnet", "'resnet', but TinyImageModality takes Literal["),
+        ("model.modalities.image.connector=mpl", "'mpl', but TinyImageModality takes 'linear' or 'mlp'."),
+        (
+            "model.modalities.image.architecture=resnet",
+            "'resnet', but TinyImageModality takes 'clip' or",
+        ),
         ("data.num_workers=100000", "data.num_workers is 100000"),
         ("optimizer.eps=nan", "optimizer.eps is nan, which is no number: give one, or leave it out."),
     ],
