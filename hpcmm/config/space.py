@@ -320,7 +320,17 @@ def elements_of(override: Override, space: ConfigSpace) -> list[Override]:
     swept = override._value
     names: Iterable[Any]
     if isinstance(swept, Glob):
-        names = swept.filter(space.groups.get(override.key_or_group, []))
+        group = override.key_or_group
+        if group not in space.groups:
+            raise HpcmmError(
+                f"{override.input_line}: glob() is for config groups, and {group} is a key: list its values."
+            )
+        names = swept.filter(space.groups[group])
+        if not names:
+            raise HpcmmError(
+                f"{override.input_line} fits no option of the group {group}, which has "
+                f"{', '.join(space.groups[group])}."
+            )
     else:
         names = override.sweep_iterator() if override.is_discrete_sweep() else []
     return [

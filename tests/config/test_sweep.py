@@ -59,6 +59,9 @@ def test_points_share_no_list():
         (["train.seed=range(0,1000)", "train.steps=range(1,1000)"], "has 999000 points"),
         (["train.steps=0", "train.seed=4,5"], "At the point train.seed=4: train.steps is 0"),
         (["train.steps=1,2", "cluster=local"], "cluster=local has no Slurm"),
+        (["parallel=glob(zero9*)"], "parallel=glob(zero9*) fits no option of the group parallel, which has 3d, ddp, "),
+        (["optimizer=glob(*, exclude=*)"], "fits no option of the group optimizer, which has adamw, "),
+        (["train.steps=glob(*)"], "glob() is for config groups, and train.steps is a key: list its values."),
     ],
 )
 def test_what_cannot_be_one_array_is_refused(overrides, expected):
