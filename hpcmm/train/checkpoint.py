@@ -297,7 +297,7 @@ def load_model(run: RunDir, build: Callable[[], Model]) -> Model:
     try:
         unknown = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).split("\n")[:2][-1].strip()  # the first of several lines names the model's class alone
         raise HpcmmError(f"The checkpoint of {run.root} cannot be loaded: {reason}") from error
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     lacking = sorted(trained & set(unknown.missing_keys))

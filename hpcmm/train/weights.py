@@ -129,6 +129,6 @@ def read_weights(folder: Path) -> dict[str, Tensor] | None:
 def _read(file: Path) -> dict[str, Tensor]:
     try:
         found: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError, ValueError) as error:
+        return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    except (OSError, SafetensorError, ValueError, NotImplementedError) as error:  # the last: numbers of 4 bits
         raise HpcmmError(f"The checkpoint {file.parent} cannot be loaded: {error}") from error
-    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}

@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import stats
 
 from hpcmm.config.schema import RunConfig
@@ -159,3 +161,23 @@ def test_words_are_scored_by_category_where_there_are_any(scored: ImageScores):
     summary = over_seeds(both, METRICS).set_index(["model", "metric"])
     assert ("words", "words_grid") in summary.index
     assert ("maps", "words_grid") not in summary.index
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (
+            {"weight": torch.zeros(3, 2)},
+            r"size mismatch for weight: copying a param with shape torch\.Size\(\[3, 2\]\)",
+        ),
+        ({"weight": torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, "step_1 cannot be loaded: "),
+    ],
+)
+def test_weights_that_the_model_cannot_take_are_told(weights, said, tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    (run.checkpoints / "latest").write_text("step_1")
+    (run.checkpoints / "step_1").mkdir()
+    save_file(weights, run.checkpoints / "step_1" / "weights.safetensors")
+    with pytest.raises(HpcmmError, match=rf"^[^\n]*{said}[^\n]*$"):
+        load_model(run, lambda: torch.nn.Linear(2, 2, bias=False))
