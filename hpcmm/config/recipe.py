@@ -7,6 +7,7 @@ model along each axis of the mesh on top of DeepSpeed; the files give it the siz
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcmm.config.mesh import DATA, EXPERT, PIPELINE, SEQUENCE, TENSOR, Mesh
@@ -132,6 +133,11 @@ def _offload_problems(config: RunConfig, mesh: Mesh) -> Iterator[str]:
             yield "Offloading to NVMe takes ZeRO stage 3: set parallel.zero_stage=3, or offload to cpu."
         if parallel.nvme_path is None:
             yield "parallel.nvme_path is not given: name a folder on the nodes' own NVMe disks."
+        elif not Path(parallel.nvme_path).is_absolute():
+            yield (
+                f"parallel.nvme_path is {parallel.nvme_path!r}, which would be a folder of wherever the job runs: give "
+                "the whole path of one on the nodes' own NVMe disks."
+            )
     if mesh.expert > 1 and mesh.tensor > 1 and (optimizer is not Offload.none or parameters is not Offload.none):
         yield (
             "parallel.offload_optimizer does not work in DeepSpeed's AutoEP if tensor is cut, too: set it to none, or "

@@ -52,6 +52,11 @@ def problems(parallel: ParallelConfig, ranks: int = 8, axes: frozenset[str] = AL
         (ParallelConfig(zero_stage=0, offload_optimizer=Offload.cpu), "no optimizer states", "zero_stage to 1, 2 or 3"),
         (ParallelConfig(offload_parameters=Offload.cpu), "stage 3 divides parameters", "parallel.zero_stage=3"),
         (ParallelConfig(zero_stage=3, offload_optimizer=Offload.nvme), "nvme_path is not given", "name a folder"),
+        (
+            ParallelConfig(zero_stage=3, offload_optimizer=Offload.nvme, nvme_path="nvme"),
+            "nvme_path is 'nvme', which would be a folder of wherever the job runs",
+            "give the whole path",
+        ),
         (ParallelConfig(encoders=Encoders.replicated), "divides none", "parallel.zero_stage=3"),
         (ParallelConfig(mesh={"tensor": 3}), "3 ranks", "change one of them"),
     ],

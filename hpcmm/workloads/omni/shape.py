@@ -97,7 +97,7 @@ def problems(config: OmniConfig) -> Iterator[str]:
             f"model.language_model.path is {path}, a model of type {visible(str(kind))}, but this workload takes "
             f"{', '.join(ARCHITECTURES)}: name a folder of one of these."
         )
-    for size in _SIZES:
+    for size in _SIZES if config.model.language_model.kind is LanguageModelKind.folder else ():
         if isinstance(found.get(size), int) and found[size] < 1:
             yield f"model.language_model.path is {path}, whose {_CONFIG} has {size} {found[size]}: name another folder."
     if config.parallel.mesh.get(EXPERT, 1) not in {0, 1}:

@@ -129,6 +129,12 @@ def test_what_does_not_fit_is_refused_before_the_job(overrides: list[str], said:
     assert said in refusal("cluster.ranks_per_node=2", *overrides)
 
 
+def test_a_size_of_a_small_model_is_not_blamed_on_a_folder():
+    said = refusal("model.language_model.tiny.layers=0")
+    assert "tiny.layers is 0, but must be at least 1." in said
+    assert "config.json" not in said
+
+
 def test_parts_have_learning_rates_of_their_own():
     config = composed("train.encoder_learning_rate=1e-5", "train.learning_rate=1e-3")
     model = build_model(config.model)
