@@ -182,6 +182,8 @@ def _known(override: Override, space: ConfigSpace) -> Override:
     key = override.key_or_group
     if override.is_hydra_override():
         raise HpcmmError(f"{key} is a setting of Hydra's, which hpcmm makes itself: leave it out.")
+    if key == "parallel.name":
+        raise HpcmmError(f"{key} says what the file is called that parallel=NAME chooses: choose it so.")
     if key not in space.groups:
         space.check_key(key)
     elif not override.is_sweep_override() and not isinstance(override.value(), str | list):

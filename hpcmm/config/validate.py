@@ -232,6 +232,15 @@ def validate(config: RunConfig) -> None:
         raise HpcmmError("\n".join(problems))
 
 
+def check_model(config: RunConfig, file: Path) -> None:
+    """Raises HpcmmError if the configuration that was read from ``file`` has values of which no model can be made.
+
+    Each launch refuses them, so the file is damaged, or of another version of hpcmm.
+    """
+    if problems := [*out_of_bounds(config), *_workload(config)]:
+        raise HpcmmError(f"{file} has values that no run can have: {' '.join(problems)}")
+
+
 def _workload(config: RunConfig) -> list[str]:
     """What the run's workload finds wrong."""
     workload = workload_of(config)

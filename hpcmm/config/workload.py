@@ -57,6 +57,13 @@ class Workload(ABC):
         """
         return iter(())
 
+    def problems_on_start(self, config: Any, before: Mapping[str, Any]) -> Iterator[str]:  # noqa: ARG002
+        """As :meth:`notes_on_start`, of what refuses the launch: weights that do not fit this run's model.
+
+        What it cannot know, a rank finds.
+        """
+        return iter(())
+
     def axes(self, config: Any) -> frozenset[str]:  # noqa: ARG002
         """The axes of ``parallel.mesh`` that its model can be cut along: see :meth:`Training.structure`.
 

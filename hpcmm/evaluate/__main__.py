@@ -20,6 +20,7 @@ from rich.table import Table
 from hpcmm.cli import run_command
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
+from hpcmm.config.validate import check_model
 from hpcmm.config.workload import shipped_workloads, workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.evaluate.evaluation import Evaluation, Scored
@@ -155,6 +156,7 @@ def _config_for(evaluation: Evaluation, run: RunDir) -> RunConfig:
         raise HpcmmError(f"The task {config.task.name} of {run.root} has no scores: name runs of a workload that has.")
     if type(own) is not type(evaluation):
         raise HpcmmError(f"{run.root} is scored in another way than the runs before it: evaluate it by itself.")
+    check_model(config, run.config)
     return config
 
 

@@ -143,7 +143,7 @@ def plan(points: Sequence[Point], overrides: Sequence[str], follows: Plan | None
             f"{run.root.parent} holds a colon, at which PYTHONPATH is split: set runs_root to another folder."
         )
     if (start := starts[first.train.init_from]) is not None:
-        _note_other_data(first, RunDir(Path(start)), follows)
+        _compare_with_start(first, RunDir(Path(start)), follows)
     _note_same_outputs(points, codes[what_runs(first.task, here)], here)
     named = None if first.after is None else _job_or_folder(first.after, run.root.parent)
     after = None if named is None else job_to_wait_for(named, run.root.parent)
@@ -323,11 +323,13 @@ def _trained(run: RunDir, config: RunConfig) -> RunDir:
     return run
 
 
-def _note_other_data(config: RunConfig, start: RunDir, follows: Plan | None) -> None:
-    """Say what the workload finds to differ between this run and ``start``, the run to start from."""
+def _compare_with_start(config: RunConfig, start: RunDir, follows: Plan | None) -> None:
+    """Say what the workload finds to differ from ``start``. Raises HpcmmError if its weights do not fit this run."""
     if (workload := workload_of(config)) is not None:
-        is_next = follows is not None and follows.run.root == start.root
-        before = asdict(follows.config) if follows and is_next else read_untyped_config(start.config)
+        planned = follows if follows and follows.run.root == start.root else None
+        before = asdict(planned.config) if planned else read_untyped_config(start.config)
+        if problems := [f"train.init_from: {start.root} {each}" for each in workload.problems_on_start(config, before)]:
+            raise HpcmmError("\n".join(problems))
         for difference in workload.notes_on_start(config, before):
             print(f"hpcmm: {printable(f'{start.root} {difference}')}", file=sys.stderr)
 

@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hpcmm.config import config_file
 from hpcmm.config.schema import RunConfig
+from hpcmm.config.validate import check_model
 from hpcmm.config.workload import workload_of
 from hpcmm.errors import HpcmmError
 from hpcmm.node.cache import private_folder
@@ -83,6 +84,7 @@ def load_page(options: ServeOptions) -> tuple[ServedPage, Service[Any, Any]]:
     run = RunDir(Path(options.run))
     config = config_file.load(run.config)
     served = served_model_of(run, config)
+    check_model(config, run.config)
     print(f"hpcmm.serve: loading the model of {printable(run.root.name)}.", file=sys.stderr, flush=True)
     model = load_model(run, lambda: served.build_model(config))
     log = RequestLog(run.requests_log)

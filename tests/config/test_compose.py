@@ -43,6 +43,7 @@ def test_the_command_line_overrules_the_experiment():
         ("hydra.run.dir=x", "a setting of Hydra's"),
         ("hydra/launcher=submitit_slurm", "a setting of Hydra's"),
         ("train.steps=1,2", "is a sweep"),
+        ("parallel.name=zero3", "the file is called that parallel=NAME chooses"),
         ("train=5", "train needs an option: choose one of anomaly"),
     ],
 )

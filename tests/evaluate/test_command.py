@@ -70,6 +70,34 @@ def test_a_run_that_cannot_be_scored_costs_the_others_nothing(
     assert command.main([str(runs[0]), "--out", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("kind: tiny", "kind: folder", "model.language_model.path is not given"),
+        ("architecture: llama", "architecture: bert", "model.language_model.architecture is 'bert', but must be"),
+        ("    width: 64", "    width: -64", "model.language_model.tiny.width is -64"),
+        ("heads: 4", "heads: 3", "model.language_model.tiny.heads is 3, but must be a multiple"),
+        ("seed: 0", "seed: -5", "train.seed is -5"),
+    ],
+)
+def test_values_that_no_launch_takes_are_named_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], was: str, becomes: str, said: str
+):
+    run = RunDir(tmp_path / "edited")
+    run.create()
+    config_file.dump(compose_run(["cluster=local", "task=omni"]), run.config)
+    run.checkpoints.mkdir(exist_ok=True)
+    (run.checkpoints / "latest").write_text("step_1")
+    text = run.config.read_text()
+    assert was in text
+    run.config.chmod(0o600)
+    run.config.write_text(text.replace(was, becomes, 1))
+    assert command.main([str(run.root), "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert f"{run.config} has values that no run can have: " in told
+    assert said in told
+
+
 def test_help_and_the_options_of_a_runs_workload_take_no_torch(runs: list[Path]):
     code = (
         "import sys\nfrom hpcmm.evaluate.__main__ import main\n"

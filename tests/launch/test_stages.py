@@ -116,6 +116,12 @@ def test_a_stage_that_is_wrong_is_refused_before_any_is_queued(here):
         plan_stages([*here, "stages.tune=[train.learning_rate=-1.0]"])
 
 
+def test_a_stage_whose_model_does_not_fit_the_one_before_is_refused_before_any_is_queued(here):
+    words = [word for word in here if not word.startswith("stages.")]
+    with pytest.raises(HpcmmError, match="vocab_size is 1024, but this run's is 512"):
+        plan_stages([*words, "task=omni", "stages.a=[train.steps=2]", "stages.b=[data.vocabulary=512]"])
+
+
 def test_a_dry_run_prints_the_script_of_each_stage(here):
     text = dry_run_of(plan_stages(here))
     assert text.count("#!/") == 2

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from hpcmm.config.compose import compose_run
 from hpcmm.config.schema import RunConfig
 from hpcmm.errors import HpcmmError
-from hpcmm.launch.plan import _note_other_data, run_to_start_from
+from hpcmm.launch.plan import _compare_with_start, run_to_start_from
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.workloads.anomaly.schema import AnomalyConfig, AnomalyTrainConfig
 
@@ -65,7 +67,40 @@ def test_another_seed_whose_standins_are_others_is_noted(runs: Path, capsys: pyt
         ("name: decoder\n", ""),
     ]:
         (runs / "decoder-1" / "config.yaml").write_text(frozen)
-        _note_other_data(config, RunDir(runs / "decoder-1"), None)
+        _compare_with_start(config, RunDir(runs / "decoder-1"), None)
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == bool(said)
         assert said in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("language", "given", "size"),
+    [
+        ("tiny: {width: 128}", [], "hidden_size is 128, but this run's is 64"),
+        ("tiny: {width: 128}, frozen: true", [], "hidden_size is 128, but this run's is 64"),
+        ("tiny: {kv_heads: 4}", [], "num_key_value_heads is 4, but this run's is 2"),
+        ("tiny: {}", ["data.vocabulary=512"], "vocab_size is 1024, but this run's is 512"),
+        ("tiny: {layers: 1}", [], ""),
+        ("tiny: {intermediate: 256}, frozen: true", [], ""),
+    ],
+)
+def test_weights_of_another_size_are_refused_before_the_job(runs: Path, language: str, given: list[str], size: str):
+    config = compose_run(["task=omni", "cluster=local", *given])
+    sizes = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "intermediate": 128, "experts": 4}
+    sizes |= {"experts_per_token": 2, "router_loss": False}
+    earlier = {"kind": "tiny", "architecture": "llama", "frozen": False} | yaml.safe_load(f"{{{language}}}")
+    earlier["tiny"] = sizes | earlier["tiny"]
+    model = {"model": {"language_model": earlier}, "data": {"vocabulary": 1024}}
+    (runs / "decoder-1" / "config.yaml").write_text(yaml.safe_dump(model))
+    if not size:
+        _compare_with_start(config, RunDir(runs / "decoder-1"), None)
+        return
+    with pytest.raises(HpcmmError) as refused:
+        _compare_with_start(config, RunDir(runs / "decoder-1"), None)
+    assert f"decoder-1 has a language model whose {size}, so that the weights do not fit" in str(refused.value)
+
+
+@pytest.mark.parametrize("model", ["1", "[]", "{language_model: 3}", "{language_model: {kind: tiny, tiny: [1]}}"])
+def test_an_earlier_configuration_that_tells_no_sizes_refuses_nothing(runs: Path, model: str):
+    (runs / "decoder-1" / "config.yaml").write_text(f"model: {model}\n")
+    _compare_with_start(compose_run(["task=omni", "cluster=local"]), RunDir(runs / "decoder-1"), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +30,60 @@ _SMOLLM2 = {
 _OF_THE_LONGEST = ("dynamic", "longrope")
 """Rotary embeddings that depend on how long the longest example of a row is."""
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_OF_UPDATES = ("hidden_size",)
+_OF_WEIGHTS = (*_OF_UPDATES, "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+"""What a run must have as the one whose weights it takes; layers may be added."""
 _ROUTER = "gate"
 """The map of each layer that chooses a token's experts."""
 
 
 def network_settings(config: OmniConfig) -> Mapping[str, Any]:
     """The network's ``config.json``, or the same of one without a folder; empty if this machine cannot read it."""
-    language = config.model.language_model
-    if language.kind is LanguageModelKind.smollm2:
+    return _network_settings(asdict(config.model.language_model), config.data.vocabulary)
+
+
+def _network_settings(language: Mapping[str, Any], vocabulary: Any) -> Mapping[str, Any]:
+    """Of what ``model.language_model`` holds. Raises KeyError or TypeError if that is no such configuration."""
+    if language["kind"] == LanguageModelKind.smollm2:
         return _SMOLLM2
-    if language.kind is LanguageModelKind.tiny:
-        tiny = language.tiny
+    if language["kind"] == LanguageModelKind.tiny:
+        tiny = language["tiny"]
         return {
-            "model_type": language.architecture,
-            "num_hidden_layers": tiny.layers,
-            "hidden_size": tiny.width,
-            "num_attention_heads": tiny.heads,
-            "num_key_value_heads": tiny.kv_heads,
-            "intermediate_size": tiny.intermediate,
-            "vocab_size": config.data.vocabulary,
+            "model_type": language["architecture"],
+            "num_hidden_layers": tiny["layers"],
+            "hidden_size": tiny["width"],
+            "num_attention_heads": tiny["heads"],
+            "num_key_value_heads": tiny["kv_heads"],
+            "intermediate_size": tiny["intermediate"],
+            "vocab_size": vocabulary,
             "tie_word_embeddings": True,
-            "num_local_experts": tiny.experts,
-            "num_experts_per_tok": tiny.experts_per_token,
-            "output_router_logits": tiny.router_loss,
+            "num_local_experts": tiny["experts"],
+            "num_experts_per_tok": tiny["experts_per_token"],
+            "output_router_logits": tiny["router_loss"],
         }
-    return _settings_in(language.path or "")
+    return _settings_in(language["path"]) if language["path"] else {}
+
+
+def start_problems(config: OmniConfig, before: Mapping[str, Any]) -> Iterator[str]:
+    """Which size of the language model differs from that of a run whose weights this one takes.
+
+    ``before``: that run's configuration, untrusted. Of a frozen network the run saved no weights, but connectors and
+    updates that are as wide as it is.
+    """
+    try:
+        language = before["model"]["language_model"]
+        then = _network_settings(language, before["data"]["vocabulary"])
+        sizes = _OF_UPDATES if language["frozen"] else _OF_WEIGHTS
+    except (KeyError, TypeError):
+        return
+    now = network_settings(config)
+    for size in sizes:
+        one, other = then.get(size), now.get(size)
+        if isinstance(one, int) and isinstance(other, int) and one != other:
+            yield (
+                f"has a language model whose {size} is {one}, but this run's is {other}, so that the weights do not "
+                "fit: give this run the same model, or leave init_from out."
+            )
 
 
 def _settings_in(folder: str) -> Mapping[str, Any]:

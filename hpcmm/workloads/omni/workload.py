@@ -62,6 +62,10 @@ class OmniWorkload(Workload):
         """Whether the run to start from had other conversations, for the seed makes them."""
         return notes_on_other_seed(config.data.root, config.train.seed, before, "conversations")
 
+    def problems_on_start(self, config: OmniConfig, before: Mapping[str, Any]) -> Iterator[str]:
+        """Whether the language models are of one size, as far as this machine can know."""
+        return shape.start_problems(config, before)
+
     def prepare(self, config: OmniConfig) -> None:
         """Make conversations and tokenizer, and convert the packaged language model, as far as the run needs them."""
         from hpcmm.workloads.omni.folders import prepare  # noqa: PLC0415 -- NumPy and SciPy, on the node only
