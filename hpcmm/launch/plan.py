@@ -69,7 +69,6 @@ class Plan:
     arrays: tuple[Job, ...]
     """The job itself; of a sweep that no array of this cluster can hold, several."""
     code: CodePlan
-    """What is to be copied."""
     overrides: tuple[str, ...]
     """As they were given."""
     exchangeable: Exchangeable | None
@@ -326,8 +325,8 @@ def _trained(run: RunDir, config: RunConfig) -> RunDir:
 def _compare_with_start(config: RunConfig, start: RunDir, follows: Plan | None) -> None:
     """Say what the workload finds to differ from ``start``. Raises HpcmmError if its weights do not fit this run."""
     if (workload := workload_of(config)) is not None:
-        planned = follows if follows and follows.run.root == start.root else None
-        before = asdict(planned.config) if planned else read_untyped_config(start.config)
+        own = follows.config if follows and follows.run.root == start.root else None
+        before = read_untyped_config(start.config) if own is None else asdict(own)
         if problems := [f"train.init_from: {start.root} {each}" for each in workload.problems_on_start(config, before)]:
             raise HpcmmError("\n".join(problems))
         for difference in workload.notes_on_start(config, before):
