@@ -13,6 +13,15 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 
+@pytest.fixture(autouse=True)
+def leave_other_tests_models():
+    """Whatever model lives in this process is found, those of other tests, too."""
+    yield
+    for each in gc.get_objects():
+        if issubclass(type(each), nn.Module):
+            watched_modules._remove_other_hooks(each)
+
+
 def test_copies_of_a_watched_module_tell_nothing(tmp_path):
     told = SimpleNamespace(forward_begins=lambda *_, **__: calls.append("begin"), forward_ends=lambda _: None)
     calls = []
@@ -216,3 +225,13 @@ def test_parameters_that_stand_in_for_a_call_are_no_change_of_the_weights():
     before = watched.weights()
     torch.func.functional_call(model, {"weight": torch.ones(2, 2).add_(1)}, torch.ones(1, 2))
     assert seen == [before]
+
+
+KEPT = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_model_of_another_test_has_no_hook_of_these(nth):
+    assert not KEPT._forward_pre_hooks
+    assert KEPT in WatchedModules(SimpleNamespace).find()
+    assert KEPT._forward_pre_hooks
