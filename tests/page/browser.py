@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]
 """What Playwright does not itself pass. Among what it passes: a new profile, no sandbox, no traffic of the browser."""
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 150_000
 
 needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 
