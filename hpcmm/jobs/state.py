@@ -55,10 +55,8 @@ def record_of(run: RunDir, job_id: str) -> Job | None:
 def local_job(run: RunDir, job_id: str, name: str, ranks: int) -> Job:
     """The run as a job: it runs while its controlling process does, and completed when each rank left a result.
 
-    One that stopped as asked has completed too: nobody puts it back into a queue, and it has not failed.
-
-    submitit's number of a local job is that process' own; it may be another's by now, so its command and its user are
-    looked at.
+    One that stopped as asked has completed too: nobody queues it again. submitit's number of a local job is that
+    process' own; it may be another's by now, so its command and its user are looked at.
     """
     if job_id.isdecimal() and _runs(int(job_id), run):
         state = "RUNNING"
@@ -71,8 +69,9 @@ def local_job(run: RunDir, job_id: str, name: str, ranks: int) -> Job:
 def _runs(pid: int, run: RunDir) -> bool:
     try:
         process = psutil.Process(pid)
-        # Another user's process can name any folder among its words.
-        return process.uids().real == run.root.stat().st_uid and str(run.submitit) in process.cmdline()
+        # Another user's process can name any folder among its words. One that has just called exec has none yet.
+        is_ours = process.uids().real == run.root.stat().st_uid
+        return is_ours and (str(run.submitit) in (words := process.cmdline()) or (not words and bool(process.exe())))
     except (psutil.Error, OverflowError, OSError):
         return False
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import another_user
+import psutil
 import pytest
 
 from hpcmm.config.schema import RunConfig, TrainConfig
@@ -343,12 +344,17 @@ def test_also_before_a_folder_of_that_name_that_another_user_made_here(tmp_path,
     assert f"demo is of user {another_user.UID}, who may have written anything there." in capsys.readouterr().err
 
 
-def test_another_user_s_process_that_names_one_s_own_local_run_is_not_the_run(root):
+def test_another_user_s_process_that_names_one_s_own_local_run_is_not_the_run(root, monkeypatch):
     mine = make_run(root, "demo-1")
     command = ["/bin/sh", "-c", "read line", str(mine.submitit)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as own:
         assert local_job(mine, str(own.pid), "demo", 1).state == "RUNNING"
+        with monkeypatch.context() as patched:
+            patched.setattr(psutil.Process, "cmdline", lambda _: [])  # as for a moment after exec
+            assert local_job(mine, str(own.pid), "demo", 1).state == "RUNNING"
         own.kill()
+        os.waitid(os.P_PID, own.pid, os.WEXITED | os.WNOWAIT)
+        assert local_job(mine, str(own.pid), "demo", 1).state == "FAILED"  # a zombie has no words, either
     if os.geteuid() != 0:
         pytest.skip("only root can start another user's process")
     them = another_user.UID
