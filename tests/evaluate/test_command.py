@@ -32,17 +32,20 @@ from hpcmm.workloads.anomaly.scoring import ImageScores, by_category, score_imag
 SIDE = 8
 
 
+def made_run(folder: Path, *overrides: str) -> RunDir:
+    """A run with a checkpoint by name."""
+    run = RunDir(folder)
+    run.create()
+    config_file.dump(compose_run(["cluster=local", *overrides]), run.config)
+    run.checkpoints.mkdir(exist_ok=True)
+    (run.checkpoints / "latest").write_text("step_1")
+    return run
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
     """Two runs with a checkpoint by name, the second of which has a damaged configuration."""
-    made = []
-    for name in ("good", "bad"):
-        run = RunDir(tmp_path / name)
-        run.create()
-        config_file.dump(compose_run(["cluster=local"]), run.config)
-        run.checkpoints.mkdir(exist_ok=True)
-        (run.checkpoints / "latest").write_text("step_1")
-        made.append(run.root)
+    made = [made_run(tmp_path / name).root for name in ("good", "bad")]
     (made[1] / "config.yaml").write_text("[")
     return made
 
@@ -83,11 +86,7 @@ def test_a_run_that_cannot_be_scored_costs_the_others_nothing(
 def test_values_that_no_launch_takes_are_named_in_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], was: str, becomes: str, said: str
 ):
-    run = RunDir(tmp_path / "edited")
-    run.create()
-    config_file.dump(compose_run(["cluster=local", "task=omni"]), run.config)
-    run.checkpoints.mkdir(exist_ok=True)
-    (run.checkpoints / "latest").write_text("step_1")
+    run = made_run(tmp_path / "edited", "task=omni")
     text = run.config.read_text()
     assert was in text
     run.config.chmod(0o600)
