@@ -1,4 +1,4 @@
-"""What a report's GPUs did: kernels, copies and sets with the call that launched each, and all push/pop ranges.
+"""What a report's GPUs did: kernels, copies and sets with the call that launched each.
 
 nsys leaves out tables without rows and has renamed and added columns over the versions, so nothing but the times of an
 activity is taken for granted. An activity and its launching call share process and correlation id. The launches of
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
 from dataclasses import fields
 
 import numpy as np
@@ -17,8 +16,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.errors import HpcmmError
+from hpcmm.reports.nvtx_ranges import labels, no_ranges
 from hpcmm.reports.report import COPY, GRAPH, ID_MASK, KERNEL, PID_SHIFT, PUSH_POP, SET, UNKNOWN, CudaEvents
-from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
+from hpcmm.reports.sqlite import ReportDatabase
 
 Integers = npt.NDArray[np.int64]
 TABLES = {
@@ -30,20 +30,14 @@ TABLES = {
 """GRAPH_TRACE holds whole launches of CUDA graphs, if nsys was told to trace graphs as one."""
 RUNTIME = "CUPTI_ACTIVITY_KIND_RUNTIME"
 NAME_COLUMNS = ("shortName", "demangledName", "mangledName")
-IMPORTED_PUSH_POP = 70
 MAX_CORRELATION = 0xFFFFFFFF
-MAX_RANGES = 2_000_000
-"""Push/pop ranges that are read of one report; a profile of every operator of a long run has more."""
-RANGES_PER_FETCH = 100_000
-IDS_PER_QUERY = 500
 
 ACTIVITY_COLUMNS = ["start_ns", "end_ns", "pid", "device", "stream", "kind", "name"]
 LAUNCH_COLUMNS = ["launch_ns", "launch_end_ns", "launch_tid"]
-RANGE_COLUMNS = ["start_ns", "end_ns", "pid", "tid", "domain", "name"]
 
 
-def read_cuda(database: ReportDatabase, domains: Mapping[tuple[int, int], str], damage: list[str]) -> CudaEvents | None:
-    """GPU events of an export, or None if it has none. ``domains``: names of NVTX domains by (pid, domainId).
+def read_cuda(database: ReportDatabase, damage: list[str]) -> CudaEvents | None:
+    """GPU events of an export, still without the ranges, or None if it has none.
 
     What is lost to damage is told in a sentence each, appended to ``damage``.
     """
@@ -58,7 +52,7 @@ def read_cuda(database: ReportDatabase, domains: Mapping[tuple[int, int], str], 
     activities = activities.sort_values("start_ns", kind="stable", ignore_index=True)
     return CudaEvents(
         activities.drop(columns="correlation"),
-        _read_ranges(database, domains, damage),
+        no_ranges(),
         read_nccl_calls(database),
         _read_synchronisations(database),
     )
@@ -92,7 +86,7 @@ def _read_activities(database: ReportDatabase, table: str, damage: list[str]) ->
             "stream": values.get("streamId", unknown),
             "correlation": values.get("correlationId", unknown),
             "kind": kind,
-            "name": _labels(database, values[names[0]] if names else unknown, "kernel") if kind == KERNEL else "",
+            "name": labels(database, values[names[0]] if names else unknown, "kernel") if kind == KERNEL else "",
         }
     )
 
@@ -109,23 +103,6 @@ def _sane_columns(database: ReportDatabase, table: str, columns: list[str], dama
     sane = (values["start"] >= database.first_ns) & (values["end"] >= values["start"])
     sane &= values["end"] <= database.last_ns
     return {name: column[sane] for name, column in values.items()}
-
-
-def _labels(database: ReportDatabase, ids: Integers, unnamed: str) -> npt.NDArray[np.object_]:
-    """The shared strings behind ``ids``; an id without a string keeps its number."""
-    used, codes = np.unique(ids, return_inverse=True)
-    strings: dict[int, str] = {}
-    if database.has("StringIds", "id", "value"):
-        for first in range(0, len(used), IDS_PER_QUERY):
-            some = tuple(int(key) for key in used[first : first + IDS_PER_QUERY])
-            marks = ", ".join("?" * len(some))
-            query = f"SELECT id, substr(CAST(value AS TEXT), 1, {MAX_NAME_LENGTH}) FROM StringIds WHERE id IN ({marks})"  # noqa: S608
-            try:
-                strings |= {int(str(key)): str(value) for key, value in database.rows(query, some)}
-            except HpcmmError:
-                continue
-    labels = np.array([strings.get(int(key), f"{unnamed} {key}") for key in used], dtype=object)
-    return labels[codes] if len(used) else np.empty(0, dtype=object)
 
 
 def _with_launches(database: ReportDatabase, activities: pd.DataFrame, damage: list[str]) -> pd.DataFrame:
@@ -171,77 +148,6 @@ def _read_synchronisations(database: ReportDatabase) -> pd.DataFrame:
         except HpcmmError:
             rows = []
     return pd.DataFrame(rows, columns=["start_ns", "end_ns", "pid"]).astype(np.int64)
-
-
-def _read_ranges(database: ReportDatabase, domains: Mapping[tuple[int, int], str], damage: list[str]) -> pd.DataFrame:
-    """Closed push/pop ranges that began and ended on one thread, in the export's order."""
-    frames = []
-    count, after = 0, -1
-    while database.has("NVTX_EVENTS", "start", "end", "eventType", "globalTid") and count < MAX_RANGES:
-        try:
-            rows = database.rows(_ranges_query(database), (after,))
-        except HpcmmError as error:
-            damage.append(str(error))
-            break
-        if not rows:
-            break
-        *numbers, text, row_id = zip(*rows, strict=True)
-        values = np.array(numbers, dtype=np.int64)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "start_ns": values[0],
-                    "end_ns": values[1],
-                    "pid": (values[2] >> PID_SHIFT) & ID_MASK,
-                    "tid": values[2] & ID_MASK,
-                    "domain_id": values[3],
-                    "text_id": values[4],
-                    "name": pd.Series(text, dtype="object"),
-                }
-            )
-        )
-        count, after = count + len(rows), int(str(row_id[-1]))
-    if count >= MAX_RANGES:
-        damage.append(f"{database.path} has more NVTX ranges than are read: the first {count:,} are projected.")
-    ranges = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*RANGE_COLUMNS, "domain_id"])
-    return _named(database, ranges, domains)
-
-
-def _ranges_query(database: ReportDatabase) -> str:
-    def integer(name: str, otherwise: int) -> str:
-        cell = database.column("NVTX_EVENTS", name)
-        return f"CASE WHEN typeof({cell}) = 'integer' THEN {cell} ELSE {otherwise} END"
-
-    text = database.column("NVTX_EVENTS", "text")
-    return f"""
-        SELECT start, "end", globalTid, {integer("domainId", 0)}, {integer("textId", UNKNOWN)},
-               substr(CAST({text} AS TEXT), 1, {MAX_NAME_LENGTH}), rowid
-        FROM NVTX_EVENTS
-        WHERE rowid > ? AND eventType IN ({PUSH_POP}, {IMPORTED_PUSH_POP})
-        AND typeof(start) = 'integer' AND typeof("end") = 'integer'
-        AND start BETWEEN {database.first_ns} AND "end" AND "end" <= {database.last_ns}
-        AND typeof(globalTid) = 'integer' AND {integer("endGlobalTid", UNKNOWN)} IN ({UNKNOWN}, 0, globalTid)
-        ORDER BY rowid LIMIT {RANGES_PER_FETCH}
-    """  # noqa: S608
-
-
-def _named(database: ReportDatabase, ranges: pd.DataFrame, domains: Mapping[tuple[int, int], str]) -> pd.DataFrame:
-    """Names and domains as categories; a domain whose creation is not in the report keeps its number."""
-    if ranges.empty:
-        numbers = dict.fromkeys(("start_ns", "end_ns", "pid", "tid"), np.dtype(np.int64))
-        return pd.DataFrame(columns=RANGE_COLUMNS).astype({**numbers, "domain": "category", "name": "category"})
-    registered = ranges["name"].isna().to_numpy()
-    name = ranges["name"].to_numpy(object, copy=True)
-    name[registered] = _labels(database, ranges["text_id"].to_numpy(np.int64)[registered], "range")
-    pairs = ranges["pid"].to_numpy(np.int64) << 32 | (ranges["domain_id"].to_numpy(np.int64) & 0xFFFFFFFF)
-    used, codes = np.unique(pairs, return_inverse=True)
-    labels = [_domain_name(int(pair) >> 32, int(pair) & 0xFFFFFFFF, domains) for pair in used]
-    ranges = ranges.assign(name=name, domain=np.array(labels, dtype=object)[codes])
-    return ranges[RANGE_COLUMNS].astype({"name": "category", "domain": "category"})
-
-
-def _domain_name(pid: int, domain_id: int, domains: Mapping[tuple[int, int], str]) -> str:
-    return domains.get((pid, domain_id), f"domain {domain_id}" if domain_id else "")
 
 
 COMMUNICATOR, SIZE = "NCCL communicator ID", "Message size [bytes]"

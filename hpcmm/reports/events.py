@@ -6,6 +6,7 @@ Times are nanoseconds of the report's own clock until :mod:`hpcmm.analysis.clock
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hpcmm.annotate import schema
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.cuda import read_cuda, shifted
 from hpcmm.reports.identity import read_identity
+from hpcmm.reports.nvtx_ranges import MAX_PAYLOAD, no_ranges, read_ranges
 from hpcmm.reports.report import (
     ID_MASK,
     LOADER_NAME,
@@ -35,7 +37,6 @@ OSRT_CALL = 27
 """``eventClass`` of a call; other classes mark the start and end of the tracing itself."""
 IDS_PER_QUERY = 500
 """Parameters of one query; SQLite has a limit."""
-MAX_PAYLOAD = 1 << 52
 DAY_NS = 86_400 * 10**9
 
 
@@ -54,14 +55,19 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL) -> Report:
         osrt = _read_osrt(database, damage)
         nvtx = _read_nvtx(database, domains, damage, parts)
         marks = _marks(database, domains)
-        cuda = None if parts is Parts.OS_CALLS and len(nvtx) else read_cuda(database, domains, damage)
+        cuda = None if parts is Parts.OS_CALLS and len(nvtx) else read_cuda(database, damage)
         span = _spans(database, osrt)
         first, last = (time - base for time in _overall(span, base))
+        # Of a program that hpcmm annotated, the ranges of other domains tell only what they launched.
+        has_steps = nvtx["name"].isin((schema.STEP, schema.AUTOMATIC_STEP)).any()
+        ranges = no_ranges() if has_steps and cuda is None else read_ranges(database, domains, last + base, damage)
         if base:
             nvtx, osrt = (
                 each.assign(start_ns=each["start_ns"] - base, end_ns=each["end_ns"] - base) for each in (nvtx, osrt)
             )
             cuda = cuda and shifted(cuda, base)
+            ranges = ranges.assign(start_ns=ranges["start_ns"] - base, end_ns=ranges["end_ns"] - base)
+        cuda = cuda and replace(cuda, ranges=ranges)
         nvtx["end_ns"] = nvtx["end_ns"].where(nvtx["closed"], max(last, first)).astype(np.int64)
         nvtx = nvtx[nvtx["end_ns"] >= nvtx["start_ns"]].reset_index(drop=True)
         return Report(
@@ -83,6 +89,7 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL) -> Report:
             marks=marks.assign(start_ns=marks["start_ns"] - base),
             ranks=_ranks(marks),
             parts=parts,
+            ranges=ranges,
         )
 
 

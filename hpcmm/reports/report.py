@@ -36,12 +36,11 @@ UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True)
 class CudaEvents:
-    """GPU activities and the ranges that may have launched them; times are the report's own nanoseconds.
+    """GPU activities and what the host did for them; times are the report's own nanoseconds.
 
     ``activities``, sorted by start: start_ns, end_ns, pid, device, stream, kind (category of KERNEL, COPY, SET, GRAPH),
     name (category; of kernels only), launch_ns, launch_end_ns and launch_tid of the launching call (UNKNOWN where it
-    was not traced). ``ranges``: closed push/pop ranges of every domain: start_ns, end_ns, pid, tid, domain and name
-    (categories; the domain ``""`` is NVTX's default one).
+    was not traced). ``ranges``: as those of :class:`Report`.
     """
 
     activities: pd.DataFrame
@@ -53,6 +52,7 @@ class CudaEvents:
 
 
 MARK_COLUMNS = ["start_ns", "pid", "name"]
+RANGE_COLUMNS = ["start_ns", "end_ns", "closed", "pid", "tid", "end_tid", "kind", "payload", "domain", "name"]
 MARK, PUSH_POP, START_END = 34, 59, 60
 PID_SHIFT, ID_MASK = 24, 0xFFFFFF
 """globalTid = ... pid (24 bits) tid (24 bits)."""
@@ -106,3 +106,6 @@ class Report:
     """Ranks by pid, of the processes that told theirs in a mark."""
     parts: Parts = Parts.ALL
     """What was read of it."""
+    ranges: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=RANGE_COLUMNS))
+    """Ranges of every domain (RANGE_COLUMNS), in no order. ``kind`` is PUSH_POP or START_END; ``domain`` and ``name`` are
+    categories; the domain ``""`` is NVTX's default one. An open range ends at the report's last event."""
