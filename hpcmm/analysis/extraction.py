@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
+from hpcmm.analysis.choice import CHOOSE_FOR_ME, Choice, cut
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, UNEVEN, WORKER, RankTrace
+from hpcmm.analysis.user_ranges import Adopted, adopt, adopt_phases
 from hpcmm.annotate import schema
 from hpcmm.reports.report import CudaEvents, Identity, Parts, Report
 from hpcmm.text import printable
@@ -42,6 +46,8 @@ class ReportFacts:
     gpu_missing: bool = False
     """CUDA was asked for, but left no events."""
     damage: str = ""
+    adopted: Adopted | None = None
+    """Steps and phases that are the program's own ranges, or what could be; None if hpcmm's annotation has them."""
 
     @property
     def name(self) -> str:
@@ -52,8 +58,17 @@ class ReportFacts:
         return self.identity.job_id
 
 
-def observe(report: Report) -> ReportFacts:
-    """Traces and facts of a report."""
+def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
+    """Traces and facts of a report; ``choice``: which of its ranges are steps and phases, and what of its time counts.
+
+    Of a report that has nothing then there are facts, but no traces.
+    """
+    report, adopted = with_user_ranges(report, choice)
+    part = cut(report, choice)
+    if part is None:
+        why = "nothing of it lies in the window that was asked for"
+        return ReportFacts(report.path, identity=report.identity, events=report.events, no_ranges=why, adopted=adopted)
+    report = part
     traces = tuple(extract_traces(report))
     return ReportFacts(
         path=report.path,
@@ -66,17 +81,51 @@ def observe(report: Report) -> ReportFacts:
         epoch_ns=report.epoch_ns,
         first_ns=report.first_ns,
         gpu_missing="cuda" in report.requested and report.cuda is None and report.parts is Parts.ALL,
-        no_ranges="" if any(len(trace.steps) for trace in traces) else _why_no_ranges(report),
+        no_ranges="" if any(len(trace.steps) for trace in traces) else _why_no_ranges(report, adopted),
         has_nvtx=_has_nvtx(report),
         damage="; ".join(report.damage),
+        adopted=adopted and replace(adopted, ranges=adopted.ranges.iloc[:0]),
     )
+
+
+def with_user_ranges(report: Report, choice: Choice = CHOOSE_FOR_ME) -> tuple[Report, Adopted | None]:
+    """``report`` with the program's own ranges as steps and phases if it has none of hpcmm's, or if they are chosen."""
+    nvtx = phases.settle_steps(report.nvtx)
+    report = replace(report, nvtx=nvtx)
+    steps = nvtx[(nvtx["domain"] == schema.DOMAIN) & (nvtx["name"] == schema.STEP)]
+    if len(steps) and not choice.steps:
+        if not choice.phases:
+            return report, None
+        adopted = adopt_phases(report.ranges, steps, choice.phases)
+    else:
+        adopted = adopt(report.ranges, choice)
+        if not adopted.steps:
+            return report, adopted
+    others = nvtx[nvtx["domain"] != schema.DOMAIN]
+    both = pd.concat([adopted.ranges, others], ignore_index=True) if len(others) else adopted.ranges
+    return replace(report, nvtx=both.sort_values("start_ns", kind="stable", ignore_index=True)), adopted
+
+
+def common_steps(facts: Sequence[ReportFacts]) -> str:
+    """What most reports' own ranges of steps are called; empty if no report has such steps."""
+    labels = Counter(fact.adopted.steps for fact in facts if fact.adopted is not None and fact.adopted.steps)
+    return max(labels, key=lambda label: (labels[label], label)) if labels else ""
+
+
+def has_other_steps(fact: ReportFacts, label: str) -> bool:
+    """Whether a report has ranges of this name, but others, or none, were taken for its steps."""
+    adopted = fact.adopted
+    return adopted is not None and adopted.steps != label and label in adopted.labels
 
 
 def _has_nvtx(report: Report) -> bool:
     return bool(report.domains) or "nvtx" in report.traced
 
 
-def _why_no_ranges(report: Report) -> str:
+def _why_no_ranges(report: Report, adopted: Adopted | None) -> str:
+    if adopted is not None and adopted.candidates:
+        told = ", ".join(adopted.candidates)
+        return f"none of its NVTX ranges is clearly a step; --steps REGEX says which is one: {told}"
     if _has_nvtx(report):
         ours = report.nvtx["domain"]
         kinds = {"collectives": (ours == schema.COMM_DOMAIN).any(), "phases": (ours == schema.DOMAIN).any()}
@@ -106,7 +155,6 @@ def extract_traces(report: Report) -> list[RankTrace]:
     environment of a report of several ranks is their launcher's. Processes that run no steps go with the first that
     does.
     """
-    report = replace(report, nvtx=phases.settle_steps(report.nvtx))
     ranges = report.nvtx[report.nvtx["domain"] == schema.DOMAIN]
     stepping = ranges[ranges["name"] == schema.STEP]
     workers = [int(pid) for pid in stepping["pid"].drop_duplicates()]

@@ -10,7 +10,8 @@ In a notebook or script::
 On the command line: ``python -m hpcmm.analyze --help``.
 """
 
+from hpcmm.analysis.choice import Choice
 from hpcmm.analyze.analysis import Analysis, analyze
 from hpcmm.analyze.runs import compare
 
-__all__ = ["Analysis", "analyze", "compare"]
+__all__ = ["Analysis", "Choice", "analyze", "compare"]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcmm.analysis.choice import Choice
 from hpcmm.analyze.analysis import ALL_READ, analyze, as_paths, default_folder
 from hpcmm.analyze.runs import compare, file_of, read_reference
 from hpcmm.cli import progress_bar, run_command
@@ -76,7 +77,8 @@ def _analyze(arguments: Sequence[str], prog: str) -> int:
     samples = str(resource("profiles/samples")).replace("%", "%%")
     parser = _parser(prog, DESCRIPTION, f"{EPILOG}\nto try it, recorded reports: {samples}/slow_data --out slow_data\n")
     parser.usage = (
-        f"{prog} [--out DIR] [--tables NAME,...] [--reference RUN] [--keep-cache] PATH [PATH ...]\n"
+        f"{prog} [--out DIR] [--tables NAME,...] [--steps REGEX] [--phases REGEX]\n"
+        "           [--from S] [--to S] [--between REGEX] [--reference RUN] [--keep-cache] PATH [PATH ...]\n"
         f"       {prog} compare RUN_A RUN_B [--out DIR]"
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="run directory or nsys reports")
@@ -99,7 +101,9 @@ def _analyze(arguments: Sequence[str], prog: str) -> int:
         action="store_true",
         help="keep the SQLite exports in DIR/cache: faster next time, but they hold the ranks' whole environment",
     )
+    _add_choices(parser)
     options = parser.parse_args(arguments)
+    choice = Choice(options.steps, options.phases, options.from_s, options.to_s, options.between)
     found = find_reports(as_paths(options.paths))
     folder = _own(default_folder(found)) if options.out is None else _apart_from_inputs(options.out, found)
     with progress_bar() as progress:
@@ -111,6 +115,7 @@ def _analyze(arguments: Sequence[str], prog: str) -> int:
             reference=reference,
             keep_cache=options.keep_cache,
             progress=progress,
+            choice=choice,
         )
     if options.tables is None:
         from hpcmm.page.terminal import print_study  # noqa: PLC0415 -- a table alone needs no page
@@ -120,6 +125,21 @@ def _analyze(arguments: Sequence[str], prog: str) -> int:
         for name, table in analysis.tables.items():
             print(f"{printable(str(folder / name))}.csv: {len(table)} rows")
     return analysis.exit_status
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """Options for reports of programs that know nothing of hpcmm."""
+    ranges = parser.add_argument_group(
+        "NVTX ranges of your own, and parts of a run",
+        "REGEX stands for the ranges whose whole name it matches; if there are none, for those that it matches in part",
+    )
+    ranges.add_argument("--steps", default="", metavar="REGEX", help="the ranges that are steps: 'iteration [0-9]+'")
+    ranges.add_argument("--phases", default="", metavar="REGEX", help="the ranges within steps that are phases")
+    ranges.add_argument("--from", dest="from_s", type=float, metavar="S", help="leave out what came before, in seconds")
+    ranges.add_argument("--to", dest="to_s", type=float, metavar="S", help="leave out what came after")
+    ranges.add_argument(
+        "--between", default="", metavar="REGEX", help="only from the first of these ranges to the end of the last"
+    )
 
 
 def _apart_from_inputs(folder: Path, found: Found) -> Path:

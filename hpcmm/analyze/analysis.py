@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hpcmm.analysis.extraction import ReportFacts, observe
+from hpcmm.analysis.choice import CHOOSE_FOR_ME, Choice
+from hpcmm.analysis.extraction import ReportFacts, common_steps, has_other_steps, observe
 from hpcmm.analysis.pipeline import parts_for, some_tables, study
 from hpcmm.analysis.pop_metrics import Reference
 from hpcmm.analysis.report_inventory import ReportInventory, take_inventory
 from hpcmm.analysis.study import Selection, Study, why_failed
+from hpcmm.analysis.user_ranges import pattern_of
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import find_folder
 from hpcmm.node.cache import private_folder
@@ -192,14 +195,16 @@ def analyze(
     reference: Reference | None = None,
     keep_cache: bool = False,
     progress: Progress | None = None,
+    choice: Choice = CHOOSE_FOR_ME,
 ) -> Analysis:
     """Analyse the reports under ``paths``: run directories, runs' names (in ``./runs``), folders of reports, reports.
 
     Nothing is written unless ``out`` names a folder (or :meth:`Analysis.write` is called). With ``tables``, names of
     tables, no more is done than these need, which for ``osrt`` alone is far less. ``reference`` is what
     :func:`hpcmm.analyze.runs.read_reference` gives. With ``keep_cache`` the SQLite exports stay in ``out/cache``.
+    ``choice`` says which NVTX ranges are steps and phases, and which part of the run counts.
 
-    Raises HpcmmError when nothing there is usable, and for a table that does not exist.
+    Raises HpcmmError when nothing there is usable, for a table that does not exist, and for ranges that nobody wrote.
     """
     found = find_reports(as_paths(paths))
     if not found.sources and found.run_dir is None:
@@ -210,7 +215,8 @@ def analyze(
     report_progress = progress or (lambda _what, _done, _of: None)
     with _cache(None if out is None else Path(out) / "cache", keep=keep_cache) as cache:
         converter = Converter.locate(cache)
-        facts = _read(found.sources, converter, parts, report_progress, keep_cache=keep_cache and out is not None)
+        reader = _Reader(converter, parts, report_progress, keep_cache=keep_cache and out is not None)
+        facts = _observed(found.sources, reader, choice)
     inventory = _usable_inventory(facts, record)
     made: Study | Selection = (
         study(inventory, record, report_progress, reference)
@@ -243,14 +249,62 @@ def _cache(wanted: Path | None, *, keep: bool) -> Iterator[Path]:
         yield scratch / "cache"
 
 
-def _read(
-    sources: Sequence[ReportSource], converter: Converter, parts: Parts, progress: Progress, *, keep_cache: bool
-) -> list[ReportFacts]:
-    """Traces and facts of each of ``sources``; of one that could not be read, the reason."""
-    return [
-        reading.value or ReportFacts(reading.source.path, damage=printable(reading.reason))
-        for reading in read_all(sources, converter, observe, progress, keep_cache=keep_cache, parts=parts)
-    ]
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """How reports become facts."""
+
+    converter: Converter
+    parts: Parts
+    progress: Progress
+    keep_cache: bool
+
+    def read(self, sources: Sequence[ReportSource], choice: Choice) -> list[ReportFacts]:
+        """Traces and facts of each of ``sources``; of one that could not be read, the reason."""
+        readings = read_all(
+            sources,
+            self.converter,
+            partial(observe, choice=choice),
+            self.progress,
+            keep_cache=self.keep_cache,
+            parts=self.parts,
+            every_range=choice.needs_ranges,
+        )
+        return [
+            reading.value or ReportFacts(reading.source.path, damage=printable(reading.reason)) for reading in readings
+        ]
+
+
+def _observed(sources: Sequence[ReportSource], reader: _Reader, choice: Choice) -> list[ReportFacts]:
+    """Facts of all reports, whose steps are called alike. What needs another report to be known is read again.
+
+    Raises HpcmmError if no report has the ranges that ``choice`` names, or anything at the time.
+    """
+    if choice.is_timed and len(sources) > 1:
+        everything = replace(choice, from_s=None, to_s=None)
+        begins = [fact.epoch_ns + fact.first_ns for fact in reader.read(sources, everything) if fact.epoch_ns]
+        choice = replace(choice, origin_ns=min(begins, default=None))
+    facts = reader.read(sources, choice)
+    _refuse_unknown_ranges(facts, choice)
+    label = common_steps(facts)
+    others = [at for at, fact in enumerate(facts) if label and has_other_steps(fact, label)]
+    if others and not choice.steps:
+        again = replace(choice, steps=pattern_of(label))
+        for at, fact in zip(others, reader.read([sources[at] for at in others], again), strict=True):
+            facts[at] = fact
+    return facts
+
+
+def _refuse_unknown_ranges(facts: Sequence[ReportFacts], choice: Choice) -> None:
+    adopted = [fact.adopted for fact in facts if fact.adopted is not None]
+    candidates = list(dict.fromkeys(told for each in adopted for told in each.candidates))
+    there = f"; ranges that come again and again are {', '.join(candidates[:10])}" if candidates else ""
+    if choice.steps and not any(each.steps for each in adopted):
+        raise HpcmmError(f"no NVTX range of these reports is called as --steps {choice.steps!r} says{there}.")
+    if choice.phases and not any(each.phases for each in adopted):
+        raise HpcmmError(f"no NVTX range within a step is called as --phases {choice.phases!r} says{there}.")
+    if not choice.is_whole and not any(fact.traces for fact in facts):
+        told = f"--between {choice.between!r}" if choice.between else "--from and --to"
+        raise HpcmmError(f"nothing of these reports lies within what {told} asks for{there}.")
 
 
 def _usable_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInventory:

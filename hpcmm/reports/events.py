@@ -40,8 +40,10 @@ IDS_PER_QUERY = 500
 DAY_NS = 86_400 * 10**9
 
 
-def read_report(path: Path, source: Path, parts: Parts = Parts.ALL) -> Report:
+def read_report(path: Path, source: Path, parts: Parts = Parts.ALL, *, every_range: bool = False) -> Report:
     """Events of the SQLite export at ``path``; ``source`` is the user's own file.
+
+    ``every_range``: read the ranges of all domains also if hpcmm has annotated the steps, and no GPU was traced.
 
     Raises HpcmmError when nothing can be read.
     """
@@ -60,7 +62,8 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL) -> Report:
         first, last = (time - base for time in _overall(span, base))
         # Of a program that hpcmm annotated, the ranges of other domains tell only what they launched.
         has_steps = nvtx["name"].isin((schema.STEP, schema.AUTOMATIC_STEP)).any()
-        ranges = no_ranges() if has_steps and cuda is None else read_ranges(database, domains, last + base, damage)
+        needed = every_range or cuda is not None or not has_steps
+        ranges = read_ranges(database, domains, last + base, damage) if needed else no_ranges()
         if base:
             nvtx, osrt = (
                 each.assign(start_ns=each["start_ns"] - base, end_ns=each["end_ns"] - base) for each in (nvtx, osrt)

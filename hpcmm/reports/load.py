@@ -188,13 +188,14 @@ def read_all(
     *,
     keep_cache: bool,
     parts: Parts = Parts.ALL,
+    every_range: bool = False,
 ) -> Iterator[Reading[Reduced]]:
     """Readings in the order of ``sources``. Only what ``reduce``, a module's function, makes of the ``parts`` of a
-    report is kept.
+    report is kept. ``every_range``: see :func:`hpcmm.reports.events.read_report`.
 
     Exports hold the processes' whole environments; they are deleted once read unless ``keep_cache``.
     """
-    read = partial(read_report, parts=parts)
+    read = partial(read_report, parts=parts, every_range=every_range)
     work = partial(_read, converter=converter, read=read, reduce=reduce, keep_cache=keep_cache)
     largest = max((source.size_bytes for source in sources), default=0)
     workers = worker_count(len(sources), largest)

@@ -107,5 +107,5 @@ class Report:
     parts: Parts = Parts.ALL
     """What was read of it."""
     ranges: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=RANGE_COLUMNS))
-    """Ranges of every domain (RANGE_COLUMNS), in no order. ``kind`` is PUSH_POP or START_END; ``domain`` and ``name`` are
-    categories; the domain ``""`` is NVTX's default one. An open range ends at the report's last event."""
+    """Ranges of every domain (RANGE_COLUMNS), in no order. ``kind`` is PUSH_POP or START_END. ``domain`` and ``name``
+    are categories; the domain ``""`` is NVTX's default one. An open range ends at the report's last event."""

@@ -1,0 +1,177 @@
+"""What the name of an NVTX range says: whether it counts repetitions, and which part of a step it may be.
+
+Names are a program's own. Nothing here is certain, so that who asks also looks at the times.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+NUMBER = "{n}"
+"""Stands for a number that differs from range to range of one kind: ``iteration {n}``."""
+_DIGITS = re.compile(r"\d+")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_SUFFIX = re.compile(r", (?:seq|op_id|sizes|input_op_ids) = .*", re.DOTALL)
+"""What PyTorch's emit_nvtx appends to an operator's name; it differs from call to call."""
+MOST_CALLS_A_NAME = 1.5
+"""A number that gives nearly each range a name of its own counts; one of a layer comes again in each step."""
+MOST_NAMES = 200
+"""Of one kind: with more, the numbers are folded whatever they are."""
+MOST_DIGITS = 18
+
+_STEPS = frozenset({"step", "steps", "iter", "iters", "iteration", "iterations", "it", "batch", "minibatch"})
+_STEPS_IN_ONE = re.compile("^(train|training|global|profiler)?(step|iter|iteration|minibatch|batch)$")
+_NO_STEPS = frozenset(
+    re.findall(
+        "[a-z]+",
+        "adam adamw backward bwd block bucket checkpoint ckpt chunk clip collate data dataloader eval evaluate "
+        "evaluation expert fetch forward fwd get grad gradient head layer load loader loading log logging loss lr "
+        "micro microbatch next opt optim optimizer prefetch read request sample save scheduler sgd sub substep test testing "
+        "val valid validate validation zero",
+    )
+)
+"""Words of a name that is not a step's, whatever else it says."""
+_LONGER = frozenset({"epoch", "epochs", "stage", "phase", "warmup"})
+"""Words of a name that holds steps, if it does not name the step as well."""
+
+_LIBRARIES = frozenset(
+    {"cccl", "cublas", "cublaslt", "cudnn", "cudnn8", "cufft", "curand", "cusolver", "cusparse", "cutensor", "mpi"}
+    | {"nccl", "nvshmem", "thrust", "ucx", "ucp", "hpcmm.comm", "hpcmm.capture", "nvtx python gc"}
+)
+"""Domains, in lower case, whose ranges tell of a library's calls."""
+
+
+def templates(names: Sequence[object]) -> npt.NDArray[np.object_]:
+    """Each name with :data:`NUMBER` for its numbers, and without what emit_nvtx appends."""
+    return np.array([_DIGITS.sub(NUMBER, _SUFFIX.sub("", str(name))) for name in names], dtype=object)
+
+
+def without_counters(name: pd.Series) -> npt.NDArray[np.object_]:
+    """The name of each range (categories) without the numbers that count: ``iteration {n}``, but ``layer 3``.
+
+    Of several numbers in a name, those that tell most ranges apart are folded first, until what is left comes again.
+    """
+    categories = [_SUFFIX.sub("", str(each)) for each in name.cat.categories]
+    codes = name.cat.codes.to_numpy()
+    calls = np.bincount(codes[codes >= 0], minlength=len(categories))
+    kinds: dict[str, list[int]] = {}
+    for index, each in enumerate(categories):
+        kinds.setdefault(_DIGITS.sub(NUMBER, each), []).append(index)
+    plain = np.array(categories, dtype=object)
+    for kind, members in kinds.items():
+        if NUMBER in kind and len(members) > 1:
+            plain[members] = _folded([categories[index] for index in members], int(calls[members].sum()))
+    return plain[codes] if len(codes) else np.empty(0, dtype=object)
+
+
+def _folded(names: list[str], calls: int) -> list[str]:
+    """``names`` of one kind, with as many of their numbers folded as it takes."""
+    texts = [_DIGITS.split(name) for name in names]
+    numbers = np.array([_DIGITS.findall(name) for name in names], dtype=object)
+    open_places = list(range(numbers.shape[1]))
+    while open_places:
+        distinct = len({tuple(row) for row in numbers})
+        if distinct <= MOST_NAMES and calls > MOST_CALLS_A_NAME * distinct:
+            break
+        place = max(open_places, key=lambda each: len(set(numbers[:, each])))
+        numbers[:, place] = NUMBER
+        open_places.remove(place)
+    return ["".join(_woven(parts, row)) for parts, row in zip(texts, numbers, strict=True)]
+
+
+def _woven(parts: Sequence[str], numbers: Sequence[str]) -> list[str]:
+    woven = [parts[0]]
+    for number, part in zip(numbers, parts[1:], strict=True):
+        woven += [number, part]
+    return woven
+
+
+def counted(names: Sequence[str]) -> npt.NDArray[np.int64] | None:
+    """The number of each name that goes up from one to the next, in the names' order; None if none does.
+
+    Of several such numbers it is the one that goes up by one most often.
+    """
+    found = [_DIGITS.findall(name) for name in names]
+    width = len(found[0]) if found else 0
+    if not width or any(len(each) != width or max(map(len, each)) > MOST_DIGITS for each in found):
+        return None
+    best, best_share = None, -1.0
+    for column in np.array(found, dtype=object).astype(np.int64).T:
+        difference = np.diff(column)
+        share = float((difference == 1).mean()) if len(difference) else 1.0
+        if (difference > 0).all() and share > best_share:
+            best, best_share = column, share
+    return best
+
+
+@lru_cache(maxsize=4096)
+def words(name: str) -> frozenset[str]:
+    """The words of a name in lower case: ``ProfilerStep#3`` has ``profiler`` and ``step``."""
+    return frozenset(word.lower() for word in _WORD.findall(name.replace(NUMBER, " ")))
+
+
+def looks_like_a_step(name: str) -> bool:
+    """Whether a name says that the range is one repetition of a training loop."""
+    return _says_step(name) and not never_a_step(name)
+
+
+def _says_step(name: str) -> bool:
+    told = words(name)
+    return bool(told & _STEPS) or any(_STEPS_IN_ONE.match(word) is not None for word in told)
+
+
+def never_a_step(name: str) -> bool:
+    """Whether a name says that the range is something else than one repetition of a training loop."""
+    told = words(name)
+    return bool(told & _NO_STEPS) or is_operator(name) or (bool(told & _LONGER) and not _says_step(name))
+
+
+def is_operator(name: str) -> bool:
+    """Whether a range is an operator's or a function's of a library, of which each step has hundreds."""
+    return "::" in name or name.startswith(("autograd", "cuda", "nccl", "cudnn", "cublas"))
+
+
+def is_library(domain: str) -> bool:
+    """Whether a domain is a library's, whose ranges are no part of a program's loop."""
+    return domain.lower() in _LIBRARIES
+
+
+def matching(name: pd.Series, expression: str) -> npt.NDArray[np.bool_]:
+    """Which names ``expression`` matches as a whole; if it matches none, which it matches in part."""
+    compiled = re.compile(expression)
+    categories = [str(each) for each in name.cat.categories]
+    for matches in (compiled.fullmatch, compiled.search):
+        found = np.array([matches(each) is not None for each in categories] + [False])
+        if found.any():
+            chosen: npt.NDArray[np.bool_] = found[name.cat.codes.to_numpy()]
+            return chosen
+    return np.zeros(len(name), dtype=np.bool_)
+
+
+_LOADING = frozenset({"data", "dataloader", "dataloading", "fetch", "loader", "loading", "prefetch"})
+_READS = frozenset({"fetch", "get", "load", "next", "read"})
+_MOVES = frozenset({"copy", "cuda", "device", "gpu", "parallel", "to", "transfer"})
+_SAVES = frozenset({"checkpoint", "checkpointing", "ckpt"})
+_OPTIMIZER = frozenset({"adam", "adamw", "optim", "optimizer", "sgd"})
+
+
+@lru_cache(maxsize=4096)
+def part_of_a_step(name: str) -> str:
+    """Which of hpcmm's own phases a program's phase is: data, forward, backward, optimizer, checkpoint; else empty."""
+    told = words(name)
+    if told & {"backward", "bwd"} and told & {"forward", "fwd"}:
+        return ""
+    if told & _SAVES and not told & {"activation", "recompute", "forward", "backward"}:
+        return "checkpoint"
+    if (told & _LOADING or (told & _READS and told & {"batch", "sample", "samples"})) and not told & _MOVES:
+        return "data"
+    for part, said in (("backward", {"backward", "bwd"}), ("forward", {"forward", "fwd"}), ("optimizer", _OPTIMIZER)):
+        if told & said:
+            return part
+    return ""

@@ -1,0 +1,260 @@
+"""Steps and phases from the NVTX ranges of a program that knows nothing of hpcmm.
+
+A loop usually names its repetitions (``iteration 12``, ``training_step_7``, ``ProfilerStep#3``, ``step``), and within
+them its phases. Such ranges become steps by themselves only if it is clear: one at a time on its thread, with a name
+that says so, which cover most of the time from one to the next, and no other ranges that could be meant as well.
+Otherwise the candidates are listed, and the user chooses. ``docs/bottlenecks.md`` has the rules.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from hpcmm.analysis.choice import Choice
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
+from hpcmm.analysis.range_names import (
+    NUMBER,
+    counted,
+    is_library,
+    is_operator,
+    looks_like_a_step,
+    matching,
+    never_a_step,
+    templates,
+    without_counters,
+)
+from hpcmm.annotate import schema
+from hpcmm.reports.report import PUSH_POP
+
+MIN_STEPS = 3
+MIN_COVER = 0.5
+"""Of the time from one range's start to the next one's, as a median: less is a part of a step."""
+COUNTED_STEPS, COUNTED_COVER = 5, 0.8
+"""The same for ranges whose name does not say that they are steps, but counts up."""
+RIVAL_COVER = 0.1
+RIVAL_CALLS = 2.0
+"""Ranges of another name that come about as often, and not within the first ones, make the choice unclear."""
+WITHIN = 0.5
+MAX_PHASES = 30
+LEAST_PHASE = 0.002
+"""Of the time of all steps: what takes less is no phase."""
+OPENED_SHARE = 0.5
+"""A phase of this share of the steps is opened if its own parts cover as much of it: its parts are phases, too."""
+MAX_OPENED = 3
+MAX_TOLD = 6
+NVTX_COLUMNS = ["start_ns", "end_ns", "closed", "pid", "tid", "end_tid", "kind", "domain", "name", "payload"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """Ranges as those of domain hpcmm (NVTX_COLUMNS): ``step`` with its number, and phases."""
+
+    ranges: pd.DataFrame
+    steps: str = ""
+    """What the steps are called, with ``{n}`` for a number; empty if none were taken."""
+    phases: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+    """What could be chosen instead, in words."""
+    labels: frozenset[str] = frozenset()
+    """All that could be chosen instead."""
+
+
+def adopt(ranges: pd.DataFrame, choice: Choice) -> Adopted:
+    """Steps and phases among ``ranges`` (RANGE_COLUMNS of :mod:`hpcmm.reports.report`)."""
+    if ranges.empty:
+        return Adopted(_none())
+    known = templates(ranges["name"].cat.categories.to_list())
+    ranges = ranges.assign(label=known[ranges["name"].cat.codes.to_numpy()])
+    candidates = step_candidates(ranges)
+    chosen = _chosen_steps(ranges, candidates, choice.steps)
+    if chosen.empty:
+        return Adopted(_none(), candidates=_told(candidates), labels=frozenset(candidates["label"]))
+    steps = pd.concat([_numbered(own) for _, own in chosen.groupby("pid")])
+    label = ", ".join(steps["label"].drop_duplicates()[:MAX_TOLD])
+    adopted = _adopted(ranges.drop(steps.index), steps, choice.phases)
+    return replace(adopted, steps=label, candidates=_told(candidates), labels=frozenset(candidates["label"]))
+
+
+def adopt_phases(ranges: pd.DataFrame, steps: pd.DataFrame, expression: str) -> Adopted:
+    """Phases that ``expression`` matches, within ``steps`` that the program has named for hpcmm (NVTX_COLUMNS)."""
+    known = templates(ranges["name"].cat.categories.to_list())
+    ranges = ranges.assign(label=known[ranges["name"].cat.codes.to_numpy()])
+    ranges = ranges[~((ranges["domain"] == schema.DOMAIN) & ranges["name"].isin(_OWN_STEPS))]
+    return _adopted(ranges, steps.assign(label=""), expression)
+
+
+_OWN_STEPS = (schema.STEP, schema.AUTOMATIC_STEP)
+
+
+def _adopted(ranges: pd.DataFrame, steps: pd.DataFrame, expression: str) -> Adopted:
+    parts = [_phases_of(ranges, own, expression) for _, own in steps.groupby("pid")]
+    phases = pd.concat(parts, ignore_index=True)
+    rows = pd.concat([steps.assign(name=schema.STEP), phases], ignore_index=True)
+    rows = rows.assign(domain=schema.DOMAIN, kind=PUSH_POP)[NVTX_COLUMNS].astype({"payload": "Int64", "closed": bool})
+    longest = (phases["end_ns"] - phases["start_ns"]).groupby(phases["name"]).sum().sort_values(ascending=False)
+    return Adopted(rows, phases=tuple(map(str, longest.index)))
+
+
+def _none() -> pd.DataFrame:
+    return pd.DataFrame(columns=NVTX_COLUMNS)
+
+
+def _chosen_steps(ranges: pd.DataFrame, candidates: pd.DataFrame, expression: str) -> pd.DataFrame:
+    """The ranges that are steps, on one thread a process, none within another."""
+    if expression:
+        chosen = ranges[matching(ranges["name"], expression)]
+    else:
+        clear = _clear(ranges, candidates)
+        chosen = ranges.iloc[:0]
+        if clear is not None:
+            chosen = ranges[(ranges["domain"] == clear[0]) & (ranges["label"] == clear[1])]
+    parts = []
+    for _, own in chosen.groupby("pid"):
+        on_thread = (own["end_ns"] - own["start_ns"]).groupby(own["tid"]).sum()
+        parts.append(outermost(own[own["tid"] == on_thread.idxmax()]))
+    return pd.concat(parts) if parts else chosen
+
+
+def outermost(ranges: pd.DataFrame) -> pd.DataFrame:
+    """Those of one thread's ``ranges`` that begin in no other, in the order of time."""
+    ordered = ranges.sort_values(["start_ns", "end_ns"], ascending=[True, False], kind="stable")
+    end = ordered["end_ns"].to_numpy(np.int64)
+    before = np.concatenate(([np.iinfo(np.int64).min], np.maximum.accumulate(end)[:-1]))
+    return ordered[ordered["start_ns"].to_numpy(np.int64) >= before]
+
+
+def _numbered(steps: pd.DataFrame) -> pd.DataFrame:
+    """``steps`` of one process with their number as ``payload``: from the name, else their own payload if that counts.
+
+    Without either they have none, and their place is their number.
+    """
+    number = counted([str(name) for name in steps["name"]])
+    if number is not None:
+        return steps.assign(payload=pd.array(number, dtype="Int64"))
+    told = steps["payload"]
+    counts = bool(told.notna().all()) and bool((np.diff(told.to_numpy(np.int64)) > 0).all())
+    return steps if counts else steps.assign(payload=pd.array([None] * len(steps), dtype="Int64"))
+
+
+def pattern_of(label: str) -> str:
+    """The expression that matches the names which a label such as ``step {n}`` stands for."""
+    return "[0-9]+".join(re.escape(part) for part in label.split("{n}"))
+
+
+def step_candidates(ranges: pd.DataFrame) -> pd.DataFrame:
+    """Ranges by process, thread, domain and label that come often enough, the longest in all first.
+
+    Columns pid, tid, domain, label, calls, total_ns, median_ns, cover (of the time from one start to the next, as a
+    median) and counts (whether a number in their names goes up).
+    """
+    keys = ["pid", "tid", "domain", "label"]
+    sizes = ranges.groupby(keys, observed=True)["start_ns"].transform("size")
+    rows = []
+    for key, own in ranges[sizes >= MIN_STEPS].groupby(keys, observed=True, sort=False):
+        whole = outermost(own)
+        if len(whole) < MIN_STEPS or is_library(str(key[2])) or is_operator(str(key[3])):
+            continue
+        start, end = whole["start_ns"].to_numpy(np.int64), whole["end_ns"].to_numpy(np.int64)
+        length = end - start
+        cover = float(np.median(length[:-1] / np.maximum(np.diff(start), 1)))
+        counts = NUMBER in str(key[3]) and counted([str(name) for name in whole["name"]]) is not None
+        rows.append((*key, len(whole), int(length.sum()), float(np.median(length)), cover, counts))
+    columns = [*keys, "calls", "total_ns", "median_ns", "cover", "counts"]
+    return pd.DataFrame(rows, columns=columns).sort_values("total_ns", ascending=False, ignore_index=True)
+
+
+def _clear(ranges: pd.DataFrame, candidates: pd.DataFrame) -> tuple[str, str] | None:
+    """Domain and label of the ranges that are clearly steps; None if it is not clear."""
+    never = candidates["label"].map(never_a_step).astype(bool)
+    named = candidates["label"].map(looks_like_a_step).astype(bool)
+    counts = candidates["counts"].astype(bool) & ~never
+    covering = candidates[named & (candidates["cover"] >= MIN_COVER)]
+    if covering.empty:
+        enough = (candidates["calls"] >= COUNTED_STEPS) & (candidates["cover"] >= COUNTED_COVER)
+        covering = candidates[counts & enough]
+    if covering.empty:
+        return None
+    best = covering.iloc[0]
+    rivals = candidates[
+        (named | counts)
+        & (candidates["pid"] == best["pid"])
+        & (candidates["label"] != best["label"])
+        & (candidates["cover"] >= RIVAL_COVER)
+        & candidates["calls"].between(best["calls"] / RIVAL_CALLS, best["calls"] * RIVAL_CALLS)
+    ]
+    if any(not _lie_within(ranges, rival, best) for _, rival in rivals.iterrows()):
+        return None
+    return str(best["domain"]), str(best["label"])
+
+
+def _lie_within(ranges: pd.DataFrame, inner: pd.Series, outer: pd.Series) -> bool:
+    """Whether most ranges of the candidate ``inner`` begin within one of ``outer``."""
+
+    def of(candidate: pd.Series) -> pd.DataFrame:
+        same = [ranges[key] == candidate[key] for key in ("pid", "tid", "domain", "label")]
+        return ranges[np.logical_and.reduce(same)]
+
+    whole = of(outer)
+    around = IntervalSet.union_of(whole["start_ns"], whole["end_ns"])
+    start = of(inner)["start_ns"].to_numpy(np.int64)
+    return float((around.covered_within(start, start + 1) > 0).mean()) >= WITHIN
+
+
+def _told(candidates: pd.DataFrame) -> tuple[str, ...]:
+    """The candidates in words, those of all processes together."""
+    if candidates.empty:
+        return ()
+    by_label = candidates.groupby("label", sort=False).agg({"calls": "max", "median_ns": "median", "total_ns": "sum"})
+    by_label = by_label.sort_values("total_ns", ascending=False).head(MAX_TOLD)
+    return tuple(
+        f"'{label}' ({row['calls']:.0f} x {row['median_ns'] / NS_PER_S:.3g} s)" for label, row in by_label.iterrows()
+    )
+
+
+def _phases_of(ranges: pd.DataFrame, steps: pd.DataFrame, expression: str) -> pd.DataFrame:
+    """Phases within ``steps``, of one process, on the thread that runs these; named without what counts."""
+    pid, tid = steps["pid"].iloc[0], steps["tid"].iloc[0]
+    mine = ranges[(ranges["pid"] == pid) & (ranges["tid"] == tid) & (ranges["end_tid"] == tid)]
+    mine = mine[~mine["label"].isin(steps["label"].unique())]
+    if expression:
+        chosen = mine[matching(mine["name"], expression)] if len(mine) else mine
+    else:
+        own = ~mine["domain"].astype(str).map(is_library).astype(bool)
+        operator = mine["label"].map(is_operator).astype(bool)
+        chosen = _parts(mine[own & ~operator], steps)
+    # hpcmm's own phases carry the size of their batch.
+    size = chosen["payload"].where(chosen["domain"] == schema.DOMAIN)
+    name = without_counters(chosen["name"].cat.remove_unused_categories())
+    named: pd.DataFrame = chosen.assign(name=name, payload=size)
+    return named
+
+
+def _parts(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """What the steps consist of: the outermost ranges within them, and the parts of such as hold nearly all of them."""
+    whole_ns = int((steps["end_ns"] - steps["start_ns"]).sum())
+    inside = _begin_within(ranges, steps)
+    found = []
+    outer = steps
+    for _ in range(MAX_OPENED):
+        level = outermost(inside)
+        taken_ns = (level["end_ns"] - level["start_ns"]).groupby(level["label"]).sum()
+        kept = taken_ns[taken_ns >= LEAST_PHASE * whole_ns].sort_values(ascending=False).index[:MAX_PHASES]
+        found.append(level[level["label"].isin(kept)])
+        opened = taken_ns[taken_ns >= OPENED_SHARE * whole_ns].index
+        outer = level[level["label"].isin(opened)]
+        inside = _begin_within(inside.drop(level.index), outer)
+        below = outermost(inside)
+        if outer.empty or (below["end_ns"] - below["start_ns"]).sum() < OPENED_SHARE * taken_ns[opened].sum():
+            break
+    return pd.concat(found) if found else ranges.iloc[:0]
+
+
+def _begin_within(ranges: pd.DataFrame, outer: pd.DataFrame) -> pd.DataFrame:
+    around = IntervalSet.union_of(outer["start_ns"], outer["end_ns"])
+    start = ranges["start_ns"].to_numpy(np.int64)
+    inside: pd.DataFrame = ranges[around.covered_within(start, start + 1) > 0]
+    return inside
