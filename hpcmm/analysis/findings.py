@@ -11,6 +11,7 @@ import pandas as pd
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats, WorkParts
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.phases import StepTimes
+from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.analysis.wait_chains import ChargedGroup
 
@@ -45,7 +46,9 @@ _KINDS_OF_PHASES = {"data": "data", "checkpoint": "checkpoint", "other": "other"
 
 def kind_of_part(part: str) -> str:
     """The kind of finding that a long part of a rank's work is."""
-    return "subprocess" if part.startswith(SUBPROCESS) else _KINDS_OF_PHASES.get(part, "compute")
+    if part.startswith(SUBPROCESS):
+        return "subprocess"
+    return _KINDS_OF_PHASES.get(part) or _KINDS_OF_PHASES.get(part_of_a_step(part), "compute")
 
 
 def phase_of_part(part: str) -> str:

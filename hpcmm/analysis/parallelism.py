@@ -19,6 +19,7 @@ from hpcmm.analysis.collectives import POINT_TO_POINT, SMALL_BYTES
 from hpcmm.analysis.delay_costs import Floats
 from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, AnalysisContext, Finding, kind_of_part
 from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.trace import NO_PEER, NO_SIZE, OTHER, RankTrace
 from hpcmm.annotate.schema import REPLICAS
 
@@ -137,7 +138,8 @@ def what_moves(rows: pd.DataFrame, stages: Stages) -> npt.NDArray[np.object_]:
     found = np.full(len(rows), UNKNOWN, dtype=object)
     op, small = rows["op"].to_numpy(str), (rows["bytes"] < SMALL_BYTES).to_numpy(bool)
     # Of a model without larger messages these are the gradients; beside larger ones, such as statistics of batches.
-    tiny = np.isin(op, REDUCES) & rows["phase"].str.contains("backward").to_numpy(bool)
+    part = _parts_of_steps(rows)
+    tiny = np.isin(op, REDUCES) & (part == "backward")
     for at in rows.reset_index(drop=True).groupby("group").indices.values():
         found[at] = _group_moves(rows.iloc[at], stages)
         found[at[small[at]]] = SMALL
@@ -147,9 +149,14 @@ def what_moves(rows: pd.DataFrame, stages: Stages) -> npt.NDArray[np.object_]:
     found[np.isin(op, ["all_to_all"]) & ~small & ~told] = TOKENS
     uneven = rows["group"].isin(rows.loc[rows["received"] != NO_SIZE, "group"]).to_numpy(bool)
     found[(found == TOKENS) & uneven] = EXPERT_TOKENS
-    found[np.isin(op, ["broadcast"]) & ~small & rows["phase"].str.contains("forward").to_numpy(bool)] = BUFFERS
+    found[np.isin(op, ["broadcast"]) & ~small & (part == "forward")] = BUFFERS
     found[_pipeline_sends(rows).to_numpy(bool)] = SENDS if stages else UNKNOWN
     return found
+
+
+def _parts_of_steps(rows: pd.DataFrame) -> npt.NDArray[np.object_]:
+    """Which of hpcmm's own phases the phase of each row is, whatever the program calls it."""
+    return np.array([part_of_a_step(str(phase)) for phase in rows["phase"]], dtype=object)
 
 
 def with_axes(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> pd.DataFrame:
@@ -189,8 +196,8 @@ def _moves_by_phase(rows: pd.DataFrame, stages: Stages) -> str:
     whole = float(bulk["bytes"].sum())
     if not whole:
         return UNKNOWN
-    forward = bulk["phase"].str.contains("forward") & ~bulk["phase"].str.contains("backward")
-    backward = bulk["phase"].str.contains("backward") & ~bulk["phase"].str.contains("forward")
+    part = pd.Series(_parts_of_steps(bulk), index=bulk.index)
+    forward, backward = part == "forward", part == "backward"
     reduces, gathers = bulk["op"].isin(REDUCES), bulk["op"] == "all_gather"
 
     def much(chosen: pd.Series[bool]) -> bool:
@@ -207,7 +214,7 @@ def _moves_by_phase(rows: pd.DataFrame, stages: Stages) -> str:
     told = [
         (ACTIVATIONS, much(forward & reduces) or is_reduced_as_often),
         (PARAMETERS, much((forward | backward | before) & gathers)),
-        (GRADIENTS, much(reduces & (backward | (bulk["phase"] == "optimizer"))) or (in_stage and much(reduces))),
+        (GRADIENTS, much(reduces & (backward | (part == "optimizer"))) or (in_stage and much(reduces))),
         (PARAMETERS, 0 < 1.2 * scatters < gathered),
         (GRADIENTS, scatters > 0),
     ]

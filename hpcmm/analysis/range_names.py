@@ -32,8 +32,8 @@ _NO_STEPS = frozenset(
         "[a-z]+",
         "adam adamw backward bwd block bucket checkpoint ckpt chunk clip collate data dataloader eval evaluate "
         "evaluation expert fetch forward fwd get grad gradient head layer load loader loading log logging loss lr "
-        "micro microbatch next opt optim optimizer prefetch read request sample save scheduler sgd sub substep test testing "
-        "val valid validate validation zero",
+        "micro microbatch next opt optim optimizer prefetch read request sample save scheduler sgd sub substep test "
+        "testing val valid validate validation zero",
     )
 )
 """Words of a name that is not a step's, whatever else it says."""

@@ -30,6 +30,7 @@ from hpcmm.analysis.findings import (
     phase_of_part,
 )
 from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.statistics import chance_of_sum
 from hpcmm.analysis.trace import OTHER
 
@@ -349,7 +350,10 @@ def find_batch_imbalance(context: AnalysisContext, losses: Floats, among: npt.ND
 
     ``losses`` (steps, traces, parts + 1) are those of no straggler; ``among`` (traces,) says who is not blamed.
     """
-    forward, backward = context.time_in(["forward"])[:, among], context.time_in(["backward"])[:, among]
+    forward, backward = (
+        context.time_in([name for name in context.parts.names if part_of_a_step(name) == part])[:, among]
+        for part in ("forward", "backward")
+    )
     if forward.shape[1] < 2 or forward.size < MIN_CELLS:
         return None
     sizes = _sizes(context)
