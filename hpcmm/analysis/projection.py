@@ -2,7 +2,8 @@
 
 A range owns the GPU activities whose launching call begins within it, on its own thread. Every enclosing range owns an
 activity; the one that began last, its innermost, also counts it as its own time. The ranges of hpcmm's domain own what
-any thread of the process launches meanwhile, since PyTorch launches the backward pass from threads of its own.
+any thread of the process launches meanwhile, since PyTorch launches the backward pass from threads of its own. Any
+other range owns what another thread launches if its own thread waits for that (see :func:`waited_for`).
 
 In the order of the launches on one thread the activities of a range are one stretch [low, high), whether or not ranges
 nest, so that envelope, count and innermost range follow from minima and maxima over stretches: O((n + m) log m) for n
@@ -11,7 +12,6 @@ ranges and m activities.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
+from hpcmm.analysis.range_names import without_counters
 from hpcmm.analysis.trace import RankTrace
 from hpcmm.annotate import schema
 from hpcmm.reports.report import KERNEL, UNKNOWN, CudaEvents
@@ -29,17 +30,17 @@ Integers = npt.NDArray[np.int64]
 MAX_NAMES = 1000
 """Rows of a process; where names carry numbers the rest are summed under :data:`REST`."""
 REST = "(other ranges)"
+IN_NO_RANGE, NOT_TRACED = "(in no range)", "(launch not traced)"
+"""Rows of what no range owns."""
 PAIRS_AT_ONCE = 1 << 22
 """Ranges times their activities that are expanded together, to bound the memory."""
 MAX_PAIRS = 1 << 28
 """Ranges times their activities that are expanded at all; only nesting some thousand deep exceeds it."""
 
 PROJECTION_COLUMNS = [
-    "domain", "range", "calls", "host_ns", "gpu_envelope_ns", "gpu_union_ns", "gpu_self_ns", "kernels", "copies",
+    "domain", "range", "calls", "open_calls", "host_ns", "gpu_envelope_ns", "gpu_union_ns", "gpu_self_ns", "kernels",
+    "copies",
 ]  # fmt: skip
-
-_SUFFIX = re.compile(r", (?:seq|op_id|sizes|input_op_ids) = .*", re.DOTALL)
-"""What PyTorch's emit_nvtx appends to an operator's name; it differs from call to call."""
 
 
 class Stretches(NamedTuple):
@@ -226,36 +227,128 @@ def _self_times(
     return _union_by_owner(inner[mine], rank[mine], start[by_start], end[by_start], len(range_start))
 
 
+def waited_for(ranges: pd.DataFrame, activities: pd.DataFrame) -> Integers:
+    """For each activity of one process the thread that waits for the one that launched it; UNKNOWN if none is known.
+
+    A thread waits if it is the only other one within a range then, and if it launches nothing itself from the first to
+    the last of what the other thread launches within its innermost range. So autograd's thread works for the one that
+    called ``backward``.
+    """
+    launch, thread = activities["launch_ns"].to_numpy(np.int64), activities["launch_tid"].to_numpy(np.int64)
+    known = launch != UNKNOWN
+    waiting, others = np.full(len(activities), UNKNOWN, dtype=np.int64), np.zeros(len(activities), dtype=np.int64)
+    if known.any() and (thread[known] == thread[known][0]).all() and (ranges["tid"] == thread[known][0]).all():
+        return waiting
+    for tid, own in ranges.groupby("tid"):
+        around = IntervalSet.union_of(own["start_ns"], own["end_ns"] + 1)
+        there = known & (thread != tid) & (around.covered_within(launch, launch + 1) > 0)
+        waiting[there] = tid
+        others += there
+    waiting[others != 1] = UNKNOWN
+    for waiter in np.unique(waiting[waiting != UNKNOWN]):
+        mine = np.flatnonzero(waiting == waiter)
+        own = ranges[ranges["tid"] == waiter]
+        stretches = _own(own, activities.iloc[mine].assign(launch_tid=waiter), by_thread=True)
+        within = innermost(own["start_ns"].to_numpy(np.int64), own["end_ns"].to_numpy(np.int64), stretches)
+        at = mine[stretches.order]
+        _, group = np.unique(np.stack((within, thread[at])), axis=1, return_inverse=True)
+        times = pd.Series(launch[at]).groupby(group).agg(["min", "max"])
+        launches = np.sort(launch[known & (thread == waiter)])
+        before, until = (times[key].to_numpy(np.int64) for key in ("min", "max"))
+        works = np.searchsorted(launches, until, "right") > np.searchsorted(launches, before, "left")
+        waiting[at[works[group]]] = UNKNOWN
+    return waiting
+
+
 def aggregate(events: CudaEvents, pid: int) -> pd.DataFrame:
     """What the ranges of each name of process ``pid`` launched, sums over their calls (PROJECTION_COLUMNS).
 
-    Most GPU time first. A range within one of its own name counts in both calls.
+    Most GPU time first. Of ranges within one of their own name only the outermost counts. What no range owns has rows
+    of its own, IN_NO_RANGE and NOT_TRACED.
     """
     ranges = events.ranges[events.ranges["pid"] == pid]
     activities = events.activities[events.activities["pid"] == pid].reset_index(drop=True)
+    if ranges.empty:
+        return pd.DataFrame(columns=PROJECTION_COLUMNS)
     kernel = (activities["kind"] == KERNEL).to_numpy()
     ours = (ranges["domain"] == schema.DOMAIN).to_numpy()
-    parts = []
-    for chosen, by_thread in ((ranges[ours], False), (ranges[~ours], True)):
-        found = project(chosen, activities, by_thread=by_thread)
-        kernels = np.concatenate(([0], np.cumsum(kernel[found.stretches.order])))
-        own_kernels = kernels[found.stretches.high] - kernels[found.stretches.low]
-        parts.append(
-            pd.DataFrame(
-                {
-                    "domain": chosen["domain"].to_numpy(object),
-                    "range": _plain_names(chosen["name"]),
-                    "calls": 1,
-                    "host_ns": (chosen["end_ns"] - chosen["start_ns"]).to_numpy(np.float64),
-                    "gpu_envelope_ns": (found.end_ns - found.start_ns).astype(np.float64),
-                    "gpu_union_ns": found.union_ns,
-                    "gpu_self_ns": found.self_ns,
-                    "kernels": own_kernels,
-                    "copies": found.owned - own_kernels,
-                }
-            )
-        )
-    return _by_name(pd.concat(parts, ignore_index=True))
+    owned = np.zeros(len(activities), dtype=np.bool_)
+    parts = [_calls(ranges[ours], project(ranges[ours], activities, by_thread=False), kernel, owned)]
+    others = ranges[~ours]
+    waiting = waited_for(others, activities)
+    moved = activities.assign(launch_tid=np.where(waiting == UNKNOWN, activities["launch_tid"], waiting))
+    mine = project(others, moved)
+    twice = _owned_by_thread(others, activities) & (waiting != UNKNOWN)
+    if twice.any():  # autograd's thread has ranges of its own, which own what they launched, and more closely
+        both = pd.concat([activities, moved[twice]], ignore_index=True)
+        inner = moved.assign(launch_tid=np.where(twice, activities["launch_tid"], moved["launch_tid"]))
+        mine = project(others, both)._replace(self_ns=project(others, inner).self_ns)
+        kernel, owned = np.append(kernel, kernel[twice]), np.append(owned, np.zeros(twice.sum(), dtype=np.bool_))
+    parts.append(_calls(others, mine, kernel, owned))
+    return _by_name(pd.concat([*parts, _unowned(activities, owned[: len(activities)])], ignore_index=True))
+
+
+def _owned_by_thread(ranges: pd.DataFrame, activities: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    return _within(_own(ranges, activities, by_thread=True), len(activities))
+
+
+def _within(stretches: Stretches, count: int) -> npt.NDArray[np.bool_]:
+    """Which of ``count`` activities lie in any stretch."""
+    edges = np.zeros(len(stretches.order) + 1, dtype=np.int64)
+    np.add.at(edges, stretches.low, 1)
+    np.add.at(edges, stretches.high, -1)
+    found = np.zeros(count, dtype=np.bool_)
+    found[stretches.order] = np.cumsum(edges)[:-1] > 0
+    return found
+
+
+def _calls(
+    ranges: pd.DataFrame, found: Projection, kernel: npt.NDArray[np.bool_], owned: npt.NDArray[np.bool_]
+) -> pd.DataFrame:
+    """A row a range, with nothing but its own time if it lies within one of its name; marks what is ``owned``."""
+    owned |= _within(found.stretches, len(owned))
+    kernels = np.concatenate(([0], np.cumsum(kernel[found.stretches.order])))
+    own_kernels = kernels[found.stretches.high] - kernels[found.stretches.low]
+    length = (ranges["end_ns"] - ranges["start_ns"]).to_numpy(np.float64)
+    calls = pd.DataFrame(
+        {
+            "calls": 1,
+            "open_calls": (~ranges["closed"].to_numpy(bool)).astype(np.int64),
+            "host_ns": length,
+            "gpu_envelope_ns": (found.end_ns - found.start_ns).astype(np.float64),
+            "gpu_union_ns": found.union_ns,
+            "kernels": own_kernels,
+            "copies": found.owned - own_kernels,
+        }
+    )
+    name = without_counters(ranges["name"])
+    calls = calls.mul(_is_outermost(ranges, name), axis="index")
+    return calls.assign(domain=ranges["domain"].to_numpy(object), range=name, gpu_self_ns=found.self_ns)
+
+
+def _is_outermost(ranges: pd.DataFrame, name: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
+    """Which ranges do not lie within another of their domain and name, on their thread."""
+    keyed = ranges[["start_ns", "end_ns", "tid", "domain"]].assign(name=name, place=np.arange(len(ranges)))
+    keyed = keyed.sort_values(["start_ns", "end_ns"], ascending=[True, False], kind="stable")
+    keys = [keyed[key] for key in ("tid", "domain", "name")]
+    reach = keyed["end_ns"].groupby(keys, observed=True).cummax()
+    before = reach.groupby(keys, observed=True).shift(fill_value=np.iinfo(np.int64).min)
+    outermost = np.zeros(len(ranges), dtype=np.bool_)
+    outermost[keyed["place"].to_numpy()] = (keyed["start_ns"] >= before).to_numpy()
+    return outermost
+
+
+def _unowned(activities: pd.DataFrame, owned: npt.NDArray[np.bool_]) -> pd.DataFrame:
+    """Rows of what no range owns, and of what has no known launch."""
+    known = (activities["launch_ns"] != UNKNOWN).to_numpy()
+    rows = []
+    for name, chosen in ((IN_NO_RANGE, known & ~owned), (NOT_TRACED, ~known)):
+        mine = activities[chosen]
+        busy_ns = float(IntervalSet.union_of(mine["start_ns"], mine["end_ns"]).total_ns)
+        kernels = int((mine["kind"] == KERNEL).sum())
+        if len(mine):
+            rows.append(("", name, 0, 0, 0.0, busy_ns, busy_ns, busy_ns, kernels, len(mine) - kernels))
+    return pd.DataFrame(rows, columns=PROJECTION_COLUMNS)
 
 
 def _by_name(calls: pd.DataFrame) -> pd.DataFrame:
@@ -269,20 +362,13 @@ def _by_name(calls: pd.DataFrame) -> pd.DataFrame:
     if len(tail):
         rest = tail.drop(columns=keys).sum(skipna=False)
         head = pd.concat([head, pd.DataFrame([{"domain": "", "range": REST, **rest}])])
-    counts = dict.fromkeys(("calls", "kernels", "copies"), np.int64)
+    counts = dict.fromkeys(("calls", "open_calls", "kernels", "copies"), np.int64)
     return head[PROJECTION_COLUMNS].astype(counts).reset_index(drop=True)
 
 
-def _plain_names(label: pd.Series) -> npt.NDArray[np.object_]:
-    """Names without what differs from call to call."""
-    categories = np.array([_SUFFIX.sub("", str(name)) for name in label.cat.categories], dtype=object)
-    codes = label.cat.codes.to_numpy()
-    return categories[codes] if len(codes) else np.empty(0, dtype=object)
-
-
 PROJECTION_TABLE_COLUMNS = [
-    "rank", "node", "pid", "domain", "range", "calls", "host_s", "gpu_envelope_s", "gpu_union_s", "gpu_self_s",
-    "kernels", "copies",
+    "rank", "node", "pid", "domain", "range", "calls", "open_calls", "host_s", "gpu_envelope_s", "gpu_union_s",
+    "gpu_self_s", "kernels", "copies",
 ]  # fmt: skip
 
 

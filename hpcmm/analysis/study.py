@@ -103,7 +103,18 @@ INTEGERS = frozenset(
         "ranks",
         "reports",
     }
-    | {"sequence", "slowest_rank", "step", "steps", "waited_for_rank", "pid", "device", "kernels", "copies"}
+    | {
+        "sequence",
+        "slowest_rank",
+        "step",
+        "steps",
+        "waited_for_rank",
+        "pid",
+        "device",
+        "kernels",
+        "copies",
+        "open_calls",
+    }
 )
 FLAGS = frozenset({"complete", "corrected", "estimators_disagree", "warmup"})
 RATIOS = frozenset({"variation", "load_balance", "load_balance_in_node", "load_balance_between_nodes"})
