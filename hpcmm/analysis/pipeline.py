@@ -22,6 +22,7 @@ from hpcmm.analysis import (
     process_groups,
     projection,
     time_tables,
+    user_ranges,
     waitpid,
 )
 from hpcmm.analysis.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
@@ -153,6 +154,7 @@ def study(
         throughput=in_words(record.throughput) if record.throughput else "",
         failed_run=record.folder if record.failed else "",
         failed_before_steps=record.failed_before_steps and not any(len(trace.steps) for trace in traces),
+        ranges=user_ranges.in_words([fact.adopted for fact, _ in inventory.used if fact.adopted is not None]),
         line_to_add=step_line(record.framework) if (inventory.table["status"] == NO_STEPS).any() else "",
     )
 

@@ -239,7 +239,8 @@ def waited_for(ranges: pd.DataFrame, activities: pd.DataFrame) -> Integers:
     waiting, others = np.full(len(activities), UNKNOWN, dtype=np.int64), np.zeros(len(activities), dtype=np.int64)
     if known.any() and (thread[known] == thread[known][0]).all() and (ranges["tid"] == thread[known][0]).all():
         return waiting
-    for tid, own in ranges.groupby("tid"):
+    for tid in ranges["tid"].unique():
+        own = ranges[ranges["tid"] == tid]
         around = IntervalSet.union_of(own["start_ns"], own["end_ns"] + 1)
         there = known & (thread != tid) & (around.covered_within(launch, launch + 1) > 0)
         waiting[there] = tid

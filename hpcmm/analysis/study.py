@@ -35,6 +35,8 @@ class Study:
     """Neither the run directory nor a report knows of a step before that."""
     throughput: str = ""
     """Tokens, operations and memory in words, as the ranks noted them."""
+    ranges: str = ""
+    """Which of the program's own NVTX ranges are taken for steps and phases; empty if they are hpcmm's."""
     line_to_add: str = ""
     """The line that would give the run's script steps; empty if nothing lacks them."""
 

@@ -9,6 +9,7 @@ Otherwise the candidates are listed, and the user chooses. ``docs/bottlenecks.md
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -138,6 +139,18 @@ def _numbered(steps: pd.DataFrame) -> pd.DataFrame:
     told = steps["payload"]
     counts = bool(told.notna().all()) and bool((np.diff(told.to_numpy(np.int64)) > 0).all())
     return steps if counts else steps.assign(payload=pd.array([None] * len(steps), dtype="Int64"))
+
+
+def in_words(adopted: Sequence[Adopted]) -> str:
+    """Which ranges of all reports are steps and phases; empty if none were taken."""
+    steps = list(dict.fromkeys(each.steps for each in adopted if each.steps))
+    phases = list(dict.fromkeys(phase for each in adopted for phase in each.phases))
+    if not steps and not phases:
+        return ""
+    told = [f"steps are the NVTX ranges {' and '.join(map(repr, steps))}"] if steps else []
+    several = ", ".join(phases[:MAX_TOLD]) + (f" and {len(phases) - MAX_TOLD} more" if len(phases) > MAX_TOLD else "")
+    told += [f"phases are {several}"] if phases else ["no ranges within them are phases"]
+    return f"{', '.join(told)}; --steps and --phases choose others"
 
 
 def pattern_of(label: str) -> str:

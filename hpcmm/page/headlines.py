@@ -171,6 +171,16 @@ def mesh_line(study: Study) -> str:
     return "mesh: " + ", ".join(told) if told else ""
 
 
+def lost_heading(study: Study) -> str:
+    """What the column of losses is called: a capture without steps counts as a whole."""
+    return "lost a step" if len(study.steps.numbers) else "lost"
+
+
+def ranges_line(study: Study) -> str:
+    """Which of the program's own ranges are steps and phases; empty if they are those of hpcmm's annotation."""
+    return plain(study.ranges)
+
+
 def throughput_line(study: Study) -> str:
     """Tokens, operations and memory; empty if the ranks noted none."""
     return plain(study.throughput)
@@ -234,6 +244,8 @@ def alone_line(study: Study) -> str:
 def phases_line(study: Study) -> str:
     """How to see more of a computation that no phase covers; empty if phases cover it."""
     if not len(study.steps.numbers) or computation_has_phases(study.traces):
+        return ""
+    if len(study.tables["gpu"]) and study.ranges:  # the host launches its phases, and the GPU computes
         return ""
     return (
         "no phase covers the computation: annotate.phase(...) around forward, backward and optimizer tells them apart"

@@ -25,11 +25,13 @@ from hpcmm.page.headlines import (
     gpu_line,
     headline,
     late_line,
+    lost_heading,
     mesh_line,
     number,
     percent,
     phases_line,
     plain,
+    ranges_line,
     rank_name,
     seconds,
     steps_line,
@@ -75,7 +77,7 @@ def folded(study: Study) -> list[PageTable]:
     """The tables at the page's end."""
     tables = study.tables
     osrt = tables["osrt"]
-    return [
+    made = [
         _table("Coverage", "Every expected rank and every report.", tables["coverage"], "coverage"),
         _table("Waiting for communication", "Seconds a step by rank and phase.", tables["comm_wait"], "comm_wait"),
         _table("Start", "From the job's start to its first step, by part.", tables["startup"], "startup"),
@@ -87,6 +89,7 @@ def folded(study: Study) -> list[PageTable]:
             "osrt",
         ),
     ]
+    return [table for table in made if table.rows]
 
 
 def _table(title: str, note: str, frame: pd.DataFrame, name: str) -> PageTable:
@@ -98,6 +101,7 @@ def _table(title: str, note: str, frame: pd.DataFrame, name: str) -> PageTable:
 
 _FACTS = (
     steps_line,
+    ranges_line,
     mesh_line,
     throughput_line,
     exchanged_line,
@@ -140,6 +144,7 @@ def page(study: Study) -> str:
     text: str = environment.from_string(_asset("report.html.j2")).render(
         title=plain(study.name or "Analysis"),
         headline=headline(study),
+        lost_heading=lost_heading(study),
         first=bottlenecks[0] if bottlenecks else None,
         facts=[fact for line in _FACTS if (fact := line(study))],
         gpu_facts=[_capital(fact) for fact in (gpu_line(study), late_line(study)) if fact],

@@ -25,11 +25,13 @@ from hpcmm.page.headlines import (
     gpu_line,
     headline,
     late_line,
+    lost_heading,
     mesh_line,
     number,
     percent,
     phases_line,
     plain,
+    ranges_line,
     seconds,
     steps_line,
     throughput_line,
@@ -99,7 +101,16 @@ def summary(study: Study) -> str:
     """The whole document."""
     rows = study.tables["bottlenecks"]
     lines = (
-        *(steps_line, mesh_line, throughput_line, exchanged_line, coverage_line, efficiency_line, clock_line),
+        *(
+            steps_line,
+            ranges_line,
+            mesh_line,
+            throughput_line,
+            exchanged_line,
+            coverage_line,
+            efficiency_line,
+            clock_line,
+        ),
         *(failed_line, alone_line, phases_line, gpu_line, late_line),
     )
     facts = [line(study) for line in lines]
@@ -109,7 +120,7 @@ def summary(study: Study) -> str:
         parts.append(f"Why: {escape(first['evidence'])}. Try: {code(first['suggestion'])}")
     parts.append("\n".join(f"- {escape(fact)}" for fact in facts if fact))
     if len(rows):
-        parts.append(_bottlenecks(rows))
+        parts.append(_bottlenecks(rows, lost_heading(study)))
     gaps = study.tables["coverage"]
     gaps = gaps[gaps["status"] != report_inventory.FOUND]
     if len(gaps):
@@ -118,9 +129,9 @@ def summary(study: Study) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _bottlenecks(rows: pd.DataFrame) -> str:
+def _bottlenecks(rows: pd.DataFrame, lost_heading: str) -> str:
     lines = [
-        _line(["#", "cause", "lost a step", "share", "rank", "node", "phase", "confidence", "try"]),
+        _line(["#", "cause", lost_heading, "share", "rank", "node", "phase", "confidence", "try"]),
         _line(["---:", "---", "---:", "---:", "---:", "---", "---", "---", "---"]),
     ]
     for row in rows.to_dict("records"):

@@ -30,11 +30,13 @@ from hpcmm.page.headlines import (
     gpu_line,
     headline,
     late_line,
+    lost_heading,
     mesh_line,
     number,
     percent,
     phases_line,
     plain,
+    ranges_line,
     rank_name,
     seconds,
     startup_line,
@@ -59,18 +61,29 @@ def print_study(study: Study, out: Path, console: Console | None = None) -> None
         _line(console, f"Evidence: {plain(rows[0]['evidence'])}.", "dim", rich=rich)
         _line(console, f"Try: {plain(rows[0]['suggestion'])}", "bold green", rich=rich)
         console.print()
+        heading = lost_heading(study)
         if not rich:
-            _print_plain(console, rows)
+            _print_plain(console, rows, heading)
         elif console.width < TABLE_WIDTH:
-            _print_stacked(console, rows)
+            _print_stacked(console, rows, heading)
         else:
-            console.print(_table(rows))
+            console.print(_table(rows, heading))
         console.print()
     facts = [steps_line(study), mesh_line(study), coverage_line(study), efficiency_line(study)]
     _line(console, "; ".join(fact for fact in facts if fact) + ".", "", rich=rich)
     if len(study.tables["clock"]) > 1:
         _line(console, f"{clock_line(study)[:1].upper()}{clock_line(study)[1:]}.", "", rich=rich)
-    lines = (throughput_line, exchanged_line, failed_line, alone_line, phases_line, gpu_line, late_line, startup_line)
+    lines = (
+        ranges_line,
+        throughput_line,
+        exchanged_line,
+        failed_line,
+        alone_line,
+        phases_line,
+        gpu_line,
+        late_line,
+        startup_line,
+    )
     for told in filter(None, (line(study) for line in lines)):
         _line(console, f"{told[:1].upper()}{told[1:]}.", "", rich=rich)
     for gap in _gaps(study.tables["coverage"]):
@@ -97,11 +110,11 @@ def _who(row: dict[Any, Any]) -> str:
     return f"{rank_name(int(row['rank']))}{on}"
 
 
-def _table(rows: list[dict[Any, Any]]) -> Table:
+def _table(rows: list[dict[Any, Any]], lost_heading: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("cause", overflow="fold")
-    table.add_column("lost a step", justify="right", no_wrap=True)
+    table.add_column(lost_heading, justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
     table.add_column("who", overflow="fold")
     table.add_column("phase", overflow="fold")
@@ -121,20 +134,21 @@ def _table(rows: list[dict[Any, Any]]) -> Table:
     return table
 
 
-def _print_stacked(console: Console, rows: list[dict[Any, Any]]) -> None:
+def _print_stacked(console: Console, rows: list[dict[Any, Any]], lost_heading: str) -> None:
+    each = lost_heading.removeprefix("lost")
     for row in rows:
         where = ", ".join(part for part in (_who(row), plain(row["phase"])) if part and part != "-")
         style = _STYLES.get(str(row["confidence"]), "")
         cause = Text.assemble(f"{row['rank_order']}. ", (plain(row["cause"]), style), f" ({where})" if where else "")
-        lost = f"{seconds(float(row['lost_s_per_step']))} a step, {percent(float(row['step_share']))}"
+        lost = f"{seconds(float(row['lost_s_per_step']))}{each}, {percent(float(row['step_share']))}"
         console.print(cause)
         console.print(Padding(Text(f"{lost}, confidence {plain(row['confidence'])}"), (0, 0, 0, 3)))
         console.print(Padding(Text.assemble("try ", (plain(row["suggestion"]), "green")), (0, 0, 0, 3)))
 
 
-def _print_plain(console: Console, rows: list[dict[Any, Any]]) -> None:
+def _print_plain(console: Console, rows: list[dict[Any, Any]], lost_heading: str) -> None:
     """Columns of words and spaces, one line a row whatever its width: for files, pipes and grep."""
-    lines = [("#", "lost a step", "share", "cause", "who", "phase", "sure", "try")]
+    lines = [("#", lost_heading, "share", "cause", "who", "phase", "sure", "try")]
     lines += [
         (
             str(row["rank_order"]),
