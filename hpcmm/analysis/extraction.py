@@ -48,6 +48,8 @@ class ReportFacts:
     damage: str = ""
     adopted: Adopted | None = None
     """Steps and phases that are the program's own ranges, or what could be; None if hpcmm's annotation has them."""
+    doubts: str = ""
+    """What of it may have been lost."""
 
     @property
     def name(self) -> str:
@@ -85,6 +87,7 @@ def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
         has_nvtx=_has_nvtx(report),
         damage="; ".join(report.damage),
         adopted=adopted and replace(adopted, ranges=adopted.ranges.iloc[:0]),
+        doubts="; ".join(report.doubts),
     )
 
 

@@ -187,7 +187,13 @@ def _settle_claims(
 
 def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
     if fact.damage:
-        return TRUNCATED, f"read in part: {fact.damage}"
+        return TRUNCATED, "; ".join(filter(None, (f"read in part: {fact.damage}", fact.doubts)))
+    status, reason = _status_of_whole(fact, trace)
+    return status, "; ".join(filter(None, (reason, fact.doubts)))
+
+
+def _status_of_whole(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
+    """Of a report that lacks nothing, as far as it is known."""
     if not len(trace.steps):
         stands_for = f"process {trace.pid}, GPU {trace.device}: " if trace.device is not None else ""
         return _no_steps(fact), stands_for + fact.no_ranges or "it takes part in collectives, but runs no steps"

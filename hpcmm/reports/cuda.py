@@ -16,8 +16,23 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.errors import HpcmmError
+from hpcmm.reports import trust
+from hpcmm.reports.identity import told_gpus
 from hpcmm.reports.nvtx_ranges import labels, no_ranges
-from hpcmm.reports.report import COPY, GRAPH, ID_MASK, KERNEL, PID_SHIFT, PUSH_POP, SET, UNKNOWN, CudaEvents
+from hpcmm.reports.report import (
+    CALLS_COLUMNS,
+    COPY,
+    GRAPH,
+    ID_MASK,
+    KERNEL,
+    NO_LAUNCH,
+    PID_SHIFT,
+    PUSH_POP,
+    SET,
+    UNKNOWN,
+    UNRECORDED,
+    CudaEvents,
+)
 from hpcmm.reports.sqlite import ReportDatabase
 
 Integers = npt.NDArray[np.int64]
@@ -30,7 +45,6 @@ TABLES = {
 """GRAPH_TRACE holds whole launches of CUDA graphs, if nsys was told to trace graphs as one."""
 RUNTIME = "CUPTI_ACTIVITY_KIND_RUNTIME"
 NAME_COLUMNS = ("shortName", "demangledName", "mangledName")
-MAX_CORRELATION = 0xFFFFFFFF
 
 ACTIVITY_COLUMNS = ["start_ns", "end_ns", "pid", "device", "stream", "kind", "name"]
 LAUNCH_COLUMNS = ["launch_ns", "launch_end_ns", "launch_tid"]
@@ -39,15 +53,24 @@ LAUNCH_COLUMNS = ["launch_ns", "launch_end_ns", "launch_tid"]
 def read_cuda(database: ReportDatabase, damage: list[str]) -> CudaEvents | None:
     """GPU events of an export, still without the ranges, or None if it has none.
 
-    What is lost to damage is told in a sentence each, appended to ``damage``.
+    What is lost to damage, or left out because it cannot be, is told in a sentence each, appended to ``damage``.
     """
-    parts = [_read_activities(database, table, damage) for table in TABLES if database.has(table, "start", "end")]
-    parts = [part for part in parts if len(part)]
-    if not parts:
+    tables = [table for table in TABLES if database.has(table, "start", "end")]
+    if not tables:
         return None
-    activities = pd.concat(parts, ignore_index=True)
-    activities = _with_launches(database, activities, damage)
-    for column in ("kind", "name"):
+    calls, session = _read_calls(database, damage)
+    parts = [_read_activities(database, table, damage) for table in tables]
+    activities = _with_launches(pd.concat(parts, ignore_index=True), calls)
+    start, end, launch = (activities[name].to_numpy(np.int64) for name in ("start_ns", "end_ns", "launch_ns"))
+    fine = trust.possible(database, session, start, end) & trust.after_launch(start, launch)
+    for table in tables:
+        damage += trust.left_out(int((activities["kind"][~fine] == TABLES[table]).sum()), "GPU record", table)
+    calls = trust.with_records(calls, activities, fine)
+    activities = activities[fine]
+    if activities.empty:
+        return None
+    activities = activities.assign(gpu=_gpus(database, activities))
+    for column in ("kind", "name", "gpu"):
         activities[column] = activities[column].astype("category")
     activities = activities.sort_values("start_ns", kind="stable", ignore_index=True)
     return CudaEvents(
@@ -55,6 +78,7 @@ def read_cuda(database: ReportDatabase, damage: list[str]) -> CudaEvents | None:
         no_ranges(),
         read_nccl_calls(database),
         _read_synchronisations(database),
+        calls[CALLS_COLUMNS].sort_values("start_ns", kind="stable", ignore_index=True),
     )
 
 
@@ -74,7 +98,7 @@ def _read_activities(database: ReportDatabase, table: str, damage: list[str]) ->
     kind = TABLES[table]
     names = [column for column in NAME_COLUMNS if database.has(table, column)] if kind == KERNEL else []
     known = [column for column in ("globalPid", "deviceId", "streamId", "correlationId") if database.has(table, column)]
-    values = _sane_columns(database, table, ["start", "end", *known, *names[:1]], damage)
+    values = _columns(database, table, ["start", "end", *known, *names[:1]], damage)
     unknown = np.full(len(values["start"]), UNKNOWN, dtype=np.int64)
     process = values.get("globalPid", unknown)
     return pd.DataFrame(
@@ -91,45 +115,91 @@ def _read_activities(database: ReportDatabase, table: str, damage: list[str]) ->
     )
 
 
-def _sane_columns(database: ReportDatabase, table: str, columns: list[str], damage: list[str]) -> dict[str, Integers]:
-    """Integer columns, start and end among them, of the rows that end after they start and lie within the capture."""
+def _columns(database: ReportDatabase, table: str, columns: list[str], damage: list[str]) -> dict[str, Integers]:
+    """Integer columns of a table, as far as damage lets them be read."""
     pieces: list[list[Integers]] = []
     try:
         pieces.extend(database.integers(table, columns))
     except HpcmmError as error:
         damage.append(str(error))
     whole = [np.concatenate(column) for column in zip(*pieces, strict=True)]
-    values = dict(zip(columns, whole or [np.empty(0, dtype=np.int64)] * len(columns), strict=True))
-    sane = (values["start"] >= database.first_ns) & (values["end"] >= values["start"])
-    sane &= values["end"] <= database.last_ns
-    return {name: column[sane] for name, column in values.items()}
+    return dict(zip(columns, whole or [np.empty(0, dtype=np.int64)] * len(columns), strict=True))
 
 
-def _with_launches(database: ReportDatabase, activities: pd.DataFrame, damage: list[str]) -> pd.DataFrame:
-    """Add LAUNCH_COLUMNS; an activity without a process gets that of the only process that calls CUDA."""
-    unknown = dict.fromkeys(LAUNCH_COLUMNS, np.full(len(activities), UNKNOWN, dtype=np.int64))
+def _read_calls(database: ReportDatabase, damage: list[str]) -> tuple[pd.DataFrame, tuple[int, int]]:
+    """Calls of the CUDA runtime (CALLS_COLUMNS, and ``tid`` and ``correlation``) in the order of the table, and the
+    earliest and latest time that is believed of what they launched."""
     if not database.has(RUNTIME, "start", "end", "globalTid", "correlationId"):
-        return activities.assign(**unknown)
-    calls = _sane_columns(database, RUNTIME, ["start", "end", "globalTid", "correlationId"], damage)
-    usable = (calls["correlationId"] > 0) & (calls["correlationId"] <= MAX_CORRELATION)
-    start, end, thread, call_id = (column[usable] for column in calls.values())
-    if not len(start):
-        return activities.assign(**unknown)
-    caller = (thread >> PID_SHIFT) & ID_MASK
+        return pd.DataFrame(columns=[*CALLS_COLUMNS, "tid", "correlation"], dtype=np.int64), (
+            database.first_ns,
+            database.last_ns,
+        )
+    more = [column for column in ("nameId", "returnValue") if database.has(RUNTIME, column)]
+    values = _columns(database, RUNTIME, ["start", "end", "globalTid", "correlationId", *more], damage)
+    start, end, thread = values["start"], values["end"], values["globalTid"]
+    within = (start >= database.first_ns) & (end >= start) & (end <= database.last_ns)
+    session = trust.cuda_session(database, start[within])
+    fine = trust.possible(database, session, start, end)
+    damage += trust.left_out(int((~fine).sum()), "CUDA call", RUNTIME)
+    calls = pd.DataFrame(
+        {
+            "start_ns": start,
+            "end_ns": end,
+            "pid": (thread >> PID_SHIFT) & ID_MASK,
+            "record": _kinds_of_calls(database, values),
+            "tid": thread & ID_MASK,
+            "correlation": values["correlationId"],
+        }
+    )[fine]
+    return trust.without_captured(calls), session
+
+
+def _kinds_of_calls(database: ReportDatabase, values: dict[str, Integers]) -> Integers:
+    """What each call does, as :func:`trust.kind_of_call` has it; a launch that failed launches nothing."""
+    if "nameId" not in values:
+        return np.full(len(values["start"]), NO_LAUNCH, dtype=np.int64)
+    used, codes = np.unique(values["nameId"], return_inverse=True)
+    kinds = np.array([trust.kind_of_call(str(name)) for name in labels(database, used, "call")], dtype=np.int64)[codes]
+    failed = values["returnValue"] != 0 if "returnValue" in values else np.zeros(len(kinds), dtype=bool)
+    return np.where(failed & (kinds == UNRECORDED), NO_LAUNCH, kinds)
+
+
+def _with_launches(activities: pd.DataFrame, calls: pd.DataFrame) -> pd.DataFrame:
+    """Add LAUNCH_COLUMNS; an activity without a process gets that of the only process that calls CUDA."""
+    caller, call_id = (calls[name].to_numpy(np.int64) for name in ("pid", "correlation"))
+    usable = trust.launch_key(caller, call_id) != UNKNOWN
+    if not usable.any():
+        return activities.assign(**dict.fromkeys(LAUNCH_COLUMNS, np.full(len(activities), UNKNOWN, dtype=np.int64)))
+    calls, caller, call_id = calls[usable], caller[usable], call_id[usable]
     pid = activities["pid"].to_numpy(np.int64)
     if (pid == UNKNOWN).any() and (caller == caller[0]).all():
         pid = np.where(pid == UNKNOWN, caller[0], pid)
+    start, end, thread = (calls[name].to_numpy(np.int64) for name in ("start_ns", "end_ns", "tid"))
     # Of a runtime call and the driver call within it, both with one id, the outer one begins first.
     order = np.lexsort((start, call_id, caller))
-    key = (caller << 32 | call_id)[order]
-    correlation = activities["correlation"].to_numpy(np.int64)
-    valid = (pid >= 0) & (correlation > 0) & (correlation <= MAX_CORRELATION)
-    wanted = np.where(valid, pid << 32 | correlation, UNKNOWN)
+    key = trust.launch_key(caller, call_id)[order]
+    wanted = trust.launch_key(pid, activities["correlation"].to_numpy(np.int64))
     at = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
     found = key[at] == wanted
-    columns = (start[order][at], end[order][at], thread[order][at] & ID_MASK)
+    columns = (start[order][at], end[order][at], thread[order][at])
     launches = {name: np.where(found, values, UNKNOWN) for name, values in zip(LAUNCH_COLUMNS, columns, strict=True)}
     return activities.assign(pid=pid, **launches)
+
+
+def _gpus(database: ReportDatabase, activities: pd.DataFrame) -> npt.NDArray[np.object_]:
+    """What tells the GPU of each activity from all others, empty if the report does not say.
+
+    CUDA numbers the devices of each process from 0, in the order that CUDA_VISIBLE_DEVICES gives them.
+    """
+    pairs = _key_of_device(activities["pid"].to_numpy(np.int64), activities["device"].to_numpy(np.int64))
+    used, codes = np.unique(pairs, return_inverse=True)
+    told = told_gpus(database)
+    names = np.array([told.get((int(pair) >> 32, int(pair) & 0xFFFFFFFF), "") for pair in used], dtype=object)
+    return names[codes]
+
+
+def _key_of_device(pid: Integers, device: Integers) -> Integers:
+    return np.where((pid >= 0) & (device >= 0), pid << 32 | (device & 0xFFFFFFFF), UNKNOWN)
 
 
 def _read_synchronisations(database: ReportDatabase) -> pd.DataFrame:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from hpcmm.annotate import schema
 from hpcmm.errors import HpcmmError
+from hpcmm.reports import trust
 from hpcmm.reports.cuda import read_cuda, shifted
 from hpcmm.reports.identity import read_identity
 from hpcmm.reports.nvtx_ranges import MAX_PAYLOAD, no_ranges, read_ranges
@@ -26,17 +27,20 @@ from hpcmm.reports.report import (
     PID_SHIFT,
     PUSH_POP,
     START_END,
+    CudaEvents,
     Integers,
     Parts,
     Report,
 )
-from hpcmm.reports.sqlite import MAX_NAME_LENGTH, MAX_NS, ReportDatabase
+from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
 
 DOMAIN_CREATE = 75
 OSRT_CALL = 27
 """``eventClass`` of a call; other classes mark the start and end of the tracing itself."""
 IDS_PER_QUERY = 500
 """Parameters of one query; SQLite has a limit."""
+RANGE_TYPES = f"{PUSH_POP}, {START_END}, 70, 71"
+"""Ranges as SQL lists them; the last two were imported."""
 DAY_NS = 86_400 * 10**9
 
 
@@ -52,13 +56,15 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL, *, every_ran
         damage += _unread_log(source)
         epoch = _epoch_ns(database)
         base = _base_ns(database, epoch)
-        database.first_ns, database.last_ns = base, base + MAX_NS
+        database.first_ns, database.last_ns = base, trust.last_possible_ns(database, base)
         domains = _domains(database)
         osrt = _read_osrt(database, damage)
         nvtx = _read_nvtx(database, domains, damage, parts)
+        damage += _impossible(database)
         marks = _marks(database, domains)
         cuda = None if parts is Parts.OS_CALLS and len(nvtx) else read_cuda(database, damage)
-        span = _spans(database, osrt)
+        told = trust.read_diagnostics(database, _recorded_pids(nvtx, cuda))
+        span = _spans(database, osrt, cuda)
         first, last = (time - base for time in _overall(span, base))
         # Of a program that hpcmm annotated, the ranges of other domains tell only what they launched.
         has_steps = nvtx["name"].isin((schema.STEP, schema.AUTOMATIC_STEP)).any()
@@ -86,7 +92,9 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL, *, every_ran
             last_ns=last,
             domains=tuple(sorted(set(domains.values()))),
             traced=frozenset(kind for kind, (count, _, _) in span.items() if count),
-            damage=tuple(damage),
+            damage=(*damage, *told.losses),
+            doubts=told.doubts,
+            lost_gpu_records=any(map(trust.of_gpus, (*told.losses, *told.doubts))),
             requested=_requested(database),
             cuda=cuda,
             marks=marks.assign(start_ns=marks["start_ns"] - base),
@@ -180,26 +188,29 @@ def _names_by_id(database: ReportDatabase, query: str, name: str) -> dict[int, s
     return {number: str(text) for number, text in rows if isinstance(number, int) and text}
 
 
-def _spans(database: ReportDatabase, osrt: pd.DataFrame) -> dict[str, tuple[int, int, int]]:
+def _recorded_pids(nvtx: pd.DataFrame, cuda: CudaEvents | None) -> frozenset[int]:
+    """Processes that wrote ranges of ours or used a GPU."""
+    users = [nvtx] if cuda is None else [nvtx, cuda.activities]
+    return frozenset(int(pid) for frame in users for pid in frame["pid"].unique())
+
+
+def _spans(database: ReportDatabase, osrt: pd.DataFrame, cuda: CudaEvents | None) -> dict[str, tuple[int, int, int]]:
     """Rows, first start and last end by kind of event."""
-    tables = {"nvtx": "NVTX_EVENTS", "cuda": "CUPTI_ACTIVITY_KIND_KERNEL"}
     found: dict[str, tuple[int, int, int]] = {}
-    if len(osrt):
-        found["osrt"] = (len(osrt), int(osrt["start_ns"].min()), int(osrt["end_ns"].max()))
-    for kind, table in tables.items():
-        if not database.has(table, "start", "end"):
-            continue
-        query = f"""
-            SELECT COUNT(*), MIN(start), MAX(MAX(start, COALESCE("end", start)))
-            FROM {table} WHERE typeof(start) = 'integer' AND start BETWEEN {database.first_ns} AND {database.last_ns}
-            AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" BETWEEN start AND {database.last_ns}))
-        """  # noqa: S608
-        try:
-            count, first, last = database.rows(query)[0]
-        except HpcmmError:
-            continue
+    for kind, events in (("osrt", osrt), ("cuda", None if cuda is None else cuda.activities)):
+        if events is not None and len(events):
+            found[kind] = (len(events), int(events["start_ns"].min()), int(events["end_ns"].max()))
+    if not database.has("NVTX_EVENTS", "start", "end"):
+        return found
+    query = f"""
+        SELECT COUNT(*), MIN(start), MAX(MAX(start, COALESCE("end", start)))
+        FROM NVTX_EVENTS WHERE typeof(start) = 'integer' AND start BETWEEN {database.first_ns} AND {database.last_ns}
+        AND ("end" IS NULL OR (typeof("end") = 'integer' AND "end" BETWEEN start AND {database.last_ns}))
+    """  # noqa: S608
+    with suppress(HpcmmError):
+        count, first, last = database.rows(query)[0]
         if isinstance(count, int) and isinstance(first, int) and isinstance(last, int):
-            found[kind] = (count, first, last)
+            found["nvtx"] = (count, first, last)
     return found
 
 
@@ -292,7 +303,6 @@ def _read_nvtx(
             if only_steps:
                 query += f" AND {_text_expression(database)} IN ('{schema.STEP}', '{schema.AUTOMATIC_STEP}')"
             rows = database.rows(query)
-            damage += _impossible(database, sorted({domain for _, domain in wanted}))
         except HpcmmError as error:
             damage.append(str(error))
     frame = pd.DataFrame(
@@ -323,7 +333,7 @@ def _nvtx_query(database: ReportDatabase, domain_ids: list[int]) -> str:
 
 def _of_domains(domain_ids: list[int]) -> str:
     """SQL's condition on ranges of these domains."""
-    return f"eventType IN ({PUSH_POP}, {START_END}, 70, 71) AND domainId IN ({', '.join(map(str, domain_ids))})"
+    return f"eventType IN ({RANGE_TYPES}) AND domainId IN ({', '.join(map(str, domain_ids))})"
 
 
 def _possible(database: ReportDatabase) -> str:
@@ -337,19 +347,25 @@ def _possible(database: ReportDatabase) -> str:
     )"""
 
 
-def _impossible(database: ReportDatabase, domain_ids: list[int]) -> list[str]:
+def _impossible(database: ReportDatabase) -> list[str]:
     """A sentence on the ranges that are left out for their values; none if all are possible."""
+    if not database.has("NVTX_EVENTS", "start", "end", "eventType", "globalTid"):
+        return []
     query = f"""
-        SELECT COUNT(*) FROM NVTX_EVENTS WHERE {_of_domains(domain_ids)}
+        SELECT COUNT(*) FROM NVTX_EVENTS WHERE eventType IN ({RANGE_TYPES})
         AND NOT ({_possible(database)} AND ("end" IS NULL OR "end" >= start))
     """  # noqa: S608
-    count = database.rows(query)[0][0]
+    try:
+        count = database.rows(query)[0][0]
+    except HpcmmError:
+        return []  # the damage is told where the ranges themselves are read
     return [f"{count} ranges have times or threads that cannot be, and are left out"] if count else []
 
 
 def _read_osrt(database: ReportDatabase, damage: list[str]) -> pd.DataFrame:
     """All OS runtime calls, in the export's own order."""
     pieces: list[tuple[Integers, ...]] = []
+    impossible = 0
     columns = ["start", "end", "globalTid", "nameId"]
     if database.has("OSRT_API", *columns):
         classed = ["eventClass"] if database.has("OSRT_API", "eventClass") else []
@@ -358,9 +374,12 @@ def _read_osrt(database: ReportDatabase, damage: list[str]) -> pd.DataFrame:
                 sane = (start >= database.first_ns) & (end >= start) & (end <= database.last_ns)
                 for kind in event_class:
                     sane &= kind == OSRT_CALL
+                    impossible -= int((kind != OSRT_CALL).sum())
+                impossible += int((~sane).sum())
                 pieces.append((start[sane], end[sane], thread[sane], name_id[sane]))
         except HpcmmError as error:
             damage.append(str(error))
+    damage += trust.left_out(impossible, "OS call", "OSRT_API")
     start, end, thread, name_id = _joined(pieces, len(columns))
     codes, categories = _function_names(database, name_id)
     return pd.DataFrame(

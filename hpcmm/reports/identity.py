@@ -123,3 +123,32 @@ def _hostname(database: ReportDatabase) -> str | None:
         f"SELECT substr(value, 1, {MAX_NAME_LENGTH}) FROM TARGET_INFO_SYSTEM_ENV WHERE name = 'Hostname' LIMIT 1"  # noqa: S608
     )
     return str(rows[0][0]) if rows and rows[0][0] else None
+
+
+MAX_DEVICES = 100_000
+"""Rows on devices that are read: one a process and GPU."""
+
+
+def told_gpus(database: ReportDatabase) -> dict[tuple[int, int], str]:
+    """What is the GPU behind each device of a process, by (pid, device): ``uuid ...``, which no two GPUs share, or else
+    ``bus ...``, its place in the node. Parts of a GPU (MIG) have UUIDs of their own."""
+    if not database.has("TARGET_INFO_CUDA_DEVICE", "cudaId", "pid"):
+        return {}
+    uuid, number = (database.column("TARGET_INFO_CUDA_DEVICE", name) for name in ("uuid", "gpuId"))
+    try:
+        rows = database.rows(f"SELECT pid, cudaId, {uuid}, {number} FROM TARGET_INFO_CUDA_DEVICE LIMIT {MAX_DEVICES}")  # noqa: S608
+        of_number: dict[object, str] = {}
+        if database.has("TARGET_INFO_GPU", "id"):
+            whole, bus = (database.column("TARGET_INFO_GPU", name) for name in ("uuid", "busLocation"))
+            query = f"SELECT id, {whole}, {bus} FROM TARGET_INFO_GPU LIMIT {MAX_DEVICES}"  # noqa: S608
+            of_number = {
+                key: f"uuid {str(name).lower()}" if name else f"bus {place}" if place else ""
+                for key, name, place in database.rows(query)
+            }
+    except HpcmmError:
+        return {}
+    return {
+        (pid, device): f"uuid {str(own).lower()}" if own else of_number.get(gpu, "")
+        for pid, device, own, gpu in rows
+        if isinstance(pid, int) and isinstance(device, int)
+    }

@@ -34,13 +34,20 @@ UNKNOWN = -1
 """A number that the report does not tell: the launch of an activity, a process id."""
 
 
+CALLS_COLUMNS = ["start_ns", "end_ns", "pid", "record"]
+NO_LAUNCH, RECORDED, UNRECORDED, IMPOSSIBLE = range(4)
+"""What became of what a CUDA call launched: it launches nothing; the report has it; has it not; has it with times that
+cannot be."""
+
+
 @dataclass(frozen=True, slots=True)
 class CudaEvents:
     """GPU activities and what the host did for them; times are the report's own nanoseconds.
 
     ``activities``, sorted by start: start_ns, end_ns, pid, device, stream, kind (category of KERNEL, COPY, SET, GRAPH),
     name (category; of kernels only), launch_ns, launch_end_ns and launch_tid of the launching call (UNKNOWN where it
-    was not traced). ``ranges``: as those of :class:`Report`.
+    was not traced), gpu (category: what tells this GPU from all others, empty if the report does not). ``ranges``: as
+    those of :class:`Report`.
     """
 
     activities: pd.DataFrame
@@ -49,6 +56,8 @@ class CudaEvents:
     """As :func:`hpcmm.reports.cuda.read_nccl_calls` gives them; mostly none."""
     synchronisations: pd.DataFrame
     """Calls in which the host waits for the device: start_ns, end_ns, pid."""
+    calls: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=CALLS_COLUMNS, dtype=np.int64))
+    """All calls of the CUDA runtime, sorted by start: start_ns, end_ns, pid, record (NO_LAUNCH, RECORDED, ...)."""
 
 
 MARK_COLUMNS = ["start_ns", "pid", "name"]
@@ -96,6 +105,11 @@ class Report:
     traced: frozenset[str]
     """Of ``nvtx``, ``osrt``, ``cuda``: what left events."""
     damage: tuple[str, ...] = field(default=())
+    """What could not be read, cannot be, or was lost, in a sentence each."""
+    doubts: tuple[str, ...] = field(default=())
+    """What may have been lost, in a sentence each."""
+    lost_gpu_records: bool = False
+    """Whether nsys says that records of GPUs were lost, or may have been."""
     requested: frozenset[str] = frozenset()
     """Of ``nvtx`` and ``cuda``: what nsys was asked to trace; empty if the report does not say."""
     cuda: CudaEvents | None = None
