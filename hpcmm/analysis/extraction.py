@@ -14,14 +14,16 @@ import pandas as pd
 from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
 from hpcmm.analysis.choice import CHOOSE_FOR_ME, Choice, cut
 from hpcmm.analysis.intervals import IntervalSet
-from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, UNEVEN, WORKER, RankTrace
+from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, UNEVEN, RankTrace
 from hpcmm.analysis.user_ranges import Adopted, adopt, adopt_phases
 from hpcmm.annotate import schema
-from hpcmm.reports.report import CudaEvents, Identity, Parts, Report
+from hpcmm.reports.report import LOADER_NAME, CudaEvents, Identity, Parts, Report
 from hpcmm.text import printable
 
 NVTX_NEEDS_NSYS = (2024, 1)
 """First nsys under which the Python package nvtx >= 0.2.12 records anything: it asks whether its domain is enabled."""
+FEW_RANGES = 0.1
+"""A process that writes less than this share of the NVTX ranges of those that train is none of them."""
 OLDER_NVTX = "install nvtx==0.2.11, or trace with --trace=nvtx"
 
 
@@ -150,7 +152,7 @@ def _why_no_ranges(report: Report, adopted: Adopted | None) -> str:
 
 
 def extract_traces(report: Report) -> list[RankTrace]:
-    """One trace for each process of ``report`` that ran steps, else that communicated, else for its busiest process.
+    """One trace for each of :func:`workers_of` ``report``; if it runs no steps, for each GPU that it uses.
 
     If only its OS calls were read, a trace holds steps and the summary of its OS calls, and the rest is empty.
 
@@ -158,40 +160,67 @@ def extract_traces(report: Report) -> list[RankTrace]:
     environment of a report of several ranks is their launcher's. Processes that run no steps go with the first that
     does.
     """
-    ranges = report.nvtx[report.nvtx["domain"] == schema.DOMAIN]
-    stepping = ranges[ranges["name"] == schema.STEP]
-    workers = [int(pid) for pid in stepping["pid"].drop_duplicates()]
-    if workers:  # and those that take part, though they run no steps
-        talking = set(report.nvtx.loc[report.nvtx["domain"] == schema.COMM_DOMAIN, "pid"])
-        workers += [pid for pid in report.ranks if pid in talking and pid not in workers]
+    workers = workers_of(report)
     roles = waitpid.process_roles(report.osrt, report.processes, frozenset(workers))
     family = waitpid.Family.of(report, roles)
-    if not workers and report.cuda is not None:
-        return _extract_devices(report, report.cuda, family)
-    if not workers:
-        communicating = report.nvtx.loc[report.nvtx["domain"] == schema.COMM_DOMAIN, "pid"]
-        workers = [int(pid) for pid in communicating.drop_duplicates()]
-    if not workers:
-        workers = [pid for pid, role in roles.items() if role == WORKER][:1]
+    if report.cuda is not None and not _stepping(report):
+        return _extract_devices(report, report.cuda, family, workers)
     rank = report.identity.rank if len(workers) == 1 and report.identity.rank is not None else -1
     return [_extract(report, pid, report.ranks.get(pid, rank), family, workers) for pid in workers]
 
 
-def _extract_devices(report: Report, cuda: CudaEvents, family: waitpid.Family) -> list[RankTrace]:
-    """One trace for each GPU of each process, which stand for ranks that nothing annotated."""
+def workers_of(report: Report) -> list[int]:
+    """The processes of ``report`` that train, each of which stands for a rank; loaders and launchers do not.
+
+    They are the processes that run steps, and those that told their rank and communicate. Without any: those that use
+    a GPU or communicate, and others with as many NVTX ranges; else those that write NVTX ranges at all; else those
+    that their OS calls show alike.
+    """
+    if stepping := _stepping(report):  # and those that take part, though they run no steps
+        talking = set(_in_domain(report, schema.COMM_DOMAIN))
+        return stepping + [pid for pid in report.ranks if pid in talking and pid not in stepping]
+    using = set() if report.cuda is None else {int(pid) for pid in report.cuda.activities["pid"].unique()}
+    active = {*report.ranges, *map(int, report.osrt["pid"].unique())}
+    using |= (report.communicating & active) | set(_in_domain(report, schema.COMM_DOMAIN))
+    loaders = {pid for pid, name in report.processes.items() if LOADER_NAME in name} - using
+    writers = {pid: count for pid, count in report.ranges.items() if pid not in loaders}
+    # Of those that write ranges, whoever wrote far fewer than the others started them, or serves them.
+    most = max((writers.get(pid, 0) for pid in using), default=0) if using else max(writers.values(), default=0)
+    few = FEW_RANGES * most
+    found = using | {pid for pid, count in writers.items() if most and count >= few}
+    return sorted(found) or waitpid.busiest_alike(report.osrt, report.processes)
+
+
+def _stepping(report: Report) -> list[int]:
+    """Processes that run steps, in the order of their first."""
+    return _in_domain(report, schema.DOMAIN, schema.STEP)
+
+
+def _in_domain(report: Report, domain: str, name: str = "") -> list[int]:
+    """Processes that wrote a range of ``domain`` (of that ``name``), in the order of their first."""
+    ranges = report.nvtx[report.nvtx["domain"] == domain]
+    chosen = ranges[ranges["name"] == name] if name else ranges
+    return [int(pid) for pid in chosen["pid"].drop_duplicates()]
+
+
+def _extract_devices(report: Report, cuda: CudaEvents, family: waitpid.Family, workers: list[int]) -> list[RankTrace]:
+    """One trace for each GPU of each process, which stand for ranks that nothing annotated.
+
+    A process that works without a GPU, for all that was recorded, has one trace.
+    """
     used = cuda.activities[["pid", "device"]].drop_duplicates().sort_values(["pid", "device"])
-    known = report.identity.rank if len(used) == 1 and report.identity.rank is not None else -1
-    alone = used["pid"].value_counts()
+    known = report.identity.rank if len(used) == 1 and len(workers) == 1 and report.identity.rank is not None else -1
     traces: list[RankTrace] = []
-    pids = [int(pid) for pid in used["pid"].drop_duplicates()]
-    for pid, device in used.itertuples(index=False):
-        rank = report.ranks.get(int(pid), known) if alone[pid] == 1 else -1
-        own = _extract(report, int(pid), rank, family, pids, int(device))
-        if traces and traces[-1].pid == own.pid:
-            # OS calls and ranges are the process's own: its first GPU has them.
-            none = own.osrt.iloc[:0], own.waits.iloc[:0], own.calls.iloc[:0]
-            own = replace(own, osrt=none[0], waits=none[1], calls=none[2], projection=None)
-        traces.append(own)
+    for pid in workers:
+        devices = [int(device) for device in used.loc[used["pid"] == pid, "device"]]
+        rank = report.ranks.get(pid, known) if len(devices) <= 1 else -1
+        for place, device in enumerate(devices or [None]):
+            own = _extract(report, pid, rank, family, workers, device)
+            if place:
+                # OS calls and ranges are the process's own: its first GPU has them.
+                none = own.osrt.iloc[:0], own.waits.iloc[:0], own.calls.iloc[:0]
+                own = replace(own, osrt=none[0], waits=none[1], calls=none[2], projection=None)
+            traces.append(own)
     return traces
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
@@ -46,15 +47,12 @@ _COMPILERS = frozenset(
 
 
 def process_roles(osrt: pd.DataFrame, processes: dict[int, str], workers: frozenset[int]) -> dict[int, str]:
-    """The role of each process that has OS calls. ``workers`` run steps; without any, the busiest that is no launcher.
+    """The role of each process that has OS calls; ``workers`` are the processes that train.
 
     nsys traces one program and what descends from it, so the process that began first launched all others. It names
     only processes that ran when the capture began: what else a child is has to be told from when it lives and waits.
     """
     known = lives(osrt)
-    if not workers:
-        busiest = known["calls"].sort_values(ascending=False, kind="stable").index
-        workers = frozenset([int(pid) for pid in busiest if not _is_launcher(processes.get(int(pid), ""))][:1])
     own = known.loc[known.index.isin(workers)]
     begin, over = (own["first"].min(), own["last"].max()) if len(own) else (0, 0)
     programs = {name for pid in workers if (name := processes.get(pid, ""))}
@@ -71,6 +69,43 @@ def process_roles(osrt: pd.DataFrame, processes: dict[int, str], workers: frozen
         else:
             roles[pid] = DATA_LOADER if name in programs or LOADER_NAME in name else OTHER_PROCESS
     return roles
+
+
+_STARTED_TOGETHER_NS = 2_000_000_000
+"""Within this time a launcher has started the workers of a node."""
+_ALIKE = 0.7
+"""Processes do the same if so much of their calls goes to the same functions."""
+
+
+def busiest_alike(osrt: pd.DataFrame, processes: Mapping[int, str]) -> list[int]:
+    """The busiest process that is neither a launcher nor a loader, and those that do the same as it, by pid.
+
+    They are of its program, were started with it, live as long, and make at least half as many calls, of the same
+    functions.
+    """
+    known = lives(osrt).sort_values("calls", ascending=False, kind="stable")
+    name = {int(pid): processes.get(int(pid), "") for pid in known.index}
+    known = known[[not (_is_launcher(name[int(pid)]) or LOADER_NAME in name[int(pid)]) for pid in known.index]]
+    if known.empty:
+        return []
+    first, pid = known.iloc[0], int(known.index[0])
+    known = known[
+        np.array([name[int(other)] == name[pid] for other in known.index])
+        & ((known["first"] - first["first"]).abs() <= _STARTED_TOGETHER_NS)
+        & (2 * (known["last"].clip(upper=first["last"]) - known["first"]) >= first["last"] - first["first"])
+        & (2 * known["calls"] >= first["calls"])
+    ]
+    # Without its name a process is alike to none: it may be any program.
+    others = [int(other) for other in known.index if name[pid] and int(other) != pid]
+    mine = _mix(osrt, pid)
+    return sorted([pid, *(each for each in others if np.minimum(mine, _mix(osrt, each)).sum() >= _ALIKE)])
+
+
+def _mix(osrt: pd.DataFrame, pid: int) -> npt.NDArray[np.float64]:
+    """The share of each function among the calls of a process."""
+    functions = osrt["function"].cat
+    codes = functions.codes.to_numpy()[(osrt["pid"] == pid).to_numpy()]
+    return np.bincount(codes, minlength=len(functions.categories)) / len(codes)
 
 
 def lives(osrt: pd.DataFrame) -> pd.DataFrame:

@@ -5,6 +5,7 @@ Times are nanoseconds of the report's own clock until :mod:`hpcmm.analysis.clock
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,8 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL, *, every_ran
             cuda=cuda,
             marks=marks.assign(start_ns=marks["start_ns"] - base),
             ranks=_ranks(marks),
+            ranges=_range_counts(database),
+            communicating=_communicating(database, domains),
             parts=parts,
             ranges=ranges,
         )
@@ -181,6 +184,38 @@ def _processes(database: ReportDatabase) -> dict[int, str]:
     except HpcmmError:
         return found
     return found
+
+
+_OF_COMMUNICATION = ("gloo", "nccl", "pt_autograd", "pt_gloo", "pt_nccl")
+"""Starts of the names of threads that a training process has, and neither a launcher nor a loader; in lower case."""
+
+
+def _communicating(database: ReportDatabase, domains: Mapping[tuple[int, int], str]) -> frozenset[int]:
+    """Processes with a thread of a communication library or of PyTorch's backward pass, or with NCCL's own ranges."""
+    found = {pid for (pid, _), name in domains.items() if name == "NCCL"}
+    if database.has("ThreadNames", "nameId", "globalTid") and database.has("StringIds", "id", "value"):
+        query = f"""
+            SELECT DISTINCT globalTid >> {PID_SHIFT} & {ID_MASK}, lower(substr(value, 1, {MAX_NAME_LENGTH}))
+            FROM ThreadNames JOIN StringIds ON id = nameId WHERE typeof(globalTid) = 'integer'
+        """  # noqa: S608
+        with suppress(HpcmmError):
+            rows = database.rows(query)
+            found |= {pid for pid, name in rows if isinstance(pid, int) and str(name).startswith(_OF_COMMUNICATION)}
+    return frozenset(found)
+
+
+def _range_counts(database: ReportDatabase) -> dict[int, int]:
+    """How many ranges of any domain each process wrote, by pid."""
+    if not database.has("NVTX_EVENTS", "start", "eventType", "globalTid"):
+        return {}
+    query = f"""
+        SELECT globalTid >> {PID_SHIFT} & {ID_MASK} AS pid, COUNT(*) FROM NVTX_EVENTS
+        WHERE eventType IN ({PUSH_POP}, {START_END}, 70, 71) AND typeof(globalTid) = 'integer' GROUP BY pid
+    """  # noqa: S608
+    try:
+        return {pid: count for pid, count in database.rows(query) if isinstance(pid, int) and isinstance(count, int)}
+    except HpcmmError:
+        return {}  # the damage is told where the ranges themselves are read
 
 
 def _names_by_id(database: ReportDatabase, query: str, name: str) -> dict[int, str]:

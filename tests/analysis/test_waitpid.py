@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis.waitpid import Family, find_waits, process_roles, windows
+from hpcmm.analysis.waitpid import Family, busiest_alike, find_waits, process_roles, windows
 
 SEGMENTS = pd.DataFrame(
     [(0, "forward", 100, 200), (1, "forward", 200, 300)], columns=["step", "phase", "start_ns", "end_ns"]
@@ -38,8 +38,29 @@ def test_roles_follow_from_names_and_order() -> None:
     }
 
 
-def test_without_steps_the_busiest_process_that_launches_nothing_is_the_worker() -> None:
-    assert process_roles(CALLS, PROCESSES, frozenset())[7] == "worker"
+def test_the_busiest_process_that_launches_nothing_stands_for_the_worker() -> None:
+    assert busiest_alike(CALLS, PROCESSES) == [7]
+    assert busiest_alike(CALLS, {1: "torchrun", 7: "pt_data_worker", 20: "mpirun", 30: "sh"}) == []
+
+
+def calls_of(pid: int, start_ns: int, functions: str) -> list[tuple]:
+    return [(start_ns + 1000 * at, start_ns + 1000 * at + 10, pid, pid, name) for at, name in enumerate(functions)]
+
+
+def test_processes_of_one_program_that_were_started_together_and_do_the_same_are_workers() -> None:
+    late_ns = 10**10
+    rows = [
+        *calls_of(1, 0, "rrrrrrrrrrr"),
+        *calls_of(2, 0, "rwrwrwrwrw"),
+        *calls_of(3, 500, "wrwrwrwrw"),
+        *calls_of(4, 0, "ssssssssss"),  # does something else
+        *calls_of(5, 0, "rw"),  # hardly does anything
+        *calls_of(6, late_ns, "rwrwrwrwrw"),  # came later
+        *calls_of(7, 0, "rwrwrwrwrw"),  # another program
+    ]
+    names = dict.fromkeys(range(1, 7), "python") | {1: "torchrun", 7: "java"}
+    assert busiest_alike(frame(rows), names) == [2, 3]
+    assert busiest_alike(frame(rows), {}) == [1]
 
 
 def test_verdicts_in_context() -> None:
