@@ -16,7 +16,7 @@ from hpcmm.annotate import schema
 _INJECTION = "NVTX_INJECTION64_PATH"
 """Set by every profiler that listens to NVTX, before the program starts."""
 
-_RANK_KEYS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_RANK_KEYS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 """What launchers tell a process its rank by; the first goes first, as a worker's own."""
 
 _NOTHING: AbstractContextManager[None] = nullcontext()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -48,17 +50,17 @@ class Converter:
     def to_sqlite(self, source: ReportSource) -> Path:
         """An SQLite file of ``source``: the given one, or a cached export.
 
-        Raises HpcmmError with the reason of the last candidate when none can be converted.
+        Raises HpcmmError with the reason of each candidate when none can be converted.
         """
-        reason = f"{source.path}: nothing to read."
+        reasons = []
         for candidate in source.candidates:
             try:
                 return self._convert(candidate)
             except HpcmmError as error:
-                reason = str(error)
+                reasons.append(str(error))
             except OSError as error:
-                reason = f"{candidate} could not be read: {error.strerror}."
-        raise HpcmmError(reason)
+                reasons.append(f"{candidate} could not be read: {error.strerror}.")
+        raise HpcmmError("; ".join(reason.removesuffix(".") for reason in reasons) + ".")
 
     def _convert(self, path: Path) -> Path:
         # A pipe would be waited for. What is open here is what is read, whatever lies at ``path`` by then.
@@ -181,11 +183,37 @@ def _run(command: list[str], scratch: Path, subject: Path) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HpcmmError(f"{subject}: {command[0]} failed: {error}.") from error
     if done.returncode != 0:
-        raise HpcmmError(f"{subject} could not be converted: {_complaint(done.stdout + done.stderr)}")
+        told = _complaint(done.stdout + done.stderr)
+        raise HpcmmError(
+            _of_a_newer_nsys(subject, told) or f"{subject} could not be converted: {told.splitlines()[-1]}"
+        )
+
+
+_NEWER = re.compile(r"version \((?P<made>[\w.-]+)\)[^()]*newer[^()]*version \((?P<here>[\w.-]+)\)")
+_NOT_SUPPORTED = "Version not supported"
+"""What nsys 2022.4 says of a report whose format it does not know."""
+
+
+def _of_a_newer_nsys(subject: Path, complaint: str) -> str:
+    """What to do with a report that a newer nsys recorded than there is here; empty if that is not the complaint."""
+    versions = _NEWER.search(complaint)
+    if versions is None and _NOT_SUPPORTED not in complaint:
+        return ""
+    both = (
+        f"by nsys {versions['made']}, and nsys here is {versions['here']}" if versions else "by a newer nsys than here"
+    )
+    given, export = (shlex.quote(name) for name in (subject.name, f"{subject.stem}.sqlite"))
+    return (
+        f"{subject} was recorded {both}: run nsys export --type sqlite -o {export} {given} where it was recorded, and "
+        f"put {export} beside it."
+    )
 
 
 def _complaint(output: str) -> str:
-    """The last line that says something, without progress bars."""
-    lines = [line.split("\r")[-1].strip() for line in output.splitlines()]
+    """The lines that say something, without progress bars; at least one."""
+    lines = [line.split("\r")[-1].strip()[:300] for line in output.splitlines()]
     telling = [line for line in lines if line and not line.startswith(("Processing [", "Exporting "))]
-    return telling[-1][:300] if telling else "the file is truncated or damaged."
+    return "\n".join(telling[-_MOST_LINES:]) or "the file is truncated or damaged."
+
+
+_MOST_LINES = 20

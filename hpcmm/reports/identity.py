@@ -14,15 +14,28 @@ from hpcmm.reports.report import Identity
 from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
 from hpcmm.text import printable
 
-RANK_KEYS = ("RANK", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""The most specific first: under ``torchrun`` a worker's RANK differs from the SLURM_PROCID of its launcher."""
+RANK_AND_SIZE = {
+    "RANK": ("WORLD_SIZE",),
+    "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE",),
+    "MV2_COMM_WORLD_RANK": ("MV2_COMM_WORLD_SIZE",),
+    "JSM_NAMESPACE_RANK": ("JSM_NAMESPACE_SIZE",),
+    "FLUX_TASK_RANK": ("FLUX_JOB_SIZE",),
+    "PMIX_RANK": (),
+    "PMI_RANK": ("PMI_SIZE",),
+    "SUBMITIT_LOCAL_GLOBALID": (),
+    "SLURM_PROCID": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+}
+"""Variables with a process's rank, and those with the number of ranks that go with each.
+
+The most specific first: a worker of ``torchrun`` has a RANK that differs from the SLURM_PROCID of its launcher, and
+``mpirun`` leaves each rank of a node the SLURM_PROCID of the node's daemon.
+"""
 NODE_KEYS = ("SLURMD_NODENAME",)
-JOB_KEYS = ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID")
-WORLD_KEYS = ("WORLD_SIZE",)
+JOB_KEYS = ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID", "FLUX_JOB_ID")
 
 SHOWN_KEYS = frozenset(
     {
-        *(*RANK_KEYS, *NODE_KEYS, *JOB_KEYS, *WORLD_KEYS),
+        *(*RANK_AND_SIZE, *NODE_KEYS, *JOB_KEYS, *(size for sizes in RANK_AND_SIZE.values() for size in sizes)),
         *("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
         *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING"),
         *("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
@@ -59,14 +72,28 @@ def read_identity(database: ReportDatabase) -> Identity:
 
 def identity_of(environment: Mapping[str, str], hostname: str | None) -> Identity:
     """Identity from environment values; ``hostname`` is the node's name where Slurm did not give one."""
-    world = _number(environment, WORLD_KEYS)
+    source = next((key for key in RANK_AND_SIZE if _number(environment, (key,)) is not None), "RANK")
     return Identity(
-        rank=_number(environment, RANK_KEYS),
+        rank=_number(environment, (source,)),
         node=next((environment[key] for key in NODE_KEYS if environment.get(key)), hostname),
         job_id=next((environment[key] for key in JOB_KEYS if environment.get(key)), None),
-        world_size=world,
+        world_size=_world_size(environment, source),
         environment=environment,
     )
+
+
+def _world_size(environment: Mapping[str, str], source: str) -> int | None:
+    """How many ranks there are, of which the variable ``source`` tells one; None if that is not told, or not right."""
+    told = _number(environment, ("WORLD_SIZE",))
+    size = _number(environment, RANK_AND_SIZE[source]) if told is None else told
+    rank = _number(environment, (source,)) or 0
+    # A batch script has the number of tasks that it may start, and is one process itself.
+    if source == "SLURM_PROCID" and told is None and not rank and not _STEP_KEYS & environment.keys():
+        return None
+    return size if size is not None and size > rank else None
+
+
+_STEP_KEYS = {"SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"}
 
 
 def _number(environment: Mapping[str, str], keys: tuple[str, ...]) -> int | None:

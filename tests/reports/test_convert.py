@@ -39,6 +39,44 @@ def test_a_missing_tool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Converter(tmp_path / "cache", None).to_sqlite(ReportSource((tmp_path / name,)))
 
 
+@pytest.mark.parametrize(
+    ("complaint", "told"),
+    [
+        (
+            "Exportation error: Report was created in Nsight Systems version (2026.3.1),\n"
+            "newer than your current version (2022.4.2).",
+            "was recorded by nsys 2026.3.1, and nsys here is 2022.4.2: ",
+        ),
+        ("Exportation error: Version not supported: 2", "was recorded by a newer nsys than here: "),
+    ],
+)
+def test_a_report_of_a_newer_nsys_is_to_be_exported_where_it_was_recorded_unless_it_has_been(
+    tmp_path: Path, nsys: Path, complaint: str, told: str
+) -> None:
+    nsys.write_text(f"#!/bin/sh\ncat <<'END'\n{complaint}\nEND\nexit 1\n")
+    report, export = tmp_path / "a report.nsys-rep", tmp_path / "a report.sqlite"
+    report.write_bytes(b"x")
+    converter = Converter(tmp_path / "cache", nsys)
+    with pytest.raises(HpcmmError) as error:
+        converter.to_sqlite(ReportSource((report,)))
+    command = "nsys export --type sqlite -o 'a report.sqlite' 'a report.nsys-rep'"
+    assert str(error.value).startswith(f"{report} {told}run {command} where it was recorded")
+    assert "\n" not in str(error.value)
+    export.write_bytes(b"")
+    with pytest.raises(HpcmmError, match=r"(newer nsys|here is).*no bytes"):
+        converter.to_sqlite(ReportSource((report, export)))
+    export.write_bytes(b"x")
+    assert converter.to_sqlite(ReportSource((report, export))) == export
+
+
+@pytest.mark.nsys
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not installed")
+def test_the_real_nsys_says_that_a_report_is_of_a_newer_one(tmp_path: Path) -> None:
+    (tmp_path / "x.nsys-rep").write_bytes(b"NVIDIA Tegra Profiler Report 9.\n" + bytes(100))
+    with pytest.raises(HpcmmError, match="newer nsys"):
+        Converter.locate(tmp_path / "cache").to_sqlite(ReportSource((tmp_path / "x.nsys-rep",)))
+
+
 def test_an_empty_file_is_a_cut_off_capture(tmp_path: Path) -> None:
     (tmp_path / "x.sqlite").touch()
     with pytest.raises(HpcmmError, match="no bytes"):

@@ -67,6 +67,32 @@ def test_the_workers_own_rank_goes_before_that_of_its_launcher() -> None:
     assert (identity.rank, identity.node, identity.job_id, identity.world_size) == (5, "host", "17", 8)
 
 
+@pytest.mark.parametrize(
+    ("environment", "rank", "world_size"),
+    [
+        ({"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 5, 8),
+        ({"MV2_COMM_WORLD_RANK": "2", "MV2_COMM_WORLD_SIZE": "4"}, 2, 4),
+        ({"PMI_RANK": "1", "PMI_SIZE": "4"}, 1, 4),
+        ({"PMIX_RANK": "3", "SLURM_PROCID": "0"}, 3, None),
+        ({"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "6"}, 1, 6),
+        ({"FLUX_TASK_RANK": "7", "FLUX_JOB_SIZE": "8"}, 7, 8),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 3, 4),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, 0, 4),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, 0, None),  # of a batch script
+        ({"SLURM_PROCID": "4", "SLURM_NTASKS": "4"}, 4, None),
+        ({"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "9"}, 1, 2),
+        ({"RANK": "1", "OMPI_COMM_WORLD_SIZE": "9"}, 1, None),
+        ({"WORLD_SIZE": "8"}, None, 8),
+        ({}, None, None),
+    ],
+)
+def test_the_number_of_ranks_is_that_of_whoever_tells_the_rank(
+    environment: dict[str, str], rank: int | None, world_size: int | None
+) -> None:
+    identity = identity_of(environment, None)
+    assert (identity.rank, identity.world_size) == (rank, world_size)
+
+
 @pytest.mark.parametrize("rank", ["", "-1", "1e3", "x; rm -rf /"])
 def test_a_rank_that_is_no_number_is_unknown(rank: str) -> None:
     assert identity_of({"RANK": rank}, None).rank is None
