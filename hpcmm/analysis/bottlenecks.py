@@ -126,13 +126,14 @@ def _placed(context: AnalysisContext, finding: Finding, stages: Stages) -> Findi
     told = finding.evidence
     trace = next(index for index, each in enumerate(context.traces) if each.rank == finding.rank)
     stage = next((number for number, members in enumerate(stages) if trace in members), None)
-    told += "" if stage is None else f"; rank {finding.rank} is in pipeline stage {stage}"
+    told += "" if stage is None else f"; {context.traces[trace].name} is in pipeline stage {stage}"
     rows = context.rows
     waiting = rows[(rows["late_rank"] == finding.rank).fillna(False).astype(bool) & (rows["axis"] != "")]
     by_group = waiting.groupby(["axis", "group_ranks"])["exposed_wait_ns"].sum()
     if len(by_group) and by_group.max() > _MOST_WAITING * by_group.sum() > 0:
         at = by_group.reset_index().iloc[int(by_group.to_numpy(np.float64).argmax())]
-        told += f"; they wait in the {at['axis']} group of ranks {at['group_ranks']}"
+        of = f" of ranks {at['group_ranks']}" if at["group_ranks"] else ""
+        told += f"; they wait in the {at['axis']} group{of}"
     return replace(finding, evidence=told)
 
 
@@ -183,7 +184,7 @@ def _stopped(context: AnalysisContext) -> tuple[list[Finding], Floats]:
         trace, mean = context.traces[index], float(lost.mean())
         total += lost
         hit = context.steps.numbers[lost > 0]
-        told = f"no thread of rank {trace.rank} ran while all were in a collective, in {len(hit)} of {len(lost)} steps"
+        told = f"no thread of {trace.name} ran while all were in a collective, in {len(hit)} of {len(lost)} steps"
         share = mean / context.steps.mean_s
         sure = HIGH if share >= 2 * STRAGGLER_SHARE else MEDIUM
         worst = context.worst_step(lost)
@@ -306,7 +307,7 @@ def _most_often(context: AnalysisContext, rest: Floats, blamed: Mask) -> str:
     late = delays.max(axis=1) > 0
     counts = np.bincount(delays.argmax(axis=1)[late], minlength=delays.shape[1])
     most = int(counts.argmax())
-    told = f", most often for rank {context.ranks(free[[most]].tolist())}, in {counts[most]} of {len(delays)} steps"
+    told = f", most often for {context.who(free[[most]].tolist())}, in {counts[most]} of {len(delays)} steps"
     if chance_of_sum(delays, most) > MAX_CHANCE:
         return f"{told}, which chance can explain"
     return f"{told}, but in no kind of work by so much that it is named"

@@ -332,8 +332,9 @@ def bytes_table(table: pd.DataFrame, warmup: int | None) -> pd.DataFrame:
     inside = table[table["step"].notna() & table["bytes"].notna()]
     if inside.empty:
         return pd.DataFrame(columns=BYTES_COLUMNS)
-    size = {ranks: len(ranks_in(ranks)) for ranks in inside["group_ranks"].unique()}
-    factor = bus_factor(inside["op"].to_numpy(str), inside["group_ranks"].map(size).to_numpy(np.float64))
+    told = {ranks: len(ranks_in(ranks)) for ranks in inside["group_ranks"].unique()}
+    size = inside["group_ranks"].map(told).where(inside["group_ranks"] != "", inside["ranks"])
+    factor = bus_factor(inside["op"].to_numpy(str), size.to_numpy(np.float64))
     keys = ["step", "rank", "node", "axis", "group", "group_ranks", "op"]
     found = (
         inside.assign(bytes=inside["bytes"].astype(np.int64), bus_bytes=inside["bytes"].astype(np.float64) * factor)

@@ -141,7 +141,7 @@ def explain_by_experts(context: AnalysisContext, straggler: Finding, groups: Seq
     is_slow = pace[own] > AS_FAST * np.median(pace[others])
     if times < UNEQUAL or is_slow or longer < MOST * _longer_in_all(context, trace, group):
         return straggler
-    told = f"{straggler.evidence}; {_in_words(group, straggler.rank, times)}"
+    told = f"{straggler.evidence}; {_in_words(group, context.traces[trace].name, times)}"
     told += f", and compute {longer:.3g} s a step longer than their peers between the two exchanges"
     sure = straggler.confidence if group.unit == "tokens" or straggler.confidence != HIGH or times > 2 else MEDIUM
     return replace(straggler, kind="experts", cause=CAUSES["experts"], evidence=told, confidence=sure)
@@ -154,9 +154,10 @@ def _longer_in_all(context: AnalysisContext, trace: int, group: ExpertGroup) -> 
     return float(work[trace] - np.median(work[[each for each in group.members if each != trace]]))
 
 
-def _in_words(group: ExpertGroup, rank: int, times: float) -> str:
+def _in_words(group: ExpertGroup, who: str, times: float) -> str:
     counted = "tokens that the program told" if group.unit == "tokens" else "bytes of the all-to-all"
-    return f"the experts of rank {rank} get {times:.2f} times the mean of the group of ranks {group.ranks} ({counted})"
+    of = f"the group of ranks {group.ranks}" if group.ranks else "its group"
+    return f"the experts of {who} get {times:.2f} times the mean of {of} ({counted})"
 
 
 def find_expert_imbalance(
@@ -177,12 +178,12 @@ def find_expert_imbalance(
     lost = min(caused / len(context.traces) / len(context.steps.numbers), float(by_step.mean()))
     worst = max(groups, key=lambda group: group.waited_s)
     member = int(worst.times_mean().argmax())
-    rank, times = context.traces[worst.members[member]].rank, float(worst.times_mean()[member])
+    who, times = context.traces[worst.members[member]].name, float(worst.times_mean()[member])
     most = float((worst.load.max(axis=1) / np.maximum(worst.load.mean(axis=1), 1e-9)).mean())
     told = (
         f"in a step the largest load of a rank's experts is {most:.2f} times the mean, and computation follows the load"
     )
-    told += f"; over all steps {_in_words(worst, rank, times)}"
+    told += f"; over all steps {_in_words(worst, who, times)}"
     step = context.worst_step(by_step)
     rows = f"collectives: op=all_to_all group_ranks={worst.ranks}" + ("" if step is None else f" step={step}")
     sure = HIGH if worst.unit == "tokens" else MEDIUM

@@ -146,7 +146,14 @@ class AnalysisContext:
         return found
 
     def ranks(self, members: Sequence[int]) -> str:
-        return ", ".join(str(self.traces[index].rank) for index in members)
+        """``0, 3``; a process of unknown rank by its name."""
+        traces = [self.traces[index] for index in members]
+        return ", ".join(str(trace.rank) if trace.rank >= 0 else trace.name for trace in traces)
+
+    def who(self, members: Sequence[int]) -> str:
+        """``rank 3``, ``ranks 0, 3``, or the names of processes of unknown rank."""
+        known = any(self.traces[index].rank >= 0 for index in members)
+        return f"rank{'s' if len(members) > 1 else ''} {self.ranks(members)}" if known else self.ranks(members)
 
     def worst_step(self, by_step: Floats) -> int | None:
         """The step with the most of ``by_step``, shape (steps,)."""

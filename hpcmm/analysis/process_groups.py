@@ -32,13 +32,15 @@ def told(traces: Sequence[RankTrace]) -> dict[str, GroupMark]:
 
 def with_groups(rows: pd.DataFrame, traces: Sequence[RankTrace]) -> pd.DataFrame:
     """Rows of collectives with ``axis`` (what the group is for; empty if no rank tells), ``axis_basis``, and
-    ``group_ranks``, such as ``0-3``: as they are told, or else those that take part."""
+    ``group_ranks``, such as ``0-3``: as they are told, or else those that take part; empty if the rank of one of these
+    is unknown."""
     marks = told(traces)
     names = {group: axis_of(mark.name) or mark.name for group, mark in marks.items()}
-    members = {str(group): write_ranges(ranks) for group, ranks in rows.groupby("group")["rank"].unique().items()}
+    by_group = rows.groupby("group")["rank"].unique()
+    members = {str(group): write_ranges(ranks) for group, ranks in by_group.items() if min(ranks) >= 0}
     members |= {group: write_ranges(mark.ranks) for group, mark in marks.items() if mark.ranks}
     axis = rows["group"].map(names).fillna("") if names else ""
-    found = rows.assign(axis=axis, group_ranks=rows["group"].map(members).fillna(""))
+    found = rows.assign(axis=axis, group_ranks=[members.get(group, "") for group in rows["group"]])
     return found.assign(axis_basis=np.where(found["axis"] != "", TOLD, ""))
 
 
@@ -46,7 +48,7 @@ def labels(rows: pd.DataFrame) -> pd.Series[str]:
     """For each row ``tensor group of ranks 0-1``; if nothing is known of what a group is for, ``group NAME``."""
     groups = rows[["group", "axis", "group_ranks"]].drop_duplicates("group")
     told = {
-        group: f"{axis} group of ranks {ranks}" if axis else f"group {group}"
+        group: f"{axis} group of ranks {ranks}" if axis and ranks else f"{axis} group" if axis else f"group {group}"
         for group, axis, ranks in groups.itertuples(index=False)
     }
     return rows["group"].map(told).astype(str)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from hpcmm.analysis.extraction import OLDER_NVTX, ReportFacts
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.trace import RankTrace, labelled
 from hpcmm.ranges import MAX_WORLD_SIZE
 from hpcmm.reports.run_record import RunRecord
 
@@ -92,6 +92,8 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     table = table.sort_values(["rank", "report"], na_position="last", kind="stable", ignore_index=True)
     fine = {FOUND, NOT_PROFILED} if record.world_size else {FOUND, NO_NVTX, NO_STEPS}
     complete = bool(len(table)) and set(table["status"]) <= fine
+    named = labelled([trace for _, trace in used])
+    used = [(fact, trace) for (fact, _), trace in zip(used, named, strict=True)]
     return ReportInventory(table, tuple(used), complete, world_size or len(used))
 
 
@@ -195,7 +197,8 @@ def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
 def _status_of_whole(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
     """Of a report that lacks nothing, as far as it is known."""
     if not len(trace.steps):
-        stands_for = f"process {trace.pid}, GPU {trace.device}: " if trace.device is not None else ""
+        gpu = f", GPU {trace.device}" if trace.device is not None else ""
+        stands_for = f"process {trace.pid}{gpu}: " if gpu or trace.rank < 0 else ""
         return _no_steps(fact), stands_for + fact.no_ranges or "it takes part in collectives, but runs no steps"
     unclosed = trace.steps.loc[~trace.steps["closed"], "step"]
     if len(unclosed):
@@ -210,7 +213,7 @@ def _status_of_whole(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
         unseen = "CUDA was to be traced, but no GPU activity was recorded"
         return FOUND, guessed if trace.is_rank_guessed else unseen if fact.gpu_missing else ""
     others = f" of its {len(fact.traces)} processes with steps" if len(fact.traces) > 1 else ""
-    return FOUND, f"the report does not tell the rank{others or ''}"
+    return FOUND, f"the report does not tell the rank of process {trace.pid}{others and f', one{others}'}"
 
 
 def _no_steps(fact: ReportFacts) -> str:

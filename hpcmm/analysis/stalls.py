@@ -393,9 +393,8 @@ def _finding_of_solo_work(context: AnalysisContext, solo: SoloWork, mask: Mask) 
     by_step = charges.sum(axis=1)
     numbers = context.steps.numbers[solo.at]
     listed = ", ".join(map(str, numbers[:MAX_LISTED])) + (", ..." if len(numbers) > MAX_LISTED else "")
-    first, ranks = context.traces[solo.members[0]], context.ranks(solo.members)
+    first, who = context.traces[solo.members[0]], context.who(solo.members)
     alone = len(solo.members) == 1
-    who = f"rank {ranks}" if alone else f"ranks {ranks}"
     between = solo.part == BETWEEN_STEPS
     steps = f"step{'s' if len(numbers) > 1 else ''} {listed}"
     if len(numbers) == len(context.steps.numbers):

@@ -238,7 +238,7 @@ def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
     first, alone = context.traces[straggler.members[0]], len(straggler.members) == 1
     ranks = context.ranks(straggler.members)
     what = CAUSES["other"] if phase == OTHER else phase
-    who = f"rank {ranks}: its {what} takes" if alone else f"all ranks of {first.node} ({ranks}): their {what} takes"
+    who = f"{first.name}: its {what} takes" if alone else f"all ranks of {first.node} ({ranks}): their {what} takes"
     told = f"others wait for {who} longer than the others', {_when(context, straggler)}"
     function, function_s = _excess_function(context, straggler.members[0], phase)
     tells = bool(function) and function_s > 0.3 * straggler.lost_s
@@ -253,7 +253,7 @@ def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
     if len(split) > 1:
         told += "; by phase: " + ", ".join(f"{name} {cost:.3g} s" for name, cost in split.items())
     worst = context.worst_step(straggler.charges[:, int(by_part.argmax())])
-    whom = f"rank={ranks}" if alone else f"node={first.node}"
+    whom = f"rank={first.rank}" if alone else f"node={first.node}"
     return Finding(
         kind=straggler.kind,
         cause=CAUSES[straggler.kind] if alone else f"{CAUSES[straggler.kind]} on a slow node",

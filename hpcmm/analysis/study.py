@@ -40,6 +40,11 @@ class Study:
     line_to_add: str = ""
     """The line that would give the run's script steps; empty if nothing lacks them."""
 
+    @property
+    def names(self) -> dict[int, str]:
+        """What to call each trace, by its number in column ``rank``, which is made up if its rank is unknown."""
+        return {trace.rank: trace.name for trace in self.traces}
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:

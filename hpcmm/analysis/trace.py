@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -86,6 +86,13 @@ class RankTrace:
     """When its GPUs were idle because the host had not launched more; None if no GPU activity was traced."""
     stalled: IntervalSet | None = None
     """When no thread of the process entered or left an OS call, though some do all the time."""
+    label: str = ""
+    """What to call it while its rank is unknown: as :func:`labelled` gives it."""
+
+    @property
+    def name(self) -> str:
+        """``rank 3``, or its process if the rank is unknown; the negative number in tables is no name."""
+        return f"rank {self.rank}" if self.rank >= 0 else self.label or _label(self, of="")
 
     def on_clock(self, clock: OnClock) -> RankTrace:
         """The same trace with every time put through ``clock``."""
@@ -107,6 +114,22 @@ class RankTrace:
             starved=self.starved and IntervalSet(clock(self.starved.start_ns), clock(self.starved.end_ns)),
             stalled=self.stalled and IntervalSet(clock(self.stalled.start_ns), clock(self.stalled.end_ns)),
         )
+
+
+def labelled(traces: Sequence[RankTrace]) -> list[RankTrace]:
+    """``traces`` with labels: the process, and its report if another process has the same number."""
+    reports: dict[int, set[tuple[str, str]]] = {}
+    for trace in traces:
+        reports.setdefault(trace.pid, set()).add((trace.node, trace.report))
+    return [
+        replace(trace, label=_label(trace, of=f" of {trace.report}" if len(reports[trace.pid]) > 1 else ""))
+        for trace in traces
+    ]
+
+
+def _label(trace: RankTrace, of: str) -> str:
+    process = f"process {trace.pid}{of}"
+    return f"{process} (rank unknown)" if trace.device is None else f"GPU {trace.device} of {process}"
 
 
 def nullable_steps(numbers: pd.Series) -> pd.Series:

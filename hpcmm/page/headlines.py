@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import pandas as pd
 
@@ -60,22 +61,25 @@ def size(value: float) -> str:
     return f"{value / 1000**index:.3g} {units[index]}"
 
 
-def rank_name(rank: int, node: str = "") -> str:
-    """``rank 3 · node2``; a process whose report does not tell its rank has a negative number."""
-    name = f"rank {rank}" if rank >= 0 else f"process {-rank} (rank unknown)"
+_UNKNOWN = "a process of unknown rank"
+
+
+def rank_name(rank: int, node: str = "", names: Mapping[int, str] = MappingProxyType({})) -> str:
+    """``rank 3 · node2``. A negative number stands for a process of unknown rank, whose name is in ``names``."""
+    name = plain(names.get(rank, f"rank {rank}" if rank >= 0 else _UNKNOWN))
     return f"{name} · {plain(node)}" if node else name
 
 
 def trace_name(trace: RankTrace) -> str:
-    """The rank; of a report without steps the GPU and process that stand for it."""
-    known = trace.rank >= 0 or trace.device is None
-    return rank_name(trace.rank) if known else f"GPU {trace.device} of process {trace.pid}"
+    """The rank; if it is unknown the process, or its GPU, that stands for it."""
+    return plain(trace.name)
 
 
-def rank_list(ranks: Iterable[object]) -> str:
-    """``0-3, 7`` for the ranks 0, 1, 2, 3 and 7."""
-    known = [int(str(rank)) for rank in ranks if not pd.isna(rank)]  # type: ignore[call-overload]
-    return plain(write_ranges(known, ", "))
+def rank_list(ranks: Iterable[object], names: Mapping[int, str] = MappingProxyType({})) -> str:
+    """``0-3, 7`` for the ranks 0, 1, 2, 3 and 7; processes of unknown rank by their names."""
+    known = {int(str(rank)) for rank in ranks if not pd.isna(rank)}  # type: ignore[call-overload]
+    unknown = [rank_name(rank, names=names) for rank in sorted(known) if rank < 0]
+    return ", ".join(filter(None, [plain(write_ranges([rank for rank in known if rank >= 0], ", ")), *unknown]))
 
 
 def headline(study: Study) -> str:
@@ -94,7 +98,7 @@ def headline(study: Study) -> str:
     named = row["phase"] and row["phase"] not in {OTHER, BETWEEN_STEPS} and not cause.startswith(f"{row['phase']} of ")
     where = f" in phase{several} {plain(row['phase'])}" if named else ""
     if pd.notna(row["rank"]):
-        rank = rank_name(int(row["rank"]))
+        rank = rank_name(int(row["rank"]), names=study.names)
         on = f" on {plain(row['node'])}" if row["node"] else ""
         return f"{rank[:1].upper()}{rank[1:]}{on} costs {lost}: {cause}{where}."
     if row["node"]:
@@ -144,7 +148,8 @@ def _of_collectives(study: Study) -> str:
     )
     last = table.drop_duplicates(["op", "group", "sequence"])["late_rank"].dropna().value_counts()
     if last.sum() >= _KNOWN_LAST and last.iloc[0] >= _MOSTLY_LAST * last.sum():
-        told += f", and {rank_name(int(str(last.index[0])))} comes last in {last.iloc[0]} of {last.sum()}"
+        who = rank_name(int(str(last.index[0])), names=study.names)
+        told += f", and {who} comes last in {last.iloc[0]} of {last.sum()}"
     return f"{told}."
 
 
@@ -218,7 +223,8 @@ def steps_line(study: Study) -> str:
     told += f", warm-up step {seconds(steps.warmup_s)} apart" if steps.warmup_number is not None else ""
     if steps.left_out:
         several = len(steps.left_out) > 1
-        who = f"rank{'s' if several else ''} {rank_list(steps.left_out)}"
+        listed = rank_list(steps.left_out, study.names)
+        who = f"rank{'s' if several else ''} {listed}" if max(steps.left_out) >= 0 else listed
         told += f" (without {who}, which lack{'' if several else 's'} most of them)"
     return told
 
@@ -322,8 +328,9 @@ def late_line(study: Study) -> str:
         return ""
     late = ordered.drop_duplicates(["group", "op", "sequence"])["late_rank"].value_counts()
     devices = study.tables["gpu"].drop_duplicates("rank")
-    of_last = devices[devices["rank"] == late.index[0]]
-    who = plain(device_name(of_last.iloc[0])) if len(of_last) else f"rank {late.index[0]}"
+    last = int(str(late.index[0]))
+    of_last = devices[devices["rank"] == last]
+    who = plain(device_name(of_last.iloc[0])) if len(of_last) and last >= 0 else rank_name(last, names=study.names)
     waited = float(ordered["wait_s"].sum())
     return (
         f"{who} arrives last at {late.iloc[0]} of {late.sum()} collectives that GPUs had to wait in, {seconds(waited)} "

@@ -244,7 +244,7 @@ def _suggestion(text: str) -> dict[str, str]:
 def _who(study: Study, row: dict[Any, Any]) -> str:
     named = culprits(study, row)
     if len(named) == 1:
-        return rank_name(named[0], str(row["node"] or ""))
+        return rank_name(named[0], str(row["node"] or ""), study.names)
     return plain(row["node"]) if row["node"] else ""
 
 

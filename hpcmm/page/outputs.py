@@ -120,23 +120,25 @@ def summary(study: Study) -> str:
         parts.append(f"Why: {escape(first['evidence'])}. Try: {code(first['suggestion'])}")
     parts.append("\n".join(f"- {escape(fact)}" for fact in facts if fact))
     if len(rows):
-        parts.append(_bottlenecks(rows, lost_heading(study)))
+        parts.append(_bottlenecks(rows, study.names, lost_heading(study)))
     gaps = study.tables["coverage"]
     gaps = gaps[gaps["status"] != report_inventory.FOUND]
     if len(gaps):
+        gaps = gaps.assign(rank=gaps["rank"].where(gaps["rank"] >= 0))  # the reason names a process of unknown rank
         parts += ["Reports that are not there, or not whole:", table(gaps[["rank", "status", "reason"]].head(MAX_GAPS))]
     parts.append("All tables and the timeline: report.html beside this file.")
     return "\n\n".join(parts) + "\n"
 
 
-def _bottlenecks(rows: pd.DataFrame, lost_heading: str) -> str:
+def _bottlenecks(rows: pd.DataFrame, known: Mapping[int, str], lost_heading: str) -> str:
     lines = [
         _line(["#", "cause", lost_heading, "share", "rank", "node", "phase", "confidence", "try"]),
         _line(["---:", "---", "---:", "---:", "---:", "---", "---", "---", "---"]),
     ]
     for row in rows.to_dict("records"):
         lost, share = seconds(float(row["lost_s_per_step"])), percent(float(row["step_share"]))
-        names = [escape(number(row[key])) for key in ("rank", "node", "phase", "confidence")]
+        rank = "" if pd.isna(row["rank"]) else known.get(int(row["rank"]), str(row["rank"])).removeprefix("rank ")
+        names = [escape(rank), *(escape(number(row[key])) for key in ("node", "phase", "confidence"))]
         order, cause = str(row["rank_order"]), escape(row["cause"])
         lines.append(_line([order, cause, lost, share, *names, code(row["suggestion"])]))
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import gzip
 import heapq
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -22,7 +22,7 @@ from hpcmm.analysis.collectives import Claims, claimed
 from hpcmm.analysis.intervals import Times
 from hpcmm.analysis.study import Study
 from hpcmm.analysis.trace import OTHER, RankTrace
-from hpcmm.page.headlines import plain, seconds, trace_name
+from hpcmm.page.headlines import plain, rank_name, seconds, trace_name
 
 MAX_EVENTS = 500_000
 """Viewers stay quick up to this; a longer trace is cut in time, the same for all ranks."""
@@ -99,7 +99,7 @@ def _all_slices(study: Study, cut_ns: int) -> Iterator[_Slices]:
         if index in own:
             yield from _collectives(process, own[index])
         if index in claims:
-            yield _waits(process, rows, claims[index], cut_ns)
+            yield _waits(process, rows, claims[index], cut_ns, study.names)
         if trace.gpu is not None:
             yield from _gpus(process, kept(trace.gpu[trace.gpu["step"] >= 0]))
 
@@ -162,10 +162,11 @@ def _late_ranks(rows: pd.DataFrame) -> npt.NDArray[np.object_]:
     return late.astype(object).where(late.notna(), None).to_numpy(np.object_)
 
 
-def _waits(process: int, rows: pd.DataFrame, claims: Claims, cut_ns: int) -> _Slices:
+def _waits(process: int, rows: pd.DataFrame, claims: Claims, cut_ns: int, known: Mapping[int, str]) -> _Slices:
     waits = (claims.split > claims.begin) & (claims.begin < cut_ns)
     waiting = rows.loc[claims.at[waits]]
-    names = [f"waits for rank {rank}" if rank is not None else "waits" for rank in _late_ranks(waiting)]
+    late = _late_ranks(waiting)
+    names = [f"waits for {rank_name(int(rank), names=known)}" if rank is not None else "waits" for rank in late]
     arguments = [{"op": op} for op in waiting["op"]]
     end = np.minimum(claims.split[waits], cut_ns)
     return _Slices(process, _WAITS, "waits", claims.begin[waits], end, names, arguments)

@@ -107,7 +107,7 @@ def rank_bars(study: Study) -> BarChart | None:
     whole = float(split.sum(axis=1).max())
     nodes = {trace.rank: trace.node for trace in study.traces}
     bars = [
-        _bar(rank_name(int(str(rank)), nodes.get(int(str(rank)), "")), list(row.items()), whole)
+        _bar(rank_name(int(str(rank)), nodes.get(int(str(rank)), ""), study.names), list(row.items()), whole)
         for rank, row in drawn.iterrows()
     ]
     return BarChart(bars, _legend(bars), len(split) - len(drawn), "they wait neither least nor most")
@@ -128,8 +128,9 @@ def device_bars(study: Study) -> BarChart | None:
     whole = float(sums["span_s"].max())
     bars = []
     for row in drawn.reset_index().to_dict("records"):
-        rank, pid, node = int(row["rank"]), int(row["pid"]), plain(row["node"])
-        label = f"GPU {plain(row['device'])} of {rank_name(rank) if rank >= 0 else f'process {pid}'} · {node}"
+        rank, node = int(row["rank"]), plain(row["node"])
+        who = rank_name(rank, names={rank: f"process {row['pid']}"} | study.names if rank < 0 else {})
+        label = f"{who} · {node}" if who.startswith("GPU ") else f"GPU {plain(row['device'])} of {who} · {node}"
         values = zip((name for name, _ in _DEVICE_PARTS), _device_split(row), strict=True)
         bars.append(_bar(label, list(values), whole))
     return BarChart(bars, _legend(bars), len(sums) - len(drawn), "they idle less")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from hpcmm.page.headlines import (
     late_line,
     lost_heading,
     mesh_line,
-    number,
     percent,
     phases_line,
     plain,
@@ -63,11 +62,11 @@ def print_study(study: Study, out: Path, console: Console | None = None) -> None
         console.print()
         heading = lost_heading(study)
         if not rich:
-            _print_plain(console, rows, heading)
+            _print_plain(console, rows, study.names, heading)
         elif console.width < TABLE_WIDTH:
-            _print_stacked(console, rows, heading)
+            _print_stacked(console, rows, study.names, heading)
         else:
-            console.print(_table(rows, heading))
+            console.print(_table(rows, study.names, heading))
         console.print()
     facts = [steps_line(study), mesh_line(study), coverage_line(study), efficiency_line(study)]
     _line(console, "; ".join(fact for fact in facts if fact) + ".", "", rich=rich)
@@ -103,14 +102,14 @@ def _line(console: Console, text: str, style: str, *, rich: bool) -> None:
     console.print(Text(text, style=style if rich else ""), soft_wrap=not rich)
 
 
-def _who(row: dict[Any, Any]) -> str:
+def _who(row: dict[Any, Any], names: Mapping[int, str]) -> str:
     if pd.isna(row["rank"]):
         return plain(row["node"]) or "-"
     on = f" on {plain(row['node'])}" if row["node"] else ""
-    return f"{rank_name(int(row['rank']))}{on}"
+    return f"{rank_name(int(row['rank']), names=names)}{on}"
 
 
-def _table(rows: list[dict[Any, Any]], lost_heading: str) -> Table:
+def _table(rows: list[dict[Any, Any]], names: Mapping[int, str], lost_heading: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("cause", overflow="fold")
@@ -126,7 +125,7 @@ def _table(rows: list[dict[Any, Any]], lost_heading: str) -> Table:
             Text(plain(row["cause"]), style=_STYLES.get(str(row["confidence"]), "")),
             seconds(float(row["lost_s_per_step"])),
             percent(float(row["step_share"])),
-            Text(_who(row)),
+            Text(_who(row, names)),
             Text(plain(row["phase"]) or "-"),
             plain(row["confidence"]),
             Text(plain(row["suggestion"]), style="green"),
@@ -134,10 +133,10 @@ def _table(rows: list[dict[Any, Any]], lost_heading: str) -> Table:
     return table
 
 
-def _print_stacked(console: Console, rows: list[dict[Any, Any]], lost_heading: str) -> None:
+def _print_stacked(console: Console, rows: list[dict[Any, Any]], names: Mapping[int, str], lost_heading: str) -> None:
     each = lost_heading.removeprefix("lost")
     for row in rows:
-        where = ", ".join(part for part in (_who(row), plain(row["phase"])) if part and part != "-")
+        where = ", ".join(part for part in (_who(row, names), plain(row["phase"])) if part and part != "-")
         style = _STYLES.get(str(row["confidence"]), "")
         cause = Text.assemble(f"{row['rank_order']}. ", (plain(row["cause"]), style), f" ({where})" if where else "")
         lost = f"{seconds(float(row['lost_s_per_step']))}{each}, {percent(float(row['step_share']))}"
@@ -146,7 +145,7 @@ def _print_stacked(console: Console, rows: list[dict[Any, Any]], lost_heading: s
         console.print(Padding(Text.assemble("try ", (plain(row["suggestion"]), "green")), (0, 0, 0, 3)))
 
 
-def _print_plain(console: Console, rows: list[dict[Any, Any]], lost_heading: str) -> None:
+def _print_plain(console: Console, rows: list[dict[Any, Any]], names: Mapping[int, str], lost_heading: str) -> None:
     """Columns of words and spaces, one line a row whatever its width: for files, pipes and grep."""
     lines = [("#", lost_heading, "share", "cause", "who", "phase", "sure", "try")]
     lines += [
@@ -155,7 +154,7 @@ def _print_plain(console: Console, rows: list[dict[Any, Any]], lost_heading: str
             seconds(float(row["lost_s_per_step"])),
             percent(float(row["step_share"])),
             plain(row["cause"]),
-            _who(row),
+            _who(row, names),
             plain(row["phase"]) or "-",
             plain(row["confidence"]),
             plain(row["suggestion"]),
@@ -261,7 +260,7 @@ def _what(row: dict[Any, Any]) -> str:
         return f"useful time in {plain(row['phase'])}"
     if row["kind"] != "bottleneck":
         return plain(row["metric"])
-    who = f"rank {number(row['rank'])}" if number(row["rank"]) else f"node {plain(row['node'])}"
+    who = f"node {plain(row['node'])}" if pd.isna(row["rank"]) else rank_name(int(row["rank"]))
     return f"delays by {who}: {plain(row['metric'])}" + (f" in {plain(row['phase'])}" if row["phase"] else "")
 
 

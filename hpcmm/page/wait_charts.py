@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -207,9 +207,9 @@ def child_waits(study: Study) -> ChildWaits | None:
     within = windows[windows["verdict"] == WITHIN_STEP].groupby("rank")["union_s"].sum()
     order = sorted(by_rank, key=lambda rank: (-float(within.get(rank, 0.0)), rank))
     chosen = sorted(order[:MAX_BANDS])
-    bands = [_band(rank, by_rank[rank], span) for rank in chosen]
+    bands = [_band(rank_name(rank, names=study.names), by_rank[rank], span) for rank in chosen]
     steps = (round(100 * first_s / span, 3), round(100 * (last_s - first_s) / span, 3)) if last_s > first_s else None
-    return ChildWaits(bands, steps, seconds(span), _verdicts(windows), len(order) - len(chosen))
+    return ChildWaits(bands, steps, seconds(span), _verdicts(windows, study.names), len(order) - len(chosen))
 
 
 def _step_span(study: Study) -> tuple[float, float]:
@@ -223,7 +223,7 @@ def _step_span(study: Study) -> tuple[float, float]:
     )
 
 
-def _band(rank: int, windows: pd.DataFrame, span: float) -> Bar:
+def _band(name: str, windows: pd.DataFrame, span: float) -> Bar:
     parts, told = [], []
     # The longest first: others that lie within are drawn over it, and each is seen.
     lengths = windows.assign(length=windows["end_s"] - windows["start_s"]).sort_values("length", ascending=False)
@@ -236,10 +236,10 @@ def _band(rank: int, windows: pd.DataFrame, span: float) -> Bar:
         kind = _COLOURS.get(str(row["verdict"]), "transfer")
         at = min(100 * start / span, 100 - width)
         parts.append(Part(text, kind, seconds(float(row["union_s"])), "", round(at, 3), round(width, 3)))
-    return Bar(rank_name(rank), parts, seconds(float(windows["union_s"].sum())), "; ".join(told[:8]))
+    return Bar(name, parts, seconds(float(windows["union_s"].sum())), "; ".join(told[:8]))
 
 
-def _verdicts(windows: pd.DataFrame) -> list[VerdictRow]:
+def _verdicts(windows: pd.DataFrame, names: Mapping[int, str]) -> list[VerdictRow]:
     """Those that cost time first."""
     order = {verdict: at for at, verdict in enumerate(dict.fromkeys([WITHIN_STEP, *MEANING]))}
     rows = []
@@ -252,7 +252,7 @@ def _verdicts(windows: pd.DataFrame) -> list[VerdictRow]:
                 plain(verdict),
                 _COLOURS.get(str(verdict), "transfer"),
                 MEANING.get(str(verdict), ""),
-                rank_list(group["rank"]),
+                rank_list(group["rank"], names),
                 number(int(group["calls"].sum())),
                 seconds(float(by_rank.max())),
                 _window(float(group["start_s"].min()), float(group["end_s"].max())),
