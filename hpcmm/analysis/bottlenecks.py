@@ -15,7 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import collectives, delay_costs, experts, gpu_findings, parallelism, stalls, wait_chains
+from hpcmm.analysis import (
+    collectives,
+    delay_costs,
+    experts,
+    gpu_findings,
+    longer_work,
+    parallelism,
+    stalls,
+    wait_chains,
+)
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
 from hpcmm.analysis.findings import (
     CAUSES,
@@ -96,6 +105,9 @@ def find(context: AnalysisContext) -> list[Finding]:
     least_s = least_loss_s(context, sum(finding.lost_s for finding in transfer))
     alone, explained = stalls.solo_findings(context, least_s)
     late, blamed = find_stragglers(context, least_s, explained)
+    if not stages:  # whose ranks have different work
+        longer, blamed = longer_work.find_longer_work(context, blamed)
+        late += longer
     moe = experts.expert_groups(context)
     late = [experts.explain_by_experts(context, explain_by_batches(context, finding), moe) for finding in late]
     late = [_placed(context, finding, stages) for finding in late]

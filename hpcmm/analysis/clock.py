@@ -116,9 +116,17 @@ class Arrivals:
     start: Floats
     end: Floats
 
+    def of(self, rows: npt.NDArray[np.intp], reports: npt.NDArray[np.intp]) -> Arrivals:
+        return Arrivals(self.start[np.ix_(rows, reports)], self.end[np.ix_(rows, reports)])
+
+    def shortest(self) -> Floats:
+        """Of each instance the time that the rank with the shortest part in it took: no less than its transfer."""
+        shortest: Floats = np.nanmin(self.end - self.start, axis=1)
+        return shortest
+
     def best(self) -> npt.NDArray[np.intp]:
         """Rows of the shortest ones of each stretch of the run: their ends are the most nearly simultaneous."""
-        shortest = np.nanmin(self.end - self.start, axis=1)
+        shortest = self.shortest()
         order = np.argsort(np.nanmax(self.end, axis=1), kind="stable")
         keep: list[npt.NDArray[np.intp]] = []
         for stretch in np.array_split(order, max(1, min(len(order) // 8, 64))):
@@ -144,7 +152,7 @@ def common_clock(epochs_ns: list[int | None], nodes: list[str], origin_ns: int, 
     names = list(dict.fromkeys(nodes))
     columns = {name: np.array([i for i, node in enumerate(nodes) if node == name]) for name in names}
     for members in columns.values():
-        corrections[members] = _epoch_outliers(arrivals.end[np.ix_(best, members)])
+        corrections[members] = _epoch_outliers(arrivals.of(best, members), arrivals.shortest()[best])
     fits = _align_nodes(Arrivals(arrivals.start - corrections, arrivals.end - corrections), best, columns)
     for name, members in columns.items():
         fit = fits[name]
@@ -176,11 +184,17 @@ class NodeFit:
         return self.offset_ns / 1e9, self.drift * 1e6, self.sigma_ns / 1e9, self.error_ns / 1e9, self.collectives
 
 
-def _epoch_outliers(end: Floats) -> Floats:
-    """Offset of each report of one host against the host's median, where it is beyond doubt; else 0."""
+def _epoch_outliers(host: Arrivals, transfer_ns: Floats) -> Floats:
+    """Offset of each report of one host against the host's median, where it is beyond doubt; else 0.
+
+    Ranks may leave a collective apart by as much as its transfer takes, ``transfer_ns``, shape (instances,): behind a
+    slow link they do so each time. Only a report that is farther off, or leaves before another has arrived, is wrong.
+    """
+    end = host.end
     shift = np.zeros(end.shape[1])
     if end.shape[1] < 2 or not len(end):
         return shift
+    transfer = float(np.median(transfer_ns))
     usable = np.isfinite(end).sum(axis=1) >= 2
     if not usable.any():
         return shift
@@ -190,9 +204,20 @@ def _epoch_outliers(end: Floats) -> Floats:
         if len(own) >= 3:
             median = float(np.median(own))
             spread = MAD_TO_SIGMA * float(np.median(np.abs(own - median)))
-            if abs(median) > max(EPOCH_OUTLIER_NS, 3 * spread):
+            if abs(median) > max(EPOCH_OUTLIER_NS, 3 * spread) and (
+                abs(median) > transfer or _contradicts_causality(host, column)
+            ):
                 shift[column] = median
     return shift
+
+
+def _contradicts_causality(host: Arrivals, column: int) -> bool:
+    """Whether a report leaves collectives before another of its host has arrived, or that one before it."""
+    others = np.delete(np.arange(host.end.shape[1]), column)
+    both = np.isfinite(host.end[:, column]) & np.isfinite(host.end[:, others]).any(axis=1)
+    rows = np.flatnonzero(both)
+    corridor = Corridor.between(_row_median(host.end[rows]), host.of(rows, np.array([column])), host.of(rows, others))
+    return bool((corridor.low_ns > 0).any() or (corridor.high_ns < 0).any())
 
 
 def _align_nodes(

@@ -99,7 +99,7 @@ def find_stragglers(context: AnalysisContext, least_s: float, explained: Mask) -
     return [_finding(context, straggler) for straggler in _merged(stragglers)], blamed
 
 
-def _columns(context: AnalysisContext) -> dict[str, list[int]]:
+def parts_by_kind(context: AnalysisContext) -> dict[str, list[int]]:
     """Parts of each kind."""
     found: dict[str, list[int]] = {}
     for index, name in enumerate(context.parts.names):
@@ -109,10 +109,10 @@ def _columns(context: AnalysisContext) -> dict[str, list[int]]:
 
 def _sustained(context: AnalysisContext, losses: Floats, least_s: float) -> Iterator[tuple[_Straggler, Mask]]:
     """Nodes, then ranks, that are late more than chance would have it, the latest first."""
-    for kind, columns in _columns(context).items():
+    for kind, columns in parts_by_kind(context).items():
         delays = losses[:, :, columns].sum(axis=2)
         left = list(range(delays.shape[1]))
-        for units in (_slow_nodes(context, delays), [(index,) for index in left]):
+        for units in (slow_nodes(context, delays), [(index,) for index in left]):
             waiting = [unit for unit in units if set(unit) <= set(left)]
             while waiting:
                 unit = max(waiting, key=lambda members: float(delays[:, members].sum()))
@@ -121,11 +121,11 @@ def _sustained(context: AnalysisContext, losses: Floats, least_s: float) -> Iter
                     break
                 waiting.remove(unit)
                 left = [index for index in left if index not in unit]
-                mask = _mask(losses.shape, unit, columns)
+                mask = mask_of(losses.shape, unit, columns)
                 yield _Straggler(kind, unit, (losses * mask).sum(axis=1), *standing), mask
 
 
-def _slow_nodes(context: AnalysisContext, delays: Floats) -> list[tuple[int, ...]]:
+def slow_nodes(context: AnalysisContext, delays: Floats) -> list[tuple[int, ...]]:
     """Nodes all of whose ranks are late alike, and later than any rank elsewhere."""
     mean = delays.mean(axis=0)
     found = []
@@ -157,6 +157,12 @@ def _judge(
     return chance, 0, dominance
 
 
+def stands_apart(own: Floats, peers: Floats) -> bool:
+    """Whether ``own`` (steps,) is the longest in almost every step, and beyond its noise, of all ``peers``, (steps,
+    ranks)."""
+    return _unmistakable(own, peers, float((own > peers.max(axis=1)).mean()))
+
+
 def _unmistakable(own: Floats, peers: Floats, dominance: float) -> bool:
     """Few ranks or steps leave much to chance; but an equal delay in each step is none."""
     error = max(float(own.std()), float(peers.std(axis=0).max())) / np.sqrt(len(own))
@@ -168,12 +174,12 @@ def _events(context: AnalysisContext, losses: Floats, least_s: float) -> Iterato
     whole = losses.sum(axis=2)
     floor = max(EVENT_SHARE * context.steps.median_s, EVENT_S)
     limits = np.array([max(EVENT_TIMES * _usual_worst(whole, index), floor) for index in range(whole.shape[1])])
-    for kind, columns in _columns(context).items():
+    for kind, columns in parts_by_kind(context).items():
         delays = losses[:, :, columns].sum(axis=2)
         for index in range(whole.shape[1]):
             part = columns[int(losses[:, index, columns].max(axis=0).argmax())]
             there = _with_like(losses[:, :, part], index, delays[:, index] > limits[index])
-            mask = _mask(losses.shape, (index,), columns) & there[:, None, None]
+            mask = mask_of(losses.shape, (index,), columns) & there[:, None, None]
             charges = (losses * mask).sum(axis=1)
             if charges.sum() / len(charges) >= least_s:
                 few = there.sum() <= max(1.0, STALL_STEPS * len(there))
@@ -209,7 +215,8 @@ def _with_like(delays: Floats, index: int, events: Mask) -> Mask:
     return apart if apart.any() and by_chance <= MAX_CHANCE else events
 
 
-def _mask(shape: tuple[int, ...], members: Sequence[int], columns: Sequence[int]) -> Mask:
+def mask_of(shape: tuple[int, ...], members: Sequence[int], columns: Sequence[int]) -> Mask:
+    """Shape (steps, traces, parts + 1): ``members`` in ``columns``."""
     mask = np.zeros(shape, dtype=bool)
     for index in members:
         mask[:, index, columns] = True

@@ -1,0 +1,127 @@
+"""Work that takes longer on one rank or node in almost every step: by its own clock, whoever is seen to wait for it.
+
+Between nodes whose clocks are uncertain, as behind a slow link, no arrival tells who was late. But how long a rank
+works is measured by its own clock alone. Who works longer than its peers is in collectives for a shorter time than
+they, since all have the same steps; by how much less is the most that the others can have waited for it. It is no more
+than a bound: ranks also leave a slow collective one after the other, and who leaves first may work longer for nothing.
+For the same reason the arrivals of two ranks of one node, which share a clock, tell nothing by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpcmm.analysis.delay_costs import Floats
+from hpcmm.analysis.findings import (
+    CAUSES,
+    LOW,
+    MEDIUM,
+    STRAGGLER_SHARE,
+    AnalysisContext,
+    Finding,
+    phase_of_part,
+)
+from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.stragglers import Mask, mask_of, parts_by_kind, slow_nodes, stands_apart
+from hpcmm.analysis.trace import OTHER
+
+BORNE = 0.5
+"""The bound is medium sure if the communication of its peers takes longer by this share of the longer work."""
+
+ERRORS = 2.0
+"""Standard errors of the mean over the steps that the bound leaves room for."""
+
+
+class _LongerWork(NamedTuple):
+    kind: str
+    members: tuple[int, ...]
+    longer: Floats
+    """Seconds by which the work takes longer than the median of the other ranks, shape (steps, parts)."""
+    lost_s: float
+    borne_s: float
+    is_bound: bool
+    """The clocks do not tell who waits: ``lost_s`` is the most that it can be."""
+
+
+def find_longer_work(context: AnalysisContext, blamed: Mask) -> tuple[list[Finding], Mask]:
+    """Rows of longer work that the mask ``blamed`` (steps, traces, parts + 1) does not hold, and the mask with them.
+
+    If the clocks are good enough, the row has what the rank was charged, and there is none for work that cost nothing.
+    """
+    blamed = blamed.copy()
+    found = []
+    for longer in _longer_work(context):
+        mask = mask_of(context.losses.shape, longer.members, parts_by_kind(context)[longer.kind])
+        if not (blamed & mask).any():
+            blamed |= mask
+            found.append(_finding(context, longer))
+    return found, blamed
+
+
+def _longer_work(context: AnalysisContext) -> Iterator[_LongerWork]:
+    """Nodes before their ranks."""
+    # A host may work on while its GPU computes.
+    work = replace(context, parts=context.parts.starving(context.traces)).work_by_step()
+    error_s = float(context.rows["clock_error_ns"].max()) / NS_PER_S if len(context.rows) else 0.0
+    least_s = STRAGGLER_SHARE * context.steps.mean_s
+    for kind, columns in parts_by_kind(context).items():
+        own = work[:, :, columns].sum(axis=2)
+        excess = np.maximum(own - np.median(own, axis=1, keepdims=True), 0.0)
+        for members in (*slow_nodes(context, excess), *((index,) for index in range(own.shape[1]))):
+            others = np.delete(np.arange(own.shape[1]), members)
+            if len(others) < 2 or not stands_apart(own[:, members].mean(axis=1), own[:, others]):
+                continue
+            longer = _beyond(work[:, :, columns], members, others)
+            longer_s = float(_beyond(own[:, :, None], members, others).mean())
+            borne = _beyond(work.sum(axis=2)[:, :, None], members, others)
+            borne_s = float(borne.mean())
+            most_s = borne_s + ERRORS * float(borne.std()) / np.sqrt(len(borne))
+            charged_s = float(context.losses[:, members][:, :, columns].sum(axis=(1, 2)).mean())
+            is_bound = error_s > longer_s
+            lost_s = max(charged_s, min(longer_s, most_s)) if is_bound else charged_s
+            if longer_s >= least_s and (is_bound or charged_s >= least_s):
+                yield _LongerWork(kind, members, longer, lost_s, borne_s, is_bound)
+
+
+def _beyond(work: Floats, members: tuple[int, ...], others: npt.NDArray[np.intp]) -> Floats:
+    """By how much ``members`` work longer than the others' median: (steps, traces, parts) to (steps, parts)."""
+    longer: Floats = work[:, members].mean(axis=1) - np.median(work[:, others], axis=1)
+    return longer
+
+
+def _finding(context: AnalysisContext, longer: _LongerWork) -> Finding:
+    columns = parts_by_kind(context)[longer.kind]
+    part = int(longer.longer.mean(axis=0).argmax())
+    phase = phase_of_part(context.parts.names[columns[part]])
+    first, alone = context.traces[longer.members[0]], len(longer.members) == 1
+    ranks = context.ranks(longer.members)
+    what = CAUSES["other"] if phase == OTHER else phase
+    by_step = longer.longer.sum(axis=1)
+    who = f"rank {ranks}: its {what} takes" if alone else f"all ranks of {first.node} ({ranks}): their {what} takes"
+    told = f"{who} {by_step.mean():.3g} s a step longer than the others', in {int((by_step > 0).sum())} of "
+    told += f"{len(by_step)} steps, each by its own clock"
+    if longer.is_bound:
+        error_s = float(context.rows["clock_error_ns"].max()) / NS_PER_S
+        told += (
+            f"; at most {longer.lost_s:.3g} s of it is lost, by which the others' communication takes longer: the "
+            f"clocks of the nodes agree within {error_s:.3g} s only, which does not tell who waits"
+        )
+    sure = not longer.is_bound or longer.borne_s >= BORNE * float(by_step.mean())
+    worst = context.worst_step(np.maximum(by_step, 0.0))
+    return Finding(
+        kind=longer.kind,
+        cause=CAUSES[longer.kind] if alone else f"{CAUSES[longer.kind]} on a slow node",
+        lost_s=longer.lost_s,
+        rank=first.rank if alone else None,
+        node=first.node,
+        phase=phase,
+        evidence=told,
+        confidence=MEDIUM if sure else LOW,
+        rows=f"phases: {f'rank={ranks}' if alone else f'node={first.node}'} phase={phase}",
+        worst_step=worst,
+    )

@@ -1,0 +1,86 @@
+"""Longer work is named by each rank's own clock, whatever the clocks of the nodes are against one another."""
+
+import numpy as np
+import pytest
+from simulated import simulate_run
+from test_bottlenecks import named, verdicts
+
+USUAL_MS = {"data": 5.0, "forward": 30.0, "backward": 60.0}
+VAGUE_NS = 400_000_000
+"""Clocks that agree no better than this, as of nodes behind a slow link."""
+
+
+def usual(_rank, _step, phase):
+    return USUAL_MS[phase]
+
+
+def longer(rank_named: int, phase_named: str, by_ms: float):
+    def work(rank, _step, phase):
+        return USUAL_MS[phase] + (by_ms if (rank, phase) == (rank_named, phase_named) else 0.0)
+
+    return work
+
+
+@pytest.mark.parametrize(("phase", "kind"), [("data", "data"), ("forward", "compute")])
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_that_loads_longer_beside_a_slow_link_is_named_without_a_clock(rank, ranks_per_node, phase, kind):
+    traces = simulate_run(
+        longer(rank, phase, 60.0), ranks=4, ranks_per_node=ranks_per_node, steps=16, transfer_ms=800.0, noise_ms=3.0
+    )
+    findings = verdicts(traces, VAGUE_NS)
+    assert [(one.kind, one.rank) for one in findings if one.kind != "imbalance"] == [("transfer", None), (kind, rank)]
+    (found,) = [one for one in findings if one.rank is not None]
+    assert found.phase == phase
+    assert found.lost_s == pytest.approx(0.06, rel=0.1)
+    assert "at most" in found.evidence
+    assert found.confidence == "medium"
+
+
+def test_with_good_clocks_a_tenth_of_the_transfer_is_not_asked_of_work():
+    traces = simulate_run(longer(1, "data", 60.0), ranks=4, steps=16, transfer_ms=800.0, noise_ms=3.0)
+    findings = verdicts(traces)
+    (found,) = [one for one in findings if one.rank is not None]
+    assert (found.kind, found.rank) == ("data", 1)
+    assert found.lost_s == pytest.approx(0.06, rel=0.1)
+    assert "at most" not in found.evidence
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("noise_ms", [0.0, 10.0, 40.0])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_nobody_is_named_if_nobody_works_longer(ranks, noise_ms, seed):
+    traces = simulate_run(usual, ranks=ranks, steps=16, transfer_ms=800.0, noise_ms=noise_ms, seed=seed)
+    assert named(verdicts(traces, VAGUE_NS)) == []
+
+
+def test_work_that_costs_the_others_nothing_is_not_lost():
+    """One rank loads longer and computes for a shorter time, so that it communicates for as long as the others."""
+
+    def work(rank, _step, phase):
+        return USUAL_MS[phase] + (0.0 if rank != 1 else {"data": 50.0, "forward": -25.0, "backward": -25.0}[phase])
+
+    traces = simulate_run(work, ranks=4, steps=16, transfer_ms=800.0, noise_ms=0.5)
+    assert named(verdicts(traces, VAGUE_NS)) == []
+
+
+def test_a_node_whose_ranks_all_load_longer_is_one_finding():
+    def work(rank, _step, phase):
+        return USUAL_MS[phase] + (80.0 if rank in {4, 5} and phase == "data" else 0.0)
+
+    traces = simulate_run(work, ranks=8, steps=16, transfer_ms=800.0, noise_ms=3.0)
+    assert named(verdicts(traces, VAGUE_NS)) == [("data", None, "node3")]
+
+
+def test_long_work_in_few_steps_alone_is_not_longer_work():
+    def work(rank, step, phase):
+        return USUAL_MS[phase] + (300.0 if (rank, phase) == (2, "data") and step % 4 == 0 else 0.0)
+
+    traces = simulate_run(work, ranks=4, steps=16, transfer_ms=800.0, noise_ms=3.0)
+    assert named(verdicts(traces, VAGUE_NS)) == []
+
+
+def test_two_ranks_alone_cannot_tell_whose_work_is_the_usual():
+    traces = simulate_run(longer(1, "data", 60.0), ranks=2, steps=16, transfer_ms=800.0, noise_ms=3.0)
+    assert named(verdicts(traces, VAGUE_NS)) == []
+    assert np.isfinite([one.lost_s for one in verdicts(traces, VAGUE_NS)]).all()
