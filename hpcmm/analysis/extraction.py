@@ -180,10 +180,11 @@ def workers_of(report: Report) -> list[int]:
         talking = set(_in_domain(report, schema.COMM_DOMAIN))
         return stepping + [pid for pid in report.ranks if pid in talking and pid not in stepping]
     using = set() if report.cuda is None else {int(pid) for pid in report.cuda.activities["pid"].unique()}
-    active = {*report.ranges, *map(int, report.osrt["pid"].unique())}
+    written = {int(str(pid)): int(count) for pid, count in report.ranges["pid"].value_counts().items()}
+    active = {*written, *map(int, report.osrt["pid"].unique())}
     using |= (report.communicating & active) | set(_in_domain(report, schema.COMM_DOMAIN))
     loaders = {pid for pid, name in report.processes.items() if LOADER_NAME in name} - using
-    writers = {pid: count for pid, count in report.ranges.items() if pid not in loaders}
+    writers = {pid: count for pid, count in written.items() if pid not in loaders}
     # Of those that write ranges, whoever wrote far fewer than the others started them, or serves them.
     most = max((writers.get(pid, 0) for pid in using), default=0) if using else max(writers.values(), default=0)
     few = FEW_RANGES * most

@@ -100,7 +100,6 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL, *, every_ran
             cuda=cuda,
             marks=marks.assign(start_ns=marks["start_ns"] - base),
             ranks=_ranks(marks),
-            ranges=_range_counts(database),
             communicating=_communicating(database, domains),
             parts=parts,
             ranges=ranges,
@@ -202,20 +201,6 @@ def _communicating(database: ReportDatabase, domains: Mapping[tuple[int, int], s
             rows = database.rows(query)
             found |= {pid for pid, name in rows if isinstance(pid, int) and str(name).startswith(_OF_COMMUNICATION)}
     return frozenset(found)
-
-
-def _range_counts(database: ReportDatabase) -> dict[int, int]:
-    """How many ranges of any domain each process wrote, by pid."""
-    if not database.has("NVTX_EVENTS", "start", "eventType", "globalTid"):
-        return {}
-    query = f"""
-        SELECT globalTid >> {PID_SHIFT} & {ID_MASK} AS pid, COUNT(*) FROM NVTX_EVENTS
-        WHERE eventType IN ({PUSH_POP}, {START_END}, 70, 71) AND typeof(globalTid) = 'integer' GROUP BY pid
-    """  # noqa: S608
-    try:
-        return {pid: count for pid, count in database.rows(query) if isinstance(pid, int) and isinstance(count, int)}
-    except HpcmmError:
-        return {}  # the damage is told where the ranges themselves are read
 
 
 def _names_by_id(database: ReportDatabase, query: str, name: str) -> dict[int, str]:

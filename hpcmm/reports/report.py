@@ -118,8 +118,6 @@ class Report:
     """What the annotation marked in its own domain: start_ns, pid, name."""
     ranks: dict[int, int] = field(default_factory=dict)
     """Ranks by pid, of the processes that told theirs in a mark."""
-    ranges: Mapping[int, int] = field(default_factory=dict)
-    """How many NVTX ranges each process wrote, by pid, of whatever domain."""
     communicating: frozenset[int] = frozenset()
     """Processes that run a communication library, as its NVTX domain or the names of its threads tell."""
     parts: Parts = Parts.ALL
