@@ -107,7 +107,7 @@ def find(context: AnalysisContext) -> list[Finding]:
     late, blamed = find_stragglers(context, least_s, explained)
     if not stages:  # whose ranks have different work
         longer, blamed = longer_work.find_longer_work(context, blamed)
-        late += longer
+        late += longer + longer_work.find_unseen_waiting(context)
     moe = experts.expert_groups(context)
     late = [experts.explain_by_experts(context, explain_by_batches(context, finding), moe) for finding in late]
     late = [_placed(context, finding, stages) for finding in late]

@@ -24,9 +24,10 @@ from hpcmm.analysis.findings import (
     STRAGGLER_SHARE,
     AnalysisContext,
     Finding,
+    kind_of_part,
     phase_of_part,
 )
-from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
 from hpcmm.analysis.stragglers import Mask, mask_of, parts_by_kind, slow_nodes, stands_apart
 from hpcmm.analysis.trace import OTHER
 
@@ -125,3 +126,77 @@ def _finding(context: AnalysisContext, longer: _LongerWork) -> Finding:
         rows=f"phases: {f'rank={ranks}' if alone else f'node={first.node}'} phase={phase}",
         worst_step=worst,
     )
+
+
+SAME_LENGTH = 0.5
+"""Steps of ranks that wait for one another differ by less than this share of what one of them works longer."""
+_NOT_COMMUNICATION = ("data", "checkpoint", "subprocess")
+"""Kinds of work in which a rank waits for no other: what takes long there is its own."""
+
+
+def find_unseen_waiting(context: AnalysisContext) -> list[Finding]:
+    """Who is waited for in a run none of whose communication was recorded, but whose steps take the same time.
+
+    Where one rank works longer in almost every step, and the others wait in the OS by as much longer than it does, they
+    wait for it. Without OS calls only work is looked at in which a rank waits for no other, such as loading.
+    """
+    if len(context.rows) or len(context.traces) < 2:
+        return []
+    whole = context.work_by_step()
+    waits = _waiting(context)
+    found = []
+    for kind, columns in parts_by_kind(context).items():
+        own = whole[:, :, columns].sum(axis=2)
+        if kind not in _NOT_COMMUNICATION:
+            if waits is None:
+                continue
+            own = own - waits[:, :, columns].sum(axis=2)
+        for index in range(own.shape[1]):
+            others = np.delete(np.arange(own.shape[1]), index)
+            longer = own[:, index] - np.median(own[:, others], axis=1)
+            longer_s = float(longer.mean())
+            if longer_s < STRAGGLER_SHARE * context.steps.mean_s or not stands_apart(own[:, index], own[:, others]):
+                continue
+            length = whole.sum(axis=2)
+            if float(np.median(length.max(axis=1) - length.min(axis=1))) > SAME_LENGTH * longer_s:
+                continue
+            rest = waits.sum(axis=2) if waits is not None else length - own
+            waited_s = float((rest[:, others].mean(axis=1) - rest[:, index]).mean())
+            if waited_s >= BORNE * longer_s:
+                found.append(_unseen(context, kind, index, longer, min(longer_s, waited_s)))
+    return found
+
+
+def _waiting(context: AnalysisContext) -> Floats | None:
+    """Seconds that each rank is blocked in the OS, by (step, trace, part), outside of work that is its own; None if OS
+    calls were not traced of all ranks."""
+    blocked = [trace.blocked for trace in context.traces]
+    if any(each is None for each in blocked):
+        return None
+    sets = tuple(
+        tuple(
+            part.intersect(waits) if waits is not None and kind_of_part(name) not in _NOT_COMMUNICATION else _NEVER
+            for name, part in zip(context.parts.names, own, strict=True)
+        )
+        for own, waits in zip(context.parts.sets, blocked, strict=True)
+    )
+    return replace(context, parts=replace(context.parts, sets=sets)).work_by_step()
+
+
+_NEVER = IntervalSet.empty()
+
+
+def _unseen(context: AnalysisContext, kind: str, index: int, longer: Floats, lost_s: float) -> Finding:
+    trace = context.traces[index]
+    columns = parts_by_kind(context)[kind]
+    work = context.work_by_step()[:, :, columns]
+    part = int((work[:, index] - np.median(work, axis=1)).mean(axis=0).argmax())
+    phase = phase_of_part(context.parts.names[columns[part]])
+    told = (
+        f"its {CAUSES['other'] if phase == OTHER else phase} takes {longer.mean():.3g} s a step longer than the "
+        f"others', in {int((longer > 0).sum())} of {len(longer)} steps, and all steps take the same time: the others "
+        f"wait {lost_s:.3g} s longer in the rest of them, for communication that was not recorded"
+    )
+    where = f"phases: rank={trace.rank} phase={phase}"
+    worst = context.worst_step(np.maximum(longer, 0.0))
+    return Finding(kind, CAUSES[kind], lost_s, trace.rank, trace.node, phase, told, MEDIUM, where, worst)
