@@ -278,6 +278,8 @@ def delays_table(context: AnalysisContext) -> pd.DataFrame:
 STARTUP_COLUMNS = ("attempt", "part", "median_s", "longest_s", "slowest_rank", "ranks")
 FIRST_STEP = "first step"
 SET_UP = "imports and set-up"
+BEFORE_STEPS = "before the first step"
+"""Of a capture whose ranks recorded nothing: all since its first event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +295,7 @@ class FirstStep:
 def startup_table(records: Mapping[int, Iterable[Mapping[str, Any]]], firsts: Iterable[FirstStep] = ()) -> pd.DataFrame:
     """One row for each attempt and part of the start, in the order in which the parts happen.
 
-    ``records``: by rank, the records of its metrics file. ``firsts`` count if these have no step. ``median_s`` and
+    ``records``: by rank, the records of its metrics file. ``firsts`` count if these have no step, or if there are none. ``median_s`` and
     ``longest_s`` are over the ranks, of which ``ranks`` recorded the part. The last part, ``first step``, is the first
     step of the attempt. The parts of one rank follow one another, but ranks wait for each other in ``rendezvous`` and
     ``engine``, so the medians of the parts add up only roughly to the time of the whole start. Records that lack what
@@ -305,6 +307,10 @@ def startup_table(records: Mapping[int, Iterable[Mapping[str, Any]]], firsts: It
         for first in firsts:
             noted.append((newest, SET_UP, first.rank, last + 1, first.set_up_s))
             noted.append((newest, FIRST_STEP, first.rank, last + 2, first.duration_s))
+    if not noted:
+        for first in firsts:
+            noted.append((1, BEFORE_STEPS, first.rank, 1, first.set_up_s))
+            noted.append((1, FIRST_STEP, first.rank, 2, first.duration_s))
     parts = pd.DataFrame(
         noted,
         columns=["attempt", "part", "rank", "order", "duration_s"],
