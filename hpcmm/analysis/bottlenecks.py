@@ -35,6 +35,8 @@ from hpcmm.analysis.findings import (
     AnalysisContext,
     Finding,
     computation_has_phases,
+    doubted,
+    gpu_doubt,
     kind_of_part,
     phase_of_part,
 )
@@ -113,6 +115,7 @@ def find(context: AnalysisContext) -> list[Finding]:
     late = [_placed(context, finding, stages) for finding in late]
     own_work = _own_work(context)
     on_gpus = gpu_findings.in_steps(context.gpu, sum(finding.lost_s for finding in own_work))
+    on_gpus = doubted(on_gpus, gpu_doubt(context.traces))
     findings = [
         *alone,
         *late,
@@ -158,12 +161,13 @@ def _within(findings: Sequence[Finding], whole_s: float) -> list[Finding]:
     return found
 
 
-def find_without_steps(gpu: pd.DataFrame, collectives: pd.DataFrame) -> list[Finding]:
+def find_without_steps(gpu: pd.DataFrame, collectives: pd.DataFrame, doubt: str = "") -> list[Finding]:
     """Findings of a capture without steps, from tables ``gpu`` and ``collectives``: all of it counts as one step.
+    ``doubt``: why the records of GPUs are not to be trusted, if so.
 
     Nothing tells chance from a straggler there, so that a row with a culprit goes by its loss as any other.
     """
-    return _worth(gpu_findings.of_capture(gpu, collectives), gpu_findings.span_s(gpu), 1.0)
+    return _worth(doubted(gpu_findings.of_capture(gpu, collectives), doubt), gpu_findings.span_s(gpu), 1.0)
 
 
 def _worth(findings: Sequence[Finding], step_s: float, weight: float = BLAMED_WEIGHT) -> list[Finding]:

@@ -17,7 +17,7 @@ from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, UNEVEN, RankTrace
 from hpcmm.analysis.user_ranges import Adopted, adopt, adopt_phases
 from hpcmm.annotate import schema
-from hpcmm.reports.report import LOADER_NAME, CudaEvents, Identity, Parts, Report
+from hpcmm.reports.report import IMPOSSIBLE, LOADER_NAME, CudaEvents, Identity, Parts, Report
 from hpcmm.text import printable
 
 NVTX_NEEDS_NSYS = (2024, 1)
@@ -251,6 +251,7 @@ def _extract_all(
         segments=segments,
         collectives=_collectives(mine[mine["domain"] == schema.COMM_DOMAIN], segments),
         blocked=osrt.blocked_intervals(report.osrt, pid, tid),
+        lost_gpu_records=report.lost_gpu_records,
     )
     gpu = gpu_trace.of_process(host, report.cuda)
     return RankTrace(
@@ -268,7 +269,9 @@ def _extract_all(
         spans=len(mine),
         unnumbered=phases.unnumbered_steps(ranges),
         device=device,
-        gpu=gpu.rows,
+        gpu=None if gpu.rows is None else gpu.rows.assign(gpu=_of_run(report, gpu.rows["gpu"])),
+        gpu_missing=gpu.missing,
+        gpu_doubt=gpu.missing or _doubt(report, pid),
         projection=gpu.projection,
         starved=gpu.starved,
         batches=phases.batch_sizes(ranges, steps),
@@ -276,6 +279,19 @@ def _extract_all(
         groups=_groups(report, pid),
         expert_tokens=_expert_tokens(report, pid, segments),
     )
+
+
+def _of_run(report: Report, gpu: pd.Series[str]) -> pd.Series[str]:
+    """What tells GPUs of a report from all others of the run: their UUIDs, or the report with what tells them there."""
+    return gpu.where(gpu.str.startswith("uuid "), f"{report.path} " + gpu)
+
+
+def _doubt(report: Report, pid: int) -> str:
+    if report.lost_gpu_records:
+        return "nsys lost GPU records, or may have"
+    calls = None if report.cuda is None else report.cuda.calls
+    impossible = calls is not None and ((calls["pid"] == pid) & (calls["record"] == IMPOSSIBLE)).any()
+    return "some GPU records have times that cannot be" if impossible else ""
 
 
 def _groups(report: Report, pid: int) -> dict[str, schema.GroupMark]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -105,6 +105,26 @@ class Finding:
     def blames(self) -> bool:
         """Whether it names a rank, a node, or several ranks."""
         return self.rank is not None or self.node != "" or self.several
+
+
+_LESS = {HIGH: MEDIUM, MEDIUM: LOW, LOW: LOW}
+
+
+def doubted(findings: Sequence[Finding], doubt: str) -> list[Finding]:
+    """``findings`` with less confidence and the reason for it; as they are without a ``doubt``."""
+    if not doubt:
+        return list(findings)
+    return [replace(each, confidence=_LESS[each.confidence], evidence=f"{each.evidence}; {doubt}") for each in findings]
+
+
+def gpu_doubt(traces: Sequence[RankTrace]) -> str:
+    """Why less can be said of GPUs than their records show; empty if nothing speaks against them."""
+    doubts = [trace.gpu_doubt for trace in traces if trace.gpu is not None]
+    told = sorted({doubt for doubt in doubts if doubt})
+    if not told:
+        return ""
+    of = "" if len(doubts) == 1 else f" (of {sum(map(bool, doubts))} of {len(doubts)} ranks)"
+    return f"but {told[0].split(':')[0]}{of}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.findings import CAUSES, LOW, MEDIUM, Finding
+from hpcmm.analysis.gpu_trace import counted
 
 ONE_IS_LATE = 2 / 3
 """A device is named for the waiting of the others when it comes last in so much of it."""
@@ -30,15 +31,14 @@ def per_device(gpu: pd.DataFrame) -> pd.DataFrame:
 
     Columns rank, node, pid, device, span_s, the kinds of :data:`_LOST`, ``gpu_comm``, ``gpu_wait`` and ``compute``.
     """
-    steady = gpu[gpu["step"].notna() & ~gpu["warmup"].astype(bool)]
-    chosen = steady if len(steady) else gpu
+    chosen = counted(gpu)
     exposed = chosen["exposed_comm_s"]
     waited = chosen["comm_wait_s"].clip(upper=exposed)
     seconds = chosen[["rank", "node", "pid", "device", "span_s"]].assign(
         gpu_host=chosen["idle_host_s"] - chosen["idle_sync_s"],
         gpu_sync=chosen["idle_sync_s"],
         gpu_order=chosen["idle_other_s"],
-        gpu_copy=(chosen["span_s"] - chosen["compute_s"] - exposed - chosen["idle_s"]).clip(lower=0.0),
+        gpu_copy=_copying_alone(chosen),
         gpu_comm=exposed - waited,
         gpu_wait=waited,
         compute=chosen["compute_s"],
@@ -47,11 +47,19 @@ def per_device(gpu: pd.DataFrame) -> pd.DataFrame:
     return means
 
 
+def _copying_alone(gpu: pd.DataFrame) -> pd.Series[float]:
+    """What is neither computation, communication nor idle, nor unknown for want of records."""
+    known = gpu[["compute_s", "exposed_comm_s", "idle_s", "shared_s", "untraced_s"]].sum(axis=1)
+    return (gpu["span_s"] - known).clip(lower=0.0)
+
+
 def in_steps(gpu: pd.DataFrame, accounted_s: float) -> list[Finding]:
     """What all GPUs lose in each step. ``accounted_s`` a step is idle time that other rows explain (loading, say)."""
     if gpu.empty or not gpu["step"].notna().any():
         return []
     devices = per_device(gpu)
+    if devices.empty:
+        return []
     found = []
     for kind in _LOST:
         # The lower median: what one device has more of makes its rank late, and counts there.

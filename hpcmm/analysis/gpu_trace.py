@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import nccl, phases
+from hpcmm.analysis import completeness, nccl, phases
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times
 from hpcmm.analysis.nccl import is_nccl
 from hpcmm.analysis.projection import aggregate
@@ -32,8 +32,10 @@ CAUSES = (HOST, LATENCY, BACK_TO_BACK, DEPENDENCY, UNTRACED)
 
 GPU_COLUMNS = [
     "device", "step", "start_ns", "end_ns", "span_ns", "compute_ns", "comm_ns", "memory_ns", "overlap_ns",
-    *(f"idle_{index}_ns" for index in range(len(CAUSES))), "idle_sync_ns",
+    *(f"idle_{index}_ns" for index in range(len(CAUSES))), "idle_sync_ns", "graph_ns", "shared_ns", "untraced_ns",
 ]  # fmt: skip
+"""``graph_ns``: whole CUDA graphs. ``shared_ns``: idle for this process while another used the GPU. ``untraced_ns``: no
+records, although there was work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,19 @@ class DeviceTime:
     idle: dict[str, IntervalSet]
     idle_sync: IntervalSet
     """What of idle[HOST] began while the host waited for the device."""
+
+    @property
+    def gaps(self) -> IntervalSet:
+        """All that is idle."""
+        sets = self.idle.values()
+        return IntervalSet.union_of(
+            np.concatenate([each.start_ns for each in sets]), np.concatenate([each.end_ns for each in sets])
+        )
+
+    def without(self, other: IntervalSet) -> DeviceTime:
+        """The same with nothing idle in ``other``."""
+        idle = {cause: each.subtract(other) for cause, each in self.idle.items()}
+        return replace(self, idle=idle, idle_sync=self.idle_sync.subtract(other))
 
 
 def device_time(
@@ -93,8 +108,21 @@ def _by_cause(gaps: IntervalSet, activities: pd.DataFrame) -> dict[str, Interval
     return {name: IntervalSet(gaps.start_ns[cause == name], gaps.end_ns[cause == name]) for name in CAUSES}
 
 
+@dataclass(frozen=True, slots=True)
+class NotIdle:
+    """When a device without a record of the process is not known to be idle."""
+
+    untraced: IntervalSet = field(default_factory=IntervalSet.empty)
+    """Records are missing; may reach far beyond the capture."""
+    others: Mapping[int, IntervalSet] = field(default_factory=dict)
+    """When other processes used the same GPU, by device."""
+
+
 def gpu_rows(
-    activities: pd.DataFrame, steps: pd.DataFrame, synchronisations: IntervalSet | None = None
+    activities: pd.DataFrame,
+    steps: pd.DataFrame,
+    synchronisations: IntervalSet | None = None,
+    not_idle: NotIdle | None = None,
 ) -> pd.DataFrame:
     """One row a device and step of a process (GPU_COLUMNS), and one a device for what lies outside its steps.
 
@@ -102,20 +130,30 @@ def gpu_rows(
     from its first activity to its last. The columns idle_0_ns ... are in the order of :data:`CAUSES`.
     """
     frames = [
-        _device_rows(int(str(device)), own.reset_index(drop=True), steps, synchronisations)
+        _device_rows(int(str(device)), own.reset_index(drop=True), steps, synchronisations, not_idle or NotIdle())
         for device, own in activities.groupby("device", sort=True)
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=GPU_COLUMNS)
 
 
 def _device_rows(
-    device: int, activities: pd.DataFrame, steps: pd.DataFrame, synchronisations: IntervalSet | None
+    device: int,
+    activities: pd.DataFrame,
+    steps: pd.DataFrame,
+    synchronisations: IntervalSet | None,
+    not_idle: NotIdle,
 ) -> pd.DataFrame:
     start, end = step_windows(activities, steps)
     low = min(int(activities["start_ns"].min()), int(start.min(initial=np.iinfo(np.int64).max)))
     high = max(int(activities["end_ns"].max()), int(end.max(initial=0)))
     time = device_time(activities, low, high, synchronisations)
-    sets = (time.compute, time.comm, time.memory, time.overlap, *time.idle.values(), time.idle_sync)
+    shared = time.gaps.intersect(not_idle.others.get(device, IntervalSet.empty()))
+    untraced = time.gaps.intersect(not_idle.untraced).subtract(shared)
+    time = time.without(shared).without(untraced)
+    whole_graphs = activities[activities["kind"] == GRAPH]
+    graphs = IntervalSet.union_of(whole_graphs["start_ns"], whole_graphs["end_ns"])
+    busy = (time.compute, time.comm, time.memory, time.overlap)
+    sets = (*busy, *time.idle.values(), time.idle_sync, graphs, shared, untraced)
     within = np.stack([each.covered_within(start, end) for each in (IntervalSet.union_of([low], [high]), *sets)])
     whole = np.array([high - low, *(each.total_ns for each in sets)])
     # Windows are disjoint, so what is left lies outside every step.
@@ -156,6 +194,8 @@ class HostSide:
     collectives: pd.DataFrame
     """From the ranges of domain hpcmm.comm, with the thread that they began on as tid."""
     blocked: IntervalSet | None
+    lost_gpu_records: bool = False
+    """Whether nsys says that records of GPUs were lost, or may have been."""
 
 
 class GpuSide(NamedTuple):
@@ -167,6 +207,8 @@ class GpuSide(NamedTuple):
     projection: pd.DataFrame | None = None
     starved: IntervalSet | None = None
     """When all its devices were idle because the host had not launched more."""
+    missing: str = ""
+    """Which records of its GPUs are missing, in words."""
 
 
 def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
@@ -184,22 +226,34 @@ def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
         collectives = nccl.timed_by_kernels(host.collectives, kernels)
     else:
         collectives = _placed(nccl.collectives_of_kernels(kernels, cuda), kernels, host.segments)
+    of_all = cuda.activities[cuda.activities["pid"] == host.pid]
+    calls = cuda.calls[cuda.calls["pid"] == host.pid]
+    untraced = completeness.untraced(of_all, calls, host.steps, host.lost_gpu_records)
+    collective = is_nccl(cuda.activities)
+    sharing = {
+        int(device): completeness.sharing(cuda.activities, collective, host.pid, int(device))
+        for device in activities["device"].unique()
+    }
+    not_idle = NotIdle(untraced, {device: found.others for device, found in sharing.items()})
+    rows = gpu_rows(activities, host.steps, _synchronisations(cuda, host.pid), not_idle)
     return GpuSide(
         collectives=collectives.sort_values("start_ns", kind="stable", ignore_index=True),
         blocked=_blocked(host.blocked, collectives, activities),
-        rows=gpu_rows(activities, host.steps, _synchronisations(cuda, host.pid)),
+        rows=rows.assign(gpu=rows["device"].map({device: found.gpu for device, found in sharing.items()})),
         projection=aggregate(cuda, host.pid),
-        starved=_starved(activities, host.steps),
+        starved=_starved(activities, host.steps, not_idle),
+        missing=completeness.in_words(untraced, of_all, calls, host.steps),
     )
 
 
-def _starved(activities: pd.DataFrame, steps: pd.DataFrame) -> IntervalSet:
+def _starved(activities: pd.DataFrame, steps: pd.DataFrame, not_idle: NotIdle) -> IntervalSet:
     low = min(int(activities["start_ns"].min()), int(steps["start_ns"].min()) if len(steps) else 1 << 62)
     high = max(int(activities["end_ns"].max()), int(steps["end_ns"].max()) if len(steps) else 0)
     whole = IntervalSet.union_of([low], [high])
-    for _, own in activities.groupby("device"):
-        whole = whole.intersect(device_time(own.reset_index(drop=True), low, high).idle[HOST])
-    return whole
+    for device, own in activities.groupby("device"):
+        idle = device_time(own.reset_index(drop=True), low, high).idle[HOST]
+        whole = whole.intersect(idle.subtract(not_idle.others.get(int(str(device)), IntervalSet.empty())))
+    return whole.subtract(not_idle.untraced)
 
 
 def _synchronisations(cuda: CudaEvents, pid: int) -> IntervalSet:
@@ -237,7 +291,7 @@ def _blocked(host: IntervalSet | None, collectives: pd.DataFrame, activities: pd
 GPU_TABLE_COLUMNS = [
     "rank", "node", "pid", "device", "step", "warmup", "start_s", "span_s", "compute_s", "comm_s", "memory_s",
     "overlap_s", "overlap_share", "exposed_comm_s", "comm_wait_s", "idle_s", "idle_host_s", "idle_sync_s",
-    "idle_other_s", "idle_other_cause",
+    "idle_other_s", "idle_other_cause", "graph_s", "shared_s", "untraced_s", "gpu",
 ]  # fmt: skip
 
 
@@ -253,7 +307,23 @@ def gpu_table(traces: Sequence[RankTrace], rows: pd.DataFrame, warmup_step: int 
     table = pd.concat(frames, ignore_index=True)
     table["warmup"] = table["step"] == (warmup_step if warmup_step is not None else -2)
     table["step"] = table["step"].astype("Int64").where(table["step"] != OUTSIDE)
+    table["gpu"] = pd.factorize(table["gpu"])[0]
     return table.sort_values(["rank", "device", "step"], ignore_index=True)[GPU_TABLE_COLUMNS]
+
+
+def traced(gpu: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows of table ``gpu`` have the records of (nearly) all their time."""
+    return gpu["untraced_s"] <= completeness.MOST_UNTRACED * gpu["span_s"]
+
+
+def counted(gpu: pd.DataFrame) -> pd.DataFrame:
+    """The rows of table ``gpu`` that means are over: steps but the warm-up whose records are there, or all rows of a
+    capture without steps."""
+    in_steps = gpu["step"].notna()
+    if not in_steps.any():
+        return gpu
+    steady = in_steps & ~gpu["warmup"].astype(bool)
+    return gpu[steady & traced(gpu)] if steady.any() else gpu[traced(gpu)]
 
 
 def _waiting(rows: pd.DataFrame, trace: int, gpu: pd.DataFrame) -> npt.NDArray[np.float64]:
@@ -287,9 +357,10 @@ def _in_seconds(trace: RankTrace, gpu: pd.DataFrame, waited_ns: npt.NDArray[np.f
         "idle_host_s": idle[:, 0],
         "idle_sync_s": gpu["idle_sync_ns"],
         "idle_other_s": other.sum(axis=1),
+        **{f"{name}_s": gpu[f"{name}_ns"] for name in ("graph", "shared", "untraced")},
     }
     share = np.divide(overlap, comm, out=np.full(len(gpu), np.nan), where=comm > 0)
-    return gpu[["device", "step"]].assign(
+    return gpu[["device", "step", "gpu"]].assign(
         rank=trace.rank,
         node=trace.node,
         pid=trace.pid,

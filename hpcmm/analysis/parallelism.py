@@ -18,6 +18,7 @@ from hpcmm.analysis import process_groups
 from hpcmm.analysis.collectives import POINT_TO_POINT, SMALL_BYTES
 from hpcmm.analysis.delay_costs import Floats
 from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, AnalysisContext, Finding, kind_of_part
+from hpcmm.analysis.gpu_trace import traced
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.trace import NO_PEER, NO_SIZE, OTHER, RankTrace
@@ -319,7 +320,7 @@ def _work(context: AnalysisContext) -> Floats:
     """
     numbers = context.steps.numbers
     if len(context.gpu):
-        table = context.gpu[context.gpu["step"].notna()]
+        table = context.gpu[context.gpu["step"].notna() & traced(context.gpu)]
         wide = table.pivot_table(index="step", columns="rank", values="compute_s", aggfunc="sum")
         wide = wide.reindex(index=numbers, columns=[trace.rank for trace in context.traces])
         if np.isfinite(wide.to_numpy(np.float64)).all():

@@ -26,7 +26,7 @@ from hpcmm.analysis import (
     waitpid,
 )
 from hpcmm.analysis.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
-from hpcmm.analysis.findings import AnalysisContext
+from hpcmm.analysis.findings import AnalysisContext, gpu_doubt
 from hpcmm.analysis.gpu_findings import span_s
 from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.pop_metrics import Reference, efficiency, samples_per_step
@@ -113,10 +113,10 @@ def study(
         return bottlenecks.gather(traces, rows, steps, inventory.expected_ranks, made["gpu"])
 
     def ranked() -> pd.DataFrame:
-        if len(steps.numbers):
-            findings, whole_s = bottlenecks.find(context()), steps.mean_s
-        else:
-            findings, whole_s = bottlenecks.find_without_steps(made["gpu"], made["collectives"]), span_s(made["gpu"])
+        findings, whole_s = bottlenecks.find(context()) if len(steps.numbers) else [], steps.mean_s
+        if not len(steps.numbers):
+            findings = bottlenecks.find_without_steps(made["gpu"], made["collectives"], gpu_doubt(traces))
+            whole_s = span_s(made["gpu"])
         advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
         return bottlenecks.table(findings, whole_s, advice)
 

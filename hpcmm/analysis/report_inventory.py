@@ -188,8 +188,9 @@ def _settle_claims(
 
 
 def _status(fact: ReportFacts, trace: RankTrace) -> tuple[str, str]:
-    if fact.damage:
-        return TRUNCATED, "; ".join(filter(None, (f"read in part: {fact.damage}", fact.doubts)))
+    lost = "; ".join(filter(None, (trace.gpu_missing, fact.damage)))
+    if lost:
+        return TRUNCATED, "; ".join(filter(None, (f"read in part: {lost}", fact.doubts)))
     status, reason = _status_of_whole(fact, trace)
     return status, "; ".join(filter(None, (reason, fact.doubts)))
 

@@ -110,18 +110,8 @@ INTEGERS = frozenset(
         "ranks",
         "reports",
     }
-    | {
-        "sequence",
-        "slowest_rank",
-        "step",
-        "steps",
-        "waited_for_rank",
-        "pid",
-        "device",
-        "kernels",
-        "copies",
-        "open_calls",
-    }
+    | {"gpu", "sequence", "slowest_rank", "step", "steps", "waited_for_rank", "pid", "device", "kernels", "copies"}
+    | {"open_calls"}
 )
 FLAGS = frozenset({"complete", "corrected", "estimators_disagree", "warmup"})
 RATIOS = frozenset({"variation", "load_balance", "load_balance_in_node", "load_balance_between_nodes"})

@@ -73,7 +73,12 @@ class RankTrace:
     device: int | None = None
     """The GPU that stands for an unknown rank, in a report without steps."""
     gpu: pd.DataFrame | None = None
-    """As :func:`hpcmm.analysis.gpu_trace.gpu_rows` gives it; None if no GPU activity was traced."""
+    """As :func:`hpcmm.analysis.gpu_trace.gpu_rows` gives it, with what tells the GPU from all others of the run as
+    ``gpu``; None if no GPU activity was traced."""
+    gpu_missing: str = ""
+    """Which records of its GPUs are missing, in words."""
+    gpu_doubt: str = ""
+    """Why less can be said of its GPUs than their records show, in words."""
     projection: pd.DataFrame | None = None
     """As :func:`hpcmm.analysis.projection.aggregate` gives it."""
     batches: pd.DataFrame | None = None

@@ -13,6 +13,7 @@ from hpcmm.analysis import process_groups
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS
 from hpcmm.analysis.findings import computation_has_phases
 from hpcmm.analysis.gpu_findings import device_name
+from hpcmm.analysis.gpu_trace import counted, traced
 from hpcmm.analysis.study import Study, why_failed
 from hpcmm.analysis.trace import OTHER, RankTrace
 from hpcmm.ranges import write_ranges
@@ -89,7 +90,9 @@ def headline(study: Study) -> str:
         return gpu_headline(study) or "No steps to analyse: " + _why_no_steps(study)
     step = seconds(study.steps.mean_s)
     if table.empty:
-        return f"Nothing stands out: no cause takes 2% of the {step} step, and no rank is to blame."
+        told = f"Nothing stands out: no cause takes 2% of the {step} step, and no rank is to blame."
+        graphs = graphs_line(study)
+        return f"{told} But {graphs}." if graphs else told
     row = table.iloc[0]
     lost = f"{seconds(float(row['lost_s_per_step']))} of each {step} step ({percent(float(row['step_share']))})"
     several = "s" if "," in str(row["phase"]) else ""
@@ -294,28 +297,70 @@ GPU_NOT_TRACED = "no GPU activity was traced, so nothing is said of GPUs"
 
 def gpu_line(study: Study) -> str:
     """How the GPUs spent the steps (the whole capture without steps), as a mean over devices."""
-    rows = _gpu_rows(study)
+    rows = _by_gpu(_gpu_rows(study))
     if rows.empty:
-        return GPU_NOT_TRACED
+        return GPU_NOT_TRACED if study.tables["gpu"].empty else f"{GPU_MISSING}, so nothing is said of GPUs"
     span = float(rows["span_s"].sum())
     share = {name: float(rows[f"{name}_s"].sum()) / span for name in ("compute", "exposed_comm", "idle", "idle_host")}
     return (
         f"GPUs compute {percent(share['compute'])} of the time, communicate {percent(share['exposed_comm'])} without "
         f"computing, and are idle {percent(share['idle'])} "
         f"({percent(share['idle_host'])} because the host launches its work too late)"
+    ) + "".join(f"; {told}" for told in (_shared(study), _left_out(study), graphs_line(study)) if told)
+
+
+WORTH_SAYING = 0.02
+"""Whole CUDA graphs and missing records are named from this share of the time on."""
+
+
+def graphs_line(study: Study) -> str:
+    """That CUDA graphs hide what runs inside of them; empty if they take hardly any time."""
+    rows = _by_gpu(_gpu_rows(study))
+    share = float(rows["graph_s"].sum() / rows["span_s"].sum()) if len(rows) else 0.0
+    if share < WORTH_SAYING:
+        return ""
+    return (
+        f"CUDA graphs that were traced as a whole take {percent(share)} of the GPUs' time: what runs inside of them is "
+        "not known, whether computation, communication or gaps (nsys profile --cuda-graph-trace=node shows it)"
     )
+
+
+def _shared(study: Study) -> str:
+    """How many processes use a GPU together; empty if none do."""
+    rows = study.tables["gpu"].drop_duplicates(["rank", "device"])
+    users = rows["gpu"].value_counts()
+    several = users[users > 1]
+    if several.empty:
+        return ""
+    return f"{several.sum()} processes share {'a GPU' if len(several) == 1 else f'{len(several)} GPUs'}"
+
+
+GPU_MISSING = "the GPU records of all steps are missing"
+
+
+def _left_out(study: Study) -> str:
+    """What is not counted because GPU records are missing; empty if they are all there."""
+    table = study.tables["gpu"]
+    in_steps = table["step"].notna()
+    if in_steps.any():
+        steps = table.loc[in_steps, "step"].nunique()
+        missing = table.loc[in_steps & ~traced(table), "step"].nunique()
+        return f"{missing} of {steps} steps are left out, whose GPU records are missing" if missing else ""
+    share = float(table["untraced_s"].sum() / table["span_s"].sum())
+    return f"of {percent(share)} there are no records, although there was work" if share >= WORTH_SAYING else ""
 
 
 def gpu_headline(study: Study) -> str:
     """The first bottleneck of a capture without steps, or nothing if no GPU was traced."""
-    rows, table = _gpu_rows(study), study.tables["bottlenecks"]
-    devices = len(rows.drop_duplicates(["rank", "device"]))
+    rows, table = _by_gpu(_gpu_rows(study)), study.tables["bottlenecks"]
+    devices = len(rows)
     if not devices:
         return ""
     where = "one GPU" if devices == 1 else f"{devices} GPUs"
     told = f"No steps are annotated; of {seconds(float(rows['span_s'].sum()) / devices)} on {where}"
+    graphs = graphs_line(study)
     if table.empty:
-        return f"{told} nothing loses 2%."
+        return f"{told} {f'{graphs}; nothing else' if graphs else 'nothing'} loses 2%."
     row = table.iloc[0]
     return f"{told} {percent(float(row['step_share']))} are lost to this: {plain(row['cause'])}."
 
@@ -340,6 +385,16 @@ def late_line(study: Study) -> str:
 
 def _gpu_rows(study: Study) -> pd.DataFrame:
     """Rows of the steps that count; all rows if there are none."""
-    table = study.tables["gpu"]
-    steady = table[table["step"].notna() & ~table["warmup"].astype(bool)]
-    return steady if len(steady) else table
+    return counted(study.tables["gpu"])
+
+
+def _by_gpu(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of processes that share a GPU as one: their work adds up, and it is idle while none of them uses it."""
+    windows = rows.assign(end_s=rows["start_s"] + rows["span_s"]).groupby(["gpu", "step"], dropna=False)
+    work, time = ["compute_s", "exposed_comm_s", "graph_s"], ["span_s", "idle_s", "idle_host_s", "untraced_s"]
+    total = windows[[*work, *time]].sum()
+    # How many processes there are at a moment of their time: one after the other, or all at once.
+    at_once = (total["span_s"] / (windows["end_s"].max() - windows["start_s"].min())).clip(lower=1.0)
+    total[time] = total[time].div(at_once, axis=0)
+    total[work] = total[work].clip(upper=total["span_s"], axis=0)
+    return total.reset_index()

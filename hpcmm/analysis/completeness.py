@@ -1,0 +1,178 @@
+"""Whether the records of a GPU are all there, and who else used it: before any of its time counts as idle.
+
+A gap between two records is idle time if nothing was to be done in it. Launches without records say that there was, and
+that the report lost what became of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times
+from hpcmm.ranges import write_ranges
+from hpcmm.reports.report import IMPOSSIBLE, NO_LAUNCH, UNKNOWN, UNRECORDED
+
+MIN_LAUNCHES = 8
+"""So many launches in a row without a record are no accident; nor is one whose record has times that cannot be."""
+LACKING_SHARE = 0.1
+"""From this share of all launches on, every one without a record counts."""
+MOST_UNTRACED = 0.05
+"""A step whose GPU records are missing for more than this share of it counts in no mean."""
+_NEVER, _FOREVER = -(1 << 60), 1 << 60
+
+
+def untraced(activities: pd.DataFrame, calls: pd.DataFrame, steps: pd.DataFrame, is_lossy: bool) -> IntervalSet:
+    """When records of a process's GPU work are missing, far beyond the capture if they end before it does.
+
+    ``activities`` and ``calls`` are those of one process (see hpcmm.reports.report.CudaEvents). ``is_lossy``: nsys
+    says that it lost records, or may have. Then steps without any CUDA call or record count as well: without that, a
+    program that calls nothing uses no GPU.
+    """
+    lacking = _without_records(activities, calls)
+    silent = _silent(activities, calls, steps) if is_lossy else IntervalSet.empty()
+    return IntervalSet.union_of(
+        np.concatenate((lacking.start_ns, silent.start_ns)), np.concatenate((lacking.end_ns, silent.end_ns))
+    )
+
+
+def _without_records(activities: pd.DataFrame, calls: pd.DataFrame) -> IntervalSet:
+    """From each launch without a record, once all that was launched before has ended, to what was launched after it."""
+    record = calls["record"].to_numpy(np.int64)
+    lost = np.isin(record, [UNRECORDED, IMPOSSIBLE])
+    if not lost.any():
+        return IntervalSet.empty()
+    launch, start, end = (activities[name].to_numpy(np.int64) for name in ("launch_ns", "start_ns", "end_ns"))
+    known = np.flatnonzero(launch != UNKNOWN)
+    order = known[np.argsort(launch[known], kind="stable")]
+    ended = np.append(_NEVER, np.maximum.accumulate(end[order]))
+    begins = np.append(np.minimum.accumulate(start[order][::-1])[::-1], _FOREVER)
+    at = calls["start_ns"].to_numpy(np.int64)[lost]
+    place = np.searchsorted(launch[order], at, side="right")
+    low, high = np.maximum(at, ended[place]), begins[place]
+    weight = np.where(record[lost] == IMPOSSIBLE, MIN_LAUNCHES, 1)
+    enough = np.bincount(place, weights=weight)[place] >= MIN_LAUNCHES
+    enough |= lost.sum() >= max(MIN_LAUNCHES, LACKING_SHARE * (record != NO_LAUNCH).sum())
+    # Records that do not tell their launch may be of these launches.
+    stray = IntervalSet.union_of(start[launch == UNKNOWN], end[launch == UNKNOWN])
+    enough &= stray.covered_within(low, high) == 0
+    return IntervalSet.union_of(low[enough], high[enough])
+
+
+def _silent(activities: pd.DataFrame, calls: pd.DataFrame, steps: pd.DataFrame) -> IntervalSet:
+    """Stretches of whole steps in which CUDA neither was called nor did anything."""
+    begin, end = (steps[name].to_numpy(np.int64) for name in ("start_ns", "end_ns"))
+    if not len(begin):
+        return IntervalSet.empty()
+    seen = IntervalSet.union_of(
+        np.concatenate((activities["start_ns"], calls["start_ns"])),
+        np.concatenate((activities["end_ns"], calls["end_ns"])),
+    )
+    low, high = np.append(_NEVER, seen.end_ns), np.append(seen.start_ns, _FOREVER)
+    first = np.searchsorted(begin, low, side="left")
+    last = np.searchsorted(end, high, side="right") - 1
+    whole = first <= last
+    first, last = first[whole], last[whole]
+    low, high = low[whole], high[whole]
+    return IntervalSet.union_of(
+        np.where(low == _NEVER, _NEVER, begin[first]), np.where(high == _FOREVER, _FOREVER, end[last])
+    )
+
+
+def in_words(missing: IntervalSet, activities: pd.DataFrame, calls: pd.DataFrame, steps: pd.DataFrame) -> str:
+    """Which records are missing, in a sentence; empty if it is less than a step, or a tenth of a capture without steps.
+
+    Work that had not ended when the capture did left no record either, which is no loss.
+    """
+    told = ""
+    if len(missing):
+        told = _of_steps(missing, steps) if len(steps) else _of_capture(missing, activities, calls)
+    if not told:
+        return ""
+    lacking, impossible = (
+        int((missing.covered_within(at, at + 1) > 0).sum())
+        for at in (
+            calls.loc[calls["record"] == kind, "start_ns"].to_numpy(np.int64) for kind in (UNRECORDED, IMPOSSIBLE)
+        )
+    )
+    if impossible and not lacking:
+        return ""  # which is said where these are left out
+    why = (
+        f"{lacking:,} launches there have none"
+        if lacking
+        else "CUDA calls are missing as well: nsys may have lost them"
+    )
+    return f"{told}: {why}, so this time counts neither as idle nor as busy"
+
+
+def _of_steps(missing: IntervalSet, steps: pd.DataFrame) -> str:
+    number = steps["step"].to_numpy(np.int64)
+    begin, end = (steps[name].to_numpy(np.int64) for name in ("start_ns", "end_ns"))
+    lost = missing.covered_within(begin, end)
+    touched = lost > MOST_UNTRACED * (end - begin)
+    if not touched.any() or lost.sum() < np.median(end - begin):
+        return ""
+    there = np.flatnonzero(~touched)
+    if not len(there):
+        return "GPU records are missing in every step"
+    first, last = int(there[0]), int(there[-1])
+    in_one_piece = len(there) == last - first + 1
+    if in_one_piece and first == 0:
+        return f"GPU records end after step {number[last]} of {number[-1]}"
+    if in_one_piece and last == len(number) - 1:
+        return f"GPU records begin with step {number[first]} of {number[-1]}"
+    return f"GPU records are missing in steps {write_ranges(number[touched].tolist(), ', ')}"
+
+
+MISSING_SHARE = 0.1
+
+
+def _of_capture(missing: IntervalSet, activities: pd.DataFrame, calls: pd.DataFrame) -> str:
+    """Of a capture without steps, which ends with its last CUDA call or record."""
+    first = min(int(activities["start_ns"].min()), int(calls["start_ns"].min()))
+    last = max(int(activities["end_ns"].max()), int(calls["end_ns"].max()))
+    lost = int(missing.covered_within([first], [last])[0])
+    if lost < MISSING_SHARE * (last - first):
+        return ""
+    return f"GPU records are missing for {lost / NS_PER_S:.3g} of {(last - first) / NS_PER_S:.3g} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """The GPU behind a process's device."""
+
+    gpu: str
+    """Tells it from all others of the report; of the run, if it begins with ``uuid``."""
+    others: IntervalSet
+    """When other processes used it."""
+
+
+def sharing(activities: pd.DataFrame, collective: npt.NDArray[np.bool_], pid: int, device: int) -> Sharing:
+    """Who used the GPU that process ``pid`` calls ``device``; ``activities`` are those of the whole report.
+
+    If the report does not tell GPUs apart, processes whose device has the same number use the same one, unless
+    NCCL's kernels (``collective``) of both run at once: NCCL refuses two ranks on one GPU.
+    """
+    process = activities["pid"].to_numpy(np.int64)
+    own = (process == pid) & (activities["device"] == device).to_numpy(bool)
+    told = str(activities["gpu"].iloc[int(own.argmax())])
+    there = (activities["gpu"] == told).to_numpy(bool)
+    if not told:
+        there = there & (activities["device"] == device).to_numpy(bool)
+    start, end = (activities[name].to_numpy(np.int64) for name in ("start_ns", "end_ns"))
+    found = [pid]
+    busy: list[tuple[Times, Times]] = []
+    mine = IntervalSet.union_of(start[own & collective], end[own & collective])
+    for user in np.unique(process[there & (process != pid)]):
+        theirs = there & (process == user)
+        at_once = mine.intersect(IntervalSet.union_of(start[theirs & collective], end[theirs & collective]))
+        if told or not len(at_once):
+            found.append(int(user))
+            busy.append((start[theirs], end[theirs]))
+    others = IntervalSet.empty()
+    if busy:
+        others = IntervalSet.union_of(*(np.concatenate(times) for times in zip(*busy, strict=True)))
+    return Sharing(told or f"device {device} of process {min(found)}", others)
