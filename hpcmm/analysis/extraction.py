@@ -230,7 +230,8 @@ def _extract(
 ) -> RankTrace:
     """The trace of process ``pid``; ``workers`` are all processes of the report that stand for ranks."""
     extract = _extract_all if report.parts is Parts.ALL else _extract_calls
-    return extract(report, pid, rank, family, workers, device)
+    trace = extract(report, pid, rank, family, workers, device)
+    return replace(trace, communicators=report.communicators.get(pid, {}))
 
 
 def _extract_all(

@@ -57,8 +57,12 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     stepped = any(len(trace.steps) for fact in facts for trace in fact.traces)
     facts = [replace(fact, no_ranges=_in_this_run(fact.no_ranges, record, stepped=stepped)) for fact in facts]
     job_id = _majority_job(facts, record)
-    resolved = [_with_ranks(fact, record) for fact in facts]
-    told = max((f.identity.world_size or 0 for f in facts if job_id in (None, f.job_id)), default=0)
+    same_job = [fact for fact in facts if not (fact.job_id and job_id and fact.job_id != job_id)]
+    told = max((f.identity.world_size or 0 for f in same_job), default=0)
+    world = _world_communicator([trace for fact in same_job for trace in fact.traces], told)
+    resolved = [_with_ranks(fact, record, world) for fact in facts]
+    places = [trace.communicators.get(world) for fact in same_job for trace in fact.traces]
+    told = told or max((place.size for place in places if place is not None), default=0)
     # A launcher of a node is one process for the run's record, and its workers are ranks.
     workers = max((len({rank for rank, _ in ranks}) for ranks in resolved), default=1) or 1
     workers = workers if record.ranks_per_node == 1 else 1
@@ -103,7 +107,29 @@ def _majority_job(facts: Sequence[ReportFacts], record: RunRecord) -> str | None
     return max(jobs, key=lambda job: (jobs[job], job == record.job_id, job)) if jobs else record.job_id
 
 
-def _with_ranks(fact: ReportFacts, record: RunRecord) -> list[tuple[int | None, RankTrace]]:
+def _world_communicator(traces: Sequence[RankTrace], world_size: int) -> str:
+    """NCCL's communicator of all ranks; empty if none is known to be it.
+
+    That is the largest of each process, and the same for all that tell of any. It has as many ranks as the environment
+    says (``world_size``, 0 if it says nothing), and counts them as the processes do that know their rank otherwise.
+    """
+    telling = [trace for trace in traces if trace.communicators]
+    if not telling:
+        return ""
+    size = max(member.size for member in telling[0].communicators.values())
+    names = set.intersection(
+        *({name for name, member in trace.communicators.items() if member.size >= size} for trace in telling)
+    )
+    largest = max(member.size for trace in telling for member in trace.communicators.values())
+    for name in sorted(names):
+        places = [trace.communicators[name] for trace in telling]
+        agreed = all(trace.rank in {-1, place.rank} for trace, place in zip(telling, places, strict=True))
+        if agreed and largest == size and world_size in {0, size}:
+            return name
+    return ""
+
+
+def _with_ranks(fact: ReportFacts, record: RunRecord, world: str = "") -> list[tuple[int | None, RankTrace]]:
     """The traces of a report, each with its rank.
 
     Several processes that ran at once and tell the same rank have it from their launcher's environment. They are its
@@ -111,7 +137,7 @@ def _with_ranks(fact: ReportFacts, record: RunRecord) -> list[tuple[int | None, 
     were started, after those of the launchers before.
     """
     traces = fact.traces
-    ranks = [_resolve_rank(fact, trace, record) for trace in traces]
+    ranks = [_resolve_rank(fact, trace, record, world) for trace in traces]
     told = list(zip(ranks, traces, strict=True))
     same = [
         trace
@@ -140,12 +166,16 @@ def _are_workers(one: RankTrace, other: RankTrace) -> bool:
     return len(spans) == 2 and max(start for start, _ in spans) < min(end for _, end in spans)
 
 
-def _resolve_rank(fact: ReportFacts, trace: RankTrace, record: RunRecord) -> int | None:
-    """From the captured environment, else from the run's own record: by process id, then by file name."""
+def _resolve_rank(fact: ReportFacts, trace: RankTrace, record: RunRecord, world: str) -> int | None:
+    """From the captured environment, else from the run's own record: by process id, then by file name; else its place
+    in NCCL's communicator ``world``."""
     if trace.rank >= 0:
         return trace.rank
     by_pid = record.rank_of(trace.pid, trace.node or None)
-    return by_pid if by_pid is not None else (_rank_by_name(fact, record) if len(fact.traces) == 1 else None)
+    if by_pid is None and len(fact.traces) == 1:
+        by_pid = _rank_by_name(fact, record)
+    place = trace.communicators.get(world)
+    return place.rank if by_pid is None and place is not None else by_pid
 
 
 def _rank_without_trace(fact: ReportFacts, record: RunRecord) -> int | None:

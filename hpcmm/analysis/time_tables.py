@@ -295,11 +295,11 @@ class FirstStep:
 def startup_table(records: Mapping[int, Iterable[Mapping[str, Any]]], firsts: Iterable[FirstStep] = ()) -> pd.DataFrame:
     """One row for each attempt and part of the start, in the order in which the parts happen.
 
-    ``records``: by rank, the records of its metrics file. ``firsts`` count if these have no step, or if there are none. ``median_s`` and
-    ``longest_s`` are over the ranks, of which ``ranks`` recorded the part. The last part, ``first step``, is the first
-    step of the attempt. The parts of one rank follow one another, but ranks wait for each other in ``rendezvous`` and
-    ``engine``, so the medians of the parts add up only roughly to the time of the whole start. Records that lack what
-    they should hold are left out.
+    ``records``: by rank, the records of its metrics file. ``firsts`` count if these have no step, or if there are none.
+    ``median_s`` and ``longest_s`` are over the ranks, of which ``ranks`` recorded the part. The last part, ``first
+    step``, is the first step of the attempt. The parts of one rank follow one another, but ranks wait for each other in
+    ``rendezvous`` and ``engine``, so the medians add up only roughly to the time of the whole start. Records that lack
+    what they should hold are left out.
     """
     noted = [part for rank, of_rank in records.items() for part in _parts(rank, of_rank)]
     if noted and not any(name == FIRST_STEP for _, name, *_ in noted):

@@ -10,6 +10,7 @@ import pandas as pd
 
 from hpcmm.analysis.intervals import IntervalSet, Times
 from hpcmm.annotate.schema import GroupMark
+from hpcmm.reports.report import Member
 
 OTHER = "other"
 """Time within a step that no phase covers."""
@@ -91,6 +92,8 @@ class RankTrace:
     """When its GPUs were idle because the host had not launched more; None if no GPU activity was traced."""
     stalled: IntervalSet | None = None
     """When no thread of the process entered or left an OS call, though some do all the time."""
+    communicators: Mapping[str, Member] = field(default_factory=dict)
+    """Its places in NCCL's communicators, as far as it told, by their names in ``collectives``."""
     label: str = ""
     """What to call it while its rank is unknown: as :func:`labelled` gives it."""
 

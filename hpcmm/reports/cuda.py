@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.errors import HpcmmError
+from hpcmm.ranges import MAX_WORLD_SIZE
 from hpcmm.reports import trust
 from hpcmm.reports.identity import told_gpus
 from hpcmm.reports.nvtx_ranges import labels, no_ranges
@@ -32,6 +33,7 @@ from hpcmm.reports.report import (
     UNKNOWN,
     UNRECORDED,
     CudaEvents,
+    Member,
 )
 from hpcmm.reports.sqlite import ReportDatabase
 
@@ -221,16 +223,20 @@ def _read_synchronisations(database: ReportDatabase) -> pd.DataFrame:
 
 
 COMMUNICATOR, SIZE = "NCCL communicator ID", "Message size [bytes]"
+RANKS, RANK = "No. of ranks", "Rank"
+_FIELDS = (COMMUNICATOR, SIZE, RANKS, RANK)
 HEADER = struct.Struct("<QQQQ")
-WORD = struct.Struct("<Q")
+WORD, HALF = struct.Struct("<Q"), struct.Struct("<I")
+_HALVES = frozenset({5, 6, 15, 16})
+"""Types of a payload's entries that take four bytes: int, unsigned, int32 and uint32; the others take eight."""
 MAX_BYTES = 1 << 52
 MAX_CALLS = 500_000
 MAX_PAYLOAD = 4096
 """Characters or bytes of a payload; NCCL's are below a hundred."""
 CALL_COLUMNS = ["start_ns", "end_ns", "pid", "tid", "communicator", "bytes"]
 
-Layout = dict[tuple[int, int], dict[str, int]]
-"""Offset of each field by (domainId, schemaId)."""
+Layout = dict[tuple[int, int], dict[str, tuple[int, struct.Struct]]]
+"""Offset and type of each field by (domainId, schemaId)."""
 
 
 def read_nccl_calls(database: ReportDatabase) -> pd.DataFrame:
@@ -253,8 +259,27 @@ def read_nccl_calls(database: ReportDatabase) -> pd.DataFrame:
     return table.sort_values("start_ns", kind="stable", ignore_index=True)
 
 
-def _payloads(database: ReportDatabase) -> list[tuple[object, ...]]:
-    """Start, end, globalTid, domainId, JSON text and bytes of the ranges that have a payload."""
+def read_communicators(database: ReportDatabase) -> dict[int, dict[str, Member]]:
+    """By pid its places in the communicators that it has joined, as NCCL's ranges around the joining tell them."""
+    found: dict[int, dict[str, Member]] = {}
+    if not database.has("NVTX_EVENTS", "start", "end", "eventType", "globalTid"):
+        return found
+    layout = {key: fields for key, fields in _layout(database).items() if RANKS in fields}
+    for _, _, thread, domain, text, blob in _payloads(database, RANKS, binary=bool(layout)):
+        fields = _from_json(text) or _from_bytes(blob, domain, layout)
+        if not {COMMUNICATOR, RANKS, RANK} <= fields.keys() or not isinstance(thread, int):
+            continue
+        if 0 <= fields[RANK] < fields[RANKS] <= MAX_WORLD_SIZE:
+            joined = found.setdefault((thread >> PID_SHIFT) & ID_MASK, {})
+            name = f"communicator {fields[COMMUNICATOR]:x}"
+            told = joined.get(name, Member(fields[RANKS], fields[RANK]))
+            joined[name] = Member(fields[RANKS], fields[RANK] if told.rank == fields[RANK] else None)
+    return found
+
+
+def _payloads(database: ReportDatabase, naming: str = "", *, binary: bool = True) -> list[tuple[object, ...]]:
+    """Start, end, globalTid, domainId, JSON text and bytes of the ranges that have a payload: of those whose text is
+    JSON the ones with ``naming`` in it, and ``binary`` ones."""
     texts = [database.column("NVTX_EVENTS", "jsonText")]
     join = ""
     if database.has("NVTX_EVENTS", "jsonTextId") and database.has("StringIds", "id", "value"):
@@ -268,12 +293,12 @@ def _payloads(database: ReportDatabase) -> list[tuple[object, ...]]:
         WHERE eventType = {PUSH_POP} AND typeof(globalTid) = 'integer'
         AND typeof(NVTX_EVENTS.start) = 'integer' AND NVTX_EVENTS.start >= {database.first_ns}
         AND typeof(NVTX_EVENTS."end") = 'integer' AND NVTX_EVENTS."end" BETWEEN NVTX_EVENTS.start AND {database.last_ns}
-        AND ({text} IS NOT NULL OR {blob} IS NOT NULL)
+        AND (instr({text}, ?) OR ({blob} IS NOT NULL AND ?))
         AND length(COALESCE({text}, '')) <= {MAX_PAYLOAD} AND length(COALESCE({blob}, '')) <= {MAX_PAYLOAD}
         LIMIT {MAX_CALLS}
     """  # noqa: S608
     try:
-        return database.rows(query)
+        return database.rows(query, (naming, binary))
     except HpcmmError:
         return []  # the damage is told where the ranges themselves are read
 
@@ -282,12 +307,14 @@ def _layout(database: ReportDatabase) -> Layout:
     table = "NVTX_PAYLOAD_SCHEMA_ENTRIES"
     if not database.has(table, "domainId", "schemaId", "name", "offset"):
         return {}
-    query = f'SELECT domainId, schemaId, name, COALESCE("offset", 0) FROM {table} WHERE name IN (?, ?)'  # noqa: S608
+    kind = database.column(table, "type")
+    query = f'SELECT domainId, schemaId, name, COALESCE("offset", 0), {kind} FROM {table} WHERE name IN (?, ?, ?, ?)'  # noqa: S608
     layout: Layout = {}
     try:
-        for domain, schema, name, offset in database.rows(query, (COMMUNICATOR, SIZE)):
+        for domain, schema, name, offset, kind_of_it in database.rows(query, _FIELDS):
             if isinstance(domain, int) and isinstance(schema, int) and isinstance(offset, int) and offset >= 0:
-                layout.setdefault((domain, schema), {})[str(name)] = offset
+                fits = HALF if kind_of_it in _HALVES else WORD
+                layout.setdefault((domain, schema), {})[str(name)] = offset, fits
     except HpcmmError:
         return {}
     return layout
@@ -301,7 +328,7 @@ def _from_json(text: object) -> dict[str, int]:
     except (ValueError, RecursionError):
         return {}
     found: dict[str, int] = {}
-    for name in (COMMUNICATOR, SIZE):
+    for name in _FIELDS:
         digits = str(payload.get(name, "")).replace(",", "") if isinstance(payload, dict) else ""
         if digits.isascii() and digits.isdigit() and len(digits) <= 20:
             found[name] = int(digits)
@@ -318,9 +345,8 @@ def _from_bytes(blob: object, domain: object, layout: Layout) -> dict[str, int]:
         return {}
     _, schema, length, _ = HEADER.unpack_from(blob)
     payload = blob[HEADER.size : HEADER.size + length]
-    offsets = layout.get((domain, schema), {})
     return {
-        name: WORD.unpack_from(payload, offset)[0]
-        for name, offset in offsets.items()
-        if offset + WORD.size <= len(payload)
+        name: fits.unpack_from(payload, offset)[0]
+        for name, (offset, fits) in layout.get((domain, schema), {}).items()
+        if offset + fits.size <= len(payload)
     }

@@ -17,7 +17,7 @@ import pandas as pd
 from hpcmm.annotate import schema
 from hpcmm.errors import HpcmmError
 from hpcmm.reports import trust
-from hpcmm.reports.cuda import read_cuda, shifted
+from hpcmm.reports.cuda import read_communicators, read_cuda, shifted
 from hpcmm.reports.identity import read_identity
 from hpcmm.reports.nvtx_ranges import MAX_PAYLOAD, no_ranges, read_ranges
 from hpcmm.reports.report import (
@@ -100,6 +100,7 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL, *, every_ran
             cuda=cuda,
             marks=marks.assign(start_ns=marks["start_ns"] - base),
             ranks=_ranks(marks),
+            communicators=read_communicators(database),
             communicating=_communicating(database, domains),
             parts=parts,
             ranges=ranges,

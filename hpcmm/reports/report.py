@@ -29,6 +29,14 @@ class Identity:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process's place in a communicator of NCCL: of how many ranks which; None if it has several places there."""
+
+    size: int
+    rank: int | None
+
+
 KERNEL, COPY, SET, GRAPH = "kernel", "copy", "set", "graph"
 UNKNOWN = -1
 """A number that the report does not tell: the launch of an activity, a process id."""
@@ -118,6 +126,8 @@ class Report:
     """What the annotation marked in its own domain: start_ns, pid, name."""
     ranks: dict[int, int] = field(default_factory=dict)
     """Ranks by pid, of the processes that told theirs in a mark."""
+    communicators: Mapping[int, Mapping[str, Member]] = field(default_factory=dict)
+    """By pid the communicators that NCCL's own ranges tell the size of, by their names in ``nccl_calls``."""
     communicating: frozenset[int] = frozenset()
     """Processes that run a communication library, as its NVTX domain or the names of its threads tell."""
     parts: Parts = Parts.ALL
