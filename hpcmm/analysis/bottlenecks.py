@@ -22,6 +22,7 @@ from hpcmm.analysis import (
     gpu_findings,
     longer_work,
     parallelism,
+    process_groups,
     stalls,
     wait_chains,
 )
@@ -43,6 +44,7 @@ from hpcmm.analysis.findings import (
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.parallelism import Stages
 from hpcmm.analysis.phases import StepTimes
+from hpcmm.analysis.process_groups import Unseen
 from hpcmm.analysis.statistics import chance_of_sum
 from hpcmm.analysis.stragglers import (
     MAX_CHANCE,
@@ -161,13 +163,16 @@ def _within(findings: Sequence[Finding], whole_s: float) -> list[Finding]:
     return found
 
 
-def find_without_steps(gpu: pd.DataFrame, collectives: pd.DataFrame, doubt: str = "") -> list[Finding]:
+def find_without_steps(gpu: pd.DataFrame, collectives: pd.DataFrame, unseen: Unseen, doubt: str = "") -> list[Finding]:
     """Findings of a capture without steps, from tables ``gpu`` and ``collectives``: all of it counts as one step.
     ``doubt``: why the records of GPUs are not to be trusted, if so.
 
+    ``unseen``: ranks that collectives may wait for, although no report shows them.
+
     Nothing tells chance from a straggler there, so that a row with a culprit goes by its loss as any other.
     """
-    return _worth(doubted(gpu_findings.of_capture(gpu, collectives), doubt), gpu_findings.span_s(gpu), 1.0)
+    found = doubted(gpu_findings.of_capture(gpu, collectives, unseen), doubt)
+    return _worth(found, gpu_findings.span_s(gpu), 1.0)
 
 
 def _worth(findings: Sequence[Finding], step_s: float, weight: float = BLAMED_WEIGHT) -> list[Finding]:
@@ -210,13 +215,17 @@ def _stopped(context: AnalysisContext) -> tuple[list[Finding], Floats]:
     return found, total
 
 
+def _unseen(context: AnalysisContext) -> Unseen:
+    stepping = [trace for trace in context.traces if len(trace.steps)]
+    return process_groups.unseen_ranks(context.rows, stepping, context.expected_ranks)
+
+
 def _transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple[str, str, str]:
     """Cause, confidence and evidence: whether what seems transfer can be waiting for a rank that was not seen."""
-    unseen = context.expected_ranks - sum(len(trace.steps) > 0 for trace in context.traces)
+    unseen = _unseen(context)
     matched = float((inside["complete"].astype(bool) & (inside["ranks"] > 1)).mean()) if len(inside) else 0.0
-    if unseen > 0:
-        why = f"{unseen} of {context.expected_ranks} ranks have no report with steps, and part of this may be waiting"
-        return "communication, or waiting for ranks without a report", LOW, f"{why} for them"
+    if unseen.missing > 0:
+        return CAUSES["unseen"], LOW, f"{unseen} have no report with steps, and part of this may be waiting for them"
     if matched > _MATCHED:
         return CAUSES["transfer"], HIGH, "all ranks are there, the transfer itself takes the time"
     why = f"only {matched:.0%} of the operations were seen on several ranks and all of their group"
@@ -240,7 +249,7 @@ def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> l
     node, about = stalls.slow_node(context.traces)
     moves = parallelism.what_moves(inside, stages)
     largest = inside.groupby(moves)["exposed_transfer_ns"].sum().idxmax()
-    unseen = context.expected_ranks > sum(len(trace.steps) > 0 for trace in context.traces)
+    unseen = _unseen(context).missing > 0
     kinds = (
         {str(largest): np.ones(len(inside), dtype=bool)}
         if node or unseen
@@ -277,7 +286,8 @@ def _transfer_of(
     if about:
         told += f"; {about}"
         confidence = MEDIUM if node and confidence == HIGH else confidence
-    found = Finding("transfer", cause, lost, None, node, phase, told, confidence, where, worst)
+    kind = "unseen" if cause == CAUSES["unseen"] and not node else "transfer"
+    found = Finding(kind, cause, lost, None, node, phase, told, confidence, where, worst)
     is_single = bound == "latency" and len(rows) <= _MOST_SINGLE * count
     bytes_of_it = float(rows["bytes"].sum()) / count
     is_in_node = name.endswith("within a node")

@@ -32,6 +32,7 @@ CAUSES = {
     "between": "work between steps",
     "other": "work outside the phases",
     "transfer": "communication transfer",
+    "unseen": "communication, or waiting for ranks without a report",
     "interruption": "communication interrupted",
     "imbalance": "imbalance without a culprit",
     "gpu_host": "GPU idle: the host launches late",

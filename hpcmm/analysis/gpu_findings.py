@@ -15,7 +15,9 @@ import pandas as pd
 
 from hpcmm.analysis.findings import CAUSES, LOW, MEDIUM, Finding
 from hpcmm.analysis.gpu_trace import counted
+from hpcmm.analysis.process_groups import Unseen
 
+EVERYBODY = Unseen(0, 0)
 ONE_IS_LATE = 2 / 3
 """A device is named for the waiting of the others when it comes last in so much of it."""
 _LOST = {
@@ -70,14 +72,17 @@ def in_steps(gpu: pd.DataFrame, accounted_s: float) -> list[Finding]:
     return found
 
 
-def of_capture(gpu: pd.DataFrame, collectives: pd.DataFrame) -> list[Finding]:
-    """What the GPUs of a capture without steps lose, of the whole of it, as a mean over devices."""
+def of_capture(gpu: pd.DataFrame, collectives: pd.DataFrame, unseen: Unseen = EVERYBODY) -> list[Finding]:
+    """What the GPUs of a capture without steps lose, of the whole of it, as a mean over devices.
+
+    ``unseen``: ranks that these may wait for, although no report shows them.
+    """
     if gpu.empty:
         return []
     devices = per_device(gpu)
     found = [_finding(kind, float(devices[kind].mean()), devices, gpu, "in all") for kind in _LOST]
-    found.append(_communication(devices))
-    found.append(_waiting(devices, collectives))
+    found.append(_communication(devices, unseen))
+    found.append(_waiting(devices, collectives, unseen))
     return found
 
 
@@ -90,14 +95,17 @@ def _finding(kind: str, lost: float, devices: pd.DataFrame, gpu: pd.DataFrame, e
     return Finding(kind, CAUSES[kind], lost, None, "", "", told, MEDIUM, _rows(most))
 
 
-def _communication(devices: pd.DataFrame) -> Finding:
+def _communication(devices: pd.DataFrame, unseen: Unseen) -> Finding:
     lost = float(devices["gpu_comm"].mean())
     most = devices.iloc[int((devices["gpu_comm"] / devices["span_s"]).to_numpy(float).argmax())]
     told = f"NCCL's kernels run {lost:.3g} s in all with no computation beside them, {_most(most, 'gpu_comm')}"
+    if unseen.missing > 0:
+        told += f"; {unseen} have no report, so that transfer cannot be told from waiting for them"
+        return Finding("unseen", CAUSES["unseen"], lost, None, "", "", told, LOW, _rows(most))
     return Finding("transfer", CAUSES["transfer"], lost, None, "", "", told, MEDIUM, _rows(most))
 
 
-def _waiting(devices: pd.DataFrame, collectives: pd.DataFrame) -> Finding:
+def _waiting(devices: pd.DataFrame, collectives: pd.DataFrame, unseen: Unseen) -> Finding:
     """Waiting in collectives; with the device that most of it is for, where it is one."""
     lost = float(devices["gpu_wait"].mean())
     waits = collectives[collectives["late_rank"].notna() & collectives["wait_s"].notna()]
@@ -116,6 +124,8 @@ def _waiting(devices: pd.DataFrame, collectives: pd.DataFrame) -> Finding:
                 told += f"; it computes {more:.3g} s longer than the median GPU"
         else:
             rank = None
+    if unseen.missing > 0:
+        told, confidence = f"{told}; {unseen} have no report, and may come later still", LOW
     basis = sorted(set(waits["basis"]))
     if basis:
         told += f"; matched by {' and '.join(basis)}"

@@ -115,7 +115,8 @@ def study(
     def ranked() -> pd.DataFrame:
         findings, whole_s = bottlenecks.find(context()) if len(steps.numbers) else [], steps.mean_s
         if not len(steps.numbers):
-            findings = bottlenecks.find_without_steps(made["gpu"], made["collectives"], gpu_doubt(traces))
+            unseen = process_groups.unseen_ranks(rows, traces, inventory.expected_ranks)
+            findings = bottlenecks.find_without_steps(made["gpu"], made["collectives"], unseen, gpu_doubt(traces))
             whole_s = span_s(made["gpu"])
         advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
         return bottlenecks.table(findings, whole_s, advice)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,36 @@ TOLD, SEEN = "told", "seen"
 def with_record(trace: RankTrace, record: Mapping[int, Mapping[str, GroupMark]]) -> RankTrace:
     """``trace`` with what the run directory tells of its rank's groups, if its report tells of none."""
     return trace if trace.groups else replace(trace, groups=record.get(trace.rank, {}))
+
+
+class Unseen(NamedTuple):
+    """Ranks that no report shows: ``missing`` of ``size``; nobody knows of how many if ``size`` is 0."""
+
+    missing: int
+    size: int
+    of: str = "ranks"
+
+    def __str__(self) -> str:
+        return f"{self.missing} of {self.size} {self.of}" if self.size else "the others of its communicator"
+
+
+def unseen_ranks(rows: pd.DataFrame, traces: Sequence[RankTrace], expected_ranks: int) -> Unseen:
+    """Which of the ranks that collectives may wait for are not among ``traces``; ``missing`` is 0 if none.
+
+    They are counted among all ``expected_ranks`` and in each group of matched ``rows`` whose size NCCL or a mark tells.
+    """
+    sizes = {name: member.size for trace in traces for name, member in trace.communicators.items()}
+    sizes |= {group: len(mark.ranks) for group, mark in told(traces).items() if mark.ranks}
+    unseen = [Unseen(expected_ranks - len(traces), expected_ranks)]
+    if rows.empty:
+        return unseen[0]
+    seen = rows.loc[rows["ranks"] > 0, ["group", "ranks", "basis"]].drop_duplicates("group")
+    for group, ranks, basis in seen.itertuples(index=False):
+        if size := sizes.get(group, 0):
+            unseen.append(Unseen(size - ranks, size, "ranks of a communicator"))
+        elif ranks == expected_ranks == 1 and basis.startswith("kernel order"):  # NCCL runs no kernel for one rank
+            unseen.append(Unseen(1, 0))
+    return max(unseen)
 
 
 def told(traces: Sequence[RankTrace]) -> dict[str, GroupMark]:

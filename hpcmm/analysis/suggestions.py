@@ -31,6 +31,8 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
     ours = {"", "gradients"} | ({"sharded parameters"} if _zero_stage(config) > 2 else set())
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
         return _shell(finding)
+    if finding.kind == "unseen":
+        return _capture_all(config)
     if trains and (own := _key_of_recipe(finding, config)):
         return own
     if finding.kind in _PIPELINE_ADVICE or (finding.kind == "transfer" and not (trains and finding.moves in ours)):
@@ -44,6 +46,18 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
     scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
     shared = _shared_cpus(config, cpus) if finding.kind == "imbalance" else ""
     return shared or (_override(finding, config) if trains or (config and scheduled) else _advice(finding))
+
+
+def _capture_all(config: Mapping[str, Any]) -> str:
+    """How to have a report of each rank."""
+    if not config:
+        return (
+            "capture each rank: srun nsys profile -o report_%q{SLURM_PROCID} python ..., or "
+            "torchrun --no-python nsys profile -o report_%q{RANK} python ..."
+        )
+    if _text(config, "profile", "ranks") == "all":
+        return "see in coverage.csv why these ranks left no report, and run again"
+    return "profile.ranks=all"
 
 
 def _key_of_recipe(finding: Finding, config: Mapping[str, Any]) -> str:  # noqa: PLR0911 -- one answer a kind

@@ -398,7 +398,11 @@ def test_of_a_script_that_was_launched_only_the_clusters_keys_are_suggested(kind
     config = {"task": {"name": "script"}, "train": {"log_every": 1}, "cluster": {"cpus_per_rank": 1}}
     finding = Finding(kind, "", 1.0, 3, "node2", "data", "", "high")
     suggestion = suggest(finding, RunRecord(config=config).tunable)
-    expected = {"imbalance": "cluster.cpus_per_rank=2", "compute": "cluster.exclude=node2"}.get(kind)
+    expected = {
+        "imbalance": "cluster.cpus_per_rank=2",
+        "compute": "cluster.exclude=node2",
+        "unseen": "profile.ranks=all",
+    }.get(kind)
     if expected:
         assert suggestion == expected
     else:
