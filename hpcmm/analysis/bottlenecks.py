@@ -8,7 +8,7 @@ explains the rules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -81,15 +81,15 @@ def gather(
     rows: pd.DataFrame,
     steps: StepTimes,
     expected_ranks: int,
-    gpu: pd.DataFrame | None = None,
+    on_gpus: Mapping[str, pd.DataFrame] | None = None,
 ) -> AnalysisContext:
-    """Charge all waiting, in seconds a step. ``gpu`` is the table of that name."""
+    """Charge all waiting, in seconds a step. ``on_gpus`` holds the tables ``gpu``, ``idle`` and ``copies``."""
     parts = delay_costs.work_parts(traces)
     groups = wait_chains.charged_groups(rows, parts)
     losses = wait_chains.losses_by_step(groups, len(traces), parts, steps.numbers)
     total, own = losses.total / NS_PER_S, losses.own / NS_PER_S
-    on_gpus = pd.DataFrame() if gpu is None else gpu
-    return AnalysisContext(traces, rows, steps, parts, groups, total, own, expected_ranks, on_gpus)
+    tables = [pd.DataFrame() if on_gpus is None else on_gpus[name] for name in ("gpu", "idle", "copies")]
+    return AnalysisContext(traces, rows, steps, parts, groups, total, own, expected_ranks, *tables)
 
 
 def find(context: AnalysisContext) -> list[Finding]:
@@ -116,7 +116,7 @@ def find(context: AnalysisContext) -> list[Finding]:
     late = [experts.explain_by_experts(context, explain_by_batches(context, finding), moe) for finding in late]
     late = [_placed(context, finding, stages) for finding in late]
     own_work = _own_work(context)
-    on_gpus = gpu_findings.in_steps(context.gpu, sum(finding.lost_s for finding in own_work))
+    on_gpus = gpu_findings.in_steps(context.gpu, context.idle, context.copies, own_work)
     on_gpus = doubted(on_gpus, gpu_doubt(context.traces))
     findings = [
         *alone,
@@ -163,16 +163,18 @@ def _within(findings: Sequence[Finding], whole_s: float) -> list[Finding]:
     return found
 
 
-def find_without_steps(gpu: pd.DataFrame, collectives: pd.DataFrame, unseen: Unseen, doubt: str = "") -> list[Finding]:
-    """Findings of a capture without steps, from tables ``gpu`` and ``collectives``: all of it counts as one step.
-    ``doubt``: why the records of GPUs are not to be trusted, if so.
+def find_without_steps(tables: Mapping[str, pd.DataFrame], unseen: Unseen, doubt: str = "") -> list[Finding]:
+    """Findings of a capture without steps, from the tables of :func:`gpu_findings.of_capture`: all of it counts as one
+    step.
 
-    ``unseen``: ranks that collectives may wait for, although no report shows them.
+    ``unseen``: ranks that collectives may wait for, although no report shows them. ``doubt``: why the records of GPUs
+    are not to be trusted, if so.
 
-    Nothing tells chance from a straggler there, so that a row with a culprit goes by its loss as any other.
+    Nothing tells chance from a straggler there, so that a row with a culprit goes by its loss as any other. What is
+    worth a row is measured by the capture without gaps that come once.
     """
-    found = doubted(gpu_findings.of_capture(gpu, collectives, unseen), doubt)
-    return _worth(found, gpu_findings.span_s(gpu), 1.0)
+    found = gpu_findings.of_capture(tables, unseen)
+    return _worth(doubted(found, doubt), gpu_findings.repeated_s(tables["gpu"], found), 1.0)
 
 
 def _worth(findings: Sequence[Finding], step_s: float, weight: float = BLAMED_WEIGHT) -> list[Finding]:

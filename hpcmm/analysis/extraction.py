@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -253,6 +254,7 @@ def _extract_all(
         collectives=_collectives(mine[mine["domain"] == schema.COMM_DOMAIN], segments),
         blocked=osrt.blocked_intervals(report.osrt, pid, tid),
         lost_gpu_records=report.lost_gpu_records,
+        osrt=report.osrt,
     )
     gpu = gpu_trace.of_process(host, report.cuda)
     return RankTrace(
@@ -270,16 +272,21 @@ def _extract_all(
         spans=len(mine),
         unnumbered=phases.unnumbered_steps(ranges),
         device=device,
-        gpu=None if gpu.rows is None else gpu.rows.assign(gpu=_of_run(report, gpu.rows["gpu"])),
         gpu_missing=gpu.missing,
         gpu_doubt=gpu.missing or _doubt(report, pid),
-        projection=gpu.projection,
-        starved=gpu.starved,
+        **_kept(report, gpu),
         batches=phases.batch_sizes(ranges, steps),
         stalled=osrt.stalled_intervals(report.osrt, pid),
         groups=_groups(report, pid),
         expert_tokens=_expert_tokens(report, pid, segments),
     )
+
+
+def _kept(report: Report, side: gpu_trace.GpuSide) -> dict[str, Any]:
+    """The fields of a RankTrace that tell of GPUs, which are told apart from those of other reports."""
+    fields = side.kept()
+    rows = fields["gpu"]
+    return fields if rows is None else fields | {"gpu": rows.assign(gpu=_of_run(report, rows["gpu"]))}
 
 
 def _of_run(report: Report, gpu: pd.Series[str]) -> pd.Series[str]:

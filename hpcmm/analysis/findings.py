@@ -37,6 +37,12 @@ CAUSES = {
     "imbalance": "imbalance without a culprit",
     "gpu_host": "GPU idle: the host launches late",
     "gpu_sync": "GPU idle: the host waits for it first",
+    "gpu_data": "GPU idle: the host loads data",
+    "gpu_os": "GPU idle: the host is in the OS",
+    "gpu_code": "GPU idle: other code of the host",
+    "gpu_mpi": "GPU idle: the host is in MPI",
+    "gpu_cuda": "GPU idle: the host is in long CUDA calls",
+    "gpu_gap": "one long GPU gap",
     "gpu_order": "GPU idle between kernels",
     "gpu_copy": "copies without computation",
     "gpu_wait": "imbalance between GPUs",
@@ -90,13 +96,15 @@ class Finding:
     several: bool = False
     """Whether it names several ranks, which no column can hold."""
     moves: str = ""
-    """Of a transfer: what moves, as :mod:`hpcmm.analysis.parallelism` names it. Of a stage: what to move."""
+    """Of a transfer: what moves, as :mod:`hpcmm.analysis.parallelism` names it. Of a stage: what to move. Of copies: as
+    :func:`hpcmm.analysis.copies.what_moves` names it."""
     bound: str = ""
     """Of a transfer: ``latency`` or ``bandwidth``; empty if the data do not tell."""
     is_in_node: bool = False
     """Of a transfer: no group of it spans nodes."""
     function: str = ""
-    """Of a rank that works longer than its peers: the OS call in which it does."""
+    """Of a rank that works longer than its peers: the OS call in which it does. Of a GPU that waits for its host: the
+    call in which the host is most of that time."""
     is_single: bool = False
     """Of a transfer: it is one message a step, which can be joined to no other."""
     step_bytes: float = 0.0
@@ -146,6 +154,10 @@ class AnalysisContext:
     """Ranks of the job, read or not."""
     gpu: pd.DataFrame
     """The table ``gpu``; empty if no GPU activity was traced."""
+    idle: pd.DataFrame
+    """The table ``idle``."""
+    copies: pd.DataFrame
+    """The table ``copies``."""
 
     @property
     def period_s(self) -> float:

@@ -7,45 +7,64 @@ waiting in collectives, which nothing else tells of then, gets a row as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from hpcmm.analysis import copies, idle
 from hpcmm.analysis.findings import CAUSES, LOW, MEDIUM, Finding
 from hpcmm.analysis.gpu_trace import counted
 from hpcmm.analysis.process_groups import Unseen
+from hpcmm.reports.report import CUDA_CALL, MPI, SYNCHRONISING
 
 EVERYBODY = Unseen(0, 0)
 ONE_IS_LATE = 2 / 3
 """A device is named for the waiting of the others when it comes last in so much of it."""
-_LOST = {
+_OF_HOST = {
+    "gpu_data": "idle while the host loads data",
+    "gpu_os": "idle while the host is in calls into the OS",
+    "gpu_code": "idle in long gaps while the host runs code of its own",
+    "gpu_mpi": "idle while the host is in MPI",
+    "gpu_cuda": "idle while the host is in long CUDA calls that wait for nothing",
     "gpu_host": "idle until the host has launched more",
-    "gpu_sync": "idle after the host had waited for the device (a synchronising call, or a copy that is none too)",
+    "gpu_sync": "idle while the host is in a call that waits for the device",
+    "gpu_gap": "idle in a gap that comes once",
+}
+"""Kinds of idle time that end with a launch of the host."""
+_LOST = {
+    **_OF_HOST,
     "gpu_order": "idle although more was launched in time",
     "gpu_copy": "copying, with no kernel beside it",
 }
+LONG_GAP_S = 0.01
+"""Gaps that are so long, as a mean, do not come from launching alone."""
+_DEVICE = ["rank", "node", "pid", "device"]
+_BY_CAUSE = {SYNCHRONISING: "gpu_sync", MPI: "gpu_mpi", CUDA_CALL: "gpu_cuda", idle.OS_CALL: "gpu_os"}
+MOST_TOLD = 3
+"""Functions and ranges that a sentence names."""
 
 
 def per_device(gpu: pd.DataFrame) -> pd.DataFrame:
     """Seconds of a step (of the capture where ``gpu`` has no steps) that each device spends, by kind of loss.
 
-    Columns rank, node, pid, device, span_s, the kinds of :data:`_LOST`, ``gpu_comm``, ``gpu_wait`` and ``compute``.
+    Columns rank, node, pid, device, span_s, ``idle``, ``host`` (idle until the host launches), ``gpu_order``,
+    ``gpu_copy``, ``gpu_comm``, ``gpu_wait`` and ``compute``.
     """
     chosen = counted(gpu)
     exposed = chosen["exposed_comm_s"]
     waited = chosen["comm_wait_s"].clip(upper=exposed)
-    seconds = chosen[["rank", "node", "pid", "device", "span_s"]].assign(
-        gpu_host=chosen["idle_host_s"] - chosen["idle_sync_s"],
-        gpu_sync=chosen["idle_sync_s"],
+    seconds = chosen[[*_DEVICE, "span_s"]].assign(
+        idle=chosen["idle_s"],
+        host=chosen["idle_host_s"],
         gpu_order=chosen["idle_other_s"],
         gpu_copy=_copying_alone(chosen),
         gpu_comm=exposed - waited,
         gpu_wait=waited,
         compute=chosen["compute_s"],
     )
-    means: pd.DataFrame = seconds.groupby(["rank", "node", "pid", "device"], as_index=False).mean()
+    means: pd.DataFrame = seconds.groupby(_DEVICE, as_index=False).mean()
     return means
 
 
@@ -55,50 +74,185 @@ def _copying_alone(gpu: pd.DataFrame) -> pd.Series[float]:
     return (gpu["span_s"] - known).clip(lower=0.0)
 
 
-def in_steps(gpu: pd.DataFrame, accounted_s: float) -> list[Finding]:
-    """What all GPUs lose in each step. ``accounted_s`` a step is idle time that other rows explain (loading, say)."""
+def host_kinds(table: pd.DataFrame, *, in_steps: bool) -> pd.DataFrame:
+    """The rows of ``idle`` that count, in which the host is late, with the kind of loss that each is.
+
+    Those of the steps but the first, or of a capture without steps all.
+    """
+    scopes = [idle.STEPS] if in_steps else [idle.OUTSIDE_STEPS, idle.ONCE]
+    rows = table[table["scope"].isin(scopes) & table["cause"].isin(idle.HOST_CAUSES)]
+    long = rows["gaps_s"] >= LONG_GAP_S * rows["gaps"]
+    kind = rows["cause"].map(_BY_CAUSE).fillna(long.map({True: "gpu_code", False: "gpu_host"}))
+    loads = rows["loading"].astype(bool) & ~kind.isin(["gpu_sync", "gpu_mpi"])
+    kind = kind.mask(loads, "gpu_data").mask(rows["scope"] == idle.ONCE, "gpu_gap")
+    return rows.assign(kind=kind)
+
+
+def _with_kinds(devices: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """``devices`` with a column for each of _OF_HOST: what ``rows`` say of the idle time until the host launches."""
+    by_kind = rows.pivot_table(index=_DEVICE, columns="kind", values="idle_s", aggfunc="sum", observed=True)
+    by_kind = by_kind.reindex(columns=list(_OF_HOST)).reindex(pd.MultiIndex.from_frame(devices[_DEVICE])).fillna(0.0)
+    whole = by_kind.sum(axis=1).to_numpy(float)
+    # A device whose gaps nothing tells of has them all in the general kind.
+    by_kind.loc[whole <= 0, "gpu_host"] = 1.0
+    shares = by_kind.div(np.where(whole > 0, whole, 1.0), axis=0).to_numpy(float)
+    return devices.assign(**dict(zip(_OF_HOST, (shares * devices["host"].to_numpy(float)[:, None]).T, strict=True)))
+
+
+def in_steps(
+    gpu: pd.DataFrame, idle_rows: pd.DataFrame, copies_rows: pd.DataFrame, own_work: Sequence[Finding]
+) -> list[Finding]:
+    """What all GPUs lose in each step, from the tables ``gpu``, ``idle`` and ``copies``.
+
+    ``own_work`` tells what the hosts did meanwhile by their phases, such as loading, and is not counted again.
+    """
     if gpu.empty or not gpu["step"].notna().any():
         return []
-    devices = per_device(gpu)
-    if devices.empty:
+    rows = host_kinds(idle_rows, in_steps=True)
+    known = per_device(gpu)
+    if known.empty:
         return []
+    devices = _with_kinds(known, rows)
+    loading = sum(finding.lost_s for finding in own_work if finding.kind == "data")
+    others = sum(finding.lost_s for finding in own_work if finding.kind != "data")
+    steps = int(gpu.loc[gpu["step"].notna() & ~gpu["warmup"].astype(bool), "step"].nunique())
     found = []
     for kind in _LOST:
         # The lower median: what one device has more of makes its rank late, and counts there.
         lost = float(np.sort(devices[kind])[(len(devices) - 1) // 2])
-        if kind == "gpu_host":
-            lost = max(0.0, lost - accounted_s)
-        found.append(_finding(kind, lost, devices, gpu, "a step"))
+        if kind == "gpu_data":
+            lost, loading = max(0.0, lost - loading), max(0.0, loading - lost)
+            others += loading
+        elif kind in _OF_HOST and kind != "gpu_sync":
+            lost, others = max(0.0, lost - others), max(0.0, others - lost)
+        about = _Told(rows, copies_rows, "a step", len(devices) * max(steps, 1))
+        found.append(_finding(kind, lost, devices, gpu, about))
     return found
 
 
-def of_capture(gpu: pd.DataFrame, collectives: pd.DataFrame, unseen: Unseen = EVERYBODY) -> list[Finding]:
+def of_capture(tables: Mapping[str, pd.DataFrame], unseen: Unseen = EVERYBODY) -> list[Finding]:
     """What the GPUs of a capture without steps lose, of the whole of it, as a mean over devices.
 
-    ``unseen``: ranks that these may wait for, although no report shows them.
+    From the tables ``gpu``, ``idle``, ``copies``, ``kernels`` and ``collectives``. ``unseen``: ranks that these may
+    wait for, although no report shows them.
     """
+    gpu = tables["gpu"]
     if gpu.empty:
         return []
-    devices = per_device(gpu)
-    found = [_finding(kind, float(devices[kind].mean()), devices, gpu, "in all") for kind in _LOST]
-    found.append(_communication(devices, unseen))
-    found.append(_waiting(devices, collectives, unseen))
+    rows = host_kinds(tables["idle"], in_steps=False)
+    devices = _with_kinds(per_device(gpu), rows)
+    about = _Told(rows, tables["copies"], "in all", len(devices))
+    found = [_finding(kind, float(devices[kind].mean()), devices, gpu, about) for kind in _LOST]
+    found.append(_communication(devices, tables["kernels"], unseen))
+    found.append(_waiting(devices, tables["collectives"], unseen))
     return found
 
 
-def _finding(kind: str, lost: float, devices: pd.DataFrame, gpu: pd.DataFrame, each: str) -> Finding:
+class _Told(NamedTuple):
+    """What the evidence of a finding is made of."""
+
+    rows: pd.DataFrame
+    """As :func:`host_kinds` gives them."""
+    copies: pd.DataFrame
+    each: str
+    per: int
+    """Devices, times the steps if there are any: what seconds of ``rows`` are divided by."""
+
+
+def _finding(kind: str, lost: float, devices: pd.DataFrame, gpu: pd.DataFrame, about: _Told) -> Finding:
     most = devices.iloc[int((devices[kind] / devices["span_s"]).to_numpy(float).argmax())]
-    told = f"GPUs are {_LOST[kind]}: {lost:.3g} s {each}; most of all {device_name(most)}, {_share(most, kind)}"
+    told = f"GPUs are {_LOST[kind]}: {lost:.3g} s {about.each}; most of all {device_name(most)}, {_share(most, kind)}"
+    function, moves, pointer = "", "", _rows(most)
+    own = about.rows[about.rows["kind"] == kind]
     if kind == "gpu_order":
         by_cause = gpu.groupby("idle_other_cause")["idle_other_s"].sum()
         told += f"; most of it is {by_cause.idxmax()}"
-    return Finding(kind, CAUSES[kind], lost, None, "", "", told, MEDIUM, _rows(most))
+    elif kind == "gpu_copy":
+        mine = about.copies[_of_device(about.copies, most)]
+        told += copies.in_words(mine)
+        moves = copies.what_moves(mine)
+    elif kind == "gpu_gap" and len(own):
+        told = _single_gap(own, devices, gpu)
+        pointer = f"idle: scope={idle.ONCE}"
+    elif len(own):
+        function = str(_longest(own, "idle_s")["what"])
+        told += _split(about) + _largest(own)
+        pointer = _rows(most).replace("gpu:", "idle:")
+    return Finding(kind, CAUSES[kind], lost, None, "", "", told, MEDIUM, pointer, moves=moves, function=function)
 
 
-def _communication(devices: pd.DataFrame, unseen: Unseen) -> Finding:
+def _of_device(table: pd.DataFrame, device: pd.Series) -> pd.Series:
+    return pd.Series((table[["rank", "pid", "device"]] == device[["rank", "pid", "device"]]).all(axis=1), dtype=bool)
+
+
+def _doing(rows: pd.DataFrame) -> pd.Series:
+    """What the host is in, in words."""
+    own = (
+        rows["cause"]
+        .map({idle.UNTRACED_CODE: "its own code or OS calls, which were not traced"})
+        .fillna("its own code")
+    )
+    return own.where(rows["what"] == "", rows["what"] + "()")
+
+
+def _split(about: _Told) -> str:
+    """What the host does while GPUs wait for it: functions and ranges."""
+    rows = about.rows[about.rows["kind"] != "gpu_gap"]
+    whole, functions = float(rows["idle_s"].sum()), rows.groupby(_doing(rows))["idle_s"].sum()
+    synchronising = float(rows.loc[rows["cause"] == SYNCHRONISING, "idle_s"].sum())
+    ranges = rows[rows["range"] != ""].groupby("range")["idle_s"].sum()
+    told = f"; of {whole / about.per:.3g} s in which they wait for the host, {_most_of(functions, about.per)}"
+    share = f"{synchronising / about.per:.3g} s" if synchronising > 0 else "nothing"
+    told += f"; {share} of it is in calls that wait for the device"
+    return told + (f"; by ranges, {_most_of(ranges, about.per)}" if len(ranges) else "")
+
+
+def _most_of(seconds: pd.Series, count: int) -> str:
+    most = seconds.nlargest(MOST_TOLD)
+    return ", ".join(f"{value / count:.3g} s in {name}" for name, value in most.items())
+
+
+def _longest(rows: pd.DataFrame, column: str) -> pd.Series:
+    return rows.iloc[int(rows[column].to_numpy(np.float64).argmax())]
+
+
+def _largest(own: pd.DataFrame) -> str:
+    """How many gaps hold most of it, and the longest of them."""
+    row = _longest(own, "idle_s")
+    what = f"{row['what']}()" if row["what"] else "this"
+    where = f" in range {row['range']}" if row["range"] else ""
+    gaps = f"{row['gaps']} gap{'s' if row['gaps'] > 1 else ''}"
+    return f"; {what}{where} is in {gaps} of {device_name(row)}, for {row['largest_s']:.3g} s at the most"
+
+
+def _single_gap(own: pd.DataFrame, devices: pd.DataFrame, gpu: pd.DataFrame) -> str:
+    """The longest gap that comes once: where it lies, what the host did, and what the rest of the capture loses."""
+    row = _longest(own, "largest_gap_s")
+    device = gpu[_of_device(gpu, row)].iloc[0]
+    after = max(0.0, float(row["largest_start_s"] - device["start_s"]))
+    gaps = own.groupby(_DEVICE)["largest_start_s"].nunique()
+    told = (
+        f"one gap of {row['largest_gap_s']:.3g} s on {device_name(row)}, {after:.3g} s after its first activity"
+        f"{', before range ' + row['before'] if row['before'] else ''}"
+    )
+    if int(gaps.sum()) > 1:
+        told += f"; with others that come once, {int(gaps.sum())} gaps on {len(gaps)} GPU{'s' if len(gaps) > 1 else ''}"
+    told += f"; meanwhile the host spends {_most_of(own.groupby(_doing(own))['idle_s'].sum(), len(devices))}"
+    ranges = own[own["range"] != ""].groupby("range")["idle_s"].sum()
+    told += f"; by ranges, {_most_of(ranges, len(devices))}" if len(ranges) else ""
+    rest = float((devices["span_s"] - devices["gpu_gap"]).mean())
+    late = float((devices["idle"] - devices["gpu_gap"]).mean())
+    return told + f"; without it GPUs are idle for {late / rest if rest > 0 else 0.0:.1%} of the other {rest:.3g} s"
+
+
+def _communication(devices: pd.DataFrame, kernels: pd.DataFrame, unseen: Unseen) -> Finding:
     lost = float(devices["gpu_comm"].mean())
     most = devices.iloc[int((devices["gpu_comm"] / devices["span_s"]).to_numpy(float).argmax())]
-    told = f"NCCL's kernels run {lost:.3g} s in all with no computation beside them, {_most(most, 'gpu_comm')}"
+    told = (
+        f"kernels that communicate run {lost:.3g} s in all with no computation beside them, {_most(most, 'gpu_comm')}"
+    )
+    names = kernels[kernels["communication"].astype(bool)].groupby("name")["total_s"].sum()
+    told += f"; in all {_most_of(names, len(devices))}" if len(names) else ""
     if unseen.missing > 0:
         told += f"; {unseen} have no report, so that transfer cannot be told from waiting for them"
         return Finding("unseen", CAUSES["unseen"], lost, None, "", "", told, LOW, _rows(most))
@@ -146,11 +300,8 @@ def excess(gpu: pd.DataFrame, rank: int) -> str:
     own, peers = devices[devices["rank"] == rank], devices[devices["rank"] != rank]
     if own.empty or peers.empty:
         return ""
-    kinds = {"computes": ["compute"], "is idle": ["gpu_host", "gpu_sync", "gpu_order"], "copies": ["gpu_copy"]}
-    more = {
-        what: float(own[columns].sum(axis=1).mean() - peers[columns].sum(axis=1).median())
-        for what, columns in kinds.items()
-    }
+    kinds = {"computes": "compute", "is idle": "idle", "copies": "gpu_copy"}
+    more = {what: float(own[column].mean() - peers[column].median()) for what, column in kinds.items()}
     most = max(more, key=lambda what: more[what])
     return f"its GPU {most} {more[most]:.3g} s a step longer than its peers'" if more[most] > 0 else ""
 
@@ -170,3 +321,8 @@ def _rows(row: pd.Series) -> str:
 def span_s(gpu: pd.DataFrame) -> float:
     """Mean over devices of what stands for the step of a capture without steps."""
     return float(per_device(gpu)["span_s"].mean()) if len(gpu) else 0.0
+
+
+def repeated_s(gpu: pd.DataFrame, findings: Sequence[Finding]) -> float:
+    """What is left of :func:`span_s` without gaps that come once."""
+    return span_s(gpu) - sum(finding.lost_s for finding in findings if finding.kind == "gpu_gap")

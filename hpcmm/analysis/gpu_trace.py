@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import completeness, nccl, phases
+from hpcmm.analysis import completeness, copies, idle, nccl, phases
+from hpcmm.analysis.idle import Host
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times
-from hpcmm.analysis.nccl import is_nccl
+from hpcmm.analysis.nccl import is_communication
 from hpcmm.analysis.projection import aggregate
 from hpcmm.analysis.trace import OUTSIDE, RankTrace
 from hpcmm.reports.report import COPY, GRAPH, KERNEL, SET, UNKNOWN, CudaEvents
@@ -47,8 +48,6 @@ class DeviceTime:
     memory: IntervalSet
     overlap: IntervalSet
     idle: dict[str, IntervalSet]
-    idle_sync: IntervalSet
-    """What of idle[HOST] began while the host waited for the device."""
 
     @property
     def gaps(self) -> IntervalSet:
@@ -60,30 +59,20 @@ class DeviceTime:
 
     def without(self, other: IntervalSet) -> DeviceTime:
         """The same with nothing idle in ``other``."""
-        idle = {cause: each.subtract(other) for cause, each in self.idle.items()}
-        return replace(self, idle=idle, idle_sync=self.idle_sync.subtract(other))
+        return replace(self, idle={cause: each.subtract(other) for cause, each in self.idle.items()})
 
 
-def device_time(
-    activities: pd.DataFrame, low_ns: int, high_ns: int, synchronisations: IntervalSet | None = None
-) -> DeviceTime:
-    """Sort the time of one device, whose ``activities`` are sorted by start, into sets; idle within [low, high).
-
-    ``synchronisations``: when the host waited for the device.
-    """
+def device_time(activities: pd.DataFrame, low_ns: int, high_ns: int) -> DeviceTime:
+    """Sort the time of one device, whose ``activities`` are sorted by start, into sets; idle within [low, high)."""
     start, end = activities["start_ns"].to_numpy(np.int64), activities["end_ns"].to_numpy(np.int64)
     kind = activities["kind"].to_numpy(str)
-    nccl = is_nccl(activities)
-    compute = _union(start, end, np.isin(kind, [KERNEL, GRAPH]) & ~nccl)
-    comm = _union(start, end, nccl)
+    communication = is_communication(activities)
+    compute = _union(start, end, np.isin(kind, [KERNEL, GRAPH]) & ~communication)
+    comm = _union(start, end, communication)
     memory = _union(start, end, np.isin(kind, [COPY, SET]))
     busy = IntervalSet.union_of(start, end)
     whole = IntervalSet.union_of([low_ns], [high_ns])
-    idle = _by_cause(whole.subtract(busy), activities)
-    waited = synchronisations or IntervalSet.empty()
-    begun = waited.covered_within(idle[HOST].start_ns - 1, idle[HOST].start_ns + 1) > 0
-    after = IntervalSet(idle[HOST].start_ns[begun], idle[HOST].end_ns[begun])
-    return DeviceTime(compute, comm, memory, compute.intersect(comm), idle, after)
+    return DeviceTime(compute, comm, memory, compute.intersect(comm), _by_cause(whole.subtract(busy), activities))
 
 
 def _union(start: Times, end: Times, chosen: npt.NDArray[np.bool_]) -> IntervalSet:
@@ -118,42 +107,49 @@ class NotIdle:
     """When other processes used the same GPU, by device."""
 
 
-def gpu_rows(
-    activities: pd.DataFrame,
-    steps: pd.DataFrame,
-    synchronisations: IntervalSet | None = None,
-    not_idle: NotIdle | None = None,
-) -> pd.DataFrame:
+class GpuRows(NamedTuple):
+    """What is kept of the GPUs of a process: ``rows`` (GPU_COLUMNS), and the rows of the modules of these names."""
+
+    rows: pd.DataFrame
+    idle: pd.DataFrame
+    copies: pd.DataFrame
+    kernels: pd.DataFrame
+
+
+def gpu_rows(activities: pd.DataFrame, steps: pd.DataFrame, host: Host, not_idle: NotIdle | None = None) -> GpuRows:
     """One row a device and step of a process (GPU_COLUMNS), and one a device for what lies outside its steps.
 
     ``activities`` are those of the process, ``steps`` its steps on the host. Without steps there is one row a device,
-    from its first activity to its last. The columns idle_0_ns ... are in the order of :data:`CAUSES`.
+    from its first activity to its last. The columns idle_0_ns ... are in the order of :data:`CAUSES`. Idle time, copies
+    and kernels are by device.
     """
-    frames = [
-        _device_rows(int(str(device)), own.reset_index(drop=True), steps, synchronisations, not_idle or NotIdle())
+    found = [
+        _device_rows(int(str(device)), own.reset_index(drop=True), steps, host, not_idle or NotIdle())
         for device, own in activities.groupby("device", sort=True)
     ]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=GPU_COLUMNS)
+    columns = (GPU_COLUMNS, idle.COLUMNS, copies.COLUMNS, KERNEL_COLUMNS)
+    return GpuRows(
+        *(
+            pd.concat(frames, ignore_index=True)[names] if frames else pd.DataFrame(columns=names)
+            for names, *frames in zip(columns, *found, strict=True)
+        )
+    )
 
 
-def _device_rows(
-    device: int,
-    activities: pd.DataFrame,
-    steps: pd.DataFrame,
-    synchronisations: IntervalSet | None,
-    not_idle: NotIdle,
-) -> pd.DataFrame:
+def _device_rows(device: int, activities: pd.DataFrame, steps: pd.DataFrame, host: Host, not_idle: NotIdle) -> GpuRows:
     start, end = step_windows(activities, steps)
     low = min(int(activities["start_ns"].min()), int(start.min(initial=np.iinfo(np.int64).max)))
     high = max(int(activities["end_ns"].max()), int(end.max(initial=0)))
-    time = device_time(activities, low, high, synchronisations)
+    time = device_time(activities, low, high)
     shared = time.gaps.intersect(not_idle.others.get(device, IntervalSet.empty()))
     untraced = time.gaps.intersect(not_idle.untraced).subtract(shared)
     time = time.without(shared).without(untraced)
     whole_graphs = activities[activities["kind"] == GRAPH]
     graphs = IntervalSet.union_of(whole_graphs["start_ns"], whole_graphs["end_ns"])
+    windows = pd.DataFrame({"step": steps["step"], "start_ns": start, "end_ns": end}, dtype=np.int64)
+    explained = idle.split(time.idle, HOST, activities, host, windows)
     busy = (time.compute, time.comm, time.memory, time.overlap)
-    sets = (*busy, *time.idle.values(), time.idle_sync, graphs, shared, untraced)
+    sets = (*busy, *time.idle.values(), explained.synchronising, graphs, shared, untraced)
     within = np.stack([each.covered_within(start, end) for each in (IntervalSet.union_of([low], [high]), *sets)])
     whole = np.array([high - low, *(each.total_ns for each in sets)])
     # Windows are disjoint, so what is left lies outside every step.
@@ -164,7 +160,12 @@ def _device_rows(
     )
     frame.insert(0, "step", number)
     frame.insert(0, "device", device)
-    return frame[(frame["step"] != OUTSIDE) | (frame["span_ns"] > 0)]
+    return GpuRows(
+        frame[(frame["step"] != OUTSIDE) | (frame["span_ns"] > 0)],
+        explained.rows.assign(device=device),
+        copies.of_device(activities, time.compute, time.comm),
+        kernel_rows(activities).assign(device=device),
+    )
 
 
 def step_windows(activities: pd.DataFrame, steps: pd.DataFrame) -> tuple[Times, Times]:
@@ -194,21 +195,28 @@ class HostSide:
     collectives: pd.DataFrame
     """From the ranges of domain hpcmm.comm, with the thread that they began on as tid."""
     blocked: IntervalSet | None
+    osrt: pd.DataFrame
+    """OS calls of the report."""
     lost_gpu_records: bool = False
     """Whether nsys says that records of GPUs were lost, or may have been."""
 
 
 class GpuSide(NamedTuple):
-    """What changes once they have been: ``rows`` and ``projection`` are None without GPU activity."""
+    """What changes once they have been: the fields but the first two are None without GPU activity."""
 
     collectives: pd.DataFrame
     blocked: IntervalSet | None
-    rows: pd.DataFrame | None = None
+    found: GpuRows | None = None
     projection: pd.DataFrame | None = None
     starved: IntervalSet | None = None
     """When all its devices were idle because the host had not launched more."""
     missing: str = ""
     """Which records of its GPUs are missing, in words."""
+
+    def kept(self) -> dict[str, Any]:
+        """The fields of a RankTrace that tell of GPUs."""
+        rows = {} if self.found is None else self.found._asdict()
+        return {"gpu": rows.pop("rows", None), "projection": self.projection, "starved": self.starved, **rows}
 
 
 def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
@@ -229,18 +237,19 @@ def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
     of_all = cuda.activities[cuda.activities["pid"] == host.pid]
     calls = cuda.calls[cuda.calls["pid"] == host.pid]
     untraced = completeness.untraced(of_all, calls, host.steps, host.lost_gpu_records)
-    collective = is_nccl(cuda.activities)
+    collective = nccl.is_nccl(cuda.activities)
     sharing = {
         int(device): completeness.sharing(cuda.activities, collective, host.pid, int(device))
         for device in activities["device"].unique()
     }
     not_idle = NotIdle(untraced, {device: found.others for device, found in sharing.items()})
-    rows = gpu_rows(activities, host.steps, _synchronisations(cuda, host.pid), not_idle)
+    gpus = {device: shared.gpu for device, shared in sharing.items()}
+    found = gpu_rows(activities, host.steps, idle.host_of(cuda, host.osrt, host.pid), not_idle)
     return GpuSide(
         collectives=collectives.sort_values("start_ns", kind="stable", ignore_index=True),
         blocked=_blocked(host.blocked, collectives, activities),
-        rows=rows.assign(gpu=rows["device"].map({device: found.gpu for device, found in sharing.items()})),
         projection=aggregate(cuda, host.pid),
+        found=found._replace(rows=found.rows.assign(gpu=found.rows["device"].map(gpus))),
         starved=_starved(activities, host.steps, not_idle),
         missing=completeness.in_words(untraced, of_all, calls, host.steps),
     )
@@ -254,11 +263,6 @@ def _starved(activities: pd.DataFrame, steps: pd.DataFrame, not_idle: NotIdle) -
         idle = device_time(own.reset_index(drop=True), low, high).idle[HOST]
         whole = whole.intersect(idle.subtract(not_idle.others.get(int(str(device)), IntervalSet.empty())))
     return whole.subtract(not_idle.untraced)
-
-
-def _synchronisations(cuda: CudaEvents, pid: int) -> IntervalSet:
-    own = cuda.synchronisations[cuda.synchronisations["pid"] == pid]
-    return IntervalSet.union_of(own["start_ns"], own["end_ns"])
 
 
 def _placed(collectives: pd.DataFrame, kernels: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
@@ -368,3 +372,45 @@ def _in_seconds(trace: RankTrace, gpu: pd.DataFrame, waited_ns: npt.NDArray[np.f
         idle_other_cause=np.where(other.sum(axis=1) > 0, cause, ""),
         **{name: np.asarray(values, dtype=np.float64) / NS_PER_S for name, values in seconds.items()},
     )
+
+
+KERNEL_COLUMNS = ["device", "name", "calls", "total_ns", "time_share", "communication"]
+MOST_KERNELS, OTHER_KERNELS = 100, "(other kernels)"
+
+
+def kernel_rows(activities: pd.DataFrame) -> pd.DataFrame:
+    """The kernels of one device by name (KERNEL_COLUMNS), longest in all first; beyond MOST_KERNELS they are summed."""
+    kernels = activities[activities["kind"].isin([KERNEL, GRAPH])]
+    frame = pd.DataFrame(
+        {
+            "name": kernels["name"].astype(object).where(kernels["kind"] == KERNEL, "(CUDA graph)"),
+            "communication": is_communication(activities)[activities["kind"].isin([KERNEL, GRAPH])],
+            "total_ns": kernels["end_ns"] - kernels["start_ns"],
+        }
+    )
+    totals = frame.groupby("name")["total_ns"].sum().reset_index()
+    most = set(totals.sort_values("total_ns", ascending=False)["name"].head(MOST_KERNELS))
+    frame["name"] = frame["name"].where(frame["name"].isin(most), OTHER_KERNELS)
+    table = frame.groupby(["name", "communication"], as_index=False).agg(
+        calls=("total_ns", "size"), total_ns=("total_ns", "sum")
+    )
+    table["time_share"] = table["total_ns"] / max(int(table["total_ns"].sum()), 1)
+    return table.assign(device=0).sort_values("total_ns", ascending=False, kind="stable")[KERNEL_COLUMNS]
+
+
+KERNELS_TABLE_COLUMNS = ["rank", "node", "pid", "device", "name", "calls", "total_s", "time_share", "communication"]
+
+
+def kernels_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
+    """The ``kernels`` table (KERNELS_TABLE_COLUMNS), longest in all first within a device."""
+    frames = [
+        trace.kernels.assign(
+            rank=trace.rank, node=trace.node, pid=trace.pid, total_s=trace.kernels["total_ns"] / NS_PER_S
+        )
+        for trace in traces
+        if trace.kernels is not None and len(trace.kernels)
+    ]
+    if not frames:
+        return pd.DataFrame(columns=KERNELS_TABLE_COLUMNS)
+    table = pd.concat(frames, ignore_index=True)
+    return table.sort_values(["rank", "device"], kind="stable", ignore_index=True)[KERNELS_TABLE_COLUMNS]

@@ -96,4 +96,22 @@ def first_claims(start_ns: Times, end_ns: Times) -> tuple[Times, Times]:
     return start, np.maximum(end_ns, start)
 
 
+def highest_covering(low: npt.NDArray[np.intp], high: npt.NDArray[np.intp], count: int) -> npt.NDArray[np.intp]:
+    """For each of ``count`` positions the last of the stretches [low, high) that hold it, -1 if none does.
+
+    Every stretch marks two stretches whose length is a power of two; marks are then handed down by halves.
+    """
+    found = np.full(count, -1, dtype=np.intp)
+    level = np.where(high > low, np.frexp(np.maximum(high - low, 1))[1] - 1, -1)
+    for power in range(int(level.max(initial=-1)), -1, -1):
+        mine = np.flatnonzero(level == power)
+        np.maximum.at(found, low[mine], mine)
+        np.maximum.at(found, high[mine] - (1 << power), mine)
+        half = (1 << power) >> 1
+        if half:
+            marks = found.copy()
+            np.maximum(found[half:], marks[: count - half], out=found[half:])
+    return found
+
+
 NS_PER_S = 1e9

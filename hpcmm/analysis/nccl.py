@@ -87,6 +87,41 @@ def is_nccl(activities: pd.DataFrame) -> npt.NDArray[np.bool_]:
     return (activities["kind"] == KERNEL).to_numpy(np.bool_) & named
 
 
+_OTHERS = re.compile(
+    r"""cross_device_reduce | all_?reduce | all_?gather | reduce_?scatter | all_?to_?all
+    | multimem_ | symm(?:etric)?_mem | nvshmem
+    | k?userbuffers_ | msccl | rccl\w*kernel | moe_?(?:a2a|comm) | (?:^|::|_)(?:ucc|ucx|ucp|uct|mpix?|mpir)_
+    | ^(?:(?:deep_ep|dpsk::ep|uccl|pplx|mori)\b|deep_?ep\w*::)(?!.*get_dispatch_layout)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Kernels of other libraries that communicate: vLLM's, SGLang's and TensorRT-LLM's own all-reduces, PyTorch's symmetric
+memory, NVSHMEM, DeepEP and its like, MSCCL++, Transformer Engine's user buffers, UCX and MPI."""
+_COMPUTES = re.compile(
+    r"(?:warp|block|thread|cta|lane|group)_?(?:all_?reduce|all_?gather)|^triton_(?:poi|per|red|tem|for|mm|bmm)_|gemm|matmul"
+    r"|atten|attn|fmha|softmax",
+    re.IGNORECASE,
+)
+"""... but not these: reductions within a GPU, kernels that the Inductor names after what it has fused, and kernels that
+compute while they communicate."""
+_OF_EXPERTS = re.compile(r"(?:cached_)?(?:notify_)?(?:dispatch|combine)")
+"""DeepEP's kernels without their namespace. Others are called so, too: they count beside other communication only."""
+
+
+def communicates(name: str) -> bool:
+    """Whether a kernel's name says that it exchanges data with other GPUs."""
+    return kernel_op(name) is not None or bool(_OTHERS.search(name) and not _COMPUTES.search(name))
+
+
+def is_communication(activities: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Which of ``activities`` are kernels of NCCL or of another library that exchange data with other GPUs."""
+    kernel = (activities["kind"] == KERNEL).to_numpy(np.bool_)
+    named = np.array(_of_name(activities, communicates) == np.True_, dtype=np.bool_)
+    if not (kernel & named).any():
+        return kernel & named
+    of_experts = _of_name(activities, lambda name: bool(_OF_EXPERTS.fullmatch(name)))
+    return kernel & (named | np.array(of_experts == np.True_, dtype=np.bool_))
+
+
 def nccl_kernels(activities: pd.DataFrame) -> pd.DataFrame:
     """The NCCL kernels among ``activities``, with their operation as ``op``."""
     kernels = activities[is_nccl(activities)]

@@ -5,7 +5,7 @@ It is pure: :mod:`hpcmm.analyze.analysis` reads the reports and hands over what 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -14,7 +14,9 @@ import pandas as pd
 from hpcmm.analysis import (
     bottlenecks,
     collectives,
+    copies,
     gpu_trace,
+    idle,
     nccl,
     osrt,
     parallelism,
@@ -110,13 +112,13 @@ def study(
     @cache
     def context() -> AnalysisContext:
         progress("finding bottlenecks", 0, 1)
-        return bottlenecks.gather(traces, rows, steps, inventory.expected_ranks, made["gpu"])
+        return bottlenecks.gather(traces, rows, steps, inventory.expected_ranks, made)
 
     def ranked() -> pd.DataFrame:
         findings, whole_s = bottlenecks.find(context()) if len(steps.numbers) else [], steps.mean_s
         if not len(steps.numbers):
             unseen = process_groups.unseen_ranks(rows, traces, inventory.expected_ranks)
-            findings = bottlenecks.find_without_steps(made["gpu"], made["collectives"], unseen, gpu_doubt(traces))
+            findings = bottlenecks.find_without_steps(made, unseen, gpu_doubt(traces))
             whole_s = span_s(made["gpu"])
         advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
         return bottlenecks.table(findings, whole_s, advice)
@@ -135,7 +137,7 @@ def study(
             "comm_bytes": lambda: collectives.bytes_table(made["collectives"], steps.warmup_number),
             "comm_wait": lambda: comm_wait(context()),
             "gpu": lambda: gpu_trace.gpu_table(traces, rows, steps.warmup_number),
-            "projection": lambda: projection.projection_table(traces),
+            **_of_gpus(traces),
             "delays": lambda: time_tables.delays_table(context()),
             "startup": lambda: startup_table(record.startup, _first_steps(inventory, record)),
             "clock": lambda: clock.table,
@@ -158,6 +160,15 @@ def study(
         ranges=user_ranges.in_words([fact.adopted for fact, _ in inventory.used if fact.adopted is not None]),
         line_to_add=step_line(record.framework) if (inventory.table["status"] == NO_STEPS).any() else "",
     )
+
+
+def _of_gpus(traces: Sequence[RankTrace]) -> dict[str, Callable[[], pd.DataFrame]]:
+    return {
+        "idle": lambda: idle.idle_table(traces),
+        "copies": lambda: copies.copies_table(traces),
+        "kernels": lambda: gpu_trace.kernels_table(traces),
+        "projection": lambda: projection.projection_table(traces),
+    }
 
 
 def on_one_clock(inventory: ReportInventory) -> tuple[list[RankTrace], CommonClock]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, highest_covering
 from hpcmm.analysis.range_names import without_counters
 from hpcmm.analysis.trace import RankTrace
 from hpcmm.annotate import schema
@@ -194,25 +194,10 @@ def _union_by_owner(
 
 
 def innermost(range_start_ns: Integers, range_end_ns: Integers, stretches: Stretches) -> Integers:
-    """For each activity of ``stretches.order`` the range that owns it and began last, -1 if none does.
-
-    Every range marks two stretches whose length is a power of two; marks are then handed down by halves.
-    """
-    low, high = stretches.low, stretches.high
-    count = len(stretches.order)
-    inner = np.full(count, -1, dtype=np.int64)
+    """For each activity of ``stretches.order`` the range that owns it and began last, -1 if none does."""
     # Of ranges that begin together the longer one is outside.
     precedence = np.lexsort((-range_end_ns, range_start_ns))
-    low, high = low[precedence], high[precedence]
-    level = np.where(high > low, np.frexp(np.maximum(high - low, 1))[1] - 1, -1)
-    for power in range(int(level.max(initial=-1)), -1, -1):
-        mine = np.flatnonzero(level == power)
-        np.maximum.at(inner, low[mine], mine)
-        np.maximum.at(inner, high[mine] - (1 << power), mine)
-        half = (1 << power) >> 1
-        if half:
-            marks = inner.copy()
-            np.maximum(inner[half:], marks[: count - half], out=inner[half:])
+    inner = highest_covering(stretches.low[precedence], stretches.high[precedence], len(stretches.order))
     return np.append(precedence, -1)[inner]
 
 

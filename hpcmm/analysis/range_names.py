@@ -41,8 +41,21 @@ _LONGER = frozenset({"epoch", "epochs", "stage", "phase", "warmup"})
 """Words of a name that holds steps, if it does not name the step as well."""
 
 _LIBRARIES = frozenset(
-    {"cccl", "cublas", "cublaslt", "cudnn", "cudnn8", "cufft", "curand", "cusolver", "cusparse", "cutensor", "mpi"}
-    | {"nccl", "nvshmem", "thrust", "ucx", "ucp", "hpcmm.comm", "hpcmm.capture", "nvtx python gc"}
+    {
+        "cccl",
+        "cub",
+        "cublas",
+        "cublaslt",
+        "cudnn",
+        "cudnn8",
+        "cufft",
+        "curand",
+        "cusolver",
+        "cusparse",
+        "cutensor",
+        "mpi",
+    }
+    | {"nccl", "nvshmem", "nvtx", "rccl", "thrust", "ucx", "ucp", "hpcmm.comm", "hpcmm.capture", "nvtx python gc"}
 )
 """Domains, in lower case, whose ranges tell of a library's calls."""
 
@@ -155,7 +168,8 @@ def matching(name: pd.Series, expression: str) -> npt.NDArray[np.bool_]:
 
 
 _LOADING = frozenset({"data", "dataloader", "dataloading", "fetch", "loader", "loading", "prefetch"})
-_READS = frozenset({"fetch", "get", "load", "next", "read"})
+_READS = frozenset({"fetch", "get", "load", "next", "read", "wait", "waiting"})
+_EXAMPLES = frozenset({"batch", "batches", "example", "examples", "input", "inputs", "sample", "samples"})
 _MOVES = frozenset({"copy", "cuda", "device", "gpu", "parallel", "to", "transfer"})
 _SAVES = frozenset({"checkpoint", "checkpointing", "ckpt"})
 _OPTIMIZER = frozenset({"adam", "adamw", "optim", "optimizer", "sgd"})
@@ -169,7 +183,7 @@ def part_of_a_step(name: str) -> str:
         return ""
     if told & _SAVES and not told & {"activation", "recompute", "forward", "backward"}:
         return "checkpoint"
-    if (told & _LOADING or (told & _READS and told & {"batch", "sample", "samples"})) and not told & _MOVES:
+    if (told & _LOADING or (told & _READS and told & _EXAMPLES) or "__next__" in name) and not told & _MOVES:
         return "data"
     for part, said in (("backward", {"backward", "bwd"}), ("forward", {"forward", "fwd"}), ("optimizer", _OPTIMIZER)):
         if told & said:

@@ -79,11 +79,14 @@ TABLES = (
     "collectives",
     "comm_bytes",
     "comm_wait",
+    "copies",
     "coverage",
     "delays",
     "efficiency",
     "environment",
     "gpu",
+    "idle",
+    "kernels",
     "osrt",
     "phases",
     "phases_summary",
@@ -111,9 +114,9 @@ INTEGERS = frozenset(
         "reports",
     }
     | {"gpu", "sequence", "slowest_rank", "step", "steps", "waited_for_rank", "pid", "device", "kernels", "copies"}
-    | {"open_calls"}
+    | {"open_calls", "large_copies", "gaps"}
 )
-FLAGS = frozenset({"complete", "corrected", "estimators_disagree", "warmup"})
+FLAGS = frozenset({"communication", "complete", "corrected", "estimators_disagree", "loading", "warmup"})
 RATIOS = frozenset({"variation", "load_balance", "load_balance_in_node", "load_balance_between_nodes"})
 
 

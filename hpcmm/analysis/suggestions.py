@@ -12,6 +12,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hpcmm.analysis.findings import Finding
@@ -27,6 +28,8 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
     ``config`` is what decides how the run's ranks ran: its configuration, of it the section ``cluster`` alone where it
     ran a script of the user's, or empty if there is none.
     """
+    if finding.kind == "gpu_data":
+        return suggest(replace(finding, kind="data"), config, cpus, framework)
     trains = bool(config) and set(config) != {"cluster"}
     ours = {"", "gradients"} | ({"sharded parameters"} if _zero_stage(config) > 2 else set())
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
@@ -40,7 +43,7 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
     if finding.kind == "experts":
         return _EVEN_EXPERTS
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
-        return _GPU_ADVICE[finding.kind]
+        return _advice_for_gpus(finding, config)
     if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
         return "see what else uses the cores of this machine: top"
     scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
@@ -239,9 +242,59 @@ _GPU_ADVICE = {
     "gpu_host": "a larger micro-batch, or fewer launches: torch.compile(model, mode='reduce-overhead')",
     "gpu_sync": "no .item(), .cpu(), print or torch.cuda.synchronize() in the step; copies with non_blocking=True",
     "gpu_order": "let streams wait for one another only where they must; fewer, larger kernels: torch.compile(model)",
-    "gpu_copy": "pinned memory and copies beside the computation: DataLoader(pin_memory=True), non_blocking=True",
+    "gpu_copy": "copies beside the computation, on a stream of their own (non_blocking=True), and fewer, larger ones",
+    "gpu_os": "ranges around the parts of the loop (torch.cuda.nvtx.range) tell what the host does in these calls",
+    "gpu_code": "ranges around the parts of the loop (torch.cuda.nvtx.range), or py-spy, tell what code that is",
+    "gpu_mpi": "start communication early and wait for it late (MPI_Isend, MPI_Iallreduce), or NCCL on a stream",
+    "gpu_cuda": "once, before the loop: allocations, pinned buffers, loading of modules (CUDA_MODULE_LOADING=EAGER)",
+    "gpu_gap": "leave it out of the capture, to see more of the loop: nsys profile --capture-range=cudaProfilerApi",
     "gpu_wait": "give each GPU as much to do as the others, by the cost of batches, experts or layers",
 }
+
+
+_COPY_ADVICE = {
+    "offload": "keep more on the GPU (no offload, or of a part), or move it on a stream beside the computation; a "
+    "larger batch for each transfer",
+    "host to device, pageable": "pinned memory and copies beside the computation: DataLoader(pin_memory=True), "
+    "non_blocking=True",
+    "host to device, pinned": "copies beside the computation: non_blocking=True, the next batch on a stream of its own",
+    "device to host, pageable": "fewer copies to the host (.cpu(), .item(), logging), into pinned memory with "
+    "non_blocking=True",
+    "device to host, pinned": "fewer copies to the host (.cpu(), .item(), logging), on a stream of their own",
+    "device to device, device": "fewer copies on the GPU: views instead of .clone(), .contiguous() and torch.cat",
+    "peer to peer, device": "copies between GPUs on a stream of their own; collectives of NCCL for many of them",
+    **dict.fromkeys(
+        ("host to device, managed", "device to host, managed", "device to device, managed"),
+        "prefetch unified memory (cudaMemPrefetchAsync): its pages move when touched; or allocate on the device",
+    ),
+}
+"""By what :func:`hpcmm.analysis.copies.what_moves` tells."""
+_OS_ADVICE = (
+    (re.compile(r"sleep"), "no sleep in the loop: wait for the event itself"),
+    (re.compile(r"^(f|p)?(write|puts|flush|sync|datasync)"), "print, log or save less often, or from another thread"),
+    (re.compile(r"^(wait|fork|vfork|posix_spawn|exec|system|popen)"), "start no child process within the loop"),
+    (
+        re.compile(r"^(p?poll|p?select|epoll|recv|accept|connect|send)"),
+        "the host waits for another process or the network: if that is its data loader, more workers and prefetching",
+    ),
+    (re.compile(r"pthread_|sem_|futex"), "the host waits for another thread of its own: ranges there tell for what"),
+    (re.compile(r"mmap|munmap|madvise|brk"), "allocate host memory once, before the loop"),
+)
+"""By the function in which the host is."""
+
+
+def _advice_for_gpus(finding: Finding, config: Mapping[str, Any]) -> str:
+    if finding.kind == "gpu_os":
+        usual = _GPU_ADVICE["gpu_os"]
+        return next((advice for function, advice in _OS_ADVICE if function.search(finding.function)), usual)
+    if finding.kind != "gpu_copy":
+        return _GPU_ADVICE[finding.kind]
+    keys = [
+        key for key in ("offload_optimizer", "offload_parameters") if _text(config, "parallel", key) not in {"", "none"}
+    ]
+    if finding.moves == "offload" and keys:
+        return " ".join(f"parallel.{key}=none" for key in keys)
+    return _COPY_ADVICE.get(finding.moves, _GPU_ADVICE["gpu_copy"])
 
 
 _HELPED_BY_LARGER_BATCHES = {"gpu_host", "gpu_sync", "gpu_order"}

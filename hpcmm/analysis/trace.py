@@ -88,6 +88,12 @@ class RankTrace:
     """What its process groups are for, by their names in ``collectives``, as far as it told."""
     expert_tokens: pd.DataFrame | None = None
     """step and tokens of each layer's experts, as often as it told them; None if it never did."""
+    idle: pd.DataFrame | None = None
+    """As :func:`hpcmm.analysis.idle.split` gives it for each of its GPUs."""
+    copies: pd.DataFrame | None = None
+    """As :func:`hpcmm.analysis.copies.of_device` gives it for each of its GPUs."""
+    kernels: pd.DataFrame | None = None
+    """As :func:`hpcmm.analysis.gpu_trace.kernel_rows` gives it for each of its GPUs."""
     starved: IntervalSet | None = None
     """When its GPUs were idle because the host had not launched more; None if no GPU activity was traced."""
     stalled: IntervalSet | None = None
@@ -118,6 +124,7 @@ class RankTrace:
             collectives=moved(self.collectives),
             waits=moved(self.waits),
             gpu=None if self.gpu is None else moved(self.gpu),
+            idle=None if self.idle is None else moved(self.idle),
             blocked=blocked,
             starved=self.starved and IntervalSet(clock(self.starved.start_ns), clock(self.starved.end_ns)),
             stalled=self.stalled and IntervalSet(clock(self.stalled.start_ns), clock(self.stalled.end_ns)),

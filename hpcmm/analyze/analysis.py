@@ -173,6 +173,18 @@ class Analysis:
         """Device x step where CUDA was traced: compute_s, comm_s, overlap_s, exposed_comm_s, idle_s and its cause."""
         return self._table("gpu")
 
+    def idle(self) -> pd.DataFrame:
+        """Why each GPU had nothing to do: idle_s by cause, function (what) and range; gaps and the largest one."""
+        return self._table("idle")
+
+    def copies(self) -> pd.DataFrame:
+        """Copies of each GPU by direction and host memory: copies, bytes, copy_s, exposed_s, bytes_per_s."""
+        return self._table("copies")
+
+    def kernels(self) -> pd.DataFrame:
+        """The kernels of each GPU that take the most time: calls, total_s, time_share, communication."""
+        return self._table("kernels")
+
     def projection(self) -> pd.DataFrame:
         """NVTX ranges projected on the GPU where CUDA was traced: calls, host_s, gpu_envelope_s, gpu_union_s."""
         return self._table("projection")

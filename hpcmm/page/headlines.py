@@ -305,7 +305,7 @@ def gpu_line(study: Study) -> str:
     return (
         f"GPUs compute {percent(share['compute'])} of the time, communicate {percent(share['exposed_comm'])} without "
         f"computing, and are idle {percent(share['idle'])} "
-        f"({percent(share['idle_host'])} because the host launches its work too late)"
+        f"({percent(share['idle_host'])} until the host launches more)"
     ) + "".join(f"; {told}" for told in (_shared(study), _left_out(study), graphs_line(study)) if told)
 
 

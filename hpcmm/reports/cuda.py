@@ -8,7 +8,10 @@ activities that began before the capture, or that CUDA graphs make on their own,
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 
 import numpy as np
@@ -19,23 +22,26 @@ from hpcmm.errors import HpcmmError
 from hpcmm.ranges import MAX_WORLD_SIZE
 from hpcmm.reports import trust
 from hpcmm.reports.identity import told_gpus
-from hpcmm.reports.nvtx_ranges import labels, no_ranges
+from hpcmm.reports.nvtx_ranges import MAX_RANGES, labels, no_ranges
 from hpcmm.reports.report import (
     CALLS_COLUMNS,
     COPY,
+    CUDA_CALL,
     GRAPH,
     ID_MASK,
     KERNEL,
+    MPI,
     NO_LAUNCH,
     PID_SHIFT,
     PUSH_POP,
     SET,
+    SYNCHRONISING,
     UNKNOWN,
     UNRECORDED,
     CudaEvents,
     Member,
 )
-from hpcmm.reports.sqlite import ReportDatabase
+from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
 
 Integers = npt.NDArray[np.int64]
 TABLES = {
@@ -47,9 +53,13 @@ TABLES = {
 """GRAPH_TRACE holds whole launches of CUDA graphs, if nsys was told to trace graphs as one."""
 RUNTIME = "CUPTI_ACTIVITY_KIND_RUNTIME"
 NAME_COLUMNS = ("shortName", "demangledName", "mangledName")
+COPY_COLUMNS = {"bytes": "bytes", "copy_kind": "copyKind", "source": "srcKind", "target": "dstKind"}
+LONG_CALL_NS = 100_000
+"""A CUDA call from this length on may be what a GPU has to wait for, whatever it does."""
 
 ACTIVITY_COLUMNS = ["start_ns", "end_ns", "pid", "device", "stream", "kind", "name"]
 LAUNCH_COLUMNS = ["launch_ns", "launch_end_ns", "launch_tid"]
+HOST_CALL_COLUMNS = ["start_ns", "end_ns", "pid", "tid", "kind", "function"]
 
 
 def read_cuda(database: ReportDatabase, damage: list[str]) -> CudaEvents | None:
@@ -79,7 +89,7 @@ def read_cuda(database: ReportDatabase, damage: list[str]) -> CudaEvents | None:
         activities.drop(columns="correlation"),
         no_ranges(),
         read_nccl_calls(database),
-        _read_synchronisations(database),
+        _read_host_calls(database),
         calls[CALLS_COLUMNS].sort_values("start_ns", kind="stable", ignore_index=True),
     )
 
@@ -98,9 +108,11 @@ def shifted(events: CudaEvents, base_ns: int) -> CudaEvents:
 
 def _read_activities(database: ReportDatabase, table: str, damage: list[str]) -> pd.DataFrame:
     kind = TABLES[table]
-    names = [column for column in NAME_COLUMNS if database.has(table, column)] if kind == KERNEL else []
+    names = [column for column in NAME_COLUMNS if database.has(table, column)][:2] if kind == KERNEL else []
     known = [column for column in ("globalPid", "deviceId", "streamId", "correlationId") if database.has(table, column)]
-    values = _columns(database, table, ["start", "end", *known, *names[:1]], damage)
+    details = [column for column in COPY_COLUMNS.values() if kind == COPY and database.has(table, column)]
+    nullable = [*names[1:], *details]
+    values = _columns(database, table, ["start", "end", *known, *names[:1]], damage, nullable)
     unknown = np.full(len(values["start"]), UNKNOWN, dtype=np.int64)
     process = values.get("globalPid", unknown)
     return pd.DataFrame(
@@ -112,20 +124,68 @@ def _read_activities(database: ReportDatabase, table: str, damage: list[str]) ->
             "stream": values.get("streamId", unknown),
             "correlation": values.get("correlationId", unknown),
             "kind": kind,
-            "name": labels(database, values[names[0]] if names else unknown, "kernel") if kind == KERNEL else "",
+            "name": _kernel_names(database, [values[name] for name in names] or [unknown]) if kind == KERNEL else "",
+            "bytes": np.maximum(values.get("bytes", unknown), UNKNOWN),
+            **{
+                name: np.clip(values.get(column, unknown), UNKNOWN, 127).astype(np.int8)
+                for name, column in COPY_COLUMNS.items()
+                if name != "bytes"
+            },
         }
     )
 
 
-def _columns(database: ReportDatabase, table: str, columns: list[str], damage: list[str]) -> dict[str, Integers]:
-    """Integer columns of a table, as far as damage lets them be read."""
+def _kernel_names(database: ReportDatabase, ids: list[Integers]) -> npt.NDArray[np.object_]:
+    """Names without parameters; with their namespaces if the export has both the short and the full name."""
+    short = labels(database, ids[0], "kernel")
+    if len(ids) < 2:
+        return short
+    pairs = pd.MultiIndex.from_arrays([short, labels(database, ids[1], "")])
+    codes, unique = pairs.factorize()
+    names = np.array([_qualified(str(name), str(signature)) for name, signature in unique], dtype=object)
+    return names.take(codes)
+
+
+_UNNAMED = re.compile(r"(?:\(anonymous namespace\)|<unnamed>)::")
+
+
+def _qualified(name: str, signature: str) -> str:
+    """``deep_ep::intranode::dispatch`` of ``void deep_ep::intranode::dispatch<8>(int*)``; else ``name``."""
+    function = re.split(r"[<(]", _UNNAMED.sub("", signature), maxsplit=1)[0].strip().rpartition(" ")[2]
+    return function if function.endswith(f"::{name}") else name
+
+
+def _columns(
+    database: ReportDatabase, table: str, columns: list[str], damage: list[str], nullable: Sequence[str] = ()
+) -> dict[str, Integers]:
+    """Integer columns of a table, as far as damage lets them be read.
+
+    Those of ``nullable`` may hold something else in some rows, which stands as UNKNOWN.
+    """
     pieces: list[list[Integers]] = []
+    required, columns = columns, [*columns, *nullable]
     try:
         pieces.extend(database.integers(table, columns))
+        pieces.extend(_partly_known(database, table, required, nullable))
     except HpcmmError as error:
         damage.append(str(error))
     whole = [np.concatenate(column) for column in zip(*pieces, strict=True)]
     return dict(zip(columns, whole or [np.empty(0, dtype=np.int64)] * len(columns), strict=True))
+
+
+def _partly_known(
+    database: ReportDatabase, table: str, columns: Sequence[str], nullable: Sequence[str]
+) -> Iterator[list[Integers]]:
+    """The rows in which some of ``nullable`` is no integer."""
+    if not nullable:
+        return
+    there = " AND ".join(f"typeof(\"{column}\") = 'integer'" for column in columns)
+    whole = " AND ".join(f"typeof(\"{column}\") = 'integer'" for column in nullable)
+    rest = [f'CASE WHEN typeof("{column}") = \'integer\' THEN "{column}" ELSE {UNKNOWN} END' for column in nullable]
+    cells = ", ".join([*(f'"{column}"' for column in columns), *rest])
+    rows = database.rows(f"SELECT {cells} FROM {table} WHERE {there} AND NOT ({whole})")  # noqa: S608
+    if rows:
+        yield list(np.array(rows, dtype=np.int64).T)
 
 
 def _read_calls(database: ReportDatabase, damage: list[str]) -> tuple[pd.DataFrame, tuple[int, int]]:
@@ -204,22 +264,33 @@ def _key_of_device(pid: Integers, device: Integers) -> Integers:
     return np.where((pid >= 0) & (device >= 0), pid << 32 | (device & 0xFFFFFFFF), UNKNOWN)
 
 
-def _read_synchronisations(database: ReportDatabase) -> pd.DataFrame:
-    """Calls of the runtime or the driver that return only once the device has done what it was given."""
+_SYNCHRONISES = """(value LIKE 'cu%Synchronize%'
+    OR ((value LIKE 'cudaMemcpy%' OR value LIKE 'cuMemcpy%') AND value NOT LIKE '%Async%'))"""
+"""SQL's condition on calls that return only once the device has done what it was given."""
+_VERSION = re.compile(r"(?:_v\d+)?(?:_pt(?:sz|ds))?$")
+CALL_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'MPI!_%!_EVENTS' ESCAPE '!'"
+
+
+def _read_host_calls(database: ReportDatabase) -> pd.DataFrame:
+    """Calls of CUDA that wait for the device or are long, and calls of MPI; of what cannot be read there are none."""
+    tables = [(RUNTIME, f"CASE WHEN {_SYNCHRONISES} THEN '{SYNCHRONISING}' ELSE '{CUDA_CALL}' END", "nameId")]
     rows: list[tuple[object, ...]] = []
-    if database.has(RUNTIME, "start", "end", "globalTid", "nameId") and database.has("StringIds", "id", "value"):
-        query = f"""
-            SELECT start, "end", globalTid >> {PID_SHIFT} & {ID_MASK} FROM {RUNTIME} JOIN {database.strings()}
-            ON StringIds.id = nameId WHERE (value LIKE 'cu%Synchronize%'
-            OR ((value LIKE 'cudaMemcpy%' OR value LIKE 'cuMemcpy%') AND value NOT LIKE '%Async%'))
-            AND typeof(start) = 'integer' AND typeof("end") = 'integer' AND start BETWEEN {database.first_ns} AND "end"
-            AND "end" <= {database.last_ns} AND typeof(globalTid) = 'integer'
-        """  # noqa: S608
-        try:
-            rows = database.rows(query)
-        except HpcmmError:
-            rows = []
-    return pd.DataFrame(rows, columns=["start_ns", "end_ns", "pid"]).astype(np.int64)
+    with suppress(HpcmmError):
+        tables += [(str(name), f"'{MPI}'", "textId") for (name,) in database.rows(CALL_TABLES)]
+    for table, kind, name in tables:
+        if database.has(table, "start", "end", "globalTid", name) and database.has("StringIds", "id", "value"):
+            chosen = f'AND ({_SYNCHRONISES} OR "end" - start >= {LONG_CALL_NS})' if table == RUNTIME else ""
+            query = f"""
+                SELECT DISTINCT start, "end", globalTid >> {PID_SHIFT} & {ID_MASK}, globalTid & {ID_MASK}, {kind}, value
+                FROM {table} JOIN {database.strings()} ON StringIds.id = {name}
+                WHERE typeof(start) = 'integer' AND typeof("end") = 'integer' AND start BETWEEN {database.first_ns}
+                AND "end" AND "end" <= {database.last_ns} AND typeof(globalTid) = 'integer' {chosen} LIMIT {MAX_RANGES}
+            """  # noqa: S608
+            with suppress(HpcmmError):
+                rows += database.rows(query)
+    frame = pd.DataFrame(rows, columns=HOST_CALL_COLUMNS).astype(dict.fromkeys(HOST_CALL_COLUMNS[:4], np.int64))
+    names = frame["function"].astype(str).str.slice(stop=MAX_NAME_LENGTH).str.replace(_VERSION, "", n=1, regex=True)
+    return frame.assign(function=names.astype("category"), kind=frame["kind"].astype("category"))
 
 
 COMMUNICATOR, SIZE = "NCCL communicator ID", "Message size [bytes]"

@@ -38,6 +38,8 @@ class Member:
 
 
 KERNEL, COPY, SET, GRAPH = "kernel", "copy", "set", "graph"
+SYNCHRONISING, CUDA_CALL, MPI = "synchronising call", "CUDA call", "MPI"
+"""Kinds of calls that can keep a host from launching: that wait for the device, other ones of CUDA, those of MPI."""
 UNKNOWN = -1
 """A number that the report does not tell: the launch of an activity, a process id."""
 
@@ -54,16 +56,18 @@ class CudaEvents:
 
     ``activities``, sorted by start: start_ns, end_ns, pid, device, stream, kind (category of KERNEL, COPY, SET, GRAPH),
     name (category; of kernels only), launch_ns, launch_end_ns and launch_tid of the launching call (UNKNOWN where it
-    was not traced), gpu (category: what tells this GPU from all others, empty if the report does not). ``ranges``: as
-    those of :class:`Report`.
+    was not traced); of copies bytes, copy_kind, source and target (kinds of memory), as nsys numbers them; gpu
+    (category: what tells this GPU from all others, empty if the report does not). ``ranges``: those of
+    :class:`Report`.
     """
 
     activities: pd.DataFrame
     ranges: pd.DataFrame
     nccl_calls: pd.DataFrame
     """As :func:`hpcmm.reports.cuda.read_nccl_calls` gives them; mostly none."""
-    synchronisations: pd.DataFrame
-    """Calls in which the host waits for the device: start_ns, end_ns, pid."""
+    host_calls: pd.DataFrame
+    """Calls that can keep the host from launching: start_ns, end_ns, pid, tid, kind (category of SYNCHRONISING,
+    CUDA_CALL if they are long, MPI) and function (category)."""
     calls: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=CALLS_COLUMNS, dtype=np.int64))
     """All calls of the CUDA runtime, sorted by start: start_ns, end_ns, pid, record (NO_LAUNCH, RECORDED, ...)."""
 

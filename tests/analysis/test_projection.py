@@ -146,7 +146,7 @@ def events(names: list[str]) -> CudaEvents:
     activities = activities.assign(
         kind=pd.Categorical(["kernel"] * count), name=pd.Categorical(["k"] * count), launch_ns=at + 1, launch_tid=1
     )
-    return CudaEvents(activities, ranges, pd.DataFrame(), pd.DataFrame(columns=["start_ns", "end_ns", "pid"]))
+    return CudaEvents(activities, ranges, pd.DataFrame(), pd.DataFrame())
 
 
 def test_calls_of_one_operator_are_summed_whatever_pytorch_appends() -> None:

@@ -1,0 +1,341 @@
+"""Why a GPU had nothing to do: what the host did in each nanosecond of each gap, not at one instant of it.
+
+A gap is looked at on the thread that launches the activity after it; else, if that launch is not known or there is
+none, on the thread that launched the one before. Each nanosecond has one cause, the first of these that holds: a call
+of MPI (which may wait for the device itself), a synchronising call of CUDA, another long call of CUDA, a call into the
+OS, and else code of the host. If the thread waits for another thread, as autograd's does for work, then what that one
+does which launched last comes before the wait. If OS calls were not traced, its calls of MPI and CUDA count as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, highest_covering
+from hpcmm.analysis.projection import MAX_NAMES, REST
+from hpcmm.analysis.range_names import is_library, part_of_a_step, without_counters
+from hpcmm.analysis.trace import RankTrace
+from hpcmm.reports.report import CUDA_CALL, MPI, SYNCHRONISING, UNKNOWN, CudaEvents
+
+OS_CALL, HOST_CODE, UNTRACED_CODE = "OS call", "host code", "host code or OS call"
+"""The last one is what is known if OS calls were not traced."""
+CALLS = (MPI, SYNCHRONISING, CUDA_CALL, OS_CALL)
+"""Kinds of calls in the order in which they explain a moment."""
+HOST_CAUSES = (*CALLS, HOST_CODE, UNTRACED_CODE)
+STEPS, WARMUP, OUTSIDE_STEPS, ONCE = "steps", "warmup", "outside", "once"
+"""Where a gap lies: in a step, in the first one, outside of them; or it is one of few that last far longer than all
+others of a capture without steps."""
+
+READS = frozenset(
+    {"read", "pread", "pread64", "readv", "preadv", "preadv2", "preadv64", "fread", "fread_unlocked", "fgets",
+     "getline", "getdelim", "io_getevents"}
+)  # fmt: skip
+THREAD_WAITS = re.compile(r"pthread_(cond|join|barrier|mutex|rwlock)|sem_|futex|sched_yield")
+SINGLE_TIMES, SINGLE_SHARE, MOST_SINGLE = 10.0, 0.02, 3
+"""At most so many gaps are single ones: each so many times as long as any other, and so much of the capture."""
+ALIKE_TIMES = 1.5
+"""... and if there are several, they are not all of one length: what comes again and again is as long each time."""
+
+Places = npt.NDArray[np.intp]
+COLUMNS = [
+    "device", "scope", "cause", "what", "range", "loading", "idle_ns", "gaps", "gaps_ns", "largest_ns", "start_ns",
+    "end_ns", "before",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the threads of a process were in: ``calls`` (start_ns, end_ns, tid, kind, function), and the user's
+    ``ranges`` (start_ns, end_ns, tid, name)."""
+
+    calls: pd.DataFrame
+    ranges: pd.DataFrame
+    traces_os: bool
+    """Whether its OS calls were traced."""
+
+
+def host_of(cuda: CudaEvents, osrt: pd.DataFrame, pid: int) -> Host:
+    """The threads of process ``pid`` that launch something."""
+    mine = cuda.activities["pid"] == pid
+    threads = np.unique(cuda.activities.loc[mine, "launch_tid"])
+    known = cuda.host_calls[(cuda.host_calls["pid"] == pid) & cuda.host_calls["tid"].isin(threads)]
+    in_os = osrt[(osrt["pid"] == pid) & osrt["tid"].isin(threads)]
+    ranges = cuda.ranges[(cuda.ranges["pid"] == pid) & cuda.ranges["tid"].isin(threads)]
+    domain = ranges["domain"].astype(str).str.lower()
+    of_mpi = ranges[domain == "mpi"].rename(columns={"name": "function"}).assign(kind=MPI)
+    columns = ["start_ns", "end_ns", "tid", "kind", "function"]
+    parts = [
+        frame[columns].astype({"kind": str, "function": str}) for frame in (known, in_os.assign(kind=OS_CALL), of_mpi)
+    ]
+    users = ranges[~domain.map(is_library).astype(bool)]
+    return Host(
+        pd.concat([part[columns].astype({"kind": str, "function": str}) for part in parts], ignore_index=True),
+        users[["start_ns", "end_ns", "tid"]].assign(name=without_counters(users["name"])).reset_index(drop=True),
+        bool((osrt["pid"] == pid).any()),
+    )
+
+
+class Timeline(NamedTuple):
+    """Segments between the begins and ends of intervals on lanes, sorted by lane and time."""
+
+    times: Times
+    """All times that occur, sorted."""
+    keys: Times
+    """Lane and place in ``times`` of each segment's begin, as one number."""
+    lane: Times
+    inner: tuple[npt.NDArray[np.intp], ...]
+    """For each layer of intervals the one that began last of those that cover each segment, -1 if none does."""
+
+    @classmethod
+    def of(cls, layers: Sequence[pd.DataFrame]) -> Timeline:
+        """``layers``: intervals (start_ns, end_ns, tid), whose lanes are the tids."""
+        start, end, tid = (
+            [layer[name].to_numpy(np.int64) for layer in layers] for name in ("start_ns", "end_ns", "tid")
+        )
+        times = np.unique(np.concatenate((*start, *end)))
+        width = len(times) + 1
+        begins = [lane * width + np.searchsorted(times, each) for lane, each in zip(tid, start, strict=True)]
+        ends = [lane * width + np.searchsorted(times, each) for lane, each in zip(tid, end, strict=True)]
+        keys = np.unique(np.concatenate((*begins, *ends)))
+        inner = []
+        for first, last in zip(begins, ends, strict=True):
+            # Of intervals that begin together the longer one is outside.
+            order = np.lexsort((-last, first))
+            low, high = np.searchsorted(keys, first[order]), np.searchsorted(keys, last[order])
+            inner.append(np.append(order, -1)[highest_covering(low, high, len(keys))])
+        return cls(times, keys, keys // width, tuple(inner))
+
+    def cuts(self, lane: Times, start: Times, end: Times) -> tuple[npt.NDArray[np.intp], Times]:
+        """Begins of segments strictly within windows of lanes: the number of the window, and the time."""
+        width = len(self.times) + 1
+        low = np.searchsorted(self.keys, lane * width + np.searchsorted(self.times, start, side="right"), side="left")
+        high = np.searchsorted(self.keys, lane * width + np.searchsorted(self.times, end, side="left"), side="left")
+        window, at = _expanded(low, np.where(lane < 0, low, high))
+        return window, self.times[self.keys[at] % width] if len(at) else np.empty(0, dtype=np.int64)
+
+    def at(self, lane: Times, time: Times) -> list[npt.NDArray[np.intp]]:
+        """For each layer the innermost interval at each time of a lane, -1 if there is none."""
+        width = len(self.times) + 1
+        key = lane * width + np.searchsorted(self.times, time, side="right") - 1
+        place = np.searchsorted(self.keys, key, side="right") - 1
+        there = (place >= 0) & (lane >= 0)
+        there[there] = self.lane[place[there]] == lane[there]
+        found = []
+        for inner in self.inner:
+            index = np.full(len(time), -1, dtype=np.intp)
+            index[there] = inner[place[there]]
+            found.append(index)
+        return found
+
+
+def _expanded(
+    low: npt.NDArray[np.intp], high: npt.NDArray[np.intp]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """The positions of stretches [low, high), and the stretch of each."""
+    count = np.maximum(high - low, 0)
+    owner = np.repeat(np.arange(len(low)), count)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)
+
+
+class Idle(NamedTuple):
+    """The idle time of one device: ``rows`` (COLUMNS), and when the host was in a synchronising call meanwhile."""
+
+    rows: pd.DataFrame
+    synchronising: IntervalSet
+
+
+def split(
+    idle: Mapping[str, IntervalSet], of_host: str, activities: pd.DataFrame, host: Host, steps: pd.DataFrame
+) -> Idle:
+    """Split the gaps of one device, given by cause; those of cause ``of_host`` by what the host did in them.
+
+    ``activities`` are the device's; ``steps`` its windows (step, start_ns, end_ns), disjoint and sorted.
+    """
+    gaps = _gaps(idle, of_host, activities)
+    inside = IntervalSet.union_of(gaps["start_ns"], gaps["end_ns"])
+    calls, ranges = _within(host.calls, inside), _within(host.ranges, inside)
+    loading = ranges[ranges["name"].map(part_of_a_step) == "data"]
+    timeline = Timeline.of([*(calls[calls["kind"] == kind] for kind in CALLS), ranges, loading])
+    pieces = _pieces(gaps, timeline, steps)
+    layers = [calls.loc[calls["kind"] == kind, "function"].to_numpy(object) for kind in CALLS]
+    pieces = _explained(pieces, timeline, (*layers, ranges["name"].to_numpy(object)), traces_os=host.traces_os)
+    step = pieces["step"].to_numpy(np.int64)
+    first = int(steps["step"].min()) if len(steps) else 0
+    outside = np.where(pieces["single"], ONCE, OUTSIDE_STEPS) if steps.empty else OUTSIDE_STEPS
+    pieces["scope"] = np.where(step < 0, outside, np.where(step == first, WARMUP, STEPS))
+    waiting = pieces[pieces["cause"] == SYNCHRONISING]
+    rows = _summed(pieces, gaps)
+    rows["before"] = [
+        _before(host.ranges, int(gaps["tid"][gap]), int(gaps["launch_ns"][gap])) if scope == ONCE else ""
+        for gap, scope in zip(rows.pop("longest"), rows["scope"], strict=True)
+    ]
+    return Idle(rows, IntervalSet.union_of(waiting["start_ns"], waiting["end_ns"]))
+
+
+def _within(events: pd.DataFrame, inside: IntervalSet) -> pd.DataFrame:
+    chosen = inside.covered_within(events["start_ns"], events["end_ns"]) > 0
+    return events[chosen].reset_index(drop=True)
+
+
+def _gaps(idle: Mapping[str, IntervalSet], of_host: str, activities: pd.DataFrame) -> pd.DataFrame:
+    """All gaps, sorted: start_ns, end_ns, cause, tid and other_tid (-1 if not the host's fault), launch_ns of the
+    activity that ends it, and whether it is single."""
+    gaps = pd.DataFrame(
+        {
+            "start_ns": np.concatenate([each.start_ns for each in idle.values()]),
+            "end_ns": np.concatenate([each.end_ns for each in idle.values()]),
+            "cause": np.repeat(np.array(list(idle), dtype=object), [len(each) for each in idle.values()]),
+        }
+    ).sort_values("start_ns", ignore_index=True)
+    order = np.lexsort((activities["launch_ns"], activities["start_ns"]))
+    start, launch, tid = (
+        activities[name].to_numpy(np.int64)[order] for name in ("start_ns", "launch_ns", "launch_tid")
+    )
+    tid = np.append(np.where(launch == UNKNOWN, UNKNOWN, tid), UNKNOWN)  # the last one stands for none
+    following = np.searchsorted(start, gaps["end_ns"], side="left")
+    before = tid[np.where(following > 0, following - 1, len(start))]
+    after = np.where(tid[following] >= 0, tid[following], before)
+    hosts = (gaps["cause"] == of_host).to_numpy()
+    length = (gaps["end_ns"] - gaps["start_ns"]).to_numpy()
+    span = int(activities["end_ns"].max() - start[0]) if len(start) else 0
+    return gaps.assign(
+        tid=np.where(hosts, after, UNKNOWN),
+        other_tid=np.where(hosts, before, UNKNOWN),
+        launch_ns=np.append(launch, UNKNOWN)[following],
+        single=single_gaps(np.where(hosts, length, 0), span),
+    )
+
+
+def single_gaps(length_ns: Times, span_ns: int) -> npt.NDArray[np.bool_]:
+    """Which of the gaps are single ones: few, far longer than all others, and not for something that comes again."""
+    order = np.argsort(-length_ns, kind="stable")
+    longest = length_ns[order][: MOST_SINGLE + 1].astype(np.float64)
+    found = np.zeros(len(length_ns), dtype=np.bool_)
+    for count in range(min(MOST_SINGLE, len(longest)), 0, -1):
+        least = longest[count - 1]
+        rest = longest[count] if count < len(longest) else 0.0
+        alike = count > 1 and longest[0] <= ALIKE_TIMES * least
+        if least >= max(SINGLE_TIMES * rest, SINGLE_SHARE * span_ns, 1.0) and not alike:
+            found[order[:count]] = True
+            break
+    return found
+
+
+def _pieces(gaps: pd.DataFrame, timeline: Timeline, steps: pd.DataFrame) -> pd.DataFrame:
+    """The gaps cut wherever what the host does changes, or a step begins or ends; sorted."""
+    start, end = gaps["start_ns"].to_numpy(np.int64), gaps["end_ns"].to_numpy(np.int64)
+    tid, other = gaps["tid"].to_numpy(np.int64), gaps["other_tid"].to_numpy(np.int64)
+    steps = steps[steps["end_ns"] > steps["start_ns"]]
+    bounds = np.unique(np.concatenate((steps["start_ns"], steps["end_ns"]))).astype(np.int64)
+    owner, at = _expanded(np.searchsorted(bounds, start, side="right"), np.searchsorted(bounds, end, side="left"))
+    cuts = [
+        (np.arange(len(gaps)), start),
+        timeline.cuts(tid, start, end),
+        timeline.cuts(np.where(other == tid, UNKNOWN, other), start, end),
+        (owner, bounds[at]),
+    ]
+    gap, begin = (np.concatenate(each) for each in zip(*cuts, strict=True))
+    order = np.lexsort((begin, gap))
+    gap, begin = gap[order], begin[order]
+    last = np.append(gap[1:] != gap[:-1], True)[: len(gap)]
+    finish = np.where(last, end[gap], np.append(begin[1:], 0)[: len(gap)])
+    within = np.searchsorted(steps["start_ns"].to_numpy(np.int64), begin, side="right") - 1
+    inside = (within >= 0) & (begin < np.append(steps["end_ns"].to_numpy(np.int64), 0)[within])
+    step = np.where(inside, np.append(steps["step"].to_numpy(np.int64), 0)[within], -1)
+    pieces = gaps[["cause", "tid", "other_tid", "single"]].iloc[gap].reset_index(drop=True)
+    pieces = pieces.assign(gap=gap, start_ns=begin, end_ns=finish, step=step)
+    return pieces[finish > begin].reset_index(drop=True)
+
+
+def _explained(
+    pieces: pd.DataFrame, timeline: Timeline, names: Sequence[npt.NDArray[np.object_]], *, traces_os: bool
+) -> pd.DataFrame:
+    """Cause, function (``what``), range, and whether the host loads data, of each piece."""
+    begin, tid, other = (pieces[name].to_numpy(np.int64) for name in ("start_ns", "tid", "other_tid"))
+    own, others = timeline.at(tid, begin), timeline.at(np.where(other == tid, UNKNOWN, other), begin)
+    cause = np.where(tid >= 0, HOST_CODE if traces_os else UNTRACED_CODE, pieces["cause"]).astype(object)
+    what = np.full(len(pieces), "", dtype=object)
+    waits = np.array([THREAD_WAITS.search(str(name)) is not None for name in names[3]], dtype=np.bool_)
+    # From the last answer to the first: each overwrites what holds less.
+    waiting = (own[3] >= 0) & np.append(waits, False)[own[3]]
+    ask_other = waiting | ((own[3] < 0) & (not traces_os))
+    works = (others[3] >= 0) & ~np.append(waits, False)[others[3]] & waiting
+    answers = [
+        (OS_CALL, own[3], waiting),
+        (OS_CALL, others[3], works),
+        *((CALLS[layer], others[layer], ask_other) for layer in (2, 1, 0)),
+        (OS_CALL, own[3], ~waiting),
+        *((CALLS[layer], own[layer], True) for layer in (2, 1, 0)),
+    ]
+    for kind, index, holds in answers:
+        chosen = (index >= 0) & holds
+        cause[chosen] = kind
+        what[chosen] = names[CALLS.index(kind)][index[chosen]]
+    inner = np.where(own[4] >= 0, own[4], others[4])
+    in_loading = (own[5] >= 0) | ((own[4] < 0) & (others[5] >= 0))
+    reads = (cause == OS_CALL) & pd.Series(what).isin(READS).to_numpy()
+    return pieces.assign(
+        cause=cause, what=what, range=np.append(names[4], "")[inner], loading=(tid >= 0) & (in_loading | reads)
+    )
+
+
+def _summed(pieces: pd.DataFrame, gaps: pd.DataFrame) -> pd.DataFrame:
+    """Rows of COLUMNS but the last, and the ``longest`` gap of each, most idle time first."""
+    keys = ["scope", "cause", "what", "range", "loading"]
+    length = pieces["end_ns"] - pieces["start_ns"]
+    by_range = length.groupby(pieces["range"]).sum().nlargest(MAX_NAMES).index
+    pieces = pieces.assign(idle_ns=length, range=pieces["range"].where(pieces["range"].isin(by_range), REST))
+    by_gap = pieces.groupby([*keys, "gap"])["idle_ns"].sum().reset_index()
+    by_gap = by_gap.sort_values("idle_ns", ascending=False, kind="stable")
+    by_gap["gaps_ns"] = (gaps["end_ns"] - gaps["start_ns"]).to_numpy(np.int64)[by_gap["gap"]]
+    rows = by_gap.groupby(keys, as_index=False, sort=False).agg(
+        largest_ns=("idle_ns", "first"),
+        longest=("gap", "first"),
+        gaps=("gap", "size"),
+        gaps_ns=("gaps_ns", "sum"),
+        idle_ns=("idle_ns", "sum"),
+    )
+    longest = gaps.iloc[rows["longest"]]
+    rows = rows.assign(start_ns=longest["start_ns"].to_numpy(), end_ns=longest["end_ns"].to_numpy())
+    return rows.sort_values(["scope", "idle_ns"], ascending=[True, False], kind="stable", ignore_index=True)
+
+
+def _before(ranges: pd.DataFrame, tid: int, launch_ns: int) -> str:
+    """The outermost range on a thread at a time; empty if it is in none."""
+    at = ranges[(ranges["tid"] == tid) & (ranges["start_ns"] <= launch_ns) & (ranges["end_ns"] > launch_ns)]
+    return str(at["name"].iloc[int(at["start_ns"].to_numpy(np.int64).argmin())]) if len(at) else ""
+
+
+TABLE_COLUMNS = [
+    "rank", "node", "pid", "device", "scope", "cause", "what", "range", "loading", "idle_s", "gaps", "gaps_s",
+    "largest_s", "largest_start_s", "largest_gap_s", "before",
+]  # fmt: skip
+
+
+def idle_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
+    """The ``idle`` table (TABLE_COLUMNS): most idle time first within a device and scope."""
+    frames = [
+        trace.idle.assign(
+            rank=trace.rank,
+            node=trace.node,
+            pid=trace.pid,
+            idle_s=trace.idle["idle_ns"] / NS_PER_S,
+            gaps_s=trace.idle["gaps_ns"] / NS_PER_S,
+            largest_s=trace.idle["largest_ns"] / NS_PER_S,
+            largest_start_s=trace.idle["start_ns"] / NS_PER_S,
+            largest_gap_s=(trace.idle["end_ns"] - trace.idle["start_ns"]) / NS_PER_S,
+        )
+        for trace in traces
+        if trace.idle is not None and len(trace.idle)
+    ]
+    if not frames:
+        return pd.DataFrame(columns=TABLE_COLUMNS)
+    table = pd.concat(frames, ignore_index=True)
+    return table.sort_values(["rank", "device"], kind="stable", ignore_index=True)[TABLE_COLUMNS]
