@@ -27,7 +27,7 @@ _DIRECTIONS = {
     9: ON_HOST, 10: PEER, 11: TO_DEVICE, 12: TO_HOST, 13: ON_DEVICE,
 }  # fmt: skip
 """By copyKind; arrays are on the device, and the last three are pages of unified memory that move by themselves."""
-_UNIFIED = 11
+_UNIFIED = {11, 12, 13}
 _MEMORY = {0: PAGEABLE, 1: PINNED, 2: DEVICE, 3: DEVICE, 4: MANAGED, 5: DEVICE, 6: MANAGED}
 """By srcKind and dstKind."""
 _HOST_MEMORY = {PAGEABLE, PINNED, MANAGED}
@@ -46,7 +46,7 @@ def told(copy_kind: int, source: int, target: int) -> tuple[str, str]:
         from_host, to_host = here in {PAGEABLE, PINNED}, there in {PAGEABLE, PINNED}
         by_memory = {(True, True): ON_HOST, (True, False): TO_DEVICE, (False, True): TO_HOST}
         direction = by_memory.get((from_host, to_host), ON_DEVICE) if here and there else OTHER_DIRECTION
-    if copy_kind >= _UNIFIED:
+    if copy_kind in _UNIFIED:
         return direction, MANAGED
     if direction in {ON_DEVICE, PEER}:
         return direction, DEVICE

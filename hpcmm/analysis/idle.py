@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pandas.api.types import union_categoricals
 
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, highest_covering
 from hpcmm.analysis.projection import MAX_NAMES, REST
@@ -29,7 +30,7 @@ OS_CALL, HOST_CODE, UNTRACED_CODE = "OS call", "host code", "host code or OS cal
 CALLS = (MPI, SYNCHRONISING, CUDA_CALL, OS_CALL)
 """Kinds of calls in the order in which they explain a moment."""
 HOST_CAUSES = (*CALLS, HOST_CODE, UNTRACED_CODE)
-STEPS, WARMUP, OUTSIDE_STEPS, ONCE = "steps", "warmup", "outside", "once"
+SCOPES = (STEPS, WARMUP, OUTSIDE_STEPS, ONCE) = ("steps", "warmup", "outside", "once")
 """Where a gap lies: in a step, in the first one, outside of them; or it is one of few that last far longer than all
 others of a capture without steps."""
 
@@ -53,7 +54,7 @@ COLUMNS = [
 @dataclass(frozen=True, slots=True)
 class Host:
     """What the threads of a process were in: ``calls`` (start_ns, end_ns, tid, kind, function), and the user's
-    ``ranges`` (start_ns, end_ns, tid, name)."""
+    ``ranges`` (start_ns, end_ns, tid, name). Kinds, functions and names are categories."""
 
     calls: pd.DataFrame
     ranges: pd.DataFrame
@@ -63,23 +64,36 @@ class Host:
 
 def host_of(cuda: CudaEvents, osrt: pd.DataFrame, pid: int) -> Host:
     """The threads of process ``pid`` that launch something."""
-    mine = cuda.activities["pid"] == pid
-    threads = np.unique(cuda.activities.loc[mine, "launch_tid"])
-    known = cuda.host_calls[(cuda.host_calls["pid"] == pid) & cuda.host_calls["tid"].isin(threads)]
-    in_os = osrt[(osrt["pid"] == pid) & osrt["tid"].isin(threads)]
-    ranges = cuda.ranges[(cuda.ranges["pid"] == pid) & cuda.ranges["tid"].isin(threads)]
-    domain = ranges["domain"].astype(str).str.lower()
-    of_mpi = ranges[domain == "mpi"].rename(columns={"name": "function"}).assign(kind=MPI)
-    columns = ["start_ns", "end_ns", "tid", "kind", "function"]
-    parts = [
-        frame[columns].astype({"kind": str, "function": str}) for frame in (known, in_os.assign(kind=OS_CALL), of_mpi)
-    ]
-    users = ranges[~domain.map(is_library).astype(bool)]
+    threads = np.unique(cuda.activities.loc[cuda.activities["pid"] == pid, "launch_tid"])
+    known, in_os, ranges = (
+        frame[(frame["pid"] == pid) & frame["tid"].isin(threads)] for frame in (cuda.host_calls, osrt, cuda.ranges)
+    )
+    domains = ranges["domain"].cat.categories.astype(str).str.lower()
+    of_mpi = ranges[ranges["domain"].cat.codes.isin(np.flatnonzero(domains == "mpi"))]
+    users = ranges[~ranges["domain"].cat.codes.isin(np.flatnonzero(domains.map(is_library)))]
+    in_os = in_os.assign(kind=OS_CALL)
+    of_mpi = of_mpi.assign(kind=MPI).rename(columns={"name": "function"})
+    columns = ["start_ns", "end_ns", "tid"]
+    parts = [part for part in (known, in_os, of_mpi) if len(part)] or [known]
+    calls = pd.concat([part[columns] for part in parts], ignore_index=True)
     return Host(
-        pd.concat([part[columns].astype({"kind": str, "function": str}) for part in parts], ignore_index=True),
-        users[["start_ns", "end_ns", "tid"]].assign(name=without_counters(users["name"])).reset_index(drop=True),
+        calls.assign(**{name: _joined([part[name] for part in parts]) for name in ("kind", "function")}),
+        users[columns].assign(name=pd.Categorical(without_counters(users["name"]))).reset_index(drop=True),
         bool((osrt["pid"] == pid).any()),
     )
+
+
+def _joined(parts: Sequence[pd.Series]) -> pd.Categorical:
+    categories = [part.astype("category").cat for part in parts]
+    plain = [pd.Categorical.from_codes(each.codes, each.categories.astype(object)) for each in categories]
+    return union_categoricals(plain)
+
+
+def _distinct(values: Times) -> Times:
+    """Sorted; by a sort, which is faster than hashing for millions of times that are in order, nearly."""
+    values = np.sort(values, kind="stable")
+    fresh: npt.NDArray[np.bool_] = np.append(True, values[1:] != values[:-1])
+    return np.asarray(values[fresh[: len(values)]], dtype=np.int64)
 
 
 class Timeline(NamedTuple):
@@ -99,11 +113,11 @@ class Timeline(NamedTuple):
         start, end, tid = (
             [layer[name].to_numpy(np.int64) for layer in layers] for name in ("start_ns", "end_ns", "tid")
         )
-        times = np.unique(np.concatenate((*start, *end)))
+        times = _distinct(np.concatenate((*start, *end)))
         width = len(times) + 1
         begins = [lane * width + np.searchsorted(times, each) for lane, each in zip(tid, start, strict=True)]
         ends = [lane * width + np.searchsorted(times, each) for lane, each in zip(tid, end, strict=True)]
-        keys = np.unique(np.concatenate((*begins, *ends)))
+        keys = _distinct(np.concatenate((*begins, *ends)))
         inner = []
         for first, last in zip(begins, ends, strict=True):
             # Of intervals that begin together the longer one is outside.
@@ -158,20 +172,20 @@ def split(
 
     ``activities`` are the device's; ``steps`` its windows (step, start_ns, end_ns), disjoint and sorted.
     """
-    gaps = _gaps(idle, of_host, activities)
+    causes = [*HOST_CAUSES, *idle]
+    gaps = _gaps(idle, of_host, activities, len(HOST_CAUSES))
     inside = IntervalSet.union_of(gaps["start_ns"], gaps["end_ns"])
     calls, ranges = _within(host.calls, inside), _within(host.ranges, inside)
-    loading = ranges[ranges["name"].map(part_of_a_step) == "data"]
-    timeline = Timeline.of([*(calls[calls["kind"] == kind] for kind in CALLS), ranges, loading])
+    layers = [calls[calls["kind"] == kind] for kind in CALLS]
+    timeline = Timeline.of([*layers, ranges, ranges[_load(ranges["name"])]])
     pieces = _pieces(gaps, timeline, steps)
-    layers = [calls.loc[calls["kind"] == kind, "function"].to_numpy(object) for kind in CALLS]
-    pieces = _explained(pieces, timeline, (*layers, ranges["name"].to_numpy(object)), traces_os=host.traces_os)
-    step = pieces["step"].to_numpy(np.int64)
-    first = int(steps["step"].min()) if len(steps) else 0
-    outside = np.where(pieces["single"], ONCE, OUTSIDE_STEPS) if steps.empty else OUTSIDE_STEPS
-    pieces["scope"] = np.where(step < 0, outside, np.where(step == first, WARMUP, STEPS))
-    waiting = pieces[pieces["cause"] == SYNCHRONISING]
-    rows = _summed(pieces, gaps)
+    names = ranges["name"].cat
+    codes = [np.asarray(layer["function"].cat.codes, dtype=np.int64) for layer in layers]
+    functions = calls["function"].cat
+    codes.append(np.asarray(names.codes, dtype=np.int64))
+    pieces = _explained(pieces, timeline, codes, functions.categories, traces_os=host.traces_os)
+    waiting = pieces[pieces["cause"] == CALLS.index(SYNCHRONISING)]
+    rows = _summed(pieces, gaps, (SCOPES, causes, [*functions.categories, ""], [*names.categories, REST, ""]))
     rows["before"] = [
         _before(host.ranges, int(gaps["tid"][gap]), int(gaps["launch_ns"][gap])) if scope == ONCE else ""
         for gap, scope in zip(rows.pop("longest"), rows["scope"], strict=True)
@@ -184,14 +198,20 @@ def _within(events: pd.DataFrame, inside: IntervalSet) -> pd.DataFrame:
     return events[chosen].reset_index(drop=True)
 
 
-def _gaps(idle: Mapping[str, IntervalSet], of_host: str, activities: pd.DataFrame) -> pd.DataFrame:
-    """All gaps, sorted: start_ns, end_ns, cause, tid and other_tid (-1 if not the host's fault), launch_ns of the
-    activity that ends it, and whether it is single."""
+def _load(names: pd.Series) -> npt.NDArray[np.bool_]:
+    """Which of ``names`` (categories) say that the range loads data."""
+    hits = np.array([*(part_of_a_step(str(name)) == "data" for name in names.cat.categories), False], dtype=np.bool_)
+    return hits[names.cat.codes.to_numpy()]
+
+
+def _gaps(idle: Mapping[str, IntervalSet], of_host: str, activities: pd.DataFrame, first: int) -> pd.DataFrame:
+    """All gaps, sorted: start_ns, end_ns, cause (its place in ``idle``, counted from ``first``), tid and other_tid (-1
+    if not the host's fault), launch_ns of the activity that ends it, and whether it is single."""
     gaps = pd.DataFrame(
         {
             "start_ns": np.concatenate([each.start_ns for each in idle.values()]),
             "end_ns": np.concatenate([each.end_ns for each in idle.values()]),
-            "cause": np.repeat(np.array(list(idle), dtype=object), [len(each) for each in idle.values()]),
+            "cause": np.repeat(first + np.arange(len(idle)), [len(each) for each in idle.values()]),
         }
     ).sort_values("start_ns", ignore_index=True)
     order = np.lexsort((activities["launch_ns"], activities["start_ns"]))
@@ -202,7 +222,7 @@ def _gaps(idle: Mapping[str, IntervalSet], of_host: str, activities: pd.DataFram
     following = np.searchsorted(start, gaps["end_ns"], side="left")
     before = tid[np.where(following > 0, following - 1, len(start))]
     after = np.where(tid[following] >= 0, tid[following], before)
-    hosts = (gaps["cause"] == of_host).to_numpy()
+    hosts = (gaps["cause"] == first + list(idle).index(of_host)).to_numpy()
     length = (gaps["end_ns"] - gaps["start_ns"]).to_numpy()
     span = int(activities["end_ns"].max() - start[0]) if len(start) else 0
     return gaps.assign(
@@ -232,8 +252,9 @@ def _pieces(gaps: pd.DataFrame, timeline: Timeline, steps: pd.DataFrame) -> pd.D
     """The gaps cut wherever what the host does changes, or a step begins or ends; sorted."""
     start, end = gaps["start_ns"].to_numpy(np.int64), gaps["end_ns"].to_numpy(np.int64)
     tid, other = gaps["tid"].to_numpy(np.int64), gaps["other_tid"].to_numpy(np.int64)
+    unstepped, first = steps.empty, int(steps["step"].min()) if len(steps) else 0
     steps = steps[steps["end_ns"] > steps["start_ns"]]
-    bounds = np.unique(np.concatenate((steps["start_ns"], steps["end_ns"]))).astype(np.int64)
+    bounds = _distinct(np.concatenate((steps["start_ns"], steps["end_ns"])).astype(np.int64))
     owner, at = _expanded(np.searchsorted(bounds, start, side="right"), np.searchsorted(bounds, end, side="left"))
     cuts = [
         (np.arange(len(gaps)), start),
@@ -246,65 +267,104 @@ def _pieces(gaps: pd.DataFrame, timeline: Timeline, steps: pd.DataFrame) -> pd.D
     gap, begin = gap[order], begin[order]
     last = np.append(gap[1:] != gap[:-1], True)[: len(gap)]
     finish = np.where(last, end[gap], np.append(begin[1:], 0)[: len(gap)])
-    within = np.searchsorted(steps["start_ns"].to_numpy(np.int64), begin, side="right") - 1
-    inside = (within >= 0) & (begin < np.append(steps["end_ns"].to_numpy(np.int64), 0)[within])
-    step = np.where(inside, np.append(steps["step"].to_numpy(np.int64), 0)[within], -1)
-    pieces = gaps[["cause", "tid", "other_tid", "single"]].iloc[gap].reset_index(drop=True)
-    pieces = pieces.assign(gap=gap, start_ns=begin, end_ns=finish, step=step)
+    scope = np.where(gaps["single"].to_numpy()[gap] & unstepped, SCOPES.index(ONCE), _scope(begin, steps, first))
+    pieces = gaps[["cause", "tid", "other_tid"]].iloc[gap].reset_index(drop=True)
+    pieces = pieces.assign(gap=gap, start_ns=begin, end_ns=finish, scope=scope)
     return pieces[finish > begin].reset_index(drop=True)
 
 
+def _scope(at: Times, steps: pd.DataFrame, first: int) -> Times:
+    """The place in SCOPES of what lies in or outside of ``steps``, of which ``first`` is for warming up."""
+    within = np.searchsorted(steps["start_ns"].to_numpy(np.int64), at, side="right") - 1
+    inside = (within >= 0) & (at < np.append(steps["end_ns"].to_numpy(np.int64), 0)[within])
+    warm = np.append(steps["step"] == first, False)[within]
+    return np.select([~inside, warm], [SCOPES.index(OUTSIDE_STEPS), SCOPES.index(WARMUP)], SCOPES.index(STEPS))
+
+
 def _explained(
-    pieces: pd.DataFrame, timeline: Timeline, names: Sequence[npt.NDArray[np.object_]], *, traces_os: bool
+    pieces: pd.DataFrame, timeline: Timeline, codes: Sequence[Times], functions: pd.Index, *, traces_os: bool
 ) -> pd.DataFrame:
-    """Cause, function (``what``), range, and whether the host loads data, of each piece."""
+    """Cause, function (``what``), range, and whether the host loads data, of each piece; as codes, -1 for none.
+
+    ``codes``: the function of each interval of the layers of calls, and the name of each range.
+    """
     begin, tid, other = (pieces[name].to_numpy(np.int64) for name in ("start_ns", "tid", "other_tid"))
     own, others = timeline.at(tid, begin), timeline.at(np.where(other == tid, UNKNOWN, other), begin)
-    cause = np.where(tid >= 0, HOST_CODE if traces_os else UNTRACED_CODE, pieces["cause"]).astype(object)
-    what = np.full(len(pieces), "", dtype=object)
-    waits = np.array([THREAD_WAITS.search(str(name)) is not None for name in names[3]], dtype=np.bool_)
+    unnamed = [np.append(each, -1) for each in codes]
+    system = CALLS.index(OS_CALL)
+    waits = np.array([*(bool(THREAD_WAITS.match(str(name))) for name in functions), False], dtype=np.bool_)
+    cause = np.where(tid >= 0, HOST_CAUSES.index(HOST_CODE if traces_os else UNTRACED_CODE), pieces["cause"])
+    what = np.full(len(pieces), -1, dtype=np.int64)
+    waiting = waits[unnamed[system][own[system]]]
+    ask_other = waiting | ((own[system] < 0) & (not traces_os))
+    works = waiting & ~waits[unnamed[system][others[system]]]
     # From the last answer to the first: each overwrites what holds less.
-    waiting = (own[3] >= 0) & np.append(waits, False)[own[3]]
-    ask_other = waiting | ((own[3] < 0) & (not traces_os))
-    works = (others[3] >= 0) & ~np.append(waits, False)[others[3]] & waiting
     answers = [
-        (OS_CALL, own[3], waiting),
-        (OS_CALL, others[3], works),
-        *((CALLS[layer], others[layer], ask_other) for layer in (2, 1, 0)),
-        (OS_CALL, own[3], ~waiting),
-        *((CALLS[layer], own[layer], True) for layer in (2, 1, 0)),
+        (system, own[system], waiting),
+        (system, others[system], works),
+        *((layer, others[layer], ask_other) for layer in reversed(range(system))),
+        (system, own[system], ~waiting),
+        *((layer, own[layer], np.True_) for layer in reversed(range(system))),
     ]
-    for kind, index, holds in answers:
+    for layer, index, holds in answers:
         chosen = (index >= 0) & holds
-        cause[chosen] = kind
-        what[chosen] = names[CALLS.index(kind)][index[chosen]]
-    inner = np.where(own[4] >= 0, own[4], others[4])
-    in_loading = (own[5] >= 0) | ((own[4] < 0) & (others[5] >= 0))
-    reads = (cause == OS_CALL) & pd.Series(what).isin(READS).to_numpy()
+        cause[chosen] = layer
+        what[chosen] = codes[layer][index[chosen]]
+    inner = np.where(own[system + 1] >= 0, own[system + 1], others[system + 1])
+    loading = (own[system + 2] >= 0) | ((own[system + 1] < 0) & (others[system + 2] >= 0))
+    reads = np.append(functions.isin(READS), False)[what] & (cause == system)
     return pieces.assign(
-        cause=cause, what=what, range=np.append(names[4], "")[inner], loading=(tid >= 0) & (in_loading | reads)
+        cause=cause, what=what, range=unnamed[system + 1][inner], loading=(tid >= 0) & (loading | reads)
     )
 
 
-def _summed(pieces: pd.DataFrame, gaps: pd.DataFrame) -> pd.DataFrame:
-    """Rows of COLUMNS but the last, and the ``longest`` gap of each, most idle time first."""
-    keys = ["scope", "cause", "what", "range", "loading"]
-    length = pieces["end_ns"] - pieces["start_ns"]
-    by_range = length.groupby(pieces["range"]).sum().nlargest(MAX_NAMES).index
-    pieces = pieces.assign(idle_ns=length, range=pieces["range"].where(pieces["range"].isin(by_range), REST))
-    by_gap = pieces.groupby([*keys, "gap"])["idle_ns"].sum().reset_index()
+def _summed(pieces: pd.DataFrame, gaps: pd.DataFrame, labels: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """Rows of COLUMNS but the last, and the ``longest`` gap of each, most idle time first.
+
+    ``labels`` are of scope, cause, what and range by their codes; the last of ranges but one is for those beyond
+    MAX_NAMES.
+    """
+    length = (pieces["end_ns"] - pieces["start_ns"]).to_numpy(np.int64)
+    ranges = len(labels[3])
+    code = pieces["range"].to_numpy(np.int64) % ranges
+    most = np.argsort(-np.bincount(code, weights=length, minlength=ranges)[: ranges - 2], kind="stable")[:MAX_NAMES]
+    code = np.where(np.isin(code, most) | (code == ranges - 1), code, ranges - 2)
+    key = np.zeros(len(pieces), dtype=np.int64)
+    parts = [
+        (pieces[name].to_numpy(np.int64), len(each))
+        for name, each in zip(("scope", "cause", "what"), labels, strict=False)
+    ]
+    for each, count in [*parts, (code, ranges), (pieces["loading"].to_numpy(np.int64), 2)]:
+        key = key * count + each % count
+    key, gap, held = _sums(key, pieces["gap"].to_numpy(np.int64), length)
+    whole = (gaps["end_ns"] - gaps["start_ns"]).to_numpy(np.int64)[gap]
+    by_gap = pd.DataFrame({"key": key, "longest": gap, "gaps_ns": whole, "idle_ns": held})
     by_gap = by_gap.sort_values("idle_ns", ascending=False, kind="stable")
-    by_gap["gaps_ns"] = (gaps["end_ns"] - gaps["start_ns"]).to_numpy(np.int64)[by_gap["gap"]]
-    rows = by_gap.groupby(keys, as_index=False, sort=False).agg(
+    rows = by_gap.groupby("key", sort=False).agg(
         largest_ns=("idle_ns", "first"),
-        longest=("gap", "first"),
-        gaps=("gap", "size"),
+        longest=("longest", "first"),
+        gaps=("longest", "size"),
         gaps_ns=("gaps_ns", "sum"),
         idle_ns=("idle_ns", "sum"),
     )
+    key = rows.index.to_numpy(np.int64)
+    key, loading = np.divmod(key, 2)
+    told = {"loading": loading.astype(bool)}
+    for name, texts in zip(("range", "what", "cause", "scope"), reversed(labels), strict=True):
+        key, code = np.divmod(key, len(texts))
+        told[name] = np.array(texts, dtype=object)[code]
     longest = gaps.iloc[rows["longest"]]
-    rows = rows.assign(start_ns=longest["start_ns"].to_numpy(), end_ns=longest["end_ns"].to_numpy())
-    return rows.sort_values(["scope", "idle_ns"], ascending=[True, False], kind="stable", ignore_index=True)
+    times = {name: longest[name].to_numpy() for name in ("start_ns", "end_ns")}
+    order = ["scope", "idle_ns"]
+    return rows.assign(**told, **times).sort_values(order, ascending=[True, False], kind="stable", ignore_index=True)
+
+
+def _sums(key: Times, gap: Times, length: Times) -> tuple[Times, Times, Times]:
+    """The sum of ``length`` of each key and gap."""
+    order = np.lexsort((gap, key))
+    key, gap = key[order], gap[order]
+    first = np.flatnonzero(np.append(True, (key[1:] != key[:-1]) | (gap[1:] != gap[:-1]))[: len(key)])
+    return key[first], gap[first], np.add.reduceat(length[order], first) if len(first) else length
 
 
 def _before(ranges: pd.DataFrame, tid: int, launch_ns: int) -> str:

@@ -22,8 +22,8 @@ from hpcmm.reports.run_record import read_run_record
 
 MS = 0.001
 NO_CALLS = Host(
-    pd.DataFrame(columns=["start_ns", "end_ns", "tid", "kind", "function"]),
-    pd.DataFrame(columns=["start_ns", "end_ns", "tid", "name"]),
+    pd.DataFrame(columns=["start_ns", "end_ns", "tid", "kind", "function"]).astype({"function": "category"}),
+    pd.DataFrame(columns=["start_ns", "end_ns", "tid", "name"]).astype({"name": "category"}),
     traces_os=False,
 )
 KERNELS = {"kernel": "gemm", "nccl": "ncclDevKernel_AllReduce_Sum_f32_RING_LL", "copy": "", "set": "", "graph": ""}

@@ -15,7 +15,9 @@ from hpcmm.analysis.nccl import (
     BY_NAME,
     BY_ORDER,
     UNCONFIRMED,
+    communicates,
     confirm_order,
+    is_communication,
     kernel_op,
     timed_by_kernels,
     with_basis,
@@ -49,6 +51,73 @@ MS = 0.001
 )
 def test_the_operation_is_in_the_kernels_name(name: str, op: str | None) -> None:
     assert kernel_op(name) == op
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL",
+        "vllm::cross_device_reduce_2stage",
+        "cross_device_reduce_1stage",
+        "tensorrt_llm::kernels::oneShotAllReduceKernel",
+        "lowPrecisionTwoShotAllReduceKernel",
+        "flashinfer::trtllm_allreduce_fusion::allreduce_fusion_kernel_oneshot_lamport",
+        "quickreduce::allreduce_prototype_twoshot",
+        "multimem_all_reduce_kernel",
+        "two_shot_all_reduce_kernel_inplace",
+        "c10d::symmetric_memory::barrier_kernel",
+        "nvshmemi_transfer_rma_internode",
+        "deep_ep::intranode::dispatch",
+        "deep_ep::internode_ll::combine",
+        "deep_ep::internode::notify_dispatch",
+        "dpsk::ep::internode::dispatch_ll",
+        "tensorrt_llm::kernels::moe_comm::moeAllToAllKernel",
+        "moeA2ADispatchKernel",
+        "mscclKernel_Sum_float",
+        "mscclpp::allreduce_packet",
+        "userbuffers_fp16_sum_inplace_gpu_rr_rs_oop",
+        "kuserbuffers_pushsend",
+        "rcclGenericKernel",
+        "ucc_ec_cuda_reduce_kernel",
+    ],
+)
+def test_kernels_that_exchange_data_between_gpus(name: str) -> None:
+    assert communicates(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemm",
+        "dispatch",
+        "combine",
+        "mylib::dispatch",
+        "flash_fwd_splitkv_combine_kernel",
+        "vllm::moe::moe_align_block_size_kernel",
+        "fused_moe_kernel",
+        "deep_ep::layout::get_dispatch_layout",
+        "warpAllReduce",
+        "block_all_reduce_sum_f32",
+        "triton_poi_fused_add_all_reduce_wait_tensor_3",
+        "triton_red_fused_all_gather_into_tensor_0",
+        "GemmAllReduceKernel",
+        "at::native::reduce_kernel",
+        "at::native::vectorized_gather_kernel",
+        "scatter_reduce",
+        "construct_product",
+        "",
+    ],
+)
+def test_kernels_that_compute(name: str) -> None:
+    assert not communicates(name)
+
+
+@pytest.mark.parametrize(("beside", "count"), [("gemm", 0), ("cross_device_reduce_1stage", 3)])
+def test_dispatch_and_combine_communicate_beside_other_communication_alone(beside: str, count: int) -> None:
+    names = ["dispatch", "combine", "mylib::dispatch", beside]
+    found = is_communication(pd.DataFrame({"kind": ["kernel"] * 4, "name": pd.Categorical(names)}))
+    assert found.sum() == count
+    assert not found[2]
 
 
 def kernels(*rows: tuple) -> pd.DataFrame:

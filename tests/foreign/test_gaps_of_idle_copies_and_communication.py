@@ -1,5 +1,8 @@
 """Reports that hpcmm did not make: what GPUs wait for, what their copies are, and which kernels communicate."""
 
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
@@ -91,3 +94,134 @@ def test_communication_that_is_partly_hidden_loses_the_rest() -> None:
     gpu = run.gpu()
     assert gpu["exposed_comm_s"].to_numpy() == pytest.approx(40 * 6e-3)
     assert first(run)["lost_s_per_step"] == pytest.approx(40 * 6e-3)
+
+
+THREAD = 281476654432356
+"""globalTid of the thread that launches."""
+
+
+def changed(tmp_path: Path, report: str, *statements: str) -> Analysis:
+    """The analysis of a report that some statements of SQL have changed."""
+    path = tmp_path / "report.sqlite"
+    shutil.copyfile(INPUTS / report / "report.sqlite", path)
+    path.chmod(0o600)
+    with closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+    return analyze(path)
+
+
+@pytest.mark.parametrize(
+    ("statements", "cause", "advice"),
+    [
+        (
+            ["UPDATE StringIds SET value = 'pread64' WHERE value = 'read'", "DELETE FROM NVTX_EVENTS"],
+            "loads data",
+            "num_workers",
+        ),
+        (
+            ["DELETE FROM OSRT_API", "UPDATE NVTX_EVENTS SET text = 'get_batch' WHERE text = 'data_loading'"],
+            "loads data",
+            "num_workers",
+        ),
+        (
+            ["UPDATE StringIds SET value = 'nanosleep' WHERE value = 'read'", "DELETE FROM NVTX_EVENTS"],
+            "is in the OS",
+            "no sleep",
+        ),
+        (
+            ["UPDATE StringIds SET value = 'poll' WHERE value = 'read'", "DELETE FROM NVTX_EVENTS"],
+            "is in the OS",
+            "another process or the network",
+        ),
+        (["DELETE FROM OSRT_API", "DELETE FROM NVTX_EVENTS"], "other code", "py-spy"),
+    ],
+)  # fmt: skip
+def test_the_row_is_of_what_the_host_does(tmp_path: Path, statements: list[str], cause: str, advice: str) -> None:
+    row = first(changed(tmp_path, "sync_then_loading", *statements))
+    assert cause in row["cause"]
+    assert advice in row["suggestion"]
+    assert ".item()" not in row["suggestion"]
+
+
+@pytest.mark.parametrize("table", ["MPI_COLLECTIVES_EVENTS", "MPI_START_WAIT_EVENTS", "MPI_RMA_EVENTS"])
+def test_calls_of_mpi_are_in_tables_of_their_own(tmp_path: Path, table: str) -> None:
+    run = changed(
+        tmp_path,
+        "sync_then_loading",
+        f"CREATE TABLE {table} (start INTEGER NOT NULL, end INTEGER, globalTid INTEGER, textId INTEGER)",
+        "INSERT INTO StringIds VALUES (90, 'MPI_Allreduce')",
+        f"INSERT INTO {table} SELECT start, end, globalTid, 90 FROM NVTX_EVENTS WHERE text = 'data_loading'",  # noqa: S608
+        f"INSERT INTO {table} SELECT * FROM {table}",  # noqa: S608 -- one row a request
+        f"INSERT INTO {table} VALUES (1, NULL, 'x', NULL)",  # noqa: S608
+        "UPDATE NVTX_EVENTS SET text = 'exchange' WHERE text = 'data_loading'",
+    )
+    row = first(run)
+    assert row["cause"] == "GPU idle: the host is in MPI"
+    assert "3.43 s in MPI_Allreduce()" in row["evidence"]
+
+
+def test_calls_of_mpi_can_be_ranges_of_its_domain(tmp_path: Path) -> None:
+    run = changed(
+        tmp_path,
+        "sync_then_loading",
+        f"INSERT INTO NVTX_EVENTS (start, eventType, text, globalTid, domainId) VALUES (1, 75, 'MPI', {THREAD}, 4)",  # noqa: S608
+        "UPDATE NVTX_EVENTS SET text = 'MPI_Barrier', domainId = 4 WHERE text = 'data_loading'",
+    )
+    assert first(run)["cause"] == "GPU idle: the host is in MPI"
+    assert set(run.idle()["range"]) <= {"", "iteration N"}
+
+
+def test_a_long_call_of_cuda_is_told(tmp_path: Path) -> None:
+    run = changed(
+        tmp_path,
+        "sync_then_loading",
+        "INSERT INTO StringIds VALUES (91, 'cudaMalloc_v3020')",
+        "INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME (start, end, eventClass, globalTid, nameId, returnValue) "
+        "SELECT start, end, 0, globalTid, 91, 0 FROM NVTX_EVENTS WHERE text = 'data_loading'",
+        "DELETE FROM NVTX_EVENTS",
+    )
+    row = first(run)
+    assert row["cause"] == "GPU idle: the host is in long CUDA calls"
+    assert "cudaMalloc()" in row["evidence"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "memory"),
+    [
+        ("UPDATE CUPTI_ACTIVITY_KIND_MEMCPY SET srcKind = 0", "pageable"),
+        ("UPDATE CUPTI_ACTIVITY_KIND_MEMCPY SET srcKind = NULL, dstKind = 'x'", ""),
+        ("ALTER TABLE CUPTI_ACTIVITY_KIND_MEMCPY DROP COLUMN srcKind", ""),
+        ("UPDATE CUPTI_ACTIVITY_KIND_MEMCPY SET copyKind = 11, srcKind = NULL, dstKind = NULL", "managed"),
+    ],
+)
+def test_what_the_export_does_not_tell_of_copies_is_left_open(tmp_path: Path, statement: str, memory: str) -> None:
+    run = changed(tmp_path, "offload_pinned", statement)
+    copies = run.copies()
+    assert copies[["copies", "bytes", "memory"]].to_numpy().tolist() == [[100, 22_500_000_000, memory]]
+    assert "offload" not in first(run)["evidence"]
+    assert ("pin_memory" in first(run)["suggestion"]) == (memory == "pageable")
+
+
+def test_some_copies_without_their_kind_are_copies_still(tmp_path: Path) -> None:
+    run = changed(
+        tmp_path, "offload_pinned", "UPDATE CUPTI_ACTIVITY_KIND_MEMCPY SET srcKind = NULL WHERE rowid % 10 = 0"
+    )
+    assert run.copies().set_index("memory")["copies"].to_dict() == {"pinned": 90, "": 10}
+    assert run.gpu()["memory_s"].sum() == pytest.approx(0.9)
+
+
+def test_kernels_have_the_namespaces_of_their_full_names(tmp_path: Path) -> None:
+    run = changed(
+        tmp_path,
+        "custom_allreduce",
+        "INSERT INTO StringIds VALUES (92, 'void deep_ep::intranode::dispatch<8, 768>(int4*, float*)')",
+        "INSERT INTO StringIds VALUES (93, 'void (anonymous namespace)::gemm<float>(float*)')",
+        "UPDATE CUPTI_ACTIVITY_KIND_KERNEL SET demangledName = 92 WHERE shortName = 7",
+        "UPDATE CUPTI_ACTIVITY_KIND_KERNEL SET demangledName = 93 WHERE shortName = 2",
+        "UPDATE CUPTI_ACTIVITY_KIND_KERNEL SET shortName = 2, demangledName = 93 WHERE shortName NOT IN (2, 7)",
+    )
+    kernels = run.kernels().set_index("name")
+    assert kernels["communication"].to_dict() == {"gemm": False, "deep_ep::intranode::dispatch": True}
+    assert run.gpu()["comm_s"].sum() == pytest.approx(0.02)
