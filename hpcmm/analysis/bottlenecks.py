@@ -20,6 +20,7 @@ from hpcmm.analysis import (
     delay_costs,
     experts,
     gpu_findings,
+    gpu_trace,
     longer_work,
     parallelism,
     process_groups,
@@ -116,7 +117,10 @@ def find(context: AnalysisContext) -> list[Finding]:
     late = [experts.explain_by_experts(context, explain_by_batches(context, finding), moe) for finding in late]
     late = [_placed(context, finding, stages) for finding in late]
     own_work = _own_work(context)
-    on_gpus = gpu_findings.in_steps(context.gpu, context.idle, context.copies, own_work)
+    # That the GPUs starve meanwhile is seen in those steps alone that have their records.
+    seen = gpu_trace.traced_share(context.gpu)
+    accounted = [replace(finding, lost_s=finding.lost_s / seen) for finding in own_work]
+    on_gpus = gpu_findings.in_steps(context.gpu, context.idle, context.copies, accounted)
     on_gpus = doubted(on_gpus, gpu_doubt(context.traces))
     findings = [
         *alone,

@@ -320,6 +320,13 @@ def traced(gpu: pd.DataFrame) -> pd.Series[bool]:
     return gpu["untraced_s"] <= completeness.MOST_UNTRACED * gpu["span_s"]
 
 
+def traced_share(gpu: pd.DataFrame) -> float:
+    """Share of the steps of table ``gpu`` that have their records; 1 if none has, or nothing was traced."""
+    in_steps = gpu[gpu["step"].notna()] if len(gpu) else gpu
+    share = float(traced(in_steps).mean()) if len(in_steps) else 1.0
+    return share or 1.0
+
+
 def counted(gpu: pd.DataFrame) -> pd.DataFrame:
     """The rows of table ``gpu`` that means are over: steps but the warm-up whose records are there, or all rows of a
     capture without steps."""
