@@ -16,6 +16,8 @@ from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times
 from hpcmm.ranges import write_ranges
 from hpcmm.reports.report import IMPOSSIBLE, NO_LAUNCH, UNKNOWN, UNRECORDED
 
+UUID = "uuid "
+"""What the name of a GPU begins with if no two GPUs share it."""
 MIN_LAUNCHES = 8
 """So many launches in a row without a record are no accident; nor is one whose record has times that cannot be."""
 LACKING_SHARE = 0.1
@@ -145,7 +147,7 @@ class Sharing:
     """The GPU behind a process's device."""
 
     gpu: str
-    """Tells it from all others of the report; of the run, if it begins with ``uuid``."""
+    """Tells it from all others of the report; of the run, if it begins with UUID."""
     others: IntervalSet
     """When other processes used it."""
 

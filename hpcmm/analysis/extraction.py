@@ -14,6 +14,7 @@ import pandas as pd
 
 from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
 from hpcmm.analysis.choice import CHOOSE_FOR_ME, Choice, cut
+from hpcmm.analysis.completeness import UUID
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, UNEVEN, RankTrace
 from hpcmm.analysis.user_ranges import Adopted, adopt, adopt_phases
@@ -272,6 +273,7 @@ def _extract_all(
         spans=len(mine),
         unnumbered=phases.unnumbered_steps(ranges),
         device=device,
+        busy=gpu.busy,
         gpu_missing=gpu.missing,
         gpu_doubt=gpu.missing or _doubt(report, pid),
         **_kept(report, gpu),
@@ -291,7 +293,7 @@ def _kept(report: Report, side: gpu_trace.GpuSide) -> dict[str, Any]:
 
 def _of_run(report: Report, gpu: pd.Series[str]) -> pd.Series[str]:
     """What tells GPUs of a report from all others of the run: their UUIDs, or the report with what tells them there."""
-    return gpu.where(gpu.str.startswith("uuid "), f"{report.path} " + gpu)
+    return gpu.where(gpu.str.startswith(UUID), f"{report.path} " + gpu)
 
 
 def _doubt(report: Report, pid: int) -> str:

@@ -123,7 +123,9 @@ def doubted(findings: Sequence[Finding], doubt: str) -> list[Finding]:
     """``findings`` with less confidence and the reason for it; as they are without a ``doubt``."""
     if not doubt:
         return list(findings)
-    return [replace(each, confidence=_LESS[each.confidence], evidence=f"{each.evidence}; {doubt}") for each in findings]
+    return [
+        replace(each, confidence=_LESS[each.confidence], evidence=f"{each.evidence}; but {doubt}") for each in findings
+    ]
 
 
 def gpu_doubt(traces: Sequence[RankTrace]) -> str:
@@ -133,7 +135,7 @@ def gpu_doubt(traces: Sequence[RankTrace]) -> str:
     if not told:
         return ""
     of = "" if len(doubts) == 1 else f" (of {sum(map(bool, doubts))} of {len(doubts)} ranks)"
-    return f"but {told[0].split(':')[0]}{of}"
+    return f"{told[0].split(':')[0]}{of}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ def on_one_clock(inventory: ReportInventory) -> tuple[list[RankTrace], CommonClo
         trace.on_clock(lambda times, own=own: own(times) - begin)  # type: ignore[misc]
         for (_, trace), own in zip(inventory.used, clock.clocks, strict=True)
     ]
-    return moved, clock
+    return gpu_trace.without_other_reports(moved, [fact.path for fact, _ in inventory.used]), clock
 
 
 def _matrix(rows: pd.DataFrame, column: str, traces: int) -> np.ndarray:

@@ -76,6 +76,8 @@ class RankTrace:
     gpu: pd.DataFrame | None = None
     """As :func:`hpcmm.analysis.gpu_trace.gpu_rows` gives it, with what tells the GPU from all others of the run as
     ``gpu``; None if no GPU activity was traced."""
+    busy: Mapping[str, IntervalSet] = field(default_factory=dict)
+    """When it used each GPU that has a UUID, without gaps of microseconds, by what ``gpu`` tells of it."""
     gpu_missing: str = ""
     """Which records of its GPUs are missing, in words."""
     gpu_doubt: str = ""
@@ -127,6 +129,7 @@ class RankTrace:
             idle=None if self.idle is None else moved(self.idle),
             blocked=blocked,
             starved=self.starved and IntervalSet(clock(self.starved.start_ns), clock(self.starved.end_ns)),
+            busy={gpu: IntervalSet(clock(own.start_ns), clock(own.end_ns)) for gpu, own in self.busy.items()},
             stalled=self.stalled and IntervalSet(clock(self.stalled.start_ns), clock(self.stalled.end_ns)),
         )
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from hpcmm.analysis import process_groups
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS
-from hpcmm.analysis.findings import computation_has_phases
+from hpcmm.analysis.findings import computation_has_phases, gpu_doubt
 from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.gpu_trace import counted, traced
 from hpcmm.analysis.study import Study, why_failed
@@ -91,8 +91,8 @@ def headline(study: Study) -> str:
     step = seconds(study.steps.mean_s)
     if table.empty:
         told = f"Nothing stands out: no cause takes 2% of the {step} step, and no rank is to blame."
-        graphs = graphs_line(study)
-        return f"{told} But {graphs}." if graphs else told
+        doubt = graphs_line(study) or gpu_doubt(study.traces)
+        return f"{told} But {plain(doubt)}." if doubt else told
     row = table.iloc[0]
     lost = f"{seconds(float(row['lost_s_per_step']))} of each {step} step ({percent(float(row['step_share']))})"
     several = "s" if "," in str(row["phase"]) else ""
@@ -360,7 +360,10 @@ def gpu_headline(study: Study) -> str:
     told = f"No steps are annotated; of {seconds(float(rows['span_s'].sum()) / devices)} on {where}"
     graphs = graphs_line(study)
     if table.empty:
-        return f"{told} {f'{graphs}; nothing else' if graphs else 'nothing'} loses 2%."
+        doubt = gpu_doubt(study.traces)
+        return (
+            f"{told} {f'{graphs}; nothing else' if graphs else 'nothing'} loses 2%{f', but {doubt}' if doubt else ''}."
+        )
     row = table.iloc[0]
     return f"{told} {percent(float(row['step_share']))} are lost to this: {plain(row['cause'])}."
 
