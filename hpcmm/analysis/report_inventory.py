@@ -6,12 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 
 from hpcmm.analysis.extraction import OLDER_NVTX, ReportFacts
 from hpcmm.analysis.trace import RankTrace, labelled
-from hpcmm.ranges import MAX_WORLD_SIZE
+from hpcmm.ranges import MAX_WORLD_SIZE, write_ranges
 from hpcmm.reports.run_record import RunRecord
 
 FOUND = "found"
@@ -27,6 +28,7 @@ DUPLICATE = "duplicate"
 COLUMNS = ["rank", "node", "status", "steps", "spans", "events", "span_s", "nsys_version", "reason", "report"]
 NVTX_ASKS_NSYS = (0, 2, 12)
 """First version of the Python package nvtx that does."""
+_NUMBER = re.compile(r"(?<![0-9])[0-9]{1,7}(?![0-9])")
 _RANK_IN_NAME = re.compile(r"rank_([0-9]{1,7})")
 
 
@@ -70,9 +72,11 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     rows: list[tuple[object, ...]] = []
     claims: dict[int, list[tuple[ReportFacts, RankTrace]]] = {}
     nameless: list[str] = []
+    by_name = _ranks_by_names(facts)
     for fact, ranks in zip(facts, resolved, strict=True):
         if not fact.traces:
             rank = _rank_without_trace(fact, record)
+            rank = by_name.get(fact.path) if rank is None else rank
             rows.append(_row(fact, rank, None, _status_without_trace(fact)))
             nameless += [fact.name] if rank is None and fact.damage else []
         for told_rank, trace in ranks:
@@ -91,7 +95,7 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     if not record.world_size:
         world_size = max([world_size, *(rank + 1 for rank in claims if rank < MAX_WORLD_SIZE)])
     present = {int(str(row[0])) for row in rows if row[0] is not None and row[2] != WRONG_JOB}
-    rows.extend(_without_report(present, world_size, record, list(dict.fromkeys(nameless)), workers))
+    rows.extend(_without_report(present, world_size, record, nameless, workers))
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
     table = table.sort_values(["rank", "report"], na_position="last", kind="stable", ignore_index=True)
     fine = {FOUND, NOT_PROFILED} if record.world_size else {FOUND, NO_NVTX, NO_STEPS}
@@ -189,6 +193,32 @@ def _rank_by_name(fact: ReportFacts, record: RunRecord) -> int | None:
     return int(match[1]) if match and int(match[1]) < record.world_size else None
 
 
+def _ranks_by_names(facts: Sequence[ReportFacts]) -> dict[Path, int]:
+    """Ranks of reports that tell none, by a number in their names that is the rank in the names of others.
+
+    ``a_rank_3`` confirms the names ``a_rank_N`` if its process tells that it is rank 3; one that tells another rank
+    takes that back. What another report claims is left out.
+    """
+    confirmed: set[tuple[str, str]] = set()
+    wrong: set[tuple[str, str]] = set()
+    known = {fact.path: fact.identity.rank for fact in facts if len(fact.traces) == 1}
+    known |= {fact.path: fact.traces[0].rank for fact in facts if len(fact.traces) == 1 and fact.traces[0].rank >= 0}
+    for path, rank in known.items():
+        for pattern, number in _numbers_in(path.stem) if rank is not None else ():
+            (confirmed if number == rank else wrong).add(pattern)
+    found: dict[Path, int] = {}
+    for fact in facts:
+        told = {number for pattern, number in _numbers_in(fact.path.stem) if pattern in confirmed - wrong}
+        if fact.path not in known and len(told) == 1 and not told & set(known.values()):
+            found[fact.path] = told.pop()
+    return found
+
+
+def _numbers_in(stem: str) -> list[tuple[tuple[str, str], int]]:
+    """Each number of a name, with what stands before and behind it."""
+    return [((stem[: match.start()], stem[match.end() :]), int(match[0])) for match in _NUMBER.finditer(stem)]
+
+
 def _node(trace: RankTrace, rank: int, record: RunRecord) -> str:
     start = record.starts.get(rank)
     return start.node if start is not None else trace.node
@@ -274,10 +304,16 @@ def _without_report(
 ) -> list[tuple[object, ...]]:
     """Rows of expected ranks that no report claims; ``nameless`` reports may be theirs, but do not tell.
 
-    ``workers``: ranks of each process that the run's record knows.
+    ``workers``: ranks of each process that the run's record knows. Without a record each nameless report stands for one
+    of these ranks, and the rows of the others cannot say which they are.
     """
     rows: list[tuple[object, ...]] = []
-    for rank in sorted(set(range(world_size)) - present):
+    missing = sorted(set(range(world_size)) - present)
+    maybe = _some(list(dict.fromkeys(nameless)))
+    if nameless and not record.world_size:
+        told = f"one of ranks {write_ranges(missing)} has no report; {maybe} may be of another of them"
+        return [(None, "", MISSING, 0, 0, 0, 0.0, "", told, "")] * max(0, len(missing) - len(nameless))
+    for rank in missing:
         start = record.starts.get(rank // workers)
         node = start.node if start is not None else ""
         if record.world_size and rank // workers not in record.profiled:
@@ -296,7 +332,7 @@ def _without_report(
             if not record.world_size:
                 told = f"the other reports are of a job of {world_size} ranks or more"
             if nameless:
-                told = f"no report tells that it is of this rank; {_some(nameless)} may be"
+                told = f"no report tells that it is of this rank; {maybe} may be"
             rows.append((rank, node, MISSING, 0, 0, 0, 0.0, "", told, ""))
     return rows
 

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import process_groups
@@ -209,12 +210,33 @@ def exchanged_line(study: Study) -> str:
 
 
 def coverage_line(study: Study) -> str:
-    """How many of the expected reports were read."""
-    status = study.tables["coverage"]["status"]
-    used = int((status == "found").sum())
+    """How many of the expected reports were read; several of one rank count once for it."""
+    coverage = study.tables["coverage"]
+    status, again = coverage["status"], coverage["rank"].duplicated() & coverage["rank"].notna()
+    found = (status == "found") & ~(again & coverage["rank"].isin(coverage.loc[status == "found", "rank"].unique()))
+    used, whole = int(found.sum()), int((~again).sum())
     rest = status[status != "found"].value_counts()
     told = ", ".join(f"{count} {str(name).replace('_', ' ')}" for name, count in rest.items())
-    return f"{used} of {len(status)} ranks with steps" + (f" ({told})" if told else "")
+    return f"{used} of {whole} ranks with steps" + (f" ({told})" if told else "")
+
+
+def gaps(coverage: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """Who, status and reason of the rows of ``coverage`` that something is wrong with; ranks of which the same is
+    said, and that have no report, in one."""
+    troubled = coverage[(coverage["reason"] != "") & (coverage["status"] != "not_profiled")]
+    alike = troubled.assign(own=np.where(troubled["report"] == "", -1, np.arange(len(troubled))))
+    told = []
+    for _, rows in alike.groupby(["own", "status", "reason", "node"], sort=False):
+        row = rows.iloc[0]
+        known = rows["rank"].dropna()
+        if len(known) > 1:
+            who = f"ranks {rank_list(known)}" + (f" · {plain(row['node'])}" if row["node"] else "")
+        elif len(known) and int(known.iloc[0]) >= 0:
+            who = rank_name(int(known.iloc[0]), str(row["node"] or ""))
+        else:
+            who = plain(row["report"]) or f"{len(rows)} rank{'s' if len(rows) > 1 else ''}"
+        told.append((who, plain(row["status"]).replace("_", " "), plain(row["reason"])))
+    return told
 
 
 def steps_line(study: Study) -> str:

@@ -22,6 +22,7 @@ from hpcmm.page.headlines import (
     efficiency_line,
     exchanged_line,
     failed_line,
+    gaps,
     gpu_line,
     headline,
     late_line,
@@ -286,12 +287,12 @@ def coverage_grid(study: Study) -> CoverageGrid:
     """The inventory of reports as tiles and sentences."""
     table = study.tables["coverage"]
     records = table.to_dict("records")
-    troubled = [row for row in records if row["reason"] and row["status"] != report_inventory.NOT_PROFILED]
+    troubles = gaps(table)
     counts = table["status"].value_counts()
     return CoverageGrid(
         tiles=[_tile(row) for row in records[:MAX_TILES]],
-        troubles=[(_whose(row), _status(row), plain(row["reason"])) for row in troubled[:MAX_TROUBLES]],
-        more_troubles=max(0, len(troubled) - MAX_TROUBLES),
+        troubles=troubles[:MAX_TROUBLES],
+        more_troubles=max(0, len(troubles) - MAX_TROUBLES),
         statuses=[
             (_grade(str(status)), str(status).replace("_", " "), number(int(count))) for status, count in counts.items()
         ],

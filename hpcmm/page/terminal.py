@@ -27,6 +27,7 @@ from hpcmm.page.headlines import (
     efficiency_line,
     exchanged_line,
     failed_line,
+    gaps,
     gpu_line,
     headline,
     late_line,
@@ -168,15 +169,11 @@ def _print_plain(console: Console, rows: list[dict[Any, Any]], names: Mapping[in
 
 
 def _gaps(coverage: pd.DataFrame) -> list[str]:
-    """One line for each rank or report that something is wrong with."""
-    troubled = coverage[(coverage["reason"] != "") & (coverage["status"] != "not_profiled")]
-    told = []
-    for row in troubled.head(MAX_GAPS).to_dict("records"):
-        known = pd.notna(row["rank"]) and int(row["rank"]) >= 0
-        who = rank_name(int(row["rank"]), str(row["node"] or "")) if known else plain(row["report"])
-        told.append(f"{who}: {plain(row['status']).replace('_', ' ')}: {plain(row['reason'])}")
-    if len(troubled) > MAX_GAPS:
-        told.append(f"and {len(troubled) - MAX_GAPS} more: see coverage.csv")
+    """One line for each report, or ranks without one, that something is wrong with."""
+    troubles = gaps(coverage)
+    told = [": ".join(parts) for parts in troubles[:MAX_GAPS]]
+    if len(troubles) > MAX_GAPS:
+        told.append(f"and {len(troubles) - MAX_GAPS} more: see coverage.csv")
     return told
 
 
