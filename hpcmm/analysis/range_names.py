@@ -61,8 +61,14 @@ _LIBRARIES = frozenset(
 
 
 def templates(names: Sequence[object]) -> npt.NDArray[np.object_]:
-    """Each name with :data:`NUMBER` for its numbers, and without what emit_nvtx appends."""
-    return np.array([_DIGITS.sub(NUMBER, _SUFFIX.sub("", str(name))) for name in names], dtype=object)
+    """Each name with :data:`NUMBER` for its numbers if others differ by these alone; without emit_nvtx's additions."""
+    plain = [_SUFFIX.sub("", str(name)) for name in names]
+    folded = [_DIGITS.sub(NUMBER, name) for name in plain]
+    kinds: dict[str, set[str]] = {}
+    for kind, name in zip(folded, plain, strict=True):
+        kinds.setdefault(kind, set()).add(name)
+    alike = [kind if len(kinds[kind]) > 1 else name for kind, name in zip(folded, plain, strict=True)]
+    return np.array(alike, dtype=object)
 
 
 def without_counters(name: pd.Series) -> npt.NDArray[np.object_]:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from hpcmm.analysis import report_inventory
 from hpcmm.analysis.study import Study
+from hpcmm.page.gpu_tables import gpu_tables
 from hpcmm.page.headlines import (
     alone_line,
     clock_line,
@@ -90,6 +91,7 @@ def folded(study: Study) -> list[PageTable]:
             "osrt",
         ),
     ]
+    made += [_table(each.title, each.note, each.frame, each.name) for each in gpu_tables(study)]
     return [table for table in made if table.rows]
 
 

@@ -15,6 +15,7 @@ from hpcmm.analysis.compare import Comparison
 from hpcmm.analysis.study import Study
 from hpcmm.errors import HpcmmError
 from hpcmm.files import Content, write_together
+from hpcmm.page.gpu_tables import MOST_ROWS, gpu_tables
 from hpcmm.page.headlines import (
     alone_line,
     clock_line,
@@ -121,6 +122,8 @@ def summary(study: Study) -> str:
     parts.append("\n".join(f"- {escape(fact)}" for fact in facts if fact))
     if len(rows):
         parts.append(_bottlenecks(rows, study.names, lost_heading(study)))
+    for each in gpu_tables(study):
+        parts += [f"{each.title}:", table(each.frame.head(MOST_ROWS))]
     gaps = study.tables["coverage"]
     gaps = gaps[gaps["status"] != report_inventory.FOUND]
     if len(gaps):

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcmm.analysis.gpu_trace import HOST, device_time
-from hpcmm.analysis.idle import LOADING, Host, Idle, single_gaps, split
+from hpcmm.analysis.idle import Host, Idle, single_gaps, split
+from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.reports.report import CUDA_CALL, MPI, SYNCHRONISING, UNKNOWN
 
 OS_CALL = "OS call"
@@ -219,4 +220,4 @@ def test_the_range_after_a_single_gap_is_told() -> None:
     ],
 )
 def test_ranges_load_data_if_their_name_says_so(name: str, loads: bool) -> None:
-    assert bool(LOADING.search(name)) == loads
+    assert (part_of_a_step(name) == "data") == loads
