@@ -174,9 +174,9 @@ def matching(name: pd.Series, expression: str) -> npt.NDArray[np.bool_]:
 
 
 _LOADING = frozenset({"data", "dataloader", "dataloading", "fetch", "loader", "loading", "prefetch"})
-_READS = frozenset({"fetch", "get", "load", "next", "read", "wait", "waiting"})
+_READS = frozenset({"fetch", "get", "load", "next", "generator", "read", "wait", "waiting"})
 _EXAMPLES = frozenset({"batch", "batches", "example", "examples", "input", "inputs", "sample", "samples"})
-_MOVES = frozenset({"copy", "cuda", "device", "gpu", "parallel", "to", "transfer"})
+_NO_LOADING = frozenset({"copy", "cuda", "device", "fsdp", "gpu", "norm", "parallel", "to", "transfer"})
 _SAVES = frozenset({"checkpoint", "checkpointing", "ckpt"})
 _OPTIMIZER = frozenset({"adam", "adamw", "optim", "optimizer", "sgd"})
 
@@ -189,7 +189,7 @@ def part_of_a_step(name: str) -> str:
         return ""
     if told & _SAVES and not told & {"activation", "recompute", "forward", "backward"}:
         return "checkpoint"
-    if (told & _LOADING or (told & _READS and told & _EXAMPLES) or "__next__" in name) and not told & _MOVES:
+    if (told & _LOADING or (told & _READS and told & _EXAMPLES) or "__next__" in name) and not told & _NO_LOADING:
         return "data"
     for part, said in (("backward", {"backward", "bwd"}), ("forward", {"forward", "fwd"}), ("optimizer", _OPTIMIZER)):
         if told & said:
