@@ -31,8 +31,8 @@ def untraced(activities: pd.DataFrame, calls: pd.DataFrame, steps: pd.DataFrame,
     """When records of a process's GPU work are missing, far beyond the capture if they end before it does.
 
     ``activities`` and ``calls`` are those of one process (see hpcmm.reports.report.CudaEvents). ``is_lossy``: nsys
-    says that it lost records, or may have. Then steps without any CUDA call or record count as well: without that, a
-    program that calls nothing uses no GPU.
+    says that it lost records, or may have. Then steps without any launch or record count as well: without that, a
+    program that launches nothing uses no GPU.
     """
     lacking = _without_records(activities, calls)
     silent = _silent(activities, calls, steps) if is_lossy else IntervalSet.empty()
@@ -65,7 +65,8 @@ def _without_records(activities: pd.DataFrame, calls: pd.DataFrame) -> IntervalS
 
 
 def _silent(activities: pd.DataFrame, calls: pd.DataFrame, steps: pd.DataFrame) -> IntervalSet:
-    """Stretches of whole steps in which CUDA neither was called nor did anything."""
+    """Stretches of whole steps in which nothing was launched and nothing ran."""
+    calls = calls[calls["record"] != NO_LAUNCH]
     begin, end = (steps[name].to_numpy(np.int64) for name in ("start_ns", "end_ns"))
     if not len(begin):
         return IntervalSet.empty()
@@ -103,9 +104,7 @@ def in_words(missing: IntervalSet, activities: pd.DataFrame, calls: pd.DataFrame
     if impossible and not lacking:
         return ""  # which is said where these are left out
     why = (
-        f"{lacking:,} launches there have none"
-        if lacking
-        else "CUDA calls are missing as well: nsys may have lost them"
+        f"{lacking:,} launches there have none" if lacking else "no launch is there either, and nsys may have lost them"
     )
     return f"{told}: {why}, so this time counts neither as idle nor as busy"
 

@@ -7,7 +7,9 @@ are counted and left out: taken as they are, one of them makes a capture of seco
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +49,24 @@ def last_possible_ns(database: ReportDatabase, base_ns: int) -> int:
     """
     whole = base_ns + MAX_NS
     ends = [end for row in _details(database, "stopTime", "duration") for end in row if base_ns < end < whole]
-    return min(whole, max(ends) + TOLERANCE_NS) if ends else whole
+    last = min(whole, max(ends) + TOLERANCE_NS) if ends else whole
+    some = _some_times(database) if last < whole else []
+    return last if not some or statistics.median(some) <= last else whole
+
+
+_EVENT_TABLES = ("CUPTI_ACTIVITY_KIND_RUNTIME", "CUPTI_ACTIVITY_KIND_KERNEL", "NVTX_EVENTS", "OSRT_API")
+
+
+def _some_times(database: ReportDatabase) -> list[int]:
+    """When some of the events began, from all over the tables: what is noted of the session has to fit them."""
+    found: list[int] = []
+    for table in (each for each in _EVENT_TABLES if database.has(each, "start")):
+        place = f"(SELECT MAX(rowid) FROM {table}) * ? / 10"  # noqa: S608
+        query = f"SELECT start FROM {table} WHERE typeof(start) = 'integer' AND rowid >= {place} LIMIT 1"  # noqa: S608
+        with suppress(HpcmmError):
+            rows = [database.rows(query, (tenth,)) for tenth in (1, 3, 5, 7, 9)]
+            found += [int(str(row[0][0])) for row in rows if row]
+    return found
 
 
 def _details(database: ReportDatabase, *columns: str) -> list[list[int]]:

@@ -202,3 +202,33 @@ def test_reports_whose_gpu_has_one_uuid_share_it(tmp_path: Path) -> None:
     assert gpu["idle_s"].max() < 0.001
     assert gpu["shared_s"].tolist() == pytest.approx([0.495, 0.495], abs=1e-3)
     assert "on one GPU nothing loses 2%" in headline(analysis.study)
+
+
+NODES = """
+CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL AS
+SELECT start + place * 3300000 AS start, start + (place + 1) * 3300000 AS end, deviceId, contextId, streamId,
+correlationId, globalPid, 1 AS shortName, place AS graphNodeId, graphId
+FROM CUPTI_ACTIVITY_KIND_GRAPH_TRACE, (SELECT 0 AS place UNION SELECT 1 UNION SELECT 2)
+"""
+
+
+def test_graphs_traced_node_by_node_hide_nothing(tmp_path: Path) -> None:
+    analysis = changed(tmp_path, "graph_trace", NODES, "DROP TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE")
+    row = analysis.gpu().iloc[0]
+    assert row["compute_s"] == pytest.approx(0.495)
+    assert row["graph_s"] == row["untraced_s"] == 0
+    assert headline(analysis.study).endswith("on one GPU nothing loses 2%.")
+
+
+def test_what_may_be_lost_lowers_the_confidence_of_gpu_rows_alone(tmp_path: Path) -> None:
+    lost = "DELETE FROM CUPTI_ACTIVITY_KIND_KERNEL WHERE correlationId % 3 = 0"
+    launches = "DELETE FROM CUPTI_ACTIVITY_KIND_RUNTIME WHERE correlationId % 3 = 0"
+    table = "CREATE TABLE DIAGNOSTIC_EVENT (severity INTEGER, text TEXT)"
+    doubt = "INSERT INTO DIAGNOSTIC_EVENT VALUES (2, 'Not all CUDA events might have been collected.')"
+    sure = changed(tmp_path / "sure", "shared_gpu", lost, launches)
+    unsure = changed(tmp_path / "unsure", "shared_gpu", lost, launches, table, doubt)
+    assert set(sure.bottlenecks()["confidence"]) == {"medium"}
+    assert set(unsure.bottlenecks()["confidence"]) == {"low"}
+    assert unsure.bottlenecks()["evidence"].iloc[0].endswith("but nsys lost GPU records, or may have (of 2 of 2 ranks)")
+    assert reason(unsure).endswith('nsys says: "Not all CUDA events might have been collected."')
+    assert unsure.exit_status == sure.exit_status == 0

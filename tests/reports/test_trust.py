@@ -206,3 +206,12 @@ def test_the_gpu_behind_a_process_and_device_is_told(
     report = read(cuda)
     assert report.cuda is not None
     assert report.cuda.activities["gpu"].unique().tolist() == [expected]
+
+
+def test_a_session_that_does_not_fit_its_events_is_not_believed(cuda: Export) -> None:
+    steady(cuda)
+    cuda.rows("ANALYSIS_DETAILS", (0, 15 * S, 3 * S, 18 * S))
+    report = read(cuda)
+    assert not report.damage
+    assert report.cuda is not None
+    assert len(report.cuda.activities) == 20
