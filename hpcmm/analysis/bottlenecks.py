@@ -22,6 +22,7 @@ from hpcmm.analysis import (
     gpu_findings,
     gpu_trace,
     longer_work,
+    network,
     parallelism,
     process_groups,
     stalls,
@@ -43,6 +44,7 @@ from hpcmm.analysis.findings import (
     phase_of_part,
 )
 from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.network import SlowLink, Standing
 from hpcmm.analysis.parallelism import Stages
 from hpcmm.analysis.phases import StepTimes
 from hpcmm.analysis.process_groups import Unseen
@@ -56,6 +58,7 @@ from hpcmm.analysis.stragglers import (
     least_loss_s,
 )
 from hpcmm.analysis.trace import RankTrace
+from hpcmm.runs.links import Network
 
 MIN_SHARE = 0.02
 """Losses below this share of a step are not worth a row."""
@@ -83,6 +86,7 @@ def gather(
     steps: StepTimes,
     expected_ranks: int,
     on_gpus: Mapping[str, pd.DataFrame] | None = None,
+    links: Network | None = None,
 ) -> AnalysisContext:
     """Charge all waiting, in seconds a step. ``on_gpus`` holds the tables ``gpu``, ``idle`` and ``copies``."""
     parts = delay_costs.work_parts(traces)
@@ -90,7 +94,8 @@ def gather(
     losses = wait_chains.losses_by_step(groups, len(traces), parts, steps.numbers)
     total, own = losses.total / NS_PER_S, losses.own / NS_PER_S
     tables = [pd.DataFrame() if on_gpus is None else on_gpus[name] for name in ("gpu", "idle", "copies")]
-    return AnalysisContext(traces, rows, steps, parts, groups, total, own, expected_ranks, *tables)
+    known = Network() if links is None else links
+    return AnalysisContext(traces, rows, steps, parts, groups, total, own, expected_ranks, *tables, known)
 
 
 def find(context: AnalysisContext) -> list[Finding]:
@@ -252,23 +257,23 @@ def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> l
     count = len(context.steps.numbers) * len(context.traces)
     exposed_s = float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count
     left = max(0.0, exposed_s - explained_s) / exposed_s if exposed_s > 0 else 0.0
-    node, about = stalls.slow_node(context.traces)
+    bytes_of = inside.groupby("group")["bytes"].sum()
+    widest = inside.loc[inside["group"] == bytes_of.idxmax(), "trace"].nunique() == len(context.traces)
+    link = network.slow_link(context.traces, context.network, is_ring=widest and context.gpu.empty)
     moves = parallelism.what_moves(inside, stages)
     largest = inside.groupby(moves)["exposed_transfer_ns"].sum().idxmax()
     unseen = _unseen(context).missing > 0
     kinds = (
         {str(largest): np.ones(len(inside), dtype=bool)}
-        if node or unseen
+        if link.node or unseen
         else {str(each): moves == each for each in moves}
     )
     start_s = collectives.start_up_s(inside)
-    return [
-        _transfer_of(context, inside[chosen], left, str(kind), (node, about), start_s) for kind, chosen in kinds.items()
-    ]
+    return [_transfer_of(context, inside[chosen], left, str(kind), link, start_s) for kind, chosen in kinds.items()]
 
 
 def _transfer_of(
-    context: AnalysisContext, rows: pd.DataFrame, left: float, moves: str, link: tuple[str, str], start_s: float | None
+    context: AnalysisContext, rows: pd.DataFrame, left: float, moves: str, link: SlowLink, start_s: float | None
 ) -> Finding:
     """The row of what ``rows`` carry; ``left`` is the share of their time that nothing else explains."""
     count = len(context.steps.numbers) * len(context.traces)
@@ -281,9 +286,14 @@ def _transfer_of(
     told = f"{collectives.in_words(rows, count)}; {why}"
     name = parallelism.group_name(rows, moves, context.traces)
     told += f"; {name}" if name else ""
+    against = network.standing(rows, context.network, context.traces) if bound != "latency" else Standing(False, "")
+    told += f"; {against.about}" if against.about else ""
+    if bound == "bandwidth" and not (link.about or against.about or name.endswith("within a node")):
+        told += "; what the network can do is not known, python -m hpcmm.doctor measures it"
     if cause == CAUSES["transfer"]:
         of = f" of {moves}" if moves else ""
-        cause += of + (f", bound by {bound}" if bound else "")
+        bounds = ", far below what the network can do" if against.is_slow else f", bound by {bound}" if bound else ""
+        cause += of + bounds
     by_step = rows.groupby("step")["exposed_transfer_ns"].sum().reindex(context.steps.numbers).fillna(0.0)
     worst = context.worst_step(by_step.to_numpy(np.float64))
     most = rows.iloc[int(rows["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
@@ -297,7 +307,8 @@ def _transfer_of(
     is_single = bound == "latency" and len(rows) <= _MOST_SINGLE * count
     bytes_of_it = float(rows["bytes"].sum()) / count
     is_in_node = name.endswith("within a node")
-    return replace(found, moves=moves, bound=bound, is_single=is_single, is_in_node=is_in_node, step_bytes=bytes_of_it)
+    found = replace(found, moves=moves, bound=bound, is_single=is_single, is_in_node=is_in_node, step_bytes=bytes_of_it)
+    return replace(found, is_slow=against.is_slow or (bound == "bandwidth" and link.about != ""))
 
 
 def _imbalance(context: AnalysisContext, blamed: Mask, moe: Sequence[experts.ExpertGroup]) -> list[Finding]:

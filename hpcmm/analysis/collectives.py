@@ -394,19 +394,32 @@ def bound_by(rows: pd.DataFrame, start_s: float | None) -> str:
 def in_words(rows: pd.DataFrame, count: int) -> str:
     """Messages, bytes, time and bandwidth; ``count`` is the number of steps times that of ranks."""
     each_s = float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / max(len(rows), 1)
-    whole, typical = _size(float(rows["bytes"].sum()) / count), _size(float(rows["bytes"].median()))
+    whole, typical = size_in_words(float(rows["bytes"].sum()) / count), size_in_words(float(rows["bytes"].median()))
     several = "s" if len(rows) != count else ""
     told = (
         f"{whole} a step and rank in {len(rows) / count:.3g} message{several}, half of them of at least {typical}, "
         f"{_duration(each_s)} each"
     )
+    bandwidth = bus_rate(rows)
+    return told + (f", at a bus bandwidth of {size_in_words(bandwidth)}/s" if bandwidth > 0 else "")
+
+
+def bus_rate(rows: pd.DataFrame) -> float:
+    """Bus bandwidth of the large messages in ``rows`` together, in bytes a second; 0 if none tells it.
+
+    Messages that are in flight together take their time from one another, so that only all bytes over all time tell
+    what a link carries.
+    """
     # A small message tells of the start-up time, and nothing of what the links carry.
     large = rows[rows["bytes"] >= max(float(rows["bytes"].quantile(0.5)), FEW_BYTES)]
-    bandwidth = float(large["bus_bytes_per_s"].median()) if large["bus_bytes_per_s"].notna().any() else 0.0
-    return told + (f", at a bus bandwidth of {_size(bandwidth)}/s" if bandwidth > 0 else "")
+    large = large[large["bus_bytes_per_s"] > 0]
+    factor = bus_factor(large["op"].to_numpy(str), large["ranks"].to_numpy(np.float64))
+    carried = large["bytes"].to_numpy(np.float64) * factor
+    seconds = float((carried / large["bus_bytes_per_s"].to_numpy(np.float64)).sum())
+    return float(carried.sum()) / seconds if seconds > 0 else 0.0
 
 
-def _size(value: float) -> str:
+def size_in_words(value: float) -> str:
     for unit, many in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= many:
             return f"{value / many:.3g} {unit}"

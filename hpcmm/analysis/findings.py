@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from hpcmm.analysis.phases import StepTimes
 from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.analysis.wait_chains import ChargedGroup
+from hpcmm.runs.links import Network
 
 HIGH, MEDIUM, LOW = "high", "medium", "low"
 STRAGGLER_SHARE = 0.03
@@ -109,6 +110,8 @@ class Finding:
     """Of a transfer: it is one message a step, which can be joined to no other."""
     step_bytes: float = 0.0
     """Of a transfer: what a rank exchanges of it in a step."""
+    is_slow: bool = False
+    """Of a transfer: it is far below what the network can do, or some of its hops are slower than the others."""
 
     @property
     def blames(self) -> bool:
@@ -160,6 +163,8 @@ class AnalysisContext:
     """The table ``idle``."""
     copies: pd.DataFrame
     """The table ``copies``."""
+    network: Network = field(default_factory=Network)
+    """What is known of the links between the nodes."""
 
     @property
     def period_s(self) -> float:

@@ -112,7 +112,7 @@ def study(
     @cache
     def context() -> AnalysisContext:
         progress("finding bottlenecks", 0, 1)
-        return bottlenecks.gather(traces, rows, steps, inventory.expected_ranks, made)
+        return bottlenecks.gather(traces, rows, steps, inventory.expected_ranks, made, record.network)
 
     def ranked() -> pd.DataFrame:
         findings, whole_s = bottlenecks.find(context()) if len(steps.numbers) else [], steps.mean_s

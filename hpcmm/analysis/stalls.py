@@ -1,4 +1,4 @@
-"""Stalls: a process that stood still, communication that did, and the node behind a slow link; and what is none.
+"""Stalls: a process that stood still, communication that did; and what is none.
 
 A process that is stopped (SIGSTOP, a debugger, a freezer, a machine that swaps) while it is in a collective looks like
 a slow transfer to all others. But no thread of it enters or leaves any OS call meanwhile, though some do so all the
@@ -10,7 +10,6 @@ at intervals, or often and for about as long each time, or in a phase that no ot
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,9 +28,8 @@ from hpcmm.analysis.findings import (
     phase_of_part,
 )
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
-from hpcmm.analysis.osrt import STEP_THREAD
 from hpcmm.analysis.phases import OTHERS, StepTimes
-from hpcmm.analysis.trace import OTHER, WORKER, RankTrace
+from hpcmm.analysis.trace import OTHER, RankTrace
 from hpcmm.annotate.schema import PHASES
 
 Mask = npt.NDArray[np.bool_]
@@ -129,49 +127,6 @@ def _usual(phase: pd.Series, step: pd.Series, steps: int) -> pd.Series:
     A step with a checkpoint or an evaluation has no usual step to compare what is exchanged there with.
     """
     return step.groupby(phase).transform("nunique") >= steps / 2
-
-
-RECEIVING = frozenset({"recv", "recvfrom", "recvmsg", "readv"})
-TRICKLE = 3.0
-"""A rank's data trickle in when it receives so many times as often as the lower quartile of ranks."""
-MIN_CALLS = 20
-
-
-def slow_node(traces: Sequence[RankTrace]) -> tuple[str, str]:
-    """The node behind a slow link and what shows it, in words; both empty if nothing does."""
-    calls = np.array([_receives(trace) for trace in traces], dtype=np.float64)
-    usual = float(np.quantile(calls, 0.25)) if len(calls) else 0.0
-    if usual < MIN_CALLS:
-        return "", ""
-    trickling = calls > TRICKLE * usual
-    order = np.argsort([trace.rank for trace in traces], kind="stable")
-    pairs = zip(order, np.roll(order, -1), strict=True)
-    slow_hops = {
-        (traces[here].node, traces[there].node)
-        for here, there in pairs
-        if trickling[here] and trickling[there] and traces[here].node != traces[there].node
-    }
-    hops = Counter(node for pair in slow_hops for node in set(pair))
-    most = [node for node, count in hops.items() if count == max(hops.values()) and count > 1]
-    if len(most) != 1:
-        return "", ""
-    neighbours = sorted({node for pair in slow_hops if most[0] in pair for node in pair} - {most[0]})
-    if len(neighbours) < 2:
-        return "", ""
-    ranks = ", ".join(str(trace.rank) for trace, slow in zip(traces, trickling, strict=True) if slow)
-    return most[0], (
-        f"data trickle in at ranks {ranks}, which receive {TRICKLE:.0f} to {float(calls.max()) / usual:.0f} times as "
-        f"often as others: the hops between {most[0]} and its neighbours {' and '.join(neighbours)} are slow"
-    )
-
-
-def _receives(trace: RankTrace) -> int:
-    """How often the process's own threads, other than the one that trains, have received."""
-    table = trace.osrt
-    if table.empty:
-        return 0
-    mine = (table["process_role"] == WORKER) & (table["thread_role"] != STEP_THREAD) & table["function"].isin(RECEIVING)
-    return int(table.loc[mine, "calls"].sum())
 
 
 SOLO_TIMES = 2.0

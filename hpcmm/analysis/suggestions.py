@@ -36,6 +36,8 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
         return _shell(finding)
     if finding.kind == "unseen":
         return _capture_all(config)
+    if finding.is_slow:
+        return _find_the_link(config)
     if trains and (own := _key_of_recipe(finding, config)):
         return own
     if finding.kind in _PIPELINE_ADVICE or (finding.kind == "transfer" and not (trains and finding.moves in ours)):
@@ -165,6 +167,14 @@ def _shell(finding: Finding) -> str:
             return f"srun -w {shlex.quote(finding.node)} sh -c 'ip -s link; tc -s qdisc'"
         case _:
             return "grep 'within step' analysis/waitpid.csv"
+
+
+def _find_the_link(config: Mapping[str, Any]) -> str:
+    """What measures each node's link: hpcmm's own check, if it knows the cluster by name."""
+    name, nodes = _text(config, "cluster", "name"), _number(config, "cluster", "nodes", 0)
+    if name and nodes > 2 and not _is_local(config):  # of two it cannot say which is slow
+        return f"python -m hpcmm.doctor cluster={shlex.quote(name)} --nodes {nodes}"
+    return "srun --ntasks-per-node=1 sh -c 'hostname; ip -s link; tc -s qdisc; nstat -az TcpRetransSegs; ibstat'"
 
 
 _PIPELINE_ADVICE = {

@@ -83,9 +83,9 @@ def test_slow_transfer_is_not_a_rank() -> None:
     assert named(findings) == []
 
 
-def test_blame_is_withheld_when_the_clock_cannot_tell() -> None:
-    def work(rank, _step, phase):
-        return BALANCED[phase] + (50.0 if (rank, phase) == (1, "data") else 0.0)
+def test_blame_for_work_that_is_longer_in_some_steps_is_withheld_when_the_clock_cannot_tell() -> None:
+    def work(rank, step, phase):
+        return BALANCED[phase] + (50.0 if (rank, phase) == (1, "data") and step % 4 else 0.0)
 
     assert named(verdicts(simulate_run(work), clock_error_ns=80_000_000)) == []
 

@@ -1,0 +1,178 @@
+"""The network against what it can do: the node behind a slow link, and whether transfer is far below the links' rate.
+
+Where data trickle in tells which hop is slow. Which end of it is at fault tell the links' own counters, which the first
+rank of each node noted, or that a node has slow hops to several others.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from hpcmm.analysis.collectives import bus_rate, size_in_words
+from hpcmm.analysis.osrt import STEP_THREAD
+from hpcmm.analysis.trace import WORKER, RankTrace
+from hpcmm.runs.links import LinkUse, Network
+
+RECEIVING = frozenset({"recv", "recvfrom", "recvmsg", "readv"})
+TRICKLE = 3.0
+"""A rank's data trickle in when it receives so many times as often as the lower quartile of ranks."""
+MIN_CALLS = 20
+SLOWER_LINK = 0.5
+"""A node's link is slow if it runs at most at this share of the other nodes' median rate."""
+MOST_OTHERS = 0.1
+"""A node's own queue holds its packets back if any other node's does so at most this share as often ..."""
+LEAST_HELD_BACK = 100
+"""... and it does so this often."""
+NEAR = 0.5
+"""Transfer uses the network well from this share of what that can do on."""
+BELOW_MEASURED = 0.5
+"""It is far below it under this share of what the check of the nodes measured, in the same way as the ranks ..."""
+BELOW_RATE = 0.1
+"""... or of the rate of the links, of which TCP on few cores and small messages leave only a part."""
+BITS = 8
+
+
+class SlowLink(NamedTuple):
+    """What is known of it; both empty if nothing shows one."""
+
+    node: str
+    about: str
+
+
+class Standing(NamedTuple):
+    """Achieved bandwidth against what the network can do."""
+
+    is_slow: bool
+    about: str
+    """In words; empty if that is not known, or the ranks share a node."""
+
+
+def slow_link(traces: Sequence[RankTrace], network: Network, *, is_ring: bool) -> SlowLink:
+    """The node behind a slow link, or else the hops that are slow.
+
+    ``is_ring``: most bytes go through gloo's ring of all ranks, in which each receives from the next one.
+    """
+    trickling = _trickling(traces)
+    between = _between_two(traces, trickling)
+    if between.node:
+        return between
+    hops = _slow_hops(traces, trickling) if is_ring else set()
+    about = ""
+    if hops:
+        ranks = ", ".join(str(trace.rank) for trace, slow in zip(traces, trickling, strict=True) if slow)
+        ways = ", ".join(f"from {source} to {target}" for source, target in sorted(hops))
+        about = f"data trickle in at rank{'s' if ' ' in ranks else ''} {ranks}: slow {ways}"
+    odd = _odd_link({node: use for node, use in network.links.items() if node in {trace.node for trace in traces}})
+    if odd.node and (not hops or any(odd.node in hop for hop in hops)):
+        return SlowLink(odd.node, "; ".join(filter(None, [about, odd.about])))
+    ends = Counter(node for hop in hops for node in hop)
+    shared = [node for node, count in ends.items() if count == len(hops)]
+    neighbours = {node for hop in hops for node in hop} - set(shared)
+    if len(hops) > 1 and len(shared) == 1 and len(neighbours) > 1:
+        return SlowLink(shared[0], f"{about}; {shared[0]} is an end of each")
+    return SlowLink("", about)
+
+
+def _trickling(traces: Sequence[RankTrace]) -> npt.NDArray[np.bool_]:
+    calls = np.array([_receives(trace) for trace in traces], dtype=np.float64)
+    usual = float(np.quantile(calls, 0.25)) if len(calls) else 0.0
+    return calls > TRICKLE * usual if usual >= MIN_CALLS else np.zeros(len(calls), dtype=bool)
+
+
+def _receives(trace: RankTrace) -> int:
+    """How often the process's own threads, other than the one that trains, have received."""
+    table = trace.osrt
+    if table.empty:
+        return 0
+    mine = (table["process_role"] == WORKER) & (table["thread_role"] != STEP_THREAD) & table["function"].isin(RECEIVING)
+    return int(table.loc[mine, "calls"].sum())
+
+
+def _between_two(traces: Sequence[RankTrace], trickling: npt.NDArray[np.bool_]) -> SlowLink:
+    """A node on both sides of which data trickle in at both ends of the hop."""
+    order = np.argsort([trace.rank for trace in traces], kind="stable")
+    slow_hops = {
+        (traces[here].node, traces[there].node)
+        for here, there in zip(order, np.roll(order, -1), strict=True)
+        if trickling[here] and trickling[there] and traces[here].node != traces[there].node
+    }
+    hops = Counter(node for pair in slow_hops for node in set(pair))
+    most = [node for node, count in hops.items() if count == max(hops.values()) and count > 1]
+    if len(most) != 1:
+        return SlowLink("", "")
+    neighbours = sorted({node for pair in slow_hops if most[0] in pair for node in pair} - {most[0]})
+    if len(neighbours) < 2:
+        return SlowLink("", "")
+    calls = np.array([_receives(trace) for trace in traces], dtype=np.float64)
+    usual = float(np.quantile(calls, 0.25))
+    ranks = ", ".join(str(trace.rank) for trace, slow in zip(traces, trickling, strict=True) if slow)
+    return SlowLink(
+        most[0],
+        f"data trickle in at ranks {ranks}, which receive {TRICKLE:.0f} to {float(calls.max()) / usual:.0f} times as "
+        f"often as others: the hops between {most[0]} and its neighbours {' and '.join(neighbours)} are slow",
+    )
+
+
+def _slow_hops(traces: Sequence[RankTrace], trickling: npt.NDArray[np.bool_]) -> set[tuple[str, str]]:
+    """From which node to which data trickle, in a ring in which each rank receives from the next."""
+    order = np.argsort([trace.rank for trace in traces], kind="stable")
+    return {
+        (traces[sender].node, traces[receiver].node)
+        for receiver, sender in zip(order, np.roll(order, -1), strict=True)
+        if trickling[receiver] and traces[sender].node != traces[receiver].node
+    }
+
+
+def _odd_link(links: Mapping[str, LinkUse]) -> SlowLink:
+    """The one node whose link is slower than the others' by its own word, or whose queue holds packets back."""
+    if len(links) < 2:
+        return SlowLink("", "")
+    for node, use in links.items():
+        others = [other for name, other in links.items() if name != node]
+        rates = [other.mbit_per_s for other in others if other.mbit_per_s]
+        if 0 < use.mbit_per_s <= SLOWER_LINK * (statistics.median(rates) if len(rates) == len(others) else 0.0):
+            told = f"{use.name} of {node} runs at {use.mbit_per_s} Mbit/s, the others' at {statistics.median(rates):g}"
+            return SlowLink(node, told)
+    for node, use in links.items():
+        most = max(other.held_back for name, other in links.items() if name != node)
+        if use.held_back >= LEAST_HELD_BACK and most <= MOST_OTHERS * use.held_back:
+            told = f"{use.name} of {node} held packets back {use.held_back} times for the shaper on it ({use.queue})"
+            return SlowLink(node, f"{told}, and no other node's link did" if not most else told)
+    return SlowLink("", "")
+
+
+def standing(rows: pd.DataFrame, network: Network, traces: Sequence[RankTrace]) -> Standing:
+    """How the bandwidth of ``rows``, one row a rank and collective, stands to what the network can do.
+
+    What the check before the run measured goes before the rate of the links, and nothing is judged without either.
+    """
+    nodes = {trace.node for trace in traces}
+    spread = rows.groupby("group")["node"].nunique()
+    rows = rows[rows["group"].map(spread) > 1]
+    rate = bus_rate(rows) if len(rows) else 0.0
+    if rate <= 0:
+        return Standing(False, "")
+    # Groups side by side share the link of their node.
+    share = int(rows.groupby("node")["group"].nunique().max())
+    used, each = rate * share, f", of each of {share} groups that share a link" if share > 1 else ""
+    measured = [network.measured_bytes_per_s[node] for node in nodes if node in network.measured_bytes_per_s]
+    links = [network.links[node].mbit_per_s for node in nodes if node in network.links]
+    if len(measured) == len(nodes):
+        can, below = statistics.median(measured), BELOW_MEASURED
+        against = f"the {size_in_words(can)}/s that the check before the run measured"
+    elif len(links) == len(nodes) and all(links):
+        can, below = min(links) * 1e6 / BITS, BELOW_RATE
+        against = f"the {size_in_words(can)}/s of the slowest link"
+    else:
+        return Standing(False, "")
+    told = f"that is {used / can:.0%} of {against}{each}"
+    if used < below * can:
+        return Standing(True, f"{told}: the network is slow, or others use it")
+    return Standing(False, told + (": the network is used well" if used >= NEAR * can else ""))
