@@ -1,4 +1,4 @@
-"""Scripts of ``scripts/`` whose verdict is known: two nodes of two ranks, launched as a user's own."""
+"""Scripts of ``scripts/`` whose verdict is known: four ranks, most often on two nodes, launched as a user's own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ class OwnScript:
     rank: int | None = None
     advice: str = ""
     """A word of the suggestion."""
+    nodes: int = 2
+    throttle: Sequence[str] = ()
+    """Words of ``slurm/local/fault throttle``: node, rate, options."""
+    node: str = ""
+    """That the first row names without a rank."""
+    also: Sequence[tuple[str, int]] = ()
+    """Causes and ranks of further rows, which name nobody else then."""
 
 
 SCRIPTS: dict[str, OwnScript] = {
@@ -59,5 +66,36 @@ SCRIPTS: dict[str, OwnScript] = {
         command=["messages.py", "sharded"],
         cause="communication transfer of sharded parameters",
         advice="reshard_after_forward",
+    ),
+    "slow_link_and_loading": OwnScript(
+        command=["loading.py", "1", "0.06"],
+        throttle=["node2", "100mbit"],
+        cause="communication transfer",
+        node="node2",
+        also=[("data loading", 1)],
+        advice="srun -w node2",
+    ),
+    "slow_link_and_loading_of_four": OwnScript(
+        command=["loading.py", "3", "0.06"],
+        nodes=4,
+        throttle=["node2", "100mbit"],
+        cause="communication transfer",
+        node="node2",
+        also=[("data loading", 3)],
+        advice="srun -w node2",
+    ),
+    "slow_to_send": OwnScript(
+        command=["loading.py", "-1", "0"],
+        throttle=["node1", "100mbit", "--only", "send"],
+        cause="communication transfer",
+        node="node1",
+        advice="srun -w node1",
+    ),
+    "slow_to_receive": OwnScript(
+        command=["loading.py", "-1", "0"],
+        nodes=4,
+        throttle=["node3", "100mbit", "--only", "receive"],
+        cause="communication transfer",
+        advice="hpcmm.doctor",
     ),
 }

@@ -1,8 +1,8 @@
 """Record the faults afresh on the local Slurm cluster: ``python tests/ground_truth/record.py [FAULT|SCRIPT...]``.
 
 Each fault is one profiled run of eight ranks on four nodes, launched by the public command, with the fault put in from
-outside. Each script of ``own_scripts.py`` is launched as a user's own, on two nodes. What is kept under
-``recordings/NAME`` is a run directory of the run's configuration and stripped exports.
+outside. Each script of ``own_scripts.py`` is launched as a user's own, with four ranks. What is kept under
+``recordings/NAME`` is a run directory of the run's configuration, stripped exports, and what the links counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
 
@@ -43,7 +43,7 @@ def run_with_fault(fault: Fault, folder: Path, env: dict[str, str], *overrides: 
     }
     with ExitStack() as during:
         if fault.throttle:
-            during.enter_context(throttled(*fault.throttle, env))
+            during.enter_context(throttled(*fault.throttle, env=env))
         for stop in fault.stops:
             during.enter_context(stopping(*stop, folder))
         if fault.cut:
@@ -72,24 +72,28 @@ def run_script(script: OwnScript, folder: Path, env: dict[str, str]) -> Path:
     path, *arguments = script.command
     shutil.copy(HERE / "scripts" / path, folder)
     quoted = ",".join(f'"{argument}"' for argument in arguments)
-    overrides = ["task=script", f"task.path={path}", f"task.args=[{quoted}]", "profile=nsys", "wait=true"]
-    subprocess.run(
-        [sys.executable, "-m", "hpcmm.launch", "cluster=local_slurm", "cluster.nodes=2", *overrides],
-        cwd=folder,
-        env=env | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,
-        timeout=RUN_TIMEOUT_S,
-        check=True,
-    )
+    nodes = [f"cluster.nodes={script.nodes}", f"cluster.ranks_per_node={4 // script.nodes}"]
+    # As many ranks as GPUs, or hpcmm takes the script for one that starts ranks itself.
+    nodes.append(f"cluster.gpus_per_node={4 // script.nodes}")
+    overrides = ["task=script", f"task.path={path}", f"task.args=[{quoted}]", "profile=nsys", "wait=true", *nodes]
+    with throttled(*script.throttle, env=env) if script.throttle else nullcontext():
+        subprocess.run(
+            [sys.executable, "-m", "hpcmm.launch", "cluster=local_slurm", *overrides],
+            cwd=folder,
+            env=env | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            timeout=RUN_TIMEOUT_S,
+            check=True,
+        )
     return (folder / "runs" / "latest").resolve()
 
 
 @contextmanager
-def throttled(node: str, rate: str, env: dict[str, str]) -> Iterator[None]:
-    """A node behind a slow link."""
+def throttled(node: str, rate: str, *options: str, env: dict[str, str]) -> Iterator[None]:
+    """A node behind a slow link; ``options`` of the command, such as ``--only send``."""
     command = str(ROOT / "slurm" / "local" / "fault")
-    subprocess.run([command, "throttle", node, rate], env=env, stdout=sys.stderr, check=True)
+    subprocess.run([command, "throttle", node, rate, *options], env=env, stdout=sys.stderr, check=True)
     try:
         yield
     finally:
@@ -171,7 +175,7 @@ def pid_after(rank: int, step: int, folder: Path) -> int:
 
 
 def keep(run: Path, target: Path) -> None:
-    """Stripped exports and configuration of ``run``, as a run directory of their own."""
+    """Stripped exports, configuration and link counters of ``run``, as a run directory of their own."""
     from strip import strip
 
     shutil.rmtree(target, ignore_errors=True)
@@ -179,6 +183,8 @@ def keep(run: Path, target: Path) -> None:
     # No path of the machine that recorded it.
     config = (run / "config.yaml").read_text(encoding="utf-8").replace(str(run.parent), "runs")
     (target / "config.yaml").write_text(config, encoding="utf-8")
+    if (run / "links").is_dir():
+        shutil.copytree(run / "links", target / "links")
     for report in sorted((run / "nsys").glob("*.nsys-rep")):
         with tempfile.TemporaryDirectory() as scratch:
             export = Path(scratch) / f"{report.stem}.sqlite"
