@@ -139,6 +139,24 @@ def test_throttling_slows_both_directions_and_restore_undoes_it(slurm_cluster: S
     assert slurm_cluster.fault("list") == ""
 
 
+@pytest.mark.parametrize(("only", "said"), [("send", "sends"), ("receive", "receives")])
+def test_one_direction_of_a_link_can_be_throttled_alone(slurm_cluster: SlurmCluster, only: str, said: str) -> None:
+    node, other = slurm_cluster.nodes[:2]
+    least_s = TRANSFER_BYTES * 8 / RATE_BITS
+    try:
+        slurm_cluster.fault("throttle", node, f"{RATE_BITS // 10**6}mbit")
+        slurm_cluster.fault("throttle", node, f"{RATE_BITS // 10**6}mbit", "--only", only)
+        assert slurm_cluster.fault("list") == f"{node}: {said} at most 10 Mbit/s\n"
+        sent_s, received_s = transfer_s(slurm_cluster, node, other), transfer_s(slurm_cluster, other, node)
+    finally:
+        slurm_cluster.fault("restore", node)
+
+    slow_s, free_s = (sent_s, received_s) if only == "send" else (received_s, sent_s)
+    assert slow_s > 0.9 * least_s
+    assert free_s < least_s / 3
+    assert slurm_cluster.fault("list") == ""
+
+
 def test_a_node_that_was_cut_off_and_one_that_was_stopped_return_to_work(slurm_cluster: SlurmCluster) -> None:
     _, _, cut, stopped = slurm_cluster.nodes
     try:

@@ -47,7 +47,7 @@ def fault() -> int:
     """Entry point of `slurm/local/fault`."""
     parser = _parser("Break a node on purpose, and mend it again.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    throttle = commands.add_parser("throttle", help="limit what a node sends and what it receives")
+    throttle = commands.add_parser("throttle", help="limit what a node sends and what it receives, or one of them")
     cut = commands.add_parser("cut", help="unplug a node's link; its processes live on")
     stop = commands.add_parser("stop", help="kill a node's slurmd, its job steps and everything else on it")
     restore = commands.add_parser("restore", help="undo all faults of a node and wait until Slurm uses it again")
@@ -56,6 +56,9 @@ def fault() -> int:
     throttle.add_argument("rate", metavar="RATE", help="a number with kbit, mbit or gbit, such as 30mbit")
     throttle.add_argument(
         "--queue-ms", type=int, default=400, help="longest wait of a packet before it is dropped (default: %(default)s)"
+    )
+    throttle.add_argument(
+        "--only", choices=faults.DIRECTIONS, help="limit what the node sends, or what it receives (default: both)"
     )
     commands.add_parser("list", help="show the nodes that have a fault")
     return _guarded("fault", lambda root: _fault(root, parser.parse_args()), parser)
@@ -121,7 +124,7 @@ def _fault(root: Path, arguments: argparse.Namespace) -> int:
     node = _node(layout, arguments.node)
     match arguments.command:
         case "throttle":
-            faults.throttle(layout, node, arguments.rate, arguments.queue_ms)
+            faults.throttle(layout, node, arguments.rate, arguments.queue_ms, arguments.only)
         case "cut":
             faults.cut(layout, node)
         case "stop":

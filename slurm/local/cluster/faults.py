@@ -33,16 +33,24 @@ def rate_in_bits(rate: str) -> int:
     return bits
 
 
-def throttle(layout: Layout, node: Host, rate: str, queue_ms: int) -> None:
+DIRECTIONS = ("send", "receive")
+"""In the order of a link's ends."""
+
+
+def throttle(layout: Layout, node: Host, rate: str, queue_ms: int, only: str | None = None) -> None:
     """Let a node send, and receive, no more than ``rate``; a packet waits at most ``queue_ms`` before it is dropped.
 
-    The node's own interface limits what it sends, the switch's port what it receives.
+    The node's own interface limits what it sends, the switch's port what it receives. ``only``: one of the two, and the
+    other has its full speed again.
     """
     bits = rate_in_bits(rate)
     if not 1 <= queue_ms <= 60_000:
         raise ClusterError(f"A packet's longest wait must be from 1 to 60000 ms, not {queue_ms}.")
     burst = max(LEAST_BURST_BYTES, bits // 8 // BURSTS_PER_SECOND)
-    for host, interface in _ends(layout, node):
+    for direction, (host, interface) in zip(DIRECTIONS, _ends(layout, node), strict=True):
+        if only not in (None, direction):
+            _lift(host, interface)
+            continue
         shaping = f"tbf rate {bits}bit burst {burst}b latency {queue_ms}ms"
         run_on(host, f"tc qdisc replace dev {interface} root {shaping}")
 
@@ -60,9 +68,13 @@ def stop(node: Host) -> None:
 def mend_link(layout: Layout, node: Host) -> None:
     """Plug a node in again, at full speed."""
     for host, interface in _ends(layout, node):
-        if _shaping(host, interface):
-            run_on(host, f"tc qdisc delete dev {interface} root")
+        _lift(host, interface)
     run_on(layout.controller, f"ip link set {node.port} up")
+
+
+def _lift(host: Host, interface: str) -> None:
+    if _shaping(host, interface):
+        run_on(host, f"tc qdisc delete dev {interface} root")
 
 
 def is_cut_off(layout: Layout, node: Host) -> bool:
@@ -75,7 +87,7 @@ def of_node(layout: Layout, node: Host) -> list[str]:
     """What is wrong with a node now, in words; empty when nothing is."""
     if not node.is_there():
         return ["not there"]
-    found = [f"throttled to {rate}" for rate in _throttled_to(layout, node)]
+    found = _throttled_to(layout, node)
     if is_cut_off(layout, node):
         found.append("cut off")
     if not daemons.slurmd(layout, node).pids():
@@ -84,8 +96,15 @@ def of_node(layout: Layout, node: Host) -> list[str]:
 
 
 def _throttled_to(layout: Layout, node: Host) -> list[str]:
-    rates = [shaping["options"]["rate"] * 8 for end in _ends(layout, node) for shaping in _shaping(*end)]
-    return sorted({f"{rate / 1e6:g} Mbit/s" for rate in rates})
+    """``throttled to RATE`` for both directions, or ``sends at most RATE``."""
+    rates = {
+        direction: f"{shaping['options']['rate'] * 8 / 1e6:g} Mbit/s"
+        for direction, end in zip(DIRECTIONS, _ends(layout, node), strict=True)
+        for shaping in _shaping(*end)
+    }
+    if len(rates) == len(DIRECTIONS) and len(set(rates.values())) == 1:
+        return [f"throttled to {rates[DIRECTIONS[0]]}"]
+    return [f"{direction}s at most {rate}" for direction, rate in rates.items()]
 
 
 def _ends(layout: Layout, node: Host) -> tuple[tuple[Host, str], tuple[Host, str]]:
