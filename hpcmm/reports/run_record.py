@@ -14,6 +14,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.files import read_text, resolved
 from hpcmm.ranges import MAX_WORLD_SIZE, profiled_ranks
 from hpcmm.runs.exit_status import newest_outcome
+from hpcmm.runs.links import Network, read_network
 from hpcmm.runs.metrics import RankStart, starts_of
 from hpcmm.runs.run_dir import RunDir
 from hpcmm.runs.submission import package_version
@@ -53,6 +54,8 @@ class RunRecord:
     """What the ranks noted of tokens, operations and memory."""
     groups: Mapping[int, Mapping[str, GroupMark]] = field(default_factory=dict)
     """What the process groups of each rank are for, by their names in its report."""
+    network: Network = field(default_factory=Network)
+    """What is known of the links between its nodes."""
     framework: str = ""
     """What the run's script trains with, one of :data:`FRAMEWORKS`; empty if its imports name none."""
 
@@ -107,6 +110,7 @@ def read_run_record(run_dir: RunDir | None) -> RunRecord:
         nvtx=package_version(run_dir, "nvtx"),
         throughput=throughput_of(run_dir),
         groups={each.last.rank: _groups(each.records) for each in ranks},
+        network=read_network(run_dir),
         framework=_framework(run_dir, _section(config, "task").get("path")),
     )
 

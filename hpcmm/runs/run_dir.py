@@ -89,6 +89,11 @@ class RunDir:
         return self.root / "preflight.json"
 
     @property
+    def links(self) -> Path:
+        """What the network links of each node carried while the ranks ran, a JSON file a node."""
+        return self.root / "links"
+
+    @property
     def staged(self) -> Path:
         """Where the copies of ``launch.stage`` lie on each node, and how long they took, as JSON."""
         return self.root / "staged.json"

@@ -19,7 +19,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from hpcmm.config.schema import RunConfig
     from hpcmm.worker.environment import RankEnvironment
     from hpcmm.worker.signal_forwarding import RankWatch
+    from hpcmm.worker.task import RankSettings
 
 USAGE = """\
 usage: python -m hpcmm.worker prepare RUN_DIR
@@ -127,8 +129,7 @@ def start_rank(run: RunDir, command: list[str]) -> int:
     from hpcmm.config.schema import Executor  # noqa: PLC0415
     from hpcmm.runs import attempts  # noqa: PLC0415
     from hpcmm.worker.environment import RankEnvironment, forget_outer_run, use_copies  # noqa: PLC0415
-    from hpcmm.worker.signal_forwarding import RankWatch, run_watched  # noqa: PLC0415
-    from hpcmm.worker.task import read_settings, whole_config  # noqa: PLC0415
+    from hpcmm.worker.task import read_settings  # noqa: PLC0415
 
     settings = read_settings(run)
     config = settings.config
@@ -146,6 +147,34 @@ def start_rank(run: RunDir, command: list[str]) -> int:
             check_rendezvous(rank_env, config)
         if config.launch.stage:
             use_copies(run)
+    with _links_recorded(run, rank_env, config.cluster.nodes):
+        return _run_rank(run, settings, rank, command)
+
+
+@contextmanager
+def _links_recorded(run: RunDir, rank_env: RankEnvironment, nodes: int) -> Iterator[None]:
+    """By the first rank of each node of several: what the node's links carry meanwhile."""
+    if rank_env.local_rank != 0 or nodes < 2:
+        yield
+        return
+    from hpcmm.node.links import sample  # noqa: PLC0415
+    from hpcmm.runs.links import write_links  # noqa: PLC0415
+
+    start = sample()
+    write_links(run, rank_env.node, start)
+    try:
+        yield
+    finally:
+        write_links(run, rank_env.node, start, sample())
+
+
+def _run_rank(run: RunDir, settings: RankSettings, rank: int, command: list[str]) -> int:
+    """Under the profiler if the run's configuration asks for this rank, and by itself if that cannot be used."""
+    from hpcmm.runs import attempts  # noqa: PLC0415
+    from hpcmm.worker.signal_forwarding import RankWatch, run_watched  # noqa: PLC0415
+    from hpcmm.worker.task import whole_config  # noqa: PLC0415
+
+    config = settings.config
     watch = RankWatch(run, rank, config.launch.hang_s, config.world_size)
     if _is_profiled(config, rank) and not is_finished(whole_config(settings, run), run):
         from hpcmm.worker.nsys_rank import run_profiled  # noqa: PLC0415 -- only where a profiler runs
