@@ -147,12 +147,12 @@ def start_rank(run: RunDir, command: list[str]) -> int:
             check_rendezvous(rank_env, config)
         if config.launch.stage:
             use_copies(run)
-    with _links_recorded(run, rank_env, config.cluster.nodes):
+    with links_recorded(run, rank_env, config.cluster.nodes):
         return _run_rank(run, settings, rank, command)
 
 
 @contextmanager
-def _links_recorded(run: RunDir, rank_env: RankEnvironment, nodes: int) -> Iterator[None]:
+def links_recorded(run: RunDir, rank_env: RankEnvironment, nodes: int) -> Iterator[None]:
     """By the first rank of each node of several: what the node's links carry meanwhile."""
     if rank_env.local_rank != 0 or nodes < 2:
         yield
