@@ -42,6 +42,7 @@ from hpcmm.analysis.findings import (
     gpu_doubt,
     kind_of_part,
     phase_of_part,
+    within,
 )
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.network import SlowLink, Standing
@@ -93,9 +94,9 @@ def gather(
     groups = wait_chains.charged_groups(rows, parts)
     losses = wait_chains.losses_by_step(groups, len(traces), parts, steps.numbers)
     total, own = losses.total / NS_PER_S, losses.own / NS_PER_S
-    tables = [pd.DataFrame() if on_gpus is None else on_gpus[name] for name in ("gpu", "idle", "copies")]
+    gpu, idle, copies = (pd.DataFrame() if on_gpus is None else on_gpus[name] for name in ("gpu", "idle", "copies"))
     known = Network() if links is None else links
-    return AnalysisContext(traces, rows, steps, parts, groups, total, own, expected_ranks, *tables, known)
+    return AnalysisContext(traces, rows, steps, parts, groups, total, own, expected_ranks, gpu, idle, copies, known)
 
 
 def find(context: AnalysisContext) -> list[Finding]:
@@ -138,7 +139,7 @@ def find(context: AnalysisContext) -> list[Finding]:
         *own_work,
         *on_gpus,
     ]
-    return _worth(_within(findings, context.period_s), context.steps.mean_s)
+    return _worth(within(findings, context.period_s), context.steps.mean_s)
 
 
 _MOST_WAITING = 0.5
@@ -161,15 +162,6 @@ def _placed(context: AnalysisContext, finding: Finding, stages: Stages) -> Findi
         of = f" of ranks {at['group_ranks']}" if at["group_ranks"] else ""
         told += f"; they wait in the {at['axis']} group{of}"
     return replace(finding, evidence=told)
-
-
-def _within(findings: Sequence[Finding], whole_s: float) -> list[Finding]:
-    """``findings``, the surest first, each with no more of ``whole_s`` than those before it leave."""
-    found = []
-    for finding in findings:
-        found.append(replace(finding, lost_s=min(finding.lost_s, whole_s)))
-        whole_s -= found[-1].lost_s
-    return found
 
 
 def find_without_steps(tables: Mapping[str, pd.DataFrame], unseen: Unseen, doubt: str = "") -> list[Finding]:

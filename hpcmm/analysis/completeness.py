@@ -6,13 +6,16 @@ that the report lost what became of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times
+from hpcmm.analysis.trace import OUTSIDE, RankTrace
 from hpcmm.ranges import write_ranges
 from hpcmm.reports.report import IMPOSSIBLE, NO_LAUNCH, UNKNOWN, UNRECORDED
 
@@ -177,3 +180,56 @@ def sharing(activities: pd.DataFrame, collective: npt.NDArray[np.bool_], pid: in
     if busy:
         others = IntervalSet.union_of(*(np.concatenate(times) for times in zip(*busy, strict=True)))
     return Sharing(told or f"device {device} of process {min(found)}", others)
+
+
+_COARSE_NS = 100_000
+"""Clocks of two reports do not agree on shorter gaps."""
+
+
+def busy(activities: pd.DataFrame, gpus: Mapping[int, str]) -> dict[str, IntervalSet]:
+    """When the GPUs that have a UUID did something, by what tells them apart; ``gpus``: that by device."""
+    found = {}
+    for device, gpu in gpus.items():
+        if gpu.startswith(UUID):
+            own = activities[activities["device"] == device]
+            wide = IntervalSet.union_of(own["start_ns"], own["end_ns"] + _COARSE_NS)
+            found[gpu] = IntervalSet(wide.start_ns, wide.end_ns - _COARSE_NS)
+    return found
+
+
+def without_other_reports(traces: Sequence[RankTrace], paths: Sequence[Path]) -> list[RankTrace]:
+    """``traces``, all on one clock and each of the report at its path, with nothing idle while a process of another
+    report used the same GPU."""
+    found = list(traces)
+    for index, trace in enumerate(traces):
+        for gpu, own in trace.busy.items():
+            others = [
+                each.busy[gpu]
+                for each, path in zip(traces, paths, strict=True)
+                if path != paths[index] and gpu in each.busy
+            ]
+            if others:
+                starts, ends = ([getattr(each, name) for each in others] for name in ("start_ns", "end_ns"))
+                used = IntervalSet.union_of(np.concatenate(starts), np.concatenate(ends)).subtract(own)
+                found[index] = _without(found[index], gpu, used)
+    return found
+
+
+def _without(trace: RankTrace, gpu: str, used: IntervalSet) -> RankTrace:
+    """``trace`` with nothing idle on ``gpu`` while another process ``used`` it. Which gaps that were is not known: all
+    kinds of idle time lose the same share."""
+    if trace.gpu is None:
+        return trace
+    rows = trace.gpu
+    mine, inside = (rows["gpu"] == gpu).to_numpy(bool), (rows["step"] != OUTSIDE).to_numpy(bool)
+    covered = used.covered_within(rows["start_ns"].to_numpy(np.int64), rows["end_ns"].to_numpy(np.int64))
+    # The row of what lies outside the steps spans them.
+    covered = np.where(inside, covered, np.maximum(covered - covered[mine & inside].sum(), 0))
+    names = [str(name) for name in rows if str(name).startswith("idle_") and name != "idle_sync_ns"]
+    idle = rows[names].to_numpy(np.float64).sum(axis=1)
+    shared = np.where(mine, np.minimum(covered, idle), 0.0)
+    left = np.divide(idle - shared, idle, out=np.ones(len(rows)), where=idle > 0)
+    rows = rows.assign(
+        shared_ns=rows["shared_ns"] + shared, **{name: rows[name] * left for name in (*names, "idle_sync_ns")}
+    )
+    return replace(trace, gpu=rows, starved=trace.starved and trace.starved.subtract(used))

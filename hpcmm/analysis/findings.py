@@ -141,6 +141,15 @@ def gpu_doubt(traces: Sequence[RankTrace]) -> str:
     return f"{told[0].split(':')[0]}{of}"
 
 
+def within(findings: Sequence[Finding], whole_s: float) -> list[Finding]:
+    """``findings``, the surest first, each with no more of ``whole_s`` than those before it leave."""
+    found = []
+    for finding in findings:
+        found.append(replace(finding, lost_s=min(finding.lost_s, whole_s)))
+        whole_s -= found[-1].lost_s
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class AnalysisContext:
     """What the findings rest on."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -255,60 +254,8 @@ def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
         found=found._replace(rows=found.rows.assign(gpu=found.rows["device"].map(gpus))),
         starved=_starved(activities, host.steps, not_idle),
         missing=completeness.in_words(untraced, of_all, calls, host.steps),
-        busy=_busy(activities, gpus),
+        busy=completeness.busy(activities, gpus),
     )
-
-
-_COARSE_NS = 100_000
-"""Clocks of two reports do not agree on shorter gaps."""
-
-
-def _busy(activities: pd.DataFrame, gpus: Mapping[int, str]) -> dict[str, IntervalSet]:
-    found = {}
-    for device, gpu in gpus.items():
-        if gpu.startswith(completeness.UUID):
-            own = activities[activities["device"] == device]
-            wide = IntervalSet.union_of(own["start_ns"], own["end_ns"] + _COARSE_NS)
-            found[gpu] = IntervalSet(wide.start_ns, wide.end_ns - _COARSE_NS)
-    return found
-
-
-def without_other_reports(traces: Sequence[RankTrace], paths: Sequence[Path]) -> list[RankTrace]:
-    """``traces``, all on one clock and each of the report at its path, with nothing idle while a process of another
-    report used the same GPU."""
-    found = list(traces)
-    for index, trace in enumerate(traces):
-        for gpu, own in trace.busy.items():
-            others = [
-                each.busy[gpu]
-                for each, path in zip(traces, paths, strict=True)
-                if path != paths[index] and gpu in each.busy
-            ]
-            if others:
-                starts, ends = ([getattr(each, name) for each in others] for name in ("start_ns", "end_ns"))
-                used = IntervalSet.union_of(np.concatenate(starts), np.concatenate(ends)).subtract(own)
-                found[index] = _without(found[index], gpu, used)
-    return found
-
-
-def _without(trace: RankTrace, gpu: str, used: IntervalSet) -> RankTrace:
-    """``trace`` with nothing idle on ``gpu`` while another process ``used`` it. Which gaps that were is not known: all
-    kinds of idle time lose the same share."""
-    if trace.gpu is None:
-        return trace
-    rows = trace.gpu
-    mine, inside = (rows["gpu"] == gpu).to_numpy(bool), (rows["step"] != OUTSIDE).to_numpy(bool)
-    covered = used.covered_within(rows["start_ns"].to_numpy(np.int64), rows["end_ns"].to_numpy(np.int64))
-    # The row of what lies outside the steps spans them.
-    covered = np.where(inside, covered, np.maximum(covered - covered[mine & inside].sum(), 0))
-    names = [f"idle_{index}_ns" for index in range(len(CAUSES))]
-    idle = rows[names].to_numpy(np.float64).sum(axis=1)
-    shared = np.where(mine, np.minimum(covered, idle), 0.0)
-    left = np.divide(idle - shared, idle, out=np.ones(len(rows)), where=idle > 0)
-    rows = rows.assign(
-        shared_ns=rows["shared_ns"] + shared, **{name: rows[name] * left for name in (*names, "idle_sync_ns")}
-    )
-    return replace(trace, gpu=rows, starved=trace.starved and trace.starved.subtract(used))
 
 
 def _starved(activities: pd.DataFrame, steps: pd.DataFrame, not_idle: NotIdle) -> IntervalSet:

@@ -14,6 +14,7 @@ import pandas as pd
 from hpcmm.analysis import (
     bottlenecks,
     collectives,
+    completeness,
     copies,
     gpu_trace,
     idle,
@@ -115,20 +116,18 @@ def study(
         return bottlenecks.gather(traces, rows, steps, inventory.expected_ranks, made, record.network)
 
     def ranked() -> pd.DataFrame:
-        findings, whole_s = bottlenecks.find(context()) if len(steps.numbers) else [], steps.mean_s
-        if not len(steps.numbers):
+        if len(steps.numbers):
+            findings, whole_s = bottlenecks.find(context()), steps.mean_s
+        else:
             unseen = process_groups.unseen_ranks(rows, traces, inventory.expected_ranks)
-            findings = bottlenecks.find_without_steps(made, unseen, gpu_doubt(traces))
-            whole_s = span_s(made["gpu"])
+            findings, whole_s = bottlenecks.find_without_steps(made, unseen, gpu_doubt(traces)), span_s(made["gpu"])
         advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
         return bottlenecks.table(findings, whole_s, advice)
 
     made = Tables(
         {
             "coverage": lambda: inventory.table,
-            "osrt": lambda: osrt.osrt_table(traces),
-            "waitpid": lambda: waitpid.waitpid_table(traces),
-            "waitpid_windows": lambda: waitpid.waitpid_windows(traces),
+            **_of_os_calls(traces),
             "steps": lambda: time_tables.steps_table(traces, steps.warmup_number),
             "phases": lambda: phases_table(traces, rows, steps.warmup_number),
             "phases_summary": lambda: phases_summary(made["phases"], steps),
@@ -162,6 +161,14 @@ def study(
     )
 
 
+def _of_os_calls(traces: Sequence[RankTrace]) -> dict[str, Callable[[], pd.DataFrame]]:
+    return {
+        "osrt": lambda: osrt.osrt_table(traces),
+        "waitpid": lambda: waitpid.waitpid_table(traces),
+        "waitpid_windows": lambda: waitpid.waitpid_windows(traces),
+    }
+
+
 def _of_gpus(traces: Sequence[RankTrace]) -> dict[str, Callable[[], pd.DataFrame]]:
     return {
         "idle": lambda: idle.idle_table(traces),
@@ -191,7 +198,7 @@ def on_one_clock(inventory: ReportInventory) -> tuple[list[RankTrace], CommonClo
         trace.on_clock(lambda times, own=own: own(times) - begin)  # type: ignore[misc]
         for (_, trace), own in zip(inventory.used, clock.clocks, strict=True)
     ]
-    return gpu_trace.without_other_reports(moved, [fact.path for fact, _ in inventory.used]), clock
+    return completeness.without_other_reports(moved, [fact.path for fact, _ in inventory.used]), clock
 
 
 def _matrix(rows: pd.DataFrame, column: str, traces: int) -> np.ndarray:
