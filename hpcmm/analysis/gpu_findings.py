@@ -178,7 +178,9 @@ def _finding(kind: str, lost: float, devices: pd.DataFrame, gpu: pd.DataFrame, a
         function = str(_longest(own, "idle_s")["what"])
         told += _split(about) + _largest(own)
         pointer = _rows(most).replace("gpu:", "idle:")
-    return Finding(kind, CAUSES[kind], lost, None, "", "", told, MEDIUM, pointer, moves=moves, function=function)
+    # What the OS did would be seen if it had been traced.
+    sure = LOW if kind == "gpu_code" and (own["cause"] == idle.UNTRACED_CODE).any() else MEDIUM
+    return Finding(kind, CAUSES[kind], lost, None, "", "", told, sure, pointer, moves=moves, function=function)
 
 
 def _of_device(table: pd.DataFrame, device: pd.Series) -> pd.Series:

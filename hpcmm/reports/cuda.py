@@ -268,29 +268,39 @@ _SYNCHRONISES = """(value LIKE 'cu%Synchronize%'
     OR ((value LIKE 'cudaMemcpy%' OR value LIKE 'cuMemcpy%') AND value NOT LIKE '%Async%'))"""
 """SQL's condition on calls that return only once the device has done what it was given."""
 _VERSION = re.compile(r"(?:_v\d+)?(?:_pt(?:sz|ds))?$")
-CALL_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'MPI!_%!_EVENTS' ESCAPE '!'"
+MPI_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'MPI!_%!_EVENTS' ESCAPE '!'"
 
 
 def _read_host_calls(database: ReportDatabase) -> pd.DataFrame:
     """Calls of CUDA that wait for the device or are long, and calls of MPI; of what cannot be read there are none."""
-    tables = [(RUNTIME, f"CASE WHEN {_SYNCHRONISES} THEN '{SYNCHRONISING}' ELSE '{CUDA_CALL}' END", "nameId")]
+    kinds = [SYNCHRONISING, CUDA_CALL, MPI]
     rows: list[tuple[object, ...]] = []
+    tables = [RUNTIME]
     with suppress(HpcmmError):
-        tables += [(str(name), f"'{MPI}'", "textId") for (name,) in database.rows(CALL_TABLES)]
-    for table, kind, name in tables:
-        if database.has(table, "start", "end", "globalTid", name) and database.has("StringIds", "id", "value"):
-            chosen = f'AND ({_SYNCHRONISES} OR "end" - start >= {LONG_CALL_NS})' if table == RUNTIME else ""
-            query = f"""
-                SELECT DISTINCT start, "end", globalTid >> {PID_SHIFT} & {ID_MASK}, globalTid & {ID_MASK}, {kind}, value
-                FROM {table} JOIN {database.strings()} ON StringIds.id = {name}
-                WHERE typeof(start) = 'integer' AND typeof("end") = 'integer' AND start BETWEEN {database.first_ns}
-                AND "end" AND "end" <= {database.last_ns} AND typeof(globalTid) = 'integer' {chosen} LIMIT {MAX_RANGES}
-            """  # noqa: S608
-            with suppress(HpcmmError):
-                rows += database.rows(query)
-    frame = pd.DataFrame(rows, columns=HOST_CALL_COLUMNS).astype(dict.fromkeys(HOST_CALL_COLUMNS[:4], np.int64))
-    names = frame["function"].astype(str).str.slice(stop=MAX_NAME_LENGTH).str.replace(_VERSION, "", n=1, regex=True)
-    return frame.assign(function=names.astype("category"), kind=frame["kind"].astype("category"))
+        tables += [str(name) for (name,) in database.rows(MPI_TABLES)]
+    for table in tables:
+        name = "nameId" if database.has(table, "nameId") else "textId"
+        if not (database.has(table, "start", "end", "globalTid", name) and database.has("StringIds", "id", "value")):
+            continue
+        of_cuda = table == RUNTIME
+        query = f"""
+            SELECT start, "end", globalTid >> {PID_SHIFT} & {ID_MASK}, globalTid & {ID_MASK},
+            {f"NOT {_SYNCHRONISES}" if of_cuda else kinds.index(MPI)}, StringIds.id
+            FROM {table} JOIN {database.strings()} ON StringIds.id = {name}
+            WHERE typeof(start) = 'integer' AND typeof("end") = 'integer' AND typeof(globalTid) = 'integer'
+            AND start BETWEEN {database.first_ns} AND "end" AND "end" <= {database.last_ns}
+            AND {f'({_SYNCHRONISES} OR "end" - start >= {LONG_CALL_NS})' if of_cuda else "TRUE"} LIMIT {MAX_RANGES}
+        """  # noqa: S608
+        with suppress(HpcmmError):
+            rows += database.rows(query)
+    *times, kind, name_id = np.array(rows, dtype=np.int64).reshape(-1, len(HOST_CALL_COLUMNS)).T
+    names = pd.Series(_labels(database, name_id, "call"), dtype="category")
+    plain = pd.Series([_VERSION.sub("", str(name), count=1) for name in names.cat.categories], dtype=object)
+    codes, functions = pd.factorize(plain)
+    return pd.DataFrame(dict(zip(HOST_CALL_COLUMNS, times, strict=False))).assign(
+        kind=pd.Categorical.from_codes(kind, pd.Index(kinds)),
+        function=pd.Categorical.from_codes(codes[names.cat.codes.to_numpy()], functions),
+    )
 
 
 COMMUNICATOR, SIZE = "NCCL communicator ID", "Message size [bytes]"
