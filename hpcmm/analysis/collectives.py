@@ -24,7 +24,7 @@ import pandas as pd
 
 from hpcmm.analysis import nccl, process_groups
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, first_claims
-from hpcmm.analysis.trace import NO_PEER, NO_SIZE, UNEVEN, RankTrace, nullable_steps
+from hpcmm.analysis.trace import KEY, NO_PEER, NO_SIZE, UNEVEN, RankTrace, nullable_steps
 from hpcmm.ranges import ranks_in
 
 SYNCHRONISING = frozenset({"all_reduce", "all_gather", "reduce_scatter", "barrier"})
@@ -34,8 +34,6 @@ NEEDS_ALL = SYNCHRONISING | {"all_to_all"}
 POINT_TO_POINT = frozenset({"send", "recv"})
 FROM_ROOT = frozenset({"broadcast", "scatter"})
 """Nobody can leave before the root has arrived."""
-
-KEY = ["group", "op", "sequence", "occurrence"]
 
 
 def match_with_waits(traces: Sequence[RankTrace], clock_error_ns: float) -> pd.DataFrame:

@@ -215,7 +215,7 @@ def _parts_of(trace: RankTrace, phases: list[str]) -> tuple[IntervalSet, ...]:
         subprocesses.append(work.intersect(children))
     start, end = trace.steps["start_ns"].to_numpy(np.int64), trace.steps["end_ns"].to_numpy(np.int64)
     # What lies between steps is work, too, unless it is communication or a phase of its own such as a checkpoint.
-    gaps = IntervalSet.union_of(end[:-1], start[1:]).subtract(communication)
+    gaps = IntervalSet.union_of(end[:-1][trace.follows], start[1:][trace.follows]).subtract(communication)
     outside = trace.segments[trace.segments["step"] == OUTSIDE]
     gaps = gaps.subtract(IntervalSet.union_of(outside["start_ns"], outside["end_ns"]))
     return (*own, *subprocesses, gaps)

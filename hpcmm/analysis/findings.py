@@ -183,7 +183,8 @@ class AnalysisContext:
             chosen = trace.steps["step"].isin(self.steps.numbers).to_numpy(bool)
             if chosen.any():
                 end = trace.steps["end_ns"].to_numpy(np.float64)
-                before = np.append(trace.steps["start_ns"].to_numpy(np.float64)[0], end[:-1])
+                start = trace.steps["start_ns"].to_numpy(np.float64)
+                before = np.append(start[0], np.where(trace.follows, end[:-1], start[1:]))
                 spans.append(float((end - before)[chosen].sum()) / NS_PER_S)
         return float(np.mean(spans)) / len(self.steps.numbers) if spans else 0.0
 

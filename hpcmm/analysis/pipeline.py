@@ -29,7 +29,7 @@ from hpcmm.analysis import (
     waitpid,
 )
 from hpcmm.analysis.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
-from hpcmm.analysis.findings import AnalysisContext, gpu_doubt
+from hpcmm.analysis.findings import AnalysisContext, Finding, gpu_doubt
 from hpcmm.analysis.gpu_findings import span_s
 from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.pop_metrics import Reference, efficiency, samples_per_step
@@ -119,8 +119,7 @@ def study(
         if len(steps.numbers):
             findings, whole_s = bottlenecks.find(context()), steps.mean_s
         else:
-            unseen = process_groups.unseen_ranks(rows, traces, inventory.expected_ranks)
-            findings, whole_s = bottlenecks.find_without_steps(made, unseen, gpu_doubt(traces)), span_s(made["gpu"])
+            findings, whole_s = _found_without_steps(made, rows, traces, inventory.expected_ranks)
         advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
         return bottlenecks.table(findings, whole_s, advice)
 
@@ -176,6 +175,14 @@ def _of_gpus(traces: Sequence[RankTrace]) -> dict[str, Callable[[], pd.DataFrame
         "kernels": lambda: gpu_trace.kernels_table(traces),
         "projection": lambda: projection.projection_table(traces),
     }
+
+
+def _found_without_steps(
+    made: Tables, rows: pd.DataFrame, traces: Sequence[RankTrace], expected_ranks: int
+) -> tuple[list[Finding], float]:
+    """Findings of a capture without steps, and the seconds that they are shares of."""
+    unseen = process_groups.unseen_ranks(rows, traces, expected_ranks)
+    return bottlenecks.find_without_steps(made, unseen, gpu_doubt(traces)), span_s(made["gpu"])
 
 
 def on_one_clock(inventory: ReportInventory) -> tuple[list[RankTrace], CommonClock]:

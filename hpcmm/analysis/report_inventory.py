@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import pandas as pd
 
 from hpcmm.analysis.extraction import OLDER_NVTX, ReportFacts
-from hpcmm.analysis.trace import RankTrace, labelled
+from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.trace import RankTrace, joined, labelled
 from hpcmm.ranges import MAX_WORLD_SIZE, write_ranges
 from hpcmm.reports.run_record import RunRecord
 
@@ -59,8 +61,9 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     stepped = any(len(trace.steps) for fact in facts for trace in fact.traces)
     facts = [replace(fact, no_ranges=_in_this_run(fact.no_ranges, record, stepped=stepped)) for fact in facts]
     job_id = _majority_job(facts, record)
-    same_job = [fact for fact in facts if not (fact.job_id and job_id and fact.job_id != job_id)]
-    told = max((f.identity.world_size or 0 for f in same_job), default=0)
+    ours = [not (fact.job_id and job_id and fact.job_id != job_id) for fact in facts]
+    same_job = list(compress(facts, ours))
+    told = max(map(_world_size, same_job), default=0)
     world = _world_communicator([trace for fact in same_job for trace in fact.traces], told)
     resolved = [_with_ranks(fact, record, world) for fact in facts]
     places = [trace.communicators.get(world) for fact in same_job for trace in fact.traces]
@@ -69,28 +72,16 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     workers = max((len({rank for rank, _ in ranks}) for ranks in resolved), default=1) or 1
     workers = workers if record.ranks_per_node == 1 else 1
     world_size = min(record.world_size * workers or told, MAX_WORLD_SIZE)
-    rows: list[tuple[object, ...]] = []
-    claims: dict[int, list[tuple[ReportFacts, RankTrace]]] = {}
-    nameless: list[str] = []
-    by_name = _ranks_by_names(facts)
-    for fact, ranks in zip(facts, resolved, strict=True):
-        if not fact.traces:
-            rank = _rank_without_trace(fact, record)
-            rank = by_name.get(fact.path) if rank is None else rank
-            rows.append(_row(fact, rank, None, _status_without_trace(fact)))
-            nameless += [fact.name] if rank is None and fact.damage else []
-        for told_rank, trace in ranks:
-            rank = told_rank
-            if fact.job_id and job_id and fact.job_id != job_id:
-                why = f"belongs to job {fact.job_id}, the others to job {job_id}"
-                rows.append(_row(fact, rank, trace, (WRONG_JOB, why)))
-                continue
-            if rank is None:
-                nameless.append(fact.name)
-                rank = -len(nameless)
-            node = _node(trace, rank, record) if workers == 1 else trace.node
-            claims.setdefault(rank, []).append((fact, replace(trace, rank=rank, node=node)))
-    used = _settle_claims(claims, record if workers == 1 else replace(record, starts={}), rows)
+    rows, nameless = _rows_without_trace(facts, record)
+    rows += [
+        _row(fact, rank, trace, (WRONG_JOB, f"belongs to job {fact.job_id}, the others to job {job_id}"))
+        for fact, ranks, is_ours in zip(facts, resolved, ours, strict=True)
+        for rank, trace in ranks
+        if not is_ours
+    ]
+    of_workers = record if workers == 1 else replace(record, starts={})
+    claims = _claims(zip(same_job, compress(resolved, ours), strict=True), of_workers, nameless)
+    used = _settle_claims(claims, of_workers, rows)
     # Ranks are numbered from 0: whoever is rank 7 has seven peers, also if nothing tells how many ranks there are.
     if not record.world_size:
         world_size = max([world_size, *(rank + 1 for rank in claims if rank < MAX_WORLD_SIZE)])
@@ -102,7 +93,47 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     complete = bool(len(table)) and set(table["status"]) <= fine
     named = labelled([trace for _, trace in used])
     used = [(fact, trace) for (fact, _), trace in zip(used, named, strict=True)]
-    return ReportInventory(table, tuple(used), complete, world_size or len(used))
+    return ReportInventory(table, tuple(used), complete, max(world_size, len(used)))
+
+
+def _world_size(fact: ReportFacts) -> int:
+    """How many ranks the environment of a report tells; 0 if it tells none. A launcher's counts launchers."""
+    size = fact.identity.world_size or 0
+    launched = 1 if "WORLD_SIZE" in fact.identity.environment else len({trace.pid for trace in fact.traces})
+    return size * max(1, launched)
+
+
+def _rows_without_trace(facts: Sequence[ReportFacts], record: RunRecord) -> tuple[list[tuple[object, ...]], list[str]]:
+    """Rows of reports without traces, and the names of those whose rank is unknown."""
+    rows: list[tuple[object, ...]] = []
+    nameless: list[str] = []
+    by_name = _ranks_by_names(facts)
+    for fact in facts:
+        if not fact.traces:
+            rank = _rank_without_trace(fact, record)
+            rank = by_name.get(fact.path) if rank is None else rank
+            rows.append(_row(fact, rank, None, _status_without_trace(fact)))
+            nameless += [fact.name] if rank is None and fact.damage else []
+    return rows, nameless
+
+
+def _claims(
+    resolved: Iterable[tuple[ReportFacts, Sequence[tuple[int | None, RankTrace]]]],
+    record: RunRecord,
+    nameless: list[str],
+) -> dict[int, list[tuple[ReportFacts, RankTrace]]]:
+    """Traces by the rank that each claims; those of unknown rank get a negative number and are put to ``nameless``."""
+    claims: dict[int, list[tuple[ReportFacts, RankTrace]]] = {}
+    each = [(rank, fact, trace) for fact, ranks in resolved for rank, trace in ranks]
+    number = 0
+    # Those that know their rank come first, for they may know that of another window, too.
+    for known, fact, trace in sorted(each, key=lambda claim: claim[0] is None):
+        rank = known if known is not None else _other_window(fact, trace, claims)
+        if rank is None:
+            nameless.append(fact.name)
+            rank = number = number - 1
+        claims.setdefault(rank, []).append((fact, replace(trace, rank=rank, node=_node(trace, rank, record))))
+    return claims
 
 
 def _majority_job(facts: Sequence[ReportFacts], record: RunRecord) -> str | None:
@@ -224,10 +255,51 @@ def _node(trace: RankTrace, rank: int, record: RunRecord) -> str:
     return start.node if start is not None else trace.node
 
 
+def _other_window(
+    fact: ReportFacts, trace: RankTrace, claims: dict[int, list[tuple[ReportFacts, RankTrace]]]
+) -> int | None:
+    """The rank that was given to an earlier or later window of the same process; None if there is none."""
+    same = (rank for rank, own in claims.items() if all(_are_windows((fact, trace), claim) for claim in own))
+    return next(same, None)
+
+
+def _are_windows(one: tuple[ReportFacts, RankTrace], other: tuple[ReportFacts, RankTrace]) -> bool:
+    """Whether two traces are of one process, at times that do not overlap, as far as both tell them."""
+    (fact, trace), (fact2, trace2) = one, other
+    process = (trace.pid, trace.device, fact.identity.node, fact.job_id)
+    if process != (trace2.pid, trace2.device, fact2.identity.node, fact2.job_id):
+        return False
+    if fact.epoch_ns is None or fact2.epoch_ns is None:
+        return False
+    begin, begin2 = fact.epoch_ns + fact.first_ns, fact2.epoch_ns + fact2.first_ns
+    return begin + fact.span_s * NS_PER_S <= begin2 or begin2 + fact2.span_s * NS_PER_S <= begin
+
+
+def _windows_of(
+    best: tuple[ReportFacts, RankTrace], claimants: Sequence[tuple[ReportFacts, RankTrace]]
+) -> list[tuple[ReportFacts, RankTrace]]:
+    """``best`` and the other windows of its process, in the order of time."""
+    chosen = [best]
+    for claim in claimants:
+        if all(_are_windows(claim, other) for other in chosen):
+            chosen.append(claim)
+    return sorted(chosen, key=lambda claim: (claim[0].epoch_ns or 0) + claim[0].first_ns)
+
+
+def _join_windows(windows: Sequence[tuple[ReportFacts, RankTrace]]) -> tuple[ReportFacts, RankTrace]:
+    """All windows of a process as one trace, on the clock of the first's report."""
+    fact, trace = windows[0]
+    for other, later in windows[1:]:
+        shift = (other.epoch_ns or 0) - (fact.epoch_ns or 0)
+        trace = joined(trace, later.on_clock(lambda times, shift=shift: times + shift))  # type: ignore[misc]
+    return fact, trace
+
+
 def _settle_claims(
     claims: dict[int, list[tuple[ReportFacts, RankTrace]]], record: RunRecord, rows: list[tuple[object, ...]]
 ) -> list[tuple[ReportFacts, RankTrace]]:
-    """Of several reports of one rank keep the one that the run's record names, else the one with the most steps."""
+    """Of several reports of one rank keep the one that the run's record names, else the one with the most steps, and
+    the other windows of its process."""
     used = []
     for rank, claimants in sorted(claims.items()):
         start = record.starts.get(rank)
@@ -236,14 +308,17 @@ def _settle_claims(
             return claim[1].pid == pid, len(claim[1].steps), claim[0].events
 
         best = max(claimants, key=merit)
+        windows = _windows_of(best, claimants)
         for claim in claimants:
             fact, trace = claim
-            if claim is not best:
+            if any(claim is window for window in windows):
+                status, why = _status(fact, trace)
+                why = f"{fact.name}: {why}" if why and len(windows) > 1 else why
+                rows.append(_row(fact, rank, trace, (status, why)))
+            else:
                 told = f"claims rank {rank}, which {best[0].name} has"
                 rows.append(_row(fact, rank, trace, (DUPLICATE, told)))
-                continue
-            used.append(claim)
-            rows.append(_row(fact, rank, trace, _status(fact, trace)))
+        used.append(_join_windows(windows))
     return used
 
 

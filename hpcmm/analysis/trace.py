@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.intervals import IntervalSet, Times
@@ -100,6 +101,8 @@ class RankTrace:
     """When its GPUs were idle because the host had not launched more; None if no GPU activity was traced."""
     stalled: IntervalSet | None = None
     """When no thread of the process entered or left an OS call, though some do all the time."""
+    windows_ns: Times = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """When each window of its capture after the first begins. Between two windows nothing was recorded."""
     communicators: Mapping[str, Member] = field(default_factory=dict)
     """Its places in NCCL's communicators, as far as it told, by their names in ``collectives``."""
     label: str = ""
@@ -109,6 +112,31 @@ class RankTrace:
     def name(self) -> str:
         """``rank 3``, or its process if the rank is unknown; the negative number in tables is no name."""
         return f"rank {self.rank}" if self.rank >= 0 else self.label or _label(self, of="")
+
+    @property
+    def follows(self) -> npt.NDArray[np.bool_]:
+        """Whether each step but the first comes after the one before in the same window of the capture."""
+        window = np.searchsorted(self.windows_ns, self.steps["start_ns"].to_numpy(np.int64), side="right")
+        same: npt.NDArray[np.bool_] = window[1:] == window[:-1]
+        return same
+
+    def renumbered(self, more: int) -> RankTrace:
+        """The same trace with ``more`` added to the number of each step."""
+
+        def moved(frame: pd.DataFrame) -> pd.DataFrame:
+            return frame.assign(step=frame["step"].where(frame["step"] == OUTSIDE, frame["step"] + more))
+
+        return replace(
+            self,
+            steps=moved(self.steps),
+            segments=moved(self.segments),
+            collectives=moved(self.collectives),
+            waits=moved(self.waits),
+            calls=moved(self.calls),
+            gpu=None if self.gpu is None else moved(self.gpu),
+            batches=None if self.batches is None else moved(self.batches),
+            expert_tokens=None if self.expert_tokens is None else moved(self.expert_tokens),
+        )
 
     def on_clock(self, clock: OnClock) -> RankTrace:
         """The same trace with every time put through ``clock``."""
@@ -128,10 +156,104 @@ class RankTrace:
             gpu=None if self.gpu is None else moved(self.gpu),
             idle=None if self.idle is None else moved(self.idle),
             blocked=blocked,
+            windows_ns=clock(self.windows_ns),
             starved=self.starved and IntervalSet(clock(self.starved.start_ns), clock(self.starved.end_ns)),
             busy={gpu: IntervalSet(clock(own.start_ns), clock(own.end_ns)) for gpu, own in self.busy.items()},
             stalled=self.stalled and IntervalSet(clock(self.stalled.start_ns), clock(self.stalled.end_ns)),
         )
+
+
+def joined(first: RankTrace, second: RankTrace) -> RankTrace:
+    """Two windows of one process's capture as one trace, both on one clock; ``second`` begins after ``first`` ends.
+
+    Steps that count from the beginning again go on counting, and so do collectives that only their order tells apart.
+    """
+    if set(first.steps["step"]) & set(second.steps["step"]):
+        second = second.renumbered(int(first.steps["step"].max()) + 1 - int(second.steps["step"].min()))
+    ours, theirs = first.collectives, second.collectives
+    again = pd.concat([ours[KEY], theirs[KEY]]).duplicated().any()
+    if again:
+        theirs = theirs.assign(occurrence=theirs["occurrence"] + int(ours["occurrence"].max()) + 1)
+    parts = [*first.windows_ns, _begin_ns(second), *second.windows_ns]
+    return replace(
+        first,
+        steps=_both(first.steps, second.steps),
+        segments=_both(first.segments, second.segments),
+        collectives=_both(ours, theirs),
+        blocked=_intervals(first.blocked, second.blocked),
+        waits=_both(first.waits, second.waits),
+        osrt=_summed(first.osrt, second.osrt, ["process_role", "thread_role", "function"]),
+        calls=_both(first.calls, second.calls),
+        spans=first.spans + second.spans,
+        unnumbered=first.unnumbered + second.unnumbered,
+        gpu=_gpu_of(first.gpu, second.gpu),
+        projection=_projection_of(first.projection, second.projection),
+        batches=_either(first.batches, second.batches),
+        groups={**first.groups, **second.groups},
+        communicators={**first.communicators, **second.communicators},
+        expert_tokens=_either(first.expert_tokens, second.expert_tokens),
+        starved=_intervals(first.starved, second.starved),
+        stalled=_intervals(first.stalled, second.stalled),
+        windows_ns=np.array(parts, dtype=np.int64),
+    )
+
+
+KEY = ["group", "op", "sequence", "occurrence"]
+"""What identifies a collective on each of its ranks."""
+_QUANTILES = ["p50_s", "p95_s"]
+
+
+def _both(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
+    frames = [frame for frame in (ours, theirs) if len(frame)]
+    return pd.concat(frames, ignore_index=True) if frames else ours
+
+
+def _either(ours: pd.DataFrame | None, theirs: pd.DataFrame | None) -> pd.DataFrame | None:
+    return theirs if ours is None else ours if theirs is None else _both(ours, theirs)
+
+
+def _intervals(ours: IntervalSet | None, theirs: IntervalSet | None) -> IntervalSet | None:
+    if ours is None or theirs is None:
+        return None
+    return IntervalSet(np.append(ours.start_ns, theirs.start_ns), np.append(ours.end_ns, theirs.end_ns))
+
+
+def _summed(ours: pd.DataFrame, theirs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Rows of both, with one sum for each of ``keys``; the largest of ``max_s``. Quantiles of a sum are not known."""
+    both = _both(ours, theirs)
+    if both.empty:
+        return both
+    values = [name for name in both.columns if name not in keys]
+    groups = both.groupby(keys, sort=False, observed=True)
+    sums = groups[values].agg({name: "max" if name == "max_s" else "sum" for name in values})
+    unknown = both[values].isna().groupby([both[key] for key in keys], sort=False, observed=True).any()
+    several = groups.size() > 1
+    for name in values:
+        lost = unknown[name] | several if name in _QUANTILES else unknown[name]
+        sums[name] = sums[name].where(~lost) if lost.any() else sums[name]
+    return sums.reset_index()[list(both.columns)]
+
+
+def _projection_of(ours: pd.DataFrame | None, theirs: pd.DataFrame | None) -> pd.DataFrame | None:
+    return theirs if ours is None else ours if theirs is None else _summed(ours, theirs, ["domain", "range"])
+
+
+def _gpu_of(ours: pd.DataFrame | None, theirs: pd.DataFrame | None) -> pd.DataFrame | None:
+    """Rows of both; what lies outside the steps of a device is one row."""
+    both = _either(ours, theirs)
+    if both is None or both.empty:
+        return both
+    how = {name: "sum" for name in both.columns if name not in {"device", "step"}} | {
+        "start_ns": "min",
+        "end_ns": "max",
+    }
+    return both.groupby(["device", "step"], sort=False, as_index=False).agg(how)[list(both.columns)]
+
+
+def _begin_ns(trace: RankTrace) -> int:
+    """The first time in a trace."""
+    frames = [trace.steps, trace.segments, trace.collectives, trace.waits, trace.gpu]
+    return min((int(frame["start_ns"].min()) for frame in frames if frame is not None and len(frame)), default=0)
 
 
 def labelled(traces: Sequence[RankTrace]) -> list[RankTrace]:

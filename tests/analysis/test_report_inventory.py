@@ -17,7 +17,7 @@ from hpcmm.analysis.trace import RankTrace
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.analyze.__main__ import main
 from hpcmm.errors import HpcmmError
-from hpcmm.page.headlines import failed_line, headline
+from hpcmm.page.headlines import coverage_line, failed_line, headline
 from hpcmm.reports.report import Identity
 from hpcmm.reports.run_record import RunRecord, read_run_record
 from hpcmm.runs.metrics import RankStart
@@ -138,6 +138,42 @@ def test_another_jobs_report_is_not_mixed_in(run_dir: RunDir) -> None:
     analysis = analyze([run_dir.root])
     assert statuses(analysis)[1] == "wrong_job"
     assert 1 not in set(analysis.tables["phases"]["rank"])
+
+
+def later_window(report: Path, path: Path, seconds: int) -> None:
+    shutil.copy(report, path)
+    edit(path, f"UPDATE TARGET_INFO_SESSION_START_TIME SET utcEpochNs = utcEpochNs + {seconds} * 1000000000")  # noqa: S608
+
+
+def test_a_rank_s_later_report_of_the_same_process_is_another_window(samples: Path, tmp_path: Path) -> None:
+    for rank in range(4):
+        one = tmp_path / f"report_{rank}.1.sqlite"
+        shutil.copy(samples / "slow_data" / f"rank_{rank:04d}.sqlite", one)
+        later_window(one, tmp_path / f"report_{rank}.2.sqlite", 600)
+    once, twice = analyze(samples / "slow_data"), analyze(tmp_path)
+    assert list(twice.coverage()["status"]) == ["found"] * 8
+    assert list(twice.coverage()["rank"]) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert coverage_line(twice.study).startswith("4 of 4 ranks with steps")
+    assert len(twice.steps()) == 2 * len(once.steps())
+    assert not twice.steps().duplicated(["rank", "step"]).any()
+    assert len(twice.collectives()) == 2 * len(once.collectives())
+    assert twice.collectives()["complete"].mean() == once.collectives()["complete"].mean()
+    assert twice.osrt()["calls"].sum() == 2 * once.osrt()["calls"].sum()
+    lost = [analysis.bottlenecks().iloc[0] for analysis in (once, twice)]
+    assert lost[0]["rank"] == lost[1]["rank"]
+    assert lost[1]["lost_s_per_step"] == pytest.approx(lost[0]["lost_s_per_step"], rel=0.1)
+    assert twice.bottlenecks()["lost_s_per_step"].sum() < lost[1]["lost_s_per_step"] * 3
+    assert twice.delays()["lost_s"].max() < 1.0
+
+
+def test_windows_of_a_process_of_unknown_rank_are_one_rank(run_dir: RunDir, tmp_path: Path) -> None:
+    one = shutil.copy(report(run_dir, 1), tmp_path / "one.sqlite")
+    edit(one, "UPDATE TARGET_INFO_SYSTEM_ENV SET value = 'NONE=1' WHERE name = 'DeviceEnvironment'")
+    edit(one, "DELETE FROM NVTX_EVENTS WHERE text LIKE 'rank=%'")
+    later_window(one, tmp_path / "two.sqlite", 600)
+    table = analyze(tmp_path.glob("*.sqlite")).coverage()
+    assert list(table["rank"]) == [-1, -1]
+    assert set(table["status"]) == {"found"}
 
 
 def test_of_two_reports_of_one_rank_one_is_used(run_dir: RunDir) -> None:
