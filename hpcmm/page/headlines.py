@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -113,13 +115,20 @@ def headline(study: Study) -> str:
     return f"{cause[:1].upper()}{cause[1:]} {costs} {lost}{where}."
 
 
+_WHOSE = re.compile(r"^process [0-9]+(?:, GPU [0-9]+)?: ")
+"""What a reason begins with if it is of one process of a report."""
+
+
 def _why_no_steps(study: Study) -> str:
     if study.failed_before_steps:
         return plain(why_failed(study.failed_run))
-    reasons = study.tables["coverage"]["reason"]
-    reasons = reasons[reasons != ""]
-    if len(reasons):
-        why = plain(reasons.value_counts().idxmax())
+    coverage = study.tables["coverage"]
+    told = [
+        _WHOSE.sub("", str(reason).removeprefix(f"{report}: "))
+        for report, reason in coverage.loc[coverage["reason"] != "", ["report", "reason"]].itertuples(index=False)
+    ]
+    if told:
+        why = plain(Counter(told).most_common(1)[0][0])
         line = f" The line to add: {study.line_to_add}" if study.line_to_add else ""
         return f"{why}.{_of_collectives(study)}{_of_phases(study)}{line}"
     return (

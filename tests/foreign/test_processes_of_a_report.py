@@ -8,6 +8,7 @@ import pytest
 
 from hpcmm.analysis.extraction import workers_of
 from hpcmm.analyze import analyze
+from hpcmm.page.headlines import headline
 from hpcmm.reports.events import read_report
 
 INPUTS = Path(__file__).parent / "inputs"
@@ -37,6 +38,13 @@ def test_each_worker_of_torchrun_is_a_trace_and_its_launcher_is_none(
     assert [trace.pid for trace in analysis.study.traces] == [SECOND, FIRST]
     assert calls.to_dict() == {(-1, "worker"): 9871, (-1, "launcher"): 4878, (-2, "worker"): 9918}
     assert list(analysis.coverage()["rank"]) == [-2, -1]
+
+
+def test_the_reason_for_no_steps_is_of_no_process_but_its_row_is() -> None:
+    analysis = analyze(INPUTS / "cpu_torchrun_plain")
+    reasons = list(analysis.coverage()["reason"])
+    assert [reason.partition(":")[0] for reason in reasons] == ["process 28274", "process 28273"]
+    assert "process" not in headline(analysis.study)
 
 
 def test_a_process_with_a_range_or_two_of_its_own_is_no_worker(tmp_path: Path) -> None:
