@@ -251,7 +251,13 @@ def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> l
     left = max(0.0, exposed_s - explained_s) / exposed_s if exposed_s > 0 else 0.0
     bytes_of = inside.groupby("group")["bytes"].sum()
     widest = inside.loc[inside["group"] == bytes_of.idxmax(), "trace"].nunique() == len(context.traces)
-    link = network.slow_link(context.traces, context.network, is_ring=widest and context.gpu.empty)
+    start_s = collectives.start_up_s(inside)
+    link = network.slow_link(
+        context.traces,
+        context.network,
+        is_ring=widest and context.gpu.empty,
+        is_bound_by_bandwidth=collectives.bound_by(inside, start_s) == "bandwidth",
+    )
     moves = parallelism.what_moves(inside, stages)
     largest = inside.groupby(moves)["exposed_transfer_ns"].sum().idxmax()
     unseen = _unseen(context).missing > 0
@@ -260,7 +266,6 @@ def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> l
         if link.node or unseen
         else {str(each): moves == each for each in moves}
     )
-    start_s = collectives.start_up_s(inside)
     return [_transfer_of(context, inside[chosen], left, str(kind), link, start_s) for kind, chosen in kinds.items()]
 
 

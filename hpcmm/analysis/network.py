@@ -54,7 +54,9 @@ class Standing(NamedTuple):
     """In words; empty if that is not known, or the ranks share a node."""
 
 
-def slow_link(traces: Sequence[RankTrace], network: Network, *, is_ring: bool) -> SlowLink:
+def slow_link(
+    traces: Sequence[RankTrace], network: Network, *, is_ring: bool, is_bound_by_bandwidth: bool = True
+) -> SlowLink:
     """The node behind a slow link, or else the hops that are slow.
 
     ``is_ring``: most bytes go through gloo's ring of all ranks, in which each receives from the next one.
@@ -63,14 +65,15 @@ def slow_link(traces: Sequence[RankTrace], network: Network, *, is_ring: bool) -
     between = _between_two(traces, trickling)
     if between.node:
         return between
-    hops = _slow_hops(traces, trickling) if is_ring else set()
+    ring = _ring(traces, trickling) if is_ring else []
+    hops = {(hop.source, hop.target) for hop in ring if hop.is_slow}
     about = ""
     if hops:
         ranks = ", ".join(str(trace.rank) for trace, slow in zip(traces, trickling, strict=True) if slow)
         ways = ", ".join(f"from {source} to {target}" for source, target in sorted(hops))
         about = f"data trickle in at rank{'s' if ' ' in ranks else ''} {ranks}: slow {ways}"
     odd = _odd_link({node: use for node, use in network.links.items() if node in {trace.node for trace in traces}})
-    if odd.node and (not hops or any(odd.node in hop for hop in hops)):
+    if odd.node and is_bound_by_bandwidth and _may_be(odd.node, ring):
         return SlowLink(odd.node, "; ".join(filter(None, [about, odd.about])))
     ends = Counter(node for hop in hops for node in hop)
     shared = [node for node, count in ends.items() if count == len(hops)]
@@ -78,6 +81,21 @@ def slow_link(traces: Sequence[RankTrace], network: Network, *, is_ring: bool) -
     if len(hops) > 1 and len(shared) == 1 and len(neighbours) > 1:
         return SlowLink(shared[0], f"{about}; {shared[0]} is an end of each")
     return SlowLink("", about)
+
+
+class _Hop(NamedTuple):
+    source: str
+    target: str
+    is_slow: bool
+
+
+def _may_be(node: str, ring: Sequence[_Hop]) -> bool:
+    """Whether ``node`` is an end of a slow hop, or no hop could be seen to be slow: if all of them are alike, or none
+    is known."""
+    slow = [hop for hop in ring if hop.is_slow]
+    if slow:
+        return any(node in hop[:2] for hop in slow)
+    return all(hop.source != hop.target and node in hop[:2] for hop in ring)
 
 
 def _trickling(traces: Sequence[RankTrace]) -> npt.NDArray[np.bool_]:
@@ -120,14 +138,17 @@ def _between_two(traces: Sequence[RankTrace], trickling: npt.NDArray[np.bool_]) 
     )
 
 
-def _slow_hops(traces: Sequence[RankTrace], trickling: npt.NDArray[np.bool_]) -> set[tuple[str, str]]:
-    """From which node to which data trickle, in a ring in which each rank receives from the next."""
+def _ring(traces: Sequence[RankTrace], trickling: npt.NDArray[np.bool_]) -> list[_Hop]:
+    """The hops of a ring in which each rank receives from the next, slow if data trickle in from another node; none if
+    too few receives were seen to tell."""
+    if np.quantile([_receives(trace) for trace in traces], 0.25) < MIN_CALLS:
+        return []
     order = np.argsort([trace.rank for trace in traces], kind="stable")
-    return {
-        (traces[sender].node, traces[receiver].node)
-        for receiver, sender in zip(order, np.roll(order, -1), strict=True)
-        if trickling[receiver] and traces[sender].node != traces[receiver].node
-    }
+    hops = [(traces[sender].node, receiver) for receiver, sender in zip(order, np.roll(order, -1), strict=True)]
+    return [
+        _Hop(source, traces[receiver].node, bool(trickling[receiver]) and source != traces[receiver].node)
+        for source, receiver in hops
+    ]
 
 
 def _odd_link(links: Mapping[str, LinkUse]) -> SlowLink:

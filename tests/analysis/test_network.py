@@ -86,12 +86,26 @@ def test_a_queue_far_from_the_slow_hop_is_not_the_reason() -> None:
     ],
 )
 def test_nobody_is_named_if_links_are_alike_or_little_is_known(counted) -> None:
-    assert slow_link(run_of(), Network(counted), is_ring=True) == ("", "")
+    assert slow_link(run_of(receives=[1, 2, 3, 4]), Network(counted), is_ring=True) == ("", "")
 
 
-def test_a_link_that_came_up_at_a_lower_rate_is_named() -> None:
-    found = slow_link(run_of(), links(node1=link(10_000), node2=link(1_000)), is_ring=True)
-    assert found == ("node2", "eth0 of node2 runs at 1000 Mbit/s, the others' at 10000")
+SLOWER = {"node1": link(10_000), "node2": link(1_000)}
+LOWER_RATE = ("node2", "eth0 of node2 runs at 1000 Mbit/s, the others' at 10000")
+
+
+@pytest.mark.parametrize(
+    "traces",
+    [run_of(receives=[1, 2, 3, 4]), run_of(ranks=2, ranks_per_node=1, receives=[900, 900])],
+    ids=["no receives are seen", "all hops are between the two nodes"],
+)
+def test_a_link_that_came_up_at_a_lower_rate_is_named(traces) -> None:
+    assert slow_link(traces, Network(SLOWER), is_ring=True) == LOWER_RATE
+
+
+def test_a_lower_rate_that_nobody_is_seen_to_feel_is_not_the_reason() -> None:
+    assert slow_link(run_of(), Network(SLOWER), is_ring=True) == ("", "")
+    few = run_of(receives=[1, 2, 3, 4])
+    assert slow_link(few, Network(SLOWER), is_ring=True, is_bound_by_bandwidth=False) == ("", "")
 
 
 def verdict(traces, network):
