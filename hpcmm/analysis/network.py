@@ -22,7 +22,9 @@ from hpcmm.runs.links import LinkUse, Network
 
 RECEIVING = frozenset({"recv", "recvfrom", "recvmsg", "readv"})
 TRICKLE = 3.0
-"""A rank's data trickle in when it receives so many times as often as the lower quartile of ranks."""
+"""A rank's data trickle in when it receives so many times as often as the lower quartile of ranks ..."""
+CONFIRMS = 2.0
+"""... and so many times already if a link's own counters say the same."""
 MIN_CALLS = 20
 SLOWER_LINK = 0.5
 """A node's link is slow if it runs at most at this share of the other nodes' median rate."""
@@ -61,7 +63,7 @@ def slow_link(
 
     ``is_ring``: most bytes go through gloo's ring of all ranks, in which each receives from the next one.
     """
-    trickling = _trickling(traces)
+    trickling = _trickling(traces, TRICKLE)
     between = _between_two(traces, trickling)
     if between.node:
         return between
@@ -73,7 +75,11 @@ def slow_link(
         ways = ", ".join(f"from {source} to {target}" for source, target in sorted(hops))
         about = f"data trickle in at rank{'s' if ' ' in ranks else ''} {ranks}: slow {ways}"
     odd = _odd_link({node: use for node, use in network.links.items() if node in {trace.node for trace in traces}})
-    if odd.node and is_bound_by_bandwidth and _may_be(odd.node, ring):
+    if (
+        odd.node
+        and is_bound_by_bandwidth
+        and (not is_ring or _may_be(odd.node, _ring(traces, _trickling(traces, CONFIRMS))))
+    ):
         return SlowLink(odd.node, "; ".join(filter(None, [about, odd.about])))
     ends = Counter(node for hop in hops for node in hop)
     shared = [node for node, count in ends.items() if count == len(hops)]
@@ -90,18 +96,20 @@ class _Hop(NamedTuple):
 
 
 def _may_be(node: str, ring: Sequence[_Hop]) -> bool:
-    """Whether ``node`` is an end of a slow hop, or no hop could be seen to be slow: if all of them are alike, or none
-    is known."""
+    """Whether ``node`` is an end of a slow hop of ``ring``, or none could be seen to be slow.
+
+    That is so if each hop is between it and another node, so that all are alike, or if none is known.
+    """
     slow = [hop for hop in ring if hop.is_slow]
     if slow:
         return any(node in hop[:2] for hop in slow)
     return all(hop.source != hop.target and node in hop[:2] for hop in ring)
 
 
-def _trickling(traces: Sequence[RankTrace]) -> npt.NDArray[np.bool_]:
+def _trickling(traces: Sequence[RankTrace], times: float) -> npt.NDArray[np.bool_]:
     calls = np.array([_receives(trace) for trace in traces], dtype=np.float64)
     usual = float(np.quantile(calls, 0.25)) if len(calls) else 0.0
-    return calls > TRICKLE * usual if usual >= MIN_CALLS else np.zeros(len(calls), dtype=bool)
+    return calls > times * usual if usual >= MIN_CALLS else np.zeros(len(calls), dtype=bool)
 
 
 def _receives(trace: RankTrace) -> int:

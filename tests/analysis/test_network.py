@@ -50,6 +50,12 @@ def test_a_link_that_is_slow_in_one_direction_is_named_by_the_queue_of_its_sende
     assert slow_link(traces, Network(counted), is_ring=True).node == sender
 
 
+def test_a_queue_that_holds_back_is_confirmed_by_a_weaker_sign_at_its_hop() -> None:
+    traces = run_of(receives=[40, 110, 50, 100])
+    assert slow_link(traces, links(node1=link(), node2=link(held_back=5000)), is_ring=True).node == "node2"
+    assert slow_link(traces, links(node1=link(), node2=link()), is_ring=True) == ("", "")
+
+
 def test_of_two_nodes_nothing_tells_which_if_no_counter_does() -> None:
     traces = run_of(receives=[40, 900, 50, 600])
     found = slow_link(traces, links(node1=link(), node2=link()), is_ring=True)
