@@ -41,7 +41,7 @@ from hpcmm.reports.report import (
     CudaEvents,
     Member,
 )
-from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
+from hpcmm.reports.sqlite import ReportDatabase
 
 Integers = npt.NDArray[np.int64]
 TABLES = {
@@ -294,7 +294,7 @@ def _read_host_calls(database: ReportDatabase) -> pd.DataFrame:
         with suppress(HpcmmError):
             rows += database.rows(query)
     *times, kind, name_id = np.array(rows, dtype=np.int64).reshape(-1, len(HOST_CALL_COLUMNS)).T
-    names = pd.Series(_labels(database, name_id, "call"), dtype="category")
+    names = pd.Series(labels(database, name_id, "call"), dtype="category")
     plain = pd.Series([_VERSION.sub("", str(name), count=1) for name in names.cat.categories], dtype=object)
     codes, functions = pd.factorize(plain)
     return pd.DataFrame(dict(zip(HOST_CALL_COLUMNS, times, strict=False))).assign(
