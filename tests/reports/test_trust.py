@@ -1,12 +1,20 @@
 """Records that cannot be are counted and left out; what nsys says of its losses is repeated."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import pytest
-from conftest import SAMPLES, THREAD, Export
 
 from hpcmm.reports import trust
 from hpcmm.reports.events import read_report
 from hpcmm.reports.report import IMPOSSIBLE, NO_LAUNCH, RECORDED, UNRECORDED, Report
 
+if TYPE_CHECKING:
+    from conftest import Export
+
+SAMPLES = Path(__file__).parents[2] / "profiles" / "samples"
 S, MS = 10**9, 10**6
 CUPTI = """
 CREATE TABLE CUPTI_ACTIVITY_KIND_RUNTIME (start INTEGER, end INTEGER, globalTid INTEGER, correlationId INTEGER,
@@ -19,6 +27,7 @@ CREATE TABLE TARGET_INFO_CUDA_DEVICE (gpuId INTEGER, cudaId INTEGER, pid INTEGER
 CREATE TABLE TARGET_INFO_GPU (id INTEGER, busLocation TEXT, uuid TEXT);
 """
 PROCESS = 7 << 24
+THREAD = PROCESS | 7
 NAMES = {1: "gemm", 2: "cudaLaunchKernel_v7000", 3: "cudaStreamBeginCapture_v10000", 4: "cudaStreamEndCapture_v10000"}
 
 
