@@ -343,7 +343,8 @@ def test_data_that_trickle_in_on_both_sides_of_a_node_name_it() -> None:
 
 def test_waits_below_the_clocks_error_are_said_to_be_blamed_on_nobody() -> None:
     findings = verdicts(
-        simulate_run(lambda r, _s, p: BALANCED[p] + 50 * ((r, p) == (1, "data"))), clock_error_ns=80_000_000
+        simulate_run(lambda r, s, p: BALANCED[p] + 50 * ((r, p) == (1, "data") and s % 4 > 0)),
+        clock_error_ns=80_000_000,
     )
     assert named(findings) == []
 
