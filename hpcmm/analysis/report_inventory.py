@@ -281,7 +281,7 @@ def _windows_of(
     """``best`` and the other windows of its process, in the order of time."""
     chosen = [best]
     for claim in claimants:
-        if all(_are_windows(claim, other) for other in chosen):
+        if claim is not best and all(_are_windows(claim, other) for other in chosen):
             chosen.append(claim)
     return sorted(chosen, key=lambda claim: (claim[0].epoch_ns or 0) + claim[0].first_ns)
 

@@ -409,7 +409,10 @@ def late_line(study: Study) -> str:
     devices = study.tables["gpu"].drop_duplicates("rank")
     last = int(str(late.index[0]))
     of_last = devices[devices["rank"] == last]
-    who = plain(device_name(of_last.iloc[0])) if len(of_last) and last >= 0 else rank_name(last, names=study.names)
+    who = rank_name(last, names=study.names)
+    if len(of_last):
+        node = str(of_last.iloc[0]["node"])
+        who = plain(device_name(of_last.iloc[0])) if last >= 0 else who + (f" on {plain(node)}" if node else "")
     waited = float(ordered["wait_s"].sum())
     return (
         f"{who} arrives last at {late.iloc[0]} of {late.sum()} collectives that GPUs had to wait in, {seconds(waited)} "

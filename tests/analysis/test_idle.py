@@ -152,14 +152,6 @@ def test_after_the_last_launch_the_thread_that_launched_last_tells() -> None:
     assert told(found) == {("host code", "", ""): 10, (OS_CALL, "fsync", ""): 30}
 
 
-def test_ranges_that_differ_by_a_number_alone_are_one_if_they_are_many() -> None:
-    work = activities(*((at, at + 10, at - 5, 1) for at in range(0, 2000, 100)))
-    ranges = tuple((at, at + 100, 1, f"iteration {at // 100}") for at in range(0, 2000, 100))
-    assert set(idle_of(work, host(ranges=ranges)).rows["range"]) == {"iteration N"}
-    few = tuple((at, at + 1000, 1, f"epoch {at // 1000}") for at in range(0, 2000, 1000))
-    assert set(idle_of(work, host(ranges=few)).rows["range"]) == {"epoch 0", "epoch 1"}
-
-
 def test_a_gap_belongs_to_the_steps_that_it_lies_in() -> None:
     work = activities((0, 10, 0, 1), (100, 110, 95, 1), (190, 200, 185, 1))
     steps = pd.DataFrame({"step": [5, 6], "start_ns": [20, 90], "end_ns": [90, 150]}, dtype=np.int64)

@@ -52,7 +52,7 @@ def test_of_a_program_that_notes_no_step_the_reports_tell_of_the_first():
     ]  # fmt: skip
     noted = {0: [*records[0], step(0, 0.75, 2)]}
     assert startup_table(noted, firsts).equals(startup_table(noted))
-    assert startup_table({}, firsts).empty
+    assert list(startup_table({}, firsts)["part"]) == ["before the first step", "first step"]
 
 
 values = st.one_of(st.none(), st.integers(-5, 5), st.floats(), st.text(max_size=3))
