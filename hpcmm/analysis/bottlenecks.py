@@ -363,17 +363,6 @@ def _withheld_s(context: AnalysisContext) -> float:
     return float(rows.loc[vague, "exposed_wait_ns"].sum()) / NS_PER_S / count
 
 
-def _calls_within(context: AnalysisContext, phase: str) -> str:
-    """The OS call in which the ranks spend most of a phase; empty if none takes much of it."""
-    calls = [trace.calls[trace.calls["step"].isin(context.steps.numbers)] for trace in context.traces]
-    mine = pd.concat([each[each["phase"] == phase] for each in calls])
-    if mine.empty:
-        return ""
-    count = len(context.steps.numbers) * len(context.traces) * NS_PER_S
-    by_function = mine.groupby("function")["total_ns"].sum().sort_values(ascending=False) / count
-    return f"; the host is in {by_function.index[0]}() for {by_function.iloc[0]:.3g} s of it"
-
-
 def _own_work(context: AnalysisContext) -> list[Finding]:
     """Time that all ranks spend on something other than training: loading, checkpoints, child processes, gaps."""
     found = []
@@ -393,7 +382,7 @@ def _own_work(context: AnalysisContext) -> list[Finding]:
         lost = max(0.0, min(float(np.sort(seconds)[(len(seconds) - 1) // 2]), float(seconds.mean()) - charged))
         told = f"the ranks alike spend {lost:.3g} s a step in it"
         told += " while its GPU has nothing to do" if len(context.gpu) else ""
-        told += _calls_within(context, phase) if kind == "data" else ""
+        told += context.calls_within(phase) if kind == "data" else ""
         rows = f"phases: phase={phase}"
         by_step = np.median(work[:, :, context.parts.names.index(name)], axis=1)
         cause, at = f"{CAUSES[kind]} on all ranks", _rare(by_step)

@@ -188,6 +188,16 @@ class AnalysisContext:
                 spans.append(float((end - before)[chosen].sum()) / NS_PER_S)
         return float(np.mean(spans)) / len(self.steps.numbers) if spans else 0.0
 
+    def calls_within(self, phase: str) -> str:
+        """The OS call in which the ranks spend most of a phase, in words; empty if they make none."""
+        calls = [trace.calls[trace.calls["step"].isin(self.steps.numbers)] for trace in self.traces]
+        mine = pd.concat([each[each["phase"] == phase] for each in calls])
+        if mine.empty:
+            return ""
+        count = len(self.steps.numbers) * len(self.traces) * NS_PER_S
+        by_function = mine.groupby("function")["total_ns"].sum().sort_values(ascending=False) / count
+        return f"; the host is in {by_function.index[0]}() for {by_function.iloc[0]:.3g} s of it"
+
     def nodes(self) -> dict[str, list[int]]:
         """Traces of each node."""
         found: dict[str, list[int]] = {}
