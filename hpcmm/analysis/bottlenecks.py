@@ -383,14 +383,13 @@ def _own_work(context: AnalysisContext) -> list[Finding]:
         told = f"the ranks alike spend {lost:.3g} s a step in it"
         told += " while its GPU has nothing to do" if len(context.gpu) else ""
         told += context.calls_within(phase) if kind == "data" else ""
-        rows = f"phases: phase={phase}"
         by_step = np.median(work[:, :, context.parts.names.index(name)], axis=1)
         cause, at = f"{CAUSES[kind]} on all ranks", _rare(by_step)
         if len(at):
             told += _told_of_rare(context, by_step, at, phase)
             kind = "between" if kind == "other" else kind  # logging or evaluation, wherever the steps end
         worst = context.worst_step(by_step)
-        found.append(Finding(kind, cause, lost, None, "", phase, told, MEDIUM, rows, worst))
+        found.append(Finding(kind, cause, lost, None, "", phase, told, MEDIUM, f"phases: phase={phase}", worst))
     return found
 
 

@@ -187,6 +187,12 @@ def joined(first: RankTrace, second: RankTrace) -> RankTrace:
         spans=first.spans + second.spans,
         unnumbered=first.unnumbered + second.unnumbered,
         gpu=_gpu_of(first.gpu, second.gpu),
+        busy={gpu: _union(first.busy, second.busy, gpu) for gpu in {**first.busy, **second.busy}},
+        gpu_missing="; ".join(filter(None, (first.gpu_missing, second.gpu_missing))),
+        gpu_doubt=first.gpu_doubt or second.gpu_doubt,
+        idle=_either(first.idle, second.idle),
+        copies=_either(first.copies, second.copies),
+        kernels=_either(first.kernels, second.kernels),
         projection=_projection_of(first.projection, second.projection),
         batches=_either(first.batches, second.batches),
         groups={**first.groups, **second.groups},
@@ -216,6 +222,12 @@ def _intervals(ours: IntervalSet | None, theirs: IntervalSet | None) -> Interval
     if ours is None or theirs is None:
         return None
     return IntervalSet(np.append(ours.start_ns, theirs.start_ns), np.append(ours.end_ns, theirs.end_ns))
+
+
+def _union(ours: Mapping[str, IntervalSet], theirs: Mapping[str, IntervalSet], gpu: str) -> IntervalSet:
+    parts = [each[gpu] for each in (ours, theirs) if gpu in each]
+    starts, ends = ([getattr(part, name) for part in parts] for name in ("start_ns", "end_ns"))
+    return IntervalSet.union_of(np.concatenate(starts), np.concatenate(ends))
 
 
 def _summed(ours: pd.DataFrame, theirs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
