@@ -10,7 +10,7 @@ import pytest
 
 from hpcmm.analyze import Analysis, analyze
 
-INPUTS = Path(__file__).parent / "inputs" / "gaps"
+INPUTS = Path(__file__).parent / "inputs"
 
 
 def first(analysis: Analysis) -> pd.Series:

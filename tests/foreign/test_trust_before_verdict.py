@@ -11,7 +11,7 @@ from hpcmm.analysis.gpu_trace import traced
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.page.headlines import gpu_line, headline
 
-INPUTS = Path(__file__).parent / "inputs" / "trust"
+INPUTS = Path(__file__).parent / "inputs"
 
 
 LATER = (
