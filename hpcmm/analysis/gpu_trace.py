@@ -114,6 +114,29 @@ class GpuRows(NamedTuple):
     idle: pd.DataFrame
     copies: pd.DataFrame
     kernels: pd.DataFrame
+    device_time: pd.DataFrame
+    """As :func:`drawn_time` gives it."""
+
+
+DRAWN_COLUMNS = ["device", "start_ns", "end_ns", "doing"]
+MOST_DRAWN = 20_000
+"""Of a device: the longest are kept."""
+
+
+def drawn_time(time: DeviceTime) -> pd.DataFrame:
+    """What a device does at each time, for a timeline: disjoint stretches (start_ns, end_ns, doing), sorted by start.
+
+    Computation hides communication, and both hide copies.
+    """
+    copying = time.memory.subtract(time.compute).subtract(time.comm)
+    sets = [("computation", time.compute), ("communication", time.comm.subtract(time.compute)), ("copies", copying)]
+    sets += [("idle: until the host launches" if cause == HOST else "idle", gaps) for cause, gaps in time.idle.items()]
+    whole = pd.concat(
+        [pd.DataFrame({"start_ns": each.start_ns, "end_ns": each.end_ns, "doing": doing}) for doing, each in sets],
+        ignore_index=True,
+    )
+    longest = (whole["end_ns"] - whole["start_ns"]).sort_values(ascending=False, kind="stable").index[:MOST_DRAWN]
+    return whole.loc[longest].sort_values("start_ns", kind="stable", ignore_index=True)
 
 
 def gpu_rows(activities: pd.DataFrame, steps: pd.DataFrame, host: Host, not_idle: NotIdle | None = None) -> GpuRows:
@@ -127,7 +150,7 @@ def gpu_rows(activities: pd.DataFrame, steps: pd.DataFrame, host: Host, not_idle
         _device_rows(int(str(device)), own.reset_index(drop=True), steps, host, not_idle or NotIdle())
         for device, own in activities.groupby("device", sort=True)
     ]
-    columns = (GPU_COLUMNS, idle.COLUMNS, copies.COLUMNS, KERNEL_COLUMNS)
+    columns = (GPU_COLUMNS, idle.COLUMNS, copies.COLUMNS, KERNEL_COLUMNS, DRAWN_COLUMNS)
     return GpuRows(
         *(
             pd.concat(frames, ignore_index=True)[names] if frames else pd.DataFrame(columns=names)
@@ -165,6 +188,7 @@ def _device_rows(device: int, activities: pd.DataFrame, steps: pd.DataFrame, hos
         explained.rows.assign(device=device),
         copies.of_device(activities, time.compute, time.comm),
         kernel_rows(activities).assign(device=device),
+        drawn_time(time).assign(device=device),
     )
 
 

@@ -97,6 +97,8 @@ class RankTrace:
     """As :func:`hpcmm.analysis.copies.of_device` gives it for each of its GPUs."""
     kernels: pd.DataFrame | None = None
     """As :func:`hpcmm.analysis.gpu_trace.kernel_rows` gives it for each of its GPUs."""
+    device_time: pd.DataFrame | None = None
+    """As :func:`hpcmm.analysis.gpu_trace.drawn_time` gives it for each of its GPUs."""
     starved: IntervalSet | None = None
     """When its GPUs were idle because the host had not launched more; None if no GPU activity was traced."""
     stalled: IntervalSet | None = None
@@ -155,6 +157,7 @@ class RankTrace:
             waits=moved(self.waits),
             gpu=None if self.gpu is None else moved(self.gpu),
             idle=None if self.idle is None else moved(self.idle),
+            device_time=None if self.device_time is None else moved(self.device_time),
             blocked=blocked,
             windows_ns=clock(self.windows_ns),
             starved=self.starved and IntervalSet(clock(self.starved.start_ns), clock(self.starved.end_ns)),
@@ -193,6 +196,7 @@ def joined(first: RankTrace, second: RankTrace) -> RankTrace:
         idle=_either(first.idle, second.idle),
         copies=_either(first.copies, second.copies),
         kernels=_either(first.kernels, second.kernels),
+        device_time=_either(first.device_time, second.device_time),
         projection=_projection_of(first.projection, second.projection),
         batches=_either(first.batches, second.batches),
         groups={**first.groups, **second.groups},

@@ -27,7 +27,7 @@ from hpcmm.page.headlines import plain, rank_name, seconds, trace_name
 MAX_EVENTS = 500_000
 """Viewers stay quick up to this; a longer trace is cut in time, the same for all ranks."""
 
-_STEPS, _WAITS, _GPUS, _COLLECTIVES = 1, 2, 10, 100
+_STEPS, _WAITS, _GPUS, _COLLECTIVES, _GPU_TIME = 1, 2, 10, 100, 900_000
 _TIDS_PER_PROCESS = 1_000_000
 
 
@@ -74,7 +74,7 @@ def write_trace(study: Study, file: IO[bytes], max_events: int = MAX_EVENTS) -> 
 def _all_starts(study: Study) -> tuple[Times, int]:
     """Starts of all events, and the last end."""
     frames = [frame for trace in study.traces for frame in (trace.steps, _segments(trace))]
-    frames += [trace.gpu for trace in study.traces if trace.gpu is not None]
+    frames += [each for trace in study.traces for each in (trace.gpu, trace.device_time) if each is not None]
     frames += [study.collectives, study.collectives[study.collectives["wait_ns"] > 0]]
     frames = [frame for frame in frames if len(frame)]
     last = max((int(frame["end_ns"].max()) for frame in frames), default=0)
@@ -102,6 +102,8 @@ def _all_slices(study: Study, cut_ns: int) -> Iterator[_Slices]:
             yield _waits(process, rows, claims[index], cut_ns, study.names)
         if trace.gpu is not None:
             yield from _gpus(process, kept(trace.gpu[trace.gpu["step"] >= 0]))
+        if trace.device_time is not None:
+            yield from _gpu_time(process, kept(trace.device_time))
 
 
 def _segments(trace: RankTrace) -> pd.DataFrame:
@@ -181,6 +183,13 @@ def _gpus(process: int, gpu: pd.DataFrame) -> Iterator[_Slices]:
         ]
         names = [f"step {number}" for number in rows["step"]]
         yield _slices(process, _GPUS + int(str(device)), f"GPU {device}", rows, names, arguments)
+
+
+def _gpu_time(process: int, stretches: pd.DataFrame) -> Iterator[_Slices]:
+    """What each GPU does at each time: computation, communication, copies, and idle time by cause."""
+    for device, own in stretches.groupby("device"):
+        title, thread = f"GPU {device}: what it does", _GPU_TIME + int(str(device))
+        yield _slices(process, thread, title, own, own["doing"].tolist(), [{}] * len(own))
 
 
 def _lanes(start: Times, end: Times) -> npt.NDArray[np.int64]:

@@ -28,6 +28,10 @@ def ordered(phases: Iterable[str]) -> list[str]:
     return [*usual, *sorted(seen - {*PHASES, OTHER}), *([OTHER] if OTHER in seen else [])]
 
 
+_GPU_COLOURS = {"computation": "forward", "communication": "backward", "copies": "data", "idle": OTHER}
+"""What a GPU does has the colours of its bar."""
+
+
 def kinds(phases: Sequence[str]) -> list[str]:
     """The colour of each of ``phases``, as :func:`ordered` gives them: ``data``, ``extra-0``, ``other`` ..."""
     found = []
@@ -35,6 +39,8 @@ def kinds(phases: Sequence[str]) -> list[str]:
     for name in phases:
         if name in (*PHASES, OTHER):
             found.append(name)
+        elif (colour := _GPU_COLOURS.get(name.partition(":")[0])) is not None:
+            found.append(colour)
         else:
             found.append(f"extra-{extra % EXTRA}")
             extra += 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +85,28 @@ NO_RANK = -(2**31)
 Arrays = dict[str, npt.NDArray[Any]]
 
 
+class _Lane(NamedTuple):
+    """A row of the timeline: a rank, or one of its GPUs with what that does as its segments."""
+
+    name: str
+    rank: int
+    """NO_RANK for a GPU, which no row of ``bottlenecks`` names."""
+    trace: RankTrace
+
+
+def _lanes(study: Study) -> Iterator[_Lane]:
+    for trace in study.traces:
+        if len(trace.segments) or len(trace.collectives):
+            yield _Lane(trace_name(trace), trace.rank, trace)
+        if trace.device_time is None:
+            continue
+        for device, own in trace.device_time.groupby("device"):
+            segments = own.rename(columns={"doing": "phase"}).assign(step=OUTSIDE)
+            name = trace_name(trace) if trace.device is not None else f"GPU {device} of {trace_name(trace)}"
+            gpu = replace(trace, segments=segments, collectives=trace.collectives.iloc[:0])
+            yield _Lane(f"{name}: what it does" if trace.device is not None else name, NO_RANK, gpu)
+
+
 def timeline(study: Study) -> dict[str, Any]:
     """JSON-ready data of the viewer: unit, lanes, names, and arrays over all lanes in turn.
 
@@ -91,7 +114,8 @@ def timeline(study: Study) -> dict[str, Any]:
     ``phase``: gap (from the end of the one before), length, code, step. ``comm``: delta (from the start of the one
     before), length, wait, code, sequence, bytes, late. ``steps``: number, start and end over all lanes.
     """
-    traces = [trace for trace in study.traces if len(trace.segments) or len(trace.collectives)]
+    lanes = list(_lanes(study))
+    traces = [lane.trace for lane in lanes]
     span = max((_last_ns(trace) for trace in traces), default=0)
     unit = max(MIN_UNIT_NS, -(-span // (2**32 - 1)))
     names = ordered(str(name) for trace in traces for name in trace.segments["phase"].unique())[:MAX_NAMES]
@@ -106,13 +130,13 @@ def timeline(study: Study) -> dict[str, Any]:
         "left_out": {"phases": short, "collectives": comm_short},
         "lanes": [
             {
-                "rank": trace.rank,
-                "name": trace_name(trace),
-                "node": plain(trace.node),
+                "rank": lane.rank,
+                "name": lane.name,
+                "node": plain(lane.trace.node),
                 "phases": len(own["gap"]),
                 "comm": len(part["delta"]),
             }
-            for trace, own, part in zip(traces, phases, comm, strict=True)
+            for lane, own, part in zip(lanes, phases, comm, strict=True)
         ],
         "phase": _pack_all(phases),
         "comm": _pack_all(comm),
@@ -167,7 +191,7 @@ def _collective_arrays(study: Study, traces: Sequence[RankTrace], unit: int) -> 
     index_of = {id(trace): index for index, trace in enumerate(study.traces)}
     arrays = []
     for trace in traces:
-        own = rows[rows["trace"] == index_of[id(trace)]]
+        own = rows[rows["trace"] == index_of.get(id(trace), -1)]
         start = _units(own["start_ns"].to_numpy(np.int64), unit)
         end = np.maximum(_units(own["end_ns"].to_numpy(np.int64), unit), start)
         arrays.append(
