@@ -105,7 +105,8 @@ def with_user_ranges(report: Report, choice: Choice = CHOOSE_FOR_ME) -> tuple[Re
             return report, None
         adopted = adopt_phases(report.ranges, steps, choice.phases)
     else:
-        adopted = adopt(report.ranges, choice)
+        launches = None if report.cuda is None else report.cuda.activities[["pid", "launch_tid"]]
+        adopted = adopt(report.ranges, choice, launches)
         if not adopted.steps:
             return report, adopted
     others = nvtx[nvtx["domain"] != schema.DOMAIN]

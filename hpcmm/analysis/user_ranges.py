@@ -29,7 +29,7 @@ from hpcmm.analysis.range_names import (
     without_counters,
 )
 from hpcmm.annotate import schema
-from hpcmm.reports.report import PUSH_POP
+from hpcmm.reports.report import PUSH_POP, UNKNOWN
 
 MIN_STEPS = 3
 MIN_COVER = 0.5
@@ -64,14 +64,18 @@ class Adopted:
     """All that could be chosen instead."""
 
 
-def adopt(ranges: pd.DataFrame, choice: Choice) -> Adopted:
-    """Steps and phases among ``ranges`` (RANGE_COLUMNS of :mod:`hpcmm.reports.report`)."""
+def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = None) -> Adopted:
+    """Steps and phases among ``ranges`` (RANGE_COLUMNS of :mod:`hpcmm.reports.report`).
+
+    ``launches``: pid and launch_tid of all that GPUs did. If there is any, only a thread that launches runs steps,
+    unless the user says which ranges are steps.
+    """
     if ranges.empty:
         return Adopted(_none())
     known = templates(ranges["name"].cat.categories.to_list())
     ranges = ranges.assign(label=known[ranges["name"].cat.codes.to_numpy()])
     candidates = step_candidates(ranges)
-    chosen = _chosen_steps(ranges, candidates, choice.steps)
+    chosen = _chosen_steps(ranges, _launching(candidates, launches), choice.steps)
     if chosen.empty:
         return Adopted(_none(), candidates=_told(candidates), labels=frozenset(candidates["label"]))
     steps = pd.concat([_numbered(own) for _, own in chosen.groupby("pid")])
@@ -100,6 +104,17 @@ def _adopted(ranges: pd.DataFrame, steps: pd.DataFrame, expression: str) -> Adop
     return Adopted(rows, phases=tuple(map(str, longest.index)))
 
 
+def _launching(candidates: pd.DataFrame, launches: pd.DataFrame | None) -> pd.DataFrame:
+    """Those of threads that launch something, or, if the launches are not known, of processes that use a GPU."""
+    if launches is None or launches.empty:
+        return candidates
+    known = launches[launches["launch_tid"] != UNKNOWN]
+    if known.empty:
+        return candidates[candidates["pid"].isin(launches["pid"])]
+    threads = pd.MultiIndex.from_frame(known[["pid", "launch_tid"]].drop_duplicates())
+    return candidates[pd.MultiIndex.from_frame(candidates[["pid", "tid"]]).isin(threads)]
+
+
 def _none() -> pd.DataFrame:
     return pd.DataFrame(columns=NVTX_COLUMNS)
 
@@ -113,6 +128,7 @@ def _chosen_steps(ranges: pd.DataFrame, candidates: pd.DataFrame, expression: st
         chosen = ranges.iloc[:0]
         if clear is not None:
             chosen = ranges[(ranges["domain"] == clear[0]) & (ranges["label"] == clear[1])]
+            chosen = chosen[chosen["pid"].isin(candidates["pid"])]
     parts = []
     for _, own in chosen.groupby("pid"):
         on_thread = (own["end_ns"] - own["start_ns"]).groupby(own["tid"]).sum()
@@ -121,11 +137,11 @@ def _chosen_steps(ranges: pd.DataFrame, candidates: pd.DataFrame, expression: st
 
 
 def outermost(ranges: pd.DataFrame) -> pd.DataFrame:
-    """Those of one thread's ``ranges`` that begin in no other, in the order of time."""
+    """Those of one thread's ``ranges`` that lie in no other, in the order of time. They may overlap."""
     ordered = ranges.sort_values(["start_ns", "end_ns"], ascending=[True, False], kind="stable")
     end = ordered["end_ns"].to_numpy(np.int64)
     before = np.concatenate(([np.iinfo(np.int64).min], np.maximum.accumulate(end)[:-1]))
-    return ordered[ordered["start_ns"].to_numpy(np.int64) >= before]
+    return ordered[end > before]
 
 
 def _numbered(steps: pd.DataFrame) -> pd.DataFrame:
@@ -195,7 +211,7 @@ def _clear(ranges: pd.DataFrame, candidates: pd.DataFrame) -> tuple[str, str] | 
     rivals = candidates[
         (named | counts)
         & (candidates["pid"] == best["pid"])
-        & (candidates["label"] != best["label"])
+        & ((candidates["label"] != best["label"]) | (candidates["tid"] != best["tid"]))
         & (candidates["cover"] >= RIVAL_COVER)
         & candidates["calls"].between(best["calls"] / RIVAL_CALLS, best["calls"] * RIVAL_CALLS)
     ]
@@ -205,7 +221,9 @@ def _clear(ranges: pd.DataFrame, candidates: pd.DataFrame) -> tuple[str, str] | 
 
 
 def _lie_within(ranges: pd.DataFrame, inner: pd.Series, outer: pd.Series) -> bool:
-    """Whether most ranges of the candidate ``inner`` begin within one of ``outer``."""
+    """Whether both are on one thread, and most ranges of the candidate ``inner`` begin within one of ``outer``."""
+    if inner["tid"] != outer["tid"]:
+        return False
 
     def of(candidate: pd.Series) -> pd.DataFrame:
         same = [ranges[key] == candidate[key] for key in ("pid", "tid", "domain", "label")]

@@ -122,6 +122,30 @@ def test_two_loops_by_turns_are_not_told_apart(tmp_path: Path) -> None:
     assert len(analyze(folder, choice=Choice(steps="rollout_step")).steps()) == 40
 
 
+STEPS = "textId IN (SELECT id FROM StringIds WHERE value LIKE 'training_step%')"
+
+
+def test_steps_are_run_by_a_thread_that_launches(tmp_path: Path) -> None:
+    """A loader thread, and a loader process, have ranges that cover more of the time, and launch nothing."""
+    elsewhere = """
+        INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
+        SELECT start, start + 99900000, 59, 'batch ' || textId, {thread}, 0 FROM NVTX_EVENTS WHERE {steps}
+    """
+    thread, process = (
+        elsewhere.format(thread=each, steps=STEPS) for each in ("globalTid + 7", "globalTid + (9 << 24)")
+    )
+    for name, statement in (("thread", thread), ("process", process)):
+        analysis = analyze(changed(tmp_path / name, "steps_megatron_bridge", statement))
+        assert first(analysis) == LOADING
+        assert "training_step_{n}" in analysis.study.ranges
+
+
+def test_steps_that_overlap_are_cut(tmp_path: Path) -> None:
+    longer = f'UPDATE NVTX_EVENTS SET eventType = 60, "end" = start + 130000000 WHERE {STEPS}'  # noqa: S608
+    steps = analyze(changed(tmp_path, "steps_megatron_bridge", longer)).steps()
+    assert list(steps.loc[steps["rank"] == 0, "step"]) == list(range(20))
+
+
 def test_phases_can_be_chosen() -> None:
     analysis = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(phases="data|optimizer"))
     assert set(analysis.phases().query("within == ''")["phase"]) == {"data", "optimizer", "other"}
