@@ -355,8 +355,9 @@ moves many."""
 
 
 def _messages(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each collective once (a send or receive each for itself): its bytes, its shortest transfer, its exposed time."""
-    usable = rows[rows["closed"].astype(bool)]
+    """Each collective of known size once (a send or receive each for itself): its bytes, its shortest transfer, its
+    exposed time."""
+    usable = rows[rows["closed"].astype(bool) & ~nccl.without_size(rows)]
     found = usable.groupby("instance").agg(
         bytes=("bytes", "max"), transfer_ns=("transfer_ns", "min"), exposed_ns=("exposed_transfer_ns", "sum")
     )
@@ -392,12 +393,11 @@ def bound_by(rows: pd.DataFrame, start_s: float | None) -> str:
 def in_words(rows: pd.DataFrame, count: int) -> str:
     """Messages, bytes, time and bandwidth; ``count`` is the number of steps times that of ranks."""
     each_s = float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / max(len(rows), 1)
+    messages = f"{len(rows) / count:.3g} message{'s' if len(rows) != count else ''}"
+    if nccl.without_size(rows).all():
+        return f"{messages} a step and rank, whose size the report does not tell, {_duration(each_s)} each"
     whole, typical = size_in_words(float(rows["bytes"].sum()) / count), size_in_words(float(rows["bytes"].median()))
-    several = "s" if len(rows) != count else ""
-    told = (
-        f"{whole} a step and rank in {len(rows) / count:.3g} message{several}, half of them of at least {typical}, "
-        f"{_duration(each_s)} each"
-    )
+    told = f"{whole} a step and rank in {messages}, half of them of at least {typical}, {_duration(each_s)} each"
     bandwidth = bus_rate(rows)
     return told + (f", at a bus bandwidth of {size_in_words(bandwidth)}/s" if bandwidth > 0 else "")
 

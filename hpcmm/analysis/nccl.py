@@ -227,6 +227,14 @@ def with_basis(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(basis=basis, device=device)
 
 
+def without_size(rows: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Which collectives' bytes are not known, and stand as 0: neither hpcmm's ranges nor NCCL's payload tell them."""
+    if "basis" not in rows:
+        return np.zeros(len(rows), dtype=np.bool_)
+    known = (rows["bytes"] > 0) | ~rows["basis"].isin([BY_ORDER, UNCONFIRMED])
+    return ~known.to_numpy(np.bool_)
+
+
 def by_order(rows: pd.DataFrame) -> pd.Series[bool]:
     """Which rows are instances by their place alone."""
     return rows["basis"] == BY_ORDER if "basis" in rows else pd.Series(False, index=rows.index)

@@ -20,6 +20,7 @@ from hpcmm.analysis.delay_costs import Floats
 from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, AnalysisContext, Finding, kind_of_part
 from hpcmm.analysis.gpu_trace import traced
 from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.nccl import without_size
 from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.trace import NO_PEER, NO_SIZE, OTHER, RankTrace
 from hpcmm.annotate.schema import REPLICAS
@@ -137,14 +138,15 @@ def _stages_of_groups(rows: pd.DataFrame, sends: pd.DataFrame, traces: int) -> S
 def what_moves(rows: pd.DataFrame, stages: Stages) -> npt.NDArray[np.object_]:
     """For each of ``rows``, what it carries: one of the names above."""
     found = np.full(len(rows), UNKNOWN, dtype=object)
-    op, small = rows["op"].to_numpy(str), (rows["bytes"] < SMALL_BYTES).to_numpy(bool)
+    op, sizeless = rows["op"].to_numpy(str), without_size(rows)
+    small = (rows["bytes"] < SMALL_BYTES).to_numpy(bool) & ~sizeless
     # Of a model without larger messages these are the gradients; beside larger ones, such as statistics of batches.
     part = _parts_of_steps(rows)
     tiny = np.isin(op, REDUCES) & (part == "backward")
     for at in rows.reset_index(drop=True).groupby("group").indices.values():
         found[at] = _group_moves(rows.iloc[at], stages)
         found[at[small[at]]] = SMALL
-        if small[at].all():
+        if (small | sizeless)[at].all():
             found[at[tiny[at]]] = GRADIENTS
     told = rows["axis_basis"].to_numpy(str) == process_groups.TOLD
     found[np.isin(op, ["all_to_all"]) & ~small & ~told] = TOKENS

@@ -94,6 +94,13 @@ def test_what_may_be_something_else_is_proposed_and_not_taken(tmp_path: Path, na
     assert first(chosen) == LOADING
 
 
+def test_of_messages_of_unknown_size_nothing_is_said_of_latency_or_bandwidth() -> None:
+    table = analyze(INPUTS / "steps_megatron_bridge").bottlenecks()
+    row = table[table["cause"].str.startswith("communication transfer")].iloc[0]
+    assert row["cause"] == "communication transfer of gradients"
+    assert "1 message a step and rank, whose size the report does not tell" in row["evidence"]
+
+
 def test_all_ranks_take_the_same_ranges_for_steps(tmp_path: Path) -> None:
     around = """
         INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
