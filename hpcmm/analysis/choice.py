@@ -96,18 +96,20 @@ def cut(report: Report, choice: Choice) -> Report | None:
     own = (report.nvtx["domain"] == schema.DOMAIN) & (report.nvtx["name"] == schema.STEP)
     whole_steps = ~own | ((report.nvtx["start_ns"] >= low) & (report.nvtx["end_ns"] <= high))
     marks = report.marks[report.marks["start_ns"] < high]
+    ranges = within(report.ranges).reset_index(drop=True)
     return replace(
         report,
         nvtx=within(report.nvtx[whole_steps]).reset_index(drop=True),
         osrt=within(report.osrt).reset_index(drop=True),
-        ranges=within(report.ranges).reset_index(drop=True),
+        ranges=ranges,
         marks=marks,
-        cuda=report.cuda and _cut_cuda(report.cuda, within),
+        cuda=report.cuda and _cut_cuda(replace(report.cuda, ranges=ranges), within),
         first_ns=low,
         last_ns=high,
     )
 
 
 def _cut_cuda(events: CudaEvents, within: Callable[[pd.DataFrame], pd.DataFrame]) -> CudaEvents | None:
-    frames = {each.name: within(getattr(events, each.name)).reset_index(drop=True) for each in fields(events)}
+    others = [each.name for each in fields(events) if each.name != "ranges"]  # which the report has cut already
+    frames = {name: within(getattr(events, name)).reset_index(drop=True) for name in others}
     return replace(events, **frames) if len(frames["activities"]) else None

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.trace import RankTrace, rows_of_ranks
 from hpcmm.reports.report import COPY
 
 TO_DEVICE, TO_HOST, ON_DEVICE, PEER, ON_HOST, OTHER_DIRECTION = (
@@ -123,19 +123,9 @@ TABLE_COLUMNS = [
 
 def copies_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
     """The ``copies`` table (TABLE_COLUMNS), longest first within a device."""
-    frames = [
-        trace.copies.assign(
-            rank=trace.rank,
-            node=trace.node,
-            pid=trace.pid,
-            copy_s=trace.copies["copy_ns"] / NS_PER_S,
-            exposed_s=trace.copies["exposed_ns"] / NS_PER_S,
-        )
-        for trace in traces
-        if trace.copies is not None and len(trace.copies)
-    ]
-    if not frames:
+    table = rows_of_ranks((trace, trace.copies) for trace in traces)
+    if table is None:
         return pd.DataFrame(columns=TABLE_COLUMNS)
-    table = pd.concat(frames, ignore_index=True)
-    table["bytes_per_s"] = (table["bytes"] / table["copy_s"]).where((table["copy_s"] > 0) & (table["bytes"] > 0))
-    return table.sort_values(["rank", "device"], kind="stable", ignore_index=True)[TABLE_COLUMNS]
+    table = table.assign(copy_s=table["copy_ns"] / NS_PER_S, exposed_s=table["exposed_ns"] / NS_PER_S)
+    is_known = (table["copy_s"] > 0) & (table["bytes"] > 0)
+    return table.assign(bytes_per_s=(table["bytes"] / table["copy_s"]).where(is_known))[TABLE_COLUMNS]

@@ -15,7 +15,7 @@ from hpcmm.analysis.idle import Host
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times
 from hpcmm.analysis.nccl import is_communication
 from hpcmm.analysis.projection import aggregate
-from hpcmm.analysis.trace import OUTSIDE, RankTrace
+from hpcmm.analysis.trace import OUTSIDE, RankTrace, rows_of_ranks
 from hpcmm.reports.report import COPY, GRAPH, KERNEL, SET, UNKNOWN, CudaEvents
 
 BACK_TO_BACK_NS = 10_000
@@ -437,14 +437,7 @@ KERNELS_TABLE_COLUMNS = ["rank", "node", "pid", "device", "name", "calls", "tota
 
 def kernels_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
     """The ``kernels`` table (KERNELS_TABLE_COLUMNS), longest in all first within a device."""
-    frames = [
-        trace.kernels.assign(
-            rank=trace.rank, node=trace.node, pid=trace.pid, total_s=trace.kernels["total_ns"] / NS_PER_S
-        )
-        for trace in traces
-        if trace.kernels is not None and len(trace.kernels)
-    ]
-    if not frames:
+    table = rows_of_ranks((trace, trace.kernels) for trace in traces)
+    if table is None:
         return pd.DataFrame(columns=KERNELS_TABLE_COLUMNS)
-    table = pd.concat(frames, ignore_index=True)
-    return table.sort_values(["rank", "device"], kind="stable", ignore_index=True)[KERNELS_TABLE_COLUMNS]
+    return table.assign(total_s=table["total_ns"] / NS_PER_S)[KERNELS_TABLE_COLUMNS]

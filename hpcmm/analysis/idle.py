@@ -22,7 +22,7 @@ from pandas.api.types import union_categoricals
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, highest_covering
 from hpcmm.analysis.projection import MAX_NAMES, REST
 from hpcmm.analysis.range_names import is_library, part_of_a_step, without_counters
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.trace import RankTrace, rows_of_ranks
 from hpcmm.reports.report import CUDA_CALL, MPI, SYNCHRONISING, UNKNOWN, CudaEvents
 
 OS_CALL, HOST_CODE, UNTRACED_CODE = "OS call", "host code", "host code or OS call"
@@ -381,21 +381,13 @@ TABLE_COLUMNS = [
 
 def idle_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
     """The ``idle`` table (TABLE_COLUMNS): most idle time first within a device and scope."""
-    frames = [
-        trace.idle.assign(
-            rank=trace.rank,
-            node=trace.node,
-            pid=trace.pid,
-            idle_s=trace.idle["idle_ns"] / NS_PER_S,
-            gaps_s=trace.idle["gaps_ns"] / NS_PER_S,
-            largest_s=trace.idle["largest_ns"] / NS_PER_S,
-            largest_start_s=trace.idle["start_ns"] / NS_PER_S,
-            largest_gap_s=(trace.idle["end_ns"] - trace.idle["start_ns"]) / NS_PER_S,
-        )
-        for trace in traces
-        if trace.idle is not None and len(trace.idle)
-    ]
-    if not frames:
+    table = rows_of_ranks((trace, trace.idle) for trace in traces)
+    if table is None:
         return pd.DataFrame(columns=TABLE_COLUMNS)
-    table = pd.concat(frames, ignore_index=True)
-    return table.sort_values(["rank", "device"], kind="stable", ignore_index=True)[TABLE_COLUMNS]
+    return table.assign(
+        idle_s=table["idle_ns"] / NS_PER_S,
+        gaps_s=table["gaps_ns"] / NS_PER_S,
+        largest_s=table["largest_ns"] / NS_PER_S,
+        largest_start_s=table["start_ns"] / NS_PER_S,
+        largest_gap_s=(table["end_ns"] - table["start_ns"]) / NS_PER_S,
+    )[TABLE_COLUMNS]

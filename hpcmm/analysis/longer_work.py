@@ -143,6 +143,7 @@ def find_unseen_waiting(context: AnalysisContext) -> list[Finding]:
     if len(context.rows) or len(context.traces) < 2:
         return []
     whole = context.work_by_step()
+    length = whole.sum(axis=2)
     waits = _waiting(context)
     found = []
     for kind, columns in parts_by_kind(context).items():
@@ -157,13 +158,12 @@ def find_unseen_waiting(context: AnalysisContext) -> list[Finding]:
             longer_s = float(longer.mean())
             if longer_s < STRAGGLER_SHARE * context.steps.mean_s or not stands_apart(own[:, index], own[:, others]):
                 continue
-            length = whole.sum(axis=2)
             if float(np.median(length.max(axis=1) - length.min(axis=1))) > SAME_LENGTH * longer_s:
                 continue
             rest = waits.sum(axis=2) if waits is not None else length - own
             waited_s = float((rest[:, others].mean(axis=1) - rest[:, index]).mean())
             if waited_s >= BORNE * longer_s:
-                found.append(_unseen(context, kind, index, longer, min(longer_s, waited_s)))
+                found.append(_unseen(context, whole, (kind, index), longer, min(longer_s, waited_s)))
     return found
 
 
@@ -186,10 +186,12 @@ def _waiting(context: AnalysisContext) -> Floats | None:
 _NEVER = IntervalSet.empty()
 
 
-def _unseen(context: AnalysisContext, kind: str, index: int, longer: Floats, lost_s: float) -> Finding:
+def _unseen(context: AnalysisContext, whole: Floats, of: tuple[str, int], longer: Floats, lost_s: float) -> Finding:
+    """The row of a kind of work of one trace, ``of``; ``whole`` is all work by (step, trace, part)."""
+    kind, index = of
     trace = context.traces[index]
     columns = parts_by_kind(context)[kind]
-    work = context.work_by_step()[:, :, columns]
+    work = whole[:, :, columns]
     part = int((work[:, index] - np.median(work, axis=1)).mean(axis=0).argmax())
     phase = phase_of_part(context.parts.names[columns[part]])
     told = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -291,3 +291,15 @@ def _label(trace: RankTrace, of: str) -> str:
 def nullable_steps(numbers: pd.Series) -> pd.Series:
     """Step numbers with nothing if there is no step."""
     return numbers.astype("Int64").where(numbers != OUTSIDE)
+
+
+def rows_of_ranks(frames: Iterable[tuple[RankTrace, pd.DataFrame | None]]) -> pd.DataFrame | None:
+    """A frame of each rank as one, with rank, node and pid, sorted by rank and device; None if none holds a row."""
+    known = [
+        frame.assign(rank=trace.rank, node=trace.node, pid=trace.pid)
+        for trace, frame in frames
+        if frame is not None and len(frame)
+    ]
+    if not known:
+        return None
+    return pd.concat(known, ignore_index=True).sort_values(["rank", "device"], kind="stable", ignore_index=True)

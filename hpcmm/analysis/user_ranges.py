@@ -72,8 +72,7 @@ def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = 
     """
     if ranges.empty:
         return Adopted(_none())
-    known = templates(ranges["name"].cat.categories.to_list())
-    ranges = ranges.assign(label=known[ranges["name"].cat.codes.to_numpy()])
+    ranges = _labelled(ranges)
     candidates = step_candidates(ranges)
     chosen = _chosen_steps(ranges, _launching(candidates, launches), choice.steps)
     if chosen.empty:
@@ -86,10 +85,15 @@ def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = 
 
 def adopt_phases(ranges: pd.DataFrame, steps: pd.DataFrame, expression: str) -> Adopted:
     """Phases that ``expression`` matches, within ``steps`` that the program has named for hpcmm (NVTX_COLUMNS)."""
-    known = templates(ranges["name"].cat.categories.to_list())
-    ranges = ranges.assign(label=known[ranges["name"].cat.codes.to_numpy()])
+    ranges = _labelled(ranges)
     ranges = ranges[~((ranges["domain"] == schema.DOMAIN) & ranges["name"].isin(_OWN_STEPS))]
     return _adopted(ranges, steps.assign(label=""), expression)
+
+
+def _labelled(ranges: pd.DataFrame) -> pd.DataFrame:
+    """``ranges`` with what each is called but for numbers, as ``label``."""
+    known = templates(ranges["name"].cat.categories.to_list())
+    return ranges.assign(label=known[ranges["name"].cat.codes.to_numpy()])
 
 
 _OWN_STEPS = (schema.STEP, schema.AUTOMATIC_STEP)
@@ -171,7 +175,7 @@ def in_words(adopted: Sequence[Adopted]) -> str:
 
 def pattern_of(label: str) -> str:
     """The expression that matches the names which a label such as ``step {n}`` stands for."""
-    return "[0-9]+".join(re.escape(part) for part in label.split("{n}"))
+    return "[0-9]+".join(re.escape(part) for part in label.split(NUMBER))
 
 
 def step_candidates(ranges: pd.DataFrame) -> pd.DataFrame:

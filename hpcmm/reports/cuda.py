@@ -57,7 +57,6 @@ COPY_COLUMNS = {"bytes": "bytes", "copy_kind": "copyKind", "source": "srcKind", 
 LONG_CALL_NS = 100_000
 """A CUDA call from this length on may be what a GPU has to wait for, whatever it does."""
 
-ACTIVITY_COLUMNS = ["start_ns", "end_ns", "pid", "device", "stream", "kind", "name"]
 LAUNCH_COLUMNS = ["launch_ns", "launch_end_ns", "launch_tid"]
 HOST_CALL_COLUMNS = ["start_ns", "end_ns", "pid", "tid", "kind", "function"]
 

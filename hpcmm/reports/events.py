@@ -19,7 +19,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.reports import trust
 from hpcmm.reports.cuda import read_communicators, read_cuda, shifted
 from hpcmm.reports.identity import read_identity
-from hpcmm.reports.nvtx_ranges import MAX_PAYLOAD, no_ranges, read_ranges
+from hpcmm.reports.nvtx_ranges import IDS_PER_QUERY, MAX_PAYLOAD, no_ranges, read_ranges
 from hpcmm.reports.report import (
     ID_MASK,
     LOADER_NAME,
@@ -38,8 +38,6 @@ from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
 DOMAIN_CREATE = 75
 OSRT_CALL = 27
 """``eventClass`` of a call; other classes mark the start and end of the tracing itself."""
-IDS_PER_QUERY = 500
-"""Parameters of one query; SQLite has a limit."""
 RANGE_TYPES = f"{PUSH_POP}, {START_END}, 70, 71"
 """Ranges as SQL lists them; the last two were imported."""
 DAY_NS = 86_400 * 10**9

@@ -20,6 +20,7 @@ MAX_RANGES = 2_000_000
 """Ranges that are read of one report; a profile of every operator of a long run has more."""
 RANGES_PER_FETCH = 100_000
 IDS_PER_QUERY = 500
+"""Parameters of one query; SQLite has a limit."""
 MAX_PAYLOAD = 1 << 52
 
 
