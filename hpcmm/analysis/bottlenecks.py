@@ -264,7 +264,7 @@ def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> l
     kinds = (
         {str(largest): np.ones(len(inside), dtype=bool)}
         if link.node or unseen
-        else {str(each): moves == each for each in moves}
+        else {str(each): moves == each for each in dict.fromkeys(moves)}
     )
     return [_transfer_of(context, inside[chosen], left, str(kind), link, start_s) for kind, chosen in kinds.items()]
 
