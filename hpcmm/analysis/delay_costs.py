@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.intervals import IntervalSet
-from hpcmm.analysis.trace import OUTSIDE, WITHIN_STEP, RankTrace
+from hpcmm.analysis.trace import OUTSIDE, WITHIN_STEP, DeviceWork, RankTrace
 
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -188,7 +188,11 @@ class WorkParts:
 
 
 def work_parts(traces: Sequence[RankTrace]) -> WorkParts:
-    """Phases, without exposed communication and with waiting for child processes set apart; and time between steps."""
+    """Phases, without exposed communication and with waiting for child processes set apart; and time between steps.
+
+    While the GPUs of a rank run something, that is its work, in the phase that launched it: a host that runs ahead and
+    waits for its GPU at the end of the step would have all of it there. What the host does counts while they do not.
+    """
     phases = sorted({str(phase) for trace in traces for phase in trace.segments["phase"].unique()})
     names = (*phases, *(SUBPROCESS + phase for phase in phases), BETWEEN_STEPS)
     return WorkParts(names, tuple(_parts_of(trace, phases) for trace in traces))
@@ -203,6 +207,10 @@ def exposed_communication(trace: RankTrace) -> IntervalSet:
 
 def _parts_of(trace: RankTrace, phases: list[str]) -> tuple[IntervalSet, ...]:
     communication = exposed_communication(trace)
+    device = DeviceWork({}, IntervalSet.empty()) if trace.device_work is None else trace.device_work
+    not_host = IntervalSet.union_of(
+        *(np.append(getattr(communication, name), getattr(device.busy, name)) for name in ("start_ns", "end_ns"))
+    )
     within = trace.waits[trace.waits["verdict"] == WITHIN_STEP]
     children = IntervalSet.union_of(within["start_ns"], within["end_ns"])
     own, subprocesses = [], []
@@ -210,15 +218,22 @@ def _parts_of(trace: RankTrace, phases: list[str]) -> tuple[IntervalSet, ...]:
     places = trace.segments.groupby("phase", sort=False).indices
     for phase in phases:
         at = places.get(phase, np.empty(0, dtype=np.intp))
-        work = IntervalSet.union_of(starts[at], ends[at]).subtract(communication)
-        own.append(work.subtract(children))
+        work = IntervalSet.union_of(starts[at], ends[at]).subtract(not_host)
+        own.append(_with(work.subtract(children), device.by_phase.get(phase)))
         subprocesses.append(work.intersect(children))
     start, end = trace.steps["start_ns"].to_numpy(np.int64), trace.steps["end_ns"].to_numpy(np.int64)
     # What lies between steps is work, too, unless it is communication or a phase of its own such as a checkpoint.
-    gaps = IntervalSet.union_of(end[:-1][trace.follows], start[1:][trace.follows]).subtract(communication)
+    gaps = IntervalSet.union_of(end[:-1][trace.follows], start[1:][trace.follows]).subtract(not_host)
     outside = trace.segments[trace.segments["step"] == OUTSIDE]
     gaps = gaps.subtract(IntervalSet.union_of(outside["start_ns"], outside["end_ns"]))
-    return (*own, *subprocesses, gaps)
+    return (*own, *subprocesses, _with(gaps, device.by_phase.get("")))
+
+
+def _with(host: IntervalSet, device: IntervalSet | None) -> IntervalSet:
+    """Both, which are disjoint."""
+    if device is None:
+        return host
+    return IntervalSet.union_of(np.append(host.start_ns, device.start_ns), np.append(host.end_ns, device.end_ns))
 
 
 def window_starts(arrivals: GroupArrivals) -> Floats:

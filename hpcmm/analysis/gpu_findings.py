@@ -294,18 +294,28 @@ def device_name(row: Mapping[Any, Any] | pd.Series) -> str:
     return f"GPU {row['device']} of {owner}" + (f" on {row['node']}" if row["node"] else "")
 
 
-def excess(gpu: pd.DataFrame, rank: int) -> str:
-    """Whether a late rank's GPU computes longer than its peers' or idles longer, in words; empty if neither."""
+class Excess(NamedTuple):
+    """What a late rank's GPU does for longer than its peers'."""
+
+    told: str = ""
+    """Empty if nothing."""
+    computes: bool = False
+
+
+def excess(gpu: pd.DataFrame, rank: int) -> Excess:
+    """Whether a late rank's GPU computes longer than its peers', idles or copies longer."""
     if gpu.empty or not gpu["step"].notna().any():
-        return ""
+        return Excess()
     devices = per_device(gpu)
     own, peers = devices[devices["rank"] == rank], devices[devices["rank"] != rank]
     if own.empty or peers.empty:
-        return ""
+        return Excess()
     kinds = {"computes": "compute", "is idle": "idle", "copies": "gpu_copy"}
     more = {what: float(own[column].mean() - peers[column].median()) for what, column in kinds.items()}
     most = max(more, key=lambda what: more[what])
-    return f"its GPU {most} {more[most]:.3g} s a step longer than its peers'" if more[most] > 0 else ""
+    if more[most] <= 0:
+        return Excess()
+    return Excess(f"its GPU {most} {more[most]:.3g} s a step longer than its peers'", most == "computes")
 
 
 def _most(row: pd.Series, kind: str) -> str:

@@ -14,12 +14,10 @@ from hpcmm.analysis import completeness, copies, idle, nccl, phases
 from hpcmm.analysis.idle import Host
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times
 from hpcmm.analysis.nccl import is_communication
+from hpcmm.analysis.phases import BACK_TO_BACK_NS
 from hpcmm.analysis.projection import aggregate
-from hpcmm.analysis.trace import OUTSIDE, RankTrace, rows_of_ranks
+from hpcmm.analysis.trace import OUTSIDE, DeviceWork, RankTrace, rows_of_ranks
 from hpcmm.reports.report import COPY, GRAPH, KERNEL, SET, UNKNOWN, CudaEvents
-
-BACK_TO_BACK_NS = 10_000
-"""A gap up to this between activities that were both launched in time is what a device needs between two kernels."""
 
 HOST = "host"
 """The next activity was launched only after the device had become idle."""
@@ -234,6 +232,7 @@ class GpuSide(NamedTuple):
     projection: pd.DataFrame | None = None
     starved: IntervalSet | None = None
     """When all its devices were idle because the host had not launched more."""
+    device_work: DeviceWork | None = None
     missing: str = ""
     """Which records of its GPUs are missing, in words."""
     busy: Mapping[str, IntervalSet] = {}
@@ -242,7 +241,8 @@ class GpuSide(NamedTuple):
     def kept(self) -> dict[str, Any]:
         """The fields of a RankTrace that tell of GPUs."""
         rows = {} if self.found is None else self.found._asdict()
-        return {"gpu": rows.pop("rows", None), "projection": self.projection, "starved": self.starved, **rows}
+        own = {name: getattr(self, name) for name in ("projection", "starved", "device_work")}
+        return {"gpu": rows.pop("rows", None), **own, **rows}
 
 
 def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
@@ -277,6 +277,7 @@ def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
         projection=aggregate(cuda, host.pid),
         found=found._replace(rows=found.rows.assign(gpu=found.rows["device"].map(gpus))),
         starved=_starved(activities, host.steps, not_idle),
+        device_work=phases.work_on_devices(activities, is_communication(activities), host.segments),
         missing=completeness.in_words(untraced, of_all, calls, host.steps),
         busy=completeness.busy(activities, gpus),
     )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpcmm.analysis import gpu_findings
 from hpcmm.analysis.delay_costs import Floats
 from hpcmm.analysis.findings import (
     CAUSES,
@@ -66,8 +67,7 @@ def find_longer_work(context: AnalysisContext, blamed: Mask) -> tuple[list[Findi
 
 def _longer_work(context: AnalysisContext) -> Iterator[_LongerWork]:
     """Nodes before their ranks."""
-    # A host may work on while its GPU computes.
-    work = replace(context, parts=context.parts.starving(context.traces)).work_by_step()
+    work = context.work_by_step()
     error_s = float(context.rows["clock_error_ns"].max()) / NS_PER_S if len(context.rows) else 0.0
     least_s = STRAGGLER_SHARE * context.steps.mean_s
     for kind, columns in parts_by_kind(context).items():
@@ -112,6 +112,8 @@ def _finding(context: AnalysisContext, longer: _LongerWork) -> Finding:
             f"; at most {longer.lost_s:.3g} s of it is lost, by which the others' communication takes longer: the "
             f"clocks of the nodes agree within {error_s:.3g} s only, which does not tell who waits"
         )
+    on_gpu = gpu_findings.excess(context.gpu, first.rank) if alone else gpu_findings.Excess()
+    told += f"; {on_gpu.told}" if on_gpu.told else ""
     sure = not longer.is_bound or longer.borne_s >= BORNE * float(by_step.mean())
     worst = context.worst_step(np.maximum(by_step, 0.0))
     return Finding(
@@ -125,6 +127,8 @@ def _finding(context: AnalysisContext, longer: _LongerWork) -> Finding:
         confidence=MEDIUM if sure else LOW,
         rows=f"phases: {f'rank={ranks}' if alone else f'node={first.node}'} phase={phase}",
         worst_step=worst,
+        on_gpu=on_gpu.computes,
+        is_only_node=len(context.nodes()) == 1,
     )
 
 

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, first_claims
-from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
+from hpcmm.analysis.trace import OTHER, OUTSIDE, DeviceWork, RankTrace
 from hpcmm.annotate import schema
+from hpcmm.reports.report import UNKNOWN
 
 SEGMENT_COLUMNS = ["step", "phase", "start_ns", "end_ns"]
 STEP_COLUMNS = ["step", "start_ns", "end_ns", "closed"]
@@ -160,6 +161,34 @@ def locate(segments: pd.DataFrame, at_ns: np.ndarray) -> tuple[np.ndarray, np.nd
     return step, np.where(inside, np.append(segments["phase"].to_numpy(object), "")[index], "")
 
 
+BACK_TO_BACK_NS = 10_000
+"""A gap up to this between activities that were both launched in time is what a device needs between two kernels."""
+
+
+def work_on_devices(
+    activities: pd.DataFrame, communication: npt.NDArray[np.bool_], segments: pd.DataFrame
+) -> DeviceWork:
+    """When the GPUs of a process ran what each of its phases had launched, from all their ``activities``.
+
+    ``communication`` (activities,) says which of them communicate. An activity whose launch is not known belongs to no
+    phase: that time stays with what the host does meanwhile.
+    """
+    start, end, launch = (activities[name].to_numpy(np.int64) for name in ("start_ns", "end_ns", "launch_ns"))
+    _, phase = locate(segments, launch)
+    known = (launch != UNKNOWN) & ~communication
+    by_phase: dict[str, IntervalSet] = {}
+    claimed = IntervalSet.empty()
+    for name in dict.fromkeys(phase[known]):
+        own = known & (phase == name)
+        wide = IntervalSet.union_of(start[own], end[own] + BACK_TO_BACK_NS)
+        by_phase[str(name)] = IntervalSet(wide.start_ns, wide.end_ns - BACK_TO_BACK_NS).subtract(claimed)
+        claimed = IntervalSet.union_of(
+            np.append(claimed.start_ns, wide.start_ns), np.append(claimed.end_ns, wide.end_ns - BACK_TO_BACK_NS)
+        )
+    moves = IntervalSet.union_of(start[communication], end[communication])
+    return DeviceWork(by_phase, moves.subtract(claimed))
+
+
 MAX_PHASES = 100
 OTHERS = "(other phases)"
 
@@ -191,6 +220,7 @@ def group_rare_phases(traces: Sequence[RankTrace]) -> list[RankTrace]:
             waits=folded(trace.waits),
             calls=folded(trace.calls),
             batches=None if trace.batches is None else folded(trace.batches),
+            device_work=trace.device_work and trace.device_work.renamed(lambda name: name if name in kept else OTHERS),
         )
         for trace in traces
     ]

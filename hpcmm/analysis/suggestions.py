@@ -46,8 +46,8 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
         return _EVEN_EXPERTS
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _advice_for_gpus(finding, config)
-    if finding.kind == "compute" and finding.node and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config):
-        return "see what else uses the cores of this machine: top"
+    if finding.kind == "compute" and _has_no_other_node(finding, config):
+        return _look_at_the_node(finding, config)
     scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
     shared = _shared_cpus(config, cpus) if finding.kind == "imbalance" else ""
     return shared or (_override(finding, config) if trains or (config and scheduled) else _advice(finding))
@@ -149,6 +149,21 @@ def _advice_for_what_moves(finding: Finding, framework: str) -> str:
     if finding.is_in_node and "within a node" in usual:
         return _IN_NODE_ADVICE[finding.moves]
     return _SINGLE_ADVICE.get(finding.moves, usual) if finding.is_single else usual
+
+
+def _has_no_other_node(finding: Finding, config: Mapping[str, Any]) -> bool:
+    """Whether no other node can stand in for the finding's, or which one that is is not known."""
+    if not config or not finding.node:
+        return finding.is_only_node or not finding.node
+    return _number(config, "cluster", "nodes", 0) == 1 and _is_local(config)
+
+
+def _look_at_the_node(finding: Finding, config: Mapping[str, Any]) -> str:
+    """What to look at on the only node of a run, that no other node can stand in for."""
+    where = "this machine" if _is_local(config) else finding.node or "its node"
+    if finding.on_gpu:
+        return f"on {where}: nvidia-smi -q -d CLOCK,PERFORMANCE,TEMPERATURE, for a GPU that is slowed down"
+    return f"see what else uses the cores of {where}: top"
 
 
 def _is_local(config: Mapping[str, Any]) -> bool:

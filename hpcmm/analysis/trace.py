@@ -50,6 +50,47 @@ OnClock = Callable[[Times], Times]
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceWork:
+    """What the GPUs of a process did, by what launched it rather than by what its host did meanwhile."""
+
+    by_phase: Mapping[str, IntervalSet]
+    """When they ran what each phase of the host had launched, communication apart; the phases are disjoint. What was
+    launched outside any phase has an empty name."""
+    communication: IntervalSet
+    """When they communicated and did nothing else."""
+
+    @property
+    def busy(self) -> IntervalSet:
+        """When they did anything."""
+        sets = [self.communication, *self.by_phase.values()]
+        starts, ends = ([getattr(each, name) for each in sets] for name in ("start_ns", "end_ns"))
+        return IntervalSet.union_of(np.concatenate(starts), np.concatenate(ends))
+
+    def on_clock(self, clock: OnClock) -> DeviceWork:
+        """The same with every time put through ``clock``."""
+
+        def moved(own: IntervalSet) -> IntervalSet:
+            return IntervalSet(clock(own.start_ns), clock(own.end_ns))
+
+        return DeviceWork({phase: moved(own) for phase, own in self.by_phase.items()}, moved(self.communication))
+
+    def renamed(self, name_of: Callable[[str], str]) -> DeviceWork:
+        """The same with phases put together under other names."""
+        found: dict[str, IntervalSet] = {}
+        for phase, own in self.by_phase.items():
+            found[name_of(phase)] = _union(found, {name_of(phase): own}, name_of(phase))
+        return replace(self, by_phase=found)
+
+    def followed_by(self, later: DeviceWork) -> DeviceWork:
+        """This and ``later`` as one."""
+        phases = {**self.by_phase, **later.by_phase}
+        return DeviceWork(
+            {phase: _union(self.by_phase, later.by_phase, phase) for phase in phases},
+            _union({"": self.communication}, {"": later.communication}, ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RankTrace:
     """One training process of one report. All times are nanoseconds of one clock: the report's, then the run's."""
 
@@ -101,6 +142,8 @@ class RankTrace:
     """As :func:`hpcmm.analysis.gpu_trace.drawn_time` gives it for each of its GPUs."""
     starved: IntervalSet | None = None
     """When its GPUs were idle because the host had not launched more; None if no GPU activity was traced."""
+    device_work: DeviceWork | None = None
+    """None if no GPU activity was traced."""
     stalled: IntervalSet | None = None
     """When no thread of the process entered or left an OS call, though some do all the time."""
     windows_ns: Times = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -161,6 +204,7 @@ class RankTrace:
             blocked=blocked,
             windows_ns=clock(self.windows_ns),
             starved=self.starved and IntervalSet(clock(self.starved.start_ns), clock(self.starved.end_ns)),
+            device_work=self.device_work and self.device_work.on_clock(clock),
             busy={gpu: IntervalSet(clock(own.start_ns), clock(own.end_ns)) for gpu, own in self.busy.items()},
             stalled=self.stalled and IntervalSet(clock(self.stalled.start_ns), clock(self.stalled.end_ns)),
         )
@@ -203,6 +247,7 @@ def joined(first: RankTrace, second: RankTrace) -> RankTrace:
         communicators={**first.communicators, **second.communicators},
         expert_tokens=_either(first.expert_tokens, second.expert_tokens),
         starved=_intervals(first.starved, second.starved),
+        device_work=_device_work(first.device_work, second.device_work),
         stalled=_intervals(first.stalled, second.stalled),
         windows_ns=np.array(parts, dtype=np.int64),
     )
@@ -226,6 +271,10 @@ def _intervals(ours: IntervalSet | None, theirs: IntervalSet | None) -> Interval
     if ours is None or theirs is None:
         return None
     return IntervalSet(np.append(ours.start_ns, theirs.start_ns), np.append(ours.end_ns, theirs.end_ns))
+
+
+def _device_work(ours: DeviceWork | None, theirs: DeviceWork | None) -> DeviceWork | None:
+    return theirs if ours is None else ours if theirs is None else ours.followed_by(theirs)
 
 
 def _union(ours: Mapping[str, IntervalSet], theirs: Mapping[str, IntervalSet], gpu: str) -> IntervalSet:

@@ -1,6 +1,7 @@
 """Charges against brute force: every second of waiting is charged once."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from simulated import MS, make_trace, simulate_run
 
 from hpcmm.analysis import collectives, delay_costs, wait_chains
-from hpcmm.analysis.delay_costs import GroupArrivals
+from hpcmm.analysis.delay_costs import BETWEEN_STEPS, GroupArrivals
+from hpcmm.analysis.intervals import IntervalSet
+from hpcmm.analysis.trace import DeviceWork
 
 
 def arrivals_of(starts: list[float], exposed_share: float = 1.0) -> GroupArrivals:
@@ -97,3 +100,18 @@ def test_waiting_for_a_child_process_is_a_part_of_its_own() -> None:
     parts = delay_costs.work_parts([make_trace(0, "n", [(0, "forward", 0, 100)], [], waits=waits)])
     time = dict(zip(parts.names, parts.between(0, np.array([0.0]), np.array([100.0]))[0], strict=True))
     assert time == {"forward": 70, "subprocess in forward": 30, "between steps": 0}
+
+
+def test_what_a_gpu_runs_is_the_work_of_the_phase_that_launched_it() -> None:
+    """The host waits in the optimizer for what the forward pass has launched, and loads while the GPU computes."""
+    segments = [(0, "data", 0, 20 * MS), (0, "forward", 20 * MS, 30 * MS), (0, "optimizer", 30 * MS, 100 * MS)]
+    trace = make_trace(0, "node1", [*segments, (1, "data", 110 * MS, 120 * MS)], [])
+
+    def between(*milliseconds: int) -> IntervalSet:
+        return IntervalSet.union_of(*([each * MS] for each in milliseconds))
+
+    device = DeviceWork({"forward": between(10, 80), "": between(102, 104)}, between(80, 90))
+    parts = delay_costs.work_parts([replace(trace, device_work=device)])
+    work = dict(zip(parts.names, parts.between(0, np.array([0.0]), np.array([110.0 * MS]))[0] / MS, strict=True))
+    expected = {"data": 10.0, "forward": 70.0, "optimizer": 10.0, BETWEEN_STEPS: 10.0}
+    assert {name: taken for name, taken in work.items() if taken} == expected

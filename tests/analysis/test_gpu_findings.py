@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from slow_gpu import SlowGpuRun
 from synthetic_gpu import GpuRun
 
 from hpcmm.analysis.findings import Finding
-from hpcmm.analysis.gpu_findings import excess, in_steps, of_capture
+from hpcmm.analysis.gpu_findings import Excess, excess, in_steps, of_capture
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.page.headlines import headline
 
@@ -83,15 +84,41 @@ def test_what_other_rows_explain_of_the_idle_time_is_not_counted_twice(gpu_run: 
 
 def test_a_late_ranks_gpu_tells_whether_it_computes_or_idles_longer(gpu_run: Analysis) -> None:
     gpu = gpu_run.gpu()
-    assert excess(gpu, 1) == ""
+    assert excess(gpu, 1) == Excess()
     slow = gpu["rank"] == 1
     longer = gpu.assign(compute_s=gpu["compute_s"] + 0.003 * slow)
-    assert excess(longer, 1) == "its GPU computes 0.003 s a step longer than its peers'"
+    assert excess(longer, 1) == ("its GPU computes 0.003 s a step longer than its peers'", True)
     idler = gpu.assign(idle_s=gpu["idle_s"] + 0.002 * slow)
-    assert excess(idler, 1) == "its GPU is idle 0.002 s a step longer than its peers'"
+    assert excess(idler, 1) == ("its GPU is idle 0.002 s a step longer than its peers'", False)
 
 
 def test_no_gpu_no_rows() -> None:
     nothing = pd.DataFrame(columns=["step", "warmup"])
     assert in_steps(nothing, nothing, nothing, []) == of_capture({"gpu": nothing}) == []
-    assert excess(nothing, 0) == ""
+    assert excess(nothing, 0) == Excess()
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_a_slow_gpu_is_named_by_what_launched_its_kernels(tmp_path: Path, phase: str, ranks_per_node: int) -> None:
+    """Its host, which runs ahead, waits longer in the optimizer alone."""
+    run = SlowGpuRun(ranks_per_node=ranks_per_node, longer_ms={(2, phase): 8.0})
+    row = analyze(run.write(tmp_path / "run")).bottlenecks().iloc[0]
+    assert (row["cause"], row["rank"], row["phase"]) == ("computation", 2, phase)
+    assert row["lost_s_per_step"] == pytest.approx(0.008, rel=0.1)
+    assert "its GPU computes 0.008 s a step longer than its peers'" in row["evidence"]
+    alone = "on node0: nvidia-smi -q -d CLOCK,PERFORMANCE,TEMPERATURE, for a GPU that is slowed down"
+    assert row["suggestion"] == (alone if ranks_per_node == 4 else f"sbatch --exclude=node{2 // ranks_per_node} ...")
+
+
+@pytest.mark.parametrize("scatter_ms", [0.0, 30.0])
+def test_no_gpu_is_named_if_none_takes_longer(tmp_path: Path, scatter_ms: float) -> None:
+    """With ``scatter_ms`` each rank is late now and then, as behind a slow link."""
+    table = analyze(SlowGpuRun(scatter_ms=scatter_ms).write(tmp_path / "run")).bottlenecks()
+    assert table["rank"].isna().all()
+
+
+def test_a_rank_that_loads_longer_while_its_gpu_has_nothing_to_do_is_named(tmp_path: Path) -> None:
+    row = analyze(SlowGpuRun(longer_ms={(1, "data"): 8.0}).write(tmp_path / "run")).bottlenecks().iloc[0]
+    assert (row["cause"], row["rank"], row["phase"]) == ("data loading", 1, "data")
+    assert "its GPU is idle 0.008 s a step longer than its peers'" in row["evidence"]

@@ -4,8 +4,9 @@ from hypothesis import strategies as st
 from simulated import make_trace
 
 from hpcmm.analysis import phases
-from hpcmm.analysis.phases import find_steps, flatten, settle_steps
-from hpcmm.analysis.trace import OTHER, OUTSIDE
+from hpcmm.analysis.phases import BACK_TO_BACK_NS, find_steps, flatten, settle_steps, work_on_devices
+from hpcmm.analysis.trace import OTHER, OUTSIDE, DeviceWork
+from hpcmm.reports.report import UNKNOWN
 
 
 def frame(rows: list[tuple]) -> pd.DataFrame:
@@ -115,3 +116,63 @@ def test_the_last_automatic_step_is_whole_if_its_loader_ended_and_none_if_it_onl
     step, update, fetch = (AUTOMATIC, 0, 15, 1, True), ("optimizer", 11, 13, None, True), ("data", 13, 14, None, True)
     assert settled([step, update, fetch]) == [(15, True)]
     assert settled([step, fetch]) == []
+
+
+HOST = pd.DataFrame(
+    [(0, "forward", 0, 1_000), (0, "backward", 1_000, 2_000), (0, "optimizer", 2_000, 900_000)],
+    columns=["step", "phase", "start_ns", "end_ns"],
+)
+
+
+def on_device(*rows: tuple[int, int, int, bool]) -> DeviceWork:
+    """From rows of (launch, start, end, communicates)."""
+    made = pd.DataFrame(rows, columns=["launch_ns", "start_ns", "end_ns", "communicates"])
+    return work_on_devices(made, made["communicates"].to_numpy(bool), HOST)
+
+
+def stretches(work: DeviceWork) -> dict[str, list[tuple[int, int]]]:
+    return {
+        phase: list(zip(own.start_ns.tolist(), own.end_ns.tolist(), strict=True))
+        for phase, own in work.by_phase.items()
+    }
+
+
+def test_a_kernel_belongs_to_the_phase_that_launched_it_whenever_it_runs() -> None:
+    work = on_device((500, 100_000, 200_000, False), (1_500, 200_000, 300_000, False))
+    assert stretches(work) == {"forward": [(100_000, 200_000)], "backward": [(200_000, 300_000)]}
+
+
+def test_what_a_device_needs_between_two_kernels_is_theirs() -> None:
+    end = 100_000
+    work = on_device((1, 0, end, False), (2, end + BACK_TO_BACK_NS, 150_000, False), (3, 200_000, 210_000, False))
+    assert stretches(work) == {"forward": [(0, 150_000), (200_000, 210_000)]}
+
+
+def test_phases_that_overlap_on_several_streams_are_counted_once() -> None:
+    work = on_device((500, 0, 100_000, False), (1_500, 50_000, 150_000, False))
+    assert stretches(work) == {"forward": [(0, 100_000)], "backward": [(100_000, 150_000)]}
+
+
+def test_communication_is_what_nothing_else_runs_beside() -> None:
+    work = on_device((500, 0, 100_000, False), (600, 50_000, 300_000, True))
+    assert (work.communication.start_ns.tolist(), work.communication.end_ns.tolist()) == ([100_000], [300_000])
+    assert work.busy.total_ns == 300_000
+
+
+def test_kernels_of_unknown_launch_stay_with_the_host_and_those_outside_have_no_phase() -> None:
+    work = on_device((UNKNOWN, 0, 100_000, False), (950_000, 960_000, 970_000, False))
+    assert stretches(work) == {"": [(960_000, 970_000)]}
+
+
+def test_work_of_devices_moves_with_the_clock_and_joins() -> None:
+    work = on_device((500, 0, 100_000, False), (600, 100_000, 300_000, True))
+    later = work.on_clock(lambda times: times + 1_000_000)
+    both = work.followed_by(later)
+    assert stretches(both) == {"forward": [(0, 100_000), (1_000_000, 1_100_000)]}
+    assert both.communication.total_ns == 400_000
+    assert stretches(both.renamed("rest{}".format)) == {"restforward": stretches(both)["forward"]}
+
+
+def test_no_activity_is_no_work() -> None:
+    assert on_device().busy.total_ns == 0
+    assert len(on_device().communication) == 0
