@@ -14,7 +14,7 @@ the waiter. A delay that was itself caused by waiting in another group is passed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -192,7 +192,11 @@ def work_parts(traces: Sequence[RankTrace]) -> WorkParts:
 
     While the GPUs of a rank run something, that is its work, in the phase that launched it: a host that runs ahead and
     waits for its GPU at the end of the step would have all of it there. What the host does counts while they do not.
+    If the records of any rank's GPUs are missing, ranks can be compared by their hosts alone.
     """
+    stepping = [trace for trace in traces if len(trace.steps)]
+    if any(trace.device_work is None or trace.gpu_missing for trace in stepping):
+        traces = [replace(trace, device_work=None) for trace in traces]
     phases = sorted({str(phase) for trace in traces for phase in trace.segments["phase"].unique()})
     names = (*phases, *(SUBPROCESS + phase for phase in phases), BETWEEN_STEPS)
     return WorkParts(names, tuple(_parts_of(trace, phases) for trace in traces))

@@ -115,3 +115,15 @@ def test_what_a_gpu_runs_is_the_work_of_the_phase_that_launched_it() -> None:
     work = dict(zip(parts.names, parts.between(0, np.array([0.0]), np.array([110.0 * MS]))[0] / MS, strict=True))
     expected = {"data": 10.0, "forward": 70.0, "optimizer": 10.0, BETWEEN_STEPS: 10.0}
     assert {name: taken for name, taken in work.items() if taken} == expected
+
+
+@pytest.mark.parametrize("missing", [{"device_work": None}, {"gpu_missing": "GPU records end after step 0"}])
+def test_ranks_are_compared_by_their_hosts_if_records_of_one_gpu_are_missing(missing: dict) -> None:
+    device = DeviceWork({"forward": IntervalSet.union_of([0], [100 * MS])}, IntervalSet.empty())
+    traces = [
+        replace(make_trace(rank, "node1", [(0, "data", 0, 50 * MS), (0, "forward", 50 * MS, 100 * MS)], []), **known)
+        for rank, known in enumerate(({"device_work": device}, {"device_work": device, **missing}))
+    ]
+    parts = delay_costs.work_parts(traces)
+    data = parts.names.index("data")
+    assert [sets[data].total_ns / MS for sets in parts.sets] == [50.0, 50.0]
