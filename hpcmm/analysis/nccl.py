@@ -12,7 +12,7 @@ the stream ids of a device. That holds while all ranks issue the same collective
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +44,14 @@ _OPS = {
     "gather": "gather",
     "scatter": "scatter",
 }
-_KERNEL = re.compile(r"nccl\w*kernel", re.IGNORECASE)
-_OP = re.compile(
-    r"(AllReduce|AllGatherV?|ReduceScatter|Broadcast|Reduce|SendRecv|AllToAll|Gather|Scatter)", re.IGNORECASE
+_OP_NAMES = "AllReduce|AllGatherV?|ReduceScatter|Broadcast|Reduce|SendRecv|AllToAll|Gather|Scatter"
+_KERNEL = re.compile(
+    rf"""nccl(?:\w*Dev)?Kernel(?:Debug)?_ | ncclKernel(?:{_OP_NAMES}|Send|Recv)
+    | nccl(?:{_OP_NAMES})(?:Ring|Tree|CollNet|NVLS)\w*Kernel_""",
+    re.VERBOSE,
 )
+"""NCCL's names since 2.4, and those of forks."""
+_OP = re.compile(f"({_OP_NAMES})", re.IGNORECASE)
 _KERNEL_OF = {
     "all_to_all": {SEND_RECV, "all_to_all"},
     "send": {SEND_RECV},
@@ -66,8 +70,32 @@ CONFIRMED_CHANGE = 0.05
 MIN_INSTANCES = 8
 
 
+_MANGLED, _LENGTH = re.compile(r"_?_ZL?(?:N[rVK]*)?(?:St)?(?=\d)"), re.compile(r"\d{1,4}")
+_BRACKETS = re.compile(r"([<>(])")
+_UNNAMED = re.compile(r"(?:\(anonymous namespace\)|<unnamed>|\{anonymous\}|\b_GLOBAL__N_\w*)::")
+
+
+def plain_name(name: str) -> str:
+    """``vllm::cross_device_reduce_1stage`` of the short, the whole, or the mangled name of a kernel."""
+    if mangled := _MANGLED.match(name):
+        at, parts = mangled.end(), []
+        while length := _LENGTH.match(name, at):
+            at = length.end() + int(length[0])
+            parts.append(name[length.end() : at])
+        return _UNNAMED.sub("", "::".join(parts))
+    depth, kept = 0, []
+    for piece in _BRACKETS.split(_UNNAMED.sub("", name)):
+        if piece == "(" and not depth:
+            break
+        if not depth and piece not in "<>":
+            kept.append(piece)
+        depth = max(0, depth + {"<": 1, ">": -1}.get(piece, 0))
+    return "".join(kept).strip().rpartition(" ")[2]
+
+
 def kernel_op(name: str) -> str | None:
     """The operation that an NCCL kernel's name tells; None for other kernels."""
+    name = plain_name(name)
     if not _KERNEL.match(name):
         return None
     told = _OP.search(name)
@@ -87,39 +115,95 @@ def is_nccl(activities: pd.DataFrame) -> npt.NDArray[np.bool_]:
     return (activities["kind"] == KERNEL).to_numpy(np.bool_) & named
 
 
-_OTHERS = re.compile(
-    r"""cross_device_reduce | all_?reduce | all_?gather | reduce_?scatter | all_?to_?all
-    | multimem_ | symm(?:etric)?_mem | nvshmem
-    | k?userbuffers_ | msccl | rccl\w*kernel | moe_?(?:a2a|comm) | (?:^|::|_)(?:ucc|ucx|ucp|uct|mpix?|mpir)_
-    | ^(?:(?:deep_ep|dpsk::ep|uccl|pplx|mori)\b|deep_?ep\w*::)(?!.*get_dispatch_layout)""",
-    re.IGNORECASE | re.VERBOSE,
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_EXCHANGE = re.compile(r"\b(?:all ?reduce|all ?gather|reduce ?scatter|all ?to ?all)\b")
+_PHRASES = re.compile(r"\b(?:in place|zero copy|all pairs|(?:block|warp) pipeline|p 2 p)\b")
+_HOW = re.compile(
+    r"kernel|impl|fused|fusion|norm|rms|rmsnorm|moe|moereduce|moefinalize|helix|custom|simple|naive|prototype|style"
+    r"|inkling|one|two|shot|stage|oneshot|twoshot|lamport|sync|push|pull|inplace|direct|hier|hierarchical|hybrid|cube"
+    r"|mesh|full|fullmesh|multimem|mc|nvls|mnnvl|symm|mem|lsa|gin|pure|ring|tree|ll|packet|rs|ag|low|latency|lat"
+    r"|precision|quantized|intra|inter|intranode|internode|nodes?|d|v|bf|fp|f|half|float|bfloat|\d+"
 )
-"""Kernels of other libraries that communicate: vLLM's, SGLang's and TensorRT-LLM's own all-reduces, PyTorch's symmetric
-memory, NVSHMEM, DeepEP and its like, MSCCL++, Transformer Engine's user buffers, UCX and MPI."""
-_COMPUTES = re.compile(
-    r"(?:warp|block|thread|cta|lane|group)_?(?:all_?reduce|all_?gather)|^triton_(?:poi|per|red|tem|for|mm|bmm)_|gemm|matmul"
-    r"|atten|attn|fmha|softmax",
-    re.IGNORECASE,
+"""How libraries say in the names of such kernels by which way they exchange data, and what they do on the way."""
+_NAMED = re.compile(
+    r"""cross_device_(?:reduce|all_gather)\w* | multimem_(?:one_shot_)?reduce_kernel
+    | (?:alltoall|barrier|broadcast|fcollect|rdxn|reduce|reducescatter|sync)(?:_all)?_on_stream_kernel\w*
+    | nvshmemi_(?!init_array|team_)\w+ | exchangeSplitAndOffset\w* | allToAllMetadataDevice
+    | k?userbuffers_\w+ | mscclKernel\w* | rccl\w*Kernel\w* | uc[cpt]_\w+
+    | moeA2A(?:Dispatch|Combine)Kernel | a2a_(?:dispatch|combine)_(?:send|recv)_kernel
+    | (?:cached_)?notify_(?:dispatch|combine) | cached_notify | clean_low_latency_buffer
+    | hybrid_(?:dispatch|combine)_impl | Ep(?:Dispatch|Combine)(?:Intra|Inter)Node\w*""",
+    re.VERBOSE,
 )
-"""... but not these: reductions within a GPU, kernels that the Inductor names after what it has fused, and kernels that
-compute while they communicate."""
-_OF_EXPERTS = re.compile(r"(?:cached_)?(?:notify_)?(?:dispatch|combine)")
-"""DeepEP's kernels without their namespace. Others are called so, too: they count beside other communication only."""
+"""Names that do not say the operation: of vLLM, PyTorch's symmetric memory, NVSHMEM, TensorRT-LLM, user buffers of
+Transformer Engine, MSCCL, RCCL, UCC and UCX, pplx, DeepEP and MORI."""
+_OWN_NAMESPACE = re.compile(
+    r"(?:^|::)(?:mscclpp|c10d::symmetric_memory|quickreduce|deep_ep|dpsk::ep|uccl|hybrid_ep|nccl_ep|mori::moe|mooncake"
+    r"|pplx\w*)::"
+)
+_LOCAL = re.compile(r"get_dispatch_layout|query_|update_|clean_mask|.{0,80}(?:_epilogue|SupportProbe)")
+"""Namespaces in which kernels communicate, but for those whose names begin like _LOCAL."""
+_OF_EXPERTS = frozenset({"dispatch", "combine", "dispatch_impl", "combine_impl"})
+"""DeepEP's kernels without their namespace. Others are called so, too."""
+_BESIDE_THEM = re.compile(
+    r"(?:cached_)?notify_(?:dispatch|combine)|cached_notify|get_dispatch_layout|clean_low_latency_buffer|nvshmemi?_\w+"
+)
+"""Names that tell that these are DeepEP's."""
 
 
 def communicates(name: str) -> bool:
-    """Whether a kernel's name says that it exchanges data with other GPUs."""
-    return kernel_op(name) is not None or bool(_OTHERS.search(name) and not _COMPUTES.search(name))
+    """Whether a kernel's name says that it exchanges data with other GPUs.
+
+    All of the name has to say so: ``all_reduce_loss`` and ``MoeAllToAllPermute`` are of kernels that compute.
+    """
+    if kernel_op(name) is not None:
+        return True
+    name = plain_name(name)
+    function = name.rpartition("::")[2]
+    of_library = _OWN_NAMESPACE.search(name) and not _LOCAL.match(function)
+    return bool(_says_how(function) or _NAMED.fullmatch(function) or of_library)
+
+
+def _says_how(function: str) -> bool:
+    """Whether a name is made of an operation of several GPUs and words of _HOW, as ``oneShotAllReduceKernel`` is."""
+    words = " ".join(_WORDS.findall(function)).lower()
+    rest, operations = _EXCHANGE.subn("", words)
+    if not operations or not (function.isascii() and function.isidentifier()):
+        return False
+    return all(_HOW.fullmatch(word) for word in _PHRASES.sub("", rest).split())
 
 
 def is_communication(activities: pd.DataFrame) -> npt.NDArray[np.bool_]:
     """Which of ``activities`` are kernels of NCCL or of another library that exchange data with other GPUs."""
     kernel = (activities["kind"] == KERNEL).to_numpy(np.bool_)
     named = np.array(_of_name(activities, communicates) == np.True_, dtype=np.bool_)
-    if not (kernel & named).any():
+    names = activities["name"].cat
+    present = np.unique(names.codes.to_numpy()[kernel])
+    used = [str(name) for name in names.categories[present[present >= 0]]]
+    theirs = _of_experts(used)
+    if not theirs:
         return kernel & named
-    of_experts = _of_name(activities, lambda name: bool(_OF_EXPERTS.fullmatch(name)))
+    of_experts = _of_name(activities, lambda name: name in theirs)
     return kernel & (named | np.array(of_experts == np.True_, dtype=np.bool_))
+
+
+def _of_experts(used: Sequence[str]) -> set[str]:
+    """Which of a GPU's kernels without a namespace are DeepEP's, by what else runs there.
+
+    None, if the report has namespaces: DeepEP has one. Else ``combine`` comes after ``dispatch``, and a program with
+    communication of NCCL alone may call kernels of its own like one of the two.
+    """
+    plain = {name: plain_name(name) for name in used}
+    found = {name for name, function in plain.items() if function in _OF_EXPERTS}
+    if not found or any("::" in function for function in plain.values()):
+        return set()
+    if any(_BESIDE_THEM.fullmatch(function) for function in plain.values()):
+        return found
+    dispatched = {plain[name].removesuffix("_impl") for name in found}
+    others = [name for name in used if communicates(name)]
+    both = dispatched == {"dispatch", "combine"} and bool(others)
+    is_theirs = both or ("dispatch" in dispatched and any(kernel_op(name) is None for name in others))
+    return found if is_theirs else set()
 
 
 def nccl_kernels(activities: pd.DataFrame) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from hpcmm.analysis.nccl import (
     confirm_order,
     is_communication,
     kernel_op,
+    plain_name,
     timed_by_kernels,
     with_basis,
 )
@@ -43,6 +44,13 @@ MS = 0.001
         ("ncclDevKernel_SendRecv", "send_recv"),
         ("ncclDevKernel_Generic", "nccl"),
         ("ncclSymkDevKernel_AllGather_LL", "all_gather"),
+        ("ncclBroadcastRingLLKernel_copy_i8(ncclColl)", "broadcast"),
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "send_recv"),
+        ("_Z22ncclDevKernel_SendRecv24ncclDevKernelArgsStorageILm4096EE", "send_recv"),
+        ("ncclKernelAllToAllv", "all_to_all"),
+        ("ncclDevKernel_NewFunction_RING_LL", "nccl"),
+        ("ncclMemcpyKernel", None),
+        ("my_ncclDevKernel_AllReduce", None),
         ("reduce_kernel", None),
         ("void at::native::reduce_kernel<512, 1>", None),
         ("nccl", None),
@@ -57,28 +65,101 @@ def test_the_operation_is_in_the_kernels_name(name: str, op: str | None) -> None
     "name",
     [
         "ncclDevKernel_AllReduce_Sum_f32_RING_LL",
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "_Z39ncclDevKernel_AllReduce_Sum_f32_RING_LL24ncclDevKernelArgsStorageILm4096EE",
+        "ncclKernel_AllReduce_RING_LL_Sum_float",
+        "ncclAllReduceRingLLKernel_sum_f32",
+        "ncclBroadcastRingLLKernel_copy_i8(ncclColl)",
+        "ncclSymkDevKernel_AllGather_LL",
+        "ncclSymDevKernel_AllReduce_RSxLD_AGxST_sum_f32",
+        "ncclDevKernel_Generic",
+        "ncclDevKernelDebug_Generic",
+        "ncclDevKernel_Whatever_RING_LL",
+        "ncclKernelAllGatherCtranDirect",
+        "ncclKernelAllToAllv",
+        "ncclKernelSend",
         "vllm::cross_device_reduce_2stage",
         "cross_device_reduce_1stage",
+        "void vllm::cross_device_reduce_1stage<__nv_bfloat16, 8>(vllm::RankData*, vllm::RankSignals, "
+        "vllm::Signal*, __nv_bfloat16*, int, int)",
+        "_ZN4vllm26cross_device_reduce_1stageI13__nv_bfloat16Li8EEEvPNS_8RankDataENS_11RankSignalsEPNS_6SignalEPT_ii",
+        "cross_device_reduce_2stage_naive",
+        "vllm::cross_device_all_gather",
+        "vllm::cross_device_reduce_scatter",
+        "vllm::mnnvl_lamport_all_gather",
+        "vllm::mnnvl_lamport_reduce_scatter_kernel",
         "tensorrt_llm::kernels::oneShotAllReduceKernel",
+        "tensorrt_llm::kernels::twoShotAllReduceKernel",
         "lowPrecisionTwoShotAllReduceKernel",
-        "flashinfer::trtllm_allreduce_fusion::allreduce_fusion_kernel_oneshot_lamport",
+        "lowPrecisionTwoShotHierAllReduceKernel",
+        "tensorrt_llm::kernels::reduce_fusion::lamport_style_one_shot_all_reduce_norm_kernel",
+        "void flashinfer::trtllm_allreduce_fusion::allreduce_fusion_kernel_oneshot_lamport<(flashinfer::trtll"
+        "m_allreduce_fusion::AllReduceFusionPattern)1, __nv_bfloat16, 2, true, true>(flashinfer::trtllm_allre"
+        "duce_fusion::AllReduceFusionParams<__nv_bfloat16>)",
+        "allreduce_fusion_kernel_twoshot_sync",
+        "moereduce_allreduce_fusion_kernel_oneshot_lamport",
+        "moefinalize_allreduce_fusion_kernel_oneshot_lamport",
+        "flashinfer::trtllm_mnnvl_allreduce::twoshotAllreduceKernel",
+        "oneshotAllreduceFusionKernel",
+        "flashinfer::mixed_comm::fused_reducescatter_allreduce_kernel",
+        "flashinfer::mixed_comm::allgather_kernel",
+        "helixAllToAllKernel",
         "quickreduce::allreduce_prototype_twoshot",
-        "multimem_all_reduce_kernel",
+        "void (anonymous namespace)::multimem_all_reduce_kernel<c10::BFloat16, 16>(c10::BFloat16*, unsigned long)",
+        "_ZN12_GLOBAL__N_126multimem_all_reduce_kernelIN3c108BFloat16ELi16EEEvPT_mPPjmm",
+        "_ZN75_GLOBAL__N__00000000_26_CUDASymmetricMemoryOps_cu_1234abcd_00_00000000_123426multimem_all_reduc"
+        "e_kernelIfEEvv",
+        "multimem_one_shot_all_reduce_kernel",
+        "multimem_one_shot_reduce_kernel",
+        "one_shot_all_reduce_kernel",
         "two_shot_all_reduce_kernel_inplace",
+        "_multimem_all_gather_kernel",
         "c10d::symmetric_memory::barrier_kernel",
+        "c10d::intra_node_comm::hybridCubeMeshAllReduceKernel",
+        "exchangeSplitAndOffset",
+        "allToAllV",
+        "allToAllV_2d",
         "nvshmemi_transfer_rma_internode",
+        "nvshmemi_proxy_rma_entrypoint",
+        "nvshmemi_signal_wait_until_on_stream_kernel",
+        "barrier_on_stream_kernel_threadgroup",
+        "void alltoall_on_stream_kernel<int>(int, int*, int const*, unsigned long)",
+        "barrier_all_on_stream_kernel_warp",
         "deep_ep::intranode::dispatch",
         "deep_ep::internode_ll::combine",
+        "deep_ep::legacy::intranode::cached_notify_combine",
+        "deep_ep::elastic::dispatch_impl",
+        "deep_ep::elastic::pp_send_impl",
         "deep_ep::internode::notify_dispatch",
+        "uccl::intranode::dispatch",
         "dpsk::ep::internode::dispatch_ll",
+        "notify_dispatch",
+        "cached_notify_combine",
         "tensorrt_llm::kernels::moe_comm::moeAllToAllKernel",
+        "tensorrt_llm::kernels::moe_comm::moeA2ADispatchKernel",
         "moeA2ADispatchKernel",
+        "a2a_dispatch_send_kernel",
         "mscclKernel_Sum_float",
         "mscclpp::allreduce_packet",
+        "mscclpp::executionKernel",
+        "allreduceAllPairs",
+        "mscclpp::collective::allreduceNvlsWarpPipeline",
+        "allreduceRsAgZeroCopy",
+        "allgatherFullmesh2",
+        "allreduce_packet",
+        "allreduce_LL_1node",
+        "allreduce7",
         "userbuffers_fp16_sum_inplace_gpu_rr_rs_oop",
         "kuserbuffers_pushsend",
         "rcclGenericKernel",
         "ucc_ec_cuda_reduce_kernel",
+        "allreduce_bf16_kernel",
+        "inkling_two_shot_all_reduce_kernel",
+        "AllReduceKernelImpl",
+        "PureGinAlltoAllKernel",
+        "HybridAlltoAllKernel",
+        "twoshot_mc_simple_allreduce_kernel",
+        "dlslime::intranode_alltoall_kernel",
     ],
 )
 def test_kernels_that_exchange_data_between_gpus(name: str) -> None:
@@ -96,28 +177,106 @@ def test_kernels_that_exchange_data_between_gpus(name: str) -> None:
         "vllm::moe::moe_align_block_size_kernel",
         "fused_moe_kernel",
         "deep_ep::layout::get_dispatch_layout",
+        "deep_ep::legacy::layout::get_dispatch_layout",
+        "deep_ep::elastic::combine_reduce_epilogue_impl",
         "warpAllReduce",
         "block_all_reduce_sum_f32",
         "triton_poi_fused_add_all_reduce_wait_tensor_3",
         "triton_red_fused_all_gather_into_tensor_0",
         "GemmAllReduceKernel",
         "at::native::reduce_kernel",
+        "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::func_wrapper_t<float,"
+        " at::native::sum_functor<float, float, float>::operator()(at::TensorIterator&)::{lambda(float, float"
+        ")#1}>, unsigned int, float, 4>>",
         "at::native::vectorized_gather_kernel",
         "scatter_reduce",
         "construct_product",
         "",
+        "all_reduce_loss_fwd",
+        "reduce_scatter_indices",
+        "MoeAllToAllPermute",
+        "fused_add_mpi_kernel",
+        "ncclMemcpyKernel",
+        "allgather_embedding_lookup",
+        "my_ncclDevKernel_AllReduce",
+        "nccl",
+        "ncclTest",
+        "all_gather_copy_out",
+        "void mylib::all_reduce_loss_fwd<float>(float const*)",
+        "_Z19all_reduce_loss_fwdPKfPfi",
+        "symmetric_memory_pool_init",
+        "multimem_softmax",
+        "moe_comm_cost_kernel",
+        "userbuffer_copy",
+        "msccl",
+        "cutlass::Kernel<AllReduce>",
+        "tensorrt_llm::kernels::moe_comm::moeA2APrepareDispatchKernel",
+        "computeSendRecvIndicesKernel",
+        "all",
+        "reduce_kernel",
+        "gather_kernel",
+        "nvshmemi_init_array_kernel",
+        "mpi_pack_kernel",
+        "segment_reduce_scatter",
+        "reduce_scatter_add",
+        "RowwiseAllGatherCheck",
     ],
 )
 def test_kernels_that_compute(name: str) -> None:
     assert not communicates(name)
 
 
-@pytest.mark.parametrize(("beside", "count"), [("gemm", 0), ("cross_device_reduce_1stage", 3)])
-def test_dispatch_and_combine_communicate_beside_other_communication_alone(beside: str, count: int) -> None:
-    names = ["dispatch", "combine", "mylib::dispatch", beside]
-    found = is_communication(pd.DataFrame({"kind": ["kernel"] * 4, "name": pd.Categorical(names)}))
-    assert found.sum() == count
-    assert not found[2]
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("void at::native::reduce_kernel<512, 1, at::A<float>::B>(at::C<(int)1>)", "at::native::reduce_kernel"),
+        ("std::enable_if<(1 > 0), void>::type lib::kernel<float>(float*)", "lib::kernel"),
+        ("_ZN4vllm26cross_device_reduce_1stageI4halfLi8EEEvPNS_8RankDataE", "vllm::cross_device_reduce_1stage"),
+        ("_Z4gemmPf", "gemm"),
+        ("gemm", "gemm"),
+        ("", ""),
+    ],
+)
+def test_of_any_form_of_a_name_the_plain_one_is_looked_at(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
+DEEP_EP = ["dispatch", "combine"]
+
+
+@pytest.mark.parametrize(
+    ("own", "beside", "count"),
+    [
+        (DEEP_EP, [], 0),
+        (DEEP_EP, ["gemm"], 0),
+        (DEEP_EP, ["cross_device_reduce_1stage"], 2),
+        (DEEP_EP, ["ncclDevKernel_AllReduce_Sum_f32_RING_LL"], 2),
+        (["combine"], ["ncclDevKernel_AllReduce_Sum_f32_RING_LL"], 0),
+        (["dispatch"], ["ncclDevKernel_AllReduce_Sum_f32_RING_LL"], 0),
+        (["combine"], ["cross_device_reduce_1stage"], 0),
+        (["dispatch"], ["nvshmemi_proxy_rma_entrypoint"], 1),
+        (["combine"], ["cached_notify_combine"], 1),
+        (["dispatch", "combine"], ["get_dispatch_layout"], 2),
+        (DEEP_EP, ["mylib::gemm", "cross_device_reduce_1stage"], 0),
+        (["dispatch_impl", "combine_impl"], ["ncclDevKernel_SendRecv"], 2),
+        (["void dispatch<8>(int*)"], ["void at::native::fill<1>(int*)", "cross_device_reduce_1stage"], 0),
+    ],
+)
+def test_dispatch_and_combine_count_by_what_runs_beside_them(own, beside, count: int) -> None:
+    names = [*own, *beside]
+    found = is_communication(pd.DataFrame({"kind": ["kernel"] * len(names), "name": pd.Categorical(names)}))
+    assert found[: len(own)].sum() == count
+    assert found[len(own) :].tolist() == [communicates(name) for name in beside]
+
+
+def test_a_name_that_no_kernel_of_the_gpu_has_tells_nothing() -> None:
+    names = pd.Categorical(["dispatch", "gemm"], categories=["dispatch", "gemm", "mylib::fill", "notify_dispatch"])
+    assert not is_communication(pd.DataFrame({"kind": ["kernel"] * 2, "name": names})).any()
+
+
+def test_names_of_any_length_are_read() -> None:
+    for name in ("1d" * 10_000, "_Z" + "1a" * 10_000, "a<" * 10_000, "deep_ep::" + "a_epilogue" * 2_000 + "!"):
+        assert not communicates(f"gemm{name}")
 
 
 def kernels(*rows: tuple) -> pd.DataFrame:
