@@ -127,7 +127,7 @@ def find(context: AnalysisContext) -> list[Finding]:
     seen = gpu_trace.traced_share(context.gpu)
     accounted = [replace(finding, lost_s=finding.lost_s / seen) for finding in own_work]
     on_gpus = gpu_findings.in_steps(context.gpu, context.idle, context.copies, accounted)
-    on_gpus = doubted(on_gpus, gpu_doubt(context.traces))
+    on_gpus = doubted([*gpu_findings.unmatched(context, [*alone, *late]), *on_gpus], gpu_doubt(context.traces))
     findings = [
         *alone,
         *late,

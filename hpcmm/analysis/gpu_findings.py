@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import copies, idle
-from hpcmm.analysis.findings import CAUSES, LOW, MEDIUM, Finding
+from hpcmm.analysis.findings import CAUSES, LOW, MEDIUM, STRAGGLER_SHARE, AnalysisContext, Finding
 from hpcmm.analysis.gpu_trace import counted
-from hpcmm.analysis.process_groups import Unseen
+from hpcmm.analysis.intervals import NS_PER_S
+from hpcmm.analysis.nccl import kernel_op, waits_for_all
+from hpcmm.analysis.process_groups import Unseen, unseen_ranks
 from hpcmm.reports.report import CUDA_CALL, MPI, SYNCHRONISING
 
 EVERYBODY = Unseen(0, 0)
@@ -128,6 +130,110 @@ def in_steps(
         about = _Told(rows, copies_rows, "a step", len(devices) * max(steps, 1))
         found.append(_finding(kind, lost, devices, gpu, about))
     return found
+
+
+def unmatched(context: AnalysisContext, named: Sequence[Finding]) -> list[Finding]:
+    """Exposed communication in steps that no matched collective accounts for, such as in all-reduces of vLLM's own.
+
+    ``named``: rows of ranks that others wait for. What they cost beyond the waiting in matched collectives was seen in
+    another way. It can be the waiting in these kernels, and is not counted again.
+    """
+    gpu = context.gpu
+    if gpu.empty or not gpu["step"].notna().any():
+        return []
+    chosen = counted(gpu)
+    left = _unmatched_by_step(chosen, context.rows)
+    whole = left.mean().clip(lower=0.0)
+    elsewhere = sum(finding.lost_s for finding in named) - float(context.losses.sum()) / max(len(context.losses), 1)
+    lost = float(whole.mean()) - max(0.0, elsewhere) if len(whole) else 0.0
+    if lost <= 0:
+        return []
+    kernels = _unmatched_kernels(context)
+    stepping = [trace for trace in context.traces if len(trace.steps)]
+    unseen = unseen_ranks(context.rows, stepping, context.expected_ranks)
+    waiting = [] if named or unseen.missing > 0 else _waiting_for_one(context, left, chosen, kernels)
+    rest = lost - sum(finding.lost_s for finding in waiting)
+    rank = whole.idxmax()
+    most = device_name(chosen[chosen["rank"] == rank].iloc[0])
+    told = (
+        f"GPUs communicate {rest:.3g} s a step with no computation beside it, in kernels that no matched collective "
+        f"accounts for, so that transfer cannot be told from waiting for a rank that comes later{_by_kernel(kernels)}; "
+        f"most of all {most}, {float(whole.max()):.3g} s a step"
+    )
+    kind = "unseen" if unseen.missing > 0 else "gpu_comm"
+    told += f"; {unseen} have no report with steps" if unseen.missing > 0 else ""
+    worst = context.worst_step(left.mean(axis=1).reindex(context.steps.numbers).fillna(0.0).to_numpy(float))
+    return [*waiting, Finding(kind, CAUSES[kind], rest, None, "", "", told, LOW, f"gpu: rank={rank}", worst)]
+
+
+def _unmatched_by_step(gpu: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of exposed communication of a GPU (a mean over those of a rank) that ``rows`` of matched collectives do
+    not hold: a row a step, a column a rank."""
+    by = gpu.groupby(["rank", "step"])
+    exposed, devices = by["exposed_comm_s"].sum(), by["device"].nunique()
+    if len(rows):
+        held = rows.groupby(["rank", "step"])[["exposed_wait_ns", "exposed_transfer_ns"]].sum().sum(axis=1) / NS_PER_S
+        exposed = exposed - held.reindex(exposed.index, fill_value=0.0)
+    return (exposed / devices).unstack("rank")
+
+
+def _unmatched_kernels(context: AnalysisContext) -> pd.DataFrame:
+    """Kernels that communicate by ``rank`` and ``name``, ``calls`` and ``total_ns``; NCCL's if there are no others."""
+    frames = [
+        trace.kernels[trace.kernels["communication"].astype(bool)].assign(rank=trace.rank)
+        for trace in context.traces
+        if trace.kernels is not None
+    ]
+    kernels = pd.concat(frames, ignore_index=True)
+    others = kernels[[kernel_op(str(name)) is None for name in kernels["name"]]]
+    return (others if len(others) else kernels).groupby(["rank", "name"], as_index=False)[["calls", "total_ns"]].sum()
+
+
+def _by_kernel(kernels: pd.DataFrame) -> str:
+    by_name = kernels.groupby("name")["total_ns"].sum()
+    shares = (by_name / max(float(by_name.sum()), 1.0)).nlargest(MOST_TOLD)
+    told = ", ".join(f"{share:.0%} of their time in {name}" for name, share in shares.items())
+    return f"; {told}" if told else ""
+
+
+ALMOST_ALL, FEWEST_STEPS = 0.9, 8
+ALIKE = 0.5
+"""The others' kernels, and the steps, differ by no more than this share of what one rank's kernels are shorter."""
+
+
+def _waiting_for_one(
+    context: AnalysisContext, left: pd.DataFrame, gpu: pd.DataFrame, kernels: pd.DataFrame
+) -> list[Finding]:
+    """The rank whose kernels are far shorter than all others' in almost every step, so that these wait for it.
+
+    None if that is not clear. The ranks must have run the same kernels equally often, which all of them wait in, in
+    steps of the same length, and the other ranks' must be alike: else it can be another group's, or other bytes.
+    """
+    means, spans = left.mean(), gpu.groupby("rank")["span_s"].mean()
+    calls = kernels.pivot_table(index="name", columns="rank", values="calls", aggfunc="sum", fill_value=0)
+    if len(means) < 2 or len(left) < FEWEST_STEPS or left.isna().to_numpy().any() or calls.shape[1] != len(means):
+        return []
+    if (calls.nunique(axis=1) > 1).any() or not all(waits_for_all(str(name)) for name in calls.index):
+        return []
+    late = int(means.index[int(means.to_numpy(float).argmin())])
+    longer = left.drop(columns=late).sub(left[late], axis=0)
+    least, often = float(longer.mean().min()), float((longer.min(axis=1) > 0).mean())
+    apart = max(float(longer.mean().max()) - least, float(spans.max() - spans.min()))
+    if often < ALMOST_ALL or least < max(STRAGGLER_SHARE * float(spans.mean()), float(means[late])):
+        return []
+    if apart > ALIKE * least:
+        return []
+    trace = next(trace for trace in context.traces if trace.rank == late)
+    told = (
+        f"kernels that communicate run {float(longer.mean().mean()):.3g} s a step shorter on {trace.name} than on the "
+        f"others, which wait for it in them, in {int((longer.min(axis=1) > 0).sum())} of {len(left)} steps"
+        f"{_by_kernel(kernels)}"
+    )
+    told += f"; {why}" if (why := excess(context.gpu, trace.rank)) else ""
+    by_step = longer.sum(axis=1) / len(means)
+    worst = context.worst_step(by_step.reindex(context.steps.numbers).fillna(0.0).to_numpy(float))
+    lost, where = float(by_step.mean()), f"gpu: rank={late}"
+    return [Finding("gpu_wait", CAUSES["gpu_wait"], lost, trace.rank, trace.node, "", told, MEDIUM, where, worst)]
 
 
 def of_capture(tables: Mapping[str, pd.DataFrame], unseen: Unseen = EVERYBODY) -> list[Finding]:

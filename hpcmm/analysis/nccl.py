@@ -164,6 +164,15 @@ def communicates(name: str) -> bool:
     return bool(_says_how(function) or _NAMED.fullmatch(function) or of_library)
 
 
+def waits_for_all(name: str) -> bool:
+    """Whether a kernel that communicates leaves only after all of its group have come, by its name.
+
+    The exchange of experts' tokens is not one: its length follows from their number, too.
+    """
+    words = " ".join(_WORDS.findall(plain_name(name).rpartition("::")[2])).lower()
+    return bool(re.search(r"\ball ?reduce\b|\bcross device reduce\b|\bbarrier\b", words))
+
+
 def _says_how(function: str) -> bool:
     """Whether a name is made of an operation of several GPUs and words of _HOW, as ``oneShotAllReduceKernel`` is."""
     words = " ".join(_WORDS.findall(function)).lower()

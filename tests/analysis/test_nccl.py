@@ -21,6 +21,7 @@ from hpcmm.analysis.nccl import (
     kernel_op,
     plain_name,
     timed_by_kernels,
+    waits_for_all,
     with_basis,
 )
 from hpcmm.analyze import Analysis
@@ -239,6 +240,21 @@ def test_kernels_that_compute(name: str) -> None:
 )
 def test_of_any_form_of_a_name_the_plain_one_is_looked_at(name: str, plain: str) -> None:
     assert plain_name(name) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "waits"),
+    [
+        ("vllm::cross_device_reduce_1stage", True),
+        ("void flashinfer::allreduce_fusion_kernel_twoshot_sync<1>(int)", True),
+        ("tensorrt_llm::kernels::oneShotAllReduceKernel", True),
+        ("deep_ep::intranode::dispatch", False),
+        ("allToAllV", False),
+        ("ncclDevKernel_SendRecv", False),
+    ],
+)
+def test_in_an_all_reduce_all_wait_for_all(name: str, waits: bool) -> None:
+    assert waits_for_all(name) == waits
 
 
 DEEP_EP = ["dispatch", "combine"]

@@ -1,0 +1,207 @@
+"""Steps of programs of any kind whose GPUs communicate without NCCL, clear memory, or copy from one to another."""
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pytest
+
+from hpcmm.analyze import Analysis, analyze
+
+MS = 1_000_000
+STEPS, STEP_MS = 12, 20
+SCHEMA = """
+CREATE TABLE StringIds (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE META_DATA_EXPORT (name TEXT, value TEXT);
+CREATE TABLE META_DATA_CAPTURE (name TEXT, value TEXT);
+CREATE TABLE TARGET_INFO_SESSION_START_TIME (utcEpochNs INTEGER);
+CREATE TABLE TARGET_INFO_SYSTEM_ENV (globalVid INTEGER, devStateName TEXT, name TEXT, nameEnum INTEGER, value TEXT);
+CREATE TABLE NVTX_EVENTS (start INTEGER, end INTEGER, eventType INTEGER, text TEXT, globalTid INTEGER, textId INTEGER,
+    domainId INTEGER);
+CREATE TABLE CUPTI_ACTIVITY_KIND_RUNTIME (start INTEGER, end INTEGER, eventClass INTEGER, globalTid INTEGER,
+    correlationId INTEGER, nameId INTEGER, returnValue INTEGER);
+CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INTEGER, end INTEGER, deviceId INTEGER, streamId INTEGER,
+    correlationId INTEGER, globalPid INTEGER, demangledName INTEGER, shortName INTEGER);
+CREATE TABLE CUPTI_ACTIVITY_KIND_MEMSET (start INTEGER, end INTEGER, deviceId INTEGER, streamId INTEGER,
+    correlationId INTEGER, globalPid INTEGER, value INTEGER, bytes INTEGER, memKind INTEGER);
+CREATE TABLE CUPTI_ACTIVITY_KIND_MEMCPY (start INTEGER, end INTEGER, deviceId INTEGER, streamId INTEGER,
+    correlationId INTEGER, globalPid INTEGER, bytes INTEGER, copyKind INTEGER, srcKind INTEGER, dstKind INTEGER,
+    srcDeviceId INTEGER, dstDeviceId INTEGER);
+"""
+SET = "memset"
+
+
+class Run(NamedTuple):
+    """One activity of each step: a kernel by its name, SET, or a copy, from and to in milliseconds of the step."""
+
+    name: str
+    start_ms: float
+    end_ms: float
+    copy: tuple[int, int | None, int | None] | None = None
+    """copyKind, srcDeviceId and dstDeviceId."""
+    device: int = 0
+
+
+Work = Callable[[int], Sequence[Run]]
+"""What a rank's GPU does in a step of that number."""
+
+
+def write(folder: Path, *ranks: Work, world: int = 0, steps: bool = True) -> Path:
+    folder.mkdir()
+    for rank, work in enumerate(ranks):
+        with closing(sqlite3.connect(folder / f"rank{rank}.sqlite")) as connection:
+            connection.executescript(SCHEMA)
+            _write_rank(connection, rank, work, world or len(ranks), steps)
+            connection.commit()
+    return folder
+
+
+def _write_rank(connection: sqlite3.Connection, rank: int, work: Work, world: int, steps: bool) -> None:
+    names = {"cudaLaunchKernel": 1}
+    process = (100 + rank) << 24
+    thread = process | (100 + rank)
+
+    def insert(table: str, *row: object) -> None:
+        connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608
+
+    insert("META_DATA_EXPORT", "EXPORT_PRODUCT_VERSION", "2024.5.1.1")
+    insert("META_DATA_CAPTURE", "CAPTURE_EVENT_TYPE", "Cuda")
+    insert("TARGET_INFO_SESSION_START_TIME", 1_790_000_000_000_000_000)
+    variables = f"SLURMD_NODENAME=node1\0SLURM_PROCID={rank}\0SLURM_LOCALID={rank}\0WORLD_SIZE={world}"
+    insert("TARGET_INFO_SYSTEM_ENV", 0, "", "DeviceEnvironment", 610, variables)
+    correlation = 0
+    for step in range(STEPS):
+        begin = (1000 + step * STEP_MS) * MS
+        if steps:
+            insert("NVTX_EVENTS", begin, begin + STEP_MS * MS - 1000, 59, f"iteration {step}", thread, None, 0)
+        for run in work(step):
+            correlation += 1
+            start, end = begin + round(run.start_ms * MS), begin + round(run.end_ms * MS)
+            launch = max(begin, start - MS)
+            insert("CUPTI_ACTIVITY_KIND_RUNTIME", launch, launch + 2000, 0, thread, correlation, 1, 0)
+            place = (start, end, run.device, 7, correlation, process)
+            if run.copy is not None:
+                kind, source, target = run.copy
+                insert("CUPTI_ACTIVITY_KIND_MEMCPY", *place, 1 << 20, kind, 2, 2, source, target)
+            elif run.name == SET:
+                insert("CUPTI_ACTIVITY_KIND_MEMSET", *place, 0, 1 << 20, 2)
+            else:
+                name = names.setdefault(run.name, len(names) + 1)
+                insert("CUPTI_ACTIVITY_KIND_KERNEL", *place, name, name)
+    for value, number in names.items():
+        insert("StringIds", number, value)
+
+
+REDUCE = "vllm::cross_device_reduce_1stage"
+NCCL = "ncclDevKernel_AllReduce_Sum_f32_RING_LL"
+
+
+def split(at_ms: float, *names: str) -> Work:
+    """A gemm until ``at_ms``, then each of ``names`` for an equal part of the rest of the step."""
+    each = (STEP_MS - 1 - at_ms) / len(names)
+    runs = [Run(name, at_ms + index * each, at_ms + (index + 1) * each) for index, name in enumerate(names)]
+    return lambda _step: [Run("gemm", 0, at_ms), *runs]
+
+
+def by_turns(rank: int) -> Work:
+    """Every second step a long gemm, and a long kernel that communicates in the others."""
+    return lambda step: split(8 if (step + rank) % 2 else 17, REDUCE)(step)
+
+
+def causes(run: Analysis) -> list[str]:
+    return list(run.bottlenecks()["cause"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [REDUCE, "multimem_all_reduce_kernel", "nvshmemi_proxy_rma_entrypoint", "deep_ep::intranode::dispatch",
+     "mscclpp::executionKernel", "userbuffers_fp16_sum_inplace_gpu_rw"],
+)  # fmt: skip
+def test_communication_in_steps_that_nothing_matches_has_a_row(tmp_path: Path, name: str) -> None:
+    run = analyze(write(tmp_path / "run", split(8, name), split(8, name)))
+    row = run.bottlenecks().iloc[0]
+    assert row["cause"] == "communication, transfer or waiting"
+    assert row["lost_s_per_step"] == pytest.approx(0.011)
+    assert row["step_share"] == pytest.approx(0.55, abs=0.001)
+    assert row["confidence"] == "low"
+    assert pd.isna(row["rank"])
+    for told in ("0.011 s a step", "transfer cannot be told from waiting", f"100% of their time in {name}"):
+        assert told in row["evidence"]
+    assert "computation" in row["suggestion"]
+    assert run.bottlenecks()["step_share"].sum() <= 1.0
+
+
+def test_what_matched_collectives_account_for_is_not_counted_again(tmp_path: Path) -> None:
+    run = analyze(write(tmp_path / "run", *[split(8, NCCL, REDUCE)] * 2))
+    table = run.bottlenecks().set_index("cause")["lost_s_per_step"]
+    assert table["communication, transfer or waiting"] == pytest.approx(0.0055)
+    assert table[[cause.startswith("communication transfer") for cause in table.index]].sum() == pytest.approx(0.0055)
+    only_nccl = analyze(write(tmp_path / "nccl", *[split(8, NCCL)] * 2))
+    assert "communication, transfer or waiting" not in causes(only_nccl)
+    assert only_nccl.bottlenecks()["lost_s_per_step"].iloc[0] == pytest.approx(0.011)
+
+
+def test_of_kernels_that_run_at_once_or_behind_computation_only_the_exposed_time_counts(tmp_path: Path) -> None:
+    def work(_step: int) -> list[Run]:
+        return [Run("gemm", 0, 8), Run(REDUCE, 4, 12), Run(REDUCE, 10, 14), Run(NCCL, 13, 16)]
+
+    table = analyze(write(tmp_path / "run", work, work)).bottlenecks().set_index("cause")["lost_s_per_step"]
+    assert table["communication, transfer or waiting"] == pytest.approx(0.005)
+    assert table.filter(like="communication transfer").sum() == pytest.approx(0.003)
+
+
+def test_ranks_without_a_report_are_told(tmp_path: Path) -> None:
+    row = analyze(write(tmp_path / "run", *[split(8, REDUCE)] * 2, world=8)).bottlenecks().iloc[0]
+    assert row["cause"] == "communication, or waiting for ranks without a report"
+    assert "6 of 8 ranks have no report" in row["evidence"]
+    assert "capture each rank" in row["suggestion"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_rank_whose_kernels_are_far_shorter_is_waited_for(tmp_path: Path, ranks: int) -> None:
+    late, others = split(17, REDUCE), [split(8, REDUCE)] * (ranks - 1)
+    run = analyze(write(tmp_path / "run", *others, late))
+    row = run.bottlenecks().iloc[0]
+    assert (row["cause"], row["rank"], row["confidence"]) == ("imbalance between GPUs", ranks - 1, "medium")
+    assert row["lost_s_per_step"] == pytest.approx(0.009 * (ranks - 1) / ranks)
+    assert "in 11 of 11 steps" in row["evidence"]
+    assert "its GPU computes 0.009 s a step longer" in row["evidence"]
+    rest = run.bottlenecks().set_index("cause").loc["communication, transfer or waiting"]
+    assert rest["lost_s_per_step"] == pytest.approx(0.002)
+    assert run.bottlenecks()["step_share"].sum() <= 1.0
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        [split(8, REDUCE), split(17, REDUCE, REDUCE)],  # not equally often
+        [split(8, REDUCE), split(17, "multimem_all_reduce_kernel")],  # not the same kernel
+        [split(8, "deep_ep::intranode::dispatch"), split(17, "deep_ep::intranode::dispatch")],  # by their tokens
+        [split(8, REDUCE), split(13, REDUCE), split(17, REDUCE)],  # the others are not alike
+        [split(8, REDUCE), split(9, REDUCE)],  # hardly shorter
+        [
+            lambda step: split(8 if step % 2 else 17, REDUCE)(step),
+            lambda step: split(17 if step % 2 else 8, REDUCE)(step),
+        ],
+    ],
+)
+def test_nobody_is_named_if_it_is_not_clear(tmp_path: Path, ranks: list[Work]) -> None:
+    table = analyze(write(tmp_path / "run", *ranks)).bottlenecks()
+    assert table["rank"].isna().all()
+    assert table["cause"].iloc[0] == "communication, transfer or waiting"
+
+
+@pytest.mark.parametrize("steps", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["ncclDevKernel_SendRecv", "ncclDevKernel_NewFunction_RING_LL", "ncclSymkDevKernel_AllReduce_AGxLL_R_sum_f32"],
+)
+def test_nccl_s_kernels_of_any_function_have_one_row(tmp_path: Path, name: str, steps: bool) -> None:
+    run = analyze(write(tmp_path / "run", *[split(8, name)] * 2, steps=steps))
+    rows = run.bottlenecks()
+    rows = rows[rows["cause"].str.contains("communication|transfer")]
+    assert len(rows) == 1
+    assert rows["lost_s_per_step"].iloc[0] == pytest.approx(0.011 * (1 if steps else STEPS), rel=0.01)
