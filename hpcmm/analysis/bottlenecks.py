@@ -24,7 +24,6 @@ from hpcmm.analysis import (
     longer_work,
     network,
     parallelism,
-    process_groups,
     stalls,
     wait_chains,
 )
@@ -116,9 +115,11 @@ def find(context: AnalysisContext) -> list[Finding]:
     least_s = least_loss_s(context, sum(finding.lost_s for finding in transfer))
     alone, explained = stalls.solo_findings(context, least_s)
     late, blamed = find_stragglers(context, least_s, explained)
+    withheld_s = longer_work.withheld_s(context)
     if not stages:  # whose ranks have different work
-        longer, blamed = longer_work.find_longer_work(context, blamed)
-        late += longer + longer_work.find_unseen_waiting(context)
+        longer = longer_work.find_longer_work(context, blamed)
+        blamed, withheld_s = longer.blamed, max(0.0, withheld_s - longer.uncharged_s)
+        late += longer.findings + longer_work.find_unseen_waiting(context)
     moe = experts.expert_groups(context)
     late = [experts.explain_by_experts(context, explain_by_batches(context, finding), moe) for finding in late]
     late = [_placed(context, finding, stages) for finding in late]
@@ -132,7 +133,7 @@ def find(context: AnalysisContext) -> list[Finding]:
         *alone,
         *late,
         *in_pipeline.findings,
-        *_imbalance(context, blamed, moe),
+        *_imbalance(context, blamed, moe, withheld_s),
         *stopped,
         *broken,
         *transfer,
@@ -192,8 +193,6 @@ def _worth(findings: Sequence[Finding], step_s: float, weight: float = BLAMED_WE
 _JUST_ABOVE = 1.0 + 1e-9
 
 
-_MATCHED = 0.9
-"""From this share of the operations on, what is left of them is transfer."""
 _PHASE_SHARE = 0.1
 """A phase is named for communication that spreads over several when it holds this share of it."""
 _MOST_SINGLE = 1.5
@@ -216,23 +215,6 @@ def _stopped(context: AnalysisContext) -> tuple[list[Finding], Floats]:
         if share >= STRAGGLER_SHARE:
             found.append(Finding("stall", CAUSES["stall"], mean, trace.rank, trace.node, "", told, sure, rows, worst))
     return found, total
-
-
-def _unseen(context: AnalysisContext) -> Unseen:
-    stepping = [trace for trace in context.traces if len(trace.steps)]
-    return process_groups.unseen_ranks(context.rows, stepping, context.expected_ranks)
-
-
-def _transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple[str, str, str]:
-    """Cause, confidence and evidence: whether what seems transfer can be waiting for a rank that was not seen."""
-    unseen = _unseen(context)
-    matched = float((inside["complete"].astype(bool) & (inside["ranks"] > 1)).mean()) if len(inside) else 0.0
-    if unseen.missing > 0:
-        return CAUSES["unseen"], LOW, f"{unseen} have no report with steps, and part of this may be waiting for them"
-    if matched > _MATCHED:
-        return CAUSES["transfer"], HIGH, "all ranks are there, the transfer itself takes the time"
-    why = f"only {matched:.0%} of the operations were seen on several ranks and all of their group"
-    return CAUSES["transfer"], MEDIUM if matched > 0.5 else LOW, f"{why}: part of this may be waiting"
 
 
 def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> list[Finding]:
@@ -260,7 +242,7 @@ def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> l
     )
     moves = parallelism.what_moves(inside, stages)
     largest = inside.groupby(moves)["exposed_transfer_ns"].sum().idxmax()
-    unseen = _unseen(context).missing > 0
+    unseen = network.unseen(context).missing > 0
     kinds = (
         {str(largest): np.ones(len(inside), dtype=bool)}
         if link.node or unseen
@@ -278,7 +260,7 @@ def _transfer_of(
     by_phase = rows.groupby("phase")["exposed_transfer_ns"].sum()
     shares = (by_phase / max(float(by_phase.sum()), 1.0)).sort_values(ascending=False)
     phase = ", ".join(str(name) for name in shares[shares >= _PHASE_SHARE].index)
-    cause, confidence, why = _transfer_or_waiting(context, rows)
+    cause, confidence, why = network.transfer_or_waiting(context, rows)
     bound = collectives.bound_by(rows, start_s)
     told = f"{collectives.in_words(rows, count)}; {why}"
     name = parallelism.group_name(rows, moves, context.traces)
@@ -308,8 +290,13 @@ def _transfer_of(
     return replace(found, is_slow=against.is_slow or (bound == "bandwidth" and link.about != ""))
 
 
-def _imbalance(context: AnalysisContext, blamed: Mask, moe: Sequence[experts.ExpertGroup]) -> list[Finding]:
-    """Waiting that no straggler causes: because loads of experts or batches differ, or else ranks do, by turns."""
+def _imbalance(
+    context: AnalysisContext, blamed: Mask, moe: Sequence[experts.ExpertGroup], withheld_s: float
+) -> list[Finding]:
+    """Waiting that no straggler causes: because loads of experts or batches differ, or else ranks do, by turns.
+
+    For whom the ranks wait for ``withheld_s`` of a step, the clocks do not tell.
+    """
     rest = np.where(blamed, 0.0, context.losses)
     loads = experts.find_expert_imbalance(context, rest, moe, np.asarray(blamed.any(axis=(0, 2))))
     if loads is not None:
@@ -319,7 +306,7 @@ def _imbalance(context: AnalysisContext, blamed: Mask, moe: Sequence[experts.Exp
     if uneven is not None:
         compute = [index for index, name in enumerate(context.parts.names) if kind_of_part(name) == "compute"]
         rest[:, :, compute] = 0.0
-    lost = float(rest.sum(axis=(1, 2)).mean())
+    lost = float(rest.sum(axis=(1, 2)).mean()) + withheld_s
     by_part = rest.sum(axis=(0, 1))
     part = (*context.parts.names, UNEXPLAINED)[int(by_part.argmax())]
     phase = "" if part == UNEXPLAINED else phase_of_part(part)
@@ -327,10 +314,11 @@ def _imbalance(context: AnalysisContext, blamed: Mask, moe: Sequence[experts.Exp
         f"ranks wait for one another{_most_often(context, rest, blamed)}; "
         f"steps vary by {context.steps.noise_s:.3g} s (robust standard deviation)"
     )
-    withheld = _withheld_s(context)
-    if withheld > MIN_SHARE * context.steps.mean_s:
+    if withheld_s > MIN_SHARE * context.steps.mean_s:
+        error_s = float(context.rows["clock_error_ns"].max()) / NS_PER_S
         told += (
-            f"; another {withheld:.3g} s of waiting a step is shorter than the clocks' error and is blamed on nobody"
+            f"; for whom they wait {withheld_s:.3g} s of it is not known, as the clocks agree within {error_s:.3g} s "
+            "only; ranks that leave slow collectives one after the other look like it"
         )
     worst = context.worst_step(rest[:, :, int(by_part.argmax())].sum(axis=1))
     rows = f"delays: phase={part}" + ("" if worst is None else f" step={worst}")
@@ -351,16 +339,6 @@ def _most_often(context: AnalysisContext, rest: Floats, blamed: Mask) -> str:
     if chance_of_sum(delays, most) > MAX_CHANCE:
         return f"{told}, which chance can explain"
     return f"{told}, but in no kind of work by so much that it is named"
-
-
-def _withheld_s(context: AnalysisContext) -> float:
-    """Exposed waiting a step, as a mean over ranks, whose late rank the clocks cannot tell."""
-    rows = context.rows
-    if rows.empty:
-        return 0.0
-    vague = rows["needs_all"].astype(bool) & ~rows["blamable"].astype(bool) & rows["step"].isin(context.steps.numbers)
-    count = len(context.steps.numbers) * len(context.traces)
-    return float(rows.loc[vague, "exposed_wait_ns"].sum()) / NS_PER_S / count
 
 
 def _own_work(context: AnalysisContext) -> list[Finding]:

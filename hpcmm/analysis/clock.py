@@ -63,6 +63,8 @@ class CommonClock(NamedTuple):
     clocks: list[ReportClock]
     table: pd.DataFrame
     error_ns: float
+    shared: tuple[str, ...]
+    """For each report the name of the clock that it shares with others: its node's."""
 
 
 class LineFit(NamedTuple):
@@ -166,7 +168,7 @@ def common_clock(epochs_ns: list[int | None], nodes: list[str], origin_ns: int, 
         for name in names
     ]
     error = max((fit.error_ns for fit in fits.values()), default=SAME_HOST_ERROR_NS)
-    return CommonClock(clocks, pd.DataFrame(rows, columns=CLOCK_COLUMNS), error)
+    return CommonClock(clocks, pd.DataFrame(rows, columns=CLOCK_COLUMNS), error, tuple(nodes))
 
 
 @dataclass(frozen=True, slots=True)

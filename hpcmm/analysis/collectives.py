@@ -7,9 +7,11 @@ clock, d_r = e_r - s_r:
 - estimator B: wait_r = clip(max_q s_q - s_r, 0, d_r), Scalasca's "wait at NxN".
 
 A holds only where all ranks also leave together; B wherever every rank needs data of all others, so that an
-all-to-all, whose ranks may exchange unequal amounts, has B alone. So has a broadcast or scatter that its root comes
-last to; if its range does not tell the root, or another rank is last, all of it is transfer. A send and its receive
-have B between the two of them: the k-th send from one rank to another is what the k-th receive there gets.
+all-to-all, whose ranks may exchange unequal amounts, has B alone. If the clocks are good to e, the wait is A within the
+bounds B - e and B + e: no more is called transfer than the shortest d_r, unless the clocks contradict that. B alone has
+a broadcast or scatter, too, that its root comes last to; if its range does not tell the root, or another rank is last,
+all of it is transfer. A send and its receive have B between the two of them: the k-th send from one rank to another is
+what the k-th receive there gets.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis import nccl, process_groups
+from hpcmm.analysis.clock import SAME_HOST_ERROR_NS
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, first_claims
 from hpcmm.analysis.trace import KEY, NO_PEER, NO_SIZE, UNEVEN, RankTrace, nullable_steps
 from hpcmm.ranges import ranks_in
@@ -36,16 +39,25 @@ FROM_ROOT = frozenset({"broadcast", "scatter"})
 """Nobody can leave before the root has arrived."""
 
 
-def match_with_waits(traces: Sequence[RankTrace], clock_error_ns: float) -> pd.DataFrame:
+def match_with_waits(
+    traces: Sequence[RankTrace], clock_error_ns: float, clocks: Sequence[str] | None = None
+) -> pd.DataFrame:
     """Matched collectives of all ranks, on one clock, with their waits: all that the analysis derives of collectives.
 
     One row a rank and instance, times in nanoseconds, with what :func:`match`, :func:`estimate_waits` and
-    :func:`expose` give, and bus_bytes_per_s.
+    :func:`expose` give, and bus_bytes_per_s. ``clocks``: the name of the clock that each trace shares with others.
     """
     # Kernels that only their order identifies are no collectives if the times contradict that order.
     matched = nccl.confirm_order(match(traces), clock_error_ns)
-    rows = estimate_waits(matched, clock_error_ns)
+    rows = estimate_waits(matched, _errors(matched, clock_error_ns, clocks) if clocks else clock_error_ns)
     return expose(rows.assign(bus_bytes_per_s=bus_bandwidth(rows)), traces)
+
+
+def _errors(rows: pd.DataFrame, between_ns: float, clocks: Sequence[str]) -> npt.NDArray[np.float64]:
+    """The clock's error for each row: ranks that share a clock, as those of a node do, arrive at exact times."""
+    clock = pd.Series(np.array(clocks, dtype=object)[rows["trace"].to_numpy(np.intp)], index=rows.index)
+    shared = (clock.groupby(rows["instance"]).transform("nunique") == 1) & ~rows["op"].isin(POINT_TO_POINT)
+    return np.where(shared, min(SAME_HOST_ERROR_NS, between_ns), between_ns)
 
 
 def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
@@ -106,15 +118,16 @@ def _partner_starts(rows: pd.DataFrame) -> pd.Series[float]:
     return pd.Series(found.to_numpy(np.float64), index=pairs.index).reindex(rows.index)
 
 
-def estimate_waits(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
+def estimate_waits(rows: pd.DataFrame, clock_error_ns: float | npt.NDArray[np.float64]) -> pd.DataFrame:
     """Add waits, transfer and late arriver to matched rows; all times in nanoseconds.
 
     Adds duration_ns, wait_a_ns, wait_b_ns, wait_ns, transfer_ns, blamable, late_rank, lateness_ns,
-    lateness_to_median_ns, clock_error_ns, estimators_disagree and last_start_ns.
+    lateness_to_median_ns, clock_error_ns, estimators_disagree, last_start_ns and unsure_ns.
 
-    ``wait_ns`` is estimator B if the clock's error is below the instance's longest wait by A, else A, which needs no
-    clock. The late arriver is named only where the longest wait by B exceeds the clock's error. Operations in which no
-    rank needs all others have NaN waits.
+    ``clock_error_ns``: of all rows, or of each. ``wait_ns`` is estimator A, which needs no clock, as far as B does not
+    contradict it by more than the clock's error. Where there is B alone it is that, if it exceeds the error; else
+    ``unsure_ns`` of the transfer may be waiting. The late arriver is named only where the longest wait by B exceeds the
+    clock's error. Operations in which no rank needs all others have NaN waits.
     """
     duration: pd.Series[float] = (rows["end_ns"] - rows["start_ns"]).astype(np.float64)
     by_instance = rows["instance"]
@@ -126,7 +139,12 @@ def estimate_waits(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
     longest = wait_b.groupby(by_instance).transform("max")
     clock_tells = wait_a.fillna(wait_b).groupby(by_instance).transform("max") > clock_error_ns
     blamable = has_b & clock_tells.to_numpy() & (longest.to_numpy() > clock_error_ns)
-    wait = wait_b.where(clock_tells, wait_a).fillna(for_partner.where(for_partner > clock_error_ns))
+    wait = wait_a.clip(lower=wait_b - clock_error_ns, upper=wait_b + clock_error_ns)
+    by_clock = wait_b.fillna(for_partner)
+    wait = wait.fillna(by_clock.where(np.where(has_b, clock_tells, by_clock > clock_error_ns)))
+    # Who came last waited for nobody, so that the shortest part of an instance is transfer, whatever the clock says.
+    beyond = duration - wait.fillna(0.0) - duration.groupby(by_instance).transform("min")
+    unsure = beyond.clip(lower=0.0, upper=clock_error_ns).where(has_b & ~has_a, 0.0)
     late = _late_arrivers(rows)
     return rows.assign(
         duration_ns=duration,
@@ -141,6 +159,7 @@ def estimate_waits(rows: pd.DataFrame, clock_error_ns: float) -> pd.DataFrame:
         clock_error_ns=np.where(has_b, clock_error_ns, np.nan),
         estimators_disagree=(wait_a - wait_b).abs() > clock_error_ns,
         last_start_ns=last,
+        unsure_ns=unsure,
     )
 
 

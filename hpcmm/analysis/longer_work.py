@@ -46,23 +46,45 @@ class _LongerWork(NamedTuple):
     """Seconds by which the work takes longer than the median of the other ranks, shape (steps, parts)."""
     lost_s: float
     borne_s: float
+    charged_s: float
     is_bound: bool
     """The clocks do not tell who waits: ``lost_s`` is the most that it can be."""
 
 
-def find_longer_work(context: AnalysisContext, blamed: Mask) -> tuple[list[Finding], Mask]:
-    """Rows of longer work that the mask ``blamed`` (steps, traces, parts + 1) does not hold, and the mask with them.
+class LongerWork(NamedTuple):
+    findings: list[Finding]
+    blamed: Mask
+    """Of charges that rows hold, these among them."""
+    uncharged_s: float
+    """Seconds of the rows, as a mean over ranks and steps, that nobody was charged for want of a good clock."""
+
+
+def find_longer_work(context: AnalysisContext, blamed: Mask) -> LongerWork:
+    """Rows of longer work that the mask ``blamed`` (steps, traces, parts + 1) does not hold.
 
     If the clocks are good enough, the row has what the rank was charged, and there is none for work that cost nothing.
     """
     blamed = blamed.copy()
-    found = []
+    found, uncharged_s = [], 0.0
     for longer in _longer_work(context):
         mask = mask_of(context.losses.shape, longer.members, parts_by_kind(context)[longer.kind])
         if not (blamed & mask).any():
             blamed |= mask
             found.append(_finding(context, longer))
-    return found, blamed
+            uncharged_s += longer.lost_s - longer.charged_s
+    return LongerWork(found, blamed, uncharged_s)
+
+
+def withheld_s(context: AnalysisContext) -> float:
+    """Exposed waiting a step, as a mean over ranks, that nobody is charged: the clocks do not tell who was late, or
+    that the others waited for so long."""
+    rows = context.rows
+    if rows.empty:
+        return 0.0
+    waits = rows[rows["needs_all"].astype(bool) & rows["step"].isin(context.steps.numbers)]
+    charged = (waits["last_start_ns"] - waits["start_ns"]).where(waits["blamable"].astype(bool), 0.0)
+    count = len(context.steps.numbers) * len(context.traces)
+    return float((waits["exposed_wait_ns"] - charged).clip(lower=0.0).sum()) / NS_PER_S / count
 
 
 def _longer_work(context: AnalysisContext) -> Iterator[_LongerWork]:
@@ -86,7 +108,7 @@ def _longer_work(context: AnalysisContext) -> Iterator[_LongerWork]:
             is_bound = error_s > longer_s
             lost_s = max(charged_s, min(longer_s, most_s)) if is_bound else charged_s
             if longer_s >= least_s and (is_bound or charged_s >= least_s):
-                yield _LongerWork(kind, members, longer, lost_s, borne_s, is_bound)
+                yield _LongerWork(kind, members, longer, lost_s, borne_s, charged_s, is_bound)
 
 
 def _beyond(work: Floats, members: tuple[int, ...], others: npt.NDArray[np.intp]) -> Floats:

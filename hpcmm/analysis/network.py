@@ -1,5 +1,7 @@
 """The network against what it can do: the node behind a slow link, and whether transfer is far below the links' rate.
 
+Before that: whether what seems transfer is any.
+
 Where data trickle in tells which hop is slow. Which end of it is at fault tell the links' own counters, which the first
 rank of each node noted, or that a node has slow hops to several others.
 """
@@ -15,8 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from hpcmm.analysis import process_groups
 from hpcmm.analysis.collectives import bus_rate, size_in_words
+from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, AnalysisContext
+from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.osrt import STEP_THREAD
+from hpcmm.analysis.process_groups import Unseen
 from hpcmm.analysis.trace import WORKER, RankTrace
 from hpcmm.runs.links import LinkUse, Network
 
@@ -205,3 +211,38 @@ def standing(rows: pd.DataFrame, network: Network, traces: Sequence[RankTrace]) 
     if used < below * can:
         return Standing(True, f"{told}: the network is slow, or others use it")
     return Standing(False, told + (": the network is used well" if used >= NEAR * can else ""))
+
+
+_MATCHED = 0.9
+"""From this share of the operations on, what is left of them is transfer."""
+_SURE = 0.1
+"""Up to this share of it may be waiting, and what is left is still transfer for sure."""
+
+
+def unseen(context: AnalysisContext) -> Unseen:
+    """The ranks that others may wait for, although no report shows them."""
+    stepping = [trace for trace in context.traces if len(trace.steps)]
+    return process_groups.unseen_ranks(context.rows, stepping, context.expected_ranks)
+
+
+def transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple[str, str, str]:
+    """Cause, confidence and evidence: whether what seems transfer can be waiting for a rank that was not seen."""
+    absent = unseen(context)
+    matched = float((inside["complete"].astype(bool) & (inside["ranks"] > 1)).mean()) if len(inside) else 0.0
+    if absent.missing > 0:
+        return CAUSES["unseen"], LOW, f"{absent} have no report with steps, and part of this may be waiting for them"
+    if matched > _MATCHED:
+        told = "all ranks are there, the transfer itself takes the time"
+        unsure, error_s = _unsure(inside)
+        if unsure > _SURE:
+            told = f"up to {unsure:.0%} of it may be waiting: the clocks of the ranks agree within {error_s:.3g} s only"
+        return CAUSES["transfer"], HIGH if unsure <= _SURE else MEDIUM if unsure <= 0.5 else LOW, told
+    why = f"only {matched:.0%} of the operations were seen on several ranks and all of their group"
+    return CAUSES["transfer"], MEDIUM if matched > 0.5 else LOW, f"{why}: part of this may be waiting"
+
+
+def _unsure(inside: pd.DataFrame) -> tuple[float, float]:
+    """The share of the transfer that may be waiting for all that the clocks tell, and their error in seconds."""
+    exposed = inside["exposed_transfer_ns"]
+    unsure = float(np.minimum(exposed, inside["unsure_ns"]).sum()) / max(float(exposed.sum()), 1.0)
+    return unsure, float(inside["clock_error_ns"].max()) / NS_PER_S

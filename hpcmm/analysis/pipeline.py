@@ -107,7 +107,7 @@ def study(
     traces, clock = on_one_clock(inventory)
     traces = phases.group_rare_phases([process_groups.with_record(trace, record.groups) for trace in traces])
     progress("matching collectives", 0, 1)
-    rows = collectives.match_with_waits(traces, clock.error_ns)
+    rows = collectives.match_with_waits(traces, clock.error_ns, clock.shared)
     steps = step_times(traces)
 
     @cache

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from simulated import make_trace
 
-from hpcmm.analysis.collectives import bus_bandwidth, estimate_waits, expose, match
+from hpcmm.analysis.clock import SAME_HOST_ERROR_NS
+from hpcmm.analysis.collectives import bus_bandwidth, estimate_waits, expose, match, match_with_waits
 from hpcmm.analysis.intervals import IntervalSet
 
 
@@ -20,7 +21,8 @@ def test_both_estimators_and_the_late_arriver() -> None:
     rows = estimate_waits(match(ranks((100, 500), (150, 510), (400, 505))), 10)
     assert rows["wait_b_ns"].tolist() == [300, 250, 0]
     assert rows["wait_a_ns"].tolist() == [400 - 105, 360 - 105, 0]
-    assert rows["wait_ns"].tolist() == [300, 250, 0]
+    assert rows["wait_ns"].tolist() == [295, 255, 0]
+    assert rows["transfer_ns"].tolist() == [105, 105, 105]
     assert rows["late_rank"].tolist() == [2, 2, 2]
     assert rows["lateness_ns"].tolist() == [250, 250, 250]
 
@@ -30,6 +32,34 @@ def test_nobody_is_blamed_when_the_clock_is_worse_than_the_wait() -> None:
     assert not rows["blamable"].any()
     assert rows["late_rank"].isna().all()
     assert rows["wait_ns"].tolist() == rows["wait_a_ns"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("error_ns", "transfer_ns"),
+    [(1, [304, 104, 100]), (40, [265, 100, 100]), (200, [105, 100, 100]), (1000, [100, 100, 100])],
+)
+def test_no_more_is_called_transfer_than_the_shortest_part_unless_the_clock_contradicts_it(
+    error_ns: int, transfer_ns: list[int]
+) -> None:
+    """The first rank's clock is 200 ahead, so that by the clocks it hardly waited."""
+    rows = estimate_waits(match(ranks((300, 710), (150, 510), (405, 505))), error_ns)
+    assert rows["transfer_ns"].tolist() == transfer_ns
+
+
+def test_ranks_of_one_node_arrive_at_exact_times_whatever_the_clocks_of_the_nodes_are() -> None:
+    traces = ranks((100, 500), (150, 510), (400, 505))
+    apart = match_with_waits(traces, 1000.0, ["a", "b", "a"])
+    assert not apart["blamable"].any()
+    here = match_with_waits(traces, 10_000_000.0, ["a", "a", "a"])
+    assert here["clock_error_ns"].tolist() == [SAME_HOST_ERROR_NS] * 3
+
+
+def test_of_what_the_clock_alone_tells_from_waiting_it_is_said_how_much_may_be_either() -> None:
+    """Of an all-to-all no more is sure than that the shortest part is transfer."""
+    rows = estimate_waits(match(ranks((100, 500), (150, 900), op="all_to_all")), 1000)
+    assert rows["unsure_ns"].tolist() == [0, 350]
+    assert estimate_waits(match(ranks((100, 500), (150, 900))), 1000)["unsure_ns"].tolist() == [0, 0]
+    assert estimate_waits(match(ranks((100, 500), (150, 900), op="all_to_all")), 10)["unsure_ns"].tolist() == [0, 10]
 
 
 @pytest.mark.parametrize("op", ["broadcast", "reduce", "gather", "scatter", "send", "recv"])
