@@ -229,7 +229,7 @@ def _waiting_for_one(
         f"others, which wait for it in them, in {int((longer.min(axis=1) > 0).sum())} of {len(left)} steps"
         f"{_by_kernel(kernels)}"
     )
-    told += f"; {why}" if (why := excess(context.gpu, trace.rank)) else ""
+    told += f"; {why}" if (why := excess(context.gpu, trace.rank).told) else ""
     by_step = longer.sum(axis=1) / len(means)
     worst = context.worst_step(by_step.reindex(context.steps.numbers).fillna(0.0).to_numpy(float))
     lost, where = float(by_step.mean()), f"gpu: rank={late}"
