@@ -105,7 +105,8 @@ def in_words(table: pd.DataFrame) -> str:
         memory = f" ({row['memory']} memory)" if row["memory"] in _HOST_MEMORY else ""
         rate = f" at {row['bytes_per_s'] / 1e9:.3g} GB/s" if row["bytes_per_s"] > 0 else ""
         size = f", {row['bytes'] / 1e9:.3g} GB{rate}" if row["bytes"] > 0 else ""
-        told = f"{row['copies']} copies {row['direction']}{memory}{size}, {row['exposed_s']:.3g} s of them exposed"
+        where = "between GPUs (peer to peer)" if row["direction"] == PEER else row["direction"]
+        told = f"{row['copies']} copies {where}{memory}{size}, {row['exposed_s']:.3g} s of them exposed"
         parts.append(told)
     told = f"; there {'; '.join(parts)}" if parts else ""
     if what_moves(table) == OFFLOAD:

@@ -46,6 +46,7 @@ CAUSES = {
     "gpu_gap": "one long GPU gap",
     "gpu_order": "GPU idle between kernels",
     "gpu_copy": "copies without computation",
+    "gpu_set": "memory sets without computation",
     "gpu_comm": "communication, transfer or waiting",
     "gpu_wait": "imbalance between GPUs",
 }

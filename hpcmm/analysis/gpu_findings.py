@@ -39,6 +39,7 @@ _LOST = {
     **_OF_HOST,
     "gpu_order": "idle although more was launched in time",
     "gpu_copy": "copying, with no kernel beside it",
+    "gpu_set": "setting memory, with neither a kernel nor a copy beside it",
 }
 LONG_GAP_S = 0.01
 """Gaps that are so long, as a mean, do not come from launching alone."""
@@ -52,7 +53,7 @@ def per_device(gpu: pd.DataFrame) -> pd.DataFrame:
     """Seconds of a step (of the capture where ``gpu`` has no steps) that each device spends, by kind of loss.
 
     Columns rank, node, pid, device, span_s, ``idle``, ``host`` (idle until the host launches), ``gpu_order``,
-    ``gpu_copy``, ``gpu_comm``, ``gpu_wait`` and ``compute``.
+    ``gpu_copy``, ``gpu_set``, ``gpu_comm``, ``gpu_wait`` and ``compute``.
     """
     chosen = counted(gpu)
     exposed = chosen["exposed_comm_s"]
@@ -62,6 +63,7 @@ def per_device(gpu: pd.DataFrame) -> pd.DataFrame:
         host=chosen["idle_host_s"],
         gpu_order=chosen["idle_other_s"],
         gpu_copy=_copying_alone(chosen),
+        gpu_set=chosen["set_s"],
         gpu_comm=exposed - waited,
         gpu_wait=waited,
         compute=chosen["compute_s"],
@@ -71,8 +73,8 @@ def per_device(gpu: pd.DataFrame) -> pd.DataFrame:
 
 
 def _copying_alone(gpu: pd.DataFrame) -> pd.Series[float]:
-    """What is neither computation, communication nor idle, nor unknown for want of records."""
-    known = gpu[["compute_s", "exposed_comm_s", "idle_s", "shared_s", "untraced_s"]].sum(axis=1)
+    """What is neither computation, communication, memory sets nor idle, nor unknown for want of records."""
+    known = gpu[["compute_s", "exposed_comm_s", "set_s", "idle_s", "shared_s", "untraced_s"]].sum(axis=1)
     return (gpu["span_s"] - known).clip(lower=0.0)
 
 
@@ -416,7 +418,7 @@ def excess(gpu: pd.DataFrame, rank: int) -> Excess:
     own, peers = devices[devices["rank"] == rank], devices[devices["rank"] != rank]
     if own.empty or peers.empty:
         return Excess()
-    kinds = {"computes": "compute", "is idle": "idle", "copies": "gpu_copy"}
+    kinds = {"computes": "compute", "is idle": "idle", "copies": "gpu_copy", "sets memory": "gpu_set"}
     more = {what: float(own[column].mean() - peers[column].median()) for what, column in kinds.items()}
     most = max(more, key=lambda what: more[what])
     if more[most] <= 0:

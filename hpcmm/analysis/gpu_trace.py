@@ -30,11 +30,11 @@ LATENCY, BACK_TO_BACK, DEPENDENCY, UNTRACED = (
 CAUSES = (HOST, LATENCY, BACK_TO_BACK, DEPENDENCY, UNTRACED)
 
 GPU_COLUMNS = [
-    "device", "step", "start_ns", "end_ns", "span_ns", "compute_ns", "comm_ns", "memory_ns", "overlap_ns",
+    "device", "step", "start_ns", "end_ns", "span_ns", "compute_ns", "comm_ns", "memory_ns", "overlap_ns", "set_ns",
     *(f"idle_{index}_ns" for index in range(len(CAUSES))), "idle_sync_ns", "graph_ns", "shared_ns", "untraced_ns",
 ]  # fmt: skip
-"""``graph_ns``: whole CUDA graphs. ``shared_ns``: idle for this process while another used the GPU. ``untraced_ns``: no
-records, although there was work."""
+"""``set_ns``: memory sets alone. ``graph_ns``: whole CUDA graphs. ``shared_ns``: idle for this process while another
+used the GPU. ``untraced_ns``: no records, although there was work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,8 @@ class DeviceTime:
     comm: IntervalSet
     memory: IntervalSet
     overlap: IntervalSet
+    sets: IntervalSet
+    """Memory sets with neither a kernel nor a copy beside them."""
     idle: dict[str, IntervalSet]
 
     @property
@@ -68,9 +70,11 @@ def device_time(activities: pd.DataFrame, low_ns: int, high_ns: int) -> DeviceTi
     compute = _union(start, end, np.isin(kind, [KERNEL, GRAPH]) & ~communication)
     comm = _union(start, end, communication)
     memory = _union(start, end, np.isin(kind, [COPY, SET]))
+    sets = memory.subtract(_union(start, end, kind != SET))
     busy = IntervalSet.union_of(start, end)
     whole = IntervalSet.union_of([low_ns], [high_ns])
-    return DeviceTime(compute, comm, memory, compute.intersect(comm), _by_cause(whole.subtract(busy), activities))
+    idle = _by_cause(whole.subtract(busy), activities)
+    return DeviceTime(compute, comm, memory, compute.intersect(comm), sets, idle)
 
 
 def _union(start: Times, end: Times, chosen: npt.NDArray[np.bool_]) -> IntervalSet:
@@ -124,10 +128,11 @@ MOST_DRAWN = 20_000
 def drawn_time(time: DeviceTime) -> pd.DataFrame:
     """What a device does at each time, for a timeline: disjoint stretches (start_ns, end_ns, doing), sorted by start.
 
-    Computation hides communication, and both hide copies.
+    Computation hides communication, and both hide copies, which hide memory sets.
     """
-    copying = time.memory.subtract(time.compute).subtract(time.comm)
+    copying = time.memory.subtract(time.compute).subtract(time.comm).subtract(time.sets)
     sets = [("computation", time.compute), ("communication", time.comm.subtract(time.compute)), ("copies", copying)]
+    sets += [("memory sets", time.sets)]
     sets += [("idle: until the host launches" if cause == HOST else "idle", gaps) for cause, gaps in time.idle.items()]
     whole = pd.concat(
         [pd.DataFrame({"start_ns": each.start_ns, "end_ns": each.end_ns, "doing": doing}) for doing, each in sets],
@@ -169,7 +174,7 @@ def _device_rows(device: int, activities: pd.DataFrame, steps: pd.DataFrame, hos
     graphs = IntervalSet.union_of(whole_graphs["start_ns"], whole_graphs["end_ns"])
     windows = pd.DataFrame({"step": steps["step"], "start_ns": start, "end_ns": end}, dtype=np.int64)
     explained = idle.split(time.idle, HOST, activities, host, windows)
-    busy = (time.compute, time.comm, time.memory, time.overlap)
+    busy = (time.compute, time.comm, time.memory, time.overlap, time.sets)
     sets = (*busy, *time.idle.values(), explained.synchronising, graphs, shared, untraced)
     within = np.stack([each.covered_within(start, end) for each in (IntervalSet.union_of([low], [high]), *sets)])
     whole = np.array([high - low, *(each.total_ns for each in sets)])
@@ -323,7 +328,7 @@ def _blocked(host: IntervalSet | None, collectives: pd.DataFrame, activities: pd
 GPU_TABLE_COLUMNS = [
     "rank", "node", "pid", "device", "step", "warmup", "start_s", "span_s", "compute_s", "comm_s", "memory_s",
     "overlap_s", "overlap_share", "exposed_comm_s", "comm_wait_s", "idle_s", "idle_host_s", "idle_sync_s",
-    "idle_other_s", "idle_other_cause", "graph_s", "shared_s", "untraced_s", "gpu",
+    "idle_other_s", "idle_other_cause", "set_s", "graph_s", "shared_s", "untraced_s", "gpu",
 ]  # fmt: skip
 
 
@@ -396,7 +401,7 @@ def _in_seconds(trace: RankTrace, gpu: pd.DataFrame, waited_ns: npt.NDArray[np.f
         "idle_host_s": idle[:, 0],
         "idle_sync_s": gpu["idle_sync_ns"],
         "idle_other_s": other.sum(axis=1),
-        **{f"{name}_s": gpu[f"{name}_ns"] for name in ("graph", "shared", "untraced")},
+        **{f"{name}_s": gpu[f"{name}_ns"] for name in ("set", "graph", "shared", "untraced")},
     }
     share = np.divide(overlap, comm, out=np.full(len(gpu), np.nan), where=comm > 0)
     return gpu[["device", "step", "gpu"]].assign(

@@ -273,6 +273,8 @@ _GPU_ADVICE = {
     "gpu_mpi": "start communication early and wait for it late (MPI_Isend, MPI_Iallreduce), or NCCL on a stream",
     "gpu_cuda": "once, before the loop: allocations, pinned buffers, loading of modules (CUDA_MODULE_LOADING=EAGER)",
     "gpu_gap": "leave it out of the capture, to see more of the loop: nsys profile --capture-range=cudaProfilerApi",
+    "gpu_set": "set less memory, and once: gradients by zero_grad(set_to_none=True), buffers that are kept rather than "
+    "made new by torch.zeros in each step, torch.empty if all of them is written",
     "gpu_comm": "exchange beside the computation (async tensor parallel, a stream of its own), in fewer, larger "
     "kernels; if comm_s in table gpu is short on one rank alone, the others wait for that rank",
     "gpu_wait": "give each GPU as much to do as the others, by the cost of batches, experts or layers",

@@ -28,7 +28,13 @@ def ordered(phases: Iterable[str]) -> list[str]:
     return [*usual, *sorted(seen - {*PHASES, OTHER}), *([OTHER] if OTHER in seen else [])]
 
 
-_GPU_COLOURS = {"computation": "forward", "communication": "backward", "copies": "data", "idle": OTHER}
+_GPU_COLOURS = {
+    "computation": "forward",
+    "communication": "backward",
+    "copies": "data",
+    "memory sets": "data",
+    "idle": OTHER,
+}
 """What a GPU does has the colours of its bar."""
 
 

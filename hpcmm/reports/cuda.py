@@ -54,6 +54,9 @@ TABLES = {
 RUNTIME = "CUPTI_ACTIVITY_KIND_RUNTIME"
 NAME_COLUMNS = ("shortName", "demangledName", "mangledName")
 COPY_COLUMNS = {"bytes": "bytes", "copy_kind": "copyKind", "source": "srcKind", "target": "dstKind"}
+DEVICES_OF_COPY = ("srcDeviceId", "dstDeviceId")
+PEER_TO_PEER, WITHIN_DEVICES = 10, (0, 5, 6, 7, 8)
+"""Numbers of copyKind."""
 LONG_CALL_NS = 100_000
 """A CUDA call from this length on may be what a GPU has to wait for, whatever it does."""
 
@@ -109,11 +112,14 @@ def _read_activities(database: ReportDatabase, table: str, damage: list[str]) ->
     kind = TABLES[table]
     names = [column for column in NAME_COLUMNS if database.has(table, column)][:2] if kind == KERNEL else []
     known = [column for column in ("globalPid", "deviceId", "streamId", "correlationId") if database.has(table, column)]
-    details = [column for column in COPY_COLUMNS.values() if kind == COPY and database.has(table, column)]
+    wanted = (*COPY_COLUMNS.values(), *DEVICES_OF_COPY) if kind == COPY else ()
+    details = [column for column in wanted if database.has(table, column)]
     nullable = [*names[1:], *details]
     values = _columns(database, table, ["start", "end", *known, *names[:1]], damage, nullable)
     unknown = np.full(len(values["start"]), UNKNOWN, dtype=np.int64)
     process = values.get("globalPid", unknown)
+    if "copyKind" in values:
+        values["copyKind"] = _kind_of_copy(values)
     return pd.DataFrame(
         {
             "start_ns": values["start"],
@@ -132,6 +138,16 @@ def _read_activities(database: ReportDatabase, table: str, damage: list[str]) ->
             },
         }
     )
+
+
+def _kind_of_copy(values: dict[str, Integers]) -> Integers:
+    """copyKind, but PEER_TO_PEER between two devices, which are told for such copies, whatever their kind is."""
+    kind = values["copyKind"]
+    here = values.get("deviceId", np.full(len(kind), UNKNOWN, dtype=np.int64))
+    source, target = (values.get(name, here) for name in DEVICES_OF_COPY)
+    source, target = np.where(source < 0, here, source), np.where(target < 0, here, target)
+    apart = (source != target) & (source >= 0) & (target >= 0)
+    return np.where(apart & np.isin(kind, WITHIN_DEVICES), PEER_TO_PEER, kind)
 
 
 def _kernel_names(database: ReportDatabase, ids: list[Integers]) -> npt.NDArray[np.object_]:

@@ -59,6 +59,14 @@ def advice(table: pd.DataFrame, config: dict | None = None) -> str:
     return suggest(finding, config or {})
 
 
+def test_copies_between_gpus_are_told() -> None:
+    table = copies((100, 200, 8, 10, 2, 2), (300, 350, 8, 8, 2, 2))
+    told = in_words(table)
+    assert "1 copies between GPUs (peer to peer)" in told
+    assert "1 copies device to device" in told
+    assert "collectives of NCCL" in advice(table)
+
+
 def test_pageable_copies_are_to_be_pinned_and_pinned_ones_are_not() -> None:
     assert "pin_memory=True" in advice(copies((100, 200, 8, 1, 0, 2)))
     for rows in (

@@ -90,6 +90,17 @@ def test_a_gap_is_the_hosts_fault_when_the_next_launch_came_after_it_began(
     assert {name: idle.total_ns for name, idle in time.idle.items() if len(idle)} == {cause: begin - 100}
 
 
+def test_memory_sets_are_alone_if_neither_kernels_nor_copies_run_beside_them() -> None:
+    time = device_time(
+        activities([(0, 20, "set", 0, 1), (10, 15, "kernel", 0, 1), (18, 30, "copy", 0, 1), (25, 40, "set", 0, 1)]),
+        0,
+        50,
+    )
+    assert time.sets.start_ns.tolist() == [0, 15, 30]
+    assert time.sets.end_ns.tolist() == [10, 18, 40]
+    assert time.memory.total_ns == 40
+
+
 def test_work_behind_the_host_counts_in_the_step_that_launched_it() -> None:
     rows = gpu_rows(
         activities([(20, 150, "kernel", 10, 11), (150, 180, "kernel", 110, 111), (300, 310, "copy", 250, 251)]),

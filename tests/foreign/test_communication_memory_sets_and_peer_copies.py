@@ -205,3 +205,69 @@ def test_nccl_s_kernels_of_any_function_have_one_row(tmp_path: Path, name: str, 
     rows = rows[rows["cause"].str.contains("communication|transfer")]
     assert len(rows) == 1
     assert rows["lost_s_per_step"].iloc[0] == pytest.approx(0.011 * (1 if steps else STEPS), rel=0.01)
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_memory_sets_are_no_copies(tmp_path: Path, steps: bool) -> None:
+    def work(_step: int) -> list[Run]:
+        return [Run("gemm", 0, 8), Run(SET, 6, 12), Run("copy", 12, 14, copy=(8, None, None)), Run(SET, 13, 15)]
+
+    run = analyze(write(tmp_path / "run", work, work, steps=steps))
+    count = 1 if steps else STEPS
+    rows = run.bottlenecks().set_index("cause")
+    assert rows.loc["memory sets without computation", "lost_s_per_step"] == pytest.approx(0.005 * count)
+    assert rows.loc["copies without computation", "lost_s_per_step"] == pytest.approx(0.002 * count)
+    assert "zero_grad(set_to_none=True)" in rows.loc["memory sets without computation", "suggestion"]
+    assert "copies device to device" not in rows.loc["memory sets without computation", "evidence"]
+    assert "zero_grad" not in rows.loc["copies without computation", "suggestion"]
+    gpu = run.gpu()
+    assert gpu["set_s"].sum() == pytest.approx(2 * 0.005 * STEPS)
+    assert gpu["memory_s"].sum() == pytest.approx(2 * 0.009 * STEPS)
+    assert run.copies()["copies"].sum() == 2 * STEPS
+    drawn = pd.concat([trace.device_time for trace in run.study.traces])
+    seconds = (drawn["end_ns"] - drawn["start_ns"]).groupby(drawn["doing"]).sum() / 1e9
+    assert seconds[["memory sets", "copies"]].to_numpy() == pytest.approx([2 * 0.005 * STEPS, 2 * 0.002 * STEPS])
+
+
+def test_memory_sets_beside_copies_alone_leave_the_advice_to_the_copies(tmp_path: Path) -> None:
+    def work(_step: int) -> list[Run]:
+        return [Run("gemm", 0, 8), Run("copy", 8, 16, copy=(8, None, None)), Run(SET, 9, 15)]
+
+    run = analyze(write(tmp_path / "run", work, work))
+    assert "memory sets without computation" not in causes(run)
+    assert run.bottlenecks().set_index("cause").loc["copies without computation", "lost_s_per_step"] == pytest.approx(
+        0.008
+    )
+
+
+@pytest.mark.parametrize(
+    ("copy", "direction"),
+    [
+        ((10, 0, 1), "peer to peer"),
+        ((10, None, None), "peer to peer"),
+        ((8, 0, 1), "peer to peer"),
+        ((8, 1, None), "peer to peer"),
+        ((8, None, 1), "peer to peer"),
+        ((8, 0, 0), "device to device"),
+        ((8, None, None), "device to device"),
+        ((1, None, 1), "host to device"),
+        ((13, 0, 1), "device to device"),
+    ],
+)
+def test_copies_between_gpus_are_told_from_copies_within_one(tmp_path: Path, copy, direction: str) -> None:
+    def work(_step: int) -> list[Run]:
+        return [Run("gemm", 0, 8), Run("copy", 8, 18, copy=copy)]
+
+    run = analyze(write(tmp_path / "run", work, work))
+    assert set(run.copies()["direction"]) == {direction}
+    row = run.bottlenecks().iloc[0]
+    assert row["cause"] == "copies without computation"
+    between = "copies between GPUs (peer to peer)" in row["evidence"]
+    assert between == ("copies between GPUs" in row["suggestion"]) == (direction == "peer to peer")
+
+
+def test_all_devices_may_be_told_as_zero(tmp_path: Path) -> None:
+    def work(_step: int) -> list[Run]:
+        return [Run("gemm", 0, 8, device=1), Run("copy", 8, 18, copy=(8, 0, 0), device=1)]
+
+    assert set(analyze(write(tmp_path / "run", work)).copies()["direction"]) == {"device to device"}
