@@ -65,19 +65,9 @@ MIN_SHARE = 0.02
 BLAMED_WEIGHT = 6.0
 """A row that names a culprit goes before rows that name nobody with up to so many times its loss."""
 COLUMNS = [
-    "rank_order",
-    "cause",
-    "lost_s_per_step",
-    "step_share",
-    "rank",
-    "node",
-    "phase",
-    "evidence",
-    "confidence",
-    "evidence_rows",
-    "worst_step",
-    "suggestion",
-]
+    "rank_order", "cause", "lost_s_per_step", "step_share", "rank", "node", "phase", "evidence", "confidence",
+    "evidence_rows", "worst_step", "suggestion",
+]  # fmt: skip
 
 
 def gather(

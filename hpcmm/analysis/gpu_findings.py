@@ -43,6 +43,8 @@ _LOST = {
 }
 LONG_GAP_S = 0.01
 """Gaps that are so long, as a mean, do not come from launching alone."""
+NOT_NCCL = 0.5
+"""From this share of the time of kernels that communicate on, transfer is not told from waiting."""
 _DEVICE = ["rank", "node", "pid", "device"]
 _BY_CAUSE = {SYNCHRONISING: "gpu_sync", MPI: "gpu_mpi", CUDA_CALL: "gpu_cuda", idle.OS_CALL: "gpu_os"}
 MOST_TOLD = 3
@@ -363,9 +365,13 @@ def _communication(devices: pd.DataFrame, kernels: pd.DataFrame, unseen: Unseen)
     )
     names = kernels[kernels["communication"].astype(bool)].groupby("name")["total_s"].sum()
     told += f"; in all {_most_of(names, len(devices))}" if len(names) else ""
+    others = float(names[[kernel_op(str(name)) is None for name in names.index]].sum())
     if unseen.missing > 0:
         told += f"; {unseen} have no report, so that transfer cannot be told from waiting for them"
         return Finding("unseen", CAUSES["unseen"], lost, None, "", "", told, LOW, _rows(most))
+    if others > NOT_NCCL * float(names.sum()):
+        told += "; most of them are not NCCL's and are not matched between ranks, so that part of it may be waiting"
+        return Finding("gpu_comm", CAUSES["gpu_comm"], lost, None, "", "", told, LOW, _rows(most))
     return Finding("transfer", CAUSES["transfer"], lost, None, "", "", told, MEDIUM, _rows(most))
 
 

@@ -44,6 +44,8 @@ _OPS = {
     "gather": "gather",
     "scatter": "scatter",
 }
+UNTOLD = (SEND_RECV, GENERIC)
+"""What a kernel does not tell: who needs whom in it."""
 _OP_NAMES = "AllReduce|AllGatherV?|ReduceScatter|Broadcast|Reduce|SendRecv|AllToAll|Gather|Scatter"
 _KERNEL = re.compile(
     rf"""nccl(?:\w*Dev)?Kernel(?:Debug)?_ | ncclKernel(?:{_OP_NAMES}|Send|Recv)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import process_groups
+from hpcmm.analysis import nccl, process_groups
 from hpcmm.analysis.collectives import bus_rate, size_in_words
 from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, AnalysisContext
 from hpcmm.analysis.intervals import NS_PER_S
@@ -231,6 +231,10 @@ def transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple
     matched = float((inside["complete"].astype(bool) & (inside["ranks"] > 1)).mean()) if len(inside) else 0.0
     if absent.missing > 0:
         return CAUSES["unseen"], LOW, f"{absent} have no report with steps, and part of this may be waiting for them"
+    untold = float(inside["op"].isin(nccl.UNTOLD).mean()) if len(inside) else 0.0
+    if untold > 1.0 - _MATCHED:
+        why = f"{untold:.0%} of the operations are NCCL kernels of sends and receives, or of several operations"
+        return CAUSES["transfer"], LOW, f"{why}, which do not tell who waits for whom: part of this may be waiting"
     if matched > _MATCHED:
         told = "all ranks are there, the transfer itself takes the time"
         unsure, error_s = _unsure(inside)

@@ -204,7 +204,56 @@ def test_nccl_s_kernels_of_any_function_have_one_row(tmp_path: Path, name: str, 
     rows = run.bottlenecks()
     rows = rows[rows["cause"].str.contains("communication|transfer")]
     assert len(rows) == 1
+    tells_who_waits = not steps or name == "ncclSymkDevKernel_AllReduce_AGxLL_R_sum_f32"
+    assert ("part of this may be waiting" in rows["evidence"].iloc[0]) == (not tells_who_waits)
+    assert (rows["confidence"].iloc[0] == "low") == (not tells_who_waits)
     assert rows["lost_s_per_step"].iloc[0] == pytest.approx(0.011 * (1 if steps else STEPS), rel=0.01)
+
+
+@pytest.mark.parametrize(("names", "cause"), [((REDUCE,), "transfer or waiting"), ((NCCL, NCCL, REDUCE), "transfer")])
+def test_without_steps_transfer_is_told_of_nccl_alone(tmp_path: Path, names: tuple[str, ...], cause: str) -> None:
+    run = analyze(write(tmp_path / "run", *[split(8, *names)] * 2, steps=False))
+    rows = run.bottlenecks()
+    row = rows[rows["cause"].str.startswith("communication")].iloc[0]
+    assert row["cause"].endswith(cause)
+    assert row["lost_s_per_step"] == pytest.approx(0.011 * STEPS)
+    assert (row["confidence"] == "low") == (cause == "transfer or waiting")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "lost_s"),
+    [
+        ([lambda _step: [Run("gemm", 0, 8), Run(NCCL, 8, 16), Run("gemm", 0, 6, device=1), Run(NCCL, 6, 16, device=1)]],
+         0.009),
+        ([split(8, NCCL)] * 2, 0.011),
+    ],
+)  # fmt: skip
+def test_nccl_s_kernels_that_no_step_launched_have_a_row(tmp_path: Path, ranks: list[Work], lost_s: float) -> None:
+    folder = write(tmp_path / "run", *ranks)
+    for report in folder.iterdir() if len(ranks) > 1 else []:
+        with closing(sqlite3.connect(report)) as connection:
+            connection.execute("DELETE FROM CUPTI_ACTIVITY_KIND_RUNTIME")
+            connection.commit()
+    row = analyze(folder).bottlenecks().iloc[0]
+    assert row["cause"] == "communication, transfer or waiting"
+    assert row["lost_s_per_step"] == pytest.approx(lost_s)
+
+
+def test_a_late_rank_that_something_else_names_is_not_counted_again(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", split(8, REDUCE), split(17, REDUCE))
+    for rank, loads_ms in ((0, 1), (1, 10)):
+        with closing(sqlite3.connect(folder / f"rank{rank}.sqlite")) as connection:
+            connection.execute(
+                "INSERT INTO NVTX_EVENTS SELECT start, start + ?, 59, 'data_loading', globalTid, NULL, 0 "
+                "FROM NVTX_EVENTS WHERE text LIKE 'iteration%'",
+                (loads_ms * MS,),
+            )
+            connection.execute("DELETE FROM CUPTI_ACTIVITY_KIND_KERNEL WHERE start % 20000000 < 8000000 AND ?", (rank,))
+            connection.commit()
+    table = analyze(folder).bottlenecks()
+    assert (table["cause"].iloc[0], table["rank"].iloc[0]) == ("data loading", 1)
+    assert "imbalance between GPUs" not in set(table["cause"])
+    assert table["step_share"].sum() <= 1.0
 
 
 @pytest.mark.parametrize("steps", [True, False])
