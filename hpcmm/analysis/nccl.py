@@ -189,7 +189,7 @@ def is_communication(activities: pd.DataFrame) -> npt.NDArray[np.bool_]:
     kernel = (activities["kind"] == KERNEL).to_numpy(np.bool_)
     named = np.array(_of_name(activities, communicates) == np.True_, dtype=np.bool_)
     names = activities["name"].cat
-    present = np.unique(names.codes.to_numpy()[kernel])
+    present = pd.unique(names.codes.to_numpy()[kernel])
     used = [str(name) for name in names.categories[present[present >= 0]]]
     theirs = _of_experts(used)
     if not theirs:

@@ -182,10 +182,8 @@ def test_the_rank_whose_kernels_are_far_shorter_is_waited_for(tmp_path: Path, ra
         [split(8, "deep_ep::intranode::dispatch"), split(17, "deep_ep::intranode::dispatch")],  # by their tokens
         [split(8, REDUCE), split(13, REDUCE), split(17, REDUCE)],  # the others are not alike
         [split(8, REDUCE), split(9, REDUCE)],  # hardly shorter
-        [
-            lambda step: split(8 if step % 2 else 17, REDUCE)(step),
-            lambda step: split(17 if step % 2 else 8, REDUCE)(step),
-        ],
+        [by_turns(0), by_turns(1)],
+        [split(8, REDUCE), lambda step: [*split(8, REDUCE)(step), Run("gemm", 8, 17)]],  # hidden, and as long
     ],
 )
 def test_nobody_is_named_if_it_is_not_clear(tmp_path: Path, ranks: list[Work]) -> None:
