@@ -118,7 +118,9 @@ def causes(run: Analysis) -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [REDUCE, "multimem_all_reduce_kernel", "nvshmemi_proxy_rma_entrypoint", "deep_ep::intranode::dispatch",
-     "mscclpp::executionKernel", "userbuffers_fp16_sum_inplace_gpu_rw"],
+     "mscclpp::executionKernel", "userbuffers_fp16_sum_inplace_gpu_rw",
+     "void vllm::cross_device_reduce_1stage<__nv_bfloat16, 2>(vllm::RankData*, int)",
+     "_ZN4vllm26cross_device_reduce_1stageI13__nv_bfloat16Li2EEEvPNS_8RankDataEi"],
 )  # fmt: skip
 def test_communication_in_steps_that_nothing_matches_has_a_row(tmp_path: Path, name: str) -> None:
     run = analyze(write(tmp_path / "run", split(8, name), split(8, name)))
@@ -132,6 +134,15 @@ def test_communication_in_steps_that_nothing_matches_has_a_row(tmp_path: Path, n
         assert told in row["evidence"]
     assert "computation" in row["suggestion"]
     assert run.bottlenecks()["step_share"].sum() <= 1.0
+
+
+@pytest.mark.parametrize("name", ["all_reduce_loss_fwd", "MoeAllToAllPermute", "ncclMemcpyKernel", "combine"])
+def test_kernels_that_only_sound_like_communication_compute(tmp_path: Path, name: str) -> None:
+    run = analyze(write(tmp_path / "run", *[split(8, name, name, name, NCCL)] * 2))
+    assert "communication, transfer or waiting" not in causes(run)
+    kernels = run.kernels()
+    assert set(kernels.loc[kernels["communication"], "name"]) == {NCCL}
+    assert run.gpu()["comm_s"].sum() == pytest.approx(2 * STEPS * 0.011 / 4)
 
 
 def test_what_matched_collectives_account_for_is_not_counted_again(tmp_path: Path) -> None:
