@@ -280,6 +280,7 @@ def _extract_all(
         **_kept(report, gpu),
         batches=phases.batch_sizes(ranges, steps),
         stalled=osrt.stalled_intervals(report.osrt, pid),
+        main_thread=osrt.main_thread(report.osrt, pid) if report.cuda is None and steps.empty else None,
         groups=_groups(report, pid),
         expert_tokens=_expert_tokens(report, pid, segments),
     )

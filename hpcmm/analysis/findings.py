@@ -49,6 +49,16 @@ CAUSES = {
     "gpu_set": "memory sets without computation",
     "gpu_comm": "communication, transfer or waiting",
     "gpu_wait": "imbalance between GPUs",
+    "host_sleep": "sleep in the main thread",
+    "host_read": "reading in the main thread",
+    "host_open": "opening files in the main thread",
+    "host_write": "writing in the main thread",
+    "host_child": "waiting for a child process",
+    "host_pipe": "waiting for another process, such as a data loader's",
+    "host_other": "other OS calls of the main thread",
+    "host_code": "the main thread's own code",
+    "host_cores": "imbalance without a culprit",
+    "host_wait": "communication, or waiting for other ranks or threads",
 }
 
 _KINDS_OF_PHASES = {"data": "data", "checkpoint": "checkpoint", "other": "other", BETWEEN_STEPS: "between"}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.trace import MainThread, RankTrace
 
 WAITPID_FUNCTIONS = frozenset({"wait", "wait3", "wait4", "waitid", "waitpid"})
 _COMMUNICATION_WAITS = (
@@ -29,6 +29,8 @@ _COMMUNICATION_WAITS = (
     "sem_",
 )
 """Starts of the names of calls in which a thread waits for other threads or for the network. Not sleeps, not files."""
+
+_EXCHANGES = ("recv", "send", "writev")
 
 MIN_STALL_NS = 300_000_000
 STALL_TIMES = 10.0
@@ -55,9 +57,27 @@ def blocked_intervals(osrt: pd.DataFrame, pid: int, tid: int) -> IntervalSet | N
     mine = osrt[(osrt["pid"] == pid) & (osrt["tid"] == tid)]
     if mine.empty:
         return None
-    waits = [name for name in mine["function"].cat.categories if name.startswith(_COMMUNICATION_WAITS)]
+    waits = [name for name in mine["function"].cat.categories if is_waiting(name)]
     chosen = mine[mine["function"].isin(waits)]
     return IntervalSet.union_of(chosen["start_ns"], chosen["end_ns"])
+
+
+def is_waiting(function: str) -> bool:
+    """Whether a thread waits in this call for other threads or the network."""
+    return function.startswith(_COMMUNICATION_WAITS)
+
+
+def main_thread(osrt: pd.DataFrame, pid: int) -> MainThread | None:
+    """What the first thread of a process, whose tid is the pid, did in the OS; None if its calls were not traced."""
+    mine = osrt[osrt["pid"] == pid]
+    main = mine["tid"] == pid
+    if not main.any():
+        return None
+    sends = [name for name in mine["function"].cat.categories if name.startswith(_EXCHANGES)]
+    exchanges = mine[~main & mine["function"].isin(sends)]
+    first_and_last = [exchanges["start_ns"].min(), exchanges["end_ns"].max()] if len(exchanges) else []
+    calls = mine.loc[main, ["start_ns", "end_ns", "function"]].reset_index(drop=True)
+    return MainThread(calls, np.array(first_and_last, dtype=np.int64))
 
 
 def stalled_intervals(osrt: pd.DataFrame, pid: int) -> IntervalSet:

@@ -17,6 +17,7 @@ from hpcmm.analysis import (
     completeness,
     copies,
     gpu_trace,
+    host_calls,
     idle,
     nccl,
     osrt,
@@ -33,7 +34,7 @@ from hpcmm.analysis.findings import AnalysisContext, Finding, gpu_doubt
 from hpcmm.analysis.gpu_findings import span_s
 from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.pop_metrics import Reference, efficiency, samples_per_step
-from hpcmm.analysis.report_inventory import NO_STEPS, ReportInventory, environment_table
+from hpcmm.analysis.report_inventory import NO_NVTX, NO_STEPS, ReportInventory, environment_table
 from hpcmm.analysis.study import TABLES, Selection, Study, Tables, step_line
 from hpcmm.analysis.suggestions import suggest
 from hpcmm.analysis.time_tables import FirstStep, comm_wait, phases_summary, phases_table, startup_table, wait_matrix
@@ -156,7 +157,7 @@ def study(
         failed_run=record.folder if record.failed else "",
         failed_before_steps=record.failed_before_steps and not any(len(trace.steps) for trace in traces),
         ranges=user_ranges.in_words([fact.adopted for fact, _ in inventory.used if fact.adopted is not None]),
-        line_to_add=step_line(record.framework) if (inventory.table["status"] == NO_STEPS).any() else "",
+        line_to_add=step_line(record.framework) if inventory.table["status"].isin([NO_NVTX, NO_STEPS]).any() else "",
     )
 
 
@@ -182,6 +183,8 @@ def _found_without_steps(
 ) -> tuple[list[Finding], float]:
     """Findings of a capture without steps, and the seconds that they are shares of."""
     unseen = process_groups.unseen_ranks(rows, traces, expected_ranks)
+    if made["gpu"].empty:
+        return host_calls.find(traces, unseen)
     return bottlenecks.find_without_steps(made, unseen, gpu_doubt(traces)), span_s(made["gpu"])
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from hpcmm.analysis import host_calls
 from hpcmm.analysis.findings import Finding
 
 
@@ -30,6 +31,8 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
     """
     if finding.kind == "gpu_data":
         return suggest(replace(finding, kind="data"), config, cpus, framework)
+    if finding.kind in host_calls.ADVICE:
+        return host_calls.ADVICE[finding.kind]
     trains = bool(config) and set(config) != {"cluster"}
     ours = {"", "gradients"} | ({"sharded parameters"} if _zero_stage(config) > 2 else set())
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):

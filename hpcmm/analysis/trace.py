@@ -91,6 +91,16 @@ class DeviceWork:
 
 
 @dataclass(frozen=True, slots=True)
+class MainThread:
+    """OS calls of a process's first thread, kept if neither steps nor GPU records tell what it did."""
+
+    calls: pd.DataFrame
+    """start_ns, end_ns, function (category)."""
+    exchanges_ns: Times
+    """The first and the last time that another thread of the process sends or receives; empty if none does."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankTrace:
     """One training process of one report. All times are nanoseconds of one clock: the report's, then the run's."""
 
@@ -150,6 +160,8 @@ class RankTrace:
     """When each window of its capture after the first begins. Between two windows nothing was recorded."""
     communicators: Mapping[str, Member] = field(default_factory=dict)
     """Its places in NCCL's communicators, as far as it told, by their names in ``collectives``."""
+    main_thread: MainThread | None = None
+    """None if there are steps or GPU records, or if its OS calls were not traced."""
     label: str = ""
     """What to call it while its rank is unknown: as :func:`labelled` gives it."""
 
@@ -191,6 +203,7 @@ class RankTrace:
                 start_ns=clock(frame["start_ns"].to_numpy(np.int64)), end_ns=clock(frame["end_ns"].to_numpy(np.int64))
             )
 
+        main = self.main_thread
         blocked = self.blocked and IntervalSet(clock(self.blocked.start_ns), clock(self.blocked.end_ns))
         return replace(
             self,
@@ -202,6 +215,7 @@ class RankTrace:
             idle=None if self.idle is None else moved(self.idle),
             device_time=None if self.device_time is None else moved(self.device_time),
             blocked=blocked,
+            main_thread=main and MainThread(moved(main.calls), clock(main.exchanges_ns)),
             windows_ns=clock(self.windows_ns),
             starved=self.starved and IntervalSet(clock(self.starved.start_ns), clock(self.starved.end_ns)),
             device_work=self.device_work and self.device_work.on_clock(clock),

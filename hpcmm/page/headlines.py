@@ -90,7 +90,7 @@ def headline(study: Study) -> str:
     """The first bottleneck in one sentence, or why there is none."""
     table = study.tables["bottlenecks"]
     if not len(study.steps.numbers):
-        return gpu_headline(study) or "No steps to analyse: " + _why_no_steps(study)
+        return _capture_headline(study) or "No steps to analyse: " + _why_no_steps(study)
     step = seconds(study.steps.mean_s)
     if table.empty:
         told = f"Nothing stands out: no cause takes 2% of the {step} step, and no rank is to blame."
@@ -115,7 +115,7 @@ def headline(study: Study) -> str:
     return f"{cause[:1].upper()}{cause[1:]} {costs} {lost}{where}."
 
 
-_WHOSE = re.compile(r"^process [0-9]+(?:, GPU [0-9]+)?: ")
+_WHOSE, _OF_PROCESS = re.compile(r"^process [0-9]+(?:, GPU [0-9]+)?: "), re.compile(r"^process [0-9]+: ")
 """What a reason begins with if it is of one process of a report."""
 
 
@@ -231,20 +231,24 @@ def coverage_line(study: Study) -> str:
 
 def gaps(coverage: pd.DataFrame) -> list[tuple[str, str, str]]:
     """Who, status and reason of the rows of ``coverage`` that something is wrong with; ranks of which the same is
-    said, and that have no report, in one."""
+    said, and that have no report, in one; and so are processes of a report."""
     troubled = coverage[(coverage["reason"] != "") & (coverage["status"] != "not_profiled")]
-    alike = troubled.assign(own=np.where(troubled["report"] == "", -1, np.arange(len(troubled))))
+    said = troubled["reason"].str.replace(_OF_PROCESS, "", regex=True)
+    alone = (said == troubled["reason"]) & (troubled["report"] != "")
+    own = np.where(alone, np.arange(len(troubled)), -1 - pd.factorize(troubled["report"])[0])
+    alike = troubled.assign(own=own, said=said)
     told = []
-    for _, rows in alike.groupby(["own", "status", "reason", "node"], sort=False):
+    for _, rows in alike.groupby(["own", "status", "said", "node"], sort=False):
         row = rows.iloc[0]
-        known = rows["rank"].dropna()
+        known = rows.loc[rows["rank"].ge(0).fillna(False), "rank"]
         if len(known) > 1:
             who = f"ranks {rank_list(known)}" + (f" · {plain(row['node'])}" if row["node"] else "")
-        elif len(known) and int(known.iloc[0]) >= 0:
+        elif len(known):
             who = rank_name(int(known.iloc[0]), str(row["node"] or ""))
         else:
             who = plain(row["report"]) or f"{len(rows)} rank{'s' if len(rows) > 1 else ''}"
-        told.append((who, plain(row["status"]).replace("_", " "), plain(row["reason"])))
+        why = f"{len(rows)} processes: {row['said']}" if row["report"] and len(rows) > 1 else row["reason"]
+        told.append((who, plain(row["status"]).replace("_", " "), plain(why)))
     return told
 
 
@@ -282,8 +286,11 @@ def alone_line(study: Study) -> str:
 
 
 def phases_line(study: Study) -> str:
-    """How to see more of a computation that no phase covers; empty if phases cover it."""
-    if not len(study.steps.numbers) or computation_has_phases(study.traces):
+    """How to see more of a computation that no phase covers, or of a loop without steps; empty if phases cover it."""
+    if not len(study.steps.numbers):
+        is_known = study.tables["gpu"].empty and len(study.tables["bottlenecks"]) and study.line_to_add
+        return f"what gives it steps: {plain(study.line_to_add)}" if is_known else ""
+    if computation_has_phases(study.traces):
         return ""
     if len(study.tables["gpu"]) and study.ranges:  # the host launches its phases, and the GPU computes
         return ""
@@ -381,14 +388,14 @@ def _left_out(study: Study) -> str:
     return f"of {percent(share)} there are no records, although there was work" if share >= WORTH_SAYING else ""
 
 
-def gpu_headline(study: Study) -> str:
-    """The first bottleneck of a capture without steps, or nothing if no GPU was traced."""
+def _capture_headline(study: Study) -> str:
+    """The first bottleneck of a capture without steps, or nothing if neither GPUs nor OS calls tell of one."""
     rows, table = _by_gpu(_gpu_rows(study)), study.tables["bottlenecks"]
     devices = len(rows)
-    if not devices:
+    if not devices and table.empty:
         return ""
     where = "one GPU" if devices == 1 else f"{devices} GPUs"
-    told = f"No steps are annotated; of {seconds(float(rows['span_s'].sum()) / devices)} on {where}"
+    told = f"No steps are annotated; of {seconds(float(rows['span_s'].sum()) / max(devices, 1))} on {where}"
     graphs = graphs_line(study)
     if table.empty:
         doubt = gpu_doubt(study.traces)
@@ -396,7 +403,11 @@ def gpu_headline(study: Study) -> str:
             f"{told} {f'{graphs}; nothing else' if graphs else 'nothing'} loses 2%{f', but {doubt}' if doubt else ''}."
         )
     row = table.iloc[0]
-    return f"{told} {percent(float(row['step_share']))} are lost to this: {plain(row['cause'])}."
+    share, who = float(row["step_share"]), ""
+    if not devices:
+        told = f"No steps are annotated; of {seconds(float(row['lost_s_per_step']) / share)} of the loop"
+        who = f" of {rank_name(int(row['rank']), names=study.names)}" if pd.notna(row["rank"]) else ""
+    return f"{told} {percent(share)} are lost to this: {plain(row['cause'])}{who}."
 
 
 def late_line(study: Study) -> str:
