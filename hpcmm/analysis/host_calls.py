@@ -24,11 +24,12 @@ from hpcmm.analysis.trace import MainThread, RankTrace
 PARTS = 10
 """The loop is cut into so many equal parts: what holds in most of them, beyond their noise, is no accident."""
 MOST_PARTS, STANDARD_ERRORS = 7, 3.0
+MOST_CODE_PARTS, CODE_STANDARD_ERRORS = 9, 6.0
+"""The same of a worker that runs: cores are shared by chance, and for a while."""
 LEAST_SHARE = 0.02
 """What takes less of the loop is not worth a row."""
 LATE_SHARE, UNSURE_SHARE = 0.05, 0.1
-"""A worker is named from this share of the loop on. More is asked of what is not in most parts, and of a worker that
-runs, for cores are shared by chance."""
+"""A worker is named from this share of the loop on; more is asked of what is not in most parts, or runs."""
 
 FEWEST_WAITS, FEWEST_CALLS = 10, 20
 SHORTEST_WAIT_NS, SHORTEST_CALL_NS = 10_000, 1_000_000
@@ -45,8 +46,8 @@ LEAST_MATCH = 0.5
 """The others must wait for this share of what the late worker is longer."""
 PUT_OFF_NS, PUT_OFF_SHARE = 1_000_000, 0.1
 """A worker that is put off its core so often is not named for what it runs: other processes are to blame."""
-LEAST_COMMON = 0.5
-"""The loops that workers show must share this much of the shortest of them."""
+LEAST_COMMON, SHORTEST_LOOP_NS = 0.5, 500_000_000
+"""The loops that workers show must share this much of the shortest of them, and so much time."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -158,7 +159,7 @@ def find_loop(threads: Sequence[MainThread]) -> Loop | None:
         return None
     start, end = max(own[0] for own in found), min(own[1] for own in found)
     shortest = min(own[1] - own[0] for own in found)
-    return Loop(start, end, basis) if end - start >= LEAST_COMMON * shortest > 0 else None
+    return Loop(start, end, basis) if end - start >= max(SHORTEST_LOOP_NS, LEAST_COMMON * shortest) else None
 
 
 def _exchanging(thread: MainThread) -> tuple[int, int] | None:
@@ -246,34 +247,37 @@ def _late_worker(spent: Sequence[Spent], loop: Loop) -> list[Finding]:
     for kind in sorted(kinds, key=lambda kind: (-float(more[kind].sum()), kind)):
         longer = float(more[kind].sum())
         lost = min(longer, left)
-        often = _parts_with(np.minimum(more[kind], waited.min(axis=0) - late.parts(WAIT)), lost)
-        is_steady = often >= MOST_PARTS
+        most, errors = (MOST_CODE_PARTS, CODE_STANDARD_ERRORS) if kind == CODE else (MOST_PARTS, STANDARD_ERRORS)
+        often = _parts_with(np.minimum(more[kind], waited.min(axis=0) - late.parts(WAIT)), lost, errors)
+        is_steady = often >= most
         least = LATE_SHARE if is_steady and kind != CODE else UNSURE_SHARE
         # Of a worker that sleeps until others have come, hardly anybody waits as long.
         if lost < max(least * loop.length_s, LEAST_MATCH * longer) or (kind == CODE and not is_steady):
             continue
         left -= lost
-        function = late.function(kind)
         told = (
-            f"{_of_function(late, kind, loop)}, {longer:.3g} s longer than {other}; {waits}; so in "
-            f"{often} of {PARTS} parts of {loop}"
+            f"{_of_function(late, kind, loop)}, {longer:.3g} s longer than {other}; {waits}; so in {often} of {PARTS} "
+            f"parts of {loop}"
         )
-        rows = f"osrt: rank={late.trace.rank} thread_role=step" + (f" function={function}" if function else "")
-        if kind == CODE and late.put_off >= PUT_OFF_SHARE:
-            lost_core = f"{late.trace.name} lost its core in {late.put_off:.0%} of the calls that wait for nothing"
-            told = f"{lost_core}; {told}"
-            found.append(Finding("host_cores", CAUSES["host_cores"], lost, None, "", "", told, LOW, rows))
-            continue
-        sure, trace = MEDIUM if is_steady and kind != CODE else LOW, late.trace
-        found.append(Finding(kind, CAUSES[kind], lost, trace.rank, trace.node, "", told, sure, rows, function=function))
+        found.append(_of_late(late, kind, lost, told, MEDIUM if is_steady and kind != CODE else LOW))
     return found
 
 
-def _parts_with(in_parts: Floats, lost_s: float) -> int:
+def _of_late(late: Spent, kind: str, lost_s: float, told: str, sure: str) -> Finding:
+    """What ``late`` is longer in; nobody is named for what a thread runs that often loses its core."""
+    function, rank = late.function(kind), late.trace.rank
+    rows = f"osrt: rank={rank} thread_role=step" + (f" function={function}" if function else "")
+    if kind == CODE and late.put_off >= PUT_OFF_SHARE:
+        lost_core = f"{late.trace.name} lost its core in {late.put_off:.0%} of the calls that wait for nothing"
+        return Finding("host_cores", CAUSES["host_cores"], lost_s, None, "", "", f"{lost_core}; {told}", LOW, rows)
+    return Finding(kind, CAUSES[kind], lost_s, rank, late.trace.node, "", told, sure, rows, function=function)
+
+
+def _parts_with(in_parts: Floats, lost_s: float, errors: float) -> int:
     """How many parts of the loop have their share of ``lost_s``, half of the mean at least; 0 if the mean of all is
-    within their noise."""
+    within so many standard ``errors``."""
     error = float(in_parts.std(ddof=1)) / np.sqrt(PARTS)
-    return int((in_parts > lost_s / PARTS / 2).sum()) if in_parts.mean() > STANDARD_ERRORS * error else 0
+    return int((in_parts > lost_s / PARTS / 2).sum()) if in_parts.mean() > errors * error else 0
 
 
 def _of_function(own: Spent, kind: str, loop: Loop) -> str:

@@ -120,7 +120,7 @@ def study(
         if len(steps.numbers):
             findings, whole_s = bottlenecks.find(context()), steps.mean_s
         else:
-            findings, whole_s = _found_without_steps(made, rows, traces, inventory.expected_ranks)
+            findings, whole_s = _found_without_steps(made, rows, traces, inventory.expected_ranks, record)
         advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
         return bottlenecks.table(findings, whole_s, advice)
 
@@ -179,12 +179,12 @@ def _of_gpus(traces: Sequence[RankTrace]) -> dict[str, Callable[[], pd.DataFrame
 
 
 def _found_without_steps(
-    made: Tables, rows: pd.DataFrame, traces: Sequence[RankTrace], expected_ranks: int
+    made: Tables, rows: pd.DataFrame, traces: Sequence[RankTrace], expected_ranks: int, record: RunRecord
 ) -> tuple[list[Finding], float]:
     """Findings of a capture without steps, and the seconds that they are shares of."""
     unseen = process_groups.unseen_ranks(rows, traces, expected_ranks)
     if made["gpu"].empty:
-        return host_calls.find(traces, unseen)
+        return host_calls.find([] if record.failed_before_steps else traces, unseen)
     return bottlenecks.find_without_steps(made, unseen, gpu_doubt(traces)), span_s(made["gpu"])
 
 
