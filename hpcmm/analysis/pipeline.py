@@ -184,7 +184,8 @@ def _found_without_steps(
     """Findings of a capture without steps, and the seconds that they are shares of."""
     unseen = process_groups.unseen_ranks(rows, traces, expected_ranks)
     if made["gpu"].empty:
-        return host_calls.find([] if record.failed_before_steps else traces, unseen)
+        # Collectives that are annotated tell more than OS calls, and of a run that failed there is no loop.
+        return host_calls.find([] if record.failed_before_steps or len(rows) else traces, unseen)
     return bottlenecks.find_without_steps(made, unseen, gpu_doubt(traces)), span_s(made["gpu"])
 
 

@@ -392,7 +392,7 @@ def _capture_headline(study: Study) -> str:
     """The first bottleneck of a capture without steps, or nothing if neither GPUs nor OS calls tell of one."""
     rows, table = _by_gpu(_gpu_rows(study)), study.tables["bottlenecks"]
     devices = len(rows)
-    if not devices and table.empty:
+    if not devices and (table.empty or len(study.tables["phases"])):
         return ""
     where = "one GPU" if devices == 1 else f"{devices} GPUs"
     told = f"No steps are annotated; of {seconds(float(rows['span_s'].sum()) / max(devices, 1))} on {where}"
