@@ -118,6 +118,7 @@ def find(context: AnalysisContext) -> list[Finding]:
     seen = gpu_trace.traced_share(context.gpu)
     accounted = [replace(finding, lost_s=finding.lost_s / seen) for finding in own_work]
     on_gpus = gpu_findings.in_steps(context.gpu, context.idle, context.copies, accounted)
+    on_gpus = _without_launches(on_gpus, context.gpu, sum(finding.lost_s for finding in accounted))
     on_gpus = doubted([*gpu_findings.unmatched(context, [*alone, *late]), *on_gpus], gpu_doubt(context.traces))
     findings = [
         *alone,
@@ -131,6 +132,24 @@ def find(context: AnalysisContext) -> list[Finding]:
         *on_gpus,
     ]
     return _worth(within(findings, context.period_s), context.steps.mean_s)
+
+
+def _without_launches(findings: Sequence[Finding], gpu: pd.DataFrame, accounted_s: float) -> list[Finding]:
+    """``findings`` on GPUs that call nothing launched in time if no launch was traced.
+
+    What the hosts do meanwhile, ``accounted_s``, is in other rows then.
+    """
+    idle = gpu[gpu["idle_other_s"] > 0] if len(gpu) else gpu
+    if idle.empty or (idle["idle_other_cause"] != gpu_trace.UNTRACED).any():
+        return list(findings)
+    told = "GPUs are idle in {:.3g} s that no phase explains; nothing tells whether the host launched late"
+    lost = [max(0.0, each.lost_s - accounted_s) for each in findings]
+    return [
+        each
+        if each.kind != "gpu_order"
+        else replace(each, kind="gpu_unknown", cause=CAUSES["gpu_unknown"], lost_s=left, evidence=told.format(left))
+        for each, left in zip(findings, lost, strict=True)
+    ]
 
 
 _MOST_WAITING = 0.5
@@ -165,7 +184,7 @@ def find_without_steps(tables: Mapping[str, pd.DataFrame], unseen: Unseen, doubt
     Nothing tells chance from a straggler there, so that a row with a culprit goes by its loss as any other. What is
     worth a row is measured by the capture without gaps that come once.
     """
-    found = gpu_findings.of_capture(tables, unseen)
+    found = _without_launches(gpu_findings.of_capture(tables, unseen), tables["gpu"], 0.0)
     return _worth(doubted(found, doubt), gpu_findings.repeated_s(tables["gpu"], found), 1.0)
 
 

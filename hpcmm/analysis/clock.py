@@ -232,25 +232,29 @@ def _align_nodes(
     tightest[best] = True
     fits: dict[str, NodeFit] = {names[0]: NodeFit(0.0, 0.0, 0.0, SAME_HOST_ERROR_NS, 0, False)} if names else {}
     waiting = names[1:]
+    present = np.array([np.isfinite(end[:, columns[name]]).any(axis=1) for name in names])
+    place = {name: index for index, name in enumerate(names)}
+    known = present[0].copy() if names else np.empty(0, dtype=bool)
     while waiting:
-        present = {name: np.isfinite(end[:, columns[name]]).any(axis=1) for name in names}
-        known = np.any([present[name] for name in fits], axis=0)
-        name = max(waiting, key=lambda candidate: int((known & present[candidate]).sum()))
-        waiting.remove(name)
+        shared = np.count_nonzero(present[[place[name] for name in waiting]] & known, axis=1)
+        name = waiting.pop(int(shared.argmax()))
+        mine = present[place[name]]
         # Straight to the first node where it can be, for an error passes on from node to node.
-        direct = present[name] & present[names[0]]
-        through = [other for other in fits if other == names[0] or not direct.sum() >= MIN_INSTANCES]
+        direct = int(np.count_nonzero(mine & present[0]))
+        through = names[:1] if direct >= MIN_INSTANCES else list(fits)
         aligned = np.concatenate([columns[other] for other in through])
-        own, use = columns[name], present[name] & np.any([present[other] for other in through], axis=0)
+        reached = present[0] if direct >= MIN_INSTANCES else known
+        own, use = columns[name], mine & reached
         fit = _fit_node(
             Arrivals(start[np.ix_(use, own)], end[np.ix_(use, own)]),
             Arrivals(start[np.ix_(use, aligned)], end[np.ix_(use, aligned)]),
             tightest[use],
         )
-        met = [fits[other].error_ns for other in through if (present[other] & present[name]).any()]
-        if direct.sum() < MIN_INSTANCES and met:
+        if direct < MIN_INSTANCES and use.any():
+            met = [fits[other].error_ns for other in through if (present[place[other]] & mine).any()]
             fit = replace(fit, error_ns=fit.error_ns + min(met))
         fits[name] = fit
+        known |= mine
         start[:, own] -= fit.offset_ns + fit.drift * start[:, own]
         end[:, own] -= fit.offset_ns + fit.drift * end[:, own]
     return fits

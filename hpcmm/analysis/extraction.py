@@ -16,10 +16,10 @@ from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
 from hpcmm.analysis.choice import CHOOSE_FOR_ME, Choice, cut
 from hpcmm.analysis.completeness import UUID
 from hpcmm.analysis.intervals import IntervalSet
-from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, UNEVEN, RankTrace
+from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, NOT_LAUNCHED, UNEVEN, RankTrace
 from hpcmm.analysis.user_ranges import Adopted, adopt, adopt_phases
 from hpcmm.annotate import schema
-from hpcmm.reports.report import IMPOSSIBLE, LOADER_NAME, CudaEvents, Identity, Parts, Report
+from hpcmm.reports.report import IMPOSSIBLE, LOADER_NAME, UNKNOWN, CudaEvents, Identity, Parts, Report
 from hpcmm.text import printable
 
 NVTX_NEEDS_NSYS = (2024, 1)
@@ -301,9 +301,13 @@ def _of_run(report: Report, gpu: pd.Series[str]) -> pd.Series[str]:
 def _doubt(report: Report, pid: int) -> str:
     if report.lost_gpu_records:
         return "nsys lost GPU records, or may have"
-    calls = None if report.cuda is None else report.cuda.calls
-    impossible = calls is not None and ((calls["pid"] == pid) & (calls["record"] == IMPOSSIBLE)).any()
-    return "some GPU records have times that cannot be" if impossible else ""
+    if report.cuda is None:
+        return ""
+    calls, activities = report.cuda.calls, report.cuda.activities
+    launches = activities.loc[activities["pid"] == pid, "launch_ns"]
+    if ((calls["pid"] == pid) & (calls["record"] == IMPOSSIBLE)).any():
+        return "some GPU records have times that cannot be"
+    return NOT_LAUNCHED if len(launches) and (launches == UNKNOWN).all() else ""
 
 
 def _groups(report: Report, pid: int) -> dict[str, schema.GroupMark]:

@@ -45,6 +45,7 @@ CAUSES = {
     "gpu_cuda": "GPU idle: the host is in long CUDA calls",
     "gpu_gap": "one long GPU gap",
     "gpu_order": "GPU idle between kernels",
+    "gpu_unknown": "GPU idle",
     "gpu_copy": "copies without computation",
     "gpu_set": "memory sets without computation",
     "gpu_comm": "communication, transfer or waiting",

@@ -292,15 +292,19 @@ def _starved(activities: pd.DataFrame, steps: pd.DataFrame, not_idle: NotIdle) -
     low = min(int(activities["start_ns"].min()), int(steps["start_ns"].min()) if len(steps) else 1 << 62)
     high = max(int(activities["end_ns"].max()), int(steps["end_ns"].max()) if len(steps) else 0)
     whole = IntervalSet.union_of([low], [high])
+    # Without any launch it is not known that work was there: what the host does while the device is idle holds it up.
+    is_launch_known = (activities["launch_ns"] != UNKNOWN).any()
     for device, own in activities.groupby("device"):
-        idle = device_time(own.reset_index(drop=True), low, high).idle[HOST]
+        time = device_time(own.reset_index(drop=True), low, high)
+        idle = time.idle[HOST] if is_launch_known else time.gaps
         whole = whole.intersect(idle.subtract(not_idle.others.get(int(str(device)), IntervalSet.empty())))
     return whole.subtract(not_idle.untraced)
 
 
 def _placed(collectives: pd.DataFrame, kernels: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
-    """Collectives in the step and phase that launched their kernels."""
-    step, phase = phases.locate(segments, kernels["launch_ns"].to_numpy(np.int64))
+    """Collectives in the step and phase that launched their kernels, or in which these began if that is not known."""
+    launched = kernels["launch_ns"].where(kernels["launch_ns"] != UNKNOWN, kernels["start_ns"])
+    step, phase = phases.locate(segments, launched.to_numpy(np.int64))
     return collectives.assign(step=step, phase=phase, tid=kernels["launch_tid"].to_numpy(np.int64))
 
 

@@ -4,7 +4,8 @@ Between nodes whose clocks are uncertain, as behind a slow link, no arrival tell
 works is measured by its own clock alone. Who works longer than its peers is in collectives for a shorter time than
 they, since all have the same steps; by how much less is the most that the others can have waited for it. It is no more
 than a bound: ranks also leave a slow collective one after the other, and who leaves first may work longer for nothing.
-For the same reason the arrivals of two ranks of one node, which share a clock, tell nothing by themselves.
+For the same reason the arrivals of two ranks of one node, which share a clock, tell nothing by themselves. Ranks leave
+no farther apart than their transfer takes; of two ranks alone, one is named for work that is longer than that.
 """
 
 from __future__ import annotations
@@ -92,23 +93,39 @@ def _longer_work(context: AnalysisContext) -> Iterator[_LongerWork]:
     work = context.work_by_step()
     error_s = float(context.rows["clock_error_ns"].max()) / NS_PER_S if len(context.rows) else 0.0
     least_s = STRAGGLER_SHARE * context.steps.mean_s
+    waits, transfer = (_exposed(context, name) for name in ("exposed_wait_ns", "exposed_transfer_ns"))
+    communication, transfer_s = (waits + transfer)[:, :, None], float(transfer.mean())
+    unseen_s = withheld_s(context)
     for kind, columns in parts_by_kind(context).items():
         own = work[:, :, columns].sum(axis=2)
         excess = np.maximum(own - np.median(own, axis=1, keepdims=True), 0.0)
         for members in (*slow_nodes(context, excess), *((index,) for index in range(own.shape[1]))):
             others = np.delete(np.arange(own.shape[1]), members)
-            if len(others) < 2 or not stands_apart(own[:, members].mean(axis=1), own[:, others]):
+            if not len(others) or not stands_apart(own[:, members].mean(axis=1), own[:, others]):
                 continue
             longer = _beyond(work[:, :, columns], members, others)
             longer_s = float(_beyond(own[:, :, None], members, others).mean())
-            borne = _beyond(work.sum(axis=2)[:, :, None], members, others)
+            borne = -_beyond(communication, members, others)
             borne_s = float(borne.mean())
+            if len(others) == 1 and (longer_s < transfer_s or borne_s < BORNE * longer_s):
+                continue
             most_s = borne_s + ERRORS * float(borne.std()) / np.sqrt(len(borne))
             charged_s = float(context.losses[:, members][:, :, columns].sum(axis=(1, 2)).mean())
-            is_bound = error_s > longer_s
+            waiting_s = BORNE * longer_s * len(others) / own.shape[1]
+            is_bound = error_s > longer_s or unseen_s > waiting_s
             lost_s = max(charged_s, min(longer_s, most_s)) if is_bound else charged_s
             if longer_s >= least_s and (is_bound or charged_s >= least_s):
                 yield _LongerWork(kind, members, longer, lost_s, borne_s, charged_s, is_bound)
+
+
+def _exposed(context: AnalysisContext, column: str) -> Floats:
+    """Seconds of exposed communication, of one ``column`` of the rows, by (step, trace)."""
+    steps, traces = context.steps.numbers, range(len(context.traces))
+    if context.rows.empty:
+        return np.zeros((len(steps), len(traces)))
+    sums = context.rows.groupby(["step", "trace"])[column].sum().unstack()
+    found: Floats = sums.reindex(index=steps, columns=traces).fillna(0.0).to_numpy(np.float64) / NS_PER_S
+    return found
 
 
 def _beyond(work: Floats, members: tuple[int, ...], others: npt.NDArray[np.intp]) -> Floats:
@@ -132,7 +149,7 @@ def _finding(context: AnalysisContext, longer: _LongerWork) -> Finding:
         error_s = float(context.rows["clock_error_ns"].max()) / NS_PER_S
         told += (
             f"; at most {longer.lost_s:.3g} s of it is lost, by which the others' communication takes longer: the "
-            f"clocks of the nodes agree within {error_s:.3g} s only, which does not tell who waits"
+            f"clocks agree within {error_s:.3g} s only, which does not tell who waits"
         )
     on_gpu = gpu_findings.excess(context.gpu, first.rank) if alone else gpu_findings.Excess()
     told += f"; {on_gpu.told}" if on_gpu.told else ""

@@ -195,7 +195,7 @@ def on_one_clock(inventory: ReportInventory) -> tuple[list[RankTrace], CommonClo
     begins = [fact.epoch_ns + fact.first_ns for fact, _ in inventory.used if fact.epoch_ns is not None]
     origin = min(begins, default=min((fact.first_ns for fact, _ in inventory.used), default=0))
     raw = [
-        trace.on_clock(ReportClock.uncorrected(epoch, origin))
+        trace.with_collectives_on(ReportClock.uncorrected(epoch, origin))
         for epoch, (_, trace) in zip(epochs, inventory.used, strict=True)
     ]
     matched = nccl.confirm_order(collectives.match(raw), UNSYNCHRONISED_ERROR_NS)

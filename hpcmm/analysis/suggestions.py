@@ -272,6 +272,7 @@ _GPU_ADVICE = {
     "gpu_order": "let streams wait for one another only where they must; fewer, larger kernels: torch.compile(model)",
     "gpu_copy": "copies beside the computation, on a stream of their own (non_blocking=True), and fewer, larger ones",
     "gpu_os": "ranges around the parts of the loop (torch.cuda.nvtx.range) tell what the host does in these calls",
+    "gpu_unknown": "a trace that has the calls of CUDA: nsys profile --trace=cuda,nvtx,osrt",
     "gpu_code": "ranges around parts of a loop, a trace of OS calls (nsys profile --trace=cuda,nvtx,osrt), or py-spy",
     "gpu_mpi": "start communication early and wait for it late (MPI_Isend, MPI_Iallreduce), or NCCL on a stream",
     "gpu_cuda": "once, before the loop: allocations, pinned buffers, loading of modules (CUDA_MODULE_LOADING=EAGER)",

@@ -45,6 +45,9 @@ UNEVEN = ["sent", "received"]
 """Bytes of an all-to-all's input and output, in columns that may be absent; NO_SIZE where both are ``bytes``."""
 NO_SIZE = -1
 
+NOT_LAUNCHED = "the calls that launched its work are not in the report"
+"""Doubt about a GPU whose records tell no launch, so that nothing says whether its host was late."""
+
 OnClock = Callable[[Times], Times]
 """Maps a report's own times to the common clock."""
 
@@ -195,13 +198,15 @@ class RankTrace:
             expert_tokens=None if self.expert_tokens is None else moved(self.expert_tokens),
         )
 
+    def with_collectives_on(self, clock: OnClock) -> RankTrace:
+        """The same trace with the times of its collectives alone put through ``clock``."""
+        return replace(self, collectives=_moved(self.collectives, clock))
+
     def on_clock(self, clock: OnClock) -> RankTrace:
         """The same trace with every time put through ``clock``."""
 
         def moved(frame: pd.DataFrame) -> pd.DataFrame:
-            return frame.assign(
-                start_ns=clock(frame["start_ns"].to_numpy(np.int64)), end_ns=clock(frame["end_ns"].to_numpy(np.int64))
-            )
+            return _moved(frame, clock)
 
         main = self.main_thread
         blocked = self.blocked and IntervalSet(clock(self.blocked.start_ns), clock(self.blocked.end_ns))
@@ -222,6 +227,14 @@ class RankTrace:
             busy={gpu: IntervalSet(clock(own.start_ns), clock(own.end_ns)) for gpu, own in self.busy.items()},
             stalled=self.stalled and IntervalSet(clock(self.stalled.start_ns), clock(self.stalled.end_ns)),
         )
+
+
+def _moved(frame: pd.DataFrame, clock: OnClock) -> pd.DataFrame:
+    if frame.empty:
+        return frame
+    return frame.assign(
+        start_ns=clock(frame["start_ns"].to_numpy(np.int64)), end_ns=clock(frame["end_ns"].to_numpy(np.int64))
+    )
 
 
 def joined(first: RankTrace, second: RankTrace) -> RankTrace:

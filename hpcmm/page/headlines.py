@@ -18,7 +18,7 @@ from hpcmm.analysis.findings import computation_has_phases, gpu_doubt
 from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.gpu_trace import counted, traced
 from hpcmm.analysis.study import Study, why_failed
-from hpcmm.analysis.trace import OTHER, RankTrace
+from hpcmm.analysis.trace import NOT_LAUNCHED, OTHER, RankTrace
 from hpcmm.ranges import write_ranges
 from hpcmm.text import visible
 
@@ -340,10 +340,11 @@ def gpu_line(study: Study) -> str:
         return GPU_NOT_TRACED if study.tables["gpu"].empty else f"{GPU_MISSING}, so nothing is said of GPUs"
     span = float(rows["span_s"].sum())
     share = {name: float(rows[f"{name}_s"].sum()) / span for name in ("compute", "exposed_comm", "idle", "idle_host")}
+    is_known = all(trace.gpu_doubt != NOT_LAUNCHED for trace in study.traces)
+    host = f"({percent(share['idle_host'])} until the host launches more)" if is_known else f"({NOT_LAUNCHED})"
     return (
         f"GPUs compute {percent(share['compute'])} of the time, communicate {percent(share['exposed_comm'])} without "
-        f"computing, and are idle {percent(share['idle'])} "
-        f"({percent(share['idle_host'])} until the host launches more)"
+        f"computing, and are idle {percent(share['idle'])} {host}"
     ) + "".join(f"; {told}" for told in (_shared(study), _left_out(study), graphs_line(study)) if told)
 
 

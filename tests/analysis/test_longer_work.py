@@ -84,3 +84,17 @@ def test_two_ranks_alone_cannot_tell_whose_work_is_the_usual():
     traces = simulate_run(longer(1, "data", 60.0), ranks=2, steps=16, transfer_ms=800.0, noise_ms=3.0)
     assert named(verdicts(traces, VAGUE_NS)) == []
     assert np.isfinite([one.lost_s for one in verdicts(traces, VAGUE_NS)]).all()
+
+
+def test_of_two_ranks_one_is_named_if_it_works_longer_than_the_transfer_takes():
+    traces = simulate_run(longer(1, "data", 60.0), ranks=2, ranks_per_node=1, steps=16, transfer_ms=8.0, noise_ms=3.0)
+    (found,) = [one for one in verdicts(traces, VAGUE_NS) if one.rank is not None]
+    assert (found.kind, found.rank, found.confidence) == ("data", 1, "medium")
+    assert found.lost_s == pytest.approx(0.06, rel=0.1)
+
+
+def test_waiting_for_whom_the_clocks_do_not_tell_is_in_the_row_that_blames_nobody():
+    traces = simulate_run(longer(1, "data", 60.0), ranks=2, ranks_per_node=1, steps=16, transfer_ms=800.0, noise_ms=3.0)
+    (rest,) = [one for one in verdicts(traces, VAGUE_NS) if one.kind == "imbalance"]
+    assert rest.lost_s == pytest.approx(0.03, rel=0.1)
+    assert "of it is not known, as the clocks agree within 0.4 s only" in rest.evidence
