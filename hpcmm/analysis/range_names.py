@@ -13,9 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from hpcmm.text import visible
+
 NUMBER = "{n}"
 """Stands for a number that differs from range to range of one kind: ``iteration {n}``."""
-_DIGITS = re.compile(r"\d+")
+_VALUE = r"[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+_AFTER = r"(?:(?<=[=:(\[,])|(?<=[=:,]\s))"
+"""Where a sign, or a word for a number, belongs to a value: ``loss=-0.3``, but ``step-3``."""
+_NUMBERS = re.compile(rf"(?:{_AFTER}[-+])?{_VALUE}|{_AFTER}[-+]?(?i:nan|inf)\b")
+"""As programs write them: 12, 0.31, 1e-4, nan."""
+_WHOLE = re.compile("[0-9]+")
+_ANSI = re.compile(r"(?:\x1b|\\x1b)(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\^_])")
+"""What steers a terminal, as it is or as the escape that a report's text has for it."""
+_ESCAPE = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SUFFIX = re.compile(r", (?:seq|op_id|sizes|input_op_ids) = .*", re.DOTALL)
 """What PyTorch's emit_nvtx appends to an operator's name; it differs from call to call."""
@@ -37,6 +47,9 @@ _NO_STEPS = frozenset(
     )
 )
 """Words of a name that is not a step's, whatever else it says."""
+_METRICS = frozenset({"acc", "accuracy", "grad", "gradient", "loss", "lr", "norm", "ppl", "time"})
+"""Words of a value that a program adds to a step's name: ``step 12 loss=0.31``."""
+_TOLD = re.compile(r"([A-Za-z_]\w*)\s*[=:]\s*\{n\}|\b(acc|loss|lr|norm|ppl)\s+\{n\}")
 _LONGER = frozenset({"epoch", "epochs", "stage", "phase", "warmup"})
 """Words of a name that holds steps, if it does not name the step as well."""
 
@@ -60,14 +73,25 @@ _LIBRARIES = frozenset(
 """Domains, in lower case, whose ranges tell of a library's calls."""
 
 
+def plain(name: str) -> str:
+    """A range's name without what steers a terminal, so that the digits of that count as none of its numbers."""
+    if "\\" not in name and name.isprintable():
+        return name
+    return visible(_ESCAPE.sub("\N{REPLACEMENT CHARACTER}", _ANSI.sub("", name)))
+
+
+def _of_kind(name: object) -> str:
+    return _SUFFIX.sub("", plain(str(name)))
+
+
 def templates(names: Sequence[object]) -> npt.NDArray[np.object_]:
     """Each name with :data:`NUMBER` for its numbers if others differ by these alone; without emit_nvtx's additions."""
-    plain = [_SUFFIX.sub("", str(name)) for name in names]
-    folded = [_DIGITS.sub(NUMBER, name) for name in plain]
+    own = [_of_kind(name) for name in names]
+    folded = [_NUMBERS.sub(NUMBER, name) for name in own]
     kinds: dict[str, set[str]] = {}
-    for kind, name in zip(folded, plain, strict=True):
+    for kind, name in zip(folded, own, strict=True):
         kinds.setdefault(kind, set()).add(name)
-    alike = [kind if len(kinds[kind]) > 1 else name for kind, name in zip(folded, plain, strict=True)]
+    alike = [kind if len(kinds[kind]) > 1 else name for kind, name in zip(folded, own, strict=True)]
     return np.array(alike, dtype=object)
 
 
@@ -76,23 +100,37 @@ def without_counters(name: pd.Series) -> npt.NDArray[np.object_]:
 
     Of several numbers in a name, those that tell most ranges apart are folded first, until what is left comes again.
     """
-    categories = [_SUFFIX.sub("", str(each)) for each in name.cat.categories]
+    categories = [_of_kind(each) for each in name.cat.categories]
     codes = name.cat.codes.to_numpy()
     calls = np.bincount(codes[codes >= 0], minlength=len(categories))
     kinds: dict[str, list[int]] = {}
     for index, each in enumerate(categories):
-        kinds.setdefault(_DIGITS.sub(NUMBER, each), []).append(index)
-    plain = np.array(categories, dtype=object)
+        kinds.setdefault(_NUMBERS.sub(NUMBER, each), []).append(index)
+    found = np.array(categories, dtype=object)
     for kind, members in kinds.items():
         if NUMBER in kind and len(members) > 1:
-            plain[members] = _folded([categories[index] for index in members], int(calls[members].sum()))
-    return plain[codes] if len(codes) else np.empty(0, dtype=object)
+            found[members] = _folded([categories[index] for index in members], int(calls[members].sum()))
+    return found[codes] if len(codes) else np.empty(0, dtype=object)
+
+
+_MICRO_BATCHES = frozenset({"backward", "batch", "bwd", "forward", "fwd", "microbatch"})
+"""Words of a part of a step behind which the number of a micro-batch stands."""
+
+
+def without_micro_batches(name: str) -> str:
+    """A phase's name without the number of its micro-batch: ``fwd {n}`` for ``fwd 3``."""
+
+    def folded(number: re.Match[str]) -> str:
+        before = _WORD.findall(name[: number.start()])
+        return NUMBER if before and before[-1].lower() in _MICRO_BATCHES else number[0]
+
+    return _NUMBERS.sub(folded, name)
 
 
 def _folded(names: list[str], calls: int) -> list[str]:
     """``names`` of one kind, with as many of their numbers folded as it takes."""
-    texts = [_DIGITS.split(name) for name in names]
-    numbers = np.array([_DIGITS.findall(name) for name in names], dtype=object)
+    texts = [_NUMBERS.split(name) for name in names]
+    numbers = np.array([_NUMBERS.findall(name) for name in names], dtype=object)
     open_places = list(range(numbers.shape[1]))
     while open_places:
         distinct = len({tuple(row) for row in numbers})
@@ -114,18 +152,24 @@ def _woven(parts: Sequence[str], numbers: Sequence[str]) -> list[str]:
 def counted(names: Sequence[str]) -> npt.NDArray[np.int64] | None:
     """The number of each name that goes up from one to the next, in the names' order; None if none does.
 
-    Of several such numbers it is the one that goes up by one most often.
+    Of several such numbers it is the one behind a word for a step, else the one that goes up by one most often.
     """
-    found = [_DIGITS.findall(name) for name in names]
+    own = [_of_kind(name) for name in names]
+    found = [_NUMBERS.findall(name) for name in own]
     width = len(found[0]) if found else 0
-    if not width or any(len(each) != width or max(map(len, each)) > MOST_DIGITS for each in found):
+    if not width or any(len(each) != width for each in found):
         return None
-    best, best_share = None, -1.0
-    for column in np.array(found, dtype=object).astype(np.int64).T:
+    best, best_merit = None, (False, -1.0)
+    for place, before in zip(range(width), _NUMBERS.split(own[0]), strict=False):
+        told = [each[place] for each in found]
+        if not all(_WHOLE.fullmatch(each) and len(each) <= MOST_DIGITS for each in told):
+            continue
+        column = np.array(told, dtype=object).astype(np.int64)
         difference = np.diff(column)
         share = float((difference == 1).mean()) if len(difference) else 1.0
-        if (difference > 0).all() and share > best_share:
-            best, best_share = column, share
+        merit = (_says_step(before), share)
+        if (difference > 0).all() and merit > best_merit:
+            best, best_merit = column, merit
     return best
 
 
@@ -137,7 +181,7 @@ def words(name: str) -> frozenset[str]:
 
 def looks_like_a_step(name: str) -> bool:
     """Whether a name says that the range is one repetition of a training loop."""
-    return _says_step(name) and not never_a_step(name)
+    return _says_step(_without_metrics(name)) and not never_a_step(name)
 
 
 def _says_step(name: str) -> bool:
@@ -147,8 +191,20 @@ def _says_step(name: str) -> bool:
 
 def never_a_step(name: str) -> bool:
     """Whether a name says that the range is something else than one repetition of a training loop."""
-    told = words(name)
+    told = words(_without_metrics(name))
     return bool(told & _NO_STEPS) or is_operator(name) or (bool(told & _LONGER) and not _says_step(name))
+
+
+def _without_metrics(name: str) -> str:
+    """A name without the values that follow the word for a step; as it is if no such word is left."""
+
+    def kept(told: re.Match[str]) -> str:
+        said = words(told[1] or told[2])
+        is_metric = not said & (_NO_STEPS - _METRICS) or "time" in said
+        return "" if is_metric and not _says_step(told[1] or told[2]) else told[0]
+
+    rest = _TOLD.sub(kept, name)
+    return rest if _says_step(rest) else name
 
 
 def is_operator(name: str) -> bool:
@@ -162,9 +218,12 @@ def is_library(domain: str) -> bool:
 
 
 def matching(name: pd.Series, expression: str) -> npt.NDArray[np.bool_]:
-    """Which names ``expression`` matches as a whole; if it matches none, which it matches in part."""
+    """Which names ``expression`` matches as a whole; if it matches none, which it matches in part.
+
+    Each distinct name is matched once, and is short, since no more of it is read.
+    """
     compiled = re.compile(expression)
-    categories = [str(each) for each in name.cat.categories]
+    categories = [plain(str(each)) for each in name.cat.categories]
     for matches in (compiled.fullmatch, compiled.search):
         found = np.array([matches(each) is not None for each in categories] + [False])
         if found.any():
@@ -184,7 +243,7 @@ _OPTIMIZER = frozenset({"adam", "adamw", "optim", "optimizer", "sgd"})
 @lru_cache(maxsize=4096)
 def part_of_a_step(name: str) -> str:
     """Which of hpcmm's own phases a program's phase is: data, forward, backward, optimizer, checkpoint; else empty."""
-    told = words(name)
+    told = words(_without_metrics(name))
     if told & {"backward", "bwd"} and told & {"forward", "fwd"}:
         return ""
     if told & _SAVES and not told & {"activation", "recompute", "forward", "backward"}:

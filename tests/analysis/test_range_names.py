@@ -12,6 +12,7 @@ from hpcmm.analysis.range_names import (
     part_of_a_step,
     templates,
     without_counters,
+    without_micro_batches,
 )
 
 
@@ -33,6 +34,16 @@ from hpcmm.analysis.range_names import (
         ("microbatch {n}", False),
         ("aten::add_", False),
         ("layer {n}", False),
+        ("iter {n}/{n} loss={n}", True),
+        ("Step {n}: loss={n} lr={n}", True),
+        ("step {n} loss {n}", True),
+        ("data_time={n} iteration {n}", True),
+        ("train/step/{n}", True),
+        ("forward step={n} loss={n}", False),
+        ("eval: step={n} loss={n}", False),
+        ("eval={n} step={n}", False),
+        ("forward: {n}", False),
+        ("loss={n}", False),
     ],
 )
 def test_a_name_says_whether_it_may_be_a_step(name: str, is_step: bool) -> None:
@@ -53,6 +64,7 @@ def test_a_name_says_whether_it_may_be_a_step(name: str, is_step: bool) -> None:
         ("next_batch", "data"),
         ("data to device", ""),
         ("all_reduce", ""),
+        ("step {n} data_time={n}", ""),
     ],
 )
 def test_a_name_says_which_part_of_a_step_it_is(name: str, part: str) -> None:
@@ -87,11 +99,45 @@ def test_a_name_is_a_template_only_of_several() -> None:
         (["step", "step"], None),
         (["step 1", "step 1 of 2"], None),
         ([f"step {10**30}"], None),
+        (["iter 3/20 loss=0.9", "iter 4/20 loss=0.8"], [3, 4]),
+        (["t=1 step 10", "t=2 step 20"], [10, 20]),
+        (["Step 12: loss=nan lr=1e-4", "Step 13: loss=-0.5 lr=1e-05"], [12, 13]),
+        (["loss=1.5", "loss=2.5"], None),
+        (["\\x1b[31mit 7\\x1b[0m", "\x1b[32mit 8\x1b[0m"], [7, 8]),
     ],
 )
 def test_the_number_that_goes_up_is_the_step_s(names: list[str], numbers: list[int] | None) -> None:
     found = counted(names)
     assert (found is None) if numbers is None else np.array_equal(found, numbers)
+
+
+@pytest.mark.parametrize(
+    ("names", "template"),
+    [
+        (["loss=0.31", "loss=-1e-4", "loss=nan"], "loss={n}"),
+        (["a-1", "a-2"], "a-{n}"),
+        (["\\x1b[31mit 1\\x1b[0m", "\\x1b[1;32mit 2\\x1b[0m"], "it {n}"),
+        (["bell\\x07 1", "bell\\x07 2"], "bell\N{REPLACEMENT CHARACTER} {n}"),
+        (["turned\\u202e 1", "turned\\u202e 2"], "turned\N{REPLACEMENT CHARACTER} {n}"),
+    ],
+)
+def test_values_fold_as_one_number_and_what_steers_a_terminal_is_none(names: list[str], template: str) -> None:
+    assert set(templates(names)) == {template}
+    assert set(without_counters(names_of(*names))) == {template}
+
+
+@pytest.mark.parametrize(
+    ("name", "alike"),
+    [
+        ("fwd 3", "fwd {n}"),
+        ("micro_batch 12", "micro_batch {n}"),
+        ("Backward#2", "Backward#{n}"),
+        ("forward layer 3", "forward layer 3"),
+        ("stage 1 forward 2", "stage 1 forward {n}"),
+    ],
+)
+def test_micro_batches_are_alike_and_layers_are_not(name: str, alike: str) -> None:
+    assert without_micro_batches(name) == alike
 
 
 def test_an_expression_means_whole_names_before_parts_of_names() -> None:
