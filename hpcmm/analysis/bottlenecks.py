@@ -40,7 +40,9 @@ from hpcmm.analysis.findings import (
     doubted,
     gpu_doubt,
     kind_of_part,
+    of_few_steps,
     phase_of_part,
+    variation,
     within,
 )
 from hpcmm.analysis.intervals import NS_PER_S
@@ -131,7 +133,7 @@ def find(context: AnalysisContext) -> list[Finding]:
         *own_work,
         *on_gpus,
     ]
-    return _worth(within(findings, context.period_s), context.steps.mean_s)
+    return _worth(within(of_few_steps(findings, context.steps), context.steps.period_s), context.steps.period_s)
 
 
 def _without_launches(findings: Sequence[Finding], gpu: pd.DataFrame, accounted_s: float) -> list[Finding]:
@@ -319,10 +321,7 @@ def _imbalance(
     by_part = rest.sum(axis=(0, 1))
     part = (*context.parts.names, UNEXPLAINED)[int(by_part.argmax())]
     phase = "" if part == UNEXPLAINED else phase_of_part(part)
-    told = (
-        f"ranks wait for one another{_most_often(context, rest, blamed)}; "
-        f"steps vary by {context.steps.noise_s:.3g} s (robust standard deviation)"
-    )
+    told = f"ranks wait for one another{_most_often(context, rest, blamed)}; {variation(context.steps)}"
     if withheld_s > MIN_SHARE * context.steps.mean_s:
         error_s = float(context.rows["clock_error_ns"].max()) / NS_PER_S
         told += (
@@ -412,15 +411,15 @@ def _work_per_step(context: AnalysisContext, parts: WorkParts) -> Floats:
     return totals / NS_PER_S / len(context.steps.numbers)
 
 
-def table(findings: Sequence[Finding], step_s: float, suggestions: Sequence[str]) -> pd.DataFrame:
-    """The ranked table (COLUMNS), one row a finding."""
+def table(findings: Sequence[Finding], period_s: float, suggestions: Sequence[str]) -> pd.DataFrame:
+    """The ranked table (COLUMNS), one row a finding, whose share is of ``period_s``."""
     frame = pd.DataFrame(
         [
             (
                 order,
                 finding.cause,
                 finding.lost_s,
-                finding.lost_s / step_s if step_s > 0 else 0.0,
+                finding.lost_s / period_s if period_s > 0 else 0.0,
                 finding.rank,
                 finding.node,
                 finding.phase,

@@ -6,13 +6,51 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.range_names import matching
 from hpcmm.annotate import schema
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.report import CudaEvents, Report
+
+NO_WHOLE_STEP = "no step of it lies as a whole in the window that was asked for"
+MOST_S = 10**9
+"""Longest time that is taken for a part of a run: 30 years."""
+
+
+def _refuse_endless(option: str, expression: str) -> None:
+    """Raises HpcmmError if ``expression`` is not a regular one, or repeats a group that repeats or chooses itself.
+
+    Python's matcher tries all ways of sharing out a text between such repetitions, and their number doubles with each
+    character. No name of a range needs that.
+    """
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise HpcmmError(f"--{option} {expression!r} is not a regular expression: {error}.") from error
+    groups = [False]
+    """Of each group that is open, whether it repeats or chooses."""
+    inner = False
+    """The same of the group that has just ended."""
+    for part in _PARTS.findall(expression):
+        is_repeated = part[:1] in {"*", "+"} or (part[:1] == "{" and part.endswith(",}"))
+        if is_repeated and inner:
+            raise HpcmmError(
+                f"--{option} {expression!r} can take for ever, since it repeats a group that repeats or chooses by "
+                "itself: write it without one of the two."
+            )
+        inner = part == ")" and groups[-1]
+        if part == "(":
+            groups.append(False)
+        elif part == ")":
+            groups.pop()
+            groups[-1] |= inner
+        elif is_repeated or part == "|":
+            groups[-1] = True
+
+
+_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(|\)|[*+?|]|\{[0-9]*,?[0-9]*\}|.", re.DOTALL)
+"""Escapes, classes of characters, and single characters of an expression."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +73,20 @@ class Choice:
     """An expression: leave out what came before the first of these ranges, and after the last, in each report."""
     origin_ns: int | None = None
     """UTC at which the run begins; None: each report counts from its own first event."""
+    usual_steps: str = ""
+    """What the steps of the other reports are called, with ``{n}`` for a number; empty if it is not known."""
 
     def __post_init__(self) -> None:
         for option in ("steps", "phases", "between"):
-            text = getattr(self, option)
-            try:
-                re.compile(text)
-            except re.error as error:
-                raise HpcmmError(f"--{option} {text!r} is not a regular expression: {error}.") from error
+            _refuse_endless(option, getattr(self, option))
+        for option, time_s in (("from", self.from_s), ("to", self.to_s)):
+            if time_s is not None and not 0 <= time_s <= MOST_S:
+                raise HpcmmError(
+                    f"--{option} {time_s:g} is no time of a run: give seconds from its first event, {MOST_S:,} at most."
+                )
         begin, end = self.from_s or 0.0, self.to_s
-        if not (np.isfinite(begin) and begin >= 0) or (end is not None and not end > begin):
-            told = "" if end is None else f" --to {end:g}"
-            raise HpcmmError(
-                f"--from {begin:g}{told} is not a part of a run: give seconds from its first event, --from before --to."
-            )
+        if end is not None and not end > begin:
+            raise HpcmmError(f"--from {begin:g} --to {end:g} leaves nothing of a run: give a --from before --to.")
 
     @property
     def is_timed(self) -> bool:
@@ -68,17 +106,23 @@ class Choice:
 CHOOSE_FOR_ME = Choice()
 
 
-def cut(report: Report, choice: Choice) -> Report | None:
-    """``report`` with what lies within the window that ``choice`` names; None if its ranges name no such choice.
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which time of a report counts, in its own nanoseconds. Nothing does if it ends before it begins."""
 
-    What reaches beyond the window is cut to it. A step counts only if all of it lies within.
-    """
-    if choice.is_whole:
-        return report
+    low_ns: int
+    high_ns: int
+
+    @property
+    def is_empty(self) -> bool:
+        return self.low_ns >= self.high_ns
+
+
+def window_of(report: Report, choice: Choice) -> Window | None:
+    """The window that ``choice`` names; None if none of the report's ranges is called so."""
     low, high = report.first_ns, report.last_ns
     if choice.is_timed:
-        known = choice.origin_ns is not None and report.epoch_ns is not None
-        begin = (choice.origin_ns or 0) - (report.epoch_ns or 0) if known else report.first_ns
+        begin = _run_begins_ns(report, choice)
         low = max(low, begin + round((choice.from_s or 0.0) * 1e9))
         high = high if choice.to_s is None else min(high, begin + round(choice.to_s * 1e9))
     if choice.between:
@@ -86,15 +130,47 @@ def cut(report: Report, choice: Choice) -> Report | None:
         if named.empty:
             return None
         low, high = max(low, int(named["start_ns"].min())), min(high, int(named["end_ns"].max()))
-    if low >= high:
-        return None
+    return Window(low, high)
+
+
+def _run_begins_ns(report: Report, choice: Choice) -> int:
+    """When the run begins, on the report's own clock."""
+    if choice.origin_ns is None or report.epoch_ns is None:
+        return report.first_ns
+    return choice.origin_ns - report.epoch_ns
+
+
+def why_nothing(report: Report, choice: Choice) -> str:
+    """Why nothing of ``report`` lies in the window that ``choice`` names."""
+    if not choice.is_timed:
+        return "none of its ranges is called so"
+    begin = _run_begins_ns(report, choice)
+    first_s, last_s = ((at - begin) / 1e9 for at in (report.first_ns, report.last_ns))
+    return f"nothing of it lies in the window that was asked for: it has {first_s:.3g} s to {last_s:.3g} s of the run"
+
+
+def stepped_before(report: Report, window: Window) -> frozenset[int]:
+    """Processes of ``report`` that began a step before ``window``: they are warm by then."""
+    earlier = report.nvtx[_steps(report) & (report.nvtx["start_ns"] < window.low_ns)]
+    return frozenset(int(pid) for pid in earlier["pid"].unique())
+
+
+def _steps(report: Report) -> pd.Series[bool]:
+    return (report.nvtx["domain"] == schema.DOMAIN) & (report.nvtx["name"] == schema.STEP)
+
+
+def cut(report: Report, window: Window) -> Report:
+    """``report`` with what lies within ``window``, which is not empty.
+
+    What reaches beyond the window is cut to it. A step counts only if all of it lies within.
+    """
+    low, high = window.low_ns, window.high_ns
 
     def within(frame: pd.DataFrame) -> pd.DataFrame:
         inside = frame[(frame["end_ns"] > low) & (frame["start_ns"] < high)]
         return inside.assign(start_ns=inside["start_ns"].clip(lower=low), end_ns=inside["end_ns"].clip(upper=high))
 
-    own = (report.nvtx["domain"] == schema.DOMAIN) & (report.nvtx["name"] == schema.STEP)
-    whole_steps = ~own | ((report.nvtx["start_ns"] >= low) & (report.nvtx["end_ns"] <= high))
+    whole_steps = ~_steps(report) | ((report.nvtx["start_ns"] >= low) & (report.nvtx["end_ns"] <= high))
     marks = report.marks[report.marks["start_ns"] < high]
     ranges = within(report.ranges).reset_index(drop=True)
     return replace(

@@ -13,7 +13,8 @@ the waiter. A delay that was itself caused by waiting in another group is passed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -172,6 +173,8 @@ class WorkParts:
     names: tuple[str, ...]
     sets: tuple[tuple[IntervalSet, ...], ...]
     """Indexed [trace][part]."""
+    step_starts: tuple[Mapping[int, int], ...] = ()
+    """Of each trace, when each of its steps began."""
 
     def starving(self, traces: Sequence[RankTrace]) -> WorkParts:
         """The same where a rank's GPUs had nothing to do meanwhile; all of it if no GPU activity was traced."""
@@ -179,7 +182,7 @@ class WorkParts:
             own if trace.starved is None else tuple(part.intersect(trace.starved) for part in own)
             for trace, own in zip(traces, self.sets, strict=True)
         ]
-        return WorkParts(self.names, tuple(sets))
+        return replace(self, sets=tuple(sets))
 
     def between(self, trace: int, start_ns: Floats, end_ns: Floats) -> Floats:
         """Time in each part within windows, shape (windows, parts)."""
@@ -199,7 +202,9 @@ def work_parts(traces: Sequence[RankTrace]) -> WorkParts:
         traces = [replace(trace, device_work=None) for trace in traces]
     phases = sorted({str(phase) for trace in traces for phase in trace.segments["phase"].unique()})
     names = (*phases, *(SUBPROCESS + phase for phase in phases), BETWEEN_STEPS)
-    return WorkParts(names, tuple(_parts_of(trace, phases) for trace in traces))
+    columns = [(trace.steps["step"].tolist(), trace.steps["start_ns"].tolist()) for trace in traces]
+    starts = tuple(dict(zip(steps, at, strict=True)) for steps, at in columns)
+    return WorkParts(names, tuple(_parts_of(trace, phases) for trace in traces), starts)
 
 
 def exposed_communication(trace: RankTrace) -> IntervalSet:
@@ -265,10 +270,12 @@ def window_starts(arrivals: GroupArrivals) -> Floats:
 def excess_work(arrivals: GroupArrivals, parts: WorkParts) -> Singles:
     """By how much each part of a rank's work since the last synchronisation exceeds the median over the group's ranks.
 
-    Shape (instances, members, parts), ns; 0 if no synchronisation came before.
+    Shape (instances, members, parts), ns. If no synchronisation came before, the work counts since all had begun the
+    step; 0 outside of steps.
     """
     begin = window_starts(arrivals)
-    begin = np.where(np.isnan(begin), arrivals.start, begin)
+    for instance in np.flatnonzero(np.isnan(begin).any(axis=1)):
+        begin[instance] = np.minimum(_all_began(arrivals, int(instance), parts), arrivals.start[instance])
     # Of 64 ranks with thousands of collectives this is the largest array of all: single precision, and one copy.
     excess = np.empty((*begin.shape, len(parts.names)), dtype=np.float32)
     for column, trace in enumerate(arrivals.members):
@@ -278,6 +285,14 @@ def excess_work(arrivals: GroupArrivals, parts: WorkParts) -> Singles:
         chunk -= np.median(chunk, axis=1, keepdims=True)
         np.maximum(chunk, 0.0, out=chunk)
     return excess
+
+
+def _all_began(arrivals: GroupArrivals, instance: int, parts: WorkParts) -> float:
+    """When the last rank of an instance began the step of its arrival; infinite if that is not known."""
+    steps = zip(arrivals.members.tolist(), arrivals.step[instance].tolist(), strict=True)
+    if not parts.step_starts:
+        return math.inf
+    return max(float(parts.step_starts[trace].get(step, math.inf)) for trace, step in steps)
 
 
 def fractions(excess: Singles) -> Singles:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
-from hpcmm.analysis.choice import CHOOSE_FOR_ME, Choice, cut
+from hpcmm.analysis.choice import CHOOSE_FOR_ME, NO_WHOLE_STEP, Choice, cut, stepped_before, why_nothing, window_of
 from hpcmm.analysis.completeness import UUID
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, NOT_LAUNCHED, UNEVEN, RankTrace
@@ -54,6 +54,10 @@ class ReportFacts:
     """Steps and phases that are the program's own ranges, or what could be; None if hpcmm's annotation has them."""
     doubts: str = ""
     """What of it may have been lost."""
+    stepped_before: frozenset[int] = frozenset()
+    """Processes that ran steps before those that are looked at."""
+    is_of_a_newer_nsys: bool = False
+    """It could not be read because nsys here is older than the one that wrote it."""
 
     @property
     def name(self) -> str:
@@ -69,13 +73,22 @@ def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
 
     Of a report that has nothing then there are facts, but no traces.
     """
-    report, adopted = with_user_ranges(report, choice)
-    part = cut(report, choice)
-    if part is None:
-        why = "nothing of it lies in the window that was asked for"
-        return ReportFacts(report.path, identity=report.identity, events=report.events, no_ranges=why, adopted=adopted)
-    report = part
-    traces = tuple(extract_traces(report))
+    whole, adopted = with_user_ranges(report, choice)
+    before = frozenset[int]() if adopted is None else adopted.stepped_before
+    report = whole
+    traces: tuple[RankTrace, ...] = ()
+    if choice.is_whole:
+        traces = tuple(extract_traces(whole))
+    elif (window := window_of(whole, choice)) is not None:
+        before |= stepped_before(whole, window)
+        if not window.is_empty:
+            report = cut(whole, window)
+            traces = tuple(extract_traces(report))
+    if not traces and not choice.is_whole:
+        why = why_nothing(whole, choice)
+        facts = ReportFacts(report.path, identity=report.identity, events=report.events, no_ranges=why)
+        return replace(facts, adopted=adopted, stepped_before=before, has_nvtx=_has_nvtx(whole))
+    no_steps = NO_WHOLE_STEP if report is not whole and _stepping(whole) else _why_no_ranges(report, adopted)
     return ReportFacts(
         path=report.path,
         traces=traces,
@@ -87,11 +100,12 @@ def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
         epoch_ns=report.epoch_ns,
         first_ns=report.first_ns,
         gpu_missing="cuda" in report.requested and report.cuda is None and report.parts is Parts.ALL,
-        no_ranges="" if any(len(trace.steps) for trace in traces) else _why_no_ranges(report, adopted),
+        no_ranges="" if any(len(trace.steps) for trace in traces) else no_steps,
         has_nvtx=_has_nvtx(report),
         damage="; ".join(report.damage),
         adopted=adopted and replace(adopted, ranges=adopted.ranges.iloc[:0]),
         doubts="; ".join(report.doubts),
+        stepped_before=before,
     )
 
 
@@ -118,6 +132,21 @@ def common_steps(facts: Sequence[ReportFacts]) -> str:
     """What most reports' own ranges of steps are called; empty if no report has such steps."""
     labels = Counter(fact.adopted.steps for fact in facts if fact.adopted is not None and fact.adopted.steps)
     return max(labels, key=lambda label: (labels[label], label)) if labels else ""
+
+
+def warm(facts: Sequence[ReportFacts]) -> list[ReportFacts]:
+    """``facts`` with a note on each process that one of the reports shows to have run steps before."""
+    before = {(fact.identity.node, pid) for fact in facts for pid in fact.stepped_before}
+    return [
+        replace(
+            fact,
+            traces=tuple(
+                replace(trace, is_warm=True) if (fact.identity.node, trace.pid) in before else trace
+                for trace in fact.traces
+            ),
+        )
+        for fact in facts
+    ]
 
 
 def has_other_steps(fact: ReportFacts, label: str) -> bool:

@@ -148,6 +148,25 @@ def doubted(findings: Sequence[Finding], doubt: str) -> list[Finding]:
     ]
 
 
+ONE_STEP = "one step cannot tell a straggler from chance"
+
+
+def variation(steps: StepTimes) -> str:
+    """How much steps differ, in words."""
+    one = len(steps.numbers) == 1
+    return ONE_STEP if one else f"steps vary by {steps.noise_s:.3g} s (robust standard deviation)"
+
+
+def of_few_steps(findings: Sequence[Finding], steps: StepTimes) -> list[Finding]:
+    """``findings`` with the doubt that a single step leaves of whoever is named."""
+    if len(steps.numbers) > 1:
+        return list(findings)
+    return [
+        replace(each, confidence=LOW, evidence=f"{each.evidence}; but {ONE_STEP}") if each.blames else each
+        for each in findings
+    ]
+
+
 def gpu_doubt(traces: Sequence[RankTrace]) -> str:
     """Why less can be said of GPUs than their records show; empty if nothing speaks against them."""
     doubts = [trace.gpu_doubt for trace in traces if trace.gpu is not None]
@@ -191,19 +210,6 @@ class AnalysisContext:
     """The table ``copies``."""
     network: Network = field(default_factory=Network)
     """What is known of the links between the nodes."""
-
-    @property
-    def period_s(self) -> float:
-        """Seconds from the end of one step to the end of the next, as a mean over ranks: more is not there to lose."""
-        spans = []
-        for trace in self.traces:
-            chosen = trace.steps["step"].isin(self.steps.numbers).to_numpy(bool)
-            if chosen.any():
-                end = trace.steps["end_ns"].to_numpy(np.float64)
-                start = trace.steps["start_ns"].to_numpy(np.float64)
-                before = np.append(start[0], np.where(trace.follows, end[:-1], start[1:]))
-                spans.append(float((end - before)[chosen].sum()) / NS_PER_S)
-        return float(np.mean(spans)) / len(self.steps.numbers) if spans else 0.0
 
     def calls_within(self, phase: str) -> str:
         """The OS call in which the ranks spend most of a phase, in words; empty if they make none."""

@@ -365,13 +365,13 @@ def traced_share(gpu: pd.DataFrame) -> float:
 
 
 def counted(gpu: pd.DataFrame) -> pd.DataFrame:
-    """The rows of table ``gpu`` that means are over: steps but the warm-up whose records are there, or all rows of a
-    capture without steps."""
+    """The rows of table ``gpu`` that means are over: steps whose records are there, without the warm-up if there are
+    others; or all rows of a capture without steps."""
     in_steps = gpu["step"].notna()
     if not in_steps.any():
         return gpu
     steady = in_steps & ~gpu["warmup"].astype(bool)
-    return gpu[steady & traced(gpu)] if steady.any() else gpu[traced(gpu)]
+    return gpu[(steady if steady.any() else in_steps) & traced(gpu)]
 
 
 def _waiting(rows: pd.DataFrame, trace: int, gpu: pd.DataFrame) -> npt.NDArray[np.float64]:

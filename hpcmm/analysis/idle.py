@@ -21,8 +21,8 @@ from pandas.api.types import union_categoricals
 
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, Times, highest_covering
 from hpcmm.analysis.projection import MAX_NAMES, REST
-from hpcmm.analysis.range_names import is_library, part_of_a_step, without_counters
-from hpcmm.analysis.trace import RankTrace, rows_of_ranks
+from hpcmm.analysis.range_names import is_library, part_of_a_step, plain, without_counters
+from hpcmm.analysis.trace import OUTSIDE, RankTrace, rows_of_ranks
 from hpcmm.reports.report import CUDA_CALL, MPI, SYNCHRONISING, UNKNOWN, CudaEvents
 
 OS_CALL, HOST_CODE, UNTRACED_CODE = "OS call", "host code", "host code or OS call"
@@ -46,15 +46,16 @@ ALIKE_TIMES = 1.5
 
 Places = npt.NDArray[np.intp]
 COLUMNS = [
-    "device", "scope", "cause", "what", "range", "loading", "idle_ns", "gaps", "gaps_ns", "largest_ns", "start_ns",
-    "end_ns", "before",
+    "device", "scope", "step", "cause", "what", "range", "loading", "idle_ns", "gaps", "gaps_ns", "largest_ns",
+    "start_ns", "end_ns", "before",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
     """What the threads of a process were in: ``calls`` (start_ns, end_ns, tid, kind, function), and the user's
-    ``ranges`` (start_ns, end_ns, tid, name). Kinds, functions and names are categories."""
+    ``ranges`` (start_ns, end_ns, tid, name without what counts, whole_name). Kinds, functions and names are categories.
+    """
 
     calls: pd.DataFrame
     ranges: pd.DataFrame
@@ -78,7 +79,9 @@ def host_of(cuda: CudaEvents, osrt: pd.DataFrame, pid: int) -> Host:
     calls = pd.concat([part[columns] for part in parts], ignore_index=True)
     return Host(
         calls.assign(**{name: _joined([part[name] for part in parts]) for name in ("kind", "function")}),
-        users[columns].assign(name=pd.Categorical(without_counters(users["name"]))).reset_index(drop=True),
+        users[columns]
+        .assign(name=pd.Categorical(without_counters(users["name"])), whole_name=users["name"])
+        .reset_index(drop=True),
         bool((osrt["pid"] == pid).any()),
     )
 
@@ -190,6 +193,7 @@ def split(
         _before(host.ranges, int(gaps["tid"][gap]), int(gaps["launch_ns"][gap])) if scope == ONCE else ""
         for gap, scope in zip(rows.pop("longest"), rows["scope"], strict=True)
     ]
+    rows["step"] = np.where(rows["scope"] == WARMUP, int(steps["step"].min()) if len(steps) else OUTSIDE, OUTSIDE)
     return Idle(rows, IntervalSet.union_of(waiting["start_ns"], waiting["end_ns"]))
 
 
@@ -370,7 +374,20 @@ def _sums(key: Times, gap: Times, length: Times) -> tuple[Times, Times, Times]:
 def _before(ranges: pd.DataFrame, tid: int, launch_ns: int) -> str:
     """The outermost range on a thread at a time; empty if it is in none."""
     at = ranges[(ranges["tid"] == tid) & (ranges["start_ns"] <= launch_ns) & (ranges["end_ns"] > launch_ns)]
-    return str(at["name"].iloc[int(at["start_ns"].to_numpy(np.int64).argmin())]) if len(at) else ""
+    return plain(str(at["whole_name"].iloc[int(at["start_ns"].to_numpy(np.int64).argmin())])) if len(at) else ""
+
+
+def _in_scopes(rows: pd.DataFrame, warmup_step: int | None) -> pd.DataFrame:
+    """``rows`` (COLUMNS) with those of first steps that do not warm up among those of the other steps."""
+    steady = (rows["scope"] == WARMUP) & (rows["step"] != (OUTSIDE if warmup_step is None else warmup_step))
+    if not steady.any():
+        return rows
+    keys = ["device", "scope", "cause", "what", "range", "loading"]
+    sums = ["idle_ns", "gaps", "gaps_ns"]
+    rows = rows.assign(scope=rows["scope"].mask(steady, STEPS)).sort_values("largest_ns", ascending=False)
+    groups = rows.groupby(keys, sort=False, as_index=False, observed=True)
+    joined = groups.agg({name: "sum" if name in sums else "first" for name in COLUMNS if name not in keys})
+    return joined.sort_values(["device", "scope", "idle_ns"], ascending=[True, True, False], ignore_index=True)[COLUMNS]
 
 
 TABLE_COLUMNS = [
@@ -379,9 +396,14 @@ TABLE_COLUMNS = [
 ]  # fmt: skip
 
 
-def idle_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
-    """The ``idle`` table (TABLE_COLUMNS): most idle time first within a device and scope."""
-    table = rows_of_ranks((trace, trace.idle) for trace in traces)
+def idle_table(traces: Sequence[RankTrace], warmup_step: int | None) -> pd.DataFrame:
+    """The ``idle`` table (TABLE_COLUMNS): most idle time first within a device and scope.
+
+    ``warmup_step``: the step that warms up. The first step of a rank, or of a window of its capture, may be another.
+    """
+    table = rows_of_ranks(
+        (trace, None if trace.idle is None else _in_scopes(trace.idle, warmup_step)) for trace in traces
+    )
     if table is None:
         return pd.DataFrame(columns=TABLE_COLUMNS)
     return table.assign(

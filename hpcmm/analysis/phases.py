@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -227,11 +227,16 @@ def group_rare_phases(traces: Sequence[RankTrace]) -> list[RankTrace]:
 
 
 MAD_TO_SIGMA = 1.4826
+ADJOINING = 1.05
+"""Steps adjoin if the time from one to the next is up to so many times as long as they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Durations of the steps that every rank with steps completed; warm-up (the first) is kept apart."""
+    """Durations of the steps that every rank with steps completed; warm-up (the first) is kept apart.
+
+    There is none if the capture shows earlier steps, or if all ranks have one step alone.
+    """
 
     numbers: npt.NDArray[np.int64]
     """Step numbers without warm-up, shape (steps,)."""
@@ -241,10 +246,22 @@ class StepTimes:
     warmup_s: float
     left_out: tuple[int, ...] = ()
     """Ranks that have fewer than half of the steps that most ranks have; they are no part of the above."""
+    periods_s: Mapping[int, float] = field(default_factory=dict)
+    """By rank the mean time from the end of one step to the end of the next: no more can be lost to anything."""
 
     @property
     def mean_s(self) -> float:
         return float(self.duration_s.mean()) if len(self.duration_s) else 0.0
+
+    @property
+    def period_s(self) -> float:
+        """Mean over ranks of the time from the end of one step to the end of the next."""
+        return float(np.mean(list(self.periods_s.values()))) if self.periods_s else 0.0
+
+    @property
+    def adjoin(self) -> bool:
+        """Whether hardly any time lies between the steps."""
+        return self.period_s <= ADJOINING * self.mean_s
 
     @property
     def median_s(self) -> float:
@@ -259,7 +276,7 @@ class StepTimes:
 
 
 def step_times(traces: Sequence[RankTrace]) -> StepTimes:
-    """Steps that all of ``traces`` with any closed steps have closed. The first of the run is warm-up.
+    """Steps that all of ``traces`` with any closed steps have closed. The first of the run is warm-up if others follow.
 
     A rank whose steps are mostly others than those of most ranks, because their numbers are damaged or it stopped
     early, would leave nothing of the run to look at: it is left out.
@@ -277,12 +294,30 @@ def step_times(traces: Sequence[RankTrace]) -> StepTimes:
     )
     by_step = whole.groupby("step")["duration"].agg(["mean", "size"])
     common = by_step[by_step["size"] == len(frames)]
-    warm = common[common.index == first]
-    steady = common[common.index != first]
+    is_warm = any(trace.is_warm for trace in traces if trace.rank in known and trace.rank not in odd)
+    warms_up = (common.index == first) & (len(common) > 1) & (not is_warm)
+    warm, steady = common[warms_up], common[~warms_up]
+    numbers = steady.index.to_numpy(np.int64)
     return StepTimes(
-        numbers=steady.index.to_numpy(np.int64),
+        numbers=numbers,
         duration_s=steady["mean"].to_numpy(np.float64),
         warmup_number=first if len(warm) else None,
         warmup_s=float(warm["mean"].iloc[0]) if len(warm) else 0.0,
         left_out=tuple(odd),
+        periods_s=_periods_s(traces, numbers),
     )
+
+
+def _periods_s(traces: Sequence[RankTrace], numbers: npt.NDArray[np.int64]) -> dict[int, float]:
+    """By rank the time from the end of one step to the end of the next, as a mean over the steps ``numbers``.
+
+    A step before which nothing was recorded for a while begins the count afresh, as the first one does.
+    """
+    found = {}
+    for trace in traces:
+        chosen = trace.steps["step"].isin(numbers).to_numpy(bool)
+        if chosen.any():
+            start, end = (trace.steps[name].to_numpy(np.float64) for name in ("start_ns", "end_ns"))
+            before = np.append(start[0], np.where(trace.follows, end[:-1], start[1:]))
+            found[trace.rank] = float((end - before)[chosen].sum()) / NS_PER_S / len(numbers)
+    return found

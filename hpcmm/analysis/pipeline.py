@@ -94,7 +94,7 @@ def _first_steps(inventory: ReportInventory, record: RunRecord) -> Iterator[Firs
     if isinstance(profile, dict) and profile.get("steps"):
         return
     for fact, trace in inventory.used:
-        if len(trace.steps):
+        if len(trace.steps) and not trace.is_warm:
             first = trace.steps.sort_values("start_ns").iloc[0]
             begin, end = float(first["start_ns"]), float(first["end_ns"])
             yield FirstStep(trace.rank, max(0.0, begin - fact.first_ns) / 1e9, (end - begin) / 1e9)
@@ -118,7 +118,7 @@ def study(
 
     def ranked() -> pd.DataFrame:
         if len(steps.numbers):
-            findings, whole_s = bottlenecks.find(context()), steps.mean_s
+            findings, whole_s = bottlenecks.find(context()), steps.period_s
         else:
             findings, whole_s = _found_without_steps(made, rows, traces, inventory.expected_ranks, record)
         advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
@@ -136,7 +136,7 @@ def study(
             "comm_bytes": lambda: collectives.bytes_table(made["collectives"], steps.warmup_number),
             "comm_wait": lambda: comm_wait(context()),
             "gpu": lambda: gpu_trace.gpu_table(traces, rows, steps.warmup_number),
-            **_of_gpus(traces),
+            **_of_gpus(traces, steps.warmup_number),
             "delays": lambda: time_tables.delays_table(context()),
             "startup": lambda: startup_table(record.startup, _first_steps(inventory, record)),
             "clock": lambda: clock.table,
@@ -169,9 +169,9 @@ def _of_os_calls(traces: Sequence[RankTrace]) -> dict[str, Callable[[], pd.DataF
     }
 
 
-def _of_gpus(traces: Sequence[RankTrace]) -> dict[str, Callable[[], pd.DataFrame]]:
+def _of_gpus(traces: Sequence[RankTrace], warmup_step: int | None) -> dict[str, Callable[[], pd.DataFrame]]:
     return {
-        "idle": lambda: idle.idle_table(traces),
+        "idle": lambda: idle.idle_table(traces, warmup_step),
         "copies": lambda: copies.copies_table(traces),
         "kernels": lambda: gpu_trace.kernels_table(traces),
         "projection": lambda: projection.projection_table(traces),

@@ -20,6 +20,7 @@ from hpcmm.reports.run_record import RunRecord
 FOUND = "found"
 MISSING = "missing"
 TRUNCATED = "truncated"
+NEWER_NSYS = "newer_nsys"
 EMPTY = "empty"
 NOT_PROFILED = "not_profiled"
 WRONG_JOB = "wrong_job"
@@ -358,7 +359,7 @@ def _no_steps(fact: ReportFacts) -> str:
 
 def _status_without_trace(fact: ReportFacts) -> tuple[str, str]:
     if fact.damage:
-        return TRUNCATED, fact.damage
+        return NEWER_NSYS if fact.is_of_a_newer_nsys else TRUNCATED, fact.damage
     if fact.events == 0:
         return EMPTY, "the capture holds no events"
     return _no_steps(fact), fact.no_ranges

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from hpcmm.analysis.choice import NO_WHOLE_STEP
 from hpcmm.analysis.clock import CommonClock
 from hpcmm.analysis.phases import StepTimes
 from hpcmm.analysis.trace import RankTrace
@@ -39,6 +40,14 @@ class Study:
     """Which of the program's own NVTX ranges are taken for steps and phases; empty if they are hpcmm's."""
     line_to_add: str = ""
     """The line that would give the run's script steps; empty if nothing lacks them."""
+
+    @property
+    def no_steps(self) -> str:
+        """That there are none to compare, in words."""
+        if any(len(trace.steps) for trace in self.traces):
+            return "No step was closed on all ranks"
+        cut = self.tables["coverage"]["reason"].str.contains(NO_WHOLE_STEP, regex=False).any()
+        return "No whole step lies in the window" if cut else "No steps are annotated"
 
     @property
     def names(self) -> dict[int, str]:

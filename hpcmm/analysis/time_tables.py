@@ -149,7 +149,8 @@ def phases_summary(phases: pd.DataFrame, steps: StepTimes) -> pd.DataFrame:
     """One row a rank, phase and communication within it (SUMMARY_COLUMNS), from table ``phases``.
 
     Mean, quantiles and variation (sample standard deviation over mean) are over the steps in which the phase occurs,
-    warm-up left out; ``s_per_step`` spreads its time over all of them. The warm-up step is ``warmup_s``.
+    warm-up left out; ``s_per_step`` spreads its time over all of them. The warm-up step is ``warmup_s``. ``step_share``
+    is of the rank's time from the end of one step to the end of the next.
     """
     if phases.empty:
         return pd.DataFrame(columns=SUMMARY_COLUMNS)
@@ -166,8 +167,9 @@ def phases_summary(phases: pd.DataFrame, steps: StepTimes) -> pd.DataFrame:
         p95_s=quantiles[0.95] if len(quantiles) else np.nan,
         variation=table["deviation_s"] / table["mean_s"],
         s_per_step=table["total_s"].fillna(0.0) / count,
-        step_share=table["total_s"].fillna(0.0) / count / steps.mean_s if steps.mean_s else np.nan,
     )
+    period_s = table.index.get_level_values("rank").map(steps.periods_s).to_numpy(np.float64)
+    table["step_share"] = (table["s_per_step"] / period_s).clip(upper=1.0)
     summary: pd.DataFrame = table.reset_index().sort_values(key, ignore_index=True)
     return summary[SUMMARY_COLUMNS]
 
@@ -224,7 +226,8 @@ def comm_wait(context: AnalysisContext) -> pd.DataFrame:
                     int(ranks[most]) if waited > 0 else None,
                     waited,
                     (*parts.names, UNEXPLAINED)[int(culprit_parts[most].argmax())] if waited > 0 else "",
-                    (wait + transfer) / steps.mean_s,
+                    # What was begun in the last step may end after it.
+                    min((wait + transfer) / steps.periods_s[traces[index].rank], 1.0),
                 )
             )
     table = pd.DataFrame(found, columns=COMM_WAIT_COLUMNS).astype({"waited_for_rank": "Int64"})

@@ -165,6 +165,8 @@ class RankTrace:
     """Its places in NCCL's communicators, as far as it told, by their names in ``collectives``."""
     main_thread: MainThread | None = None
     """None if there are steps or GPU records, or if its OS calls were not traced."""
+    is_warm: bool = False
+    """Whether its capture shows steps before these: the first of these is no warm-up."""
     label: str = ""
     """What to call it while its rank is unknown: as :func:`labelled` gives it."""
 
@@ -194,6 +196,7 @@ class RankTrace:
             waits=moved(self.waits),
             calls=moved(self.calls),
             gpu=None if self.gpu is None else moved(self.gpu),
+            idle=None if self.idle is None else moved(self.idle),
             batches=None if self.batches is None else moved(self.batches),
             expert_tokens=None if self.expert_tokens is None else moved(self.expert_tokens),
         )

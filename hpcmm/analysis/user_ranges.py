@@ -8,11 +8,11 @@ Otherwise the candidates are listed, and the user chooses. ``docs/bottlenecks.md
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.choice import Choice
@@ -25,8 +25,10 @@ from hpcmm.analysis.range_names import (
     looks_like_a_step,
     matching,
     never_a_step,
+    plain,
     templates,
     without_counters,
+    without_micro_batches,
 )
 from hpcmm.annotate import schema
 from hpcmm.reports.report import PUSH_POP, UNKNOWN
@@ -61,26 +63,42 @@ class Adopted:
     candidates: tuple[str, ...] = ()
     """What could be chosen instead, in words."""
     labels: frozenset[str] = frozenset()
-    """All that could be chosen instead."""
+    """All that could be chosen instead, of threads that launch."""
+    other_loops: tuple[str, ...] = ()
+    """Ranges that are as clearly steps of another loop, before or after the one that was taken, in words."""
+    stepped_before: frozenset[int] = frozenset()
+    """Processes that ran steps before the first of those that were chosen."""
 
 
 def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = None) -> Adopted:
     """Steps and phases among ``ranges`` (RANGE_COLUMNS of :mod:`hpcmm.reports.report`).
 
     ``launches``: pid and launch_tid of all that GPUs did. If there is any, only a thread that launches runs steps,
-    unless the user says which ranges are steps.
+    unless the user says which ranges are steps, and none of them is of such a thread.
     """
     if ranges.empty:
         return Adopted(_none())
     ranges = _labelled(ranges)
     candidates = step_candidates(ranges)
-    chosen = _chosen_steps(ranges, _launching(candidates, launches), choice.steps)
+    launching = _launching(candidates, launches)
+    told, labels = _told(candidates), frozenset(launching["label"])
+    if choice.steps:
+        matched = ranges[matching(ranges["name"], choice.steps)]
+        of_launching = _launching(matched, launches)
+        chosen = matched if of_launching.empty else of_launching
+    else:
+        chosen = _clear_steps(ranges, launching, choice.usual_steps)
     if chosen.empty:
-        return Adopted(_none(), candidates=_told(candidates), labels=frozenset(candidates["label"]))
-    steps = pd.concat([_numbered(own) for _, own in chosen.groupby("pid")])
-    label = ", ".join(steps["label"].drop_duplicates()[:MAX_TOLD])
-    adopted = _adopted(ranges.drop(steps.index), steps, choice.phases)
-    return replace(adopted, steps=label, candidates=_told(candidates), labels=frozenset(candidates["label"]))
+        return Adopted(_none(), candidates=told, labels=labels)
+    steps = pd.concat([_numbered(_on_one_thread(own)) for _, own in chosen.groupby("pid")])
+    names = steps["name"].drop_duplicates() if len(steps) == steps["pid"].nunique() else steps["label"]
+    adopted = replace(_adopted(ranges.drop(steps.index), steps, choice.phases), candidates=told, labels=labels)
+    return replace(
+        adopted,
+        steps=", ".join(map(plain, names.astype(str).drop_duplicates()[:MAX_TOLD])),
+        other_loops=() if choice.steps else _told(_other_loops(launching, steps)),
+        stepped_before=_stepped_before(ranges, steps),
+    )
 
 
 def adopt_phases(ranges: pd.DataFrame, steps: pd.DataFrame, expression: str) -> Adopted:
@@ -123,21 +141,43 @@ def _none() -> pd.DataFrame:
     return pd.DataFrame(columns=NVTX_COLUMNS)
 
 
-def _chosen_steps(ranges: pd.DataFrame, candidates: pd.DataFrame, expression: str) -> pd.DataFrame:
-    """The ranges that are steps, on one thread a process, none within another."""
-    if expression:
-        chosen = ranges[matching(ranges["name"], expression)]
+def _clear_steps(ranges: pd.DataFrame, candidates: pd.DataFrame, usual: str) -> pd.DataFrame:
+    """The ranges of ``candidates`` that are steps: those with the label ``usual``, or without one the clear ones."""
+    if usual:
+        same = candidates[candidates["label"] == usual]
     else:
         clear = _clear(ranges, candidates)
-        chosen = ranges.iloc[:0]
+        same = candidates.iloc[:0]
         if clear is not None:
-            chosen = ranges[(ranges["domain"] == clear[0]) & (ranges["label"] == clear[1])]
-            chosen = chosen[chosen["pid"].isin(candidates["pid"])]
-    parts = []
-    for _, own in chosen.groupby("pid"):
-        on_thread = (own["end_ns"] - own["start_ns"]).groupby(own["tid"]).sum()
-        parts.append(outermost(own[own["tid"] == on_thread.idxmax()]))
-    return pd.concat(parts) if parts else chosen
+            same = candidates[(candidates["domain"] == clear[0]) & (candidates["label"] == clear[1])]
+    keys = ["pid", "tid", "domain", "label"]
+    alike = ranges[ranges["label"].isin(same["label"])]
+    theirs = pd.MultiIndex.from_frame(alike[keys].astype({"domain": object}))
+    return alike[theirs.isin(pd.MultiIndex.from_frame(same[keys]))]
+
+
+def _on_one_thread(ranges: pd.DataFrame) -> pd.DataFrame:
+    """The steps among ``ranges`` of one process: on the thread that has most of them, none within another."""
+    on_thread = (ranges["end_ns"] - ranges["start_ns"]).groupby(ranges["tid"]).sum()
+    return outermost(ranges[ranges["tid"] == on_thread.idxmax()])
+
+
+def _other_loops(candidates: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """Those of ``candidates`` that are clearly steps, before or after all ``steps``."""
+    named = candidates["label"].map(looks_like_a_step).astype(bool) & (candidates["cover"] >= MIN_COVER)
+    apart = (candidates["last_ns"] <= steps["start_ns"].min()) | (candidates["first_ns"] >= steps["end_ns"].max())
+    found: pd.DataFrame = candidates[named & apart & ~candidates["label"].isin(steps["label"])]
+    return found
+
+
+def _stepped_before(ranges: pd.DataFrame, steps: pd.DataFrame) -> frozenset[int]:
+    """Processes with ranges that are called as their ``steps`` and lie on the same thread before these."""
+    found = set()
+    for pid, own in steps.groupby("pid"):
+        same = (ranges["pid"] == pid) & (ranges["tid"] == own["tid"].iloc[0]) & ranges["label"].isin(own["label"])
+        if (ranges.loc[same, "start_ns"] < own["start_ns"].min()).any():
+            found.add(int(str(pid)))
+    return frozenset(found)
 
 
 def outermost(ranges: pd.DataFrame) -> pd.DataFrame:
@@ -170,19 +210,16 @@ def in_words(adopted: Sequence[Adopted]) -> str:
     told = [f"steps are the NVTX ranges {' and '.join(map(repr, steps))}"] if steps else []
     several = ", ".join(phases[:MAX_TOLD]) + (f" and {len(phases) - MAX_TOLD} more" if len(phases) > MAX_TOLD else "")
     told += [f"phases are {several}"] if phases else ["no ranges within them are phases"]
+    loops = list(dict.fromkeys(loop for each in adopted for loop in each.other_loops))
+    told += [f"another loop is {' and '.join(loops[:MAX_TOLD])}"] if loops else []
     return f"{', '.join(told)}; --steps and --phases choose others"
-
-
-def pattern_of(label: str) -> str:
-    """The expression that matches the names which a label such as ``step {n}`` stands for."""
-    return "[0-9]+".join(re.escape(part) for part in label.split(NUMBER))
 
 
 def step_candidates(ranges: pd.DataFrame) -> pd.DataFrame:
     """Ranges by process, thread, domain and label that come often enough, the longest in all first.
 
     Columns pid, tid, domain, label, calls, total_ns, median_ns, cover (of the time from one start to the next, as a
-    median) and counts (whether a number in their names goes up).
+    median), counts (whether a number in their names goes up), first_ns and last_ns.
     """
     keys = ["pid", "tid", "domain", "label"]
     sizes = ranges.groupby(keys, observed=True)["start_ns"].transform("size")
@@ -195,8 +232,8 @@ def step_candidates(ranges: pd.DataFrame) -> pd.DataFrame:
         length = end - start
         cover = float(np.median(length[:-1] / np.maximum(np.diff(start), 1)))
         counts = NUMBER in str(key[3]) and counted([str(name) for name in whole["name"]]) is not None
-        rows.append((*key, len(whole), int(length.sum()), float(np.median(length)), cover, counts))
-    columns = [*keys, "calls", "total_ns", "median_ns", "cover", "counts"]
+        rows.append((*key, len(whole), int(length.sum()), float(np.median(length)), cover, counts, start[0], end.max()))
+    columns = [*keys, "calls", "total_ns", "median_ns", "cover", "counts", "first_ns", "last_ns"]
     return pd.DataFrame(rows, columns=columns).sort_values("total_ns", ascending=False, ignore_index=True)
 
 
@@ -217,6 +254,8 @@ def _clear(ranges: pd.DataFrame, candidates: pd.DataFrame) -> tuple[str, str] | 
         & (candidates["pid"] == best["pid"])
         & ((candidates["label"] != best["label"]) | (candidates["tid"] != best["tid"]))
         & (candidates["cover"] >= RIVAL_COVER)
+        & (candidates["first_ns"] < best["last_ns"])  # a loop before or after is another one
+        & (candidates["last_ns"] > best["first_ns"])
         & candidates["calls"].between(best["calls"] / RIVAL_CALLS, best["calls"] * RIVAL_CALLS)
     ]
     if any(not _lie_within(ranges, rival, best) for _, rival in rivals.iterrows()):
@@ -254,7 +293,7 @@ def _phases_of(ranges: pd.DataFrame, steps: pd.DataFrame, expression: str) -> pd
     """Phases within ``steps``, of one process, on the thread that runs these; named without what counts."""
     pid, tid = steps["pid"].iloc[0], steps["tid"].iloc[0]
     mine = ranges[(ranges["pid"] == pid) & (ranges["tid"] == tid) & (ranges["end_tid"] == tid)]
-    mine = mine[~mine["label"].isin(steps["label"].unique())]
+    mine = mine[~mine["label"].isin(steps["label"].unique()) & ~_holds_a_step(mine, steps)]
     if expression:
         chosen = mine[matching(mine["name"], expression)] if len(mine) else mine
     else:
@@ -263,9 +302,20 @@ def _phases_of(ranges: pd.DataFrame, steps: pd.DataFrame, expression: str) -> pd
         chosen = _parts(mine[own & ~operator], steps)
     # hpcmm's own phases carry the size of their batch.
     size = chosen["payload"].where(chosen["domain"] == schema.DOMAIN)
-    name = without_counters(chosen["name"].cat.remove_unused_categories())
-    named: pd.DataFrame = chosen.assign(name=name, payload=size)
+    name = pd.Series(without_counters(chosen["name"].cat.remove_unused_categories()), index=chosen.index)
+    alike = {each: without_micro_batches(each) for each in name.unique()}
+    named: pd.DataFrame = chosen.assign(name=name.map(alike), payload=size)
     return named
+
+
+def _holds_a_step(ranges: pd.DataFrame, steps: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Which of ``ranges`` begin no later and end no earlier than a step (sorted), and are longer: an epoch, a run."""
+    begin, end = steps["start_ns"].to_numpy(np.int64), steps["end_ns"].to_numpy(np.int64)
+    start, finish = ranges["start_ns"].to_numpy(np.int64), ranges["end_ns"].to_numpy(np.int64)
+    first = np.minimum(np.searchsorted(begin, start, side="left"), len(begin) - 1)
+    longer = finish - start > end[first] - begin[first]
+    held: npt.NDArray[np.bool_] = (begin[first] >= start) & (end[first] <= finish) & longer
+    return held
 
 
 def _parts(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:

@@ -12,12 +12,11 @@ from typing import Any
 import pandas as pd
 
 from hpcmm.analysis.choice import CHOOSE_FOR_ME, Choice
-from hpcmm.analysis.extraction import ReportFacts, common_steps, has_other_steps, observe
+from hpcmm.analysis.extraction import ReportFacts, common_steps, has_other_steps, observe, warm
 from hpcmm.analysis.pipeline import parts_for, some_tables, study
 from hpcmm.analysis.pop_metrics import Reference
 from hpcmm.analysis.report_inventory import ReportInventory, take_inventory
 from hpcmm.analysis.study import Selection, Study, why_failed
-from hpcmm.analysis.user_ranges import pattern_of
 from hpcmm.errors import HpcmmError
 from hpcmm.jobs.find_run import find_folder
 from hpcmm.node.cache import private_folder
@@ -282,7 +281,13 @@ class _Reader:
             every_range=choice.needs_ranges,
         )
         return [
-            reading.value or ReportFacts(reading.source.path, damage=printable(reading.reason)) for reading in readings
+            reading.value
+            or ReportFacts(
+                reading.source.path,
+                damage=printable(reading.reason),
+                is_of_a_newer_nsys=reading.is_of_a_newer_nsys,
+            )
+            for reading in readings
         ]
 
 
@@ -300,10 +305,10 @@ def _observed(sources: Sequence[ReportSource], reader: _Reader, choice: Choice) 
     label = common_steps(facts)
     others = [at for at, fact in enumerate(facts) if label and has_other_steps(fact, label)]
     if others and not choice.steps:
-        again = replace(choice, steps=pattern_of(label))
+        again = replace(choice, usual_steps=label)
         for at, fact in zip(others, reader.read([sources[at] for at in others], again), strict=True):
             facts[at] = fact
-    return facts
+    return warm(facts)
 
 
 def _refuse_unknown_ranges(facts: Sequence[ReportFacts], choice: Choice) -> None:
@@ -315,8 +320,11 @@ def _refuse_unknown_ranges(facts: Sequence[ReportFacts], choice: Choice) -> None
     if choice.phases and not any(each.phases for each in adopted):
         raise HpcmmError(f"no NVTX range within a step is called as --phases {choice.phases!r} says{there}.")
     if not choice.is_whole and not any(fact.traces for fact in facts):
-        told = f"--between {choice.between!r}" if choice.between else "--from and --to"
-        raise HpcmmError(f"nothing of these reports lies within what {told} asks for{there}.")
+        if choice.between and not choice.is_timed:
+            raise HpcmmError(f"nothing of these reports lies within what --between {choice.between!r} asks for{there}.")
+        reasons = [fact.no_ranges for fact in facts if fact.no_ranges]
+        told = f": of the first one, {reasons[0]}" if reasons else ""
+        raise HpcmmError(f"--from and --to leave nothing of these reports{told}.")
 
 
 def _usable_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInventory:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from hpcmm.analysis import process_groups
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS
-from hpcmm.analysis.findings import computation_has_phases, gpu_doubt
+from hpcmm.analysis.findings import ONE_STEP, computation_has_phases, gpu_doubt
 from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.gpu_trace import counted, traced
 from hpcmm.analysis.study import Study, why_failed
@@ -91,13 +91,14 @@ def headline(study: Study) -> str:
     table = study.tables["bottlenecks"]
     if not len(study.steps.numbers):
         return _capture_headline(study) or "No steps to analyse: " + _why_no_steps(study)
-    step = seconds(study.steps.mean_s)
+    steps = study.steps
+    step = f"{seconds(steps.mean_s)} step" if steps.adjoin else f"{seconds(steps.period_s)} from step to step"
     if table.empty:
-        told = f"Nothing stands out: no cause takes 2% of the {step} step, and no rank is to blame."
+        told = f"Nothing stands out: no cause takes 2% of the {step}, and no rank is to blame."
         doubt = graphs_line(study) or gpu_doubt(study.traces)
         return f"{told} But {plain(doubt)}." if doubt else told
     row = table.iloc[0]
-    lost = f"{seconds(float(row['lost_s_per_step']))} of each {step} step ({percent(float(row['step_share']))})"
+    lost = f"{seconds(float(row['lost_s_per_step']))} of each {step} ({percent(float(row['step_share']))})"
     several = "s" if "," in str(row["phase"]) else ""
     cause = plain(row["cause"])
     # A phase that is no more than the rest of the step, or that the cause tells already, adds nothing.
@@ -131,11 +132,7 @@ def _why_no_steps(study: Study) -> str:
         why = plain(Counter(told).most_common(1)[0][0])
         line = f" The line to add: {study.line_to_add}" if study.line_to_add else ""
         return f"{why}.{_of_collectives(study)}{_of_phases(study)}{line}"
-    return (
-        "only the warm-up step was captured."
-        if study.steps.warmup_number is not None
-        else "none was closed on all ranks."
-    )
+    return "none was closed on all ranks."
 
 
 _KNOWN_LAST, _MOSTLY_LAST = 8, 0.9
@@ -257,6 +254,8 @@ def steps_line(study: Study) -> str:
     steps = study.steps
     if not len(steps.numbers):
         return "no steps"
+    if len(steps.numbers) == 1:
+        return f"step {steps.numbers[0]} alone, of {seconds(steps.mean_s)}: {ONE_STEP}"
     told = f"{len(steps.numbers)} steps of {seconds(steps.mean_s)} ± {seconds(steps.noise_s)}"
     told += f", warm-up step {seconds(steps.warmup_s)} apart" if steps.warmup_number is not None else ""
     if steps.left_out:
@@ -392,11 +391,12 @@ def _left_out(study: Study) -> str:
 def _capture_headline(study: Study) -> str:
     """The first bottleneck of a capture without steps, or nothing if neither GPUs nor OS calls tell of one."""
     rows, table = _by_gpu(_gpu_rows(study)), study.tables["bottlenecks"]
-    devices = len(rows)
+    devices = rows["gpu"].nunique()
     if not devices and (table.empty or len(study.tables["phases"])):
         return ""
     where = "one GPU" if devices == 1 else f"{devices} GPUs"
-    told = f"No steps are annotated; of {seconds(float(rows['span_s'].sum()) / max(devices, 1))} on {where}"
+    why = study.no_steps
+    told = f"{why}; of {seconds(float(rows['span_s'].sum()) / max(devices, 1))} on {where}"
     graphs = graphs_line(study)
     if table.empty:
         doubt = gpu_doubt(study.traces)
@@ -406,7 +406,7 @@ def _capture_headline(study: Study) -> str:
     row = table.iloc[0]
     share, who = float(row["step_share"]), ""
     if not devices:
-        told = f"No steps are annotated; of {seconds(float(row['lost_s_per_step']) / share)} of the loop"
+        told = f"{why}; of {seconds(float(row['lost_s_per_step']) / share)} of the loop"
         who = f" of {rank_name(int(row['rank']), names=study.names)}" if pd.notna(row["rank"]) else ""
     return f"{told} {percent(share)} are lost to this: {plain(row['cause'])}{who}."
 

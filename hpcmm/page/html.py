@@ -262,7 +262,12 @@ def _left_out(counts: dict[str, int]) -> list[str]:
 
 MAX_TILES = 2048
 MAX_TROUBLES = 50
-_GRADES = {report_inventory.FOUND: "good", report_inventory.NOT_PROFILED: "none", report_inventory.TRUNCATED: "fair"}
+_GRADES = {
+    report_inventory.FOUND: "good",
+    report_inventory.NOT_PROFILED: "none",
+    report_inventory.TRUNCATED: "fair",
+    report_inventory.NEWER_NSYS: "fair",
+}
 
 
 @dataclass(frozen=True, slots=True)

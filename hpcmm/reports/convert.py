@@ -31,6 +31,10 @@ EXPORT_TIMEOUT_S = 3600
 _PIECE_BYTES = 1 << 24
 
 
+class NewerReportError(HpcmmError):
+    """A newer nsys recorded the report than there is here; nothing is wrong with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Converter:
     """Turns captures into SQLite files under ``cache`` (created with mode 0700: exports hold environments)."""
@@ -50,17 +54,21 @@ class Converter:
     def to_sqlite(self, source: ReportSource) -> Path:
         """An SQLite file of ``source``: the given one, or a cached export.
 
-        Raises HpcmmError with the reason of each candidate when none can be converted.
+        Raises HpcmmError with the reason of each candidate when none can be converted; NewerReportError if a newer nsys
+        than there is here can.
         """
         reasons = []
+        is_newer = False
         for candidate in source.candidates:
             try:
                 return self._convert(candidate)
             except HpcmmError as error:
                 reasons.append(str(error))
+                is_newer |= isinstance(error, NewerReportError)
             except OSError as error:
                 reasons.append(f"{candidate} could not be read: {error.strerror}.")
-        raise HpcmmError("; ".join(reason.removesuffix(".") for reason in reasons) + ".")
+        told = "; ".join(reason.removesuffix(".") for reason in reasons) + "."
+        raise NewerReportError(told) if is_newer else HpcmmError(told)
 
     def _convert(self, path: Path) -> Path:
         # A pipe would be waited for. What is open here is what is read, whatever lies at ``path`` by then.
@@ -184,9 +192,9 @@ def _run(command: list[str], scratch: Path, subject: Path) -> None:
         raise HpcmmError(f"{subject}: {command[0]} failed: {error}.") from error
     if done.returncode != 0:
         told = _complaint(done.stdout + done.stderr)
-        raise HpcmmError(
-            _of_a_newer_nsys(subject, told) or f"{subject} could not be converted: {told.splitlines()[-1]}"
-        )
+        if newer := _of_a_newer_nsys(subject, told):
+            raise NewerReportError(newer)
+        raise HpcmmError(f"{subject} could not be converted: {told.splitlines()[-1]}")
 
 
 _NEWER = re.compile(r"version \((?P<made>[\w.-]+)\)[^()]*newer[^()]*version \((?P<here>[\w.-]+)\)")

@@ -21,7 +21,7 @@ from typing import Generic, TypeVar, cast
 import psutil
 
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.convert import Converter
+from hpcmm.reports.convert import Converter, NewerReportError
 from hpcmm.reports.events import read_report
 from hpcmm.reports.find import ReportSource
 from hpcmm.reports.report import Parts, Progress, Report
@@ -178,6 +178,8 @@ class Reading(Generic[Reduced]):
     source: ReportSource
     value: Reduced | None
     reason: str = ""
+    is_of_a_newer_nsys: bool = False
+    """Whether the reason is that nsys here is older than the one that wrote the report."""
 
 
 def read_all(
@@ -232,6 +234,8 @@ def _read(
     """One capture from its file to what is kept of it."""
     try:
         return Reading(source, reduce(read(converter.to_sqlite(source), source.path)))
+    except NewerReportError as error:
+        return Reading(source, None, str(error), is_of_a_newer_nsys=True)
     except HpcmmError as error:
         reason = str(error)
     except OSError as error:

@@ -45,6 +45,19 @@ def test_a_name_of_another_kind_tells_no_rank(reports: Path, name: str) -> None:
     assert rows(analyze(reports)) == [(1, "no_nvtx", "rank_0001.sqlite"), (None, "truncated", name)]
 
 
+def test_a_report_of_a_newer_nsys_is_not_damaged(reports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nsys = reports.parent / "bin" / "nsys"
+    nsys.parent.mkdir()
+    nsys.write_text("#!/bin/sh\necho 'Exportation error: Version not supported: 2'\nexit 1\n")
+    nsys.chmod(0o700)
+    monkeypatch.setenv("PATH", str(nsys.parent), prepend=":")
+    (reports / "rank_0000.nsys-rep").write_bytes(b"x")
+    analysis = analyze(reports)
+    assert rows(analysis) == [(0, "newer_nsys", "rank_0000.nsys-rep"), (1, "no_nvtx", "rank_0001.sqlite")]
+    assert "was recorded by a newer nsys than here" in analysis.coverage()["reason"].iloc[0]
+    assert not analysis.complete
+
+
 def test_a_name_that_is_wrong_of_a_readable_report_tells_nothing_of_another(reports: Path) -> None:
     (reports / "rank_0001.sqlite").rename(reports / "rank_0007.sqlite")
     assert rows(analyze(reports)) == [

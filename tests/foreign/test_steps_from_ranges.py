@@ -5,11 +5,15 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from hpcmm.analysis import gpu_trace
 from hpcmm.analyze import Analysis, Choice, analyze
+from hpcmm.analyze.__main__ import main
 from hpcmm.errors import HpcmmError
+from hpcmm.page import headlines
 
 INPUTS = Path(__file__).parent / "inputs"
 LOADING = ("data loading", 1, "data", 0.04)
@@ -182,16 +186,39 @@ def test_a_window_leaves_out_what_lies_beyond(choice: Choice, steps: range) -> N
         ({"steps": "nosuch"}, "--steps 'nosuch'.*'training_step_{n}'"),
         ({"phases": "nosuch"}, "--phases 'nosuch'"),
         ({"between": "nosuch"}, "--between 'nosuch'"),
-        ({"from_s": 100.0}, "--from and --to"),
+        ({"from_s": 100.0}, "--from and --to leave nothing.* it has 0 s to 2 s of the run"),
+        ({"from_s": 0.0962, "to_s": 0.0963}, "--from and --to leave nothing.* it has 0 s to 2 s of the run"),
         ({"from_s": 2.0, "to_s": 1.0}, "--from before --to"),
-        ({"to_s": -1.0}, "--from before --to"),
-        ({"from_s": float("nan")}, "--from before --to"),
+        ({"from_s": 0.0, "to_s": 0.0}, "--from before --to"),
+        ({"to_s": -1.0}, "--to -1 is no time of a run"),
+        ({"to_s": 1e300}, "--to 1e[+]300 is no time of a run"),
+        ({"to_s": float("inf")}, "--to inf is no time of a run"),
+        ({"to_s": float("nan")}, "--to nan is no time of a run"),
+        ({"from_s": float("nan")}, "--from nan is no time of a run"),
         ({"steps": "("}, "not a regular expression"),
+        ({"steps": "a{99999999999}"}, "not a regular expression"),
+        ({"steps": "(a+)+$"}, "--steps .* for ever"),
+        ({"phases": "((?:x|y)*z)+"}, "--phases .* for ever"),
+        ({"between": "(a|a)*b"}, "--between .* for ever"),
     ],
 )
 def test_a_choice_that_nothing_fits_is_one_sentence(options: dict, message: str) -> None:
-    with pytest.raises(HpcmmError, match=message):
+    with pytest.raises(HpcmmError, match=message) as error:
         analyze(INPUTS / "steps_megatron_bridge", choice=Choice(**options))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "expression", ["iteration [0-9]+", "(train|eval)_step_[0-9]{1,9}", "[(+*)]+x", r"\(a+\)+", "(step [0-9]+)?", "a++"]
+)
+def test_an_expression_that_takes_little_time_is_taken(expression: str) -> None:
+    assert Choice(steps=expression).steps == expression
+
+
+@pytest.mark.parametrize("option", ["--from=nan", "--to=1e300", "--to=-1", "--steps=(a+)+$", "--from=100"])
+def test_the_command_says_so_and_fails(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([option, f"--out={tmp_path / 'out'}", str(INPUTS / "steps_megatron_bridge")]) == 1
+    assert option.split("=", 1)[0] in capsys.readouterr().err
 
 
 def test_who_is_waited_for_is_named_though_no_communication_was_recorded() -> None:
@@ -245,3 +272,216 @@ def test_work_that_no_range_owns_is_told(tmp_path: Path) -> None:
     without = changed(tmp_path, "many_iterations", "DELETE FROM NVTX_EVENTS WHERE rowid > 3000")
     table = analyze(without).projection().set_index("range")
     assert table.loc["(in no range)", "kernels"] == 1500
+
+
+def inserted(name: str, start: str, end: str, where: str = "1", thread: str = "globalTid") -> str:
+    """SQL that puts ranges beside those of the steps that fit ``where``, in which ``n`` is the number of the step."""
+    return f"""
+        INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
+        SELECT {start}, {end}, 59, {name}, {thread}, 0
+        FROM (SELECT start, "end", globalTid, CAST(substr(value, 15) AS INT) AS n FROM NVTX_EVENTS
+              JOIN StringIds ON id = textId WHERE value LIKE 'training_step%') WHERE {where}
+    """  # noqa: S608
+
+
+def called(name: str) -> str:
+    """SQL that calls the steps so."""
+    return f"UPDATE StringIds SET value = {name} WHERE value LIKE 'training_step%'"  # noqa: S608
+
+
+N = "CAST(substr(value, 15) AS INT)"
+"""The number of a step, in SQL."""
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        (f"'iter ' || {N} || '/20 loss=' || (0.9 - 0.01 * {N})", "iter {n}/{n} loss={n}"),
+        (f"'Step ' || {N} || ': loss=' || (2.3 - 0.1 * {N}) || ' lr=1e-' || ({N} % 5)", "Step {n}: loss={n} lr={n}"),
+        (f"'iter ' || {N} || ' loss=' || iif({N} % 3, '-3e-05', 'nan')", "iter {n} loss={n}"),
+        (f"'data_time=0.' || {N} || ' step ' || {N} || ' of ' || ({N} * 10)", "data_time={n} step {n} of {n}"),
+        (f"'[' || {N} || '/100]'", "[{n}/{n}]"),
+        (f"'step=' || {N}", "step={n}"),
+        (f"'train/step/' || {N}", "train/step/{n}"),
+        (f"char(27) || '[31mstep ' || {N} || char(27) || '[0m' || char(7)", "step {n}\N{REPLACEMENT CHARACTER}"),
+    ],
+)
+def test_the_number_of_the_step_counts_and_other_values_fold_away(tmp_path: Path, name: str, label: str) -> None:
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", called(name)))
+    assert first(analysis) == LOADING
+    assert f"steps are the NVTX ranges {label!r}" in analysis.study.ranges
+    assert list(analysis.steps()["step"].unique()) == list(range(20))
+
+
+EPOCHS = [inserted(f"'epoch {k}'", "start", "start + 995000000", f"n = {10 * k}") for k in range(2)]
+"""Each begins with its first step, and ends with its tenth."""
+
+
+def test_what_holds_steps_is_no_phase_of_one(tmp_path: Path) -> None:
+    run = inserted("'train'", "start", "start + 1999000000", "n = 0")
+    of_one_step = inserted("'epoch of one'", "start", '"end" + 2000', "n = 3")
+    folder = changed(tmp_path, "steps_megatron_bridge", *EPOCHS, run, of_one_step)
+    for choice in (Choice(), Choice(phases=".*")):
+        analysis = analyze(folder, choice=choice)
+        assert first(analysis) == LOADING
+        assert set(analysis.phases().query("within == ''")["phase"]) <= {*PHASES, "other"}
+
+
+PHASES = {"data", "forward", "backward", "optimizer"}
+
+
+def test_micro_batches_are_parts_of_a_step_under_one_name(tmp_path: Path) -> None:
+    micro = [
+        inserted(f"'{name} {k}'", f"start + {at + k * 450000}", f"start + {at + k * 450000 + long}")
+        for k in range(8)
+        for name, at, long in (("micro_batch", 91100000, 440000), ("fwd", 91100000, 200000), ("bwd", 91300000, 200000))
+    ]
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", *EPOCHS, *micro))
+    assert first(analysis) == LOADING
+    assert len(analysis.steps()) == 40
+    phases = set(analysis.phases().query("within == ''")["phase"])
+    assert "micro_batch {n}" in phases
+    assert not {name for name in phases if name[-1].isdigit()}
+
+
+def test_an_evaluation_between_steps_is_no_step(tmp_path: Path) -> None:
+    shorter = f'UPDATE NVTX_EVENTS SET "end" = start + 93000000 WHERE {STEPS}'  # noqa: S608
+    evaluation = inserted("'eval_step ' || n", "start + 93100000", "start + 99900000", "n % 3 = 0")
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", shorter, evaluation))
+    assert first(analysis) == LOADING
+    assert len(analysis.steps()) == 40
+
+
+def test_of_loops_one_after_the_other_the_longer_is_taken_and_the_other_named(tmp_path: Path) -> None:
+    loops = (
+        called(f"'pretrain_step ' || {N}") + f" AND {N} < 8",
+        called(f"'finetune_step ' || ({N} - 8)"),
+    )
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", *loops))
+    assert first(analysis) == LOADING
+    assert list(analysis.steps()["step"].unique()) == list(range(12))
+    assert "another loop is 'pretrain_step {n}' (8 x 0.095 s)" in analysis.study.ranges
+
+
+@pytest.mark.parametrize(
+    "choice", [Choice(between="training_step_5"), Choice(steps="training_step_5"), Choice(from_s=0.5, to_s=0.6)]
+)
+def test_one_step_alone_is_no_warm_up_and_blames_nobody(choice: Choice) -> None:
+    analysis = analyze(INPUTS / "steps_megatron_bridge", choice=choice)
+    study = analysis.study
+    assert list(analysis.steps()["step"]) == [5, 5]
+    assert not analysis.steps()["warmup"].any()
+    assert study.steps.mean_s == pytest.approx(0.095)
+    assert headlines.steps_line(study) == "step 5 alone, of 95 ms: one step cannot tell a straggler from chance"
+    assert "of each 95 ms step (42%)" in headlines.headline(study)
+    table = analysis.bottlenecks()
+    assert table["rank"].isna().all()
+    assert table["lost_s_per_step"].iloc[0] == pytest.approx(0.04)
+    assert "one step cannot tell" in table["evidence"].iloc[0]
+    assert set(analysis.idle()["scope"]) <= {"steps", "outside"}
+
+
+def test_one_step_of_one_gpu_is_one_gpu() -> None:
+    analysis = analyze(INPUTS / "many_iterations", choice=Choice(steps="iteration 10"))
+    counted = gpu_trace.counted(analysis.gpu())
+    assert len(counted) == 1
+    assert counted["span_s"].iloc[0] == pytest.approx(0.0019)
+    assert "of each 1.9 ms step" in headlines.headline(analysis.study)
+
+
+@pytest.mark.parametrize(
+    ("choice", "steps"),
+    [
+        (Choice(from_s=0.55, to_s=1.05), range(6, 10)),
+        (Choice(between="training_step_[5-9]"), range(5, 10)),
+        (Choice(steps="training_step_1[0-9]"), range(10, 20)),
+    ],
+)
+def test_a_window_that_begins_after_other_steps_has_no_warm_up_and_no_cut_step(choice: Choice, steps: range) -> None:
+    analysis = analyze(INPUTS / "steps_megatron_bridge", choice=choice)
+    assert list(analysis.steps()["step"].unique()) == list(steps)
+    assert not analysis.steps()["warmup"].any()
+    assert len(analysis.study.steps.numbers) == len(steps)
+    assert set(analysis.idle()["scope"]) <= {"steps", "outside"}
+    assert first(analysis) == LOADING
+    assert analysis.startup().empty
+
+
+def test_a_window_without_a_whole_step_says_so() -> None:
+    analysis = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(from_s=0.51, to_s=0.57))
+    assert headlines.headline(analysis.study).startswith("No whole step lies in the window; of 43.5 ms on 2 GPUs")
+    assert analysis.coverage()["reason"].str.contains("no step of it lies as a whole in the window").all()
+
+
+def test_a_report_without_the_ranges_of_a_window_says_so(tmp_path: Path) -> None:
+    other = "UPDATE StringIds SET value = 'else ' || substr(value, 15) WHERE value LIKE 'training_step%'"
+    folder = changed(tmp_path, "steps_megatron_bridge", other, only="rank1")
+    coverage = analyze(folder, choice=Choice(between="training_step_[5-9]")).coverage()
+    assert list(coverage["status"]) == ["found", "no_steps"]
+    assert coverage["reason"].iloc[1] == "none of its ranges is called so"
+
+
+def test_a_window_from_the_first_step_on_begins_with_the_warm_up() -> None:
+    steps = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(to_s=1.0)).steps()
+    assert set(steps.loc[steps["warmup"], "step"]) == {0}
+
+
+def test_no_share_of_a_step_exceeds_the_whole(tmp_path: Path) -> None:
+    """Of steps that cover little of the loop, and of a rank whose steps are far longer than the others'."""
+    little = f'UPDATE NVTX_EVENTS SET "end" = start + 7000000 WHERE {STEPS}'  # noqa: S608
+    empty = f'UPDATE NVTX_EVENTS SET "end" = start + 1000 WHERE {STEPS}'  # noqa: S608
+    folders = [changed(tmp_path / name, "steps_megatron_bridge", sql) for name, sql in (("a", little), ("b", empty))]
+    folders.append(changed(tmp_path / "c", "steps_megatron_bridge", little, only="rank0"))
+    for folder in folders:
+        analysis = analyze(folder, choice=Choice(steps="training_step_.*"))
+        assert len(analysis.study.steps.numbers) == 19
+        assert_shares(analysis)
+        table = analysis.bottlenecks()
+        assert table["step_share"].sum() <= 1 + 1e-9
+        share = table["lost_s_per_step"] / analysis.study.steps.period_s
+        assert np.allclose(table["step_share"], share)
+
+
+def assert_shares(analysis: Analysis) -> None:
+    for name in ("bottlenecks", "phases_summary", "comm_wait"):
+        share = analysis.tables[name]["step_share"].dropna()
+        assert ((share >= 0) & (share <= 1)).all(), name
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in INPUTS.iterdir() if path.name != "empty_beside_good"))
+def test_no_share_of_a_step_of_any_capture_exceeds_the_whole(source: str) -> None:
+    assert_shares(analyze(INPUTS / source))
+
+
+def test_a_rank_whose_loader_alone_has_the_usual_steps_keeps_its_own(tmp_path: Path) -> None:
+    """Rank 1 calls its steps otherwise, and its loader, which launches nothing, calls its batches as rank 0's steps."""
+    other = "UPDATE StringIds SET value = 'iteration ' || substr(value, 15) WHERE value LIKE 'training_step%'"
+    for thread in ("globalTid + 7", "globalTid + (9 << 24)"):
+        loaders = inserted("'training_step_' || n", "start", "start + 99000000", thread=thread)
+        folder = changed(tmp_path / thread, "steps_megatron_bridge", loaders, other, only="rank1")
+        analysis = analyze(folder)
+        assert first(analysis) == LOADING
+        assert "'training_step_{n}' and 'iteration {n}'" in analysis.study.ranges
+        assert len(analysis.study.traces) == 2
+
+
+def test_steps_that_are_chosen_are_of_a_thread_that_launches_if_one_has_them(tmp_path: Path) -> None:
+    for thread in ("globalTid + 7", "globalTid + (9 << 24)"):
+        loader = inserted("'training_step_' || n", "start", "start + 99900000", thread=thread)
+        folder = changed(tmp_path / thread, "steps_megatron_bridge", loader)
+        for choice in (Choice(), Choice(steps="training_step_.*")):
+            analysis = analyze(folder, choice=choice)
+            assert first(analysis) == LOADING
+            assert len(analysis.study.traces) == 2
+    alone = inserted("'load ' || n", "start", "start + 99900000", thread="globalTid + 7")
+    chosen = analyze(changed(tmp_path / "alone", "steps_megatron_bridge", alone), choice=Choice(steps="load .*"))
+    assert len(chosen.steps()) == 40
+
+
+def test_a_single_gap_is_told_before_the_range_itself(tmp_path: Path) -> None:
+    """Not before ``epoch {n}``, whichever that is."""
+    tables = ("NVTX_EVENTS", "CUPTI_ACTIVITY_KIND_KERNEL", "CUPTI_ACTIVITY_KIND_RUNTIME")
+    later = 'SET start = start + 3000000000, "end" = "end" + 3000000000 WHERE start > 100000000'
+    statements = [*(f"UPDATE {table} {later}" for table in tables), called(f"'epoch ' || {N}")]
+    table = analyze(changed(tmp_path, "steps_megatron_bridge", *statements)).idle()
+    assert set(table["before"]) - {""} == {"epoch 1"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcmm.analyze import analyze
+from hpcmm.analyze import Choice, analyze
 from hpcmm.page.headlines import coverage_line
 
 INPUTS = Path(__file__).parent / "inputs"
@@ -61,3 +61,44 @@ def test_windows_of_a_process_whose_rank_nothing_tells_are_one(reports: Path) ->
     for number in (1, 2):
         edit(reports / f"report.{number}.sqlite", "DELETE FROM META_DATA_CAPTURE WHERE value LIKE 'RANK%'")
     assert list(analyze(reports).coverage()["rank"]) == [-1, -1]
+
+
+RANGES = """
+    CREATE TABLE NVTX_EVENTS
+    (start INTEGER, "end" INTEGER, eventType INTEGER, text TEXT, globalTid INTEGER, domainId INTEGER)
+"""
+STEPS = """
+    INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
+    WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 3)
+    SELECT first + i * length / 4, first + (i + 1) * length / 4 - 1000, 59, 'step ' || (i + {first}), thread, 0
+    FROM n, (SELECT MIN(start) AS first, MAX("end") - MIN(start) AS length, MIN(globalTid) AS thread
+             FROM CUPTI_ACTIVITY_KIND_RUNTIME)
+"""
+"""Four steps that cover a window."""
+
+
+def name_steps(report: Path, first: int) -> None:
+    edit(report, RANGES)
+    edit(report, STEPS.format(first=first))
+
+
+@pytest.mark.parametrize("first", [0, 10], ids=["counting again", "counting on"])
+def test_the_first_step_of_the_first_window_alone_is_warm_up(reports: Path, first: int) -> None:
+    for number, begin in ((1, 0), (2, first)):
+        name_steps(reports / f"report.{number}.sqlite", begin)
+    analysis = analyze(reports)
+    steps = analysis.steps()
+    assert list(steps["warmup"]) == [True] + [False] * 7
+    assert len(analysis.study.steps.numbers) == 7
+    gpu, idle = analysis.gpu(), analysis.idle()
+    for scope, chosen in (("warmup", gpu["warmup"]), ("steps", gpu["step"].notna() & ~gpu["warmup"])):
+        assert idle.loc[idle["scope"] == scope, "idle_s"].sum() == pytest.approx(gpu.loc[chosen, "idle_s"].sum())
+    keys = ["device", "scope", "cause", "what", "range", "loading"]
+    assert not idle.duplicated(keys).any()
+
+
+def test_a_later_window_alone_is_warm(reports: Path) -> None:
+    for number in (1, 2):
+        name_steps(reports / f"report.{number}.sqlite", 0)
+    steps = analyze(reports, choice=Choice(from_s=30.0)).steps()
+    assert list(steps["warmup"]) == [False] * 4
