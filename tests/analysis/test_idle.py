@@ -31,7 +31,9 @@ def host(*calls: Call, ranges: tuple[tuple[int, int, int, str], ...] = (), trace
     whole = dict.fromkeys(columns[:3], np.int64)
     return Host(
         pd.DataFrame(list(calls), columns=columns).astype({**whole, "kind": "category", "function": "category"}),
-        pd.DataFrame(list(ranges), columns=[*columns[:3], "name"]).astype({**whole, "name": "category"}),
+        pd.DataFrame([(*each, each[-1]) for each in ranges], columns=[*columns[:3], "name", "whole_name"]).astype(
+            {**whole, "name": "category", "whole_name": "category"}
+        ),
         traces_os=traces_os,
     )
 
