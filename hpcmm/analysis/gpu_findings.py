@@ -149,12 +149,11 @@ def unmatched(context: AnalysisContext, named: Sequence[Finding]) -> list[Findin
     left = _unmatched_by_step(chosen, context.rows)
     whole = left.mean().clip(lower=0.0)
     elsewhere = sum(finding.lost_s for finding in named) - float(context.losses.sum()) / max(len(context.losses), 1)
-    lost = float(whole.mean()) - max(0.0, elsewhere) if len(whole) else 0.0
-    if lost <= 0:
+    lost = float(whole.mean()) - max(0.0, elsewhere)
+    if not lost > 0:  # nor if no step is left
         return []
     kernels = _unmatched_kernels(context)
-    stepping = [trace for trace in context.traces if len(trace.steps)]
-    unseen = unseen_ranks(context.rows, stepping, context.expected_ranks)
+    unseen = unseen_ranks(context.rows, [each for each in context.traces if len(each.steps)], context.expected_ranks)
     waiting = [] if named or unseen.missing > 0 else _waiting_for_one(context, left, chosen, kernels)
     rest = lost - sum(finding.lost_s for finding in waiting)
     rank = whole.idxmax()
@@ -166,8 +165,8 @@ def unmatched(context: AnalysisContext, named: Sequence[Finding]) -> list[Findin
     )
     kind = "unseen" if unseen.missing > 0 else "gpu_comm"
     told += f"; {unseen} have no report with steps" if unseen.missing > 0 else ""
-    worst = context.worst_step(left.mean(axis=1).reindex(context.steps.numbers).fillna(0.0).to_numpy(float))
-    return [*waiting, Finding(kind, CAUSES[kind], rest, None, "", "", told, LOW, f"gpu: rank={rank}", worst)]
+    where, worst = f"gpu: rank={rank}", _worst_step(context, left.mean(axis=1))
+    return [*waiting, Finding(kind, CAUSES[kind], rest, None, "", "", told, LOW, where, worst)]
 
 
 def _unmatched_by_step(gpu: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -183,12 +182,9 @@ def _unmatched_by_step(gpu: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 def _unmatched_kernels(context: AnalysisContext) -> pd.DataFrame:
     """Kernels that communicate by ``rank`` and ``name``, ``calls`` and ``total_ns``; NCCL's if there are no others."""
-    frames = [
-        trace.kernels[trace.kernels["communication"].astype(bool)].assign(rank=trace.rank)
-        for trace in context.traces
-        if trace.kernels is not None
-    ]
+    frames = [trace.kernels.assign(rank=trace.rank) for trace in context.traces if trace.kernels is not None]
     kernels = pd.concat(frames, ignore_index=True)
+    kernels = kernels[kernels["communication"].astype(bool)]
     others = kernels[[kernel_op(str(name)) is None for name in kernels["name"]]]
     return (others if len(others) else kernels).groupby(["rank", "name"], as_index=False)[["calls", "total_ns"]].sum()
 
@@ -223,11 +219,11 @@ def _waiting_for_one(
     longer = left.drop(columns=late).sub(left[late], axis=0)
     least, often = float(longer.mean().min()), float((longer.min(axis=1) > 0).mean())
     apart = max(float(longer.mean().max()) - least, float(spans.max() - spans.min()))
-    if often < ALMOST_ALL or least < max(STRAGGLER_SHARE * float(spans.mean()), float(means[late])):
-        return []
     # Exposed for a shorter time is also what more computation hides.
     run_s = kernels.groupby("rank")["total_ns"].sum() / NS_PER_S / len(left)
-    if apart > ALIKE * least or float(run_s.drop(late).min() - run_s[late]) < ALIKE * least:
+    is_far = least >= max(STRAGGLER_SHARE * float(spans.mean()), float(means[late]))
+    runs_shorter = float(run_s.drop(late).min() - run_s[late]) >= ALIKE * least
+    if often < ALMOST_ALL or apart > ALIKE * least or not (is_far and runs_shorter):
         return []
     trace = next(trace for trace in context.traces if trace.rank == late)
     told = (
@@ -237,9 +233,12 @@ def _waiting_for_one(
     )
     told += f"; {why}" if (why := excess(context.gpu, trace.rank).told) else ""
     by_step = longer.sum(axis=1) / len(means)
-    worst = context.worst_step(by_step.reindex(context.steps.numbers).fillna(0.0).to_numpy(float))
-    lost, where = float(by_step.mean()), f"gpu: rank={late}"
+    lost, where, worst = float(by_step.mean()), f"gpu: rank={late}", _worst_step(context, by_step)
     return [Finding("gpu_wait", CAUSES["gpu_wait"], lost, trace.rank, trace.node, "", told, MEDIUM, where, worst)]
+
+
+def _worst_step(context: AnalysisContext, by_step: pd.Series) -> int | None:
+    return context.worst_step(by_step.reindex(context.steps.numbers).fillna(0.0).to_numpy(float))
 
 
 def of_capture(tables: Mapping[str, pd.DataFrame], unseen: Unseen = EVERYBODY) -> list[Finding]:
@@ -363,7 +362,8 @@ def _communication(devices: pd.DataFrame, kernels: pd.DataFrame, unseen: Unseen)
     lost = float(devices["gpu_comm"].mean())
     most = devices.iloc[int((devices["gpu_comm"] / devices["span_s"]).to_numpy(float).argmax())]
     told = (
-        f"kernels that communicate run {lost:.3g} s in all with no computation beside them, {_most(most, 'gpu_comm')}"
+        f"kernels that communicate run {lost:.3g} s in all with no computation beside them, most of all on "
+        f"{device_name(most)}, {_share(most, 'gpu_comm')}"
     )
     names = kernels[kernels["communication"].astype(bool)].groupby("name")["total_s"].sum()
     told += f"; in all {_most_of(names, len(devices))}" if len(names) else ""
@@ -385,22 +385,18 @@ def _waiting(devices: pd.DataFrame, collectives: pd.DataFrame, unseen: Unseen) -
     told, rank, node, confidence = "GPUs wait in collectives for the one that comes last", None, "", LOW
     most = devices.iloc[int(devices["gpu_wait"].to_numpy(float).argmax())]
     if len(by_late) and by_late.iloc[0] >= ONE_IS_LATE * by_late.sum() > 0:
-        rank = int(by_late.index[0])
-        late = devices[devices["rank"] == rank]
+        late = devices[devices["rank"] == int(by_late.index[0])]
         if len(late):
             one = late.iloc[0]
-            node, confidence = str(one["node"]), MEDIUM
+            rank, node, confidence = int(one["rank"]), str(one["node"]), MEDIUM
             told = f"the others wait in collectives for {device_name(one)}, {by_late.iloc[0] / by_late.sum():.0%} of it"
             more = float(one["compute"] - np.median(devices["compute"]))
             if more > lost / 2:
                 told += f"; it computes {more:.3g} s longer than the median GPU"
-        else:
-            rank = None
     if unseen.missing > 0:
         told, confidence = f"{told}; {unseen} have no report, and may come later still", LOW
-    basis = sorted(set(waits["basis"]))
-    if basis:
-        told += f"; matched by {' and '.join(basis)}"
+    if len(waits):
+        told += f"; matched by {' and '.join(sorted(set(waits['basis'])))}"
     return Finding("gpu_wait", CAUSES["gpu_wait"], lost, rank, node, "", told, confidence, _rows(most))
 
 
@@ -432,10 +428,6 @@ def excess(gpu: pd.DataFrame, rank: int) -> Excess:
     if more[most] <= 0:
         return Excess()
     return Excess(f"its GPU {most} {more[most]:.3g} s a step longer than its peers'", most == "computes")
-
-
-def _most(row: pd.Series, kind: str) -> str:
-    return f"most of all on {device_name(row)}, {_share(row, kind)}"
 
 
 def _share(row: pd.Series, kind: str) -> str:
