@@ -130,3 +130,22 @@ def copies_table(traces: Sequence[RankTrace]) -> pd.DataFrame:
     table = table.assign(copy_s=table["copy_ns"] / NS_PER_S, exposed_s=table["exposed_ns"] / NS_PER_S)
     is_known = (table["copy_s"] > 0) & (table["bytes"] > 0)
     return table.assign(bytes_per_s=(table["bytes"] / table["copy_s"]).where(is_known))[TABLE_COLUMNS]
+
+
+ADVICE = {
+    "offload": "keep more on the GPU (no offload, or of a part), or move it on a stream beside the computation; a "
+    "larger batch for each transfer",
+    "host to device, pageable": "pinned memory and copies beside the computation: DataLoader(pin_memory=True), "
+    "non_blocking=True",
+    "host to device, pinned": "copies beside the computation: non_blocking=True, the next batch on a stream of its own",
+    "device to host, pageable": "fewer copies to the host (.cpu(), .item(), logging), into pinned memory with "
+    "non_blocking=True",
+    "device to host, pinned": "fewer copies to the host (.cpu(), .item(), logging), on a stream of their own",
+    "device to device, device": "fewer copies on the GPU: views instead of .clone(), .contiguous() and torch.cat",
+    "peer to peer, device": "copies between GPUs on a stream of their own; collectives of NCCL for many of them",
+    **dict.fromkeys(
+        ("host to device, managed", "device to host, managed", "device to device, managed"),
+        "prefetch unified memory (cudaMemPrefetchAsync): its pages move when touched; or allocate on the device",
+    ),
+}
+"""What to try against copies without computation, by what :func:`what_moves` tells."""

@@ -71,10 +71,8 @@ def device_time(activities: pd.DataFrame, low_ns: int, high_ns: int) -> DeviceTi
     comm = _union(start, end, communication)
     memory = _union(start, end, np.isin(kind, [COPY, SET]))
     sets = memory.subtract(_union(start, end, kind != SET))
-    busy = IntervalSet.union_of(start, end)
-    whole = IntervalSet.union_of([low_ns], [high_ns])
-    idle = _by_cause(whole.subtract(busy), activities)
-    return DeviceTime(compute, comm, memory, compute.intersect(comm), sets, idle)
+    gaps = IntervalSet.union_of([low_ns], [high_ns]).subtract(IntervalSet.union_of(start, end))
+    return DeviceTime(compute, comm, memory, compute.intersect(comm), sets, _by_cause(gaps, activities))
 
 
 def _union(start: Times, end: Times, chosen: npt.NDArray[np.bool_]) -> IntervalSet:
@@ -432,8 +430,7 @@ def kernel_rows(activities: pd.DataFrame) -> pd.DataFrame:
             "total_ns": kernels["end_ns"] - kernels["start_ns"],
         }
     )
-    totals = frame.groupby("name")["total_ns"].sum().reset_index()
-    most = set(totals.sort_values("total_ns", ascending=False)["name"].head(MOST_KERNELS))
+    most = frame.groupby("name")["total_ns"].sum().nlargest(MOST_KERNELS).index
     frame["name"] = frame["name"].where(frame["name"].isin(most), OTHER_KERNELS)
     table = frame.groupby(["name", "communication"], as_index=False).agg(
         calls=("total_ns", "size"), total_ns=("total_ns", "sum")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hpcmm.analysis import host_calls
+from hpcmm.analysis import copies, host_calls
 from hpcmm.analysis.findings import Finding
 
 
@@ -283,25 +283,6 @@ _GPU_ADVICE = {
     "kernels; if comm_s in table gpu is short on one rank alone, the others wait for that rank",
     "gpu_wait": "give each GPU as much to do as the others, by the cost of batches, experts or layers",
 }
-
-
-_COPY_ADVICE = {
-    "offload": "keep more on the GPU (no offload, or of a part), or move it on a stream beside the computation; a "
-    "larger batch for each transfer",
-    "host to device, pageable": "pinned memory and copies beside the computation: DataLoader(pin_memory=True), "
-    "non_blocking=True",
-    "host to device, pinned": "copies beside the computation: non_blocking=True, the next batch on a stream of its own",
-    "device to host, pageable": "fewer copies to the host (.cpu(), .item(), logging), into pinned memory with "
-    "non_blocking=True",
-    "device to host, pinned": "fewer copies to the host (.cpu(), .item(), logging), on a stream of their own",
-    "device to device, device": "fewer copies on the GPU: views instead of .clone(), .contiguous() and torch.cat",
-    "peer to peer, device": "copies between GPUs on a stream of their own; collectives of NCCL for many of them",
-    **dict.fromkeys(
-        ("host to device, managed", "device to host, managed", "device to device, managed"),
-        "prefetch unified memory (cudaMemPrefetchAsync): its pages move when touched; or allocate on the device",
-    ),
-}
-"""By what :func:`hpcmm.analysis.copies.what_moves` tells."""
 _OS_ADVICE = (
     (re.compile(r"sleep"), "no sleep in the loop: wait for the event itself"),
     (re.compile(r"^(f|p)?(write|puts|flush|sync|datasync)"), "print, log or save less often, or from another thread"),
@@ -327,7 +308,7 @@ def _advice_for_gpus(finding: Finding, config: Mapping[str, Any]) -> str:
     ]
     if finding.moves == "offload" and keys:
         return " ".join(f"parallel.{key}=none" for key in keys)
-    return _COPY_ADVICE.get(finding.moves, _GPU_ADVICE["gpu_copy"])
+    return copies.ADVICE.get(finding.moves, _GPU_ADVICE["gpu_copy"])
 
 
 _HELPED_BY_LARGER_BATCHES = {"gpu_host", "gpu_sync", "gpu_order"}
