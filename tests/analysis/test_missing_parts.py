@@ -75,7 +75,7 @@ COLLECTIVES = {
 @pytest.mark.parametrize("change", COLLECTIVES.values(), ids=COLLECTIVES)
 def test_collectives(change, ranks: int, steps: int, tmp_path: Path) -> None:
     told = outputs(with_collectives(change, run(ranks, steps)), tmp_path)
-    assert ("5 steps of" if steps > 1 else "no steps;") in told
+    assert ("5 steps of" if steps > 1 else "step 0 alone, of") in told
 
 
 def test_without_steps_the_headline_tells_what_collectives_take(tmp_path: Path) -> None:
