@@ -35,6 +35,7 @@ SYNCHRONISING = frozenset({"all_reduce", "all_gather", "reduce_scatter", "barrie
 NEEDS_ALL = SYNCHRONISING | {"all_to_all"}
 """No rank leaves before all have arrived."""
 POINT_TO_POINT = frozenset({"send", "recv"})
+VAGUE_NS = 1_000_000
 FROM_ROOT = frozenset({"broadcast", "scatter"})
 """Nobody can leave before the root has arrived."""
 
@@ -140,6 +141,7 @@ def estimate_waits(rows: pd.DataFrame, clock_error_ns: float | npt.NDArray[np.fl
     clock_tells = wait_a.fillna(wait_b).groupby(by_instance).transform("max") > clock_error_ns
     blamable = has_b & clock_tells.to_numpy() & (longest.to_numpy() > clock_error_ns)
     wait = wait_a.clip(lower=wait_b - clock_error_ns, upper=wait_b + clock_error_ns)
+    wait = wait.where(np.broadcast_to(clock_error_ns, len(rows)) >= VAGUE_NS, wait_b.where(clock_tells, wait_a))
     by_clock = wait_b.fillna(for_partner)
     wait = wait.fillna(by_clock.where(np.where(has_b, clock_tells, by_clock > clock_error_ns)))
     # Who came last waited for nobody, so that the shortest part of an instance is transfer, whatever the clock says.
