@@ -7,11 +7,11 @@ clock, d_r = e_r - s_r:
 - estimator B: wait_r = clip(max_q s_q - s_r, 0, d_r), Scalasca's "wait at NxN".
 
 A holds only where all ranks also leave together; B wherever every rank needs data of all others, so that an
-all-to-all, whose ranks may exchange unequal amounts, has B alone. If the clocks are good to e, the wait is A within the
-bounds B - e and B + e: no more is called transfer than the shortest d_r, unless the clocks contradict that. B alone has
-a broadcast or scatter, too, that its root comes last to; if its range does not tell the root, or another rank is last,
-all of it is transfer. A send and its receive have B between the two of them: the k-th send from one rank to another is
-what the k-th receive there gets.
+all-to-all, whose ranks may exchange unequal amounts, has B alone. If the clocks are good to e only, which is a
+millisecond or more, the wait is A within the bounds B - e and B + e: no more is called transfer than the shortest d_r,
+unless the clocks contradict that. B alone has a broadcast or scatter, too, that its root comes last to; if its range
+does not tell the root, or another rank is last, all of it is transfer. A send and its receive have B between the two of
+them: the k-th send from one rank to another is what the k-th receive there gets.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ SYNCHRONISING = frozenset({"all_reduce", "all_gather", "reduce_scatter", "barrie
 NEEDS_ALL = SYNCHRONISING | {"all_to_all"}
 """No rank leaves before all have arrived."""
 POINT_TO_POINT = frozenset({"send", "recv"})
-VAGUE_NS = 1_000_000
 FROM_ROOT = frozenset({"broadcast", "scatter"})
 """Nobody can leave before the root has arrived."""
+VAGUE_NS = 1_000_000
+"""From this error on a clock is taken for a bound of the waits alone, and not for their measure."""
 
 
 def match_with_waits(
@@ -126,8 +127,8 @@ def estimate_waits(rows: pd.DataFrame, clock_error_ns: float | npt.NDArray[np.fl
     lateness_to_median_ns, clock_error_ns, estimators_disagree, last_start_ns and unsure_ns.
 
     ``clock_error_ns``: of all rows, or of each. ``wait_ns`` is estimator A, which needs no clock, as far as B does not
-    contradict it by more than the clock's error. Where there is B alone it is that, if it exceeds the error; else
-    ``unsure_ns`` of the transfer may be waiting. The late arriver is named only where the longest wait by B exceeds the
+    contradict it by more than the clock's error; below :data:`VAGUE_NS` it is B, if the clock tells. If there is B
+    alone it is that, if it exceeds the error; else ``unsure_ns`` of the transfer may be waiting. The late arriver is named only where the longest wait by B exceeds the
     clock's error. Operations in which no rank needs all others have NaN waits.
     """
     duration: pd.Series[float] = (rows["end_ns"] - rows["start_ns"]).astype(np.float64)
