@@ -89,7 +89,12 @@ def compare(run_a: RunTables, run_b: RunTables) -> Comparison:
     """
     for run in (run_a, run_b):
         steps = run.tables["steps"]
-        if not len(_steady(run)) or not steps.loc[steps["step"].isin(_steady(run)), "duration_s"].sum() > 0:
+        is_first_alone = steps["step"].nunique() < 2
+        if (
+            is_first_alone
+            or not len(_steady(run))
+            or not steps.loc[steps["step"].isin(_steady(run)), "duration_s"].sum() > 0
+        ):
             raise HpcmmError(f"{run.name} has no steps to compare: only annotated steps after the first count.")
     bottlenecks = _bottlenecks(run_a) | _bottlenecks(run_b)
     series_a, series_b = _series(run_a, bottlenecks), _series(run_b, bottlenecks)

@@ -156,9 +156,9 @@ def _advice_for_what_moves(finding: Finding, framework: str) -> str:
 
 def _has_no_other_node(finding: Finding, config: Mapping[str, Any]) -> bool:
     """Whether no other node can stand in for the finding's, or which one that is is not known."""
-    if not config or not finding.node:
+    if not config:
         return finding.is_only_node or not finding.node
-    return _number(config, "cluster", "nodes", 0) == 1 and _is_local(config)
+    return finding.node != "" and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config)
 
 
 def _look_at_the_node(finding: Finding, config: Mapping[str, Any]) -> str:
