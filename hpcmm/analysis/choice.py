@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import pandas as pd
 
-from hpcmm.analysis.range_names import matching
+from hpcmm.analysis.range_names import NUMBER, matching
 from hpcmm.annotate import schema
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.report import CudaEvents, Report
@@ -58,7 +58,8 @@ class Choice:
     """What the user says of reports; empty if he leaves it to us.
 
     An expression is regular. It stands for the NVTX ranges whose whole name it matches; if there are none, for those
-    that it matches in part. Raises HpcmmError for an expression that is none, and for times that are no part of a run.
+    that it matches in part. The name of ranges as messages write it, ``iteration {n}``, will do as well. Raises
+    HpcmmError for an expression that is none, and for times that are no part of a run.
     """
 
     steps: str = ""
@@ -78,7 +79,8 @@ class Choice:
 
     def __post_init__(self) -> None:
         for option in ("steps", "phases", "between"):
-            _refuse_endless(option, getattr(self, option))
+            if NUMBER not in getattr(self, option):
+                _refuse_endless(option, getattr(self, option))
         for option, time_s in (("from", self.from_s), ("to", self.to_s)):
             if time_s is not None and not 0 <= time_s <= MOST_S:
                 raise HpcmmError(
@@ -96,6 +98,14 @@ class Choice:
     def is_whole(self) -> bool:
         """Whether all of the capture's time counts."""
         return not self.is_timed and not self.between
+
+    @property
+    def window(self) -> str:
+        """Which part of the run counts, in words; empty if all of it does."""
+        told = [f"between the ranges {self.between!r}"] if self.between else []
+        told += [f"from {self.from_s:g} s on"] if self.from_s is not None else []
+        told += [f"until {self.to_s:g} s"] if self.to_s is not None else []
+        return f"only a part of the run is looked at, {', '.join(told)}" if told else ""
 
     @property
     def needs_ranges(self) -> bool:

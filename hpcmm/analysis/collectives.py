@@ -129,8 +129,7 @@ def estimate_waits(rows: pd.DataFrame, clock_error_ns: float | npt.NDArray[np.fl
     ``clock_error_ns``: of all rows, or of each. ``wait_ns`` is estimator A, which needs no clock, as far as B does not
     contradict it by more than the clock's error; below :data:`VAGUE_NS` it is B, if the clock tells. If there is B
     alone it is that, if it exceeds the error; else ``unsure_ns`` of the transfer may be waiting. The late arriver is
-    named only where the longest wait by B exceeds the clock's error. Operations in which no rank needs all others have
-    NaN waits.
+    named only if the longest wait by B exceeds the clock's error. If no rank needs all others, waits are NaN.
     """
     duration: pd.Series[float] = (rows["end_ns"] - rows["start_ns"]).astype(np.float64)
     by_instance = rows["instance"]

@@ -244,4 +244,5 @@ def _unseen(context: AnalysisContext, whole: Floats, of: tuple[str, int], longer
     )
     where = f"phases: rank={trace.rank} phase={phase}"
     worst = context.worst_step(np.maximum(longer, 0.0))
-    return Finding(kind, CAUSES[kind], lost_s, trace.rank, trace.node, phase, told, MEDIUM, where, worst)
+    found = Finding(kind, CAUSES[kind], lost_s, trace.rank, trace.node, phase, told, MEDIUM, where, worst)
+    return replace(found, is_only_node=len(context.nodes()) == 1)

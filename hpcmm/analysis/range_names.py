@@ -220,12 +220,20 @@ def is_library(domain: str) -> bool:
 def matching(name: pd.Series, expression: str) -> npt.NDArray[np.bool_]:
     """Which names ``expression`` matches as a whole; if it matches none, which it matches in part.
 
-    Each distinct name is matched once, and is short, since no more of it is read.
+    Each distinct name is matched once, and is short, since no more of it is read. What holds :data:`NUMBER` is no
+    expression, but what a message calls the ranges.
     """
-    compiled = re.compile(expression)
     categories = [plain(str(each)) for each in name.cat.categories]
-    for matches in (compiled.fullmatch, compiled.search):
-        found = np.array([matches(each) is not None for each in categories] + [False])
+    if NUMBER in expression:
+        ways = [templates(categories) == expression]
+    else:
+        compiled = re.compile(expression)
+        ways = [
+            np.array([matches(each) is not None for each in categories], dtype=np.bool_)
+            for matches in (compiled.fullmatch, compiled.search)
+        ]
+    for way in ways:
+        found = np.append(way, False)
         if found.any():
             chosen: npt.NDArray[np.bool_] = found[name.cat.codes.to_numpy()]
             return chosen

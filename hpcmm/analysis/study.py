@@ -38,6 +38,8 @@ class Study:
     """Tokens, operations and memory in words, as the ranks noted them."""
     ranges: str = ""
     """Which of the program's own NVTX ranges are taken for steps and phases; empty if they are hpcmm's."""
+    window: str = ""
+    """Which part of the run is looked at, in words; empty if that is all of it."""
     line_to_add: str = ""
     """The line that would give the run's script steps; empty if nothing lacks them."""
 

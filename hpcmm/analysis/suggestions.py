@@ -391,7 +391,7 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
         case "other":
             return "with annotate.phase(...) around each part of the step, the next capture tells which part it is"
         case _:
-            return "log and evaluate less often"
+            return "log and evaluate less often; if it loads there, DataLoader(num_workers=N): ranges tell what it is"
 
 
 _WRITING = frozenset({"write", "writev", "pwrite", "pwrite64", "fwrite", "fputs", "fflush", "fsync", "fdatasync"})

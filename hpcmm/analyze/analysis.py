@@ -234,6 +234,8 @@ def analyze(
         if tables is None
         else some_tables(tables, inventory, record, report_progress, reference)
     )
+    if isinstance(made, Study):
+        made = replace(made, window=choice.window)
     analysis = Analysis(made, record, Path(out) if out is not None else default_folder(found))
     if out is not None:
         analysis.write()

@@ -192,8 +192,9 @@ def lost_heading(study: Study) -> str:
 
 
 def ranges_line(study: Study) -> str:
-    """Which of the program's own ranges are steps and phases; empty if they are those of hpcmm's annotation."""
-    return plain(study.ranges)
+    """Which part of the run is looked at, and which of the program's own ranges are steps and phases; empty if it is
+    all of it, and they are those of hpcmm's annotation."""
+    return plain("; ".join(filter(None, (study.window, study.ranges))))
 
 
 def throughput_line(study: Study) -> str:

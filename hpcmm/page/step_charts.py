@@ -64,6 +64,9 @@ _DEVICE_PARTS = [
     ("computation and communication", "backward"),
     ("exposed communication", TRANSFER),
     ("copies", "data"),
+    ("memory sets", "data"),
+    ("used by other processes", OTHER),
+    ("no records", OTHER),
     ("idle: the host launched too late", WAIT),
     ("idle: other", "other"),
 ]
@@ -148,12 +151,15 @@ def device_bars(study: Study) -> BarChart | None:
     return BarChart(bars, _legend(bars), len(sums) - len(drawn), "they idle less")
 
 
-_DEVICE_COLUMNS = ["span_s", "compute_s", "overlap_s", "exposed_comm_s", "idle_s", "idle_host_s"]
+_DEVICE_COLUMNS = [
+    "span_s", "compute_s", "overlap_s", "exposed_comm_s", "idle_s", "idle_host_s", "set_s", "shared_s", "untraced_s",
+]  # fmt: skip
 
 
 def _device_split(row: dict[Hashable, Any]) -> list[float]:
     """Seconds of each of ``_DEVICE_PARTS``, which add up to the span: copies count if nothing else runs."""
-    copies = row["span_s"] - row["idle_s"] - row["compute_s"] - row["exposed_comm_s"]
+    others = [row[name] for name in ("set_s", "shared_s", "untraced_s")]
+    copies = row["span_s"] - row["idle_s"] - row["compute_s"] - row["exposed_comm_s"] - sum(others)
     idle = row["idle_s"] - row["idle_host_s"]
     return [
         max(float(value), 0.0)
@@ -162,6 +168,7 @@ def _device_split(row: dict[Hashable, Any]) -> list[float]:
             row["overlap_s"],
             row["exposed_comm_s"],
             copies,
+            *others,
             row["idle_host_s"],
             idle,
         )

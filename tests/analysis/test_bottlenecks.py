@@ -468,7 +468,7 @@ def test_what_all_ranks_do_in_few_steps_is_told_with_these_steps(evaluated, told
     assert row.cause == "work outside the phases on all ranks"
     assert row.evidence.partition("s a step in it")[2] == told
     assert suggest(row, {}) == (
-        "log and evaluate less often"
+        "log and evaluate less often; if it loads there, DataLoader(num_workers=N): ranges tell what it is"
         if told
         else "with annotate.phase(...) around each part of the step, the next capture tells which part it is"
     )

@@ -229,23 +229,24 @@ def test_without_steps_transfer_is_told_of_nccl_alone(tmp_path: Path, names: tup
     assert (row["confidence"] == "low") == (cause == "transfer or waiting")
 
 
-@pytest.mark.parametrize(
-    ("ranks", "lost_s"),
-    [
-        ([lambda _step: [Run("gemm", 0, 8), Run(NCCL, 8, 16), Run("gemm", 0, 6, device=1), Run(NCCL, 6, 16, device=1)]],
-         0.009),
-        ([split(8, NCCL)] * 2, 0.011),
-    ],
-)  # fmt: skip
-def test_nccl_s_kernels_that_no_step_launched_have_a_row(tmp_path: Path, ranks: list[Work], lost_s: float) -> None:
-    folder = write(tmp_path / "run", *ranks)
-    for report in folder.iterdir() if len(ranks) > 1 else []:
+def test_nccl_s_kernels_of_several_gpus_of_a_process_have_a_row(tmp_path: Path) -> None:
+    def work(_step: int) -> list[Run]:
+        return [Run("gemm", 0, 8), Run(NCCL, 8, 16), Run("gemm", 0, 6, device=1), Run(NCCL, 6, 16, device=1)]
+
+    row = analyze(write(tmp_path / "run", work)).bottlenecks().iloc[0]
+    assert row["cause"] == "communication, transfer or waiting"
+    assert row["lost_s_per_step"] == pytest.approx(0.009)
+
+
+def test_nccl_s_kernels_of_unknown_launch_count_in_the_step_that_they_begin_in(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", split(8, NCCL), split(8, NCCL))
+    for report in folder.iterdir():
         with closing(sqlite3.connect(report)) as connection:
             connection.execute("DELETE FROM CUPTI_ACTIVITY_KIND_RUNTIME")
             connection.commit()
     row = analyze(folder).bottlenecks().iloc[0]
-    assert row["cause"] == "communication, transfer or waiting"
-    assert row["lost_s_per_step"] == pytest.approx(lost_s)
+    assert row["cause"] == "communication transfer"
+    assert row["lost_s_per_step"] == pytest.approx(0.011)
 
 
 def test_a_late_rank_that_something_else_names_is_not_counted_again(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hpcmm.analyze import Analysis, Choice, analyze
 from hpcmm.analyze.__main__ import main
 from hpcmm.errors import HpcmmError
 from hpcmm.page import headlines
+from hpcmm.page.headlines import ranges_line
 
 INPUTS = Path(__file__).parent / "inputs"
 LOADING = ("data loading", 1, "data", 0.04)
@@ -485,3 +486,16 @@ def test_a_single_gap_is_told_before_the_range_itself(tmp_path: Path) -> None:
     statements = [*(f"UPDATE {table} {later}" for table in tables), called(f"'epoch ' || {N}")]
     table = analyze(changed(tmp_path, "steps_megatron_bridge", *statements)).idle()
     assert set(table["before"]) - {""} == {"epoch 1"}
+
+
+def test_steps_can_be_chosen_by_the_name_that_a_message_gives_them(tmp_path: Path) -> None:
+    folder = changed(tmp_path, "steps_megatron_bridge", renamed("layer ["))
+    assert "'layer [{n}' (20 x 0.095 s)" in analyze(folder).coverage()["reason"].iloc[0]
+    assert first(analyze(folder, choice=Choice(steps="layer [{n}"))) == LOADING
+
+
+def test_a_part_of_a_run_is_called_one() -> None:
+    part = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(from_s=0.5, between="training_step_.*"))
+    whole = "only a part of the run is looked at, between the ranges 'training_step_.*', from 0.5 s on"
+    assert ranges_line(part.study).startswith(f"{whole}; steps are the NVTX ranges")
+    assert analyze(INPUTS / "steps_megatron_bridge").study.window == ""
