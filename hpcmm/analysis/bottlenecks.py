@@ -272,7 +272,7 @@ def _transfer_of(
     shares = (by_phase / max(float(by_phase.sum()), 1.0)).sort_values(ascending=False)
     phase = ", ".join(str(name) for name in shares[shares >= _PHASE_SHARE].index)
     cause, confidence, why = network.transfer_or_waiting(context, rows)
-    bound = collectives.bound_by(rows, start_s)
+    bound = collectives.bound_by(rows, start_s) if cause != CAUSES["gpu_comm"] else ""
     told = f"{collectives.in_words(rows, count)}; {why}"
     name = parallelism.group_name(rows, moves, context.traces)
     told += f"; {name}" if name else ""
@@ -292,7 +292,8 @@ def _transfer_of(
     if about:
         told += f"; {about}"
         confidence = MEDIUM if node and confidence == HIGH else confidence
-    kind = "unseen" if cause == CAUSES["unseen"] and not node else "transfer"
+    kinds = {CAUSES[kind]: kind for kind in ("gpu_comm", "unseen")}
+    kind = "transfer" if node else kinds.get(cause, "transfer")
     found = Finding(kind, cause, lost, None, node, phase, told, confidence, where, worst)
     is_single = bound == "latency" and len(rows) <= _MOST_SINGLE * count
     bytes_of_it = float(rows["bytes"].sum()) / count

@@ -175,6 +175,8 @@ class WorkParts:
     """Indexed [trace][part]."""
     step_starts: tuple[Mapping[int, int], ...] = ()
     """Of each trace, when each of its steps began."""
+    communication: tuple[IntervalSet | None, ...] = ()
+    """Of each trace, when its GPUs did nothing but communicate; None if that is not known."""
 
     def starving(self, traces: Sequence[RankTrace]) -> WorkParts:
         """The same where a rank's GPUs had nothing to do meanwhile; all of it if no GPU activity was traced."""
@@ -204,7 +206,8 @@ def work_parts(traces: Sequence[RankTrace]) -> WorkParts:
     names = (*phases, *(SUBPROCESS + phase for phase in phases), BETWEEN_STEPS)
     columns = [(trace.steps["step"].tolist(), trace.steps["start_ns"].tolist()) for trace in traces]
     starts = tuple(dict(zip(steps, at, strict=True)) for steps, at in columns)
-    return WorkParts(names, tuple(_parts_of(trace, phases) for trace in traces), starts)
+    communication = tuple(None if each.device_work is None else each.device_work.communication for each in traces)
+    return WorkParts(names, tuple(_parts_of(trace, phases) for trace in traces), starts, communication)
 
 
 def exposed_communication(trace: RankTrace) -> IntervalSet:
@@ -245,10 +248,31 @@ def _with(host: IntervalSet, device: IntervalSet | None) -> IntervalSet:
     return IntervalSet.union_of(np.append(host.start_ns, device.start_ns), np.append(host.end_ns, device.end_ns))
 
 
-def window_starts(arrivals: GroupArrivals) -> Floats:
+TAIL_NS = 100_000.0
+"""A GPU that does nothing else for half of the last 0.1 ms of a collective has waited for its end."""
+
+
+def awaited(arrivals: GroupArrivals, parts: WorkParts) -> npt.NDArray[np.bool_]:
+    """Which instances the computation of all members waited for, shape (instances,).
+
+    GPUs exchange the gradients of a bucket while they compute those of the next one. Who computes on is not in step
+    with the others after it. Instances of ranks whose GPUs are not known count; so do all, if none was waited for.
+    """
+    found = np.ones(len(arrivals.start), dtype=np.bool_)
+    for column, trace in enumerate(arrivals.members.tolist()):
+        alone = parts.communication[trace] if parts.communication else None
+        if alone is not None:
+            end = arrivals.end[:, column]
+            begin = np.maximum(arrivals.start[:, column], end - TAIL_NS)
+            found &= alone.covered_within(begin.astype(np.int64), end.astype(np.int64)) >= (end - begin) / 2
+    return found if found.any() else np.ones_like(found)
+
+
+def window_starts(arrivals: GroupArrivals, in_step: npt.NDArray[np.bool_]) -> Floats:
     """For each arrival, the end of the last instance that all ranks had behind them when they arrived.
 
     Shape as ``start``. Asynchronous collectives overlap, so that is not always the one before. NaN at the first.
+    ``in_step`` (instances,): after which instances ranks are in step, as :func:`awaited` tells.
     """
     instances, _ = arrivals.start.shape
     # An instance is behind a rank once it and all before it have ended there.
@@ -262,18 +286,20 @@ def window_starts(arrivals: GroupArrivals) -> Floats:
     ).min(axis=1)
     # A window begins before its own instance, whatever later ones that overlap it say.
     done = np.minimum(done, np.arange(instances))
+    last = np.maximum.accumulate(np.where(in_step, np.arange(1, instances + 1), 0))
+    done = np.append(0, last)[done]
     first = np.full((1, reach.shape[1]), np.nan)
     begins: Floats = np.concatenate((first, reach))[done]
     return begins
 
 
-def excess_work(arrivals: GroupArrivals, parts: WorkParts) -> Singles:
+def excess_work(arrivals: GroupArrivals, parts: WorkParts, begin: Floats) -> Singles:
     """By how much each part of a rank's work since the last synchronisation exceeds the median over the group's ranks.
 
-    Shape (instances, members, parts), ns. If no synchronisation came before, the work counts since all had begun the
-    step; 0 outside of steps.
+    Shape (instances, members, parts), ns. ``begin`` is as :func:`window_starts` gives it. If no synchronisation came
+    before, the work counts since all had begun the step; 0 outside of steps.
     """
-    begin = window_starts(arrivals)
+    begin = begin.copy()
     for instance in np.flatnonzero(np.isnan(begin).any(axis=1)):
         begin[instance] = np.minimum(_all_began(arrivals, int(instance), parts), arrivals.start[instance])
     # Of 64 ranks with thousands of collectives this is the largest array of all: single precision, and one copy.

@@ -10,7 +10,7 @@ import pandas as pd
 
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats, WorkParts
 from hpcmm.analysis.intervals import NS_PER_S
-from hpcmm.analysis.phases import StepTimes
+from hpcmm.analysis.phases import StepTimes, step_ends_ns
 from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.analysis.wait_chains import ChargedGroup
@@ -259,7 +259,8 @@ class AnalysisContext:
         """Seconds of each trace in each part, from the end of one step to that of the next: (steps, traces, parts)."""
         found = np.zeros((len(self.steps.numbers), len(self.traces), len(self.parts.names)))
         for index, trace in enumerate(self.traces):
-            steps = trace.steps.assign(begin_ns=trace.steps["end_ns"].shift().fillna(trace.steps["start_ns"]))
+            steps = trace.steps.assign(end_ns=step_ends_ns(trace))
+            steps["begin_ns"] = steps["end_ns"].shift().fillna(steps["start_ns"])
             bounds = steps.set_index("step")[["begin_ns", "end_ns"]].reindex(self.steps.numbers).to_numpy(np.float64)
             there = np.isfinite(bounds).all(axis=1)
             found[there, index] = self.parts.between(index, bounds[there, 0], bounds[there, 1]) / NS_PER_S

@@ -234,7 +234,7 @@ def transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple
     untold = float(inside["op"].isin(nccl.UNTOLD).mean()) if len(inside) else 0.0
     if untold > 1.0 - _MATCHED:
         why = f"{untold:.0%} of the operations are NCCL kernels of sends and receives, or of several operations"
-        return CAUSES["transfer"], LOW, f"{why}, which do not tell who waits for whom: part of this may be waiting"
+        return CAUSES["gpu_comm"], LOW, f"{why}, which do not tell who waits for whom: part of this may be waiting"
     if matched > _MATCHED:
         told = "all ranks are there, the transfer itself takes the time"
         unsure, error_s = _unsure(inside)

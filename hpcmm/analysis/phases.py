@@ -311,13 +311,24 @@ def step_times(traces: Sequence[RankTrace]) -> StepTimes:
 def _periods_s(traces: Sequence[RankTrace], numbers: npt.NDArray[np.int64]) -> dict[int, float]:
     """By rank the time from the end of one step to the end of the next, as a mean over the steps ``numbers``.
 
-    A step before which nothing was recorded for a while begins the count afresh, as the first one does.
+    A step ends with what its GPUs do in it: a host that waits for nothing has launched the last step when they are in
+    the first. A step before which nothing was recorded for a while begins the count afresh, as the first one does.
     """
     found = {}
     for trace in traces:
         chosen = trace.steps["step"].isin(numbers).to_numpy(bool)
         if chosen.any():
-            start, end = (trace.steps[name].to_numpy(np.float64) for name in ("start_ns", "end_ns"))
+            start, end = trace.steps["start_ns"].to_numpy(np.float64), step_ends_ns(trace)
             before = np.append(start[0], np.where(trace.follows, end[:-1], start[1:]))
             found[trace.rank] = float((end - before)[chosen].sum()) / NS_PER_S / len(numbers)
     return found
+
+
+def step_ends_ns(trace: RankTrace) -> npt.NDArray[np.float64]:
+    """When each step of a rank has ended on its host and on its GPUs."""
+    end = trace.steps["end_ns"].to_numpy(np.float64)
+    if trace.gpu is None:
+        return end
+    on_gpus = trace.gpu.groupby("step")["end_ns"].max().reindex(trace.steps["step"])
+    ends: npt.NDArray[np.float64] = np.fmax(end, on_gpus.to_numpy(np.float64))
+    return ends

@@ -25,6 +25,7 @@ from hpcmm.analysis.range_names import (
     looks_like_a_step,
     matching,
     never_a_step,
+    part_of_a_step,
     plain,
     templates,
     without_counters,
@@ -44,7 +45,7 @@ RIVAL_CALLS = 2.0
 WITHIN = 0.5
 MAX_PHASES = 30
 LEAST_PHASE = 0.002
-"""Of the time of all steps: what takes less is no phase."""
+"""Of the time of all steps, if each took the usual time: what takes less is no phase, unless it is called one."""
 OPENED_SHARE = 0.5
 """A phase of this share of the steps is opened if its own parts cover as much of it: its parts are phases, too."""
 MAX_OPENED = 3
@@ -320,14 +321,18 @@ def _holds_a_step(ranges: pd.DataFrame, steps: pd.DataFrame) -> npt.NDArray[np.b
 
 def _parts(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     """What the steps consist of: the outermost ranges within them, and the parts of such as hold nearly all of them."""
-    whole_ns = int((steps["end_ns"] - steps["start_ns"]).sum())
+    lengths_ns = steps["end_ns"] - steps["start_ns"]
+    # A step that compiles is as long as thousands of others.
+    whole_ns = float(lengths_ns.median()) * len(lengths_ns) if len(lengths_ns) else 0.0
     inside = _begin_within(ranges, steps)
     found = []
     outer = steps
     for _ in range(MAX_OPENED):
         level = outermost(inside)
         taken_ns = (level["end_ns"] - level["start_ns"]).groupby(level["label"]).sum()
-        kept = taken_ns[taken_ns >= LEAST_PHASE * whole_ns].sort_values(ascending=False).index[:MAX_PHASES]
+        # A host that runs ahead is in the forward pass for no time, and launches all of its kernels there.
+        tells = taken_ns.index.map(lambda label: part_of_a_step(str(label)) != "").to_numpy(dtype=bool)
+        kept = taken_ns[tells | (taken_ns >= LEAST_PHASE * whole_ns)].nlargest(MAX_PHASES).index
         found.append(level[level["label"].isin(kept)])
         opened = taken_ns[taken_ns >= OPENED_SHARE * whole_ns].index
         outer = level[level["label"].isin(opened)]

@@ -23,6 +23,7 @@ from hpcmm.analysis.delay_costs import (
     Singles,
     WorkParts,
     attribute_wait,
+    awaited,
     excess_work,
     fractions,
     group_arrivals,
@@ -108,17 +109,21 @@ def _own_once(
 
 def charged_groups(rows: pd.DataFrame, parts: WorkParts) -> list[ChargedGroup]:
     """All groups of the matched collectives ``rows``, ordered as :func:`~hpcmm.analysis.delay_costs.group_arrivals`."""
-    return [ChargedGroup(arrivals, excess_work(arrivals, parts)) for arrivals in group_arrivals(rows)]
+    found = []
+    for arrivals in group_arrivals(rows):
+        begin = window_starts(arrivals, awaited(arrivals, parts))
+        found.append(ChargedGroup(arrivals, excess_work(arrivals, parts, begin), begin))
+    return found
 
 
 class ChargedGroup:
     """One group's arrivals, and which part of its own work made each of them late."""
 
-    def __init__(self, arrivals: GroupArrivals, excess: Singles) -> None:
+    def __init__(self, arrivals: GroupArrivals, excess: Singles, begin: Floats) -> None:
         self.arrivals = arrivals
         self.excess_ns = excess.sum(axis=2, dtype=np.float64)
         self.fractions = fractions(excess)
-        self.begin = window_starts(arrivals)
+        self.begin = begin
         self.column = {int(trace): column for column, trace in enumerate(arrivals.members)}
         self.waited_before = np.concatenate(
             (

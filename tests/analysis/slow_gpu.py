@@ -27,6 +27,11 @@ class SlowGpuRun:
     steps: int = 12
     longer_ms: Mapping[tuple[int, str], float] = field(default_factory=dict)
     """By rank and phase: kernels that take longer, or loading that does."""
+    runs_ahead: bool = False
+    """The host waits for nothing, and so launches steps long before its GPU is there."""
+    buckets: int = 1
+    """All-reduces that the gradients are shared out over. Each begins when its part of the backward pass has ended, and
+    runs beside the next part."""
     scatter_ms: float = 0.0
     """All-reduces end so much later on odd nodes in each second step."""
 
@@ -36,9 +41,14 @@ class SlowGpuRun:
         reports = [_Report(self, rank) for rank in range(self.ranks)]
         begin = [1_000 * MS] * self.ranks
         for step in range(self.steps):
-            arrivals = [report.compute(at) for report, at in zip(reports, begin, strict=True)]
-            done = max(arrivals) + round(TRANSFER_MS * MS)
-            begin = [report.exchange(step, done) for report in reports]
+            ready = [report.compute(at) for report, at in zip(reports, begin, strict=True)]
+            done = 0
+            for bucket in zip(*ready, strict=True):
+                arrivals = [max(at, done) for at in bucket]
+                done = max(arrivals) + round(TRANSFER_MS / self.buckets * MS)
+                for report, arrival in zip(reports, arrivals, strict=True):
+                    report.exchange(step, arrival, done)
+            begin = [report.finish(step) for report in reports]
         for rank, report in enumerate(reports):
             report.save(folder / f"rank{rank}.sqlite")
         return folder
@@ -53,34 +63,42 @@ class _Report:
         self.ranges: list[tuple] = []
         self.calls: list[tuple] = []
         self.kernels: list[tuple] = []
-        self.begin = self.arrival = 0
+        self.begin = self.loaded = self.left = self.free = 0
 
     def taken_ns(self, phase: str) -> int:
         return round((USUAL_MS[phase] + self.run.longer_ms.get((self.rank, phase), 0.0)) * MS)
 
-    def compute(self, begin: int) -> int:
-        """Everything before the all-reduce; when its kernel starts."""
+    def compute(self, begin: int) -> list[int]:
+        """Everything before the optimizer but the all-reduces; when each of these is ready to start."""
         self.begin = begin
         self.loaded = begin + self.taken_ns("data")
         self.phase("data", begin, self.loaded)
         self.phase("forward", self.loaded, self.loaded + 2 * MS)
         self.phase("backward", self.loaded + 2 * MS, self.loaded + 4 * MS)
-        forward = self.loaded + MS
+        forward = max(self.loaded + MS, self.free)
         backward = forward + self.taken_ns("forward")
-        self.arrival = backward + self.taken_ns("backward")
         self.kernel(GEMM, self.loaded + MS // 2, forward, backward)
-        self.kernel(GEMM, self.loaded + 5 * MS // 2, backward, self.arrival)
-        return self.arrival
+        part = self.taken_ns("backward") // self.run.buckets
+        ends = [backward + part * (number + 1) for number in range(self.run.buckets)]
+        for end in ends:
+            self.kernel(GEMM, self.loaded + 5 * MS // 2, end - part, end)
+        return ends
 
-    def exchange(self, step: int, done: int) -> int:
-        """The all-reduce, which ends at ``done``, and the optimizer; when the host has them behind it."""
+    def exchange(self, step: int, arrival: int, done: int) -> None:
+        """An all-reduce, which ends at ``done``."""
         scatter = self.run.scatter_ms if self.node % 2 else 0.0
-        left = done + round(scatter * MS * (1 if step % 2 else 0))
-        self.kernel(NCCL, self.loaded + 3 * MS, self.arrival, left, stream=20)
-        ended = left + self.taken_ns("optimizer")
-        self.kernel(ADAM, self.loaded + 9 * MS // 2, left, ended)
+        self.left = done + round(scatter * MS * (1 if step % 2 else 0))
+        self.kernel(NCCL, self.loaded + 3 * MS, arrival, self.left, stream=20)
+
+    def finish(self, step: int) -> int:
+        """The optimizer; when the host has the step behind it."""
+        ended = self.free = self.left + self.taken_ns("optimizer")
+        self.kernel(ADAM, self.loaded + 9 * MS // 2, self.left, ended)
         launched = self.loaded + 5 * MS
-        self.calls.append((launched, ended, 0, self.thread, 0, SYNCHRONISE, 0, None))
+        if self.run.runs_ahead:
+            ended = launched
+        else:
+            self.calls.append((launched, ended, 0, self.thread, 0, SYNCHRONISE, 0, None))
         self.phase("optimizer", self.loaded + 4 * MS, ended)
         self.ranges.append(self.range_row("step", self.begin, ended, step))
         return ended + MS // 10

@@ -77,7 +77,7 @@ def test_the_window_of_an_arrival_begins_at_the_last_common_synchronisation() ->
         step=np.zeros((3, 2), dtype=np.int64),
         blamable=np.ones(3, dtype=bool),
     )
-    begins = delay_costs.window_starts(arrivals)
+    begins = delay_costs.window_starts(arrivals, np.ones(len(arrivals.start), dtype=bool))
     assert np.isnan(begins[0]).all()
     assert begins[1].tolist() == [5.0, 5.5]
     assert begins[2].tolist() == [5.0, 5.5]
@@ -127,3 +127,21 @@ def test_ranks_are_compared_by_their_hosts_if_records_of_one_gpu_are_missing(mis
     parts = delay_costs.work_parts(traces)
     data = parts.names.index("data")
     assert [sets[data].total_ns / MS for sets in parts.sets] == [50.0, 50.0]
+
+
+def test_ranks_are_in_step_after_what_their_gpus_waited_for() -> None:
+    start = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]) * MS
+    arrivals = GroupArrivals(
+        np.arange(2), start, start + MS, start * 0, start * 0, start.astype(np.int64), np.ones(3, dtype=bool)
+    )
+
+    def parts(*alone: IntervalSet | None) -> delay_costs.WorkParts:
+        return delay_costs.WorkParts((), ((), ()), communication=alone)
+
+    first, most = (IntervalSet.union_of([0], [end]) for end in (MS, 2 * MS))
+    assert delay_costs.awaited(arrivals, parts(most, first)).tolist() == [True, False, False]
+    assert delay_costs.awaited(arrivals, parts(most, None)).tolist() == [True, True, False]
+    nothing = IntervalSet.empty()
+    assert delay_costs.awaited(arrivals, parts(most, nothing)).all(), "no step tells more than another"
+    begins = delay_costs.window_starts(arrivals, np.array([True, False, True]))
+    assert np.nan_to_num(begins[:, 0], nan=-1).tolist() == [-1, MS, MS]

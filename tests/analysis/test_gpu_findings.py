@@ -122,3 +122,33 @@ def test_a_rank_that_loads_longer_while_its_gpu_has_nothing_to_do_is_named(tmp_p
     row = analyze(SlowGpuRun(longer_ms={(1, "data"): 8.0}).write(tmp_path / "run")).bottlenecks().iloc[0]
     assert (row["cause"], row["rank"], row["phase"]) == ("data loading", 1, "data")
     assert "its GPU is idle 0.008 s a step longer than its peers'" in row["evidence"]
+
+
+@pytest.mark.parametrize(("phase", "cause"), [("data", "data loading"), ("forward", "computation")])
+@pytest.mark.parametrize("buckets", [2, 8])
+def test_buckets_that_run_beside_the_backward_pass_hide_no_cause(
+    tmp_path: Path, buckets: int, phase: str, cause: str
+) -> None:
+    """The late rank has its backward pass before it when the others have theirs behind them, in each bucket."""
+    run = SlowGpuRun(ranks_per_node=4, buckets=buckets, longer_ms={(1, phase): 8.0})
+    table = analyze(run.write(tmp_path / "run")).bottlenecks()
+    assert (table["cause"].iloc[0], table["rank"].iloc[0], table["phase"].iloc[0]) == (cause, 1, phase)
+    assert table["rank"].notna().sum() == 1
+
+
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+def test_a_step_lasts_as_long_as_its_gpus_work_if_hosts_run_ahead(tmp_path: Path, ranks_per_node: int) -> None:
+    run = SlowGpuRun(ranks_per_node=ranks_per_node, runs_ahead=True, longer_ms={(2, "backward"): 8.0})
+    analysis = analyze(run.write(tmp_path / "run"))
+    row = analysis.bottlenecks().iloc[0]
+    assert (row["cause"], row["rank"], row["phase"]) == ("computation", 2, "backward")
+    assert row["lost_s_per_step"] == pytest.approx(0.008, rel=0.1)
+    assert row["step_share"] == pytest.approx(8 / 46, rel=0.1)
+    assert "from step to step" in headline(analysis.study)
+
+
+def test_what_a_host_that_runs_ahead_loads_is_hidden(tmp_path: Path) -> None:
+    run = SlowGpuRun(ranks_per_node=4, runs_ahead=True, longer_ms={(2, "data"): 8.0})
+    table = analyze(run.write(tmp_path / "run")).bottlenecks()
+    assert table["rank"].isna().all()
+    assert not table["cause"].str.contains("loading").any()

@@ -499,3 +499,17 @@ def test_a_part_of_a_run_is_called_one() -> None:
     whole = "only a part of the run is looked at, between the ranges 'training_step_.*', from 0.5 s on"
     assert ranges_line(part.study).startswith(f"{whole}; steps are the NVTX ranges")
     assert analyze(INPUTS / "steps_megatron_bridge").study.window == ""
+
+
+def test_a_first_step_that_compiles_for_a_minute_leaves_the_phases_of_the_others(tmp_path: Path) -> None:
+    folder = changed(
+        tmp_path,
+        "steps_megatron_bridge",
+        'UPDATE NVTX_EVENTS SET "end" = "end" + 60000000000 WHERE textId IN '
+        "(SELECT id FROM StringIds WHERE value = 'training_step_0')",
+        'UPDATE NVTX_EVENTS SET start = start + 60000000000, "end" = "end" + 60000000000 WHERE start > '
+        "(SELECT start FROM NVTX_EVENTS WHERE textId IN (SELECT id FROM StringIds WHERE value = 'training_step_0'))",
+        'UPDATE CUPTI_ACTIVITY_KIND_KERNEL SET start = start + 60000000000, "end" = "end" + 60000000000',
+        'UPDATE CUPTI_ACTIVITY_KIND_RUNTIME SET start = start + 60000000000, "end" = "end" + 60000000000',
+    )
+    assert first(analyze(folder)) == LOADING
