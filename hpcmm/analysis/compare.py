@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.delay_costs import SUBPROCESS, Floats
+from hpcmm.analysis.phases import ADJOINING
 from hpcmm.analysis.pop_metrics import EFFICIENCIES, RUN, STEP, samples_per_step
 from hpcmm.analysis.statistics import half_widths
 from hpcmm.errors import HpcmmError
@@ -97,7 +98,11 @@ def compare(run_a: RunTables, run_b: RunTables) -> Comparison:
         ):
             raise HpcmmError(f"{run.name} has no steps to compare: only annotated steps after the first count.")
     bottlenecks = _bottlenecks(run_a) | _bottlenecks(run_b)
-    series_a, series_b = _series(run_a, bottlenecks), _series(run_b, bottlenecks)
+    step = Metric("step", "step time")
+    if not (_adjoin(run_a) and _adjoin(run_b)):
+        step = Metric("step", "time from step to step")
+        run_a, run_b = _with_time_between(run_a), _with_time_between(run_b)
+    series_a, series_b = _series(run_a, step, bottlenecks), _series(run_b, step, bottlenecks)
     metrics = sorted({**series_a, **series_b}, key=lambda metric: _KINDS.index(metric.kind))
     values_a, values_b = (
         np.column_stack([series.get(metric, np.zeros(len(_steady(run)))) for metric in metrics])
@@ -105,6 +110,27 @@ def compare(run_a: RunTables, run_b: RunTables) -> Comparison:
     )
     table = _table(metrics, values_a, values_b, [_means(run, metrics) for run in (run_a, run_b)])
     return Comparison(run_a.name, run_b.name, table, tuple(_notes(run_a, run_b)))
+
+
+def _periods_s(steps: pd.DataFrame) -> pd.Series:
+    """From the end of the step before to the end of each step; its own duration if the one before is not there."""
+    ordered = steps.sort_values(["rank", "step"])
+    end = ordered["start_s"] + ordered["duration_s"]
+    follows = (ordered["rank"].diff() == 0) & (ordered["step"].diff() == 1)
+    return end.diff().where(follows, ordered["duration_s"]).reindex(steps.index)
+
+
+def _adjoin(run: RunTables) -> bool:
+    """Whether hardly any time lies between the steps of a run."""
+    steps = run.tables["steps"]
+    inside = steps["step"].isin(_steady(run))
+    return bool(_periods_s(steps)[inside].mean() <= ADJOINING * steps.loc[inside, "duration_s"].mean())
+
+
+def _with_time_between(run: RunTables) -> RunTables:
+    """The same with steps that last from the end of the one before: a loader may run in them, or between them."""
+    steps = run.tables["steps"]
+    return replace(run, tables={**run.tables, "steps": steps.assign(duration_s=_periods_s(steps))})
 
 
 def _means(run: RunTables, metrics: Sequence[Metric]) -> Floats:
@@ -156,7 +182,7 @@ def _steady(run: RunTables) -> npt.NDArray[np.int64]:
     return np.sort(table.loc[table["scope"] == STEP, "step"].to_numpy(np.int64))
 
 
-def _series(run: RunTables, bottlenecks: Iterable[Metric]) -> dict[Metric, Floats]:
+def _series(run: RunTables, step: Metric, bottlenecks: Iterable[Metric]) -> dict[Metric, Floats]:
     """Value of each metric in each steady step; a mean over ranks where it is a time."""
     numbers = _steady(run)
     steps, phases = run.tables["steps"], run.tables["phases"]
@@ -168,7 +194,7 @@ def _series(run: RunTables, bottlenecks: Iterable[Metric]) -> dict[Metric, Float
         return series
 
     inside = phases[phases["step"].isin(numbers)]
-    found = {Metric("step", "step time"): by_step(steps, "duration_s")}
+    found = {step: by_step(steps, "duration_s")}
     for phase, rows in inside[inside["within"].fillna("") == ""].groupby("phase", sort=True):
         found[Metric("phase", "useful time", phase=str(phase))] = by_step(rows, "useful_s")
     found[Metric("communication", "waiting")] = by_step(inside, "wait_s")

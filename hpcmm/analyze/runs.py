@@ -24,7 +24,7 @@ from hpcmm.runs.run_dir import RunDir
 
 _NUMBERS = {
     "efficiency": ("step", *EFFICIENCIES),
-    "steps": ("rank", "step", "duration_s"),
+    "steps": ("rank", "step", "start_s", "duration_s"),
     "phases": ("step", "useful_s", "wait_s", "transfer_s"),
     "delays": ("rank", "step", "lost_s"),
     "bottlenecks": ("rank",),

@@ -192,7 +192,7 @@ def comparison_headline(comparison: Comparison) -> str:
     if verdict == NO_DIFFERENCE:
         changed = comparison.table["verdict"].isin([BETTER, WORSE]).sum()
         rest = f"; {changed} of its parts did change" if changed else ""
-        return f"No difference seen in step time: {times}{rest}."
+        return f"No difference seen in {step['metric']}: {times}{rest}."
     interval = f"{percent(_share(step, 'low'))} to {percent(_share(step, 'high'))}"
     return f"Steps are {'shorter' if verdict == BETTER else 'longer'} in B: {times} ({interval})."
 

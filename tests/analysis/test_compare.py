@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from simulated import simulate_run
+from simulated import everyone, simulate_program, simulate_run
 
 from hpcmm.analysis import bottlenecks, time_tables
 from hpcmm.analysis.collectives import bus_bandwidth, estimate_waits, expose, match
@@ -166,3 +166,19 @@ def test_efficiencies_are_those_that_the_analysis_prints() -> None:
     for row in rows.to_dict("records"):
         assert row["run_a"] == row["run_b"] == pytest.approx(whole[row["metric"].replace(" ", "_")])
     assert set(table["verdict"]) == {"no difference seen"}
+
+
+def test_what_lies_between_steps_counts_if_one_of_the_runs_has_it_there() -> None:
+    def between(rank: int, step: int, phase: str) -> float:
+        return 40.0 if phase == "between" else plain_work(rank, step, phase)
+
+    program = ["data", "forward", ("forward", everyone), "backward"]
+    first, second = (run_of(simulate_program(program, work, seed=seed)) for seed, work in enumerate((between, zero)))
+    row = compare(first, second).table.iloc[0]
+    assert (row["metric"], row["verdict"]) == ("time from step to step", BETTER)
+    assert row["change"] == pytest.approx(-0.04, rel=0.1)
+    assert compare(second, second).table.iloc[0]["metric"] == "step time"
+
+
+def zero(rank: int, step: int, phase: str) -> float:
+    return 0.0 if phase == "between" else plain_work(rank, step, phase)
