@@ -125,8 +125,8 @@ class Finding:
     """Of a transfer: what a rank exchanges of it in a step."""
     is_slow: bool = False
     """Of a transfer: it is far below what the network can do, or some of its hops are slower than the others."""
-    on_gpu: bool = False
-    """Of a rank that works longer than its peers: it is its GPU that computes longer."""
+    gpu_excess: str = ""
+    """Of a rank that is late: what its GPU does for longer than its peers', as gpu_findings names it."""
     is_only_node: bool = False
     """All ranks of the run are on ``node``."""
 

@@ -8,6 +8,7 @@ waiting in collectives, which nothing else tells of then, gets a row as well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -231,10 +232,12 @@ def _waiting_for_one(
         f"others, which wait for it in them, in {int((longer.min(axis=1) > 0).sum())} of {len(left)} steps"
         f"{_by_kernel(kernels)}"
     )
-    told += f"; {why}" if (why := excess(context.gpu, trace.rank).told) else ""
+    what, in_words = excess(context.gpu, trace.rank)
+    told += f"; {in_words}" if what else ""
     by_step = longer.sum(axis=1) / len(means)
     lost, where, worst = float(by_step.mean()), f"gpu: rank={late}", _worst_step(context, by_step)
-    return [Finding("gpu_wait", CAUSES["gpu_wait"], lost, trace.rank, trace.node, "", told, MEDIUM, where, worst)]
+    found = Finding("gpu_wait", CAUSES["gpu_wait"], lost, trace.rank, trace.node, "", told, MEDIUM, where, worst)
+    return [replace(found, gpu_excess=what)]
 
 
 def _worst_step(context: AnalysisContext, by_step: pd.Series) -> int | None:
@@ -382,7 +385,7 @@ def _waiting(devices: pd.DataFrame, collectives: pd.DataFrame, unseen: Unseen) -
     lost = float(devices["gpu_wait"].mean())
     waits = collectives[collectives["late_rank"].notna() & collectives["wait_s"].notna()]
     by_late = waits.groupby("late_rank")["wait_s"].sum().sort_values(ascending=False)
-    told, rank, node, confidence = "GPUs wait in collectives for the one that comes last", None, "", LOW
+    told, rank, node, confidence, does = "GPUs wait in collectives for the one that comes last", None, "", LOW, ""
     most = devices.iloc[int(devices["gpu_wait"].to_numpy(float).argmax())]
     if len(by_late) and by_late.iloc[0] >= ONE_IS_LATE * by_late.sum() > 0:
         late = devices[devices["rank"] == int(by_late.index[0])]
@@ -390,14 +393,14 @@ def _waiting(devices: pd.DataFrame, collectives: pd.DataFrame, unseen: Unseen) -
             one = late.iloc[0]
             rank, node, confidence = int(one["rank"]), str(one["node"]), MEDIUM
             told = f"the others wait in collectives for {device_name(one)}, {by_late.iloc[0] / by_late.sum():.0%} of it"
-            more = float(one["compute"] - np.median(devices["compute"]))
-            if more > lost / 2:
-                told += f"; it computes {more:.3g} s longer than the median GPU"
+            for what, column in ((COMPUTES, "compute"), (IDLES, "idle")):
+                if (more := float(one[column] - np.median(devices[column]))) > lost / 2:
+                    told, does = f"{told}; it {what} {more:.3g} s longer than the median GPU", what
     if unseen.missing > 0:
         told, confidence = f"{told}; {unseen} have no report, and may come later still", LOW
     if len(waits):
         told += f"; matched by {' and '.join(sorted(set(waits['basis'])))}"
-    return Finding("gpu_wait", CAUSES["gpu_wait"], lost, rank, node, "", told, confidence, _rows(most))
+    return Finding("gpu_wait", CAUSES["gpu_wait"], lost, rank, node, "", told, confidence, _rows(most), gpu_excess=does)
 
 
 def device_name(row: Mapping[Any, Any] | pd.Series) -> str:
@@ -406,28 +409,23 @@ def device_name(row: Mapping[Any, Any] | pd.Series) -> str:
     return f"GPU {row['device']} of {owner}" + (f" on {row['node']}" if row["node"] else "")
 
 
-class Excess(NamedTuple):
-    """What a late rank's GPU does for longer than its peers'."""
-
-    told: str = ""
-    """Empty if nothing."""
-    computes: bool = False
+COMPUTES, IDLES, COPIES, SETS = "computes", "is idle", "copies", "sets memory"
 
 
-def excess(gpu: pd.DataFrame, rank: int) -> Excess:
-    """Whether a late rank's GPU computes longer than its peers', idles or copies longer."""
+def excess(gpu: pd.DataFrame, rank: int) -> tuple[str, str]:
+    """What a late rank's GPU does for longer than its peers', and that in words; empty if nothing."""
     if gpu.empty or not gpu["step"].notna().any():
-        return Excess()
+        return "", ""
     devices = per_device(gpu)
     own, peers = devices[devices["rank"] == rank], devices[devices["rank"] != rank]
     if own.empty or peers.empty:
-        return Excess()
-    kinds = {"computes": "compute", "is idle": "idle", "copies": "gpu_copy", "sets memory": "gpu_set"}
+        return "", ""
+    kinds = {COMPUTES: "compute", IDLES: "idle", COPIES: "gpu_copy", SETS: "gpu_set"}
     more = {what: float(own[column].mean() - peers[column].median()) for what, column in kinds.items()}
     most = max(more, key=lambda what: more[what])
     if more[most] <= 0:
-        return Excess()
-    return Excess(f"its GPU {most} {more[most]:.3g} s a step longer than its peers'", most == "computes")
+        return "", ""
+    return most, f"its GPU {most} {more[most]:.3g} s a step longer than its peers'"
 
 
 def _share(row: pd.Series, kind: str) -> str:

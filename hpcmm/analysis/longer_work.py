@@ -151,8 +151,8 @@ def _finding(context: AnalysisContext, longer: _LongerWork) -> Finding:
             f"; at most {longer.lost_s:.3g} s of it is lost, by which the others' communication takes longer: the "
             f"clocks agree within {error_s:.3g} s only, which does not tell who waits"
         )
-    on_gpu = gpu_findings.excess(context.gpu, first.rank) if alone else gpu_findings.Excess()
-    told += f"; {on_gpu.told}" if on_gpu.told else ""
+    on_gpu, in_words = gpu_findings.excess(context.gpu, first.rank) if alone else ("", "")
+    told += f"; {in_words}" if on_gpu else ""
     sure = not longer.is_bound or longer.borne_s >= BORNE * float(by_step.mean())
     worst = context.worst_step(np.maximum(by_step, 0.0))
     return Finding(
@@ -166,7 +166,7 @@ def _finding(context: AnalysisContext, longer: _LongerWork) -> Finding:
         confidence=MEDIUM if sure else LOW,
         rows=f"phases: {f'rank={ranks}' if alone else f'node={first.node}'} phase={phase}",
         worst_step=worst,
-        on_gpu=on_gpu.computes,
+        gpu_excess=on_gpu,
         is_only_node=len(context.nodes()) == 1,
     )
 

@@ -251,8 +251,8 @@ def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
     tells = bool(function) and function_s > 0.3 * straggler.lost_s
     if tells:
         told += f"; {function_s:.3g} s a step more than its peers in {function}"
-    on_gpu = gpu_findings.excess(context.gpu, first.rank) if alone else gpu_findings.Excess()
-    told += f"; {on_gpu.told}" if on_gpu.told else ""
+    on_gpu, in_words = gpu_findings.excess(context.gpu, first.rank) if alone else ("", "")
+    told += f"; {in_words}" if on_gpu else ""
     kinds: dict[str, float] = {}
     for name, cost in zip(names, by_part / len(straggler.charges), strict=True):
         kinds[phase_of_part(name)] = kinds.get(phase_of_part(name), 0.0) + float(cost)
@@ -273,7 +273,7 @@ def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
         rows=f"delays: {whom} phase={names[int(by_part.argmax())]}" + ("" if worst is None else f" step={worst}"),
         worst_step=worst,
         function=function if tells else "",
-        on_gpu=on_gpu.computes,
+        gpu_excess=on_gpu,
         is_only_node=len(context.nodes()) == 1,
     )
 

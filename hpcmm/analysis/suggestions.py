@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hpcmm.analysis import copies, host_calls
+from hpcmm.analysis import copies, gpu_findings, host_calls
 from hpcmm.analysis.findings import Finding
 
 
@@ -49,6 +49,8 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
         return _EVEN_EXPERTS
     if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _advice_for_gpus(finding, config)
+    if finding.kind == "compute" and finding.gpu_excess in _OF_EXCESS:
+        return _GPU_ADVICE[_OF_EXCESS[finding.gpu_excess]]
     if finding.kind == "compute" and _has_no_other_node(finding, config):
         return _look_at_the_node(finding, config)
     scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
@@ -164,7 +166,7 @@ def _has_no_other_node(finding: Finding, config: Mapping[str, Any]) -> bool:
 def _look_at_the_node(finding: Finding, config: Mapping[str, Any]) -> str:
     """What to look at on the only node of a run, that no other node can stand in for."""
     where = "this machine" if _is_local(config) else finding.node or "its node"
-    if finding.on_gpu:
+    if finding.gpu_excess == gpu_findings.COMPUTES:
         return f"on {where}: nvidia-smi -q -d CLOCK,PERFORMANCE,TEMPERATURE, for a GPU that is slowed down"
     return f"see what else uses the cores of {where}: top"
 
@@ -297,7 +299,13 @@ _OS_ADVICE = (
 """By the function in which the host is."""
 
 
+_OF_EXCESS = {gpu_findings.COPIES: "gpu_copy", gpu_findings.SETS: "gpu_set"}
+"""No other node helps a rank whose GPU does this for longer."""
+
+
 def _advice_for_gpus(finding: Finding, config: Mapping[str, Any]) -> str:
+    if finding.kind == "gpu_wait" and finding.gpu_excess == gpu_findings.IDLES:
+        return "see what its host does while that GPU is idle (table idle, ranges), such as loading or a busy core"
     if finding.kind == "gpu_os":
         usual = _GPU_ADVICE["gpu_os"]
         return next((advice for function, advice in _OS_ADVICE if function.search(finding.function)), usual)

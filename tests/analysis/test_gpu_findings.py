@@ -1,5 +1,6 @@
 """What GPUs lose, as rows of ``bottlenecks``: made-up runs of known times, and two H100s."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -8,7 +9,8 @@ from slow_gpu import SlowGpuRun
 from synthetic_gpu import GpuRun
 
 from hpcmm.analysis.findings import Finding
-from hpcmm.analysis.gpu_findings import Excess, excess, in_steps, of_capture
+from hpcmm.analysis.gpu_findings import excess, in_steps, of_capture
+from hpcmm.analysis.suggestions import suggest
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.page.headlines import headline
 
@@ -84,18 +86,18 @@ def test_what_other_rows_explain_of_the_idle_time_is_not_counted_twice(gpu_run: 
 
 def test_a_late_ranks_gpu_tells_whether_it_computes_or_idles_longer(gpu_run: Analysis) -> None:
     gpu = gpu_run.gpu()
-    assert excess(gpu, 1) == Excess()
+    assert excess(gpu, 1) == ("", "")
     slow = gpu["rank"] == 1
     longer = gpu.assign(compute_s=gpu["compute_s"] + 0.003 * slow)
-    assert excess(longer, 1) == ("its GPU computes 0.003 s a step longer than its peers'", True)
+    assert excess(longer, 1) == ("computes", "its GPU computes 0.003 s a step longer than its peers'")
     idler = gpu.assign(idle_s=gpu["idle_s"] + 0.002 * slow)
-    assert excess(idler, 1) == ("its GPU is idle 0.002 s a step longer than its peers'", False)
+    assert excess(idler, 1) == ("is idle", "its GPU is idle 0.002 s a step longer than its peers'")
 
 
 def test_no_gpu_no_rows() -> None:
     nothing = pd.DataFrame(columns=["step", "warmup"])
     assert in_steps(nothing, nothing, nothing, []) == of_capture({"gpu": nothing}) == []
-    assert excess(nothing, 0) == Excess()
+    assert excess(nothing, 0) == ("", "")
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
@@ -152,3 +154,19 @@ def test_what_a_host_that_runs_ahead_loads_is_hidden(tmp_path: Path) -> None:
     table = analyze(run.write(tmp_path / "run")).bottlenecks()
     assert table["rank"].isna().all()
     assert not table["cause"].str.contains("loading").any()
+
+
+@pytest.mark.parametrize(
+    ("gpu_excess", "told"),
+    [("copies", "copies beside"), ("sets memory", "set less memory"), ("is idle", "sbatch --exclude=node1"),
+     ("computes", "sbatch --exclude=node1")],
+)  # fmt: skip
+def test_no_other_node_is_advised_for_what_a_rank_copies_or_sets(gpu_excess: str, told: str) -> None:
+    late = Finding("compute", "computation", 0.1, 1, "node1", "optimizer", "", "high", gpu_excess=gpu_excess)
+    assert suggest(late, {}).startswith(told)
+
+
+def test_a_gpu_that_is_late_since_it_idles_is_not_to_have_less_work() -> None:
+    late = Finding("gpu_wait", "imbalance between GPUs", 0.1, 1, "node1", "", "", "medium", gpu_excess="is idle")
+    assert "what its host does" in suggest(late, {})
+    assert "as much to do" in suggest(replace(late, gpu_excess="computes"), {})
