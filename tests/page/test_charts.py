@@ -110,7 +110,8 @@ def test_of_many_ranks_the_extremes_are_drawn(medium: Study) -> None:
 def test_gpu_bars_add_up_to_the_span(slow_data: Analysis) -> None:
     row = {
         "rank": 0, "node": "n", "pid": 7, "device": 0, "step": 3, "span_s": 1.0, "compute_s": 0.6, "comm_s": 0.3,
-        "memory_s": 0.1, "overlap_s": 0.2, "exposed_comm_s": 0.1, "idle_s": 0.25, "idle_host_s": 0.15,
+        "memory_s": 0.1, "overlap_s": 0.2, "exposed_comm_s": 0.1, "idle_s": 0.15, "idle_host_s": 0.1, "set_s": 0.02,
+        "shared_s": 0.05, "untraced_s": 0.03,
     }  # fmt: skip
     gpu = pd.DataFrame([row, {**row, "device": 1, "rank": -2, "span_s": 0.5, "compute_s": 0.1}])
     chart = device_bars(with_tables(slow_data.study, gpu=gpu))
@@ -122,8 +123,11 @@ def test_gpu_bars_add_up_to_the_span(slow_data: Analysis) -> None:
         "computation and communication": pytest.approx(20),
         "exposed communication": pytest.approx(10),
         "copies": pytest.approx(5),
-        "idle: the host launched too late": pytest.approx(15),
-        "idle: other": pytest.approx(10),
+        "memory sets": pytest.approx(2),
+        "used by other processes": pytest.approx(5),
+        "no records": pytest.approx(3),
+        "idle: the host launched too late": pytest.approx(10),
+        "idle: other": pytest.approx(5),
     }
 
 
