@@ -76,6 +76,11 @@ def phase_of_part(part: str) -> str:
     return part.removeprefix(SUBPROCESS)
 
 
+def work_in_words(phase: str) -> str:
+    """What takes longer: a phase, or the work that none covers."""
+    return {OTHER: CAUSES["other"], BETWEEN_STEPS: CAUSES["between"]}.get(phase, phase)
+
+
 COMPUTATION_SHARE = 0.1
 """Phases hold a run's computation when they take this share of the time that no phase covers."""
 

@@ -28,10 +28,10 @@ from hpcmm.analysis.findings import (
     Finding,
     kind_of_part,
     phase_of_part,
+    work_in_words,
 )
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
 from hpcmm.analysis.stragglers import Mask, mask_of, parts_by_kind, slow_nodes, stands_apart
-from hpcmm.analysis.trace import OTHER
 
 BORNE = 0.5
 """The bound is medium sure if the communication of its peers takes longer by this share of the longer work."""
@@ -140,7 +140,7 @@ def _finding(context: AnalysisContext, longer: _LongerWork) -> Finding:
     phase = phase_of_part(context.parts.names[columns[part]])
     first, alone = context.traces[longer.members[0]], len(longer.members) == 1
     ranks = context.ranks(longer.members)
-    what = CAUSES["other"] if phase == OTHER else phase
+    what = work_in_words(phase)
     by_step = longer.longer.sum(axis=1)
     who = f"rank {ranks}: its {what} takes" if alone else f"all ranks of {first.node} ({ranks}): their {what} takes"
     told = f"{who} {by_step.mean():.3g} s a step longer than the others', in {int((by_step > 0).sum())} of "
@@ -185,6 +185,7 @@ def find_unseen_waiting(context: AnalysisContext) -> list[Finding]:
     """
     if len(context.rows) or len(context.traces) < 2:
         return []
+    context = _preceded(context)
     whole = context.work_by_step()
     length = whole.sum(axis=2)
     waits = _waiting(context)
@@ -208,6 +209,22 @@ def find_unseen_waiting(context: AnalysisContext) -> list[Finding]:
             if waited_s >= BORNE * longer_s:
                 found.append(_unseen(context, whole, (kind, index), longer, min(longer_s, waited_s)))
     return found
+
+
+FEWEST_STEPS = 4
+
+
+def _preceded(context: AnalysisContext) -> AnalysisContext:
+    """``context`` with those steps alone whose time since the one before is known, if these are enough.
+
+    The first step of a window lacks what came before it, such as its loading.
+    """
+    known = np.ones(len(context.steps.numbers), dtype=np.bool_)
+    for trace in context.traces:
+        known &= np.isin(context.steps.numbers, trace.steps["step"].to_numpy(np.int64)[1:][trace.follows])
+    if context.steps.adjoin or known.sum() < FEWEST_STEPS:
+        return context
+    return replace(context, steps=replace(context.steps, numbers=context.steps.numbers[known]))
 
 
 def _waiting(context: AnalysisContext) -> Floats | None:
@@ -238,7 +255,7 @@ def _unseen(context: AnalysisContext, whole: Floats, of: tuple[str, int], longer
     part = int((work[:, index] - np.median(work, axis=1)).mean(axis=0).argmax())
     phase = phase_of_part(context.parts.names[columns[part]])
     told = (
-        f"its {CAUSES['other'] if phase == OTHER else phase} takes {longer.mean():.3g} s a step longer than the "
+        f"its {work_in_words(phase)} takes {longer.mean():.3g} s a step longer than the "
         f"others', in {int((longer > 0).sum())} of {len(longer)} steps, and all steps take the same time: the others "
         f"wait {lost_s:.3g} s longer in the rest of them, for communication that was not recorded"
     )

@@ -28,11 +28,11 @@ from hpcmm.analysis.findings import (
     Finding,
     kind_of_part,
     phase_of_part,
+    work_in_words,
 )
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.statistics import chance_of_sum
-from hpcmm.analysis.trace import OTHER
 
 MAX_CHANCE = 0.003
 """Probability by chance above which a sustained delay is nobody's."""
@@ -244,7 +244,7 @@ def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
     phase = phase_of_part(names[int(by_part.argmax())])
     first, alone = context.traces[straggler.members[0]], len(straggler.members) == 1
     ranks = context.ranks(straggler.members)
-    what = CAUSES["other"] if phase == OTHER else phase
+    what = work_in_words(phase)
     who = f"{first.name}: its {what} takes" if alone else f"all ranks of {first.node} ({ranks}): their {what} takes"
     told = f"others wait for {who} longer than the others', {_when(context, straggler)}"
     function, function_s = _excess_function(context, straggler.members[0], phase)

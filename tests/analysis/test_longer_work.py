@@ -1,9 +1,13 @@
 """Longer work is named by each rank's own clock, whatever the clocks of the nodes are against one another."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from simulated import simulate_run
+from simulated import MS, make_trace, simulate_run
 from test_bottlenecks import named, verdicts
+
+from hpcmm.analysis.intervals import IntervalSet
 
 USUAL_MS = {"data": 5.0, "forward": 30.0, "backward": 60.0}
 VAGUE_NS = 400_000_000
@@ -98,3 +102,19 @@ def test_waiting_for_whom_the_clocks_do_not_tell_is_in_the_row_that_blames_nobod
     (rest,) = [one for one in verdicts(traces, VAGUE_NS) if one.kind == "imbalance"]
     assert rest.lost_s == pytest.approx(0.03, rel=0.1)
     assert "of it is not known, as the clocks agree within 0.4 s only" in rest.evidence
+
+
+@pytest.mark.parametrize("steps", [5, 12])
+def test_a_window_s_first_step_lacks_the_time_before_it_and_is_not_counted(steps):
+    """Rank 1 loads between its steps, and the others wait for it in their next one; no communication is recorded."""
+    traces = []
+    for rank in range(2):
+        before_ms, inside_ms = (100, 20) if rank == 1 else (1, 119)
+        begins = [number * 120 + before_ms for number in range(steps)]
+        segments = [(number, "forward", at * MS, (at + inside_ms) * MS) for number, at in enumerate(begins)]
+        blocked = IntervalSet.union_of(*([(at + edge) * MS for at in begins] for edge in (20, inside_ms)))
+        traces.append(replace(make_trace(rank, "node1", segments, []), is_warm=True, blocked=blocked))
+    (found,) = [one for one in verdicts(traces) if one.rank is not None]
+    assert (found.kind, found.rank) == ("between", 1)
+    assert f"in {steps - 1} of {steps - 1} steps" in found.evidence
+    assert "its work between steps takes 0.099 s" in found.evidence
