@@ -338,14 +338,13 @@ def gpu_line(study: Study) -> str:
     rows = _by_gpu(_gpu_rows(study))
     if rows.empty:
         return GPU_NOT_TRACED if study.tables["gpu"].empty else f"{GPU_MISSING}, so nothing is said of GPUs"
-    span = float(rows["span_s"].sum())
-    share = {name: float(rows[f"{name}_s"].sum()) / span for name in ("compute", "exposed_comm", "idle", "idle_host")}
+    share = rows[["compute_s", "exposed_comm_s", "idle_s", "idle_host_s"]].sum() / rows["span_s"].sum()
     is_known = all(trace.gpu_doubt != NOT_LAUNCHED for trace in study.traces)
-    host = f"({percent(share['idle_host'])} until the host launches more)" if is_known else f"({NOT_LAUNCHED})"
-    return (
-        f"GPUs compute {percent(share['compute'])} of the time, communicate {percent(share['exposed_comm'])} without "
-        f"computing, and are idle {percent(share['idle'])} {host}"
-    ) + "".join(f"; {told}" for told in (_shared(study), _left_out(study), graphs_line(study)) if told)
+    host = f"({percent(share['idle_host_s'])} until the host launches more)" if is_known else f"({NOT_LAUNCHED})"
+    time = "the time" if study.steps.adjoin else "the time in steps"
+    told = f"GPUs compute {percent(share['compute_s'])} of {time}, communicate "
+    told += f"{percent(share['exposed_comm_s'])} without computing, and are idle {percent(share['idle_s'])} {host}"
+    return "; ".join(filter(None, (told, _shared(study), _left_out(study), graphs_line(study))))
 
 
 WORTH_SAYING = 0.02

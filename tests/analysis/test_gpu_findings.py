@@ -12,7 +12,7 @@ from hpcmm.analysis.findings import Finding
 from hpcmm.analysis.gpu_findings import excess, in_steps, of_capture
 from hpcmm.analysis.suggestions import suggest
 from hpcmm.analyze import Analysis, analyze
-from hpcmm.page.headlines import headline
+from hpcmm.page.headlines import gpu_line, headline
 
 
 def by_cause(analysis: Analysis) -> pd.DataFrame:
@@ -147,6 +147,7 @@ def test_a_step_lasts_as_long_as_its_gpus_work_if_hosts_run_ahead(tmp_path: Path
     assert row["lost_s_per_step"] == pytest.approx(0.008, rel=0.1)
     assert row["step_share"] == pytest.approx(8 / 46, rel=0.1)
     assert "from step to step" in headline(analysis.study)
+    assert "of the time in steps, communicate" in gpu_line(analysis.study)
 
 
 def test_what_a_host_that_runs_ahead_loads_is_hidden(tmp_path: Path) -> None:
