@@ -220,9 +220,7 @@ def exposed_communication(trace: RankTrace) -> IntervalSet:
 def _parts_of(trace: RankTrace, phases: list[str]) -> tuple[IntervalSet, ...]:
     communication = exposed_communication(trace)
     device = DeviceWork({}, IntervalSet.empty()) if trace.device_work is None else trace.device_work
-    not_host = IntervalSet.union_of(
-        *(np.append(getattr(communication, name), getattr(device.busy, name)) for name in ("start_ns", "end_ns"))
-    )
+    not_host = IntervalSet.union(communication, device.busy)
     within = trace.waits[trace.waits["verdict"] == WITHIN_STEP]
     children = IntervalSet.union_of(within["start_ns"], within["end_ns"])
     own, subprocesses = [], []
@@ -231,21 +229,14 @@ def _parts_of(trace: RankTrace, phases: list[str]) -> tuple[IntervalSet, ...]:
     for phase in phases:
         at = places.get(phase, np.empty(0, dtype=np.intp))
         work = IntervalSet.union_of(starts[at], ends[at]).subtract(not_host)
-        own.append(_with(work.subtract(children), device.by_phase.get(phase)))
+        own.append(IntervalSet.union(work.subtract(children), device.by_phase.get(phase, IntervalSet.empty())))
         subprocesses.append(work.intersect(children))
     start, end = trace.steps["start_ns"].to_numpy(np.int64), trace.steps["end_ns"].to_numpy(np.int64)
     # What lies between steps is work, too, unless it is communication or a phase of its own such as a checkpoint.
     gaps = IntervalSet.union_of(end[:-1][trace.follows], start[1:][trace.follows]).subtract(not_host)
     outside = trace.segments[trace.segments["step"] == OUTSIDE]
     gaps = gaps.subtract(IntervalSet.union_of(outside["start_ns"], outside["end_ns"]))
-    return (*own, *subprocesses, _with(gaps, device.by_phase.get("")))
-
-
-def _with(host: IntervalSet, device: IntervalSet | None) -> IntervalSet:
-    """Both, which are disjoint."""
-    if device is None:
-        return host
-    return IntervalSet.union_of(np.append(host.start_ns, device.start_ns), np.append(host.end_ns, device.end_ns))
+    return (*own, *subprocesses, IntervalSet.union(gaps, device.by_phase.get("", IntervalSet.empty())))
 
 
 TAIL_NS = 100_000.0

@@ -52,10 +52,7 @@ class DeviceTime:
     @property
     def gaps(self) -> IntervalSet:
         """All that is idle."""
-        sets = self.idle.values()
-        return IntervalSet.union_of(
-            np.concatenate([each.start_ns for each in sets]), np.concatenate([each.end_ns for each in sets])
-        )
+        return IntervalSet.union(*self.idle.values())
 
     def without(self, other: IntervalSet) -> DeviceTime:
         """The same with nothing idle in ``other``."""
@@ -322,9 +319,7 @@ def _blocked(host: IntervalSet | None, collectives: pd.DataFrame, activities: pd
     ours = collectives[~on_gpu]
     on_host = IntervalSet.union_of(ours["start_ns"], ours["end_ns"])
     exposed.append(on_host if host is None else on_host.intersect(host))
-    return IntervalSet.union_of(
-        np.concatenate([each.start_ns for each in exposed]), np.concatenate([each.end_ns for each in exposed])
-    )
+    return IntervalSet.union(*exposed)
 
 
 GPU_TABLE_COLUMNS = [

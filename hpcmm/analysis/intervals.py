@@ -38,6 +38,15 @@ class IntervalSet:
         gap = start[1:] > end[:-1]
         return cls(start[np.append(True, gap)], end[np.append(gap, True)])
 
+    @classmethod
+    def union(cls, *sets: IntervalSet) -> IntervalSet:
+        """The union of sets; empty if there are none."""
+        if not sets:
+            return cls.empty()
+        return cls.union_of(
+            np.concatenate([each.start_ns for each in sets]), np.concatenate([each.end_ns for each in sets])
+        )
+
     def __len__(self) -> int:
         return len(self.start_ns)
 

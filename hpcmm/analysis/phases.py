@@ -182,9 +182,7 @@ def work_on_devices(
         own = known & (phase == name)
         wide = IntervalSet.union_of(start[own], end[own] + BACK_TO_BACK_NS)
         by_phase[str(name)] = IntervalSet(wide.start_ns, wide.end_ns - BACK_TO_BACK_NS).subtract(claimed)
-        claimed = IntervalSet.union_of(
-            np.append(claimed.start_ns, wide.start_ns), np.append(claimed.end_ns, wide.end_ns - BACK_TO_BACK_NS)
-        )
+        claimed = IntervalSet.union(claimed, by_phase[str(name)])
     moves = IntervalSet.union_of(start[communication], end[communication])
     return DeviceWork(by_phase, moves.subtract(claimed))
 

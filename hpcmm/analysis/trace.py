@@ -65,9 +65,7 @@ class DeviceWork:
     @property
     def busy(self) -> IntervalSet:
         """When they did anything."""
-        sets = [self.communication, *self.by_phase.values()]
-        starts, ends = ([getattr(each, name) for each in sets] for name in ("start_ns", "end_ns"))
-        return IntervalSet.union_of(np.concatenate(starts), np.concatenate(ends))
+        return IntervalSet.union(self.communication, *self.by_phase.values())
 
     def on_clock(self, clock: OnClock) -> DeviceWork:
         """The same with every time put through ``clock``."""
@@ -89,7 +87,7 @@ class DeviceWork:
         phases = {**self.by_phase, **later.by_phase}
         return DeviceWork(
             {phase: _union(self.by_phase, later.by_phase, phase) for phase in phases},
-            _union({"": self.communication}, {"": later.communication}, ""),
+            IntervalSet.union(self.communication, later.communication),
         )
 
 
@@ -308,9 +306,7 @@ def _device_work(ours: DeviceWork | None, theirs: DeviceWork | None) -> DeviceWo
 
 
 def _union(ours: Mapping[str, IntervalSet], theirs: Mapping[str, IntervalSet], gpu: str) -> IntervalSet:
-    parts = [each[gpu] for each in (ours, theirs) if gpu in each]
-    starts, ends = ([getattr(part, name) for part in parts] for name in ("start_ns", "end_ns"))
-    return IntervalSet.union_of(np.concatenate(starts), np.concatenate(ends))
+    return IntervalSet.union(*(each[gpu] for each in (ours, theirs) if gpu in each))
 
 
 def _summed(ours: pd.DataFrame, theirs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

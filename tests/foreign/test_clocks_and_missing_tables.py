@@ -1,29 +1,19 @@
 """Who is waited for, if the clocks of the nodes are vague, the reports tell no time of day, or launches are missing."""
 
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from changed_inputs import changed
 
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.page.headlines import gpu_line
 
-INPUTS = Path(__file__).parent / "inputs"
 
-
-def changed(folder: Path, source: str, *statements: str, only: str = "*") -> Analysis:
-    """The analysis of an input after SQL has been run on its exports."""
-    copy = folder / source
-    shutil.copytree(INPUTS / source, copy)
-    for report in copy.glob(f"{only}.sqlite"):
-        with closing(sqlite3.connect(report)) as connection:
-            for statement in statements:
-                connection.execute(statement)
-            connection.commit()
-    return analyze(copy)
+def analysis_of(folder: Path, source: str, *statements: str, only: str = "*") -> Analysis:
+    return analyze(changed(folder, source, *statements, only=only))
 
 
 def row_of(table: pd.DataFrame, cause: str) -> pd.Series:
@@ -34,7 +24,7 @@ def row_of(table: pd.DataFrame, cause: str) -> pd.Series:
 def test_transfer_is_no_more_than_the_shortest_part_however_vague_the_clocks_are(tmp_path: Path, ahead_ms: int) -> None:
     """Rank 3 of the second node loads for 40 ms longer; the transfer itself takes 8 ms."""
     later = f"UPDATE TARGET_INFO_SESSION_START_TIME SET utcEpochNs = utcEpochNs + {ahead_ms * 1_000_000}"  # noqa: S608
-    table = changed(tmp_path, "clocks_apart", later, only="rank[23]").bottlenecks()
+    table = analysis_of(tmp_path, "clocks_apart", later, only="rank[23]").bottlenecks()
     loading, transfer = row_of(table, "data loading"), row_of(table, "communication transfer")
     assert (loading["rank"], loading["phase"]) == (3, "data")
     assert loading["confidence"] in {"high", "medium"}
@@ -58,7 +48,7 @@ def test_a_late_loader_is_named_by_each_rank_s_own_clock(tmp_path: Path, stateme
         f'UPDATE {table} SET start = start + {later_ms * 1_000_000}, "end" = "end" + {later_ms * 1_000_000}'  # noqa: S608
         for table in ("NVTX_EVENTS", "CUPTI_ACTIVITY_KIND_KERNEL", "CUPTI_ACTIVITY_KIND_RUNTIME")
     ]
-    changed(tmp_path, "steps_megatron_bridge", statement)
+    analysis_of(tmp_path, "steps_megatron_bridge", statement)
     folder = tmp_path / "steps_megatron_bridge"
     with closing(sqlite3.connect(folder / "rank1.sqlite")) as connection:
         for shift in shifts:
@@ -78,7 +68,7 @@ NO_LAUNCHES = (
 
 @pytest.mark.parametrize("statement", NO_LAUNCHES, ids=["no table", "other numbers"])
 def test_a_late_loader_is_named_though_launches_were_not_traced(tmp_path: Path, statement: str) -> None:
-    analysis = changed(tmp_path, "steps_megatron_bridge", statement)
+    analysis = analysis_of(tmp_path, "steps_megatron_bridge", statement)
     table = analysis.bottlenecks()
     first = table.iloc[0]
     assert (first["cause"], first["rank"], first["phase"]) == ("data loading", 1, "data")
@@ -91,7 +81,7 @@ def test_a_late_loader_is_named_though_launches_were_not_traced(tmp_path: Path, 
 
 def test_of_idle_time_without_launches_it_is_said_that_nothing_tells_the_cause(tmp_path: Path) -> None:
     none = "UPDATE NVTX_EVENTS SET text = 'forward' WHERE text = 'data'"
-    table = changed(tmp_path, "steps_megatron_bridge", NO_LAUNCHES[0], none).bottlenecks()
+    table = analysis_of(tmp_path, "steps_megatron_bridge", NO_LAUNCHES[0], none).bottlenecks()
     idle = table[table["cause"].str.startswith("GPU idle")]
     assert set(idle["cause"]) <= {"GPU idle"}
     assert not table["evidence"].str.contains("launched in time").any()

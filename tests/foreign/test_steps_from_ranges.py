@@ -1,13 +1,11 @@
 """Steps and phases that a program named for itself, whatever it calls them."""
 
-import shutil
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from changed_inputs import INPUTS, changed
 
 from hpcmm.analysis import gpu_trace
 from hpcmm.analyze import Analysis, Choice, analyze
@@ -16,20 +14,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.page import headlines
 from hpcmm.page.headlines import ranges_line
 
-INPUTS = Path(__file__).parent / "inputs"
 LOADING = ("data loading", 1, "data", 0.04)
-
-
-def changed(folder: Path, source: str, *statements: str, only: str = "*") -> Path:
-    """A copy of an input after SQL has been run on its exports."""
-    copy = folder / source
-    shutil.copytree(INPUTS / source, copy)
-    for report in copy.glob(f"{only}.sqlite"):
-        with closing(sqlite3.connect(report)) as connection:
-            for statement in statements:
-                connection.execute(statement)
-            connection.commit()
-    return copy
 
 
 def first(analysis: Analysis) -> tuple[str, int, str, float]:
