@@ -30,6 +30,7 @@ from hpcmm.analysis import (
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, UNEXPLAINED, Floats, WorkParts
 from hpcmm.analysis.findings import (
     CAUSES,
+    FEW_STEPS,
     HIGH,
     LOW,
     MEDIUM,
@@ -331,7 +332,8 @@ def _imbalance(
         )
     worst = context.worst_step(rest[:, :, int(by_part.argmax())].sum(axis=1))
     rows = f"delays: phase={part}" + ("" if worst is None else f" step={worst}")
-    other = Finding("imbalance", CAUSES["imbalance"], lost, None, "", phase, told, LOW, rows, worst)
+    kind = "few" if len(context.steps.numbers) < FEW_STEPS else "imbalance"
+    other = Finding(kind, CAUSES[kind], lost, None, "", phase, told, LOW, rows, worst)
     return [each for each in (loads, uneven, other) if each is not None]
 
 

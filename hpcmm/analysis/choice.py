@@ -156,7 +156,10 @@ def why_nothing(report: Report, choice: Choice) -> str:
         return "none of its ranges is called so"
     begin = _run_begins_ns(report, choice)
     first_s, last_s = ((at - begin) / 1e9 for at in (report.first_ns, report.last_ns))
-    return f"nothing of it lies in the window that was asked for: it has {first_s:.3g} s to {last_s:.3g} s of the run"
+    return (
+        "nothing was recorded in the window that was asked for, and something before or after it: its first event is "
+        f"at {first_s:.3g} s of the run, its last one at {last_s:.3g} s"
+    )
 
 
 def stepped_before(report: Report, window: Window) -> frozenset[int]:
@@ -192,6 +195,7 @@ def cut(report: Report, window: Window) -> Report:
         cuda=report.cuda and _cut_cuda(replace(report.cuda, ranges=ranges), within),
         first_ns=low,
         last_ns=high,
+        is_cut=True,
     )
 
 

@@ -286,6 +286,7 @@ def _extract_all(
         blocked=osrt.blocked_intervals(report.osrt, pid, tid),
         lost_gpu_records=report.lost_gpu_records,
         osrt=report.osrt,
+        window_ns=(report.first_ns, report.last_ns) if report.is_cut else None,
     )
     gpu = gpu_trace.of_process(host, report.cuda)
     return RankTrace(

@@ -36,6 +36,7 @@ CAUSES = {
     "unseen": "communication, or waiting for ranks without a report",
     "interruption": "communication interrupted",
     "imbalance": "imbalance without a culprit",
+    "few": "imbalance without a culprit",
     "gpu_host": "GPU idle: the host launches late",
     "gpu_sync": "GPU idle: the host waits for it first",
     "gpu_data": "GPU idle: the host loads data",
@@ -153,21 +154,32 @@ def doubted(findings: Sequence[Finding], doubt: str) -> list[Finding]:
     ]
 
 
+FEW_STEPS = 4
+"""Fewer show what happened in them, and not whether it is always so."""
 ONE_STEP = "one step cannot tell a straggler from chance"
 
 
 def variation(steps: StepTimes) -> str:
     """How much steps differ, in words."""
-    one = len(steps.numbers) == 1
-    return ONE_STEP if one else f"steps vary by {steps.noise_s:.3g} s (robust standard deviation)"
+    few = _doubt_of_few(steps)
+    return few or f"steps vary by {steps.noise_s:.3g} s (robust standard deviation)"
+
+
+def _doubt_of_few(steps: StepTimes) -> str:
+    """What so few steps do not tell; empty if there are enough."""
+    count = len(steps.numbers)
+    if count == 1:
+        return ONE_STEP
+    return f"{count} steps cannot tell whether it is so in others" if count < FEW_STEPS else ""
 
 
 def of_few_steps(findings: Sequence[Finding], steps: StepTimes) -> list[Finding]:
-    """``findings`` with the doubt that a single step leaves of whoever is named."""
-    if len(steps.numbers) > 1:
+    """``findings`` with the doubt that few steps leave of whoever is named."""
+    doubt = _doubt_of_few(steps)
+    if not doubt:
         return list(findings)
     return [
-        replace(each, confidence=LOW, evidence=f"{each.evidence}; but {ONE_STEP}") if each.blames else each
+        replace(each, confidence=LOW, evidence=f"{each.evidence}; but {doubt}") if each.blames else each
         for each in findings
     ]
 

@@ -102,6 +102,8 @@ class NotIdle:
     """Records are missing; may reach far beyond the capture."""
     others: Mapping[int, IntervalSet] = field(default_factory=dict)
     """When other processes used the same GPU, by device."""
+    window_ns: tuple[int, int] | None = None
+    """What of the run is looked at; None for all of it, as far as the device did something."""
 
 
 class GpuRows(NamedTuple):
@@ -141,8 +143,7 @@ def gpu_rows(activities: pd.DataFrame, steps: pd.DataFrame, host: Host, not_idle
     """One row a device and step of a process (GPU_COLUMNS), and one a device for what lies outside its steps.
 
     ``activities`` are those of the process, ``steps`` its steps on the host. Without steps there is one row a device,
-    from its first activity to its last. The columns idle_0_ns ... are in the order of :data:`CAUSES`. Idle time, copies
-    and kernels are by device.
+    of the window, or from its first activity to its last. Columns idle_0_ns ... are in the order of :data:`CAUSES`.
     """
     found = [
         _device_rows(int(str(device)), own.reset_index(drop=True), steps, host, not_idle or NotIdle())
@@ -161,6 +162,8 @@ def _device_rows(device: int, activities: pd.DataFrame, steps: pd.DataFrame, hos
     start, end = step_windows(activities, steps)
     low = min(int(activities["start_ns"].min()), int(start.min(initial=np.iinfo(np.int64).max)))
     high = max(int(activities["end_ns"].max()), int(end.max(initial=0)))
+    if not_idle.window_ns is not None and steps.empty:
+        low, high = not_idle.window_ns
     time = device_time(activities, low, high)
     shared = time.gaps.intersect(not_idle.others.get(device, IntervalSet.empty()))
     untraced = time.gaps.intersect(not_idle.untraced).subtract(shared)
@@ -221,6 +224,8 @@ class HostSide:
     """OS calls of the report."""
     lost_gpu_records: bool = False
     """Whether nsys says that records of GPUs were lost, or may have been."""
+    window_ns: tuple[int, int] | None = None
+    """What of the run was asked for; None for all of it."""
 
 
 class GpuSide(NamedTuple):
@@ -268,7 +273,7 @@ def of_process(host: HostSide, cuda: CudaEvents | None) -> GpuSide:
         int(device): completeness.sharing(cuda.activities, collective, host.pid, int(device))
         for device in activities["device"].unique()
     }
-    not_idle = NotIdle(untraced, {device: found.others for device, found in sharing.items()})
+    not_idle = NotIdle(untraced, {device: found.others for device, found in sharing.items()}, host.window_ns)
     gpus = {device: shared.gpu for device, shared in sharing.items()}
     found = gpu_rows(activities, host.steps, idle.host_of(cuda, host.osrt, host.pid), not_idle)
     return GpuSide(

@@ -31,7 +31,7 @@ from hpcmm.analysis.findings import (
     work_in_words,
 )
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
-from hpcmm.analysis.stragglers import Mask, mask_of, parts_by_kind, slow_nodes, stands_apart
+from hpcmm.analysis.stragglers import Mask, excess_function, mask_of, parts_by_kind, slow_nodes, stands_apart
 
 BORNE = 0.5
 """The bound is medium sure if the communication of its peers takes longer by this share of the longer work."""
@@ -101,7 +101,9 @@ def _longer_work(context: AnalysisContext) -> Iterator[_LongerWork]:
         excess = np.maximum(own - np.median(own, axis=1, keepdims=True), 0.0)
         for members in (*slow_nodes(context, excess), *((index,) for index in range(own.shape[1]))):
             others = np.delete(np.arange(own.shape[1]), members)
-            if not len(others) or not stands_apart(own[:, members].mean(axis=1), own[:, others]):
+            if not len(others) or not stands_apart(
+                own[:, members].mean(axis=1), own[:, others], context.steps.period_s
+            ):
                 continue
             longer = _beyond(work[:, :, columns], members, others)
             longer_s = float(_beyond(own[:, :, None], members, others).mean())
@@ -200,7 +202,9 @@ def find_unseen_waiting(context: AnalysisContext) -> list[Finding]:
             others = np.delete(np.arange(own.shape[1]), index)
             longer = own[:, index] - np.median(own[:, others], axis=1)
             longer_s = float(longer.mean())
-            if longer_s < STRAGGLER_SHARE * context.steps.mean_s or not stands_apart(own[:, index], own[:, others]):
+            if longer_s < STRAGGLER_SHARE * context.steps.mean_s:
+                continue
+            if not stands_apart(own[:, index], own[:, others], context.steps.period_s):
                 continue
             if float(np.median(length.max(axis=1) - length.min(axis=1))) > SAME_LENGTH * longer_s:
                 continue
@@ -211,18 +215,15 @@ def find_unseen_waiting(context: AnalysisContext) -> list[Finding]:
     return found
 
 
-FEWEST_STEPS = 4
-
-
 def _preceded(context: AnalysisContext) -> AnalysisContext:
-    """``context`` with those steps alone whose time since the one before is known, if these are enough.
+    """``context`` with those steps alone whose time since the one before is known, if there are any.
 
     The first step of a window lacks what came before it, such as its loading.
     """
     known = np.ones(len(context.steps.numbers), dtype=np.bool_)
     for trace in context.traces:
         known &= np.isin(context.steps.numbers, trace.steps["step"].to_numpy(np.int64)[1:][trace.follows])
-    if context.steps.adjoin or known.sum() < FEWEST_STEPS:
+    if context.steps.adjoin or not known.any():
         return context
     return replace(context, steps=replace(context.steps, numbers=context.steps.numbers[known]))
 
@@ -259,7 +260,9 @@ def _unseen(context: AnalysisContext, whole: Floats, of: tuple[str, int], longer
         f"others', in {int((longer > 0).sum())} of {len(longer)} steps, and all steps take the same time: the others "
         f"wait {lost_s:.3g} s longer in the rest of them, for communication that was not recorded"
     )
+    function, in_words = excess_function(context, index, phase, lost_s)
+    told += in_words
     where = f"phases: rank={trace.rank} phase={phase}"
     worst = context.worst_step(np.maximum(longer, 0.0))
     found = Finding(kind, CAUSES[kind], lost_s, trace.rank, trace.node, phase, told, MEDIUM, where, worst)
-    return replace(found, is_only_node=len(context.nodes()) == 1)
+    return replace(found, function=function, is_only_node=len(context.nodes()) == 1)

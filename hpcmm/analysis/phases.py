@@ -310,15 +310,18 @@ def _periods_s(traces: Sequence[RankTrace], numbers: npt.NDArray[np.int64]) -> d
     """By rank the time from the end of one step to the end of the next, as a mean over the steps ``numbers``.
 
     A step ends with what its GPUs do in it: a host that waits for nothing has launched the last step when they are in
-    the first. A step before which nothing was recorded for a while begins the count afresh, as the first one does.
+    the first. A step before which nothing was recorded for a while, as before the first one, does not count unless all
+    are like that; they are as long as themselves then.
     """
     found = {}
     for trace in traces:
         chosen = trace.steps["step"].isin(numbers).to_numpy(bool)
         if chosen.any():
             start, end = trace.steps["start_ns"].to_numpy(np.float64), step_ends_ns(trace)
-            before = np.append(start[0], np.where(trace.follows, end[:-1], start[1:]))
-            found[trace.rank] = float((end - before)[chosen].sum()) / NS_PER_S / len(numbers)
+            known = np.append(False, trace.follows)
+            before = np.where(known, np.append(start[0], end[:-1]), start)
+            counted = chosen & known if (chosen & known).any() else chosen
+            found[trace.rank] = float((end - before)[counted].mean()) / NS_PER_S
     return found
 
 

@@ -32,7 +32,7 @@ from hpcmm.analysis import (
 from hpcmm.analysis.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
 from hpcmm.analysis.findings import AnalysisContext, Finding, gpu_doubt
 from hpcmm.analysis.gpu_findings import span_s
-from hpcmm.analysis.phases import step_times
+from hpcmm.analysis.phases import StepTimes, step_times
 from hpcmm.analysis.pop_metrics import Reference, efficiency, samples_per_step
 from hpcmm.analysis.report_inventory import NO_NVTX, NO_STEPS, ReportInventory, environment_table
 from hpcmm.analysis.study import TABLES, Selection, Study, Tables, step_line
@@ -131,7 +131,7 @@ def study(
             "steps": lambda: time_tables.steps_table(traces, steps.warmup_number),
             "phases": lambda: phases_table(traces, rows, steps.warmup_number),
             "phases_summary": lambda: phases_summary(made["phases"], steps),
-            "efficiency": lambda: efficiency(made["phases"], steps, reference, samples_per_step(record.config)),
+            "efficiency": lambda: _efficiency(made["phases"], traces, rows, steps, record, reference),
             "collectives": lambda: collectives.collectives_table(parallelism.with_axes(rows, traces)),
             "comm_bytes": lambda: collectives.bytes_table(made["collectives"], steps.warmup_number),
             "comm_wait": lambda: comm_wait(context()),
@@ -159,6 +159,19 @@ def study(
         ranges=user_ranges.in_words([fact.adopted for fact, _ in inventory.used if fact.adopted is not None]),
         line_to_add=step_line(record.framework) if inventory.table["status"].isin([NO_NVTX, NO_STEPS]).any() else "",
     )
+
+
+def _efficiency(
+    of_phases: pd.DataFrame,
+    traces: Sequence[RankTrace],
+    rows: pd.DataFrame,
+    steps: StepTimes,
+    record: RunRecord,
+    reference: Reference | None,
+) -> pd.DataFrame:
+    alone = sum(len(trace.steps) > 0 for trace in traces) <= 1
+    samples = samples_per_step(record.config)
+    return efficiency(of_phases, steps, reference, samples, waiting_is_known=alone or len(rows) > 0)
 
 
 def _of_os_calls(traces: Sequence[RankTrace]) -> dict[str, Callable[[], pd.DataFrame]]:

@@ -92,12 +92,18 @@ def samples_per_step(config: Mapping[str, Any]) -> int | None:
 
 
 def efficiency(
-    phases: pd.DataFrame, steps: StepTimes, reference: Reference | None = None, samples: int | None = None
+    phases: pd.DataFrame,
+    steps: StepTimes,
+    reference: Reference | None = None,
+    samples: int | None = None,
+    *,
+    waiting_is_known: bool = True,
 ) -> pd.DataFrame:
     """Table of COLUMNS from table ``phases``: rows of the run, of the warm-up step, of each other step, of each phase.
 
     The run and the phases are over the steps that are not warm-up. Computation scaling takes each step to be the same
-    work in both runs or, where ``samples`` a step and the reference's are known, each sample.
+    work in both runs or, where ``samples`` a step and the reference's are known, each sample. If it was not recorded
+    when ranks waited for one another, useful time is not known, and there are no efficiencies (NaN).
     """
     times = _Times.of(phases[phases["step"].isin(steps.numbers)])
     if times is None:
@@ -110,6 +116,8 @@ def efficiency(
     table = pd.concat(frames, ignore_index=True)
     if reference is not None:
         table = _scaled(table, len(times.steps), reference, samples)
+    if not waiting_is_known:
+        table = table.assign(**dict.fromkeys(COLUMNS[COLUMNS.index(EFFICIENCIES[0]) :], np.nan))
     return table.reindex(columns=COLUMNS).astype(
         {"step": "Int64", "computation_scaling": np.float64, "global_efficiency": np.float64}
     )

@@ -21,6 +21,7 @@ from hpcmm.analysis import gpu_findings
 from hpcmm.analysis.delay_costs import Floats
 from hpcmm.analysis.findings import (
     CAUSES,
+    FEW_STEPS,
     HIGH,
     MEDIUM,
     STRAGGLER_SHARE,
@@ -50,6 +51,8 @@ EVENT_SHARE = 0.3
 """... and lasts at least this share of a step."""
 EVENT_S = 0.1
 """... and this long: on a busy machine a process waits some tens of milliseconds for its turn anyway."""
+FEW_SHARE = 0.1
+"""... or, in a capture of very few steps, so much of each."""
 LIKE_TIMES = 1.5
 """Delays so many times as long as any other rank's of their kind are of one sort with a rank's events."""
 MIN_REGULAR = 3
@@ -116,7 +119,7 @@ def _sustained(context: AnalysisContext, losses: Floats, least_s: float) -> Iter
             waiting = [unit for unit in units if set(unit) <= set(left)]
             while waiting:
                 unit = max(waiting, key=lambda members: float(delays[:, members].sum()))
-                standing = _judge(delays, unit, left, least_s)
+                standing = _judge(delays, unit, left, least_s, context.steps.period_s)
                 if standing is None:
                     break
                 waiting.remove(unit)
@@ -138,7 +141,7 @@ def slow_nodes(context: AnalysisContext, delays: Floats) -> list[tuple[int, ...]
 
 
 def _judge(
-    delays: Floats, unit: tuple[int, ...], left: Sequence[int], least_s: float
+    delays: Floats, unit: tuple[int, ...], left: Sequence[int], least_s: float, period_s: float
 ) -> tuple[float, int, float] | None:
     """Chance, no events, and dominance of ``unit`` against the other traces ``left``; None if it is no straggler."""
     own = delays[:, unit].sum(axis=1)
@@ -152,21 +155,27 @@ def _judge(
         return None
     chance = chance_of_sum(np.column_stack((own, peers)), 0)
     dominance = float((own > peers.max(axis=1)).mean())
-    if chance > MAX_CHANCE and not _unmistakable(own, peers, dominance):
+    if chance > MAX_CHANCE and not _unmistakable(own, peers, dominance, period_s):
         return None
     return chance, 0, dominance
 
 
-def stands_apart(own: Floats, peers: Floats) -> bool:
+def stands_apart(own: Floats, peers: Floats, period_s: float) -> bool:
     """Whether ``own`` (steps,) is the longest in almost every step, and beyond its noise, of all ``peers``, (steps,
-    ranks)."""
-    return _unmistakable(own, peers, float((own > peers.max(axis=1)).mean()))
+    ranks). From one step to the next it takes ``period_s``."""
+    return _unmistakable(own, peers, float((own > peers.max(axis=1)).mean()), period_s)
 
 
-def _unmistakable(own: Floats, peers: Floats, dominance: float) -> bool:
-    """Few ranks or steps leave much to chance; but an equal delay in each step is none."""
+def _unmistakable(own: Floats, peers: Floats, dominance: float, period_s: float) -> bool:
+    """Few ranks or steps leave much to chance; but an equal delay in each step is none.
+
+    In fewer than four steps, of which nobody says that others are alike, it must be a large part of each of them.
+    """
+    if len(own) < FEW_STEPS:
+        apart_s = float(own.min() - peers.max())
+        return apart_s > max(FEW_SHARE * period_s, EVENT_TIMES * max(float(np.ptp(own)), float(np.ptp(peers))))
     error = max(float(own.std()), float(peers.std(axis=0).max())) / np.sqrt(len(own))
-    return len(own) >= 4 and dominance > 0.9 and float(own.mean() - peers.mean(axis=0).max()) > 6 * error
+    return dominance > 0.9 and float(own.mean() - peers.mean(axis=0).max()) > 6 * error
 
 
 def _events(context: AnalysisContext, losses: Floats, least_s: float) -> Iterator[tuple[_Straggler, Mask]]:
@@ -247,10 +256,8 @@ def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
     what = work_in_words(phase)
     who = f"{first.name}: its {what} takes" if alone else f"all ranks of {first.node} ({ranks}): their {what} takes"
     told = f"others wait for {who} longer than the others', {_when(context, straggler)}"
-    function, function_s = _excess_function(context, straggler.members[0], phase)
-    tells = bool(function) and function_s > 0.3 * straggler.lost_s
-    if tells:
-        told += f"; {function_s:.3g} s a step more than its peers in {function}"
+    function, in_words = excess_function(context, straggler.members[0], phase, straggler.lost_s)
+    told += in_words
     on_gpu, in_words = gpu_findings.excess(context.gpu, first.rank) if alone else ("", "")
     told += f"; {in_words}" if on_gpu else ""
     kinds: dict[str, float] = {}
@@ -272,7 +279,7 @@ def _finding(context: AnalysisContext, straggler: _Straggler) -> Finding:
         confidence=_confidence(straggler, context.steps.mean_s),
         rows=f"delays: {whom} phase={names[int(by_part.argmax())]}" + ("" if worst is None else f" step={worst}"),
         worst_step=worst,
-        function=function if tells else "",
+        function=function,
         gpu_excess=on_gpu,
         is_only_node=len(context.nodes()) == 1,
     )
@@ -291,7 +298,7 @@ def _when(context: AnalysisContext, straggler: _Straggler) -> str:
     span = slice(int(heavy[0]), int(heavy[-1]) + 1) if len(heavy) else slice(0, len(numbers))
     if span.stop - span.start <= 0.7 * len(numbers) and by_step[span].sum() > 0.85 * by_step.sum():
         told += f", and only from step {numbers[span][0]} to {numbers[span][-1]}"
-    elif straggler.chance > 0:
+    elif 0 < straggler.chance <= MAX_CHANCE:
         told += f" (by chance: {straggler.chance:.0e})"
     return told
 
@@ -306,8 +313,11 @@ def _confidence(straggler: _Straggler, step_s: float) -> str:
     return HIGH if share >= 2 * STRAGGLER_SHARE and sure else MEDIUM
 
 
-def _excess_function(context: AnalysisContext, trace: int, phase: str) -> tuple[str, float]:
-    """The OS function in which the rank's step thread spends more time in ``phase`` than its peers; seconds a step."""
+def excess_function(context: AnalysisContext, trace: int, phase: str, lost_s: float) -> tuple[str, str]:
+    """The OS function in which a rank's step thread is for longer than its peers in ``phase``; by how much, in words.
+
+    Both are empty if that is no large part of ``lost_s``, seconds a step.
+    """
     per_rank = []
     for other in context.traces:
         calls = other.calls[(other.calls["phase"] == phase) & other.calls["step"].isin(context.steps.numbers)]
@@ -315,12 +325,17 @@ def _excess_function(context: AnalysisContext, trace: int, phase: str) -> tuple[
     table = pd.concat(per_rank, axis=1).fillna(0.0).to_numpy(np.float64)
     names = pd.concat(per_rank, axis=1).index
     if not len(names) or table.shape[1] < 2:
-        return "", 0.0
+        return "", ""
     excess = table[:, trace] - np.median(np.delete(table, trace, axis=1), axis=1)
     most = int(excess.argmax())
-    return str(names[most]), float(excess[most]) / NS_PER_S / len(context.steps.numbers)
+    excess_s = float(excess[most]) / NS_PER_S / len(context.steps.numbers)
+    if excess_s <= OF_THE_LOSS * lost_s:
+        return "", ""
+    return str(names[most]), f"; {excess_s:.3g} s a step more than its peers in {names[most]}"
 
 
+OF_THE_LOSS = 0.3
+"""An OS function is named for this share of what a rank costs."""
 LONGER = 1.1
 """A rank's batches are longer from so many times its peers' on."""
 VARIED = 0.05

@@ -39,6 +39,8 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
         return _shell(finding)
     if finding.kind == "unseen":
         return _capture_all(config)
+    if finding.kind == "few":
+        return "capture more steps, ten or more: they tell a rank that is always late from chance"
     if finding.is_slow:
         return _find_the_link(config)
     if trains and (own := _key_of_recipe(finding, config)):

@@ -300,7 +300,8 @@ def _phases_of(ranges: pd.DataFrame, steps: pd.DataFrame, expression: str) -> pd
     else:
         own = ~mine["domain"].astype(str).map(is_library).astype(bool)
         operator = mine["label"].map(is_operator).astype(bool)
-        chosen = _parts(mine[own & ~operator], steps)
+        mine = mine[own & ~operator]
+        chosen = pd.concat([_parts(mine, steps), _between(mine, steps)])
     # hpcmm's own phases carry the size of their batch.
     size = chosen["payload"].where(chosen["domain"] == schema.DOMAIN)
     name = pd.Series(without_counters(chosen["name"].cat.remove_unused_categories()), index=chosen.index)
@@ -319,20 +320,42 @@ def _holds_a_step(ranges: pd.DataFrame, steps: pd.DataFrame) -> npt.NDArray[np.b
     return held
 
 
+def _usual_ns(steps: pd.DataFrame) -> float:
+    """All steps if each took the usual time: one that compiles is as long as thousands of others."""
+    lengths_ns = steps["end_ns"] - steps["start_ns"]
+    return float(lengths_ns.median()) * len(lengths_ns) if len(lengths_ns) else 0.0
+
+
+def _is_large(taken_ns: pd.Series, steps: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Which labels, by what they take in all, are phases."""
+    # A host that runs ahead is in the forward pass for no time, and launches all of its kernels there.
+    tells = taken_ns.index.map(lambda label: part_of_a_step(str(label)) != "").to_numpy(dtype=bool)
+    large: npt.NDArray[np.bool_] = tells | (taken_ns >= LEAST_PHASE * _usual_ns(steps)).to_numpy(bool)
+    return large
+
+
+def _between(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """The outermost ranges that lie between steps (sorted), such as the loading of the next batch."""
+    inner = IntervalSet.union_of(steps["start_ns"], steps["end_ns"])
+    start, end = ranges["start_ns"].to_numpy(np.int64), ranges["end_ns"].to_numpy(np.int64)
+    within = (start >= steps["start_ns"].min()) & (end <= steps["end_ns"].max())
+    outer = outermost(ranges[within & (inner.covered_within(start, np.maximum(end, start + 1)) == 0)])
+    taken_ns = (outer["end_ns"] - outer["start_ns"]).groupby(outer["label"]).sum()
+    kept = taken_ns[_is_large(taken_ns, steps)].nlargest(MAX_PHASES).index
+    found: pd.DataFrame = outer[outer["label"].isin(kept)]
+    return found
+
+
 def _parts(ranges: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     """What the steps consist of: the outermost ranges within them, and the parts of such as hold nearly all of them."""
-    lengths_ns = steps["end_ns"] - steps["start_ns"]
-    # A step that compiles is as long as thousands of others.
-    whole_ns = float(lengths_ns.median()) * len(lengths_ns) if len(lengths_ns) else 0.0
+    whole_ns = _usual_ns(steps)
     inside = _begin_within(ranges, steps)
     found = []
     outer = steps
     for _ in range(MAX_OPENED):
         level = outermost(inside)
         taken_ns = (level["end_ns"] - level["start_ns"]).groupby(level["label"]).sum()
-        # A host that runs ahead is in the forward pass for no time, and launches all of its kernels there.
-        tells = taken_ns.index.map(lambda label: part_of_a_step(str(label)) != "").to_numpy(dtype=bool)
-        kept = taken_ns[tells | (taken_ns >= LEAST_PHASE * whole_ns)].nlargest(MAX_PHASES).index
+        kept = taken_ns[_is_large(taken_ns, steps)].nlargest(MAX_PHASES).index
         found.append(level[level["label"].isin(kept)])
         opened = taken_ns[taken_ns >= OPENED_SHARE * whole_ns].index
         outer = level[level["label"].isin(opened)]

@@ -136,6 +136,8 @@ class Report:
     """Processes that run a communication library, as its NVTX domain or the names of its threads tell."""
     parts: Parts = Parts.ALL
     """What was read of it."""
+    is_cut: bool = False
+    """Whether it is a part of its time alone, from ``first_ns`` to ``last_ns``."""
     ranges: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=RANGE_COLUMNS))
     """Ranges of every domain (RANGE_COLUMNS), in no order. ``kind`` is PUSH_POP or START_END. ``domain`` and ``name``
     are categories; the domain ``""`` is NVTX's default one. An open range ends at the report's last event."""

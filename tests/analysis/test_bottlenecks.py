@@ -377,7 +377,7 @@ def test_overrides_compose_against_the_configuration(kind: str, node: str, tmp_p
         assert words[0] in {"srun", "grep"}
         return
     in_words = {"gpu_copy", "gpu_wait", "experts", "gpu_os", "gpu_code", "gpu_mpi", "gpu_cuda", "gpu_gap"}
-    in_words |= {"gpu_comm", "gpu_set", "gpu_unknown", *host_calls.ADVICE}
+    in_words |= {"gpu_comm", "gpu_set", "gpu_unknown", "few", *host_calls.ADVICE}
     if kind in in_words:  # nothing that a key could change
         assert "=" not in words[0].partition("(")[0]
         return

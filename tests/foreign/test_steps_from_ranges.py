@@ -5,21 +5,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from changed_inputs import INPUTS, changed
+from changed_inputs import INPUTS, LOADING, STEPS, changed, first
 
-from hpcmm.analysis import gpu_trace
 from hpcmm.analyze import Analysis, Choice, analyze
 from hpcmm.analyze.__main__ import main
 from hpcmm.errors import HpcmmError
-from hpcmm.page import headlines
-from hpcmm.page.headlines import ranges_line
-
-LOADING = ("data loading", 1, "data", 0.04)
-
-
-def first(analysis: Analysis) -> tuple[str, int, str, float]:
-    row = analysis.bottlenecks().iloc[0]
-    return str(row["cause"]), int(row["rank"]), str(row["phase"]), round(float(row["lost_s_per_step"]), 4)
 
 
 def renamed(name: str) -> str:
@@ -119,9 +109,6 @@ def test_two_loops_by_turns_are_not_told_apart(tmp_path: Path) -> None:
     assert len(analyze(folder, choice=Choice(steps="rollout_step")).steps()) == 40
 
 
-STEPS = "textId IN (SELECT id FROM StringIds WHERE value LIKE 'training_step%')"
-
-
 def test_steps_are_run_by_a_thread_that_launches(tmp_path: Path) -> None:
     """A loader thread, and a loader process, have ranges that cover more of the time, and launch nothing."""
     elsewhere = """
@@ -152,28 +139,16 @@ def test_phases_can_be_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "steps"),
-    [
-        (Choice(between="training_step_[5-9]"), range(5, 10)),
-        (Choice(from_s=0.5, to_s=1.0), range(5, 10)),
-        (Choice(from_s=1.0), range(10, 20)),
-        (Choice(to_s=0.5), range(5)),
-    ],
-)
-def test_a_window_leaves_out_what_lies_beyond(choice: Choice, steps: range) -> None:
-    analysis = analyze(INPUTS / "steps_megatron_bridge", choice=choice)
-    assert list(analysis.steps()["step"].unique()) == list(steps)
-    assert first(analysis) == LOADING
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"steps": "nosuch"}, "--steps 'nosuch'.*'training_step_{n}'"),
         ({"phases": "nosuch"}, "--phases 'nosuch'"),
         ({"between": "nosuch"}, "--between 'nosuch'"),
-        ({"from_s": 100.0}, "--from and --to leave nothing.* it has 0 s to 2 s of the run"),
-        ({"from_s": 0.0962, "to_s": 0.0963}, "--from and --to leave nothing.* it has 0 s to 2 s of the run"),
+        (
+            {"from_s": 100.0},
+            "--from and --to leave nothing.* its first event is at 0 s .* last one at 2 s",
+        ),
+        ({"from_s": 0.0962, "to_s": 0.0963}, "--from and --to leave nothing.* its last one at 2 s"),
         ({"from_s": 2.0, "to_s": 1.0}, "--from before --to"),
         ({"from_s": 0.0, "to_s": 0.0}, "--from before --to"),
         ({"to_s": -1.0}, "--to -1 is no time of a run"),
@@ -349,69 +324,6 @@ def test_of_loops_one_after_the_other_the_longer_is_taken_and_the_other_named(tm
     assert "another loop is 'pretrain_step {n}' (8 x 0.095 s)" in analysis.study.ranges
 
 
-@pytest.mark.parametrize(
-    "choice", [Choice(between="training_step_5"), Choice(steps="training_step_5"), Choice(from_s=0.5, to_s=0.6)]
-)
-def test_one_step_alone_is_no_warm_up_and_blames_nobody(choice: Choice) -> None:
-    analysis = analyze(INPUTS / "steps_megatron_bridge", choice=choice)
-    study = analysis.study
-    assert list(analysis.steps()["step"]) == [5, 5]
-    assert not analysis.steps()["warmup"].any()
-    assert study.steps.mean_s == pytest.approx(0.095)
-    assert headlines.steps_line(study) == "step 5 alone, of 95 ms: one step cannot tell a straggler from chance"
-    assert "of each 95 ms step (42%)" in headlines.headline(study)
-    table = analysis.bottlenecks()
-    assert table["rank"].isna().all()
-    assert table["lost_s_per_step"].iloc[0] == pytest.approx(0.04)
-    assert "one step cannot tell" in table["evidence"].iloc[0]
-    assert set(analysis.idle()["scope"]) <= {"steps", "outside"}
-
-
-def test_one_step_of_one_gpu_is_one_gpu() -> None:
-    analysis = analyze(INPUTS / "many_iterations", choice=Choice(steps="iteration 10"))
-    counted = gpu_trace.counted(analysis.gpu())
-    assert len(counted) == 1
-    assert counted["span_s"].iloc[0] == pytest.approx(0.0019)
-    assert "of each 1.9 ms step" in headlines.headline(analysis.study)
-
-
-@pytest.mark.parametrize(
-    ("choice", "steps"),
-    [
-        (Choice(from_s=0.55, to_s=1.05), range(6, 10)),
-        (Choice(between="training_step_[5-9]"), range(5, 10)),
-        (Choice(steps="training_step_1[0-9]"), range(10, 20)),
-    ],
-)
-def test_a_window_that_begins_after_other_steps_has_no_warm_up_and_no_cut_step(choice: Choice, steps: range) -> None:
-    analysis = analyze(INPUTS / "steps_megatron_bridge", choice=choice)
-    assert list(analysis.steps()["step"].unique()) == list(steps)
-    assert not analysis.steps()["warmup"].any()
-    assert len(analysis.study.steps.numbers) == len(steps)
-    assert set(analysis.idle()["scope"]) <= {"steps", "outside"}
-    assert first(analysis) == LOADING
-    assert analysis.startup().empty
-
-
-def test_a_window_without_a_whole_step_says_so() -> None:
-    analysis = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(from_s=0.51, to_s=0.57))
-    assert headlines.headline(analysis.study).startswith("No whole step lies in the window; of 43.5 ms on 2 GPUs")
-    assert analysis.coverage()["reason"].str.contains("no step of it lies as a whole in the window").all()
-
-
-def test_a_report_without_the_ranges_of_a_window_says_so(tmp_path: Path) -> None:
-    other = "UPDATE StringIds SET value = 'else ' || substr(value, 15) WHERE value LIKE 'training_step%'"
-    folder = changed(tmp_path, "steps_megatron_bridge", other, only="rank1")
-    coverage = analyze(folder, choice=Choice(between="training_step_[5-9]")).coverage()
-    assert list(coverage["status"]) == ["found", "no_steps"]
-    assert coverage["reason"].iloc[1] == "none of its ranges is called so"
-
-
-def test_a_window_from_the_first_step_on_begins_with_the_warm_up() -> None:
-    steps = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(to_s=1.0)).steps()
-    assert set(steps.loc[steps["warmup"], "step"]) == {0}
-
-
 def test_no_share_of_a_step_exceeds_the_whole(tmp_path: Path) -> None:
     """Of steps that cover little of the loop, and of a rank whose steps are far longer than the others'."""
     little = f'UPDATE NVTX_EVENTS SET "end" = start + 7000000 WHERE {STEPS}'  # noqa: S608
@@ -477,13 +389,6 @@ def test_steps_can_be_chosen_by_the_name_that_a_message_gives_them(tmp_path: Pat
     folder = changed(tmp_path, "steps_megatron_bridge", renamed("layer ["))
     assert "'layer [{n}' (20 x 0.095 s)" in analyze(folder).coverage()["reason"].iloc[0]
     assert first(analyze(folder, choice=Choice(steps="layer [{n}"))) == LOADING
-
-
-def test_a_part_of_a_run_is_called_one() -> None:
-    part = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(from_s=0.5, between="training_step_.*"))
-    whole = "only a part of the run is looked at, between the ranges 'training_step_.*', from 0.5 s on"
-    assert ranges_line(part.study).startswith(f"{whole}; steps are the NVTX ranges")
-    assert analyze(INPUTS / "steps_megatron_bridge").study.window == ""
 
 
 def test_a_first_step_that_compiles_for_a_minute_leaves_the_phases_of_the_others(tmp_path: Path) -> None:
