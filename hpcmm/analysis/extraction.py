@@ -26,6 +26,7 @@ NVTX_NEEDS_NSYS = (2024, 1)
 """First nsys under which the Python package nvtx >= 0.2.12 records anything: it asks whether its domain is enabled."""
 FEW_RANGES = 0.1
 """A process that writes less than this share of the NVTX ranges of those that train is none of them."""
+_ADD_STEPS = "add hpcmm.annotate.steps, or launch it with hpcmm"
 OLDER_NVTX = "install nvtx==0.2.11, or trace with --trace=nvtx"
 
 
@@ -121,7 +122,7 @@ def with_user_ranges(report: Report, choice: Choice = CHOOSE_FOR_ME) -> tuple[Re
     else:
         launches = None if report.cuda is None else report.cuda.activities[["pid", "launch_tid"]]
         adopted = adopt(report.ranges, choice, launches)
-        if not adopted.steps:
+        if adopted.ranges.empty:
             return report, adopted
     others = nvtx[nvtx["domain"] != schema.DOMAIN]
     both = pd.concat([adopted.ranges, others], ignore_index=True) if len(others) else adopted.ranges
@@ -167,12 +168,13 @@ def _why_no_ranges(report: Report, adopted: Adopted | None) -> str:
         ours = report.nvtx["domain"]
         kinds = {"collectives": (ours == schema.COMM_DOMAIN).any(), "phases": (ours == schema.DOMAIN).any()}
         there = " and ".join(kind for kind, seen in kinds.items() if seen)
-        told = f"its {there} are annotated" if there else "the program wrote NVTX ranges"
-        return f"{told}, but no steps in domain hpcmm"
+        if there:
+            return f"its {there} are annotated, but no steps in domain hpcmm"
+        return f"none of its own NVTX ranges comes again and again, as steps do ({_ADD_STEPS})"
     if report.requested and "nvtx" not in report.requested:
         return "no NVTX ranges at all: nsys was told not to trace them; add nvtx to its --trace"
     version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", report.nsys_version)[:2])
-    told = "no NVTX ranges at all: its loop names no steps (add hpcmm.annotate.steps, or launch it with hpcmm)"
+    told = f"no NVTX ranges at all: its loop names no steps ({_ADD_STEPS})"
     if version and version < NVTX_NEEDS_NSYS:
         told += (
             f"; or it does, but the Python package nvtx 0.2.12 or later records nothing under nsys "

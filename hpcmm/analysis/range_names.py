@@ -69,6 +69,7 @@ _LIBRARIES = frozenset(
         "mpi",
     }
     | {"nccl", "nvshmem", "nvtx", "rccl", "thrust", "ucx", "ucp", "hpcmm.comm", "hpcmm.capture", "nvtx python gc"}
+    | {"dali", "myelin", "nvjpeg", "tensorrt", "triton"}
 )
 """Domains, in lower case, whose ranges tell of a library's calls."""
 

@@ -361,7 +361,7 @@ def _status_without_trace(fact: ReportFacts) -> tuple[str, str]:
     if fact.damage:
         return NEWER_NSYS if fact.is_of_a_newer_nsys else TRUNCATED, fact.damage
     if fact.events == 0:
-        return EMPTY, "the capture holds no events"
+        return EMPTY, "it holds no NVTX range, no OS call and no GPU activity, and of nothing else is read who waits"
     return _no_steps(fact), fact.no_ranges
 
 

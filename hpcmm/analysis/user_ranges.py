@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.choice import Choice
-from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
+from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, first_claims
 from hpcmm.analysis.range_names import (
     NUMBER,
     counted,
@@ -43,6 +43,8 @@ RIVAL_COVER = 0.1
 RIVAL_CALLS = 2.0
 """Ranges of another name that come about as often, and not within the first ones, make the choice unclear."""
 WITHIN = 0.5
+MIN_CYCLES, REGULAR = 5, 0.9
+"""Ranges that come in the same numbers in this share of so many repetitions are parts of a loop."""
 MAX_PHASES = 30
 LEAST_PHASE = 0.002
 """Of the time of all steps, if each took the usual time: what takes less is no phase, unless it is called one."""
@@ -51,6 +53,7 @@ OPENED_SHARE = 0.5
 MAX_OPENED = 3
 MAX_TOLD = 6
 NVTX_COLUMNS = ["start_ns", "end_ns", "closed", "pid", "tid", "end_tid", "kind", "domain", "name", "payload"]
+_NOTHING = pd.DataFrame(columns=NVTX_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class Adopted:
     """Ranges that are as clearly steps of another loop, before or after the one that was taken, in words."""
     stepped_before: frozenset[int] = frozenset()
     """Processes that ran steps before the first of those that were chosen."""
+    begins: str = ""
+    """The range with which each step begins, if no range is one: ``steps`` is empty then."""
 
 
 def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = None) -> Adopted:
@@ -78,7 +83,7 @@ def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = 
     unless the user says which ranges are steps, and none of them is of such a thread.
     """
     if ranges.empty:
-        return Adopted(_none())
+        return Adopted(_NOTHING)
     ranges = _labelled(ranges)
     candidates = step_candidates(ranges)
     launching = _launching(candidates, launches)
@@ -90,7 +95,11 @@ def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = 
     else:
         chosen = _clear_steps(ranges, launching, choice.usual_steps)
     if chosen.empty:
-        return Adopted(_none(), candidates=told, labels=labels)
+        cycles = pd.DataFrame() if choice.steps else _cycles(ranges, launching)
+        if cycles.empty:
+            return Adopted(_NOTHING, candidates=told, labels=labels)
+        adopted = _adopted(ranges, cycles, choice.phases)
+        return replace(adopted, candidates=told, labels=labels, begins=str(cycles["name"].iloc[0]))
     steps = pd.concat([_numbered(_on_one_thread(own)) for _, own in chosen.groupby("pid")])
     names = steps["name"].drop_duplicates() if len(steps) == steps["pid"].nunique() else steps["label"]
     adopted = replace(_adopted(ranges.drop(steps.index), steps, choice.phases), candidates=told, labels=labels)
@@ -138,10 +147,6 @@ def _launching(candidates: pd.DataFrame, launches: pd.DataFrame | None) -> pd.Da
     return candidates[pd.MultiIndex.from_frame(candidates[["pid", "tid"]]).isin(threads)]
 
 
-def _none() -> pd.DataFrame:
-    return pd.DataFrame(columns=NVTX_COLUMNS)
-
-
 def _clear_steps(ranges: pd.DataFrame, candidates: pd.DataFrame, usual: str) -> pd.DataFrame:
     """The ranges of ``candidates`` that are steps: those with the label ``usual``, or without one the clear ones."""
     if usual:
@@ -155,6 +160,78 @@ def _clear_steps(ranges: pd.DataFrame, candidates: pd.DataFrame, usual: str) -> 
     alike = ranges[ranges["label"].isin(same["label"])]
     theirs = pd.MultiIndex.from_frame(alike[keys].astype({"domain": object}))
     return alike[theirs.isin(pd.MultiIndex.from_frame(same[keys]))]
+
+
+def _cycles(ranges: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
+    """Steps of a loop whose phases alone are ranges: each lasts from one's first phase to the next one's.
+
+    Named by the range with which they begin; empty if it is not clear that they are a training loop's.
+    """
+    found = []
+    for pid, own in candidates.groupby("pid"):
+        tid = own.groupby("tid")["total_ns"].sum().idxmax()
+        labels = own.loc[own["tid"] == tid, "label"]
+        mine = ranges[(ranges["pid"] == pid) & (ranges["tid"] == tid) & ranges["label"].isin(labels)]
+        parts = outermost(mine[~mine["label"].isin(_holders(mine))])
+        begins = _begins(parts)
+        whole = _whole_cycles(parts["label"], begins)
+        if not whole.any():
+            continue
+        end = np.append(parts["start_ns"].to_numpy(np.int64)[begins[1:]], parts["end_ns"].max())
+        steps = parts.iloc[begins].assign(end_ns=end, closed=True, label="", end_tid=tid)[whole]
+        steps["payload"] = np.arange(len(steps))
+        found.append(steps.set_axis(-1 - np.arange(len(steps)) - sum(map(len, found))))
+    return pd.concat(found) if found else pd.DataFrame()
+
+
+def _holders(ranges: pd.DataFrame) -> set[str]:
+    """Labels of ``ranges`` of one thread that hold several ranges of another label each: an epoch, a run."""
+    starts = {str(label): np.sort(own["start_ns"].to_numpy(np.int64)) for label, own in ranges.groupby("label")}
+    held = set()
+    for label, own in ranges.groupby("label"):
+        bounds = own[["start_ns", "end_ns"]].to_numpy(np.int64)
+        inside = [np.diff(np.searchsorted(at, bounds), axis=1) for other, at in starts.items() if other != label]
+        if any(float(np.median(each)) > 1 for each in inside):
+            held.add(str(label))
+    return held
+
+
+def _begins(parts: pd.DataFrame) -> npt.NDArray[np.intp]:
+    """Positions of those of ``parts``, in the order of time, with which a repetition begins.
+
+    That is what follows the optimizer's longest range; without one the loading of a batch, else a forward pass.
+    """
+    if parts.empty:
+        return np.empty(0, np.intp)
+    taken_ns = (parts["end_ns"] - parts["start_ns"]).groupby(parts["label"]).sum().sort_values(ascending=False)
+    by_part: dict[str, str] = {}
+    for label in taken_ns.index:
+        by_part.setdefault(part_of_a_step(str(label)), str(label))
+    label = parts["label"].to_numpy(object)
+    if optimizer := by_part.get("optimizer"):
+        after = np.flatnonzero(label == optimizer) + 1
+        return np.append(0, after[after < len(label)])
+    if "data" in by_part or {"forward", "backward"} <= by_part.keys():
+        return np.flatnonzero(label == by_part.get("data", by_part.get("forward")))
+    return np.empty(0, np.intp)
+
+
+def _whole_cycles(labels: pd.Series, begins: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+    """Which repetitions, that have their ``begins`` at positions, are steps; a part of one at either end is none.
+
+    It is clear if several of ``labels``, none of which looks like a step itself, come equally often in almost all.
+    """
+    steps = np.zeros(len(begins), np.bool_)
+    if len(begins) < MIN_CYCLES or any(map(looks_like_a_step, labels.unique())):
+        return steps
+    cycle = np.searchsorted(begins, np.arange(len(labels)), side="right")
+    counts = pd.crosstab(cycle[cycle > 0], labels.to_numpy(object)[cycle > 0]).to_numpy()
+    alike = counts == np.median(counts, axis=0)
+    frequent = (counts > 0).mean(axis=0) >= WITHIN
+    if frequent.sum() > 1 and (alike[1:-1].mean(axis=0) >= REGULAR)[frequent].all():
+        steps[:] = True
+        steps[[0, -1]] = alike[[0, -1]][:, frequent].all(axis=1)
+    return steps
 
 
 def _on_one_thread(ranges: pd.DataFrame) -> pd.DataFrame:
@@ -184,31 +261,30 @@ def _stepped_before(ranges: pd.DataFrame, steps: pd.DataFrame) -> frozenset[int]
 def outermost(ranges: pd.DataFrame) -> pd.DataFrame:
     """Those of one thread's ``ranges`` that lie in no other, in the order of time. They may overlap."""
     ordered = ranges.sort_values(["start_ns", "end_ns"], ascending=[True, False], kind="stable")
-    end = ordered["end_ns"].to_numpy(np.int64)
-    before = np.concatenate(([np.iinfo(np.int64).min], np.maximum.accumulate(end)[:-1]))
-    return ordered[end > before]
+    start, end = first_claims(ordered["start_ns"].to_numpy(np.int64), ordered["end_ns"].to_numpy(np.int64))
+    return ordered[end > start]
 
 
 def _numbered(steps: pd.DataFrame) -> pd.DataFrame:
-    """``steps`` of one process with their number as ``payload``: from the name, else their own payload if that counts.
-
-    Without either they have none, and their place is their number.
-    """
+    """``steps`` of one process with their number as ``payload``: from the name, else their own payload if that counts,
+    else their place."""
     number = counted([str(name) for name in steps["name"]])
     if number is not None:
         return steps.assign(payload=pd.array(number, dtype="Int64"))
     told = steps["payload"]
     counts = bool(told.notna().all()) and bool((np.diff(told.to_numpy(np.int64)) > 0).all())
-    return steps if counts else steps.assign(payload=pd.array([None] * len(steps), dtype="Int64"))
+    return steps if counts else steps.assign(payload=pd.array(range(len(steps)), dtype="Int64"))
 
 
 def in_words(adopted: Sequence[Adopted]) -> str:
     """Which ranges of all reports are steps and phases; empty if none were taken."""
     steps = list(dict.fromkeys(each.steps for each in adopted if each.steps))
+    begins = list(dict.fromkeys(each.begins for each in adopted if each.begins))
     phases = list(dict.fromkeys(phase for each in adopted for phase in each.phases))
     if not steps and not phases:
         return ""
     told = [f"steps are the NVTX ranges {' and '.join(map(repr, steps))}"] if steps else []
+    told += [f"steps begin with each NVTX range {' or '.join(map(repr, begins))}"] if begins else []
     several = ", ".join(phases[:MAX_TOLD]) + (f" and {len(phases) - MAX_TOLD} more" if len(phases) > MAX_TOLD else "")
     told += [f"phases are {several}"] if phases else ["no ranges within them are phases"]
     loops = list(dict.fromkeys(loop for each in adopted for loop in each.other_loops))

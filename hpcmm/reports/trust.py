@@ -140,7 +140,8 @@ _NONE_LOST = re.compile(
 _DOUBT = re.compile(
     r"\bnot all\b.*\bcollected\b"
     r"|\b(?:might|may|could) (?:have been |have |be )?(?:not |missing|lost|dropped|incomplete)"
-    r"|\bincomplete\b|\bnot supported by this build\b(?!.*\bwill be collected\b)|\bbuffers? (?:is|was|were|are) (?:full|exhausted)",
+    r"|\bincomplete\b|\bbuffers? (?:is|was|were|are) (?:full|exhausted)"
+    r"|\bnot supported by this build\b(?!.*\bwill be collected\b)",
     re.IGNORECASE,
 )
 _OF_GPU = re.compile(r"cuda|cupti|gpu|kernel|driver|\brecords?\b", re.IGNORECASE)

@@ -1,0 +1,115 @@
+"""Programs that name the parts of their training loop, and nothing around them."""
+
+from pathlib import Path
+
+import pytest
+from changed_inputs import LOADING, STEPS, changed, first
+
+from hpcmm.analyze import Choice, analyze
+
+NO_STEPS = f"DELETE FROM NVTX_EVENTS WHERE {STEPS}"  # noqa: S608
+
+
+def named(name: str) -> str:
+    return f"(text = '{name}' OR textId IN (SELECT id FROM StringIds WHERE value = '{name}'))"  # noqa: S608
+
+
+def renamed(name: str, other: str) -> str:
+    return f"UPDATE NVTX_EVENTS SET text = '{other}', textId = NULL WHERE {named(name)}"  # noqa: S608
+
+
+def without(*names: str) -> str:
+    return f"DELETE FROM NVTX_EVENTS WHERE {' OR '.join(map(named, names))}"  # noqa: S608
+
+
+def repeated(name: str, times: int) -> str:
+    """The range of each step as so many, one after the other."""
+    pieces = " UNION ALL ".join(f"SELECT {k} AS k" for k in range(1, times))
+    return f"""
+        INSERT INTO NVTX_EVENTS (start, "end", eventType, text, textId, globalTid, domainId)
+        SELECT start + k * 1000, start + k * 1000 + 500, eventType, text, textId, globalTid, domainId
+        FROM NVTX_EVENTS, ({pieces}) WHERE {named(name)}
+    """  # noqa: S608
+
+
+def test_a_loop_of_which_the_phases_alone_are_named_has_steps(tmp_path: Path) -> None:
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", NO_STEPS))
+    assert first(analysis) == LOADING
+    assert analysis.study.ranges.startswith("steps begin with each NVTX range 'data', phases are data, optimizer,")
+    assert list(analysis.steps()["step"].unique()) == list(range(20))
+    assert analysis.study.steps.mean_s == pytest.approx(0.0995, abs=0.0002)
+    assert set(analysis.coverage()["status"]) == {"found"}
+
+
+@pytest.mark.parametrize("missing", [("data",), ("data", "optimizer"), ("optimizer",)])
+def test_without_loading_or_an_optimizer_a_step_begins_with_another_part(
+    tmp_path: Path, missing: tuple[str, ...]
+) -> None:
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", NO_STEPS, without(*missing)))
+    begins = "forward" if "data" in missing else "data"
+    assert f"steps begin with each NVTX range {begins!r}" in analysis.study.ranges
+    assert len(analysis.study.steps.numbers) in {18, 19}
+    assert analysis.bottlenecks().iloc[0]["rank"] == 1
+
+
+def test_micro_batches_make_one_step(tmp_path: Path) -> None:
+    several = [repeated(name, 4) for name in ("data", "forward")]
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", NO_STEPS, *several))
+    assert len(analysis.study.steps.numbers) == 19
+    assert first(analysis)[:3] == LOADING[:3]
+
+
+def test_epochs_around_and_an_evaluation_now_and_then_change_nothing(tmp_path: Path) -> None:
+    epochs = f"""
+        INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
+        SELECT min(start) - 10, max("end") + 10, 59, 'epoch ' || e, globalTid, 0 FROM (
+            SELECT start, "end", globalTid,
+                   (row_number() OVER (PARTITION BY globalTid, text, textId ORDER BY start) - 1) / 5 AS e
+            FROM NVTX_EVENTS WHERE {named("data")} OR {named("optimizer")}) GROUP BY globalTid, e
+    """  # noqa: S608
+    evaluation = f"""
+        INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
+        SELECT "end" + 100, "end" + 2000, 59, 'validate', globalTid, 0 FROM (
+            SELECT "end", globalTid, row_number() OVER (PARTITION BY globalTid ORDER BY start) AS n
+            FROM NVTX_EVENTS WHERE {named("optimizer")}) WHERE n % 5 = 0
+    """  # noqa: S608
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", NO_STEPS, epochs, evaluation))
+    assert first(analysis) == LOADING
+    assert len(analysis.study.steps.numbers) == 19
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"DELETE FROM NVTX_EVENTS WHERE NOT ({named('data')})",  # noqa: S608 -- one kind of range alone
+        f"{renamed('data', 'attention')}; {renamed('forward', 'mlp')}; {renamed('optimizer', 'norm')}",
+        "DELETE FROM NVTX_EVENTS WHERE rowid % 3 = 0",  # irregular
+    ],
+)
+def test_what_is_no_training_loop_for_certain_is_proposed_and_not_taken(tmp_path: Path, statement: str) -> None:
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", NO_STEPS, *statement.split("; ")))
+    assert analysis.steps().empty
+    assert analysis.coverage()["reason"].str.contains("none of its NVTX ranges is clearly a step").all()
+
+
+def test_a_window_of_such_a_loop_and_chosen_phases(tmp_path: Path) -> None:
+    folder = changed(tmp_path, "steps_megatron_bridge", NO_STEPS)
+    window = analyze(folder, choice=Choice(from_s=0.5, to_s=1.0))
+    assert first(window) == LOADING
+    assert list(window.steps()["step"].unique()) == list(range(5, 10))
+    chosen = analyze(folder, choice=Choice(phases="data|forward"))
+    assert set(chosen.phases().query("within == ''")["phase"]) == {"data", "forward", "other"}
+
+
+def test_the_layers_of_an_engine_are_no_steps(tmp_path: Path) -> None:
+    """TensorRT names each layer of its network in a domain of its own."""
+    layers = [
+        NO_STEPS,
+        "DELETE FROM NVTX_EVENTS",
+        "INSERT INTO NVTX_EVENTS (start, eventType, text, globalTid, domainId) "
+        "SELECT 0, 75, 'TensorRT', globalTid, 7 FROM CUPTI_ACTIVITY_KIND_RUNTIME LIMIT 1",
+        'INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId) '
+        "SELECT 1000000 * k, 1000000 * k + 950000, 59, 'Identity_' || k, globalTid, 7 FROM "
+        "(SELECT row_number() OVER (ORDER BY start) AS k, globalTid FROM CUPTI_ACTIVITY_KIND_RUNTIME LIMIT 20)",
+    ]
+    assert analyze(changed(tmp_path, "steps_megatron_bridge", *layers)).steps().empty
