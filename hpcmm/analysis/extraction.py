@@ -26,7 +26,6 @@ NVTX_NEEDS_NSYS = (2024, 1)
 """First nsys under which the Python package nvtx >= 0.2.12 records anything: it asks whether its domain is enabled."""
 FEW_RANGES = 0.1
 """A process that writes less than this share of the NVTX ranges of those that train is none of them."""
-_ADD_STEPS = "add hpcmm.annotate.steps, or launch it with hpcmm"
 OLDER_NVTX = "install nvtx==0.2.11, or trace with --trace=nvtx"
 
 
@@ -57,6 +56,8 @@ class ReportFacts:
     """What of it may have been lost."""
     stepped_before: frozenset[int] = frozenset()
     """Processes that ran steps before those that are looked at."""
+    has_no_python: bool = False
+    """Its workers are no Python programs, as far as it tells."""
     is_of_a_newer_nsys: bool = False
     """It could not be read because nsys here is older than the one that wrote it."""
 
@@ -107,7 +108,14 @@ def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
         adopted=adopted and replace(adopted, ranges=adopted.ranges.iloc[:0]),
         doubts="; ".join(report.doubts),
         stepped_before=before,
+        has_no_python=_has_no_python(whole),
     )
+
+
+def _has_no_python(report: Report) -> bool:
+    names = [report.processes.get(pid, "") for pid in workers_of(report)]
+    kernels = () if report.cuda is None else report.cuda.activities["name"].unique()
+    return waitpid.has_no_python(names, report.program, map(str, kernels))
 
 
 def with_user_ranges(report: Report, choice: Choice = CHOOSE_FOR_ME) -> tuple[Report, Adopted | None]:
@@ -170,12 +178,12 @@ def _why_no_ranges(report: Report, adopted: Adopted | None) -> str:
         there = " and ".join(kind for kind, seen in kinds.items() if seen)
         if there:
             return f"its {there} are annotated, but no steps in domain hpcmm"
-        return f"none of its own NVTX ranges comes again and again, as steps do ({_ADD_STEPS})"
+        return f"none of its own NVTX ranges comes again and again, as steps do ({_add_steps(report)})"
     if report.requested and "nvtx" not in report.requested:
         return "no NVTX ranges at all: nsys was told not to trace them; add nvtx to its --trace"
     version = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", report.nsys_version)[:2])
-    told = f"no NVTX ranges at all: its loop names no steps ({_ADD_STEPS})"
-    if version and version < NVTX_NEEDS_NSYS:
+    told = f"no NVTX ranges at all: its loop names no steps ({_add_steps(report)})"
+    if version and version < NVTX_NEEDS_NSYS and not _has_no_python(report):
         told += (
             f"; or it does, but the Python package nvtx 0.2.12 or later records nothing under nsys "
             f"{report.nsys_version}: {OLDER_NVTX}"
@@ -183,6 +191,12 @@ def _why_no_ranges(report: Report, adopted: Adopted | None) -> str:
     elif not report.requested:
         told += ", or nsys did not trace them (--trace=nvtx)"
     return told
+
+
+def _add_steps(report: Report) -> str:
+    if _has_no_python(report):
+        return "nvtxRangePush and nvtxRangePop around each repetition"
+    return "add hpcmm.annotate.steps, or launch it with hpcmm"
 
 
 def extract_traces(report: Report) -> list[RankTrace]:

@@ -29,6 +29,7 @@ from hpcmm.analysis import (
     user_ranges,
     waitpid,
 )
+from hpcmm.analysis.advice import WITHOUT_PYTHON
 from hpcmm.analysis.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
 from hpcmm.analysis.findings import AnalysisContext, Finding, gpu_doubt
 from hpcmm.analysis.gpu_findings import span_s
@@ -110,6 +111,7 @@ def study(
     progress("matching collectives", 0, 1)
     rows = collectives.match_with_waits(traces, clock.error_ns, clock.shared)
     steps = step_times(traces)
+    framework = _framework(inventory, record)
 
     @cache
     def context() -> AnalysisContext:
@@ -121,7 +123,7 @@ def study(
             findings, whole_s = bottlenecks.find(context()), steps.period_s
         else:
             findings, whole_s = _found_without_steps(made, rows, traces, inventory.expected_ranks, record)
-        advice = [suggest(each, record.tunable, record.cpus, record.framework) for each in findings]
+        advice = [suggest(each, record.tunable, record.cpus, framework) for each in findings]
         return bottlenecks.table(findings, whole_s, advice)
 
     made = Tables(
@@ -157,8 +159,14 @@ def study(
         failed_run=record.folder if record.failed else "",
         failed_before_steps=record.failed_before_steps and not any(len(trace.steps) for trace in traces),
         ranges=user_ranges.in_words([fact.adopted for fact, _ in inventory.used if fact.adopted is not None]),
-        line_to_add=step_line(record.framework) if inventory.table["status"].isin([NO_NVTX, NO_STEPS]).any() else "",
+        line_to_add=step_line(framework) if inventory.table["status"].isin([NO_NVTX, NO_STEPS]).any() else "",
     )
+
+
+def _framework(inventory: ReportInventory, record: RunRecord) -> str:
+    """What the run trains with: as its script says, or that it has no Python; empty if that is not known."""
+    has_no_python = [fact.has_no_python for fact, _ in inventory.used]
+    return record.framework or (WITHOUT_PYTHON if has_no_python and all(has_no_python) else "")
 
 
 def _efficiency(

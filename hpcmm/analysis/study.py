@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from hpcmm.analysis.advice import WITHOUT_PYTHON
 from hpcmm.analysis.choice import NO_WHOLE_STEP
 from hpcmm.analysis.clock import CommonClock
 from hpcmm.analysis.phases import StepTimes
@@ -76,6 +77,7 @@ _STEP_LINES = {
     "accelerate": "for batch in hpcmm.annotate.callbacks.accelerate_steps(accelerator, loader):",
     "transformers": "Trainer(..., callbacks=[hpcmm.annotate.hf.StepAnnotation()])",
     "deepspeed": "for batch in hpcmm.annotate.steps(loader):, or around each engine.train_batch()",
+    WITHOUT_PYTHON: 'nvtxRangePushA("step"); around each repetition of its loop, and nvtxRangePop(); after it',
 }
 
 

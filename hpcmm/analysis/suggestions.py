@@ -15,24 +15,31 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hpcmm.analysis import copies, gpu_findings, host_calls
+from hpcmm.analysis import advice, copies, gpu_findings, host_calls
 from hpcmm.analysis.findings import Finding
 
 
-def suggest(  # noqa: PLR0911 -- one answer a kind
-    finding: Finding, config: Mapping[str, Any], cpus: int = 0, framework: str = ""
-) -> str:
+def suggest(finding: Finding, config: Mapping[str, Any], cpus: int = 0, framework: str = "") -> str:
     """One override or command for ``finding``; ``cpus``: of the smallest node, 0 if that is not known.
 
-    ``framework``: that a script of the user's imports, such as ``deepspeed``; empty if that is not known.
+    ``framework``: that a script of the user's imports, such as ``deepspeed``, or that the run has no Python; empty if
+    that is not known.
 
     ``config`` is what decides how the run's ranks ran: its configuration, of it the section ``cluster`` alone where it
     ran a script of the user's, or empty if there is none.
     """
+    if framework == advice.WITHOUT_PYTHON and (told := advice.without_python(finding)):
+        return told
     if finding.kind == "gpu_data":
         return suggest(replace(finding, kind="data"), config, cpus, framework)
     if finding.kind in host_calls.ADVICE:
         return host_calls.ADVICE[finding.kind]
+    return _suggestion(finding, config, cpus, framework)
+
+
+def _suggestion(  # noqa: PLR0911 -- one answer a kind
+    finding: Finding, config: Mapping[str, Any], cpus: int, framework: str
+) -> str:
     trains = bool(config) and set(config) != {"cluster"}
     ours = {"", "gradients"} | ({"sharded parameters"} if _zero_stage(config) > 2 else set())
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
@@ -45,14 +52,14 @@ def suggest(  # noqa: PLR0911 -- one answer a kind
         return _find_the_link(config)
     if trains and (own := _key_of_recipe(finding, config)):
         return own
-    if finding.kind in _PIPELINE_ADVICE or (finding.kind == "transfer" and not (trains and finding.moves in ours)):
+    if finding.kind in advice.PIPELINE or (finding.kind == "transfer" and not (trains and finding.moves in ours)):
         return _advice_for_what_moves(finding, framework)
     if finding.kind == "experts":
-        return _EVEN_EXPERTS
-    if finding.kind in _GPU_ADVICE and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
+        return advice.EVEN_EXPERTS
+    if finding.kind in advice.GPU and not (trains and finding.kind in _HELPED_BY_LARGER_BATCHES):
         return _advice_for_gpus(finding, config)
     if finding.kind == "compute" and finding.gpu_excess in _OF_EXCESS:
-        return _GPU_ADVICE[_OF_EXCESS[finding.gpu_excess]]
+        return advice.GPU[_OF_EXCESS[finding.gpu_excess]]
     if finding.kind == "compute" and _has_no_other_node(finding, config):
         return _look_at_the_node(finding, config)
     scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
@@ -148,14 +155,14 @@ def _shared_cpus(config: Mapping[str, Any], cpus: int) -> str:
 
 
 def _advice_for_what_moves(finding: Finding, framework: str) -> str:
-    if finding.kind in _PIPELINE_ADVICE:
-        return _PIPELINE_ADVICE[finding.kind] if not finding.moves else f"{finding.moves}: {_PIPELINE_ADVICE['stage']}"
-    if framework == "deepspeed" and (settings := _DEEPSPEED_ADVICE.get((finding.moves, finding.bound))):
+    if finding.kind in advice.PIPELINE:
+        return advice.PIPELINE[finding.kind] if not finding.moves else f"{finding.moves}: {advice.PIPELINE['stage']}"
+    if framework == "deepspeed" and (settings := advice.DEEPSPEED.get((finding.moves, finding.bound))):
         return settings
-    usual = _TRANSFER_ADVICE[finding.moves, finding.bound]
+    usual = advice.TRANSFER[finding.moves, finding.bound]
     if finding.is_in_node and "within a node" in usual:
-        return _IN_NODE_ADVICE[finding.moves]
-    return _SINGLE_ADVICE.get(finding.moves, usual) if finding.is_single else usual
+        return advice.IN_NODE[finding.moves]
+    return advice.SINGLE.get(finding.moves, usual) if finding.is_single else usual
 
 
 def _has_no_other_node(finding: Finding, config: Mapping[str, Any]) -> bool:
@@ -199,108 +206,6 @@ def _find_the_link(config: Mapping[str, Any]) -> str:
     return "srun --ntasks-per-node=1 sh -c 'hostname; ip -s link; tc -s qdisc; nstat -az TcpRetransSegs; ibstat'"
 
 
-_PIPELINE_ADVICE = {
-    "stage": "set the split points, or PipelineModule(partition_method=...), by measured cost",
-    "bubble": "more micro-batches a step, or an interleaved schedule (several smaller stages a rank)",
-}
-
-_EVEN_EXPERTS = (
-    "an auxiliary loss that evens out the router, or more weight on it (router_aux_loss_coef); a capacity factor, "
-    "above which tokens are dropped; or other ranks for experts that get many tokens"
-)
-_FEWER_GRADIENTS = "accumulate gradients over more micro-batches (no_sync), or compress them (bf16_compress_hook)"
-_LARGER_BUCKETS = "fewer, larger buckets: DistributedDataParallel(bucket_cap_mb=100), DeepSpeed's reduce_bucket_size"
-_FUSE = "fuse small collectives: stack their values into one tensor, and exchange losses and metrics only when logged"
-_PARAMETERS = "keep them gathered for backward (reshard_after_forward=False), prefetch, or shard within a node (HSDP)"
-_WRAP = "wrap larger units with fully_shard, so that fewer and larger gathers run, and prefetch the next one"
-_ACTIVATIONS = "keep the tensor-parallel group within a node; sequence parallel; async tensor parallel (torch.compile)"
-_SENDS = "larger micro-batches send less often; keep neighbouring stages within a node or on its fastest links"
-_TOKENS = "keep these groups within a node, or overlap the exchange with computation"
-_EXPERTS = "keep each expert group within a node, or overlap the exchange with computation that needs no expert"
-_PARTS = "keep each sequence group within a node; fewer parts; ring attention overlaps its sends with computation"
-_BUFFERS = "send no buffers before each forward pass: DistributedDataParallel(broadcast_buffers=False)"
-_ANY = "if these are gradients, accumulate them over more micro-batches before they are exchanged, or compress them"
-_TRANSFER_ADVICE = {
-    ("", ""): _ANY,
-    ("", "latency"): "fewer, larger messages: fuse small collectives, or use larger buckets if these are gradients",
-    ("", "bandwidth"): _ANY,
-    **{("gradients", bound): _FEWER_GRADIENTS for bound in ("", "bandwidth")},
-    ("gradients", "latency"): _LARGER_BUCKETS,
-    **{("sharded parameters", bound): _PARAMETERS for bound in ("", "bandwidth")},
-    ("sharded parameters", "latency"): _WRAP,
-    **{("activations", bound): _ACTIVATIONS for bound in ("", "latency", "bandwidth")},
-    **{("pipeline sends", bound): _SENDS for bound in ("", "latency")},
-    ("pipeline sends", "bandwidth"): "send activations in bf16, and keep neighbouring stages within a node",
-    **{("tokens of experts or sequence parts", bound): _TOKENS for bound in ("", "latency", "bandwidth")},
-    **{("tokens of experts", bound): _EXPERTS for bound in ("", "latency", "bandwidth")},
-    **{("sequence parts", bound): _PARTS for bound in ("", "latency", "bandwidth")},
-    **{("module buffers", bound): _BUFFERS for bound in ("", "latency", "bandwidth")},
-    **{("small messages", bound): _FUSE for bound in ("", "latency", "bandwidth")},
-}
-"""By what moves and what bounds it."""
-_FEWER_EXCHANGES = (
-    "a larger train_micro_batch_size_per_gpu, or ZeRO stage 1 with more gradient_accumulation_steps (from stage 2 on "
-    "each micro-batch has an exchange)"
-)
-_STAYS_GATHERED = (
-    "let more stay gathered (stage3_max_live_parameters, stage3_max_reuse_distance), gather within a node "
-    "(zero_hpz_partition_size), or ZeRO stage 2 if the model fits"
-)
-_DEEPSPEED_ADVICE = {
-    ("gradients", ""): _FEWER_EXCHANGES,
-    ("gradients", "bandwidth"): _FEWER_EXCHANGES,
-    ("gradients", "latency"): "fewer, larger buckets: DeepSpeed's reduce_bucket_size and allgather_bucket_size",
-    ("sharded parameters", ""): _STAYS_GATHERED,
-    ("sharded parameters", "bandwidth"): _STAYS_GATHERED,
-    ("sharded parameters", "latency"): "larger stage3_prefetch_bucket_size and stage3_param_persistence_threshold",
-}
-"""In the keys of its configuration, of a script that trains with DeepSpeed itself."""
-_IN_NODE_ADVICE = {
-    "sharded parameters": "keep them gathered for backward (reshard_after_forward=False), or prefetch the next ones",
-    "activations": "sequence parallel; async tensor parallel (torch.compile); leave outputs sharded (loss_parallel)",
-    "tokens of experts or sequence parts": "overlap the exchange with computation",
-    "tokens of experts": "overlap the exchange with computation that needs no expert, or send in bf16",
-    "sequence parts": "fewer parts of the sequence, or ring attention, which overlaps its sends with computation",
-    "pipeline sends": "larger micro-batches send less often; activations in bf16",
-}
-"""Of groups that lie within a node already, by what moves."""
-_SINGLE_ADVICE = {
-    "gradients": "exchange them for more work: a larger batch, or several micro-batches for each exchange (no_sync)",
-    "small messages": "a larger batch, so that fewer steps wait for it; a loss or metric only when it is logged",
-}
-"""Of one message a step that latency bounds, by what moves."""
-
-_GPU_ADVICE = {
-    "gpu_host": "a larger micro-batch, or fewer launches: torch.compile(model, mode='reduce-overhead')",
-    "gpu_sync": "no .item(), .cpu(), print or torch.cuda.synchronize() in the step; copies with non_blocking=True",
-    "gpu_order": "let streams wait for one another only where they must; fewer, larger kernels: torch.compile(model)",
-    "gpu_copy": "copies beside the computation, on a stream of their own (non_blocking=True), and fewer, larger ones",
-    "gpu_os": "ranges around the parts of the loop (torch.cuda.nvtx.range) tell what the host does in these calls",
-    "gpu_unknown": "a trace that has the calls of CUDA: nsys profile --trace=cuda,nvtx,osrt",
-    "gpu_code": "ranges around parts of a loop, a trace of OS calls (nsys profile --trace=cuda,nvtx,osrt), or py-spy",
-    "gpu_mpi": "start communication early and wait for it late (MPI_Isend, MPI_Iallreduce), or NCCL on a stream",
-    "gpu_cuda": "once, before the loop: allocations, pinned buffers, loading of modules (CUDA_MODULE_LOADING=EAGER)",
-    "gpu_gap": "leave it out of the capture, to see more of the loop: nsys profile --capture-range=cudaProfilerApi",
-    "gpu_set": "set less memory, and once: gradients by zero_grad(set_to_none=True), buffers that are kept rather than "
-    "made new by torch.zeros in each step, torch.empty if all of them is written",
-    "gpu_comm": "exchange beside the computation (async tensor parallel, a stream of its own), in fewer, larger "
-    "kernels; if comm_s in table gpu is short on one rank alone, the others wait for that rank",
-    "gpu_wait": "give each GPU as much to do as the others, by the cost of batches, experts or layers",
-}
-_OS_ADVICE = (
-    (re.compile(r"sleep"), "no sleep in the loop: wait for the event itself"),
-    (re.compile(r"^(f|p)?(write|puts|flush|sync|datasync)"), "print, log or save less often, or from another thread"),
-    (re.compile(r"^(wait|fork|vfork|posix_spawn|exec|system|popen)"), "start no child process within the loop"),
-    (
-        re.compile(r"^(p?poll|p?select|epoll|recv|accept|connect|send)"),
-        "the host waits for another process or the network: if that is its data loader, more workers and prefetching",
-    ),
-    (re.compile(r"pthread_|sem_|futex"), "the host waits for another thread of its own: ranges there tell for what"),
-    (re.compile(r"mmap|munmap|madvise|brk"), "allocate host memory once, before the loop"),
-)
-"""By the function in which the host is."""
-
-
 _OF_EXCESS = {gpu_findings.COPIES: "gpu_copy", gpu_findings.SETS: "gpu_set"}
 """No other node helps a rank whose GPU does this for longer."""
 
@@ -309,16 +214,16 @@ def _advice_for_gpus(finding: Finding, config: Mapping[str, Any]) -> str:
     if finding.kind == "gpu_wait" and finding.gpu_excess == gpu_findings.IDLES:
         return "see what its host does while that GPU is idle (table idle, ranges), such as loading or a busy core"
     if finding.kind == "gpu_os":
-        usual = _GPU_ADVICE["gpu_os"]
-        return next((advice for function, advice in _OS_ADVICE if function.search(finding.function)), usual)
+        usual = advice.GPU["gpu_os"]
+        return next((told for function, told in advice.OS if function.search(finding.function)), usual)
     if finding.kind != "gpu_copy":
-        return _GPU_ADVICE[finding.kind]
+        return advice.GPU[finding.kind]
     keys = [
         key for key in ("offload_optimizer", "offload_parameters") if _text(config, "parallel", key) not in {"", "none"}
     ]
     if finding.moves == "offload" and keys:
         return " ".join(f"parallel.{key}=none" for key in keys)
-    return copies.ADVICE.get(finding.moves, _GPU_ADVICE["gpu_copy"])
+    return copies.ADVICE.get(finding.moves, advice.GPU["gpu_copy"])
 
 
 _HELPED_BY_LARGER_BATCHES = {"gpu_host", "gpu_sync", "gpu_order"}

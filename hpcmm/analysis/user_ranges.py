@@ -167,9 +167,9 @@ def _cycles(ranges: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
 
     Named by the range with which they begin; empty if it is not clear that they are a training loop's.
     """
-    found = []
+    found: list[pd.DataFrame] = []
     for pid, own in candidates.groupby("pid"):
-        tid = own.groupby("tid")["total_ns"].sum().idxmax()
+        tid = int(str(own.groupby("tid")["total_ns"].sum().idxmax()))
         labels = own.loc[own["tid"] == tid, "label"]
         mine = ranges[(ranges["pid"] == pid) & (ranges["tid"] == tid) & ranges["label"].isin(labels)]
         parts = outermost(mine[~mine["label"].isin(_holders(mine))])
@@ -180,7 +180,7 @@ def _cycles(ranges: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
         end = np.append(parts["start_ns"].to_numpy(np.int64)[begins[1:]], parts["end_ns"].max())
         steps = parts.iloc[begins].assign(end_ns=end, closed=True, label="", end_tid=tid)[whole]
         steps["payload"] = np.arange(len(steps))
-        found.append(steps.set_axis(-1 - np.arange(len(steps)) - sum(map(len, found))))
+        found.append(steps.set_axis(-1 - np.arange(len(steps)) - sum(len(each) for each in found)))
     return pd.concat(found) if found else pd.DataFrame()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -315,3 +317,26 @@ def waitpid_windows(traces: Sequence[RankTrace]) -> pd.DataFrame:
     if not frames:
         return pd.DataFrame(columns=WINDOW_COLUMNS)
     return pd.concat(frames, ignore_index=True).sort_values(["rank", "start_s", "end_s"], ignore_index=True)
+
+
+_PYTHON = re.compile(
+    r"python|pypy|^pt_|mainthread|^ray\b|vllm|jupyter|ipykernel|torchrun|deepspeed|accelerate", re.IGNORECASE
+)
+_OF_PYTORCH = re.compile(r"\bat::|triton_|c10::")
+_STARTS_OTHERS = _LAUNCHERS | {"", "env", "numactl", "prterun", "taskset"}
+_COMM_LENGTH = 15
+"""The kernel keeps so much of a program's name."""
+
+
+def has_no_python(workers: Sequence[str], program: str, kernels: Iterable[str]) -> bool:
+    """Whether processes of these names are no Python programs, as far as it can be known.
+
+    They are what nsys was told to run, ``program``, or may have been started by it; none of the names is one of
+    Python's, and no kernel is one of PyTorch's.
+    """
+    if not workers or not all(workers) or any(map(_PYTHON.search, [*workers, program])):
+        return False
+    if any(map(_OF_PYTORCH.search, kernels)):
+        return False
+    called = {PurePosixPath(name).name for name in workers}
+    return program in _STARTS_OTHERS or called <= {program, program[:_COMM_LENGTH]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +51,7 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL, *, every_ran
     Raises HpcmmError when nothing can be read.
     """
     with ReportDatabase(path) as database:
-        damage = ["the file is shorter than its header says"] if database.cut_off else []
-        damage += _unread_log(source)
+        damage = _unread(database, source)
         epoch = _epoch_ns(database)
         base = _base_ns(database, epoch)
         database.first_ns, database.last_ns = base, trust.last_possible_ns(database, base)
@@ -102,17 +101,20 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL, *, every_ran
             communicating=_communicating(database, domains),
             parts=parts,
             ranges=ranges,
+            program=_program(database),
         )
 
 
-def _unread_log(source: Path) -> list[str]:
-    """A sentence where SQLite has not written all of an export into its file yet; nothing but the file is read."""
+def _unread(database: ReportDatabase, source: Path) -> list[str]:
+    """A sentence for what the file lacks: its end, or what SQLite has not written into it yet."""
+    cut = ["the file is shorter than its header says"] if database.cut_off else []
     log = source.with_name(f"{source.name}-wal")
     if source.suffix != ".sqlite" or not log.is_file() or not log.stat().st_size:
-        return []
+        return cut
     return [
+        *cut,
         f"{log.name} beside it holds rows that are not in the file yet: close the program that writes it, or copy it "
-        "with sqlite3's .backup"
+        "with sqlite3's .backup",
     ]
 
 
@@ -165,6 +167,13 @@ def _requested(database: ReportDatabase) -> frozenset[str]:
 _EVENT_TYPES = {"nvtx": "nvtxevents", "cuda": "cuda"}
 
 
+def _program(database: ReportDatabase) -> str:
+    if not database.has("META_DATA_CAPTURE", "name", "value"):
+        return ""
+    rows = database.rows("SELECT value FROM META_DATA_CAPTURE WHERE name = 'PROCESS_0:COMMAND' LIMIT 1")
+    return PurePosixPath(str(rows[0][0])[:MAX_NAME_LENGTH]).name if rows else ""
+
+
 def _processes(database: ReportDatabase) -> dict[int, str]:
     """Names of the whole machine's processes by pid; of those that nsys does not list, the name of their first thread.
 
@@ -173,7 +182,7 @@ def _processes(database: ReportDatabase) -> dict[int, str]:
     found: dict[int, str] = {}
     try:
         if database.has("PROCESSES", "pid", "name"):
-            found |= _names_by_id(database, "SELECT pid, {name} FROM PROCESSES", "name")
+            found |= _names_by_id(database, "SELECT pid, {name} FROM PROCESSES WHERE name != 'nsys-launcher'", "name")
         if database.has("ThreadNames", "nameId", "globalTid") and database.has("StringIds", "id", "value"):
             pid, tid = f"globalTid >> {PID_SHIFT} & {ID_MASK}", f"globalTid & {ID_MASK}"
             query = f"SELECT {tid}, {{name}} FROM ThreadNames JOIN StringIds ON id = nameId WHERE {pid} = {tid}"  # noqa: S608

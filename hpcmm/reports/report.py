@@ -136,6 +136,8 @@ class Report:
     """Processes that run a communication library, as its NVTX domain or the names of its threads tell."""
     parts: Parts = Parts.ALL
     """What was read of it."""
+    program: str = ""
+    """What nsys was told to run, without its folder; empty if the report does not say."""
     is_cut: bool = False
     """Whether it is a part of its time alone, from ``first_ns`` to ``last_ns``."""
     ranges: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=RANGE_COLUMNS))
