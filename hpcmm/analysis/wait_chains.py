@@ -59,10 +59,11 @@ def losses_by_step(
     own_work = np.zeros_like(total)
     if not len(steps):
         return Losses(total, own_work)
-    if len(groups) > 1:
-        chain = WaitChain(groups)
     all_charges = [attribute_wait(group.arrivals) for group in groups]
     all_excess = _own_once(groups, all_charges, traces, parts)
+    if len(groups) > 1:
+        chain = WaitChain(groups)
+        all_excess = chain.without_repeats(all_excess, all_charges, parts)
     for index, (group, charges, excess) in enumerate(zip(groups, all_charges, all_excess, strict=True)):
         arrivals, cost = group.arrivals, charges.caused
         place = np.searchsorted(steps, arrivals.step)
@@ -86,7 +87,7 @@ def _own_once(
 ) -> list[Floats]:
     """Own excess work behind each late arrival of each group, shapes (instances, members), ns.
 
-    A rank that is late in several groups for one piece of work has it counted at the first, and only work counts.
+    A moment of work counts once, in the group for which it is the first to be late, and only work counts.
     """
     found = [np.zeros_like(of_group.own) for of_group in charges]
     for trace in range(traces):
@@ -107,6 +108,20 @@ def _own_once(
     return found
 
 
+def _late_work(group: ChargedGroup, charges: Charges, parts: WorkParts) -> Floats:
+    """What each member worked between the usual arrival and its own, as far as that counts; (instances, members)."""
+    work = np.empty_like(charges.own)
+    for trace, column in group.column.items():
+        begin, end = charges.late_from[:, column], group.arrivals.start[:, column]
+        work[:, column] = parts.between(trace, begin, np.maximum(begin, end)).sum(axis=1)
+    return work * charges.scale
+
+
+def _sums_before(values: Floats) -> Floats:
+    """Sums of ``values`` (instances, members) before each instance, and of all of them: one row more."""
+    return np.concatenate((np.zeros((1, values.shape[1])), np.cumsum(values, axis=0)))
+
+
 def charged_groups(rows: pd.DataFrame, parts: WorkParts) -> list[ChargedGroup]:
     """All groups of the matched collectives ``rows``, ordered as :func:`~hpcmm.analysis.delay_costs.group_arrivals`."""
     found = []
@@ -125,12 +140,7 @@ class ChargedGroup:
         self.fractions = fractions(excess)
         self.begin = begin
         self.column = {int(trace): column for column, trace in enumerate(arrivals.members)}
-        self.waited_before = np.concatenate(
-            (
-                np.zeros((1, len(arrivals.members))),
-                np.cumsum(np.where(arrivals.blamable[:, None], arrivals.exposed, 0.0), axis=0),
-            )
-        )
+        self.waited_before = _sums_before(np.where(arrivals.blamable[:, None], arrivals.exposed, 0.0))
         """Exposed waiting of each member before each instance."""
 
     def instances_within(
@@ -169,9 +179,39 @@ class WaitChain:
         """Share of each arrival's lateness that is due to waiting in other groups, shape (instances, members)."""
         return self._passed[index]
 
-    def _share_of_waiting(self, index: int) -> Floats:
+    def without_repeats(self, own: Sequence[Floats], charges: Sequence[Charges], parts: WorkParts) -> list[Floats]:
+        """``own`` excess work without what had counted in another group already; shapes (instances, members), ns.
+
+        A rank that is late in its tensor group is as late in its data group, although it works no longer than its
+        peers between the two. What it worked too long since the data group's last synchronisation, and the usual
+        arrival (the lower median) had not, nor waited for, is behind its lateness there, too.
+        """
+        waited = [group.waited_before for group in self._groups]
+        counted = [np.zeros_like(sums) for sums in waited]
+        found = [np.zeros_like(each) for each in own]
+        # Groups that synchronise often come first: they are the nearest to the work.
+        often_first = sorted(range(len(own)), key=lambda index: -len(own[index]))
+        late = [_late_work(group, of_group, parts) for group, of_group in zip(self._groups, charges, strict=True)]
+        lacked = [np.minimum(self._beyond_usual(index, waited), 0.0) for index in range(len(own))]
+        for index in [*often_first, *often_first]:
+            known = np.maximum(self._beyond_usual(index, counted) + lacked[index], 0.0)
+            found[index] = np.minimum(own[index], np.maximum(late[index] - known, 0.0))
+            counted[index] = _sums_before(found[index] * (1.0 - self._passed[index]))
+        return found
+
+    def _beyond_usual(self, index: int, before: Sequence[Floats]) -> Floats:
+        """By how much :meth:`_in_others` is more than that of each instance's lower median arrival."""
+        start = self._groups[index].arrivals.start
+        usual = np.argsort(start, axis=1, kind="stable")[:, [(start.shape[1] - 1) // 2]]
+        values = self._in_others(index, before)
+        beyond: Floats = values - np.take_along_axis(values, usual, axis=1)
+        return beyond
+
+    def _in_others(self, index: int, before: Sequence[Floats]) -> Floats:
+        """What other groups hold of each member since the last synchronisation before each arrival, shape (instances,
+        members); ``before`` are the sums before each of their instances, shapes (instances + 1, members)."""
         group = self._groups[index]
-        waited = np.zeros_like(group.arrivals.start)
+        found = np.zeros_like(group.arrivals.start)
         begin, end = np.nan_to_num(group.begin, nan=np.inf), group.arrivals.start
         for trace, column in group.column.items():
             for other in self._of_trace[trace]:
@@ -179,8 +219,13 @@ class WaitChain:
                     theirs = self._groups[other]
                     own = theirs.column[trace]
                     first, last = theirs.instances_within(own, begin[:, column], end[:, column])
-                    before = theirs.waited_before[:, own]
-                    waited[:, column] += before[np.maximum(first, last)] - before[first]
+                    sums = before[other][:, own]
+                    found[:, column] += sums[np.maximum(first, last)] - sums[first]
+        return found
+
+    def _share_of_waiting(self, index: int) -> Floats:
+        group = self._groups[index]
+        waited = self._in_others(index, [each.waited_before for each in self._groups])
         # Waiting that all members had alike delays none of them against the others.
         excess = np.maximum(waited - np.median(waited, axis=1, keepdims=True), 0.0)
         whole = excess + group.excess_ns
