@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats, WorkParts
@@ -264,11 +265,9 @@ class AnalysisContext:
         columns = [index for index, name in enumerate(self.parts.names) if name in part_names]
         found = np.zeros((len(self.steps.numbers), len(self.traces)))
         for index, trace in enumerate(self.traces):
-            bounds = (
-                trace.steps.set_index("step")[["start_ns", "end_ns"]].reindex(self.steps.numbers).to_numpy(np.float64)
-            )
-            there = np.isfinite(bounds).all(axis=1)
-            within = self.parts.between(index, bounds[there, 0], bounds[there, 1])
+            start, end = (trace.steps[name].to_numpy(np.float64) for name in ("start_ns", "end_ns"))
+            at, there = self._steps_of(trace)
+            within = self.parts.between(index, start[at], end[at])
             found[there, index] = within[:, columns].sum(axis=1) / NS_PER_S
         return found
 
@@ -276,9 +275,13 @@ class AnalysisContext:
         """Seconds of each trace in each part, from the end of one step to that of the next: (steps, traces, parts)."""
         found = np.zeros((len(self.steps.numbers), len(self.traces), len(self.parts.names)))
         for index, trace in enumerate(self.traces):
-            steps = trace.steps.assign(end_ns=step_ends_ns(trace))
-            steps["begin_ns"] = steps["end_ns"].shift().fillna(steps["start_ns"])
-            bounds = steps.set_index("step")[["begin_ns", "end_ns"]].reindex(self.steps.numbers).to_numpy(np.float64)
-            there = np.isfinite(bounds).all(axis=1)
-            found[there, index] = self.parts.between(index, bounds[there, 0], bounds[there, 1]) / NS_PER_S
+            end = step_ends_ns(trace)
+            begin = np.append(trace.steps["start_ns"].to_numpy(np.float64)[:1], end[:-1])
+            at, there = self._steps_of(trace)
+            found[there, index] = self.parts.between(index, begin[at], end[at]) / NS_PER_S
         return found
+
+    def _steps_of(self, trace: RankTrace) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+        """Places of the counted steps among those of ``trace``, and which of the counted ones it has."""
+        at = pd.Index(trace.steps["step"]).get_indexer(pd.Index(self.steps.numbers))
+        return at[at >= 0], at >= 0

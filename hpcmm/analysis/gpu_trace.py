@@ -131,12 +131,11 @@ def drawn_time(time: DeviceTime) -> pd.DataFrame:
     sets = [("computation", time.compute), ("communication", time.comm.subtract(time.compute)), ("copies", copying)]
     sets += [("memory sets", time.sets)]
     sets += [("idle: until the host launches" if cause == HOST else "idle", gaps) for cause, gaps in time.idle.items()]
-    whole = pd.concat(
-        [pd.DataFrame({"start_ns": each.start_ns, "end_ns": each.end_ns, "doing": doing}) for doing, each in sets],
-        ignore_index=True,
-    )
-    longest = (whole["end_ns"] - whole["start_ns"]).sort_values(ascending=False, kind="stable").index[:MOST_DRAWN]
-    return whole.loc[longest].sort_values("start_ns", kind="stable", ignore_index=True)
+    start, end = (np.concatenate([getattr(each, name) for _, each in sets]) for name in ("start_ns", "end_ns"))
+    doing = np.repeat(np.array([told for told, _ in sets], dtype=object), [len(each) for _, each in sets])
+    longest = np.argsort(start - end, kind="stable")[:MOST_DRAWN]
+    at = longest[np.argsort(start[longest], kind="stable")]
+    return pd.DataFrame({"start_ns": start[at], "end_ns": end[at], "doing": doing[at]})
 
 
 def gpu_rows(activities: pd.DataFrame, steps: pd.DataFrame, host: Host, not_idle: NotIdle | None = None) -> GpuRows:
@@ -336,14 +335,15 @@ GPU_TABLE_COLUMNS = [
 
 def gpu_table(traces: Sequence[RankTrace], rows: pd.DataFrame, warmup_step: int | None) -> pd.DataFrame:
     """The ``gpu`` table (GPU_TABLE_COLUMNS). ``rows``: matched collectives with ``wait_ns``, for comm_wait_s."""
-    frames = [
-        _in_seconds(trace, trace.gpu, _waiting(rows, index, trace.gpu))
+    of_kernels = rows[rows["device"].notna() & rows["wait_ns"].notna()] if "device" in rows else rows.iloc[:0]
+    waiting = dict(iter(of_kernels.groupby("trace"))) if len(of_kernels) else {}
+    whole = rows_of_ranks(
+        (trace, None if trace.gpu is None else trace.gpu.assign(wait_ns=_waiting(waiting.get(index), trace.gpu)))
         for index, trace in enumerate(traces)
-        if trace.gpu is not None and len(trace.gpu)
-    ]
-    if not frames:
+    )
+    if whole is None:
         return pd.DataFrame(columns=GPU_TABLE_COLUMNS)
-    table = pd.concat(frames, ignore_index=True)
+    table = _in_seconds(whole)
     table["warmup"] = table["step"] == (warmup_step if warmup_step is not None else -2)
     table["step"] = table["step"].astype("Int64").where(table["step"] != OUTSIDE)
     table["gpu"] = pd.factorize(table["gpu"])[0]
@@ -372,13 +372,13 @@ def counted(gpu: pd.DataFrame) -> pd.DataFrame:
     return gpu[(steady if steady.any() else in_steps) & traced(gpu)]
 
 
-def _waiting(rows: pd.DataFrame, trace: int, gpu: pd.DataFrame) -> npt.NDArray[np.float64]:
-    """Nanoseconds of each row of ``gpu`` in which a collective's kernel on that device waited for another rank."""
+def _waiting(rows: pd.DataFrame | None, gpu: pd.DataFrame) -> npt.NDArray[np.float64]:
+    """Nanoseconds of each row of ``gpu`` in which a collective's kernel on that device waited for another rank.
+
+    ``rows``: collectives of the rank whose kernels and waits are known; None if there are none.
+    """
     waited = np.zeros(len(gpu))
-    if rows.empty or "device" not in rows:
-        return waited
-    mine = rows[(rows["trace"] == trace) & rows["device"].notna() & rows["wait_ns"].notna()]
-    for device, own in mine.groupby("device"):
+    for device, own in () if rows is None else rows.groupby("device"):
         begin = own["start_ns"].to_numpy(np.int64)
         waits = IntervalSet.union_of(begin, begin + own["wait_ns"].to_numpy(np.float64).astype(np.int64))
         at = np.flatnonzero(gpu["device"] == device)
@@ -389,7 +389,7 @@ def _waiting(rows: pd.DataFrame, trace: int, gpu: pd.DataFrame) -> npt.NDArray[n
     return waited
 
 
-def _in_seconds(trace: RankTrace, gpu: pd.DataFrame, waited_ns: npt.NDArray[np.float64]) -> pd.DataFrame:
+def _in_seconds(gpu: pd.DataFrame) -> pd.DataFrame:
     idle = gpu[[f"idle_{index}_ns" for index in range(len(CAUSES))]].to_numpy(np.float64)
     other = idle[:, 1:]
     cause = np.array(CAUSES[1:], dtype=object)[other.argmax(axis=1)]
@@ -398,7 +398,7 @@ def _in_seconds(trace: RankTrace, gpu: pd.DataFrame, waited_ns: npt.NDArray[np.f
         "start_s": gpu["start_ns"],
         **{name: gpu[f"{name[:-2]}_ns"] for name in ("span_s", "compute_s", "comm_s", "memory_s", "overlap_s")},
         "exposed_comm_s": comm - overlap,
-        "comm_wait_s": waited_ns,
+        "comm_wait_s": gpu["wait_ns"],
         "idle_s": idle.sum(axis=1),
         "idle_host_s": idle[:, 0],
         "idle_sync_s": gpu["idle_sync_ns"],
@@ -406,10 +406,7 @@ def _in_seconds(trace: RankTrace, gpu: pd.DataFrame, waited_ns: npt.NDArray[np.f
         **{f"{name}_s": gpu[f"{name}_ns"] for name in ("set", "graph", "shared", "untraced")},
     }
     share = np.divide(overlap, comm, out=np.full(len(gpu), np.nan), where=comm > 0)
-    return gpu[["device", "step", "gpu"]].assign(
-        rank=trace.rank,
-        node=trace.node,
-        pid=trace.pid,
+    return gpu[["rank", "node", "pid", "device", "step", "gpu"]].assign(
         overlap_share=share,
         idle_other_cause=np.where(other.sum(axis=1) > 0, cause, ""),
         **{name: np.asarray(values, dtype=np.float64) / NS_PER_S for name, values in seconds.items()},

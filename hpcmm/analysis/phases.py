@@ -330,6 +330,7 @@ def step_ends_ns(trace: RankTrace) -> npt.NDArray[np.float64]:
     end = trace.steps["end_ns"].to_numpy(np.float64)
     if trace.gpu is None:
         return end
-    on_gpus = trace.gpu.groupby("step")["end_ns"].max().reindex(trace.steps["step"])
-    ends: npt.NDArray[np.float64] = np.fmax(end, on_gpus.to_numpy(np.float64))
-    return ends
+    at = pd.Index(trace.steps["step"]).get_indexer(pd.Index(trace.gpu["step"]))
+    end = end.copy()
+    np.maximum.at(end, at[at >= 0], trace.gpu["end_ns"].to_numpy(np.float64)[at >= 0])
+    return end

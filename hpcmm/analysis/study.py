@@ -14,6 +14,7 @@ from hpcmm.analysis.choice import NO_WHOLE_STEP
 from hpcmm.analysis.clock import CommonClock
 from hpcmm.analysis.phases import StepTimes
 from hpcmm.analysis.trace import RankTrace
+from hpcmm.reports.report import TEXT_AS_PYTHON
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,8 @@ class Tables(Mapping[str, pd.DataFrame]):
 
     def __getitem__(self, name: str) -> pd.DataFrame:
         if name not in self._made:
-            self._made[name] = typed(self._makers[name]())
+            with pd.option_context(*TEXT_AS_PYTHON):
+                self._made[name] = typed(self._makers[name]())
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -89,6 +89,9 @@ def phases_table(traces: Sequence[RankTrace], rows: pd.DataFrame, warmup_step: i
     if not frames:
         return pd.DataFrame(columns=PHASE_COLUMNS)
     table = pd.concat(frames, ignore_index=True)
+    table["exposed_comm_s"] = table["wait_s"] + table["transfer_s"]
+    table["duration_s"] = table["useful_s"] + table["exposed_comm_s"]
+    table["comm_s"] = table["exposed_comm_s"] + table["overlapped_comm_s"]
     table["warmup"] = table["step"] == (warmup_step if warmup_step is not None else OUTSIDE - 1)
     table = table.sort_values(["rank", "step", "phase", "within"], ignore_index=True)
     table["step"] = table["step"].astype("Int64").where(table["step"] != OUTSIDE)
@@ -100,30 +103,26 @@ def _of_trace(trace: RankTrace, claims: Claims | None, rows: pd.DataFrame) -> pd
     start, end = segments["start_ns"].to_numpy(np.int64), segments["end_ns"].to_numpy(np.int64)
     grouped = segments.groupby(["step", "phase"], sort=True)
     group = grouped.ngroup().to_numpy(np.intp)
-    key = grouped.size().index.to_frame(index=False)
+    step, phase = (grouped.size().index.get_level_values(name).to_numpy() for name in ("step", "phase"))
 
     def seconds(nanoseconds: Times) -> npt.NDArray[np.float64]:
-        total: npt.NDArray[np.float64] = np.bincount(group, nanoseconds, minlength=len(key)) / NS_PER_S
+        total: npt.NDArray[np.float64] = np.bincount(group, nanoseconds, minlength=len(step)) / NS_PER_S
         return total
 
     exposed = np.zeros(len(segments), dtype=np.int64)
-    frames = []
+    parts = []
     for op, wait, transfer in _communication(claims, rows, start, end):
         exposed += wait + transfer
-        frames.append(
-            key.assign(
-                phase=op, within=key["phase"], useful_s=0.0, wait_s=seconds(wait), transfer_s=seconds(transfer)
-            ).assign(overlapped_comm_s=0.0)
-        )
-    frames = [frame[frame["wait_s"] + frame["transfer_s"] > 0] for frame in frames]
+        wait_s, transfer_s = seconds(wait), seconds(transfer)
+        at = np.flatnonzero(wait_s + transfer_s > 0)
+        none = np.zeros(len(at))
+        parts.append((step[at], np.full(len(at), op, dtype=object), phase[at], none, wait_s[at], transfer_s[at], none))
     flight = IntervalSet.union_of(claims.begin, claims.end) if claims is not None else IntervalSet.empty()
-    work = key.assign(within="", useful_s=seconds(end - start - exposed), wait_s=0.0, transfer_s=0.0)
-    work["overlapped_comm_s"] = seconds(flight.covered_within(start, end) - exposed)
-    table = pd.concat([work, *frames], ignore_index=True)
-    table["exposed_comm_s"] = table["wait_s"] + table["transfer_s"]
-    table["duration_s"] = table["useful_s"] + table["exposed_comm_s"]
-    table["comm_s"] = table["exposed_comm_s"] + table["overlapped_comm_s"]
-    return table
+    none, outermost = np.zeros(len(step)), np.full(len(step), "", dtype=object)
+    useful, overlapped = seconds(end - start - exposed), seconds(flight.covered_within(start, end) - exposed)
+    parts.insert(0, (step, phase, outermost, useful, none, none, overlapped))
+    names = ("step", "phase", "within", "useful_s", "wait_s", "transfer_s", "overlapped_comm_s")
+    return pd.DataFrame(dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True)))
 
 
 def _communication(

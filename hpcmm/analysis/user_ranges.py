@@ -260,9 +260,10 @@ def _stepped_before(ranges: pd.DataFrame, steps: pd.DataFrame) -> frozenset[int]
 
 def outermost(ranges: pd.DataFrame) -> pd.DataFrame:
     """Those of one thread's ``ranges`` that lie in no other, in the order of time. They may overlap."""
-    ordered = ranges.sort_values(["start_ns", "end_ns"], ascending=[True, False], kind="stable")
-    start, end = first_claims(ordered["start_ns"].to_numpy(np.int64), ordered["end_ns"].to_numpy(np.int64))
-    return ordered[end > start]
+    start, end = ranges["start_ns"].to_numpy(np.int64), ranges["end_ns"].to_numpy(np.int64)
+    order = np.lexsort((-end, start))
+    start, end = first_claims(start[order], end[order])
+    return ranges.iloc[order[end > start]]
 
 
 def _numbered(steps: pd.DataFrame) -> pd.DataFrame:

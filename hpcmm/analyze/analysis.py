@@ -23,7 +23,7 @@ from hpcmm.node.cache import private_folder
 from hpcmm.reports.convert import Converter
 from hpcmm.reports.find import Found, ReportSource, find_reports
 from hpcmm.reports.load import read_all
-from hpcmm.reports.report import Parts, Progress
+from hpcmm.reports.report import TEXT_AS_PYTHON, Parts, Progress
 from hpcmm.reports.run_record import RunRecord, read_run_record
 from hpcmm.runs.ownership import exchangeable
 from hpcmm.text import printable
@@ -198,6 +198,7 @@ class Analysis:
         )
 
 
+@pd.option_context(*TEXT_AS_PYTHON)
 def analyze(
     paths: Paths,
     out: str | Path | None = None,

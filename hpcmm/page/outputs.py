@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
@@ -78,8 +79,9 @@ def to_arrow(table: pd.DataFrame) -> pa.Table:
 
 def _printable(texts: pd.Series[str]) -> pd.Series[str]:
     codes, values = pd.factorize(texts)
-    clean = pd.array([printable(str(value)) for value in values] or [""], dtype="str")
-    return pd.Series(clean.take(codes, allow_fill=True), index=texts.index, dtype="str")
+    kind = pd.StringDtype("pyarrow", na_value=np.nan)  # whatever the table is kept as, a file's text is of one type
+    clean = pd.array([printable(str(value)) for value in values] or [""], dtype=kind)
+    return pd.Series(clean.take(codes, allow_fill=True), index=texts.index, dtype=kind)
 
 
 def write_outputs(study: Study, folder: Path) -> None:

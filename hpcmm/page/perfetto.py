@@ -86,6 +86,8 @@ def _all_slices(study: Study, cut_ns: int) -> Iterator[_Slices]:
     """What begins before ``cut_ns``, and of it what lies before."""
 
     def kept(frame: pd.DataFrame) -> pd.DataFrame:
+        if frame["start_ns"].max() < cut_ns and frame["end_ns"].max() <= cut_ns:
+            return frame
         early = frame[frame["start_ns"] < cut_ns]
         return early.assign(end_ns=early["end_ns"].clip(upper=cut_ns))
 

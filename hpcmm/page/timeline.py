@@ -188,23 +188,23 @@ def _collective_arrays(study: Study, traces: Sequence[RankTrace], unit: int) -> 
     labels = rows["op"].astype(str) + " in " + process_groups.labels(rows) if len(rows) else pd.Series(dtype=str)
     codes, names = pd.factorize(labels, sort=True)
     rows = rows.assign(code=np.minimum(codes, 2**16 - 1)).sort_values("start_ns", kind="stable")
+    start = _units(rows["start_ns"].to_numpy(np.int64), unit)
+    end = np.maximum(_units(rows["end_ns"].to_numpy(np.int64), unit), start)
+    whole = {
+        "length": end - start,
+        "wait": _units(rows["wait_ns"].fillna(0).to_numpy(np.float64).astype(np.int64), unit),
+        "code": rows["code"].to_numpy(np.uint16),
+        "sequence": rows["sequence"].clip(0, 2**32 - 1).to_numpy(np.uint32),
+        "bytes": rows["bytes"].to_numpy(np.float32),
+        "late": rows["late_rank"].fillna(NO_RANK).to_numpy(np.int32),
+    }
     index_of = {id(trace): index for index, trace in enumerate(study.traces)}
+    number = rows["trace"].to_numpy(np.intp)
     arrays = []
     for trace in traces:
-        own = rows[rows["trace"] == index_of.get(id(trace), -1)]
-        start = _units(own["start_ns"].to_numpy(np.int64), unit)
-        end = np.maximum(_units(own["end_ns"].to_numpy(np.int64), unit), start)
-        arrays.append(
-            {
-                "delta": np.diff(start, prepend=np.uint32(0)),
-                "length": end - start,
-                "wait": _units(own["wait_ns"].fillna(0).to_numpy(np.float64).astype(np.int64), unit),
-                "code": own["code"].to_numpy(np.uint16),
-                "sequence": own["sequence"].clip(0, 2**32 - 1).to_numpy(np.uint32),
-                "bytes": own["bytes"].to_numpy(np.float32),
-                "late": own["late_rank"].fillna(NO_RANK).to_numpy(np.int32),
-            }
-        )
+        own = np.flatnonzero(number == index_of.get(id(trace), -1))
+        delta = {"delta": np.diff(start[own], prepend=np.uint32(0))}
+        arrays.append(delta | {name: values[own] for name, values in whole.items()})
     return arrays, [plain(name) for name in names[: 2**16]], left_out
 
 

@@ -18,13 +18,14 @@ from threading import local
 from types import TracebackType
 from typing import Generic, TypeVar, cast
 
+import pandas as pd
 import psutil
 
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.convert import Converter, NewerReportError
 from hpcmm.reports.events import read_report
 from hpcmm.reports.find import ReportSource
-from hpcmm.reports.report import Parts, Progress, Report
+from hpcmm.reports.report import TEXT_AS_PYTHON, Parts, Progress, Report
 from hpcmm.text import printable
 
 Task = TypeVar("Task")
@@ -167,6 +168,8 @@ _DAMAGE = (ValueError, TypeError, ArithmeticError, LookupError)
 
 SMALL_BYTES = 16 << 20
 """Exports of this size in all are read in less time than it takes to start a worker."""
+LEAST_BYTES = 2 << 20
+"""A smaller export takes as long to read as one of this size."""
 
 Reduced = TypeVar("Reduced")
 
@@ -220,7 +223,8 @@ def read_all(
 def _small(sources: Sequence[ReportSource]) -> bool:
     """Whether to read in this process: one report has no other to save from it, and small exports take no time."""
     exports = all(source.path.suffix == ".sqlite" for source in sources)
-    return len(sources) < 2 or (exports and sum(source.size_bytes for source in sources) < SMALL_BYTES)
+    in_all = sum(max(source.size_bytes, LEAST_BYTES) for source in sources)
+    return len(sources) < 2 or (exports and in_all < SMALL_BYTES)
 
 
 def _read(
@@ -233,7 +237,8 @@ def _read(
 ) -> Reading[Reduced]:
     """One capture from its file to what is kept of it."""
     try:
-        return Reading(source, reduce(read(converter.to_sqlite(source), source.path)))
+        with pd.option_context(*TEXT_AS_PYTHON):
+            return Reading(source, reduce(read(converter.to_sqlite(source), source.path)))
     except NewerReportError as error:
         return Reading(source, None, str(error), is_of_a_newer_nsys=True)
     except HpcmmError as error:

@@ -81,6 +81,10 @@ LOADER_NAME = "pt_data_worker"
 """What PyTorch calls the processes of its data loader."""
 Integers = npt.NDArray[np.int64]
 
+TEXT_AS_PYTHON = ("mode.string_storage", "python")
+"""An option of pandas. Names of columns are texts, and in Arrow's arrays they take longer to find than a small table
+takes to be worked on."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many are done, and of how many."""
 
