@@ -5,12 +5,15 @@ Intervals are half-open [start, end) in int64 nanoseconds. Everything is vectori
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Times = npt.NDArray[np.int64]
+OnClock = Callable[[Times], Times]
+"""Maps a report's own times to the common clock, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,10 @@ class IntervalSet:
     def total_ns(self) -> int:
         """Length of the union."""
         return int((self.end_ns - self.start_ns).sum())
+
+    def on_clock(self, clock: OnClock) -> IntervalSet:
+        """The same with every time put through ``clock``."""
+        return IntervalSet(clock(self.start_ns), clock(self.end_ns))
 
     def covered_until(self, at_ns: npt.ArrayLike) -> Times:
         """For each time, how much of the set lies before it."""

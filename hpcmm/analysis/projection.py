@@ -314,13 +314,13 @@ def _calls(
 
 def _is_outermost(ranges: pd.DataFrame, name: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
     """Which ranges do not lie within another of their domain and name, on their thread."""
-    keyed = ranges[["start_ns", "end_ns", "tid", "domain"]].assign(name=name, place=np.arange(len(ranges)))
-    keyed = keyed.sort_values(["start_ns", "end_ns"], ascending=[True, False], kind="stable")
-    keys = [keyed[key] for key in ("tid", "domain", "name")]
-    reach = keyed["end_ns"].groupby(keys, observed=True).cummax()
-    before = reach.groupby(keys, observed=True).shift(fill_value=np.iinfo(np.int64).min)
+    start, end = ranges["start_ns"].to_numpy(np.int64), ranges["end_ns"].to_numpy(np.int64)
+    key = ranges.groupby(["tid", "domain", name], observed=True).ngroup().to_numpy(np.int64)
+    order = np.lexsort((-end, start))
+    reach = pd.Series(end[order]).groupby(key[order]).cummax()
+    before = reach.groupby(key[order]).shift(fill_value=np.iinfo(np.int64).min).to_numpy(np.int64)
     outermost = np.zeros(len(ranges), dtype=np.bool_)
-    outermost[keyed["place"].to_numpy()] = (keyed["start_ns"] >= before).to_numpy()
+    outermost[order] = start[order] >= before
     return outermost
 
 

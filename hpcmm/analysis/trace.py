@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis.intervals import IntervalSet, Times
+from hpcmm.analysis.intervals import IntervalSet, OnClock, Times
 from hpcmm.annotate.schema import GroupMark
 from hpcmm.reports.report import Member
 
@@ -48,9 +48,6 @@ NO_SIZE = -1
 NOT_LAUNCHED = "the calls that launched its work are not in the report"
 """Doubt about a GPU whose records tell no launch, so that nothing says whether its host was late."""
 
-OnClock = Callable[[Times], Times]
-"""Maps a report's own times to the common clock."""
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceWork:
@@ -69,11 +66,8 @@ class DeviceWork:
 
     def on_clock(self, clock: OnClock) -> DeviceWork:
         """The same with every time put through ``clock``."""
-
-        def moved(own: IntervalSet) -> IntervalSet:
-            return IntervalSet(clock(own.start_ns), clock(own.end_ns))
-
-        return DeviceWork({phase: moved(own) for phase, own in self.by_phase.items()}, moved(self.communication))
+        by_phase = {phase: own.on_clock(clock) for phase, own in self.by_phase.items()}
+        return DeviceWork(by_phase, self.communication.on_clock(clock))
 
     def renamed(self, name_of: Callable[[str], str]) -> DeviceWork:
         """The same with phases put together under other names."""
@@ -210,7 +204,6 @@ class RankTrace:
             return _moved(frame, clock)
 
         main = self.main_thread
-        blocked = self.blocked and IntervalSet(clock(self.blocked.start_ns), clock(self.blocked.end_ns))
         return replace(
             self,
             steps=moved(self.steps),
@@ -220,13 +213,13 @@ class RankTrace:
             gpu=None if self.gpu is None else moved(self.gpu),
             idle=None if self.idle is None else moved(self.idle),
             device_time=None if self.device_time is None else moved(self.device_time),
-            blocked=blocked,
+            blocked=self.blocked and self.blocked.on_clock(clock),
             main_thread=main and MainThread(moved(main.calls), clock(main.exchanges_ns)),
             windows_ns=clock(self.windows_ns),
-            starved=self.starved and IntervalSet(clock(self.starved.start_ns), clock(self.starved.end_ns)),
+            starved=self.starved and self.starved.on_clock(clock),
             device_work=self.device_work and self.device_work.on_clock(clock),
-            busy={gpu: IntervalSet(clock(own.start_ns), clock(own.end_ns)) for gpu, own in self.busy.items()},
-            stalled=self.stalled and IntervalSet(clock(self.stalled.start_ns), clock(self.stalled.end_ns)),
+            busy={gpu: own.on_clock(clock) for gpu, own in self.busy.items()},
+            stalled=self.stalled and self.stalled.on_clock(clock),
         )
 
 
