@@ -7,7 +7,7 @@ lowest := .venv-lowest
 lowest_tests := tests/config tests/reports tests/runs tests/page/test_outputs.py tests/launch/test_script.py \
 	tests/launch/test_plan.py --ignore tests/config/test_parts.py
 
-.PHONY: help setup demo test test-all test-lowest lint cluster-up cluster-down cluster-status clean
+.PHONY: help setup demo test test-all test-lowest compiled-ops lint cluster-up cluster-down cluster-status clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -25,8 +25,14 @@ test: ## Set up, then run the tests; those on the real Slurm one after the other
 	$(python) -m pytest -m "not long" tests/integration || status=1; \
 	exit $$status
 
-test-all: test ## ... and the tests of faults that take a minute each
-	@$(python) -m pytest -m long tests
+test-all: test ## ... and those that it leaves out: long ones, and further cases of what it tests
+	@status=0; \
+	$(python) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration || status=1; \
+	$(python) -m pytest -m long tests/integration || status=1; \
+	exit $$status
+
+compiled-ops: setup ## Compile what the tests' ranks load, as the first test that needs it does
+	@$(python) -m pytest --quiet --setup-only tests/recipes/test_pipeline_recipe.py >/dev/null
 
 test-lowest: setup ## ... and those of the toolkit without torch, with the lowest versions that pyproject.toml allows
 	@$(python) -m venv --clear $(lowest)

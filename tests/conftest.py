@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "GIT_COMMITTER_EMAIL": "tester@example.org",
 }
 """What tests and the commands that they start find set; a test that needs another value sets it itself."""
+OF_A_WORKER = {"OMP_NUM_THREADS": "1"}
+"""The same of one of several workers, which share the cores: threads of its own would spin while another's compute."""
 UNSET = {
     "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM",
     "LANGUAGE", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "PYTHONOPTIMIZE",
@@ -49,6 +51,11 @@ UNSET_PREFIXES = (
     "LC_", "XDG_", "GIT_", "SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "PMI",
     "SUBMITIT_", "HYDRA_", "NSYS_", "NCCL_",
 )  # fmt: skip
+
+
+def is_a_worker(config: pytest.Config) -> bool:
+    """Whether this process is one of those that ``-n`` starts."""
+    return hasattr(config, "workerinput")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in list(os.environ):
         if name in UNSET or name.startswith(UNSET_PREFIXES):
             patch.delenv(name)
-    for name, value in {**ENVIRONMENT, "HOME": str(home)}.items():
+    for name, value in {**ENVIRONMENT, "HOME": str(home), **(OF_A_WORKER if is_a_worker(config) else {})}.items():
         patch.setenv(name, value)
     time.tzset()
 
