@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import multiprocessing, nn
+from real_ranks import run_ranks
+from torch import nn
 
 from hpcmm.train.workload import merge_batch_statistics
-from hpcmm.worker.distributed import leave_group
 from hpcmm.workloads.anomaly.models.decoders.batch_norm import Float32BatchNorm2d
 
 RANKS = 3
@@ -21,18 +20,15 @@ def images(rank: int) -> torch.Tensor:
 
 
 def merged_on_a_rank(rank: int, folder: str) -> None:
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     model = nn.Sequential(Float32BatchNorm2d(2, momentum=1.0), nn.BatchNorm2d(2).requires_grad_(False))
     model(images(rank))
     frozen = model[1].running_mean.clone()
     merge_batch_statistics(model)
     torch.save([model[0].running_mean, model[0].running_var, model[1].running_mean - frozen], f"{folder}/{rank}.pt")
-    leave_group()
 
 
-def test_statistics_are_those_of_all_ranks_images(tmp_path: Path):
-    multiprocessing.spawn(merged_on_a_rank, (str(tmp_path),), nprocs=RANKS)
+def test_statistics_are_those_of_all_ranks_images(tmp_path: Path, compiled_ops: None):
+    run_ranks(RANKS, merged_on_a_rank, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
     together = torch.stack([images(rank) for rank in range(RANKS)])
     within = torch.stack([images(rank).var(dim=(0, 2, 3)) for rank in range(RANKS)]).mean(dim=0)

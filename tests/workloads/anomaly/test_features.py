@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from real_ranks import run_ranks
 from torch import nn
 
 from hpcmm.config.schema import ClusterConfig, ParallelConfig, Precision
 from hpcmm.errors import HpcmmError
-from hpcmm.worker.distributed import leave_group
 from hpcmm.workloads.anomaly.data.anomaly import TestImages, TrainImages, build_datasets, collate
 from hpcmm.workloads.anomaly.data.features import FeatureStore, KeptItems
 from hpcmm.workloads.anomaly.data.standins import generate
@@ -213,17 +213,11 @@ def _write_often(store: FeatureStore, item: object) -> None:
         store.write(0, item, [torch.rand(4, 16, 16)])  # type: ignore[arg-type]
 
 
-def test_the_ranks_share_the_work_out(config: AnomalyConfig, tmp_path: Path):
+def test_the_ranks_share_the_work_out(config: AnomalyConfig, tmp_path: Path, compiled_ops: None):
     """Two processes that meet over gloo."""
     alone = keep(config)[0]
-    context = multiprocessing.get_context("spawn")
     two = replace(config, cluster=ClusterConfig(cache_dir=str(tmp_path / "shared")))
-    ranks = [context.Process(target=_as_rank, args=(two, rank, tmp_path / "meeting")) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(100)
-        assert rank.exitcode == 0
+    assert run_ranks(2, _seen_by_a_rank, two) == [8 + 2] * 2
     kept, _, seen = keep(two)
     assert seen == 0
     assert kept._store.folder.name == alone._store.folder.name
@@ -231,12 +225,10 @@ def test_the_ranks_share_the_work_out(config: AnomalyConfig, tmp_path: Path):
         torch.testing.assert_close(kept[index]["features"][0], alone[index]["features"][0], atol=1e-5, rtol=1e-4)
 
 
-def _as_rank(config: AnomalyConfig, rank: int, meeting: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+def _seen_by_a_rank(rank: int, config: AnomalyConfig) -> int:
     counting = Counting(encoder := encoder_of(config))
     keep_features(config, encoder, *sets_of(config), Ranks(rank, 2))
-    assert counting.seen == 8 + 2
-    leave_group()
+    return counting.seen
 
 
 def test_an_encoder_that_trains_is_refused(config: AnomalyConfig):

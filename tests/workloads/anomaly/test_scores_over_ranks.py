@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import multiprocessing
+from real_ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcmm.config.schema import ClusterConfig
 from hpcmm.train.sampling import even_share
-from hpcmm.worker.distributed import leave_group
 from hpcmm.workloads.anomaly import training as anomaly_training
 from hpcmm.workloads.anomaly.data_root import ensure_data
 from hpcmm.workloads.anomaly.question_answering.conversations import ParsedAnswer
@@ -64,20 +62,16 @@ def read_a_statement(text: str) -> ParsedAnswer:
 
 
 def scores_of_a_rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store_{world_size}", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     training = AnomalyTraining(config(Path(folder) / "cache"), torch.device("cpu"))
     make_talkative(training)
     scores = training.evaluate(DistributedDataParallel(training.model), rank, world_size, final=True)
     Path(folder, f"{world_size}_{rank}.json").write_text(json.dumps(scores))
-    leave_group()
 
 
-def test_the_ranks_scores_are_one_process_scores(tmp_path: Path):
+def test_the_ranks_scores_are_one_process_scores(tmp_path: Path, compiled_ops: None):
     ensure_data(config(tmp_path / "cache"))
     for world_size in (1, RANKS):
-        multiprocessing.spawn(scores_of_a_rank, (world_size, str(tmp_path)), nprocs=world_size)
+        run_ranks(world_size, scores_of_a_rank, world_size, str(tmp_path))
     alone, together, of_another = (
         json.loads((tmp_path / name).read_text()) for name in ("1_0.json", f"{RANKS}_0.json", f"{RANKS}_1.json")
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,20 +58,20 @@ def test_a_checkpoint_loads_into_a_model_of_another_seed(images: torch.Tensor):
     assert torch.equal(one(images, CAPTIONS), other(images, CAPTIONS))
 
 
+def digest_of_weights() -> str:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    model = build_model(SMALL, seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in model.state_dict().values())).hexdigest()
+
+
 def test_processes_start_from_the_same_weights_and_keep_their_random_state():
-    code = (
-        "import hashlib, torch\n"
-        "from hpcmm.workloads.anomaly.schema import ModelConfig\n"
-        "from hpcmm.workloads.anomaly.models import build_model\n"
-        "torch.manual_seed(7)\n"
-        "before = torch.get_rng_state()\n"
-        "model = build_model(ModelConfig(decoder_width=32, text_adapter_width=64), seed=3)\n"
-        "assert torch.equal(before, torch.get_rng_state())\n"
-        "values = b''.join(value.numpy().tobytes() for value in model.state_dict().values())\n"
-        "print(hashlib.sha256(values).hexdigest())\n"
+    code = f"from {__name__} import digest_of_weights as digest; print(digest())"
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
-    assert len({run.stdout for run in runs}) == 1
+    assert other.stdout.strip() == digest_of_weights()
 
 
 def test_bfloat16_gives_nearly_the_same_map(images: torch.Tensor):
