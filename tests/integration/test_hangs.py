@@ -71,7 +71,7 @@ ONE_A_NODE = ("cluster.nodes=2", "cluster.ranks_per_node=1")
 
 def test_a_hang_is_seen_while_it_lasts_and_ended_with_what_tells_of_it(slurm_cluster, tmp_path):
     job = Job(slurm_cluster, tmp_path)
-    run = job.launch(*ONE_A_NODE, "cluster.gpus_per_node=0", "launch.hang_s=30", "--", "train.py")
+    run = job.launch(*ONE_A_NODE, "cluster.gpus_per_node=0", "launch.hang_s=20", "--", "train.py")
     log = run / "logs" / "rank_0001.log"
     wait_for(lambda: log.exists() and "asleep" in log.read_text(encoding="utf-8"))
 

@@ -69,6 +69,7 @@ def test_the_demos_configuration_and_the_scripts_template_come_with_it(installed
     assert "No node is bad" in run([str(installed / "hpcmm"), "doctor", "--no-nsys"], tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slurm
 def test_a_file_that_init_wrote_and_checked_is_a_cluster(installed, slurm_cluster, tmp_path):
     site = {"SLURM_CONF": str(slurm_cluster.conf), "XDG_CONFIG_HOME": str(tmp_path / "config")}

@@ -278,7 +278,7 @@ def test_a_function_runs_as_a_task_and_sees_its_arguments(slurm_cluster, folder)
         assert "called with 0.0001 $(id)" in (latest(folder) / "logs" / f"rank_{rank:04d}.log").read_text()
 
 
-@pytest.mark.parametrize("command", [("-m", "tell"), ("torchrun", "tell.py")])
+@pytest.mark.parametrize("command", [("-m", "tell"), pytest.param(("torchrun", "tell.py"), marks=pytest.mark.long)])
 def test_a_command_is_run_as_it_was_typed_and_a_launcher_s_workers_meet_over_the_nodes(slurm_cluster, folder, command):
     (folder / "tell.py").write_text(TELLS_ITS_PLACE)
     words = ["--x", '{"a": [1]}', "${oc.env:HOME}", "???", "", "it's $HOME", "--", "cluster.nodes=9"]

@@ -218,6 +218,7 @@ def test_down_cancels_jobs_and_leaves_nothing_behind(spare_cluster: SlurmCluster
     assert not spare_cluster.directory.exists()
 
 
+@pytest.mark.long
 def test_up_mends_a_cluster_whose_controller_and_network_are_gone(spare_cluster: SlurmCluster) -> None:
     assert spare_cluster.command("up", "--prefix", "spare").returncode == 0
     job = spare_cluster.run("sbatch", "--parsable", "--no-requeue", "--output=/dev/null", "--wrap=sleep 600").strip()

@@ -17,10 +17,10 @@ import yaml
 
 pytestmark = [pytest.mark.slurm, pytest.mark.nsys, pytest.mark.timeout(600)]
 
-SHORT = ["experiment=anomaly_demo", "wait=true", "train.steps=10", "train.evaluate=false"]
+SHORT = ["experiment=anomaly_demo", "wait=true", "train.steps=10", "train.evaluate=false", "data.image_size=64"]
 INJECT = Path(__file__).resolve().parents[1] / "ground_truth" / "inject"
 ONE_A_NODE = ["cluster.ranks_per_node=1", "cluster.gpus_per_node=0"]
-LIGHT = [*ONE_A_NODE, "train.steps=6", "data.image_size=64"]
+LIGHT = [*ONE_A_NODE, "train.steps=6"]
 RUN_TIMEOUT_S = 400
 
 
@@ -52,14 +52,17 @@ def table(run, name):
 
 
 @pytest.fixture(scope="module")
-def clean_run(slurm_cluster, nsys, tmp_path_factory):
+def slow_data(slurm_cluster, nsys, tmp_path_factory):
+    """The run, and what its analysis printed. Rank 2 sleeps before each batch: put in from outside of the training
+    code, as in the recordings of tests/ground_truth."""
     # A path with a blank and quotes, as a home directory may have one.
     folder = tmp_path_factory.mktemp('it\'s a "run"')
-    return train_and_analyze(slurm_cluster, folder)
+    slow = json.dumps([{"at": "data", "do": "sleep", "seconds": 1.0, "ranks": [2]}])
+    return train_and_analyze(slurm_cluster, folder, PYTHONPATH=str(INJECT), HPCMM_GROUND_TRUTH=slow)
 
 
-def test_the_job_completed_on_four_nodes_with_eight_ranks(clean_run, slurm_cluster):
-    run, _ = clean_run
+def test_the_job_completed_on_four_nodes_with_eight_ranks(slow_data, slurm_cluster):
+    run, _ = slow_data
     record = json.loads((run / "job.json").read_text(encoding="utf-8"))
     assert record["state"] == "COMPLETED"
     assert record["sacct"][0]["NNodes"] == "4"
@@ -70,8 +73,8 @@ def test_the_job_completed_on_four_nodes_with_eight_ranks(clean_run, slurm_clust
     assert {start["world_size"] for start in starts} == {8}
 
 
-def test_the_run_directory_holds_everything(clean_run, slurm_cluster):
-    run, _ = clean_run
+def test_the_run_directory_holds_everything(slow_data, slurm_cluster):
+    run, _ = slow_data
     nodes = slurm_cluster.nodes
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert config["train"]["steps"] == 10
@@ -86,16 +89,16 @@ def test_the_run_directory_holds_everything(clean_run, slurm_cluster):
     assert (run / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_000010"
 
 
-def test_eight_reports_were_read(clean_run):
-    run, _ = clean_run
+def test_eight_reports_were_read(slow_data):
+    run, _ = slow_data
     coverage = table(run, "coverage").sort_values("rank")
     assert list(coverage["rank"]) == list(range(8))
     assert set(coverage["status"]) == {"found"}
     assert (coverage["events"] > 1000).all()
 
 
-def test_the_phases_of_each_step_add_up_to_it(clean_run):
-    run, _ = clean_run
+def test_the_phases_of_each_step_add_up_to_it(slow_data):
+    run, _ = slow_data
     phases = table(run, "phases")
     assert set(phases["rank"]) == set(range(8))
     assert set(phases["step"]) == set(range(10))
@@ -116,8 +119,8 @@ def test_the_phases_of_each_step_add_up_to_it(clean_run):
     assert missed_s.sum() < 0.03 * recorded.sum()
 
 
-def test_every_rank_took_part_in_every_collective(clean_run):
-    run, _ = clean_run
+def test_every_rank_took_part_in_every_collective(slow_data):
+    run, _ = slow_data
     collectives = table(run, "collectives")
     in_steps = collectives[collectives["step"].notna()]
     took_part = in_steps.groupby(["group", "op", "sequence"])["rank"].nunique()
@@ -128,15 +131,15 @@ def test_every_rank_took_part_in_every_collective(clean_run):
     assert one_rank["bytes"].sum() >= 4 * 5_000_000
 
 
-def test_bottlenecks_are_printed_with_the_report_s_path(clean_run):
-    run, printed = clean_run
+def test_bottlenecks_are_printed_with_the_report_s_path(slow_data):
+    run, printed = slow_data
     assert len(table(run, "bottlenecks")) > 0
     assert str(run / "analysis" / "report.html") in printed
     assert (run / "analysis" / "report.html").stat().st_size > 10_000
 
 
-def test_the_checkpoint_loads_again(clean_run):
-    run, _ = clean_run
+def test_the_checkpoint_loads_again(slow_data):
+    run, _ = slow_data
     code = (
         "import sys; from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as merged;"
         "state = merged(sys.argv[1], exclude_frozen_parameters=True);"
@@ -148,16 +151,16 @@ def test_the_checkpoint_loads_again(clean_run):
     assert int(done.stdout.split()[-1]) >= 5_000_000
 
 
-def test_nobody_else_can_write_a_checkpoint(clean_run):
-    run, _ = clean_run
+def test_nobody_else_can_write_a_checkpoint(slow_data):
+    run, _ = slow_data
     written = [run / "checkpoints", *(run / "checkpoints").rglob("*")]
     assert len(written) > 8
     assert not [path for path in written if path.stat().st_mode & 0o022]
 
 
 @pytest.mark.long
-def test_the_script_runs_again_when_submitted_by_hand(clean_run, slurm_cluster):
-    run, _ = clean_run
+def test_the_script_runs_again_when_submitted_by_hand(slow_data, slurm_cluster):
+    run, _ = slow_data
     submitted = slurm_cluster.run("sbatch", "--wait", str(run / "submission.sh"), timeout_s=RUN_TIMEOUT_S)
     job_id = submitted.split()[-1]
     assert slurm_cluster.run("sacct", "-nPXj", job_id, "-o", "State").strip() == "COMPLETED"
@@ -165,6 +168,7 @@ def test_the_script_runs_again_when_submitted_by_hand(clean_run, slurm_cluster):
     assert len(starts) == 2
 
 
+@pytest.mark.long
 def test_a_throttled_link_makes_communication_the_first_row(slurm_cluster, nsys, tmp_path):
     node = slurm_cluster.nodes[2]
     slurm_cluster.fault("throttle", node, "150mbit")
@@ -177,16 +181,14 @@ def test_a_throttled_link_makes_communication_the_first_row(slurm_cluster, nsys,
     assert first["step_share"] > 0.3
 
 
-def test_a_rank_with_slow_data_loading_is_named(slurm_cluster, nsys, tmp_path):
-    # Put in from outside of the training code, as in the recordings of tests/ground_truth.
-    slow = json.dumps([{"at": "data", "do": "sleep", "seconds": 1.0, "ranks": [2]}])
-    run, printed = train_and_analyze(slurm_cluster, tmp_path, *LIGHT, PYTHONPATH=str(INJECT), HPCMM_GROUND_TRUTH=slow)
+def test_a_rank_with_slow_data_loading_is_named(slow_data, slurm_cluster):
+    run, printed = slow_data
     first = table(run, "bottlenecks").iloc[0]
     assert first["rank"] == 2
-    assert first["node"] == slurm_cluster.nodes[2]
+    assert first["node"] == slurm_cluster.nodes[1]
     assert first["phase"] == "data"
     assert "data" in first["cause"]
-    # Below the 1 s that rank 2 sleeps, for meanwhile the three others share two cores among fewer.
+    # Below the 1 s that rank 2 sleeps, for meanwhile the others share two cores among fewer.
     assert 0.2 < first["lost_s_per_step"] < 1.2
     assert "rank 2" in printed
 
@@ -211,13 +213,15 @@ def test_a_refused_job_is_one_sentence(slurm_cluster, tmp_path, overrides, expec
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.image_taps=[1]"], "EfficientNet-Lite0 gives its four strides"),
-        (
+        pytest.param(
+            ["model.image_taps=[1]"], "EfficientNet-Lite0 gives its four strides", marks=pytest.mark.long, id="rank"
+        ),
+        pytest.param(
             ["data.generate=false", "data.root=/none/such"],
             "before any rank started: Input cannot be used: data.root is /none/such",
+            id="preparation",
         ),
     ],
-    ids=["rank", "preparation"],
 )
 def test_a_rank_or_a_preparation_that_fails_ends_the_job_and_its_log_is_shown(
     slurm_cluster, tmp_path, overrides, expected
@@ -245,6 +249,7 @@ def test_launching_returns_at_once_and_the_job_can_be_found(slurm_cluster, tmp_p
         slurm_cluster.run("scancel", job_id)
 
 
+@pytest.mark.long
 def test_a_cancelled_job_ends_soon_with_its_reports_and_leaves_no_process(slurm_cluster, nsys, tmp_path):
     overrides = [override for override in SHORT if override != "wait=true"]
     overrides += ["train.steps=100000", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.gpus_per_node=0"]

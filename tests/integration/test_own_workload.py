@@ -81,6 +81,7 @@ def test_its_steps_are_analysed(project: Path, trained: Path):
     assert {"data", "forward", "backward", "optimizer"} <= phases
 
 
+@pytest.mark.long
 @pytest.mark.nsys
 def test_it_is_evaluated_beside_a_run_with_another_net(project: Path, trained: Path):
     other = launched(project, "task=signals", "net=perceptron")
@@ -141,6 +142,7 @@ def test_what_is_wrong_is_said_before_anything_is_submitted(project: Path, overr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_decoder_from_outside_trains_the_detector_and_is_scored(tmp_path: Path, compiled_ops: None):
     package, options = tmp_path / "mine", tmp_path / "conf" / "model" / "decoder"
     package.mkdir()
