@@ -185,10 +185,14 @@ def find_without_steps(tables: Mapping[str, pd.DataFrame], unseen: Unseen, doubt
     are not to be trusted, if so.
 
     Nothing tells chance from a straggler there, so that a row with a culprit goes by its loss as any other. What is
-    worth a row is measured by the capture without gaps that come once.
+    worth a row is measured by the capture without gaps that come once. GPUs that did nothing but set memory ran no
+    program.
     """
-    found = _without_launches(gpu_findings.of_capture(tables, unseen), tables["gpu"], 0.0)
-    return _worth(doubted(found, doubt), gpu_findings.repeated_s(tables["gpu"], found), 1.0)
+    gpu = tables["gpu"]
+    if float(gpu["compute_s"].sum() + gpu["comm_s"].sum() + (gpu["memory_s"] - gpu["set_s"]).sum()) <= 0:
+        return []
+    found = _without_launches(gpu_findings.of_capture(tables, unseen), gpu, 0.0)
+    return _worth(doubted(found, doubt), gpu_findings.repeated_s(gpu, found), 1.0)
 
 
 def _worth(findings: Sequence[Finding], step_s: float, weight: float = BLAMED_WEIGHT) -> list[Finding]:

@@ -84,3 +84,20 @@ def test_ranks_of_which_the_same_is_said_are_one_line(tmp_path: Path, capsys: py
     grid = coverage_grid(analysis.study)
     assert [who for who, status, _ in grid.troubles if status == "missing"] == ["ranks 1-7"]
     assert len(grid.tiles) == 8
+
+
+def test_a_gpu_that_does_nothing_but_set_memory_loses_nothing(tmp_path: Path) -> None:
+    copy = shutil.copytree(INPUTS / "sync_then_loading", tmp_path / "reports")
+    for report in copy.glob("*.sqlite"):
+        with sqlite3.connect(report) as connection:
+            connection.execute("DELETE FROM NVTX_EVENTS")
+            connection.execute(
+                "CREATE TABLE CUPTI_ACTIVITY_KIND_MEMSET AS SELECT start, end, deviceId, contextId, streamId, "
+                "correlationId, globalPid, 0 AS value, 100 AS bytes FROM CUPTI_ACTIVITY_KIND_KERNEL LIMIT 1"
+            )
+            for table in ("KERNEL", "MEMCPY", "GRAPH_TRACE"):
+                connection.execute(f"DROP TABLE IF EXISTS CUPTI_ACTIVITY_KIND_{table}")
+        connection.close()
+    analysis = analyze(copy)
+    assert len(analysis.gpu()) == 1
+    assert analysis.bottlenecks().empty
