@@ -108,11 +108,12 @@ def find(context: AnalysisContext) -> list[Finding]:
     least_s = least_loss_s(context, sum(finding.lost_s for finding in transfer))
     alone, explained = stalls.solo_findings(context, least_s)
     late, blamed = find_stragglers(context, least_s, explained)
-    withheld_s = longer_work.withheld_s(context)
+    withheld_s, in_sends_s = longer_work.withheld_s(context), 0.0
     if not stages:  # whose ranks have different work
-        longer = longer_work.find_longer_work(context, blamed)
+        longer = longer_work.find_longer_work(context, late, blamed)
         blamed, withheld_s = longer.blamed, max(0.0, withheld_s - longer.uncharged_s)
-        late += longer.findings + longer_work.find_unseen_waiting(context)
+        late = longer.findings + longer_work.find_unseen_waiting(context)
+        in_sends_s = longer.in_sends_s
     moe = experts.expert_groups(context)
     late = [experts.explain_by_experts(context, explain_by_batches(context, finding), moe) for finding in late]
     late = [_placed(context, finding, stages) for finding in late]
@@ -123,14 +124,15 @@ def find(context: AnalysisContext) -> list[Finding]:
     on_gpus = gpu_findings.in_steps(context.gpu, context.idle, context.copies, accounted)
     on_gpus = _without_launches(on_gpus, context.gpu, sum(finding.lost_s for finding in accounted))
     on_gpus = doubted([*gpu_findings.unmatched(context, [*alone, *late]), *on_gpus], gpu_doubt(context.traces))
+    rest = [*_imbalance(context, blamed, moe, withheld_s), *transfer]
+    rest = rest if stages else longer_work.explain_sends(context, rest, in_sends_s)
     findings = [
         *alone,
         *late,
         *in_pipeline.findings,
-        *_imbalance(context, blamed, moe, withheld_s),
+        *rest,
         *stopped,
         *broken,
-        *transfer,
         *own_work,
         *on_gpus,
     ]

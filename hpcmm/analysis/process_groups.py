@@ -95,6 +95,34 @@ def mesh(traces: Sequence[RankTrace]) -> dict[str, int]:
     return {axis: sizes[axis] for axis in AXES if axis in sizes}
 
 
+def chain_of_pairs(rows: pd.DataFrame) -> tuple[int, float]:
+    """How many ranks each chain connects that pairs of ranks make by exchanging ``rows``, and how often a pair does so
+    in a step; zeros unless all of it is chains of one length, of three ranks or more.
+
+    Pairs alone can be of anything, and those of a ring have no end.
+    """
+    pairs = [tuple(sorted(each)) for each in rows.groupby("group")["trace"].unique()]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        return 0, 0.0
+    neighbours: dict[int, set[int]] = {}
+    for one, other in pairs:
+        neighbours.setdefault(one, set()).add(other)
+        neighbours.setdefault(other, set()).add(one)
+    lengths, ends = set(), {trace for trace, beside in neighbours.items() if len(beside) == 1}
+    reached = 0
+    for end in ends:
+        chain, following = [end], neighbours[end]
+        while following:
+            chain.append(min(following))
+            following = neighbours[chain[-1]] - set(chain)
+        lengths.add(len(chain))
+        reached += len(chain)
+    is_chains = len(lengths) == 1 and reached == 2 * len(neighbours) and max(map(len, neighbours.values())) == 2
+    steps = max(rows["step"].nunique(), 1)
+    often = rows["instance"].nunique() / len(set(pairs)) / steps
+    return (lengths.pop(), often) if is_chains else (0, 0.0)
+
+
 def stages(traces: Sequence[RankTrace]) -> tuple[tuple[int, ...], ...]:
     """Traces of each pipeline stage, as the pipeline groups tell them: the n-th rank of each is of stage n.
 

@@ -10,7 +10,7 @@ ranks that change from step to step, tell of unequal batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -130,11 +130,16 @@ def _sustained(context: AnalysisContext, losses: Floats, least_s: float) -> Iter
 
 def slow_nodes(context: AnalysisContext, delays: Floats) -> list[tuple[int, ...]]:
     """Nodes all of whose ranks are late alike, and later than any rank elsewhere."""
+    return late_alike(context.nodes().values(), delays)
+
+
+def late_alike(units: Iterable[Sequence[int]], delays: Floats) -> list[tuple[int, ...]]:
+    """Those of ``units`` all of whose members are late alike, and later than any other rank."""
     mean = delays.mean(axis=0)
     found = []
-    for members in context.nodes().values():
-        others = np.delete(mean, members)
-        least, most = mean[members].min(), mean[members].max()
+    for members in units:
+        others = np.delete(mean, list(members))
+        least, most = mean[list(members)].min(), mean[list(members)].max()
         if len(members) > 1 and len(others) and least > max(ALIKE * most, TIMES_OTHERS * others.max()):
             found.append(tuple(members))
     return found

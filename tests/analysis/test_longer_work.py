@@ -3,11 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+from sends_gpu import SendsRun, alike
 from simulated import MS, make_trace, simulate_run
 from test_bottlenecks import named, verdicts
 
 from hpcmm.analysis.intervals import IntervalSet
+from hpcmm.analysis.process_groups import chain_of_pairs
+from hpcmm.analyze import analyze
 
 USUAL_MS = {"data": 5.0, "forward": 30.0, "backward": 60.0}
 VAGUE_NS = 400_000_000
@@ -118,3 +122,77 @@ def test_a_window_s_first_step_lacks_the_time_before_it_and_is_not_counted(steps
     assert (found.kind, found.rank) == ("between", 1)
     assert f"in {steps - 1} of {steps - 1} steps" in found.evidence
     assert "its work between steps takes 0.099 s" in found.evidence
+
+
+def in_sends(rank_named: int, phases: tuple[str, ...], by_ms: float):
+    """Milliseconds of a phase, of which one rank takes more."""
+    return lambda rank, step, phase: alike(rank, step, phase) + by_ms * (rank == rank_named and phase in phases)
+
+
+@pytest.mark.parametrize(
+    ("is_pipeline", "rank", "phases", "by_ms", "lost_ms"),
+    [
+        (True, 0, ("forward", "backward"), 3.0, 24.0),
+        (True, 2, ("forward", "backward"), 3.0, 24.0),
+        (False, 3, ("forward", "backward"), 3.0, 24.0),
+        (True, 0, ("data",), 20.0, 20.0),
+        (False, 1, ("data",), 20.0, 20.0),
+    ],
+)
+def test_the_rank_that_works_longest_is_named_though_sends_do_not_tell_whom_they_wait_for(
+    is_pipeline, rank, phases, by_ms, lost_ms, tmp_path
+):
+    table = analyze(SendsRun(in_sends(rank, phases, by_ms), is_pipeline).write(tmp_path / "run")).bottlenecks()
+    row = table.iloc[0]
+    cause = "data loading" if phases == ("data",) else "computation"
+    assert (row["cause"], row["rank"], row["confidence"]) == (cause, rank, "medium")
+    assert row["lost_s_per_step"] * 1e3 == pytest.approx(lost_ms, rel=0.1)
+    assert "do not tell who waits for whom" in row["evidence"]
+    assert table["rank"].notna().sum() == 1
+    assert table["step_share"].sum() <= 1.0
+
+
+def test_what_a_stage_loads_while_the_pipeline_is_filled_keeps_nobody_waiting(tmp_path):
+    table = analyze(SendsRun(in_sends(3, ("data",), 12.0)).write(tmp_path / "run")).bottlenecks()
+    assert table["rank"].isna().all()
+
+
+@pytest.mark.parametrize("is_pipeline", [True, False], ids=["stages", "experts"])
+def test_nobody_is_named_if_gpus_that_exchange_by_sends_compute_alike(is_pipeline, tmp_path):
+    table = analyze(SendsRun(is_pipeline=is_pipeline).write(tmp_path / "run")).bottlenecks()
+    (row,) = [row for _, row in table.iterrows() if "sends and receives" in row["evidence"]]
+    assert table["rank"].isna().all()
+    assert row["confidence"] == "low"
+    assert "none has more to do" in row["evidence"]
+    assert row["cause"] == ("pipeline bubble" if is_pipeline else "communication, transfer or waiting")
+    assert ("4 to 8 micro-batches" in row["evidence"]) is is_pipeline
+
+
+def test_experts_that_are_busy_by_turns_name_nobody(tmp_path):
+    run = SendsRun(lambda r, s, p: alike(r, s, p) * (3 if r == s % 4 and p != "data" else 1), is_pipeline=False)
+    table = analyze(run.write(tmp_path / "run")).bottlenecks()
+    assert table["rank"].isna().all()
+    assert "by turns on 4 ranks" in table.iloc[0]["evidence"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([(0, 1), (1, 2), (2, 3)], (4, 2.0)),
+        ([(0, 2), (2, 4), (1, 3), (3, 5)], (3, 2.0)),
+        ([(0, 1), (1, 2), (2, 0)], (0, 0.0)),
+        ([(0, 1), (2, 3)], (0, 0.0)),
+        ([(0, 1, 2), (2, 3)], (0, 0.0)),
+        ([(0, 1), (1, 2), (1, 3)], (0, 0.0)),
+        ([(0, 1), (1, 2), (3, 4), (4, 5), (5, 3)], (0, 0.0)),
+    ],
+)
+def test_pairs_of_ranks_make_chains_or_not(pairs, expected):
+    rows = [
+        (str(number), trace, step, f"{number} {step} {turn}")
+        for number, pair in enumerate(pairs)
+        for step in range(3)
+        for turn in range(2)
+        for trace in pair
+    ]
+    assert chain_of_pairs(pd.DataFrame(rows, columns=["group", "trace", "step", "instance"])) == expected
