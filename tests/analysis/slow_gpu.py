@@ -29,6 +29,8 @@ class SlowGpuRun:
     """By rank and phase: kernels that take longer, or loading that does."""
     runs_ahead: bool = False
     """The host waits for nothing, and so launches steps long before its GPU is there."""
+    waits_every: int = 0
+    """... but in each so many-th step for its GPU."""
     buckets: int = 1
     """All-reduces that the gradients are shared out over. Each begins when its part of the backward pass has ended, and
     runs beside the next part."""
@@ -95,7 +97,7 @@ class _Report:
         ended = self.free = self.left + self.taken_ns("optimizer")
         self.kernel(ADAM, self.loaded + 9 * MS // 2, self.left, ended)
         launched = self.loaded + 5 * MS
-        if self.run.runs_ahead:
+        if self.run.runs_ahead and not (self.run.waits_every and step % self.run.waits_every == 0):
             ended = launched
         else:
             self.calls.append((launched, ended, 0, self.thread, 0, SYNCHRONISE, 0, None))

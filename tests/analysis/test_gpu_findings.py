@@ -138,6 +138,19 @@ def test_buckets_that_run_beside_the_backward_pass_hide_no_cause(
     assert table["rank"].notna().sum() == 1
 
 
+@pytest.mark.parametrize(("steps", "named"), [(21, False), (46, True)])
+def test_loading_that_shows_in_few_steps_because_hosts_run_ahead_is_not_said_to_be_of_batches(
+    tmp_path: Path, steps: int, named: bool
+) -> None:
+    """A rank that loads longer is late only after its host has waited for its GPU, in each fifth step."""
+    run = SlowGpuRun(4, 4, steps, {(1, "data"): 15.0}, runs_ahead=True, waits_every=5, buckets=2)
+    table = analyze(run.write(tmp_path / "run")).bottlenecks()
+    (row,) = [row for _, row in table.iterrows() if row["phase"] == "data"]
+    assert row["cause"] == ("data loading" if named else "imbalance without a culprit")
+    assert table["rank"].dropna().tolist() == ([1] if named else [])
+    assert "uneven batches" not in table["cause"].tolist()
+
+
 @pytest.mark.parametrize("ranks_per_node", [2, 4])
 def test_a_step_lasts_as_long_as_its_gpus_work_if_hosts_run_ahead(tmp_path: Path, ranks_per_node: int) -> None:
     run = SlowGpuRun(ranks_per_node=ranks_per_node, runs_ahead=True, longer_ms={(2, "backward"): 8.0})
