@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 from hpcmm.analysis import process_groups
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.study import Study
-from hpcmm.analysis.trace import LOADING, OP_BUILD, OTHER_WAIT, SUPERVISION, WITHIN_STEP
+from hpcmm.analysis.trace import LOADING, OP_BUILD, OTHER_WAIT, SUPERVISION, WITHIN_STEP, WORKER
 from hpcmm.page.headlines import number, plain, rank_list, rank_name, seconds, size, trace_name
 from hpcmm.page.step_charts import Bar, Part
 
@@ -187,7 +187,8 @@ class VerdictRow:
 
 @dataclass(frozen=True, slots=True)
 class ChildWaits:
-    """Bands by rank over ``span``, the step part of the run in percent of it, and the verdicts."""
+    """Bands by rank, and by what runs beside it, over ``span``, the step part of the run in percent of it, and the
+    verdicts."""
 
     bands: list[Bar]
     steps: tuple[float, float] | None
@@ -203,13 +204,22 @@ def child_waits(study: Study) -> ChildWaits | None:
         return None
     first_s, last_s = _step_span(study)
     span = max(float(windows["end_s"].max()), last_s, 1e-9)
-    by_rank = {int(str(rank)): group for rank, group in windows.groupby("rank")}
+    # A launcher's calls are in the table of a rank whose report has them, and are none of that rank's.
+    by_process = {(int(str(rank)), str(role)): group for (rank, role), group in windows.groupby(["rank", "role"])}
     within = windows[windows["verdict"] == WITHIN_STEP].groupby("rank")["union_s"].sum()
-    order = sorted(by_rank, key=lambda rank: (-float(within.get(rank, 0.0)), rank))
-    chosen = sorted(order[:MAX_BANDS])
-    bands = [_band(rank_name(rank, names=study.names), by_rank[rank], span) for rank in chosen]
+    order = sorted(by_process, key=lambda of: (-float(within.get(of[0], 0.0)), of[0], of[1] != WORKER, of[1]))
+    chosen = sorted(order[:MAX_BANDS], key=lambda of: (of[0], of[1] != WORKER, of[1]))
+    bands = [
+        _band(_whose([role], rank_name(rank, names=study.names)), by_process[rank, role], span) for rank, role in chosen
+    ]
     steps = (round(100 * first_s / span, 3), round(100 * (last_s - first_s) / span, 3)) if last_s > first_s else None
     return ChildWaits(bands, steps, seconds(span), _verdicts(windows, study.names), len(order) - len(chosen))
+
+
+def _whose(roles: Iterable[str], ranks: str) -> str:
+    """A rank's own process by its rank, other ones by what they are."""
+    others = sorted({plain(role) for role in roles} - {WORKER})
+    return f"{', '.join(others)} beside {ranks}" if others else ranks
 
 
 def _step_span(study: Study) -> tuple[float, float]:
@@ -252,7 +262,7 @@ def _verdicts(windows: pd.DataFrame, names: Mapping[int, str]) -> list[VerdictRo
                 plain(verdict),
                 _COLOURS.get(str(verdict), "transfer"),
                 MEANING.get(str(verdict), ""),
-                rank_list(group["rank"], names),
+                _whose(group["role"], rank_list(group["rank"], names)),
                 number(int(group["calls"].sum())),
                 seconds(float(by_rank.max())),
                 _window(float(group["start_s"].min()), float(group["end_s"].max())),

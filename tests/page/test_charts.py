@@ -180,7 +180,7 @@ def test_waits_for_children_say_what_they_are(slow_data: Analysis) -> None:
     windows = pd.DataFrame(
         [
             (0, "launcher", "benign supervision", 0.0, 20.0, 2, 19.5),
-            (1, "launcher", "benign supervision", 0.0, 20.0, 900, 0.1),  # looks now and then, and is drawn below
+            (1, "launcher", "benign supervision", 0.0, 20.0, 900, 0.1),  # looks now and then
             (1, "worker", "within step", 9.0, 9.4, 3, 0.3),
         ],
         columns=["rank", "role", "verdict", "start_s", "end_s", "calls", "union_s"],
@@ -188,11 +188,11 @@ def test_waits_for_children_say_what_they_are(slow_data: Analysis) -> None:
     found = child_waits(with_tables(slow_data.study, waitpid_windows=windows))
     assert found is not None
     assert [row.verdict for row in found.verdicts] == ["within step", "benign supervision"]
-    assert found.verdicts[1].ranks == "0-1"
+    assert found.verdicts[1].ranks == "launcher beside 0-1"
     assert found.verdicts[1].window == "0 s to 20 s"
     assert "costs time" in found.verdicts[0].meaning
-    band = found.bands[1]
-    assert [(part.start, part.width) for part in band.parts] == [(0, 100), (45, 2)]
+    assert [band.label for band in found.bands] == ["launcher beside rank 0", "rank 1", "launcher beside rank 1"]
+    assert [(part.start, part.width) for band in found.bands[1:] for part in band.parts] == [(45, 2), (0, 100)]
     assert found.steps is not None
     assert 0 < found.steps[0] < 100
     assert child_waits(with_tables(slow_data.study, waitpid_windows=windows.head(0))) is None
