@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.range_names import NUMBER, matching
@@ -160,6 +162,16 @@ def why_nothing(report: Report, choice: Choice) -> str:
         "nothing was recorded in the window that was asked for, and something before or after it: its first event is "
         f"at {first_s:.3g} s of the run, its last one at {last_s:.3g} s"
     )
+
+
+def no_whole_step(report: Report, choice: Choice, window: Window) -> str:
+    """That no step of ``report``, which has some, lies in ``window``, and which times hold the nearest one."""
+    steps = report.nvtx[_steps(report)]
+    start, end = (steps[name].to_numpy(np.int64) for name in ("start_ns", "end_ns"))
+    nearest = int((np.minimum(end, window.high_ns) - np.maximum(start, window.low_ns)).argmax())
+    begin = _run_begins_ns(report, choice)
+    from_s, to_s = math.floor((start[nearest] - begin) / 1e7) / 100, math.ceil((end[nearest] - begin) / 1e7) / 100
+    return f"{NO_WHOLE_STEP}; --from {from_s:.2f} --to {to_s:.2f} holds the nearest one"
 
 
 def stepped_before(report: Report, window: Window) -> frozenset[int]:

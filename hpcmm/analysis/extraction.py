@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from hpcmm.analysis import gpu_trace, osrt, phases, waitpid
-from hpcmm.analysis.choice import CHOOSE_FOR_ME, NO_WHOLE_STEP, Choice, cut, stepped_before, why_nothing, window_of
+from hpcmm.analysis.choice import CHOOSE_FOR_ME, Choice, cut, no_whole_step, stepped_before, why_nothing, window_of
 from hpcmm.analysis.completeness import UUID
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.trace import COLLECTIVE_COLUMNS, NO_PEER, NO_SIZE, NOT_LAUNCHED, UNEVEN, RankTrace
@@ -77,6 +77,7 @@ def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
     """
     whole, adopted = with_user_ranges(report, choice)
     before = frozenset[int]() if adopted is None else adopted.stepped_before
+    no_steps = ""
     report = whole
     traces: tuple[RankTrace, ...] = ()
     if choice.is_whole:
@@ -86,11 +87,11 @@ def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
         if not window.is_empty:
             report = cut(whole, window)
             traces = tuple(extract_traces(report))
+            no_steps = no_whole_step(whole, choice, window) if _stepping(whole) else ""
     if not traces and not choice.is_whole:
         why = why_nothing(whole, choice)
         facts = ReportFacts(report.path, identity=report.identity, events=report.events, no_ranges=why)
         return replace(facts, adopted=adopted, stepped_before=before, has_nvtx=_has_nvtx(whole))
-    no_steps = NO_WHOLE_STEP if report is not whole and _stepping(whole) else _why_no_ranges(report, adopted)
     return ReportFacts(
         path=report.path,
         traces=traces,
@@ -102,7 +103,7 @@ def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
         epoch_ns=report.epoch_ns,
         first_ns=report.first_ns,
         gpu_missing="cuda" in report.requested and report.cuda is None and report.parts is Parts.ALL,
-        no_ranges="" if any(len(trace.steps) for trace in traces) else no_steps,
+        no_ranges="" if any(len(trace.steps) for trace in traces) else no_steps or _why_no_ranges(report, adopted),
         has_nvtx=_has_nvtx(report),
         damage="; ".join(report.damage),
         adopted=adopted and replace(adopted, ranges=adopted.ranges.iloc[:0]),
@@ -247,9 +248,10 @@ def _stepping(report: Report) -> list[int]:
 
 def _in_domain(report: Report, domain: str, name: str = "") -> list[int]:
     """Processes that wrote a range of ``domain`` (of that ``name``), in the order of their first."""
-    ranges = report.nvtx[report.nvtx["domain"] == domain]
-    chosen = ranges[ranges["name"] == name] if name else ranges
-    return [int(pid) for pid in chosen["pid"].drop_duplicates()]
+    chosen = report.nvtx["domain"] == domain
+    if name:
+        chosen &= report.nvtx["name"] == name
+    return [int(pid) for pid in report.nvtx["pid"][chosen].drop_duplicates()]
 
 
 def _extract_devices(report: Report, cuda: CudaEvents, family: waitpid.Family, workers: list[int]) -> list[RankTrace]:

@@ -30,6 +30,7 @@ from hpcmm.analysis import (
     waitpid,
 )
 from hpcmm.analysis.advice import WITHOUT_PYTHON
+from hpcmm.analysis.choice import NO_WHOLE_STEP
 from hpcmm.analysis.clock import UNSYNCHRONISED_ERROR_NS, Arrivals, CommonClock, ReportClock, common_clock
 from hpcmm.analysis.findings import AnalysisContext, Finding, gpu_doubt
 from hpcmm.analysis.gpu_findings import span_s
@@ -159,7 +160,7 @@ def study(
         failed_run=record.folder if record.failed else "",
         failed_before_steps=record.failed_before_steps and not any(len(trace.steps) for trace in traces),
         ranges=user_ranges.in_words([fact.adopted for fact, _ in inventory.used if fact.adopted is not None]),
-        line_to_add=step_line(framework) if inventory.table["status"].isin([NO_NVTX, NO_STEPS]).any() else "",
+        line_to_add=step_line(framework) if _lacks_steps(inventory.table) else "",
     )
 
 
@@ -180,6 +181,12 @@ def _efficiency(
     alone = sum(len(trace.steps) > 0 for trace in traces) <= 1
     samples = samples_per_step(record.config)
     return efficiency(of_phases, steps, reference, samples, waiting_is_known=alone or len(rows) > 0)
+
+
+def _lacks_steps(coverage: pd.DataFrame) -> bool:
+    """Whether a report has no steps, and not for the window that was asked for."""
+    lacking = coverage["status"].isin([NO_NVTX, NO_STEPS])
+    return bool((lacking & ~coverage["reason"].str.contains(NO_WHOLE_STEP, regex=False)).any())
 
 
 def _of_os_calls(traces: Sequence[RankTrace]) -> dict[str, Callable[[], pd.DataFrame]]:
