@@ -187,11 +187,10 @@ def find_without_steps(tables: Mapping[str, pd.DataFrame], unseen: Unseen, doubt
     are not to be trusted, if so.
 
     Nothing tells chance from a straggler there, so that a row with a culprit goes by its loss as any other. What is
-    worth a row is measured by the capture without gaps that come once. GPUs that did nothing but set memory ran no
-    program.
+    worth a row is measured by the capture without gaps that come once. GPUs that only set memory lost nothing.
     """
     gpu = tables["gpu"]
-    if float(gpu["compute_s"].sum() + gpu["comm_s"].sum() + (gpu["memory_s"] - gpu["set_s"]).sum()) <= 0:
+    if not (gpu[["compute_s", "comm_s"]].sum(axis=1) + gpu["memory_s"] > gpu["set_s"]).any():
         return []
     found = _without_launches(gpu_findings.of_capture(tables, unseen), gpu, 0.0)
     return _worth(doubted(found, doubt), gpu_findings.repeated_s(gpu, found), 1.0)
@@ -269,6 +268,12 @@ def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> l
     return [_transfer_of(context, inside[chosen], left, str(kind), link, start_s) for kind, chosen in kinds.items()]
 
 
+def _what_measures(nodes: int) -> str:
+    """What tells the bandwidth between so many nodes."""
+    tools = f"python -m hpcmm.doctor cluster=... --nodes {nodes}, iperf3 or all_reduce_perf of nccl-tests measure it"
+    return f"{tools}, though of two nodes nothing tells which one is slow" if nodes == 2 else tools
+
+
 def _transfer_of(
     context: AnalysisContext, rows: pd.DataFrame, left: float, moves: str, link: SlowLink, start_s: float | None
 ) -> Finding:
@@ -286,7 +291,7 @@ def _transfer_of(
     against = network.standing(rows, context.network, context.traces) if bound != "latency" else Standing(False, "")
     told += f"; {against.about}" if against.about else ""
     if bound == "bandwidth" and not (link.about or against.about or name.endswith("within a node")):
-        told += "; what the network can do is not known, python -m hpcmm.doctor measures it"
+        told += f"; what the network can do is not known: {_what_measures(len(context.nodes()))}"
     if cause == CAUSES["transfer"]:
         of = f" of {moves}" if moves else ""
         bounds = ", far below what the network can do" if against.is_slow else f", bound by {bound}" if bound else ""

@@ -414,14 +414,14 @@ def bound_by(rows: pd.DataFrame, start_s: float | None) -> str:
 
 def in_words(rows: pd.DataFrame, count: int) -> str:
     """Messages, bytes, time and bandwidth; ``count`` is the number of steps times that of ranks."""
-    each_s = float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / max(len(rows), 1)
-    messages = f"{len(rows) / count:.3g} message{'s' if len(rows) != count else ''}"
+    each = _duration(float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / max(len(rows), 1))
+    often, per = f"{len(rows) / count:.3g} message{'s' if len(rows) != count else ''}", "a step and"
+    often, per = (often, per) if len(rows) >= count else (f"a message every {count / len(rows):.3g} steps", "of a")
     if nccl.without_size(rows).all():
-        return f"{messages} a step and rank, whose size the report does not tell, {_duration(each_s)} each"
+        return f"{often} {per} rank, whose size the report does not tell, {each} each"
     whole, typical = size_in_words(float(rows["bytes"].sum()) / count), size_in_words(float(rows["bytes"].median()))
-    told = f"{whole} a step and rank in {messages}, half of them of at least {typical}, {_duration(each_s)} each"
-    bandwidth = bus_rate(rows)
-    return told + (f", at a bus bandwidth of {size_in_words(bandwidth)}/s" if bandwidth > 0 else "")
+    told = f"{whole} a step and rank in {often}, half of them of at least {typical}, {each} each"
+    return told + (f", at a bus bandwidth of {size_in_words(rate)}/s" if (rate := bus_rate(rows)) > 0 else "")
 
 
 def bus_rate(rows: pd.DataFrame) -> float:

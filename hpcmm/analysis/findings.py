@@ -83,6 +83,11 @@ def work_in_words(phase: str) -> str:
     return {OTHER: CAUSES["other"], BETWEEN_STEPS: CAUSES["between"]}.get(phase, phase)
 
 
+def in_percent(share: float) -> str:
+    """A share in whole percent; a small one is not nothing."""
+    return "under 1%" if 0 < share < 0.01 else f"{share:.0%}"
+
+
 COMPUTATION_SHARE = 0.1
 """Phases hold a run's computation when they take this share of the time that no phase covers."""
 
@@ -96,6 +101,13 @@ def computation_has_phases(traces: Sequence[RankTrace]) -> bool:
         unnamed += int(by_phase.get(OTHER, 0))
         computing += sum(int(taken) for phase, taken in by_phase.items() if kind_of_part(str(phase)) == "compute")
     return computing >= COMPUTATION_SHARE * unnamed
+
+
+def phases_launch(traces: Sequence[RankTrace]) -> bool:
+    """Whether most of what GPUs computed was launched in phases, however short these are on the host."""
+    on_devices = [trace.device_work.by_phase for trace in traces if trace.device_work]
+    work = [(phase, own.total_ns) for each in on_devices for phase, own in each.items()]
+    return 2 * sum(taken for phase, taken in work if phase not in {"", OTHER}) > sum(taken for _, taken in work)
 
 
 @dataclass(frozen=True, slots=True)

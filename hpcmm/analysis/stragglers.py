@@ -27,6 +27,7 @@ from hpcmm.analysis.findings import (
     STRAGGLER_SHARE,
     AnalysisContext,
     Finding,
+    in_percent,
     kind_of_part,
     phase_of_part,
     work_in_words,
@@ -298,7 +299,7 @@ def _when(context: AnalysisContext, straggler: _Straggler) -> str:
         steps = numbers[by_step > 0]
         listed = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
         return f"in {len(steps)} of {len(numbers)} steps ({listed})"
-    told = f"most of all in {straggler.dominance:.0%} of steps"
+    told = f"most of all in {in_percent(straggler.dominance)} of steps"
     heavy = np.flatnonzero(by_step > 0.5 * np.quantile(by_step, 0.95))
     span = slice(int(heavy[0]), int(heavy[-1]) + 1) if len(heavy) else slice(0, len(numbers))
     if span.stop - span.start <= 0.7 * len(numbers) and by_step[span].sum() > 0.85 * by_step.sum():

@@ -54,6 +54,16 @@ class Study:
         return "No whole step lies in the window" if cut else "No steps are annotated"
 
     @property
+    def joined_windows(self) -> str:
+        """That several reports are windows of one process's capture; empty if none are."""
+        joined = [trace for trace in self.traces if len(trace.windows_ns)]
+        if not joined:
+            return ""
+        count = max(len(trace.windows_ns) for trace in joined) + 1
+        whose = joined[0].name if len(joined) == 1 else f"each of {len(joined)} ranks"
+        return f"; {count} reports of {whose} are windows of one capture, read together"
+
+    @property
     def names(self) -> dict[int, str]:
         """What to call each trace, by its number in column ``rank``, which is made up if its rank is unknown."""
         return {trace.rank: trace.name for trace in self.traces}

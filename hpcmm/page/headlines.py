@@ -14,7 +14,7 @@ import pandas as pd
 
 from hpcmm.analysis import process_groups
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS
-from hpcmm.analysis.findings import ONE_STEP, computation_has_phases, gpu_doubt
+from hpcmm.analysis.findings import ONE_STEP, computation_has_phases, gpu_doubt, phases_launch
 from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.gpu_trace import counted, traced
 from hpcmm.analysis.study import Study, why_failed
@@ -224,7 +224,7 @@ def coverage_line(study: Study) -> str:
     used, whole = int(found.sum()), int((~again).sum())
     rest = status[status != "found"].value_counts()
     told = ", ".join(f"{count} {str(name).replace('_', ' ')}" for name, count in rest.items())
-    return f"{used} of {whole} ranks with steps" + (f" ({told})" if told else "")
+    return f"{used} of {whole} ranks with steps" + (f" ({told})" if told else "") + study.joined_windows
 
 
 def gaps(coverage: pd.DataFrame) -> list[tuple[str, str, str]]:
@@ -292,7 +292,7 @@ def phases_line(study: Study) -> str:
         return f"what gives it steps: {plain(study.line_to_add)}" if is_known else ""
     if computation_has_phases(study.traces):
         return ""
-    if len(study.tables["gpu"]) and study.ranges:  # the host launches its phases, and the GPU computes
+    if len(study.tables["gpu"]) and (study.ranges or phases_launch(study.traces)):  # the GPU computes elsewhen
         return ""
     return (
         "no phase covers the computation: annotate.phase(...) around forward, backward and optimizer tells them apart"

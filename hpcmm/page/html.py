@@ -52,6 +52,7 @@ from hpcmm.page.step_charts import (
 )
 from hpcmm.page.timeline import culprits, timeline, worst_step
 from hpcmm.page.wait_charts import bandwidth, child_waits, wait_matrix
+from hpcmm.text import visible
 
 MAX_ROWS = 300
 """Rows of a table on the page; the CSV holds all."""
@@ -224,10 +225,10 @@ def _bottlenecks(study: Study) -> list[dict[str, Any]]:
             "width": round(100 * min(float(row["step_share"]), 1.0), 1),
             "who": _who(study, row),
             "phase": plain(row["phase"]),
-            "evidence": plain(row["evidence"]),
+            "evidence": visible(str(row["evidence"])),
             "confidence": str(row["confidence"]),
             "rows": plain(row.get("evidence_rows") or ""),
-            **_suggestion(plain(row["suggestion"])),
+            **_suggestion(visible(str(row["suggestion"]))),
             "step": worst_step(study, row),
             "ranks": ",".join(str(rank) for rank in culprits(study, row)),
         }

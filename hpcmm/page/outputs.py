@@ -40,7 +40,7 @@ from hpcmm.page.headlines import (
 )
 from hpcmm.page.html import page
 from hpcmm.page.perfetto import write_trace
-from hpcmm.text import printable
+from hpcmm.text import printable, visible
 
 
 def write_all(folder: Path, contents: Mapping[str, Content]) -> None:
@@ -120,8 +120,8 @@ def summary(study: Study) -> str:
     parts = [f"# {escape(study.name or 'Analysis')}", f"**{escape(headline(study))}**"]
     if len(rows):
         first = rows.iloc[0]
-        parts.append(f"Why: {escape(first['evidence'])}. Try: {code(first['suggestion'])}")
-    parts.append("\n".join(f"- {escape(fact)}" for fact in facts if fact))
+        parts.append(f"Why: {escape_whole(first['evidence'])}. Try: {code(first['suggestion'])}")
+    parts.append("\n".join(f"- {escape_whole(fact)}" for fact in facts if fact))
     if len(rows):
         parts.append(_bottlenecks(rows, study.names, lost_heading(study)))
     for each in gpu_tables(study):
@@ -160,8 +160,13 @@ def table(frame: pd.DataFrame) -> str:
 
 
 def escape(text: object) -> str:
-    """``text`` as Markdown that renders as itself: no markup, no HTML, no table cell ends."""
-    escaped = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """``text`` as Markdown that renders as itself: no markup, no HTML, no table cell ends. Foreign text is cut."""
+    return escape_whole(plain(text))
+
+
+def escape_whole(text: object) -> str:
+    """As :func:`escape`, for hpcmm's own sentences."""
+    escaped = visible(str(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for character in "\\`*[]|_~#":
         escaped = escaped.replace(character, f"\\{character}")
     return escaped
@@ -169,8 +174,8 @@ def escape(text: object) -> str:
 
 def code(text: object) -> str:
     """``text`` as inline code, or escaped where it holds what code or a table cell cannot."""
-    shown = plain(text)
-    return escape(shown) if set(shown) & set("`|<>&\\") else f"`{shown}`"
+    shown = visible(str(text))
+    return escape_whole(shown) if set(shown) & set("`|<>&\\") else f"`{shown}`"
 
 
 def _line(cells: Sequence[str]) -> str:

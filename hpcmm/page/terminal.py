@@ -43,7 +43,7 @@ from hpcmm.page.headlines import (
     steps_line,
     throughput_line,
 )
-from hpcmm.text import printable
+from hpcmm.text import printable, visible
 
 TABLE_WIDTH = 100
 """A narrower terminal gets a few lines for each bottleneck instead of a table."""
@@ -58,8 +58,8 @@ def print_study(study: Study, out: Path, console: Console | None = None) -> None
     rows = study.tables["bottlenecks"].to_dict("records")
     _line(console, headline(study), "bold", rich=rich)
     if rows:
-        _line(console, f"Evidence: {plain(rows[0]['evidence'])}.", "dim", rich=rich)
-        _line(console, f"Try: {plain(rows[0]['suggestion'])}", "bold green", rich=rich)
+        _line(console, f"Evidence: {visible(rows[0]['evidence'])}.", "dim", rich=rich)
+        _line(console, f"Try: {visible(rows[0]['suggestion'])}", "bold green", rich=rich)
         console.print()
         heading = lost_heading(study)
         if not rich:
@@ -110,6 +110,17 @@ def _who(row: dict[Any, Any], names: Mapping[int, str]) -> str:
     return f"{rank_name(int(row['rank']), names=names)}{on}"
 
 
+MAX_PHASE = 40
+"""Characters of a phase's name in a table; the files have all of them."""
+
+
+def _phase(row: dict[Any, Any]) -> str:
+    """The phase, or phases, of a row, shortened in the middle."""
+    names = plain(row["phase"]).split(", ")
+    short = [f"{each[:24]}...{each[-13:]}" if len(each) > MAX_PHASE else each for each in names]
+    return ", ".join(short) or "-"
+
+
 def _table(rows: list[dict[Any, Any]], names: Mapping[int, str], lost_heading: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
@@ -127,7 +138,7 @@ def _table(rows: list[dict[Any, Any]], names: Mapping[int, str], lost_heading: s
             seconds(float(row["lost_s_per_step"])),
             percent(float(row["step_share"])),
             Text(_who(row, names)),
-            Text(plain(row["phase"]) or "-"),
+            Text(_phase(row)),
             plain(row["confidence"]),
             Text(plain(row["suggestion"]), style="green"),
         )
@@ -137,7 +148,7 @@ def _table(rows: list[dict[Any, Any]], names: Mapping[int, str], lost_heading: s
 def _print_stacked(console: Console, rows: list[dict[Any, Any]], names: Mapping[int, str], lost_heading: str) -> None:
     each = lost_heading.removeprefix("lost")
     for row in rows:
-        where = ", ".join(part for part in (_who(row, names), plain(row["phase"])) if part and part != "-")
+        where = ", ".join(part for part in (_who(row, names), _phase(row)) if part and part != "-")
         style = _STYLES.get(str(row["confidence"]), "")
         cause = Text.assemble(f"{row['rank_order']}. ", (plain(row["cause"]), style), f" ({where})" if where else "")
         lost = f"{seconds(float(row['lost_s_per_step']))}{each}, {percent(float(row['step_share']))}"
@@ -156,7 +167,7 @@ def _print_plain(console: Console, rows: list[dict[Any, Any]], names: Mapping[in
             percent(float(row["step_share"])),
             plain(row["cause"]),
             _who(row, names),
-            plain(row["phase"]) or "-",
+            _phase(row),
             plain(row["confidence"]),
             plain(row["suggestion"]),
         )

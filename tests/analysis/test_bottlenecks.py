@@ -13,7 +13,7 @@ from simulated import MS, everyone, simulate_program, simulate_run
 
 from hpcmm.analysis import bottlenecks, host_calls
 from hpcmm.analysis.collectives import match_with_waits
-from hpcmm.analysis.findings import CAUSES, Finding, computation_has_phases
+from hpcmm.analysis.findings import CAUSES, Finding, computation_has_phases, in_percent
 from hpcmm.analysis.intervals import IntervalSet
 from hpcmm.analysis.phases import step_times
 from hpcmm.analysis.statistics import chance_of_sum
@@ -558,3 +558,7 @@ def test_a_rank_of_a_script_that_works_longer_because_it_writes_is_advised_to_wr
     writes = Finding("other", "", 1.0, 0, "node1", "other", "", "high", function="write")
     assert suggest(writes, config) == "print, log or save less often there, or from a thread of its own"
     assert "annotate.phase" in suggest(replace(writes, function="poll"), config)
+
+
+def test_a_small_share_is_not_nothing() -> None:
+    assert [in_percent(share) for share in (0.0, 0.004, 0.25, 1.0)] == ["0%", "under 1%", "25%", "100%"]

@@ -254,6 +254,12 @@ def test_messages_that_start_up_longer_than_they_move_tell_of_no_bandwidth() -> 
     assert "bus bandwidth" in in_words(messages([4_100] * 10 + [2_000_000] * 11, 500.0, 1000.0), 42)
 
 
+def test_messages_of_few_steps_are_no_part_of_a_message() -> None:
+    rows = messages([4_100] * 20, 500.0, 1000.0)
+    assert " a step and rank in 1 message, " in in_words(rows, len(rows))
+    assert " a step and rank in a message every 4 steps, " in in_words(rows, 4 * len(rows))
+
+
 def test_a_script_is_advised_no_key_for_a_transfer_and_a_workload_is() -> None:
     finding = verdicts(simulate_run(balanced, transfer_ms=300.0))[0]
     assert (finding.kind, finding.moves, finding.bound) == ("transfer", GRADIENTS, "bandwidth")

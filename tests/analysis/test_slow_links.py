@@ -155,7 +155,9 @@ def test_what_the_check_measured_goes_before_the_links_rate() -> None:
 def test_nothing_is_judged_if_nothing_is_known() -> None:
     found = verdict(run_of(), Network())
     assert not found.is_slow
-    assert "what the network can do is not known" in found.evidence
+    assert "what the network can do is not known: python -m hpcmm.doctor cluster=... --nodes 2" in found.evidence
+    assert "of two nodes nothing tells which one is slow" in found.evidence
+    assert "of two nodes" not in verdict(run_of(ranks=8), Network()).evidence
     assert "no_sync" in suggest(found, {})
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.page.html import folded
+from hpcmm.page.outputs import escape_whole, summary
 from hpcmm.page.timeline import timeline
+from hpcmm.page.wait_charts import child_waits
 
 INPUTS = Path(__file__).parent / "inputs"
 DOING = {"computation", "copies", "idle: until the host launches"}
@@ -64,3 +66,18 @@ def test_what_a_gpu_does_is_in_the_trace(loading: Analysis) -> None:
     assert all(begin + length <= after[0] + 0.001 for (begin, length, _), after in itertools.pairwise(mine))
     idle_us = sum(length for _, length, name in mine if name.startswith("idle"))
     assert idle_us / 1e6 == pytest.approx(loading.idle()["idle_s"].sum(), rel=0.01)
+
+
+def test_the_summary_holds_the_evidence_as_a_whole() -> None:
+    analysis = analyze(INPUTS / "capture_repeat")
+    evidence = str(analysis.bottlenecks().iloc[0]["evidence"])
+    assert len(evidence) > 300
+    assert escape_whole(evidence) in summary(analysis.study)
+
+
+def test_a_launcher_s_waits_are_in_a_row_of_its_own() -> None:
+    study = analyze(INPUTS / "cpu_torchrun_plain").study
+    found = child_waits(study)
+    assert found is not None
+    assert [band.label for band in found.bands] == [f"launcher beside {study.names[-1]}"]
+    assert found.verdicts[0].ranks == found.bands[0].label

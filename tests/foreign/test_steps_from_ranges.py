@@ -1,5 +1,6 @@
 """Steps and phases that a program named for itself, whatever it calls them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from changed_inputs import INPUTS, LOADING, STEPS, changed, first
 from hpcmm.analyze import Analysis, Choice, analyze
 from hpcmm.analyze.__main__ import main
 from hpcmm.errors import HpcmmError
+from hpcmm.page import headlines
 
 
 def renamed(name: str) -> str:
@@ -128,6 +130,12 @@ def test_steps_that_overlap_are_cut(tmp_path: Path) -> None:
     longer = f'UPDATE NVTX_EVENTS SET eventType = 60, "end" = start + 130000000 WHERE {STEPS}'  # noqa: S608
     steps = analyze(changed(tmp_path, "steps_megatron_bridge", longer)).steps()
     assert list(steps.loc[steps["rank"] == 0, "step"]) == list(range(20))
+
+
+def test_phases_that_launch_the_computation_cover_it() -> None:
+    assert headlines.phases_line(analyze(INPUTS / "steps_expected").study) == ""
+    chosen = analyze(INPUTS / "steps_expected", choice=Choice(phases="data"))
+    assert headlines.phases_line(replace(chosen.study, ranges="")).startswith("no phase covers the computation")
 
 
 def test_phases_can_be_chosen() -> None:

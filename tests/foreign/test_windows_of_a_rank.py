@@ -102,3 +102,10 @@ def test_a_later_window_alone_is_warm(reports: Path) -> None:
         name_steps(reports / f"report.{number}.sqlite", 0)
     steps = analyze(reports, choice=Choice(from_s=30.0)).steps()
     assert list(steps["warmup"]) == [False] * 4
+
+
+def test_that_several_windows_were_read_is_said(reports: Path) -> None:
+    told = coverage_line(analyze(reports).study)
+    assert told.endswith("; 2 reports of rank 0 are windows of one capture, read together")
+    (reports / "report.2.sqlite").unlink()
+    assert "windows" not in coverage_line(analyze(reports).study)

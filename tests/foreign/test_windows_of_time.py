@@ -1,5 +1,6 @@
 """Analyses of a part of a run alone, however few steps that leaves."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,21 @@ def test_a_window_without_a_whole_step_says_so() -> None:
     analysis = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(from_s=0.51, to_s=0.57))
     assert headlines.headline(analysis.study).startswith("No whole step lies in the window; of 60 ms on 2 GPUs")
     assert analysis.coverage()["reason"].str.contains("no step of it lies as a whole in the window").all()
+
+
+def test_a_window_without_a_whole_step_tells_which_times_hold_one() -> None:
+    inside = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(from_s=0.52, to_s=0.58))
+    assert inside.study.no_steps == "No whole step lies in the window"
+    (why,) = set(inside.coverage()["reason"].str.extract("(no step of it.*)", expand=False))
+    found = re.fullmatch(
+        "no step of it lies as a whole in the window that was asked for; "
+        "--from ([0-9.]+) --to ([0-9.]+) holds the nearest one",
+        why,
+    )
+    assert found
+    choice = Choice(from_s=float(found[1]), to_s=float(found[2]))
+    assert list(analyze(INPUTS / "steps_megatron_bridge", choice=choice).steps()["step"].unique()) == [5]
+    assert inside.study.line_to_add == ""
 
 
 def test_a_report_without_the_ranges_of_a_window_says_so(tmp_path: Path) -> None:

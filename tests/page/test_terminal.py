@@ -52,6 +52,17 @@ def test_how_to_tell_the_parts_of_a_computation_without_phases_is_said(slow_data
         assert ("No phase covers the computation: annotate.phase(...)" in output.getvalue()) == expected
 
 
+def test_a_long_phase_is_shortened_in_the_middle(slow_data: Analysis) -> None:
+    name = "model.encoder.layers.attention." * 4 + "projection"
+    rows = slow_data.bottlenecks()
+    tables = {**slow_data.tables, "bottlenecks": rows.assign(phase=f"{name}, data")}
+    output = StringIO()
+    print_study(replace(slow_data.study, tables=tables), Path("out"), Console(file=output, width=200))
+    row = next(line for line in output.getvalue().splitlines() if line.startswith("1  "))
+    assert "  model.encoder.layers.att...on.projection, data  " in row
+    assert name in output.getvalue().splitlines()[0]
+
+
 @pytest.mark.parametrize("width", [20, 40, 72, 100, 160])
 def test_no_line_is_wider_than_the_terminal(slow_data: Analysis, width: int) -> None:
     text = printed(slow_data, width=width, terminal=True)
