@@ -72,8 +72,8 @@ def _capture_all(config: Mapping[str, Any]) -> str:
     if not config:
         return (
             "capture each rank: srun nsys profile -o report_%q{SLURM_PROCID} python ..., or "
-            "torchrun --no-python nsys profile -o report_%q{RANK} python ..., or on each node, with all of its ranks in "
-            "one report, nsys profile -o report_%h torchrun ..."
+            "torchrun --no-python nsys profile -o report_%q{RANK} python ..., or one report a node of all of its "
+            "ranks: nsys profile -o report_%h torchrun ..."
         )
     if _text(config, "profile", "ranks") == "all":
         return "see in coverage.csv why these ranks left no report, and run again"
