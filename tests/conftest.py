@@ -85,8 +85,24 @@ LONGEST = ("workloads", "annotate", "serve", "compatibility", "worker", "train")
 """Folders of the tests that take longest. They start first: a long one that starts last leaves other workers idle."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest_as_long(items)
     items.sort(key=lambda item: item.path.relative_to(REPOSITORY / "tests").parts[0] not in LONGEST)
+
+
+def mark_the_rest_as_long(items: list[pytest.Item]) -> None:
+    """Of a test that is marked ``few(count)`` so many of its parameters stay in ``make test``, evenly among all."""
+    tests: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few"):
+            tests.setdefault((item.path, item.name.partition("[")[0]), []).append(item)
+    for cases in tests.values():
+        (count,) = cases[0].get_closest_marker("few").args
+        kept = {place * len(cases) // count for place in range(count)}
+        for place, case in enumerate(cases):
+            if place not in kept:
+                case.add_marker(pytest.mark.long)
 
 
 @dataclass(frozen=True)

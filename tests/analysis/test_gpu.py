@@ -273,6 +273,7 @@ def test_cuda_asked_for_and_not_there_is_said(tmp_path: Path) -> None:
     assert set(coverage["reason"]) == {"CUDA was to be traced, but no GPU activity was recorded"}
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "statement",
     [

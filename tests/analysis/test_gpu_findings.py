@@ -100,6 +100,7 @@ def test_no_gpu_no_rows() -> None:
     assert excess(nothing, 0) == ("", "")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
 def test_a_slow_gpu_is_named_by_what_launched_its_kernels(tmp_path: Path, phase: str, ranks_per_node: int) -> None:

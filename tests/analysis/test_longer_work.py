@@ -54,6 +54,7 @@ def test_with_good_clocks_a_tenth_of_the_transfer_is_not_asked_of_work():
     assert "at most" not in found.evidence
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("noise_ms", [0.0, 10.0, 40.0])
 @pytest.mark.parametrize("ranks", [2, 4, 8])

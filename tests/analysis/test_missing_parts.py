@@ -71,6 +71,7 @@ COLLECTIVES = {
 }
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize(("ranks", "steps"), [(1, 6), (2, 1), (4, 6)])
 @pytest.mark.parametrize("change", COLLECTIVES.values(), ids=COLLECTIVES)
 def test_collectives(change, ranks: int, steps: int, tmp_path: Path) -> None:
@@ -111,6 +112,7 @@ STEPS = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("change", STEPS.values(), ids=STEPS)
 def test_steps(change, tmp_path: Path) -> None:
     assert "ranks with steps" in outputs([change(trace) for trace in run()], tmp_path)

@@ -296,6 +296,7 @@ def test_what_is_advised_for_a_transfer_fits_the_stage_of_zero() -> None:
         assert re.search("stage3_|train_micro_batch_size_per_gpu|reduce_bucket_size", told)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("bound", ["", "latency", "bandwidth"])
 @pytest.mark.parametrize("moves", [ACTIVATIONS, PARAMETERS, "pipeline sends", "tokens of experts or sequence parts"])
 def test_groups_that_lie_within_a_node_are_not_advised_to(moves, bound: str) -> None:

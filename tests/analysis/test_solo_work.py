@@ -26,6 +26,7 @@ def first_verdict(extra, *, program=PROGRAM, steps=40, ranks=4, seed=0, **option
     return verdicts(traces)[0]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("rank", "when", "told"),

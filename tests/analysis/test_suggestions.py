@@ -69,6 +69,7 @@ def transfer(moves: str, bound: str, *, is_in_node: bool = False) -> Finding:
     )
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_transfer_is_advised_keys_that_exist_and_that_the_recipe_takes(name: str, tmp_path):
     overrides = overrides_of(name, ranks_per_node=1)

@@ -40,6 +40,7 @@ NO_TIME_OF_DAY = (
 )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("statement", NO_TIME_OF_DAY)
 @pytest.mark.parametrize("later_ms", [0, 5000])
 def test_a_late_loader_is_named_by_each_rank_s_own_clock(tmp_path: Path, statement: str, later_ms: int) -> None:

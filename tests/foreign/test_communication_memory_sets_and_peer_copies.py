@@ -115,6 +115,7 @@ def causes(run: Analysis) -> list[str]:
     return list(run.bottlenecks()["cause"])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name",
     [REDUCE, "multimem_all_reduce_kernel", "nvshmemi_proxy_rma_entrypoint", "deep_ep::intranode::dispatch",
@@ -185,6 +186,7 @@ def test_the_rank_whose_kernels_are_far_shorter_is_waited_for(tmp_path: Path, ra
     assert run.bottlenecks()["step_share"].sum() <= 1.0
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "ranks",
     [
@@ -203,6 +205,7 @@ def test_nobody_is_named_if_it_is_not_clear(tmp_path: Path, ranks: list[Work]) -
     assert table["cause"].iloc[0] == "communication, transfer or waiting"
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("steps", [True, False])
 @pytest.mark.parametrize(
     "name",
@@ -299,6 +302,7 @@ def test_memory_sets_beside_copies_alone_leave_the_advice_to_the_copies(tmp_path
     )
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("copy", "direction"),
     [

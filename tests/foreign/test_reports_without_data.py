@@ -37,6 +37,7 @@ def test_an_empty_report_has_the_rank_that_another_file_s_name_confirms(reports:
     assert rows(analyze(reports)) == [(0, "truncated", "rank_0000.nsys-rep"), (1, "no_nvtx", "rank_0001.sqlite")]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name", ["other.nsys-rep", "rank0000.nsys-rep", "rank_0000_b.nsys-rep", "rank_0001_0.nsys-rep"]
 )

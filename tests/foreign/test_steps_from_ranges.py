@@ -32,14 +32,12 @@ def test_a_program_s_own_ranges_give_the_verdict_of_annotated_ones(source: str) 
     "name",
     [
         "iteration ",
-        "Iter:",
-        "train_step[",
-        "global_step=",
-        "batch_",
         "epoch 0 step ",
-        "TrainStep ",
-        "mini_batch/",
         "GPT@",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("Iter:", "train_step[", "global_step=", "batch_", "TrainStep ", "mini_batch/")
+        ),
     ],
 )
 def test_steps_are_found_under_many_names(tmp_path: Path, name: str) -> None:
@@ -64,7 +62,14 @@ def test_steps_are_found_however_they_were_written(tmp_path: Path, statement: st
     assert first(analyze(changed(tmp_path, "steps_megatron_bridge", statement))) == LOADING
 
 
-@pytest.mark.parametrize("name", ["forward_pass_", "layer ", "epoch ", "eval_step_", "optimizer.step "])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "epoch ",
+        "optimizer.step ",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("forward_pass_", "layer ", "eval_step_")),
+    ],
+)
 def test_what_may_be_something_else_is_proposed_and_not_taken(tmp_path: Path, name: str) -> None:
     folder = changed(tmp_path, "steps_megatron_bridge", renamed(name))
     unclear = analyze(folder)
@@ -262,6 +267,7 @@ N = "CAST(substr(value, 15) AS INT)"
 """The number of a step, in SQL."""
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "label"),
     [
@@ -354,7 +360,18 @@ def assert_shares(analysis: Analysis) -> None:
         assert ((share >= 0) & (share <= 1)).all(), name
 
 
-@pytest.mark.parametrize("source", sorted(path.name for path in INPUTS.iterdir() if path.name != "empty_beside_good"))
+OF_EACH_KIND = {"steps_expected", "steps_profilerstep", "sync_then_loading", "plain_sleep", "moderate_overlap"}
+"""One input of each kind; `make test-all` takes all."""
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        name if name in OF_EACH_KIND else pytest.param(name, marks=pytest.mark.long)
+        for name in sorted(path.name for path in INPUTS.iterdir())
+        if name != "empty_beside_good"
+    ],
+)
 def test_no_share_of_a_step_of_any_capture_exceeds_the_whole(source: str) -> None:
     assert_shares(analyze(INPUTS / source))
 

@@ -49,6 +49,7 @@ def _patterns(module):
         yield pytest.param(classify._CONNECTS, re.compile(classify._CONNECTS, re.IGNORECASE).search, id="_CONNECTS")
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize(("pattern", "look"), [*_patterns(classify), *_patterns(failures), *_patterns(logs)])
 def test_no_pattern_takes_long_for_what_nearly_fits_it_again_and_again(pattern, look):
     literals = re.findall(r"[A-Za-z0-9'\":(),/. \[*^-]{2,}", pattern.replace("\\", ""))

@@ -182,6 +182,7 @@ def test_a_job_that_cannot_start_is_taken_back_without_slurm_s_environment(tmp_p
     assert "To take it back: python -m hpcmm.jobs cancel 7\n" in done.stderr
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("swept", [(), ("train.seed=1,2",)])
 @pytest.mark.parametrize(
     ("answer", "kept"),
@@ -201,6 +202,7 @@ def test_a_refused_launch_leaves_no_run_unless_its_job_may_be_queued(tmp_path, a
     assert len(list((tmp_path / "runs").iterdir())) == kept
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

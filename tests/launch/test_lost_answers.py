@@ -139,6 +139,7 @@ def forget_the_job() -> Path:
     return run
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("signals", ["INT", "INT INT INT", "HUP", "TERM", "QUIT", "HUP TERM INT"])
 def test_a_signal_while_sbatch_runs_waits_for_its_answer(slurm: Slurm, signals: str) -> None:
     slurm.answers(f"touch asked; until [ -e go ]; do sleep 0.05; done; {SAID}")
@@ -171,6 +172,7 @@ def test_ctrl_c_while_the_accepted_job_is_looked_at_tells_its_number_and_leaves_
     assert Path("runs/latest").resolve() == the_run()
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("lost", [LOST, "kill -9 $$", "true", "echo 'Submitted batch job'; exit 3"])
 @pytest.mark.parametrize("overrides", [[], SWEEP])
 def test_a_job_whose_answer_was_lost_is_the_one_that_squeue_shows(

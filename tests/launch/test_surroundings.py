@@ -113,6 +113,7 @@ def test_a_value_in_place_of_a_name_is_refused_and_not_repeated(with_a_token):
     assert VALUE not in done.stdout + done.stderr
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

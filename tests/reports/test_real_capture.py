@@ -88,6 +88,7 @@ def test_both_ranks_of_one_report_are_told_apart_and_no_secret_is_shown(captures
         )
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("kind", "kept"),
     [(kind, kept) for kind in (".qdstrm", ".nsys-rep") for kept in (0.0001, 0.3, 0.99)]

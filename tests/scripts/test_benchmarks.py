@@ -18,6 +18,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_json(script: str) -> None:
     done = run(script, "--help")

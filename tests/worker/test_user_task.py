@@ -120,6 +120,7 @@ ENDS = [
 ]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("last_line", "status", "words"), ENDS, ids=lambda value: str(value)[:40].strip())
 def test_a_rank_ends_as_the_script_would_end_by_itself(tmp_path, last_line, status, words):
     script = tmp_path / "train.py"
