@@ -93,6 +93,7 @@ def test_its_analysis_names_the_same_bottleneck(run_v1, tmp_path):
     assert "data loading" in (analysis / "summary.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_it_is_compared_with_itself(run_v1, tmp_path):
     done = run_module("hpcmm.analyze", "compare", str(run_v1), str(run_v1), folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -144,6 +145,7 @@ def test_its_model_is_scored_as_then(run_v1, tmp_path):
         assert found["all images", score] == pytest.approx(recorded[f"{score}_after"], abs=NEAR)
 
 
+@pytest.mark.long
 def test_the_points_of_its_sweep_are_scored_with_the_names_of_what_differs(run_v1, tmp_path):
     sweep = run_v1.with_name(kept_run.SWEEP)
     done = run_module("hpcmm.evaluate", str(sweep), "--out", "scores", folder=tmp_path, HOME=str(tmp_path))

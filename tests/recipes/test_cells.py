@@ -15,17 +15,20 @@ VIDEO = Path(__file__).resolve().parents[2] / "examples" / "video_modality"
 CORE = [
     Cell("zero2", feature="accumulation"),
     Cell("zero3", "bf16", "LoRA"),
-    Cell("zero3, replicated encoders"),
     Cell("ulysses", feature="clipping"),
+    Cell("expert", trained="all"),
+    Cell("3d"),
+    Cell("zero3", trained="LoRA", workload="anomaly"),
+]
+"""One of each family: ``3d`` is a pipeline of tensor groups."""
+REST = [
+    Cell("zero3, replicated encoders"),
     Cell("ring of 3"),
     Cell("pipeline x data", feature="accumulation"),
     Cell("tensor", feature="clipping"),
-    Cell("expert", trained="all"),
-    Cell("3d"),
     Cell("zero2", feature="accumulation", workload="anomaly"),
-    Cell("zero3", trained="LoRA", workload="anomaly"),
 ]
-"""One of each kind."""
+"""What the other tests beside this one hold against one process, too."""
 REFUSED = {
     Cell(row, workload="anomaly"): f"parallel.mesh.{axis} is 2, but this workload's model"
     for row, axis in {
@@ -44,7 +47,7 @@ REFUSED = {
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("cell", CORE, ids=str)
+@pytest.mark.parametrize("cell", [*CORE, *(pytest.param(cell, marks=pytest.mark.long) for cell in REST)], ids=str)
 def test_a_recipe_trains_as_one_process_does(cell: Cell, compiled_ops: None):
     outcome = run(cell)
     assert outcome.refusal == ""

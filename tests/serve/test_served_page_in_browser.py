@@ -15,8 +15,10 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 from serving import Server
 
+# Left to `make test-all`: test_server asks the same page over HTTP, and test_omni_page has a browser ask its own.
 pytestmark = [
     needs_chromium,
+    pytest.mark.long,
     pytest.mark.timeout(300),
 ]
 

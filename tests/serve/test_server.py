@@ -177,7 +177,7 @@ def test_many_users_at_once_get_their_own_answers(server, trained_run, picture):
     assert logged == {f"user{number}.png": [40 + number, 40] for number in range(12)}
 
 
-def test_more_than_may_wait_are_told_that_it_is_busy(trained_run, tmp_path, picture):
+def test_more_than_may_wait_are_told_that_it_is_busy_and_it_ends_at_once(trained_run, tmp_path, picture):
     with serving.served(trained_run, tmp_path, "--max-batch", "1", "--max-waiting", "1", "--threshold", "0.5") as small:
         path = picture("a.png")
 
@@ -199,22 +199,27 @@ def test_more_than_may_wait_are_told_that_it_is_busy(trained_run, tmp_path, pict
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert (other.returncode, "cannot be had" in other.stderr) == (1, True), other.stderr
+        ends_at_once_and_leaves_nothing_though_pages_are_open(small, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_at_once_and_leaves_nothing_though_pages_are_open(number, trained_run, tmp_path):
+@pytest.mark.long
+def test_it_ends_at_once_in_a_terminal(trained_run, tmp_path):
     with serving.served(trained_run, tmp_path, "--threshold", "0.5") as started:
-        folders = set(Path(tempfile.gettempdir()).glob("hpcmm-serve-*"))
-        port = int(started.base.rpartition(":")[2])
-        with Client(started) as client, client.http.stream("GET", "/gradio_api/heartbeat/abc") as _:
-            began = time.monotonic()
-            assert started.end(number) == 0
-            assert time.monotonic() - began < 15
-        assert started.output.read_text().endswith("The server has ended.\n")
-        assert "Traceback" not in started.output.read_text()
-        assert len(folders - set(Path(tempfile.gettempdir()).glob("hpcmm-serve-*"))) >= 1
-        with socket.socket() as free:
-            assert free.connect_ex(("127.0.0.1", port)) != 0
+        ends_at_once_and_leaves_nothing_though_pages_are_open(started, signal.SIGINT)
+
+
+def ends_at_once_and_leaves_nothing_though_pages_are_open(started, number):
+    folders = set(Path(tempfile.gettempdir()).glob("hpcmm-serve-*"))
+    port = int(started.base.rpartition(":")[2])
+    with Client(started) as client, client.http.stream("GET", "/gradio_api/heartbeat/abc") as _:
+        began = time.monotonic()
+        assert started.end(number) == 0
+        assert time.monotonic() - began < 15
+    assert started.output.read_text().endswith("The server has ended.\n")
+    assert "Traceback" not in started.output.read_text()
+    assert len(folders - set(Path(tempfile.gettempdir()).glob("hpcmm-serve-*"))) >= 1
+    with socket.socket() as free:
+        assert free.connect_ex(("127.0.0.1", port)) != 0
 
 
 def test_a_checkpoint_that_others_can_write_is_not_served(trained_run):
