@@ -60,7 +60,9 @@ def test_a_table_is_made_once_and_the_callers_changes_stay_the_callers(clean: An
     assert clean.phases().loc[0, "duration_s"] > 0
 
 
-@pytest.mark.parametrize("run", ["slow_data", "slow_link", "h100_2gpu_nccl.sqlite"])
+@pytest.mark.parametrize(
+    "run", ["slow_data", "slow_link", pytest.param("h100_2gpu_nccl.sqlite", marks=pytest.mark.long)]
+)
 def test_some_tables_are_those_of_the_whole_analysis(run: str) -> None:
     whole = analyze(SAMPLES / run)
     for chosen in (["osrt"], ["osrt", "environment", "startup"], ["phases", "osrt"]):

@@ -14,7 +14,6 @@ VIDEO = Path(__file__).resolve().parents[2] / "examples" / "video_modality"
 
 CORE = [
     Cell("zero2", feature="accumulation"),
-    Cell("zero3", "bf16", "LoRA"),
     Cell("ulysses", feature="clipping"),
     Cell("expert", trained="all"),
     Cell("3d"),
@@ -22,6 +21,7 @@ CORE = [
 ]
 """One of each family: ``3d`` is a pipeline of tensor groups."""
 REST = [
+    Cell("zero3", "bf16", "LoRA"),
     Cell("zero3, replicated encoders"),
     Cell("ring of 3"),
     Cell("pipeline x data", feature="accumulation"),
