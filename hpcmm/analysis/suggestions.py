@@ -312,7 +312,7 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
 
 _WRITING = frozenset({"write", "writev", "pwrite", "pwrite64", "fwrite", "fputs", "fflush", "fsync", "fdatasync"})
 _SAVES = re.compile("check|ckpt|save|snapshot", re.IGNORECASE)
-_EVALUATES = re.compile("eval|val|test|generat|sampl|metric", re.IGNORECASE)
+_EVALUATES = re.compile("eval|val|test|generat|sampl", re.IGNORECASE)
 _LOGS = re.compile("log|print|report|wandb|tensorboard|plot|monitor", re.IGNORECASE)
 
 
