@@ -51,6 +51,7 @@ from hpcmm.analysis.network import SlowLink, Standing
 from hpcmm.analysis.parallelism import Stages
 from hpcmm.analysis.phases import StepTimes
 from hpcmm.analysis.process_groups import Unseen
+from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.statistics import chance_of_sum
 from hpcmm.analysis.stragglers import (
     MAX_CHANCE,
@@ -268,12 +269,6 @@ def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> l
     return [_transfer_of(context, inside[chosen], left, str(kind), link, start_s) for kind, chosen in kinds.items()]
 
 
-def _what_measures(nodes: int) -> str:
-    """What tells the bandwidth between so many nodes."""
-    tools = f"python -m hpcmm.doctor cluster=... --nodes {nodes}, iperf3 or all_reduce_perf of nccl-tests measure it"
-    return f"{tools}, though of two nodes nothing tells which one is slow" if nodes == 2 else tools
-
-
 def _transfer_of(
     context: AnalysisContext, rows: pd.DataFrame, left: float, moves: str, link: SlowLink, start_s: float | None
 ) -> Finding:
@@ -291,7 +286,7 @@ def _transfer_of(
     against = network.standing(rows, context.network, context.traces) if bound != "latency" else Standing(False, "")
     told += f"; {against.about}" if against.about else ""
     if bound == "bandwidth" and not (link.about or against.about or name.endswith("within a node")):
-        told += f"; what the network can do is not known: {_what_measures(len(context.nodes()))}"
+        told += f"; what the network can do is not known: {network.what_measures(len(context.nodes()))}"
     if cause == CAUSES["transfer"]:
         of = f" of {moves}" if moves else ""
         bounds = ", far below what the network can do" if against.is_slow else f", bound by {bound}" if bound else ""
@@ -373,7 +368,10 @@ def _own_work(context: AnalysisContext) -> list[Finding]:
     per_step = _work_per_step(context, costly)
     for part, name in enumerate(costly.names):
         phase, kind = phase_of_part(name), kind_of_part(name)
-        if kind == "compute" or (kind == "other" and not known):
+        by_step = np.median(work[:, :, context.parts.names.index(name)], axis=1)
+        at = _rare(by_step)
+        is_of_each_step = kind == "compute" and (part_of_a_step(phase) != "" or not len(at))
+        if is_of_each_step or (kind == "other" and not known):
             continue
         seconds = per_step[:, part]
         # What late ranks spent longer is in their rows, or in that of the imbalance. Excess for which nobody waited is
@@ -383,11 +381,10 @@ def _own_work(context: AnalysisContext) -> list[Finding]:
         told = f"the ranks alike spend {lost:.3g} s a step in it"
         told += " while its GPU has nothing to do" if len(context.gpu) else ""
         told += context.calls_within(phase) if kind == "data" else ""
-        by_step = np.median(work[:, :, context.parts.names.index(name)], axis=1)
-        cause, at = f"{CAUSES[kind]} on all ranks", _rare(by_step)
+        cause = f"{phase if kind == 'compute' else CAUSES[kind]} on all ranks"
         if len(at):
             told += _told_of_rare(context, by_step, at, phase)
-            kind = "between" if kind == "other" else kind  # logging or evaluation, wherever the steps end
+            kind = "between" if kind in {"compute", "other"} else kind  # logging or evaluation, wherever the steps end
         worst = context.worst_step(by_step)
         found.append(Finding(kind, cause, lost, None, "", phase, told, MEDIUM, f"phases: phase={phase}", worst))
     return found

@@ -114,6 +114,8 @@ def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
 
 
 def _has_no_python(report: Report) -> bool:
+    if {schema.DOMAIN, schema.COMM_DOMAIN} & set(report.domains):  # of hpcmm's own annotation
+        return False
     names = [report.processes.get(pid, "") for pid in workers_of(report)]
     kernels = () if report.cuda is None else report.cuda.activities["name"].unique()
     return waitpid.has_no_python(names, report.program, map(str, kernels))

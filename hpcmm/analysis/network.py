@@ -250,3 +250,9 @@ def _unsure(inside: pd.DataFrame) -> tuple[float, float]:
     exposed = inside["exposed_transfer_ns"]
     unsure = float(np.minimum(exposed, inside["unsure_ns"]).sum()) / max(float(exposed.sum()), 1.0)
     return unsure, float(inside["clock_error_ns"].max()) / NS_PER_S
+
+
+def what_measures(nodes: int) -> str:
+    """What tells the bandwidth between so many nodes."""
+    tools = f"python -m hpcmm.doctor cluster=... --nodes {nodes}, iperf3 or all_reduce_perf of nccl-tests measure it"
+    return f"{tools}, though of two nodes nothing tells which one is slow" if nodes == 2 else tools

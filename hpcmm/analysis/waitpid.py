@@ -334,7 +334,7 @@ def has_no_python(workers: Sequence[str], program: str, kernels: Iterable[str]) 
     They are what nsys was told to run, ``program``, or may have been started by it; none of the names is one of
     Python's, and no kernel is one of PyTorch's.
     """
-    if not workers or not all(workers) or any(map(_PYTHON.search, [*workers, program])):
+    if not workers or any(name in _STARTS_OTHERS for name in workers) or any(map(_PYTHON.search, [*workers, program])):
         return False
     if any(map(_OF_PYTORCH.search, kernels)):
         return False

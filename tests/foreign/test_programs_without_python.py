@@ -41,6 +41,7 @@ PROGRAM = (
         (["worker"], "some_wrapper", [], False),
         (["lattice", "python"], "srun", [], False),
         (["lattice", ""], "srun", [], False),
+        (["sh"], "", [], False),
         ([], "lattice", [], False),
     ],
 )
