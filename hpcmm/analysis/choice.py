@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
 import pandas as pd
 
 from hpcmm.analysis.range_names import NUMBER, matching
@@ -78,6 +77,9 @@ class Choice:
     """UTC at which the run begins; None: each report counts from its own first event."""
     usual_steps: str = ""
     """What the steps of the other reports are called, with ``{n}`` for a number; empty if it is not known."""
+
+    needs_step_ranges: bool = False
+    """Whether steps are ranges themselves: not all ranks of the run name the parts of their loop well enough."""
 
     def __post_init__(self) -> None:
         for option in ("steps", "phases", "between"):
@@ -167,10 +169,11 @@ def why_nothing(report: Report, choice: Choice) -> str:
 def no_whole_step(report: Report, choice: Choice, window: Window) -> str:
     """That no step of ``report``, which has some, lies in ``window``, and which times hold the nearest one."""
     steps = report.nvtx[_steps(report)]
-    start, end = (steps[name].to_numpy(np.int64) for name in ("start_ns", "end_ns"))
-    nearest = int((np.minimum(end, window.high_ns) - np.maximum(start, window.low_ns)).argmax())
+    inside = steps["end_ns"].clip(upper=window.high_ns) - steps["start_ns"].clip(lower=window.low_ns)
+    nearest = steps.loc[inside.groupby(steps["pid"]).idxmax()]  # of each process
     begin = _run_begins_ns(report, choice)
-    from_s, to_s = math.floor((start[nearest] - begin) / 1e7) / 100, math.ceil((end[nearest] - begin) / 1e7) / 100
+    from_s = math.floor((int(nearest["start_ns"].min()) - begin) / 1e7) / 100
+    to_s = math.ceil((int(nearest["end_ns"].max()) - begin) / 1e7) / 100
     return f"{NO_WHOLE_STEP}; --from {from_s:.2f} --to {to_s:.2f} holds the nearest one"
 
 

@@ -62,6 +62,11 @@ class ReportFacts:
     """It could not be read because nsys here is older than the one that wrote it."""
 
     @property
+    def has_steps(self) -> bool:
+        """Whether its ranges name steps, in the window that was asked for or elsewhere."""
+        return self.adopted is None or bool(self.adopted.steps or self.adopted.begins)
+
+    @property
     def name(self) -> str:
         return printable(self.path.name)
 
@@ -86,7 +91,8 @@ def observe(report: Report, choice: Choice = CHOOSE_FOR_ME) -> ReportFacts:
         before |= stepped_before(whole, window)
         if not window.is_empty:
             report = cut(whole, window)
-            traces = tuple(extract_traces(report))
+            workers = workers_of(whole) if workers_of(report) else []  # also one that has no whole step there
+            traces = tuple(extract_traces(report, workers))
             no_steps = no_whole_step(whole, choice, window) if _stepping(whole) else ""
     if not traces and not choice.is_whole:
         why = why_nothing(whole, choice)
@@ -202,16 +208,17 @@ def _add_steps(report: Report) -> str:
     return "add hpcmm.annotate.steps, or launch it with hpcmm"
 
 
-def extract_traces(report: Report) -> list[RankTrace]:
-    """One trace for each of :func:`workers_of` ``report``; if it runs no steps, for each GPU that it uses.
+def extract_traces(report: Report, workers: list[int] | None = None) -> list[RankTrace]:
+    """One trace for each of its ``workers``; if it runs no steps, for each GPU that it uses.
 
-    If only its OS calls were read, a trace holds steps and the summary of its OS calls, and the rest is empty.
+    ``workers`` are those of :func:`workers_of` it by default. If only its OS calls were read, a trace holds steps and
+    the summary of its OS calls, and the rest is empty.
 
     The rank is what the process told in a mark, else the report's own where one process ran steps, else -1: the
     environment of a report of several ranks is their launcher's. Processes that run no steps go with the first that
     does.
     """
-    workers = workers_of(report)
+    workers = workers_of(report) if workers is None else workers
     roles = waitpid.process_roles(report.osrt, report.processes, frozenset(workers))
     family = waitpid.Family.of(report, roles)
     if report.cuda is not None and not _stepping(report):

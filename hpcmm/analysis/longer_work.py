@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import gpu_findings, process_groups
+from hpcmm.analysis import gpu_findings, network, process_groups
 from hpcmm.analysis.delay_costs import Floats
 from hpcmm.analysis.findings import (
     CAUSES,
@@ -185,10 +185,11 @@ class _Sends(NamedTuple):
     @classmethod
     def of(cls, context: AnalysisContext) -> _Sends:
         rows = context.rows
-        if rows.empty or not (own := rows[rows["op"].isin(UNTOLD)])["exposed_transfer_ns"].any():
+        if rows.empty or not (own := rows[network.is_untold(rows)])["exposed_transfer_ns"].any():
             nothing = np.zeros((len(context.steps.numbers), len(context.traces)))
             return cls(nothing, [], 0.0, 0.0)
-        count, times = process_groups.chain_of_pairs(own[own["step"].isin(context.steps.numbers)])
+        sends = own["op"].isin(UNTOLD) & own["step"].isin(context.steps.numbers)
+        count, times = process_groups.chain_of_pairs(own[sends])
         busy_s = float(np.median(context.work_by_step().sum(axis=2).mean(axis=0)))
         # Who comes last to an exchange waits for nobody.
         transfer_s = float(own.groupby("instance")["duration_ns"].min().median()) / NS_PER_S
@@ -267,7 +268,7 @@ def _in_sends(longer: _LongerWork) -> str:
     """What the others wait for in kernels that do not tell it, in words."""
     told = (
         f"at most {longer.lost_s:.3g} s of it is lost, by which the others communicate for longer with nothing beside "
-        f"it: kernels of sends and receives do not tell who waits for whom"
+        f"it: of sends and receives, or without a root, kernels do not tell who waits for whom"
     )
     if longer.is_sure:
         return told

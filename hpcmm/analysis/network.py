@@ -18,12 +18,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis import nccl, process_groups
-from hpcmm.analysis.collectives import bus_rate, size_in_words
+from hpcmm.analysis.collectives import FROM_ROOT, bus_rate, size_in_words
 from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, AnalysisContext
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.osrt import STEP_THREAD
 from hpcmm.analysis.process_groups import Unseen
-from hpcmm.analysis.trace import WORKER, RankTrace
+from hpcmm.analysis.trace import NO_PEER, WORKER, RankTrace
 from hpcmm.runs.links import LinkUse, Network
 
 RECEIVING = frozenset({"recv", "recvfrom", "recvmsg", "readv"})
@@ -231,9 +231,11 @@ def transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple
     matched = float((inside["complete"].astype(bool) & (inside["ranks"] > 1)).mean()) if len(inside) else 0.0
     if absent.missing > 0:
         return CAUSES["unseen"], LOW, f"{absent} have no report with steps, and part of this may be waiting for them"
-    untold = float(inside["op"].isin(nccl.UNTOLD).mean()) if len(inside) else 0.0
+    untold = float(is_untold(inside).mean()) if len(inside) else 0.0
     if untold > 1.0 - _MATCHED:
-        why = f"{untold:.0%} of the operations are NCCL kernels of sends and receives, or of several operations"
+        why = (
+            f"{untold:.0%} of the operations are sends and receives, of several kinds, or from a root that is not known"
+        )
         return CAUSES["gpu_comm"], LOW, f"{why}, which do not tell who waits for whom: part of this may be waiting"
     if matched > _MATCHED:
         told = "all ranks are there, the transfer itself takes the time"
@@ -243,6 +245,12 @@ def transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple
         return CAUSES["transfer"], HIGH if unsure <= _SURE else MEDIUM if unsure <= 0.5 else LOW, told
     why = f"only {matched:.0%} of the operations were seen on several ranks and all of their group"
     return CAUSES["transfer"], MEDIUM if matched > 0.5 else LOW, f"{why}: part of this may be waiting"
+
+
+def is_untold(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Which collectives do not tell who waits for whom: kernels of NCCL alone do not name a root or a receiver."""
+    from_unknown = rows["op"].isin(FROM_ROOT) & (rows["peer"] == NO_PEER)
+    return rows["op"].isin(nccl.UNTOLD) | from_unknown
 
 
 def _unsure(inside: pd.DataFrame) -> tuple[float, float]:

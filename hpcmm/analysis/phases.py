@@ -321,6 +321,8 @@ def _periods_s(traces: Sequence[RankTrace], numbers: npt.NDArray[np.int64]) -> d
             known = np.append(False, trace.follows)
             before = np.where(known, np.append(start[0], end[:-1]), start)
             counted = chosen & known if (chosen & known).any() else chosen
+            if (end - before)[counted].sum() <= ADJOINING * (end - start)[counted].sum():
+                counted = chosen  # nothing lies between the steps, nor did before the first
             found[trace.rank] = float((end - before)[counted].mean()) / NS_PER_S
     return found
 

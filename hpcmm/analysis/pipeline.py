@@ -134,7 +134,7 @@ def study(
             "steps": lambda: time_tables.steps_table(traces, steps.warmup_number),
             "phases": lambda: phases_table(traces, rows, steps.warmup_number),
             "phases_summary": lambda: phases_summary(made["phases"], steps),
-            "efficiency": lambda: _efficiency(made["phases"], traces, rows, steps, record, reference),
+            "efficiency": lambda: _efficiency(made["phases"], inventory, rows, steps, record, reference),
             "collectives": lambda: collectives.collectives_table(parallelism.with_axes(rows, traces)),
             "comm_bytes": lambda: collectives.bytes_table(made["collectives"], steps.warmup_number),
             "comm_wait": lambda: comm_wait(context()),
@@ -172,13 +172,13 @@ def _framework(inventory: ReportInventory, record: RunRecord) -> str:
 
 def _efficiency(
     of_phases: pd.DataFrame,
-    traces: Sequence[RankTrace],
+    inventory: ReportInventory,
     rows: pd.DataFrame,
     steps: StepTimes,
     record: RunRecord,
     reference: Reference | None,
 ) -> pd.DataFrame:
-    alone = sum(len(trace.steps) > 0 for trace in traces) <= 1
+    alone = inventory.expected_ranks <= 1 and sum(len(trace.steps) > 0 for _, trace in inventory.used) <= 1
     samples = samples_per_step(record.config)
     return efficiency(of_phases, steps, reference, samples, waiting_is_known=alone or len(rows) > 0)
 

@@ -64,6 +64,19 @@ class Study:
         return f"; {count} reports of {whose} are windows of one capture, read together"
 
     @property
+    def waits_unseen(self) -> bool:
+        """Whether several ranks have steps, and no collective was recorded."""
+        several = sum(len(trace.steps) > 0 for trace in self.traces) > 1
+        return several and not len(self.tables["collectives"])
+
+    @property
+    def nobody_to_blame(self) -> str:
+        """That no rank is, or what keeps this from being known."""
+        if self.waits_unseen:
+            return "; whether ranks wait for one another was not recorded"
+        return ", and no rank is to blame" if self.complete else "; ranks that were not seen may be late"
+
+    @property
     def names(self) -> dict[int, str]:
         """What to call each trace, by its number in column ``rank``, which is made up if its rank is unknown."""
         return {trace.rank: trace.name for trace in self.traces}

@@ -43,7 +43,7 @@ RIVAL_COVER = 0.1
 RIVAL_CALLS = 2.0
 """Ranges of another name that come about as often, and not within the first ones, make the choice unclear."""
 WITHIN = 0.5
-MIN_CYCLES, REGULAR = 5, 0.9
+MIN_CYCLES, REGULAR, MAX_LABELS = 5, 0.9, 50
 """Ranges that come in the same numbers in this share of so many repetitions are parts of a loop."""
 MAX_PHASES = 30
 LEAST_PHASE = 0.002
@@ -95,7 +95,7 @@ def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = 
     else:
         chosen = _clear_steps(ranges, launching, choice.usual_steps)
     if chosen.empty:
-        cycles = pd.DataFrame() if choice.steps else _cycles(ranges, launching)
+        cycles = pd.DataFrame() if choice.steps or choice.needs_step_ranges else _cycles(ranges, launching)
         if cycles.empty:
             return Adopted(_NOTHING, candidates=told, labels=labels)
         adopted = _adopted(ranges, cycles, choice.phases)
@@ -170,13 +170,13 @@ def _cycles(ranges: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
     found: list[pd.DataFrame] = []
     for pid, own in candidates.groupby("pid"):
         tid = int(str(own.groupby("tid")["total_ns"].sum().idxmax()))
-        labels = own.loc[own["tid"] == tid, "label"]
+        labels = own.loc[own["tid"] == tid, "label"].head(MAX_LABELS)  # which take most time
         mine = ranges[(ranges["pid"] == pid) & (ranges["tid"] == tid) & ranges["label"].isin(labels)]
         parts = outermost(mine[~mine["label"].isin(_holders(mine))])
         begins = _begins(parts)
         whole = _whole_cycles(parts["label"], begins)
         if not whole.any():
-            continue
+            return pd.DataFrame()
         end = np.append(parts["start_ns"].to_numpy(np.int64)[begins[1:]], parts["end_ns"].max())
         steps = parts.iloc[begins].assign(end_ns=end, closed=True, label="", end_tid=tid)[whole]
         steps["payload"] = np.arange(len(steps))

@@ -320,9 +320,11 @@ def waitpid_windows(traces: Sequence[RankTrace]) -> pd.DataFrame:
 
 
 _PYTHON = re.compile(
-    r"python|pypy|^pt_|mainthread|^ray\b|vllm|jupyter|ipykernel|torchrun|deepspeed|accelerate", re.IGNORECASE
+    r"python|pypy|\.py$|^pt_|mainthread|^ray\b|vllm|jupyter|ipykernel|torchrun|deepspeed|accelerate|lightning|composer"
+    r"|^(?:uv|conda|poetry|pipenv|hatch|tune|maxtext|litgpt|fairseq\S*|trtllm\S*|lm_eval|jax\S*|train|worker)$",
+    re.IGNORECASE,
 )
-_OF_PYTORCH = re.compile(r"\bat::|triton_|c10::")
+_OF_PYTORCH = re.compile(r"\bat::|_ZN2at|triton_|c10::|\w*fusion(?:_\d+)?$|^(?:jit|loop|input)_")
 _STARTS_OTHERS = _LAUNCHERS | {"", "env", "numactl", "prterun", "taskset"}
 _COMM_LENGTH = 15
 """The kernel keeps so much of a program's name."""

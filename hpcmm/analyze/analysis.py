@@ -311,6 +311,12 @@ def _observed(sources: Sequence[ReportSource], reader: _Reader, choice: Choice) 
         again = replace(choice, usual_steps=label)
         for at, fact in zip(others, reader.read([sources[at] for at in others], again), strict=True):
             facts[at] = fact
+    begun = [at for at, fact in enumerate(facts) if fact.adopted is not None and fact.adopted.begins]
+    lacking = [fact for fact in facts if fact.traces and not fact.has_steps]
+    if begun and lacking:  # whose waiting would be in no row
+        again = replace(choice, needs_step_ranges=True)
+        for at, fact in zip(begun, reader.read([sources[at] for at in begun], again), strict=True):
+            facts[at] = fact
     return warm(facts)
 
 

@@ -94,7 +94,7 @@ def headline(study: Study) -> str:
     steps = study.steps
     step = f"{seconds(steps.mean_s)} step" if steps.adjoin else f"{seconds(steps.period_s)} from step to step"
     if table.empty:
-        told = f"Nothing stands out: no cause takes 2% of the {step}, and no rank is to blame."
+        told = f"Nothing stands out: no cause takes 2% of the {step}{study.nobody_to_blame}."
         doubt = graphs_line(study) or gpu_doubt(study.traces)
         return f"{told} But {plain(doubt)}." if doubt else told
     row = table.iloc[0]
@@ -276,8 +276,7 @@ def failed_line(study: Study) -> str:
 
 def alone_line(study: Study) -> str:
     """That no rank was seen to exchange anything with another; empty if some was."""
-    several = sum(len(trace.steps) > 0 for trace in study.traces) > 1
-    if not several or len(study.tables["collectives"]):
+    if not study.waits_unseen:
         return ""
     return (
         "no collective was recorded, so nothing is said of communication: each rank trains for itself, or its "

@@ -1,6 +1,9 @@
 """Longer work is named by each rank's own clock, whatever the clocks of the nodes are against one another."""
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -197,3 +200,17 @@ def test_pairs_of_ranks_make_chains_or_not(pairs, expected):
         for trace in pair
     ]
     assert chain_of_pairs(pd.DataFrame(rows, columns=["group", "trace", "step", "instance"])) == expected
+
+
+def test_who_comes_last_to_a_broadcast_whose_root_is_not_known_is_waited_for(tmp_path: Path) -> None:
+    folder = SendsRun(in_sends(0, ("data",), 12.0), is_pipeline=False).write(tmp_path / "run")
+    for report in folder.iterdir():
+        with closing(sqlite3.connect(report)) as connection:
+            connection.execute("UPDATE StringIds SET value = replace(value, 'SendRecv', 'Broadcast_RING_LL')")
+            connection.execute("UPDATE NVTX_EVENTS SET text = 'ncclBroadcast' WHERE text LIKE 'nccl%'")
+            connection.commit()
+    analysis = analyze(folder)
+    assert set(analysis.collectives()["op"]) == {"broadcast"}
+    first = analysis.bottlenecks().iloc[0]
+    assert (first["cause"], first["rank"]) == ("data loading", 0)
+    assert not analysis.bottlenecks()["evidence"].str.contains("all ranks are there").any()

@@ -1,5 +1,7 @@
 """Programs that name the parts of their training loop, and nothing around them."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,44 @@ def test_the_layers_of_an_engine_are_no_steps(tmp_path: Path) -> None:
         "(SELECT row_number() OVER (ORDER BY start) AS k, globalTid FROM CUPTI_ACTIVITY_KIND_RUNTIME LIMIT 20)",
     ]
     assert analyze(changed(tmp_path, "steps_megatron_bridge", *layers)).steps().empty
+
+
+def test_if_the_parts_of_some_ranks_alone_make_steps_nobody_has_them(tmp_path: Path) -> None:
+    """Else the ranks without steps, for which the others wait, would be in no row."""
+    folder = changed(tmp_path, "steps_megatron_bridge", NO_STEPS)
+    irregular = f"DELETE FROM NVTX_EVENTS WHERE NOT ({named('forward')})"  # noqa: S608
+    with closing(sqlite3.connect(folder / "rank1.sqlite")) as connection:
+        connection.execute(irregular)
+        connection.commit()
+    analysis = analyze(folder)
+    assert analysis.steps().empty
+    assert len(analysis.gpu()) == 2
+    assert not analysis.bottlenecks()["suggestion"].str.contains("capture each rank").any()
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "steps"),
+    [("validate", "validate on all ranks", "6, 12, 18"), ("", "work outside the phases", "5, 11, 17")],
+)
+def test_what_all_ranks_do_now_and_then_is_told_whatever_it_is_called(
+    tmp_path: Path, name: str, cause: str, steps: str
+) -> None:
+    later = f"""
+        WITH ends AS (SELECT "end" AS at, globalTid AS thread, row_number() OVER (
+            PARTITION BY globalTid ORDER BY start) AS n FROM NVTX_EVENTS WHERE {named("optimizer")})
+    """  # noqa: S608
+    shift = "400000000 * ((SELECT count(*) FROM ends WHERE thread = globalTid AND n % 6 = 0 AND at <= start))"
+    moved = f'{later} UPDATE NVTX_EVENTS SET start = start + {shift}, "end" = "end" + {shift}'  # noqa: S608
+    evaluation = f"""{later}
+        INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
+        SELECT at + 1000, at + 399000000, 59, '{name}', thread, 0 FROM ends WHERE n % 6 = 0
+    """  # noqa: S608
+    statements = [NO_ITERATIONS, moved, *([evaluation] if name else [])]
+    table = analyze(changed(tmp_path, "cpu_torchrun_plain", *statements)).bottlenecks()
+    told = table[table["cause"].str.startswith(cause)]
+    assert len(told) == 1
+    assert told["lost_s_per_step"].iloc[0] == pytest.approx(3 * 0.4 / 19, rel=0.1)
+    assert f"in steps {steps}" in told["evidence"].iloc[0]
+
+
+NO_ITERATIONS = "DELETE FROM NVTX_EVENTS WHERE textId IN (SELECT id FROM StringIds WHERE value LIKE 'iteration %')"

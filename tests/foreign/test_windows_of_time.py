@@ -180,3 +180,27 @@ def test_a_part_of_a_run_is_called_one() -> None:
     whole = "only a part of the run is looked at, between the ranges 'training_step_.*', from 0.5 s on"
     assert ranges_line(part.study).startswith(f"{whole}; steps are the NVTX ranges")
     assert analyze(INPUTS / "steps_megatron_bridge").study.window == ""
+
+
+def test_times_that_hold_a_step_hold_that_of_each_process() -> None:
+    """Also the process that has no whole step in a window is there."""
+    whole = analyze(INPUTS / "cpu_torchrun_plain")
+    steps = whole.steps().query("step == 9")
+    inside = Choice(from_s=float(steps["start_s"].max()) + 0.001, to_s=float(steps["start_s"].max()) + 0.002)
+    analysis = analyze(INPUTS / "cpu_torchrun_plain", choice=inside)
+    assert list(analysis.coverage()["status"]) == ["no_steps", "no_steps"]
+    (hint,) = set(analysis.coverage()["reason"].str.extract("(--from [0-9.]+ --to [0-9.]+)", expand=False))
+    _, begin, _, end = hint.split()
+    found = analyze(INPUTS / "cpu_torchrun_plain", choice=Choice(from_s=float(begin), to_s=float(end)))
+    assert len(found.steps()) == 2
+    late = Choice(
+        from_s=float(steps["start_s"].min()) - 0.0001, to_s=float((steps["start_s"] + steps["duration_s"]).min())
+    )
+    one = analyze(INPUTS / "cpu_torchrun_plain", choice=late)
+    assert len(one.coverage()) == 2
+
+
+def test_nobody_is_cleared_of_what_was_not_recorded() -> None:
+    alike = analyze(INPUTS / "steps_megatron_bridge" / "rank0.sqlite")
+    assert "and no rank is to blame" not in headlines.headline(alike.study)
+    assert alike.efficiency()["parallel_efficiency"].isna().all() or len(alike.collectives())
