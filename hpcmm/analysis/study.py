@@ -74,7 +74,8 @@ class Study:
         """That no rank is, or what keeps this from being known."""
         if self.waits_unseen:
             return "; whether ranks wait for one another was not recorded"
-        return ", and no rank is to blame" if self.complete else "; ranks that were not seen may be late"
+        unseen = (self.tables["coverage"]["steps"] == 0).any()
+        return "; ranks that were not seen may be late" if unseen else ", and no rank is to blame"
 
     @property
     def names(self) -> dict[int, str]:
