@@ -109,7 +109,7 @@ class Choice:
         told = [f"between the ranges {self.between!r}"] if self.between else []
         told += [f"from {self.from_s:g} s on"] if self.from_s is not None else []
         told += [f"until {self.to_s:g} s"] if self.to_s is not None else []
-        return f"only a part of the run is looked at, {', '.join(told)}" if told else ""
+        return f"only a part of the run is looked at, {', '.join(told)}, and times count from its begin" if told else ""
 
     @property
     def needs_ranges(self) -> bool:

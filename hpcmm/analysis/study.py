@@ -16,6 +16,9 @@ from hpcmm.analysis.phases import StepTimes
 from hpcmm.analysis.trace import RankTrace
 from hpcmm.reports.report import TEXT_AS_PYTHON
 
+LITTLE_COVER = 0.25
+"""Of the time from step to step: what is called a step and covers less is a part of one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Study:
@@ -72,6 +75,8 @@ class Study:
     @property
     def nobody_to_blame(self) -> str:
         """That no rank is, or what keeps this from being known."""
+        if self.steps.mean_s < LITTLE_COVER * self.steps.period_s:
+            return f"; but most of the time lies between the steps, which are {self.steps.mean_s:.2g} s long"
         if self.waits_unseen:
             return "; whether ranks wait for one another was not recorded"
         unseen = (self.tables["coverage"]["steps"] == 0).any()

@@ -177,7 +177,10 @@ def test_a_window_from_the_first_step_on_begins_with_the_warm_up() -> None:
 
 def test_a_part_of_a_run_is_called_one() -> None:
     part = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(from_s=0.5, between="training_step_.*"))
-    whole = "only a part of the run is looked at, between the ranges 'training_step_.*', from 0.5 s on"
+    whole = (
+        "only a part of the run is looked at, between the ranges 'training_step_.*', from 0.5 s on, and times count "
+        "from its begin"
+    )
     assert ranges_line(part.study).startswith(f"{whole}; steps are the NVTX ranges")
     assert analyze(INPUTS / "steps_megatron_bridge").study.window == ""
 
@@ -204,3 +207,9 @@ def test_nobody_is_cleared_of_what_was_not_recorded() -> None:
     alike = analyze(INPUTS / "steps_megatron_bridge" / "rank0.sqlite")
     assert "and no rank is to blame" not in headlines.headline(alike.study)
     assert alike.efficiency()["parallel_efficiency"].isna().all() or len(alike.collectives())
+
+
+def test_steps_that_are_a_small_part_of_the_time_clear_nobody() -> None:
+    part = analyze(INPUTS / "steps_megatron_bridge", choice=Choice(steps="forward"))
+    assert part.study.steps.mean_s < 0.25 * part.study.steps.period_s
+    assert part.study.nobody_to_blame.startswith("; but most of the time lies between the steps")
