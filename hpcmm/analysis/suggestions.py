@@ -17,6 +17,7 @@ from typing import Any
 
 from hpcmm.analysis import advice, copies, gpu_findings, host_calls
 from hpcmm.analysis.findings import Finding
+from hpcmm.analysis.range_names import part_of_a_step, words
 
 
 def suggest(finding: Finding, config: Mapping[str, Any], cpus: int = 0, framework: str = "") -> str:
@@ -291,7 +292,7 @@ def _twice_the_micro_batch(config: Mapping[str, Any]) -> str:
 def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
     match finding.kind:
         case "data":
-            return "load in processes, or more of them, beside the training: torch.utils.data.DataLoader(num_workers=N)"
+            return _LOAD
         case "compute" if finding.node:
             return f"sbatch --exclude={shlex.quote(finding.node)} ..."
         case "batch" | "uneven":
@@ -312,17 +313,22 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
 
 _WRITING = frozenset({"write", "writev", "pwrite", "pwrite64", "fwrite", "fputs", "fflush", "fsync", "fdatasync"})
 _SAVES = re.compile("check|ckpt|save|snapshot", re.IGNORECASE)
-_EVALUATES = re.compile("eval|val|test|generat|sampl", re.IGNORECASE)
-_LOGS = re.compile("log|print|report|wandb|tensorboard|plot|monitor", re.IGNORECASE)
+_EVALUATES = ("eval", "val", "test", "generat", "sampl")
+_LOGS = ("log", "print", "report", "wandb", "tensorboard", "plot", "monitor")
+"""How words of a range begin that evaluates, or logs."""
+_LOAD = "load in processes, or more of them, beside the training: torch.utils.data.DataLoader(num_workers=N)"
 
 
 def _advice_for_solo_work(phase: str) -> str:
     """By what the range says it is; all three if none says anything."""
     if _SAVES.search(phase):
         return "let each rank save its part in the background (torch.distributed.checkpoint.async_save), or less often"
-    if _EVALUATES.search(phase):
+    if part_of_a_step(phase) == "data":
+        return _LOAD
+    said = words(phase)
+    if any(word.startswith(_EVALUATES) for word in said):
         return "evaluate on all ranks, each a part (DistributedSampler), less often, or in a job of its own"
-    if _LOGS.search(phase):
+    if any(word.startswith(_LOGS) for word in said):
         return "log less often, or from a thread of its own"
     return (
         "share it out over all ranks (an evaluation, a sharded checkpoint), do it less often, or in a thread or job of "

@@ -126,3 +126,19 @@ def test_uneven_experts_of_hpcmms_are_not_advised_a_loss_that_it_refuses(tmp_pat
     config = configuration(tmp_path, overrides_of("expert", 2))
     told = suggest(Finding("experts", "", 1.0, None, "", "", "", "medium"), config)
     assert told.endswith("parallel.mesh.expert=1")
+
+
+@pytest.mark.parametrize(
+    ("phase", "advice"),
+    [
+        ("run_validation", "evaluate on all ranks"),
+        ("doEval", "evaluate on all ranks"),
+        ("log metrics", "log less often"),
+        ("wandb.log", "log less often"),
+        ("write retrieval index latest", "share it out over all ranks"),
+        ("load data", "num_workers"),
+        ("save_checkpoint", "async_save"),
+    ],
+)
+def test_the_advice_against_work_of_one_rank_alone_is_that_of_the_thing(phase: str, advice: str) -> None:
+    assert advice in suggest(Finding("solo", "", 1.0, 0, "node1", phase, "", "high"), {})
