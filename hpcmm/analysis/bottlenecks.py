@@ -108,6 +108,7 @@ def find(context: AnalysisContext) -> list[Finding]:
     context = replace(context, losses=in_pipeline.losses)
     least_s = least_loss_s(context, sum(finding.lost_s for finding in transfer))
     alone, explained = stalls.solo_findings(context, least_s)
+    alone += stalls.unseen_solo_findings(context, least_s)
     late, blamed = find_stragglers(context, least_s, explained)
     withheld_s, in_sends_s = longer_work.withheld_s(context), 0.0
     if not stages:  # whose ranks have different work

@@ -11,7 +11,7 @@ at intervals, or often and for about as long each time, or in a phase that no ot
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from hpcmm.analysis.findings import (
 )
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
 from hpcmm.analysis.phases import OTHERS, StepTimes
-from hpcmm.analysis.trace import OTHER, RankTrace
+from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.annotate.schema import PHASES
 
 Mask = npt.NDArray[np.bool_]
@@ -194,20 +194,28 @@ def find_solo_work(context: AnalysisContext) -> list[SoloWork]:
 
 def _named(context: AnalysisContext) -> list[SoloWork]:
     """What a range names that at most half of the ranks have: no pattern is needed to tell what it is."""
-    numbers, traces = context.steps.numbers, context.traces
+    numbers, traces, work = context.steps.numbers, context.traces, context.work_by_step()
     found = []
     names = {str(name) for trace in traces for name in trace.segments["phase"].unique()}
     for name in sorted(names - {OTHER, OTHERS, "", *PHASES[:-1]}):
-        steps = [trace.segments.loc[trace.segments["phase"] == name, "step"].unique() for trace in traces]
+        steps = [np.unique(_steps_of(trace, trace.segments[trace.segments["phase"] == name])) for trace in traces]
         members = tuple(index for index, of_trace in enumerate(steps) if len(of_trace))
         at = np.flatnonzero(np.isin(numbers, np.concatenate(steps)))
         if not len(at) or len(members) > len(traces) // 2:
             continue
         gaps = np.diff(numbers[at])
         period = int(gaps[0]) if len(at) > 1 and (gaps == gaps[0]).all() else 0
-        length = context.time_in([name])[at][:, list(members)]
+        length = work[:, :, context.parts.names.index(name)][at][:, list(members)]
         found.append(SoloWork(members, at, period, name, name, float(np.median(length))))
     return found
+
+
+def _steps_of(trace: RankTrace, segments: pd.DataFrame) -> npt.NDArray[np.int64]:
+    """The step that each of ``segments`` lies in, or before."""
+    step, starts = segments["step"].to_numpy(np.int64), trace.steps["start_ns"].to_numpy(np.int64)
+    following = np.searchsorted(starts, segments["start_ns"].to_numpy(np.int64))
+    after = np.append(trace.steps["step"].to_numpy(np.int64), OUTSIDE)[following]
+    return np.where(step == OUTSIDE, after, step)
 
 
 def _overlap(left: npt.NDArray[np.intp], right: npt.NDArray[np.intp]) -> float:
@@ -327,8 +335,38 @@ def solo_findings(context: AnalysisContext, least_s: float) -> tuple[list[Findin
         mask = _charges_of_solo_work(context, solo) & ~blamed
         if float((context.losses * mask).sum()) / len(context.steps.numbers) >= least_s:
             blamed |= mask
-            found.append(_finding_of_solo_work(context, solo, mask))
+            charges = (context.losses * mask).sum(axis=1)
+            part = (*context.parts.names, "")[int(charges.sum(axis=0).argmax())]
+            found.append(_finding_of_solo_work(context, solo, charges.sum(axis=1), part))
     return found, blamed
+
+
+WAITED = 0.5
+"""Ranks have waited for work of others if their steps take longer by this share of it."""
+
+
+def unseen_solo_findings(context: AnalysisContext, least_s: float) -> list[Finding]:
+    """The same of a run none of whose communication was recorded, for what a range of a rank's own names.
+
+    The others wait for it if their steps take as much longer than those without it.
+    """
+    if len(context.rows) or len(context.traces) < 2:
+        return []
+    length = context.work_by_step().sum(axis=2)
+    found = []
+    for solo in find_solo_work(context):
+        others = np.delete(np.arange(length.shape[1]), solo.members)
+        rest = np.delete(np.arange(len(length)), np.minimum([*solo.at, *(solo.at + 1)], len(length) - 1))
+        if not solo.name or not len(rest):
+            continue
+        waited_s = float(length[solo.at][:, others].mean() - np.median(length[rest][:, others]))
+        by_step = np.zeros(len(length))
+        by_step[solo.at] = min(solo.length_s, waited_s)
+        if waited_s >= WAITED * solo.length_s and by_step.mean() >= least_s:
+            told = "; of these steps all are as much longer, for communication that was not recorded"
+            row = _finding_of_solo_work(context, solo, by_step, solo.part)
+            found.append(replace(row, confidence=MEDIUM, evidence=row.evidence + told))
+    return found
 
 
 def _charges_of_solo_work(context: AnalysisContext, solo: SoloWork) -> Mask:
@@ -343,9 +381,8 @@ def _charges_of_solo_work(context: AnalysisContext, solo: SoloWork) -> Mask:
     return mask
 
 
-def _finding_of_solo_work(context: AnalysisContext, solo: SoloWork, mask: Mask) -> Finding:
-    charges = (context.losses * mask).sum(axis=1)
-    by_step = charges.sum(axis=1)
+def _finding_of_solo_work(context: AnalysisContext, solo: SoloWork, by_step: Floats, part: str) -> Finding:
+    """The row of ``solo``, which costs ``by_step`` seconds (steps,), most of it in ``part``."""
     numbers = context.steps.numbers[solo.at]
     listed = ", ".join(map(str, numbers[:MAX_LISTED])) + (", ..." if len(numbers) > MAX_LISTED else "")
     first, who = context.traces[solo.members[0]], context.who(solo.members)
@@ -364,7 +401,6 @@ def _finding_of_solo_work(context: AnalysisContext, solo: SoloWork, mask: Mask) 
         told += "; annotate.phase(...) around it would tell what it is"
     worst = context.worst_step(by_step)
     share = float(by_step.mean()) / context.steps.mean_s
-    part = (*context.parts.names, "")[int(charges.sum(axis=0).argmax())]
     return Finding(
         kind="solo",
         cause=f"{solo.name or 'work'} of {who} alone {when}",

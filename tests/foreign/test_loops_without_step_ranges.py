@@ -156,3 +156,42 @@ def test_what_all_ranks_do_now_and_then_is_told_whatever_it_is_called(
 
 
 NO_ITERATIONS = "DELETE FROM NVTX_EVENTS WHERE textId IN (SELECT id FROM StringIds WHERE value LIKE 'iteration %')"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_one_rank_does_alone_now_and_then_is_named_if_the_others_take_as_much_longer(
+    tmp_path: Path, waits: bool
+) -> None:
+    """No communication was recorded: the other rank is in its backward pass for as long."""
+    folder = changed(tmp_path, "cpu_torchrun_plain", NO_ITERATIONS)
+    (report,) = folder.glob("*.sqlite")
+    long_ns = 400_000_000
+    with closing(sqlite3.connect(report)) as connection:
+        query = """SELECT NVTX_EVENTS.rowid, globalTid, start, "end", value FROM NVTX_EVENTS
+            JOIN StringIds ON id = textId WHERE value IN ('data', 'forward', 'backward', 'optimizer') ORDER BY start"""
+        ranges = connection.execute(query).fetchall()
+        alone, other = sorted({thread for _, thread, *_ in ranges})
+        for thread in (alone, other) if waits else (alone,):
+            later, steps = 0, 0
+            for row, _, start, end, name in [each for each in ranges if each[1] == thread]:
+                steps += name == "data"
+                is_at = steps in {7, 13, 19}
+                if is_at and thread == alone and name == "data":
+                    connection.execute(
+                        'INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId) '
+                        "VALUES (?, ?, 59, 'validate', ?, 0)",
+                        (start + later - 1000, start + later - 1000 + long_ns, alone),
+                    )
+                    later += long_ns
+                longer = long_ns if is_at and thread == other and name == "backward" else 0
+                moved = (start + later, end + later + longer, row)
+                connection.execute('UPDATE NVTX_EVENTS SET start = ?, "end" = ? WHERE rowid = ?', moved)
+                later += longer
+        connection.commit()
+    table = analyze(folder).bottlenecks()
+    named_alone = table[table["cause"].str.startswith("validate of ")]
+    assert len(named_alone) == waits
+    if waits:
+        row = named_alone.iloc[0]
+        assert (row["confidence"], row["lost_s_per_step"]) == ("medium", pytest.approx(3 * 0.4 / 19, rel=0.15))
+        assert "communication that was not recorded" in row["evidence"]
