@@ -308,16 +308,20 @@ def _observed(sources: Sequence[ReportSource], reader: _Reader, choice: Choice) 
     label = common_steps(facts)
     others = [at for at, fact in enumerate(facts) if label and has_other_steps(fact, label)]
     if others and not choice.steps:
-        again = replace(choice, usual_steps=label)
-        for at, fact in zip(others, reader.read([sources[at] for at in others], again), strict=True):
-            facts[at] = fact
+        _read_again(facts, others, sources, reader, replace(choice, usual_steps=label))
     begun = [at for at, fact in enumerate(facts) if fact.adopted is not None and fact.adopted.begins]
     lacking = [fact for fact in facts if fact.traces and not fact.has_steps]
     if begun and lacking:  # whose waiting would be in no row
-        again = replace(choice, needs_step_ranges=True)
-        for at, fact in zip(begun, reader.read([sources[at] for at in begun], again), strict=True):
-            facts[at] = fact
+        _read_again(facts, begun, sources, reader, replace(choice, needs_step_ranges=True))
     return warm(facts)
+
+
+def _read_again(
+    facts: list[ReportFacts], places: Sequence[int], sources: Sequence[ReportSource], reader: _Reader, choice: Choice
+) -> None:
+    """Put the facts that ``choice`` gives at ``places`` into ``facts``."""
+    for at, fact in zip(places, reader.read([sources[at] for at in places], choice), strict=True):
+        facts[at] = fact
 
 
 def _refuse_unknown_ranges(facts: Sequence[ReportFacts], choice: Choice) -> None:

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from synthetic_gpu import EPOCH_NS, HPCMM, MS, NCCL_DOMAIN, SCHEMA, insert
+from synthetic_gpu import HPCMM, MS, NCCL_DOMAIN, begin_export, insert
 
 GEMM, SENDS, LAUNCH, SYNCHRONISE = range(4)
 STRINGS = ("gemm", "ncclDevKernel_SendRecv", "cudaLaunchKernel", "cudaDeviceSynchronize_v3020")
@@ -130,14 +130,7 @@ class _Report:
             for domain, name in ((HPCMM, "hpcmm"), (NCCL_DOMAIN, "NCCL"))
         ]
         with closing(sqlite3.connect(path)) as connection:
-            connection.executescript(SCHEMA)
-            insert(connection, "StringIds", *enumerate(STRINGS))
-            insert(connection, "META_DATA_EXPORT", ("EXPORT_PRODUCT_VERSION", "2024.5.1.1"))
-            insert(
-                connection, "META_DATA_CAPTURE", ("CAPTURE_EVENT_TYPE", "Cuda"), ("CAPTURE_EVENT_TYPE", "NvtxEvents")
-            )
-            insert(connection, "TARGET_INFO_SESSION_START_TIME", (EPOCH_NS,))
-            insert(connection, "TARGET_INFO_SYSTEM_ENV", (0, "", "DeviceEnvironment", 610, "\0".join(environment)))
+            begin_export(connection, STRINGS, environment)
             insert(connection, "NVTX_EVENTS", *names, *self.ranges)
             insert(connection, "CUPTI_ACTIVITY_KIND_RUNTIME", *self.calls)
             insert(connection, "CUPTI_ACTIVITY_KIND_KERNEL", *self.kernels)

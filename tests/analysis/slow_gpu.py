@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from synthetic_gpu import ADAM, EPOCH_NS, GEMM, HPCMM, LAUNCH, MS, NCCL, SCHEMA, STRINGS, SYNCHRONISE, insert
+from synthetic_gpu import ADAM, GEMM, HPCMM, LAUNCH, MS, NCCL, STRINGS, SYNCHRONISE, begin_export, insert
 
 USUAL_MS = {"data": 2.0, "forward": 10.0, "backward": 20.0, "optimizer": 3.0}
 TRANSFER_MS = 5.0
@@ -122,14 +122,7 @@ class _Report:
         environment = [f"SLURMD_NODENAME=node{self.node}", "SLURM_JOB_ID=7", f"SLURM_PROCID={self.rank}"]
         environment.append(f"WORLD_SIZE={self.run.ranks}")
         with closing(sqlite3.connect(path)) as connection:
-            connection.executescript(SCHEMA)
-            insert(connection, "StringIds", *enumerate(STRINGS))
-            insert(connection, "META_DATA_EXPORT", ("EXPORT_PRODUCT_VERSION", "2024.5.1.1"))
-            insert(
-                connection, "META_DATA_CAPTURE", ("CAPTURE_EVENT_TYPE", "Cuda"), ("CAPTURE_EVENT_TYPE", "NvtxEvents")
-            )
-            insert(connection, "TARGET_INFO_SESSION_START_TIME", (EPOCH_NS,))
-            insert(connection, "TARGET_INFO_SYSTEM_ENV", (0, "", "DeviceEnvironment", 610, "\0".join(environment)))
+            begin_export(connection, STRINGS, environment)
             insert(connection, "NVTX_EVENTS", self.range_row("hpcmm", 0, None, kind=75), *self.ranges)
             insert(connection, "CUPTI_ACTIVITY_KIND_RUNTIME", *self.calls)
             insert(connection, "CUPTI_ACTIVITY_KIND_KERNEL", *self.kernels)

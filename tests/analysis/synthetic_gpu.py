@@ -14,6 +14,7 @@ step, in milliseconds from its begin on the host:
 import json
 import sqlite3
 import struct
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,27 +79,34 @@ class GpuRun:
         for first in range(0, 4, self.ranks_per_report):
             path = folder / f"gpu{first}.sqlite"
             with closing(sqlite3.connect(path)) as connection:
-                connection.executescript(SCHEMA)
                 self._report(connection, range(first, first + self.ranks_per_report))
                 connection.commit()
         return folder
 
     def _report(self, connection: sqlite3.Connection, ranks: range) -> None:
         node = ranks[0] // 2
-        insert(connection, "StringIds", *enumerate(STRINGS))
-        insert(connection, "META_DATA_EXPORT", ("EXPORT_PRODUCT_VERSION", "2024.5.1.1"))
-        insert(connection, "META_DATA_CAPTURE", ("CAPTURE_EVENT_TYPE", "Cuda"), ("CAPTURE_EVENT_TYPE", "NvtxEvents"))
-        insert(connection, "TARGET_INFO_SESSION_START_TIME", (EPOCH_NS + node * NODE2_CLOCK_NS,))
         environment = [f"SLURMD_NODENAME=node{node + 1}", "SLURM_JOB_ID=7"]
         if len(ranks) == 1 and self.annotated:
             environment += [f"SLURM_PROCID={ranks[0]}", "WORLD_SIZE=4"]
-        insert(connection, "TARGET_INFO_SYSTEM_ENV", (0, "", "DeviceEnvironment", 610, "\0".join(environment)))
+        begin_export(connection, STRINGS, environment, EPOCH_NS + node * NODE2_CLOCK_NS)
         if self.payload == "bytes":
             fields = (("NCCL communicator ID", None), ("Message size [bytes]", 8))
             rows = [(NCCL_DOMAIN, 77, index, 18, name, offset) for index, (name, offset) in enumerate(fields)]
             insert(connection, "NVTX_PAYLOAD_SCHEMA_ENTRIES", *rows)
         for rank in ranks:
             _Rank(self, connection, rank).write()
+
+
+def begin_export(
+    connection: sqlite3.Connection, strings: Iterable[str], environment: Iterable[str], epoch_ns: int = EPOCH_NS
+) -> None:
+    """The tables of an export, with what its own process and nsys tell of it."""
+    connection.executescript(SCHEMA)
+    insert(connection, "StringIds", *enumerate(strings))
+    insert(connection, "META_DATA_EXPORT", ("EXPORT_PRODUCT_VERSION", "2024.5.1.1"))
+    insert(connection, "META_DATA_CAPTURE", ("CAPTURE_EVENT_TYPE", "Cuda"), ("CAPTURE_EVENT_TYPE", "NvtxEvents"))
+    insert(connection, "TARGET_INFO_SESSION_START_TIME", (epoch_ns,))
+    insert(connection, "TARGET_INFO_SYSTEM_ENV", (0, "", "DeviceEnvironment", 610, "\0".join(environment)))
 
 
 def insert(connection: sqlite3.Connection, table: str, *rows: tuple) -> None:
