@@ -83,9 +83,18 @@ def run_watched(command: Sequence[str], run: RunDir, rank: int, watch: RankWatch
         pass_on(heard, None)
     if watch is not None:
         threading.Thread(target=_attend, args=(watch, process), daemon=True).start()
-    status = process.wait()
+    status = _wait(process)
     record_exit(status, run, rank)
     return status
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Its exit status. A signal that another thread caught is handled in this one, which a mere wait would not do."""
+    waiting = threading.Thread(target=process.wait, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(_LOOK_S)
+    return process.wait()
 
 
 def _attend(watch: RankWatch, process: subprocess.Popen[bytes]) -> None:

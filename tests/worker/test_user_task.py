@@ -280,6 +280,29 @@ def test_a_signal_that_comes_while_the_executable_starts_reaches_it_too(tmp_path
     assert done.returncode == 5
 
 
+CAUGHT_BY_ANOTHER_THREAD = """
+import signal, sys, threading, time
+from pathlib import Path
+from hpcmm.runs.run_dir import RunDir
+from hpcmm.worker import signal_forwarding
+ready = Path(sys.argv[1]) / "ready"
+def catch():
+    while not ready.exists():
+        time.sleep(0.05)
+    time.sleep(0.3)  # the main thread waits for the executable by now, most likely
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+threading.Thread(target=catch, daemon=True).start()
+program = f"trap 'exit 5' USR1; : >{ready}; while :; do sleep 0.05; done"
+sys.exit(signal_forwarding.run_watched(["sh", "-c", program], RunDir(ready.parent), 0))
+"""
+
+
+def test_a_signal_that_another_thread_of_the_rank_catches_reaches_the_executable(tmp_path):
+    made = [sys.executable, "-c", CAUGHT_BY_ANOTHER_THREAD, str(tmp_path)]
+    done = subprocess.run(made, env=os.environ | SLURM, check=False, timeout=60)
+    assert done.returncode == 5
+
+
 def test_a_signal_to_the_rank_reaches_the_executable(tmp_path):
     program = tmp_path / "run.sh"
     program.write_text("#!/bin/sh\ntrap 'echo told; exit 0' USR1\nkill -USR1 $PPID\nwhile :; do sleep 0.1; done\n")
