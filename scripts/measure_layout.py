@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LIMITS = {
-    "modules": 225,
+    "modules": 226,
     "modules with one importer, percent": 25,
     "longest import chain": 18,
     "lines of the longest module": 450,

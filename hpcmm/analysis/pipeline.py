@@ -36,7 +36,7 @@ from hpcmm.analysis.findings import AnalysisContext, Finding, gpu_doubt
 from hpcmm.analysis.gpu_findings import span_s
 from hpcmm.analysis.phases import StepTimes, step_times
 from hpcmm.analysis.pop_metrics import Reference, efficiency, samples_per_step
-from hpcmm.analysis.report_inventory import NO_NVTX, NO_STEPS, ReportInventory, environment_table
+from hpcmm.analysis.report_inventory import NO_NVTX, NO_STEPS, ReportInventory
 from hpcmm.analysis.study import TABLES, Selection, Study, Tables, step_line
 from hpcmm.analysis.suggestions import suggest
 from hpcmm.analysis.time_tables import FirstStep, comm_wait, phases_summary, phases_table, startup_table, wait_matrix
@@ -84,10 +84,23 @@ def _of_calls(inventory: ReportInventory, record: RunRecord) -> Tables:
     return Tables(
         {
             "osrt": lambda: osrt.osrt_table(traces),
-            "environment": lambda: environment_table(inventory.used),
+            "environment": lambda: _environment(inventory),
             "startup": lambda: startup_table(record.startup, _first_steps(inventory, record)),
         }
     )
+
+
+def _environment(inventory: ReportInventory) -> pd.DataFrame:
+    """Variables of the program that nsys started, by rank. ``[redacted]`` stands for values that may be secrets.
+
+    Ranks that were captured in one report share its environment, which is that of their launcher.
+    """
+    rows = [
+        (trace.rank, trace.node, variable, value)
+        for fact, trace in inventory.used
+        for variable, value in sorted(fact.identity.environment.items())
+    ]
+    return pd.DataFrame(rows, columns=["rank", "node", "variable", "value"])
 
 
 def _first_steps(inventory: ReportInventory, record: RunRecord) -> Iterator[FirstStep]:
@@ -143,7 +156,7 @@ def study(
             "delays": lambda: time_tables.delays_table(context()),
             "startup": lambda: startup_table(record.startup, _first_steps(inventory, record)),
             "clock": lambda: clock.table,
-            "environment": lambda: environment_table(inventory.used),
+            "environment": lambda: _environment(inventory),
             "bottlenecks": ranked,
         }
     )

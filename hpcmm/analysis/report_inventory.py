@@ -13,7 +13,8 @@ import pandas as pd
 
 from hpcmm.analysis.extraction import OLDER_NVTX, ReportFacts
 from hpcmm.analysis.intervals import NS_PER_S
-from hpcmm.analysis.trace import RankTrace, joined, labelled
+from hpcmm.analysis.same_run import join_windows, other_window, runs_of, windows_of
+from hpcmm.analysis.trace import RankTrace, labelled
 from hpcmm.ranges import MAX_WORLD_SIZE, write_ranges
 from hpcmm.reports.run_record import RunRecord
 
@@ -24,6 +25,7 @@ NEWER_NSYS = "newer_nsys"
 EMPTY = "empty"
 NOT_PROFILED = "not_profiled"
 WRONG_JOB = "wrong_job"
+OTHER_RUN = "other_run"
 NO_NVTX = "no_nvtx"
 NO_STEPS = "no_steps"
 DUPLICATE = "duplicate"
@@ -61,8 +63,8 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     """Give each report its rank and status; then add the expected ranks that have no report."""
     stepped = any(len(trace.steps) for fact in facts for trace in fact.traces)
     facts = [replace(fact, no_ranges=_in_this_run(fact.no_ranges, record, stepped=stepped)) for fact in facts]
-    job_id = _majority_job(facts, record)
-    ours = [not (fact.job_id and job_id and fact.job_id != job_id) for fact in facts]
+    apart = _of_others(facts, record)
+    ours = [fact.path not in apart for fact in facts]
     same_job = list(compress(facts, ours))
     told = max(map(_world_size, same_job), default=0)
     world = _world_communicator([trace for fact in same_job for trace in fact.traces], told)
@@ -75,7 +77,7 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     world_size = min(record.world_size * workers or told, MAX_WORLD_SIZE)
     rows, nameless = _rows_without_trace(facts, record)
     rows += [
-        _row(fact, rank, trace, (WRONG_JOB, f"belongs to job {fact.job_id}, the others to job {job_id}"))
+        _row(fact, rank, trace, apart[fact.path])
         for fact, ranks, is_ours in zip(facts, resolved, ours, strict=True)
         for rank, trace in ranks
         if not is_ours
@@ -86,7 +88,7 @@ def take_inventory(facts: Sequence[ReportFacts], record: RunRecord) -> ReportInv
     # Ranks are numbered from 0: whoever is rank 7 has seven peers, also if nothing tells how many ranks there are.
     if not record.world_size:
         world_size = max([world_size, *(rank + 1 for rank in claims if rank < MAX_WORLD_SIZE)])
-    present = {int(str(row[0])) for row in rows if row[0] is not None and row[2] != WRONG_JOB}
+    present = {int(str(row[0])) for row in rows if row[0] is not None and row[2] not in {WRONG_JOB, OTHER_RUN}}
     rows.extend(_without_report(present, world_size, record, nameless, workers))
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64"})
     table = table.sort_values(["rank", "report"], na_position="last", kind="stable", ignore_index=True)
@@ -129,7 +131,7 @@ def _claims(
     number = 0
     # Those that know their rank come first, for they may know that of another window, too.
     for known, fact, trace in sorted(each, key=lambda claim: claim[0] is None):
-        rank = known if known is not None else _other_window(fact, trace, claims)
+        rank = known if known is not None else other_window(fact, trace, claims)
         if rank is None:
             nameless.append(fact.name)
             rank = number = number - 1
@@ -141,6 +143,25 @@ def _majority_job(facts: Sequence[ReportFacts], record: RunRecord) -> str | None
     """The job of most reports. Between equals the run's record tells; alone it does if no report does."""
     jobs = Counter(fact.job_id for fact in facts if fact.job_id)
     return max(jobs, key=lambda job: (jobs[job], job == record.job_id, job)) if jobs else record.job_id
+
+
+def _of_others(facts: Sequence[ReportFacts], record: RunRecord) -> dict[Path, tuple[str, str]]:
+    """Reports of other jobs and runs than the one that is looked at: the status and the reason of each."""
+    job_id = _majority_job(facts, record)
+    apart = {
+        fact.path: (WRONG_JOB, f"belongs to job {fact.job_id}, the others to job {job_id}")
+        for fact in facts
+        if fact.job_id and job_id and fact.job_id != job_id
+    }
+    runs = [] if record.world_size else runs_of([fact for fact in facts if fact.path not in apart])
+    kept = max(runs, key=lambda run: run.merit, default=None)
+    for run in runs:
+        if kept is not None and run is not kept and run.places & kept.places:
+            when = "before the others began" if run.begin_ns < kept.begin_ns else "after the others had ended"
+            gap_s = max(kept.begin_ns - run.end_ns, run.begin_ns - kept.end_ns) / NS_PER_S
+            told = f"of another run, {gap_s:.3g} s {when}: put its reports into a folder of their own"
+            apart |= {fact.path: (OTHER_RUN, told) for fact in run.facts}
+    return apart
 
 
 def _world_communicator(traces: Sequence[RankTrace], world_size: int) -> str:
@@ -256,46 +277,6 @@ def _node(trace: RankTrace, rank: int, record: RunRecord) -> str:
     return start.node if start is not None else trace.node
 
 
-def _other_window(
-    fact: ReportFacts, trace: RankTrace, claims: dict[int, list[tuple[ReportFacts, RankTrace]]]
-) -> int | None:
-    """The rank that was given to an earlier or later window of the same process; None if there is none."""
-    same = (rank for rank, own in claims.items() if all(_are_windows((fact, trace), claim) for claim in own))
-    return next(same, None)
-
-
-def _are_windows(one: tuple[ReportFacts, RankTrace], other: tuple[ReportFacts, RankTrace]) -> bool:
-    """Whether two traces are of one process, at times that do not overlap, as far as both tell them."""
-    (fact, trace), (fact2, trace2) = one, other
-    process = (trace.pid, trace.device, fact.identity.node, fact.job_id)
-    if process != (trace2.pid, trace2.device, fact2.identity.node, fact2.job_id):
-        return False
-    if fact.epoch_ns is None or fact2.epoch_ns is None:
-        return False
-    begin, begin2 = fact.epoch_ns + fact.first_ns, fact2.epoch_ns + fact2.first_ns
-    return begin + fact.span_s * NS_PER_S <= begin2 or begin2 + fact2.span_s * NS_PER_S <= begin
-
-
-def _windows_of(
-    best: tuple[ReportFacts, RankTrace], claimants: Sequence[tuple[ReportFacts, RankTrace]]
-) -> list[tuple[ReportFacts, RankTrace]]:
-    """``best`` and the other windows of its process, in the order of time."""
-    chosen = [best]
-    for claim in claimants:
-        if claim is not best and all(_are_windows(claim, other) for other in chosen):
-            chosen.append(claim)
-    return sorted(chosen, key=lambda claim: (claim[0].epoch_ns or 0) + claim[0].first_ns)
-
-
-def _join_windows(windows: Sequence[tuple[ReportFacts, RankTrace]]) -> tuple[ReportFacts, RankTrace]:
-    """All windows of a process as one trace, on the clock of the first's report."""
-    fact, trace = windows[0]
-    for other, later in windows[1:]:
-        shift = (other.epoch_ns or 0) - (fact.epoch_ns or 0)
-        trace = joined(trace, later.on_clock(lambda times, shift=shift: times + shift))  # type: ignore[misc]
-    return fact, trace
-
-
 def _settle_claims(
     claims: dict[int, list[tuple[ReportFacts, RankTrace]]], record: RunRecord, rows: list[tuple[object, ...]]
 ) -> list[tuple[ReportFacts, RankTrace]]:
@@ -309,7 +290,7 @@ def _settle_claims(
             return claim[1].pid == pid, len(claim[1].steps), claim[0].events
 
         best = max(claimants, key=merit)
-        windows = _windows_of(best, claimants)
+        windows = windows_of(best, claimants)
         for claim in claimants:
             fact, trace = claim
             if any(claim is window for window in windows):
@@ -319,7 +300,7 @@ def _settle_claims(
             else:
                 told = f"claims rank {rank}, which {best[0].name} has"
                 rows.append(_row(fact, rank, trace, (DUPLICATE, told)))
-        used.append(_join_windows(windows))
+        used.append(join_windows(windows))
     return used
 
 
@@ -415,21 +396,3 @@ def _without_report(
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" or one of {len(names) - 3} more" if len(names) > 3 else "")
-
-
-ENVIRONMENT_COLUMNS = ["rank", "node", "variable", "value"]
-
-
-def environment_table(used: Sequence[tuple[ReportFacts, RankTrace]]) -> pd.DataFrame:
-    """Variables of the program that nsys started, by rank (ENVIRONMENT_COLUMNS).
-
-    ``[redacted]`` stands for values that may be secrets.
-
-    Ranks that were captured in one report share its environment, which is that of their launcher.
-    """
-    rows = [
-        (trace.rank, trace.node, variable, value)
-        for fact, trace in used
-        for variable, value in sorted(fact.identity.environment.items())
-    ]
-    return pd.DataFrame(rows, columns=ENVIRONMENT_COLUMNS)

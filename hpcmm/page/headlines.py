@@ -218,22 +218,23 @@ def exchanged_line(study: Study) -> str:
 
 def coverage_line(study: Study) -> str:
     """How many of the expected reports were read; several of one rank count once for it."""
-    coverage = study.tables["coverage"]
-    status, again = coverage["status"], coverage["rank"].duplicated() & coverage["rank"].notna()
-    found = (status == "found") & ~(again & coverage["rank"].isin(coverage.loc[status == "found", "rank"].unique()))
-    used, whole = int(found.sum()), int((~again).sum())
+    coverage = study.tables["coverage"].sort_values("status", key=lambda each: each == "other_run", kind="stable")
+    status, rank = coverage["status"], coverage["rank"]
+    again = (rank.duplicated() & rank.notna()) | (status == "other_run")
+    found = (status == "found") & ~(again & rank.isin(rank[status == "found"].unique()))
     rest = status[status != "found"].value_counts()
     told = ", ".join(f"{count} {str(name).replace('_', ' ')}" for name, count in rest.items())
-    return f"{used} of {whole} ranks with steps" + (f" ({told})" if told else "") + study.joined_windows
+    return f"{found.sum()} of {(~again).sum()} ranks with steps" + (f" ({told})" if told else "") + study.joined_windows
 
 
 def gaps(coverage: pd.DataFrame) -> list[tuple[str, str, str]]:
     """Who, status and reason of the rows of ``coverage`` that something is wrong with; ranks of which the same is
-    said, and that have no report, in one; and so are processes of a report."""
+    said, and that have no report, in one; and so are processes of a report, and of another run."""
     troubled = coverage[(coverage["reason"] != "") & (coverage["status"] != "not_profiled")]
     said = troubled["reason"].str.replace(_OF_PROCESS, "", regex=True)
     alone = (said == troubled["reason"]) & (troubled["report"] != "")
     own = np.where(alone, np.arange(len(troubled)), -1 - pd.factorize(troubled["report"])[0])
+    own[troubled["status"] == "other_run"] = len(troubled)
     alike = troubled.assign(own=own, said=said)
     told = []
     for _, rows in alike.groupby(["own", "status", "said", "node"], sort=False):
@@ -244,7 +245,8 @@ def gaps(coverage: pd.DataFrame) -> list[tuple[str, str, str]]:
         elif len(known):
             who = rank_name(int(known.iloc[0]), str(row["node"] or ""))
         else:
-            who = plain(row["report"]) or f"{len(rows)} rank{'s' if len(rows) > 1 else ''}"
+            more = " and others" * (rows["report"].nunique() > 1)
+            who = plain(row["report"]) + more or f"{len(rows)} rank{'s' if len(rows) > 1 else ''}"
         why = f"{len(rows)} processes: {row['said']}" if row["report"] and len(rows) > 1 else row["reason"]
         told.append((who, plain(row["status"]).replace("_", " "), plain(why)))
     return told

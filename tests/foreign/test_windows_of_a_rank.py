@@ -54,7 +54,7 @@ def test_another_process_or_job_or_a_report_that_does_not_tell_its_time_is_no_wi
     reports: Path, statement: str
 ) -> None:
     edit(reports / "report.2.sqlite", statement)
-    assert set(analyze(reports).coverage()["status"]) & {"duplicate", "wrong_job"}
+    assert set(analyze(reports).coverage()["status"]) & {"duplicate", "wrong_job", "other_run"}
 
 
 def test_windows_of_a_process_whose_rank_nothing_tells_are_one(reports: Path) -> None:

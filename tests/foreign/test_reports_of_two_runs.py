@@ -1,0 +1,102 @@
+"""Reports of runs one after the other in one folder: one run is looked at, never ranks of both."""
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from hpcmm.analyze import Analysis, analyze
+from hpcmm.page.headlines import coverage_line, gaps
+
+SAMPLES = Path(__file__).parents[2] / "profiles" / "samples" / "slow_data"
+LATER_NS = 700_000_000_000
+TABLES = ("NVTX_EVENTS", "OSRT_API")
+
+
+def edit(report: Path, *statements: str) -> None:
+    with sqlite3.connect(report) as connection:
+        for statement in statements:
+            connection.execute(statement)
+    connection.close()
+
+
+def later(report: Path) -> None:
+    """Make it of a run that was started later, whose processes are others."""
+    ids = [f"UPDATE {table} SET globalTid = globalTid + (1000 << 24)" for table in TABLES]  # noqa: S608
+    edit(report, f"UPDATE TARGET_INFO_SESSION_START_TIME SET utcEpochNs = utcEpochNs + {LATER_NS}", *ids)  # noqa: S608
+
+
+def forget_ranks(report: Path) -> None:
+    edit(report, "DELETE FROM TARGET_INFO_SYSTEM_ENV WHERE name = 'DeviceEnvironment'")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Two runs of four ranks each."""
+    for rank in range(4):
+        for run in ("a", "b"):
+            shutil.copy(SAMPLES / f"rank_{rank:04d}.sqlite", tmp_path / f"{run}_{rank}.sqlite")
+        later(tmp_path / f"b_{rank}.sqlite")
+    return tmp_path
+
+
+def used(analysis: Analysis) -> list[str]:
+    coverage = analysis.coverage()
+    return sorted(coverage.loc[coverage["status"] == "found", "report"])
+
+
+def blamed(analysis: Analysis) -> float:
+    return float(analysis.bottlenecks().iloc[0]["lost_s_per_step"])
+
+
+@pytest.mark.parametrize("ranks", ["known", "unknown"])
+def test_the_later_of_two_alike_is_looked_at_and_the_other_is_said(runs: Path, ranks: str, tmp_path: Path) -> None:
+    if ranks == "unknown":
+        for report in runs.iterdir():
+            forget_ranks(report)
+    alone = shutil.copytree(runs, tmp_path / "alone", ignore=shutil.ignore_patterns("a_*", "alone"))
+    one, both = analyze(alone), analyze([*runs.glob("*.sqlite")])
+    assert used(both) == used(one) == [f"b_{rank}.sqlite" for rank in range(4)]
+    assert blamed(both) == blamed(one)
+    assert coverage_line(both.study).startswith("4 of 4 ranks with steps (4 other run)")
+    told = [reason for _, status, reason in gaps(both.coverage()) if status == "other run"]
+    assert told
+    assert all("of another run, 68" in reason and "s before the others began" in reason for reason in told)
+
+
+def test_ranks_of_both_are_never_mixed(runs: Path) -> None:
+    """As the one with more steps of each rank would do."""
+    edit(runs / "b_0.sqlite", 'DELETE FROM NVTX_EVENTS WHERE start > (SELECT MAX("end") * 3 / 4 FROM NVTX_EVENTS)')
+    assert used(analyze(runs)) == [f"a_{rank}.sqlite" for rank in range(4)]
+
+
+def test_the_run_with_the_most_processes_is_looked_at(runs: Path) -> None:
+    (runs / "b_3.sqlite").unlink()
+    analysis = analyze(runs)
+    assert used(analysis) == [f"a_{rank}.sqlite" for rank in range(4)]
+    assert set(analysis.coverage()["rank"].dropna()) == {0, 1, 2, 3}
+    assert "after the others had ended" in analysis.coverage()["reason"].str.cat()
+
+
+def test_scripts_of_one_process_one_after_the_other_are_no_ranks_of_one(runs: Path) -> None:
+    for report in runs.iterdir():
+        if report.stem in {"a_0", "b_0"}:
+            forget_ranks(report)
+        else:
+            report.unlink()
+    analysis = analyze(runs)
+    assert used(analysis) == ["b_0.sqlite"]
+    assert coverage_line(analysis.study).startswith("1 of 1 ranks with steps")
+
+
+def test_ranks_that_were_captured_at_different_times_are_still_of_one_run(runs: Path) -> None:
+    for name in ("a_2", "a_3", "b_0", "b_1"):
+        (runs / f"{name}.sqlite").unlink()
+    assert used(analyze(runs)) == ["a_0.sqlite", "a_1.sqlite", "b_2.sqlite", "b_3.sqlite"]
+
+
+def test_reports_that_tell_no_time_stay_duplicates(runs: Path) -> None:
+    for report in runs.iterdir():
+        edit(report, "DROP TABLE TARGET_INFO_SESSION_START_TIME")
+    assert set(analyze(runs).coverage()["status"]) == {"found", "duplicate"}
