@@ -13,7 +13,7 @@ import pandas as pd
 
 from hpcmm.analysis.extraction import OLDER_NVTX, ReportFacts
 from hpcmm.analysis.intervals import NS_PER_S
-from hpcmm.analysis.same_run import join_windows, other_window, runs_of, windows_of
+from hpcmm.analysis.same_run import Claim, Run, is_copy, join_windows, other_window, runs_of, windows_of
 from hpcmm.analysis.trace import RankTrace, labelled
 from hpcmm.ranges import MAX_WORLD_SIZE, write_ranges
 from hpcmm.reports.run_record import RunRecord
@@ -52,7 +52,7 @@ class ReportInventory:
     """The coverage table, and the traces that the other tables are made from, by rank."""
 
     table: pd.DataFrame
-    used: tuple[tuple[ReportFacts, RankTrace], ...]
+    used: tuple[Claim, ...]
     complete: bool
     """Every report was read and every rank that should have one has."""
     expected_ranks: int
@@ -124,14 +124,14 @@ def _claims(
     resolved: Iterable[tuple[ReportFacts, Sequence[tuple[int | None, RankTrace]]]],
     record: RunRecord,
     nameless: list[str],
-) -> dict[int, list[tuple[ReportFacts, RankTrace]]]:
+) -> dict[int, list[Claim]]:
     """Traces by the rank that each claims; those of unknown rank get a negative number and are put to ``nameless``."""
-    claims: dict[int, list[tuple[ReportFacts, RankTrace]]] = {}
+    claims: dict[int, list[Claim]] = {}
     each = [(rank, fact, trace) for fact, ranks in resolved for rank, trace in ranks]
     number = 0
     # Those that know their rank come first, for they may know that of another window, too.
     for known, fact, trace in sorted(each, key=lambda claim: claim[0] is None):
-        rank = known if known is not None else other_window(fact, trace, claims)
+        rank = known if known is not None else other_window((fact, trace), claims)
         if rank is None:
             nameless.append(fact.name)
             rank = number = number - 1
@@ -154,14 +154,23 @@ def _of_others(facts: Sequence[ReportFacts], record: RunRecord) -> dict[Path, tu
         if fact.job_id and job_id and fact.job_id != job_id
     }
     runs = [] if record.world_size else runs_of([fact for fact in facts if fact.path not in apart])
-    kept = max(runs, key=lambda run: run.merit, default=None)
+    if not runs:
+        return apart
+    kept = max(runs, key=lambda run: (run.processes, run.steps, run.begin_ns))
     for run in runs:
-        if kept is not None and run is not kept and run.places & kept.places:
-            when = "before the others began" if run.begin_ns < kept.begin_ns else "after the others had ended"
-            gap_s = max(kept.begin_ns - run.end_ns, run.begin_ns - kept.end_ns) / NS_PER_S
-            told = f"of another run, {gap_s:.3g} s {when}: put its reports into a folder of their own"
-            apart |= {fact.path: (OTHER_RUN, told) for fact in run.facts}
+        if run is not kept and run.is_apart_from(kept):
+            apart |= {fact.path: (OTHER_RUN, _beside(run, kept)) for fact in run.facts}
     return apart
+
+
+def _beside(run: Run, kept: Run) -> str:
+    """When another run was, and why ``kept`` is looked at."""
+    before_s, after_s = (gap / NS_PER_S for gap in (kept.begin_ns - run.end_ns, run.begin_ns - kept.end_ns))
+    times = [f"ended {before_s:.3g} s before the others began"] if before_s > 0 else []
+    times += [f"began {after_s:.3g} s after the others had ended"] if after_s > 0 else []
+    fewer = "processes" if run.processes < kept.processes else "steps" if run.steps < kept.steps else ""
+    told = " and ".join([*times, *([f"has fewer {fewer}"] if fewer else [])])
+    return f"of another run{f', which {told}' if told else ''}: give its reports alone to look at it"
 
 
 def _world_communicator(traces: Sequence[RankTrace], world_size: int) -> str:
@@ -277,16 +286,14 @@ def _node(trace: RankTrace, rank: int, record: RunRecord) -> str:
     return start.node if start is not None else trace.node
 
 
-def _settle_claims(
-    claims: dict[int, list[tuple[ReportFacts, RankTrace]]], record: RunRecord, rows: list[tuple[object, ...]]
-) -> list[tuple[ReportFacts, RankTrace]]:
+def _settle_claims(claims: dict[int, list[Claim]], record: RunRecord, rows: list[tuple[object, ...]]) -> list[Claim]:
     """Of several reports of one rank keep the one that the run's record names, else the one with the most steps, and
     the other windows of its process."""
     used = []
     for rank, claimants in sorted(claims.items()):
         start = record.starts.get(rank)
 
-        def merit(claim: tuple[ReportFacts, RankTrace], pid: int = start.pid if start else -1) -> tuple[bool, int, int]:
+        def merit(claim: Claim, pid: int = start.pid if start else -1) -> tuple[bool, int, int]:
             return claim[1].pid == pid, len(claim[1].steps), claim[0].events
 
         best = max(claimants, key=merit)
@@ -298,7 +305,8 @@ def _settle_claims(
                 why = f"{fact.name}: {why}" if why and len(windows) > 1 else why
                 rows.append(_row(fact, rank, trace, (status, why)))
             else:
-                told = f"claims rank {rank}, which {best[0].name} has"
+                whose = f"claims rank {rank}, which" if rank >= 0 else "shows a process that"
+                told = f"is a copy of {best[0].name}" if is_copy(fact, best[0]) else f"{whose} {best[0].name} has"
                 rows.append(_row(fact, rank, trace, (DUPLICATE, told)))
         used.append(join_windows(windows))
     return used

@@ -2,37 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpcmm.analysis.extraction import ReportFacts
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.trace import RankTrace, joined
 
+Claim = tuple[ReportFacts, RankTrace]
+"""A process that a report shows."""
 
-def other_window(
-    fact: ReportFacts, trace: RankTrace, claims: dict[int, list[tuple[ReportFacts, RankTrace]]]
-) -> int | None:
-    """The rank that was given to an earlier or later window of the same process; None if there is none."""
-    same = (rank for rank, own in claims.items() if all(_are_windows((fact, trace), claim) for claim in own))
+
+def other_window(claim: Claim, claims: Mapping[int, Sequence[Claim]]) -> int | None:
+    """The rank that was given to another window of the same process, or to a copy of its report; None if there is none.
+
+    ``claims``: processes by their rank.
+    """
+    same = (
+        rank
+        for rank, own in claims.items()
+        if all(
+            _are_windows(claim, other) or (is_copy(claim[0], other[0]) and _is_one_process(claim, other))
+            for other in own
+        )
+    )
     return next(same, None)
 
 
-def _are_windows(one: tuple[ReportFacts, RankTrace], other: tuple[ReportFacts, RankTrace]) -> bool:
-    """Whether two traces are of one process, at times that do not overlap, as far as both tell them."""
+def is_copy(fact: ReportFacts, other: ReportFacts) -> bool:
+    """Whether two reports are one, in two files."""
+    told = (fact.epoch_ns, fact.first_ns, fact.span_s, fact.events, fact.identity)
+    pids = [trace.pid for trace in fact.traces]
+    same = told == (other.epoch_ns, other.first_ns, other.span_s, other.events, other.identity)
+    return fact.path != other.path and same and pids == [trace.pid for trace in other.traces]
+
+
+def _is_one_process(one: Claim, other: Claim) -> bool:
+    """Whether both may be of one process: it keeps its number, its environment and NCCL's communicators.
+
+    In containers each run's processes have the same numbers.
+    """
     (fact, trace), (fact2, trace2) = one, other
     process = (trace.pid, trace.device, fact.identity.node, fact.job_id)
     if process != (trace2.pid, trace2.device, fact2.identity.node, fact2.job_id):
         return False
-    if fact.epoch_ns is None or fact2.epoch_ns is None:
+    environments = [each.identity.environment for each in (fact, fact2) if each.identity.environment]
+    if len(environments) == 2 and environments[0] != environments[1]:
         return False
-    begin, begin2 = fact.epoch_ns + fact.first_ns, fact2.epoch_ns + fact2.first_ns
-    return begin + fact.span_s * NS_PER_S <= begin2 or begin2 + fact2.span_s * NS_PER_S <= begin
+    groups = [set(each.communicators) for each in (trace, trace2) if each.communicators]
+    return len(groups) < 2 or bool(groups[0] & groups[1])
 
 
-def windows_of(
-    best: tuple[ReportFacts, RankTrace], claimants: Sequence[tuple[ReportFacts, RankTrace]]
-) -> list[tuple[ReportFacts, RankTrace]]:
+def _are_windows(one: Claim, other: Claim) -> bool:
+    """Whether two traces are of one process, at times that do not overlap, as far as both tell them."""
+    if not _is_one_process(one, other):
+        return False
+    times = sorted(time for fact, _ in (one, other) if (time := _time(fact)) is not None)
+    return len(times) == 2 and times[0][1] <= times[1][0]
+
+
+def _time(fact: ReportFacts) -> tuple[float, float] | None:
+    """From its first event to its last, in nanoseconds of its node's clock; None if it does not tell."""
+    if fact.epoch_ns is None:
+        return None
+    begin = fact.epoch_ns + fact.first_ns
+    return begin, begin + fact.span_s * NS_PER_S
+
+
+def windows_of(best: Claim, claimants: Sequence[Claim]) -> list[Claim]:
     """``best`` and the other windows of its process, in the order of time."""
     chosen = [best]
     for claim in claimants:
@@ -41,7 +78,7 @@ def windows_of(
     return sorted(chosen, key=lambda claim: (claim[0].epoch_ns or 0) + claim[0].first_ns)
 
 
-def join_windows(windows: Sequence[tuple[ReportFacts, RankTrace]]) -> tuple[ReportFacts, RankTrace]:
+def join_windows(windows: Sequence[Claim]) -> Claim:
     """All windows of a process as one trace, on the clock of the first's report."""
     fact, trace = windows[0]
     for other, later in windows[1:]:
@@ -52,47 +89,64 @@ def join_windows(windows: Sequence[tuple[ReportFacts, RankTrace]]) -> tuple[Repo
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """Reports whose processes ran at once, or were captured again and again."""
+    """Reports whose processes ran at once, or were captured again and again. Each tells its time."""
 
     facts: list[ReportFacts]
     begin_ns: int
     end_ns: int
-    processes: set[tuple[object, ...]]
-    places: set[int | str]
-    """The ranks of its processes, and the nodes of those whose rank nothing tells."""
 
     @property
-    def merit(self) -> tuple[int, int, int]:
-        """The run with the most processes is looked at, of those the one with the most steps, then the latest."""
-        steps = sum(len(trace.steps) for fact in self.facts for trace in fact.traces)
-        return len(self.processes), steps, self.begin_ns
+    def claims(self) -> list[Claim]:
+        return [(fact, trace) for fact in self.facts for trace in fact.traces]
+
+    @property
+    def steps(self) -> int:
+        return sum(len(trace.steps) for _, trace in self.claims)
+
+    @property
+    def processes(self) -> int:
+        return len({(fact.identity.node, trace.pid) for fact, trace in self.claims})
+
+    def is_apart_from(self, other: Run) -> bool:
+        """Whether it has a rank that the other has, or either a process of unknown rank on a node of the other's."""
+        ranks, ranks2 = ({trace.rank for _, trace in run.claims if trace.rank >= 0} for run in (self, other))
+        nodes, nodes2 = ({fact.identity.node for fact in run.facts} - {None} for run in (self, other))
+        unknown, unknown2 = (
+            {fact.identity.node for fact, trace in run.claims if trace.rank < 0} - {None} for run in (self, other)
+        )
+        return bool(ranks & ranks2 or unknown & nodes2 or unknown2 & nodes)
 
 
 def runs_of(facts: Iterable[ReportFacts]) -> list[Run]:
-    """Reports by the run that they are of, as far as they tell their time."""
-    each = [
-        Run(
-            [fact],
-            fact.epoch_ns,
-            fact.epoch_ns + fact.first_ns + round(fact.span_s * NS_PER_S),
-            {(trace.pid, fact.identity.node) for trace in fact.traces},
-            {trace.rank if trace.rank >= 0 else fact.identity.node or "" for trace in fact.traces} - {""},
-        )
-        for fact in facts
-        if fact.epoch_ns is not None
-    ]
+    """Reports by the run that they are of; those that tell no time, or show no process, are of none.
+
+    On one node the order of times is sure. If each node has as many runs as the others, the first of each is the first
+    run, however far apart their clocks are. Otherwise the clocks tell which belong together.
+    """
+    by_node: dict[str | None, list[Run]] = {}
+    for fact in facts:
+        if fact.epoch_ns is not None and fact.traces:
+            end_ns = fact.epoch_ns + fact.first_ns + round(fact.span_s * NS_PER_S)
+            by_node.setdefault(fact.identity.node, []).append(Run([fact], fact.epoch_ns, end_ns))
+    nodes = [_at_once(reports) for reports in by_node.values()]
+    if len({len(runs) for runs in nodes}) == 1 and len(nodes[0]) > 1:
+        return [_merged(runs) for runs in zip(*nodes, strict=True)]
+    return _at_once([run for runs in nodes for run in runs])
+
+
+def _at_once(each: Iterable[Run]) -> list[Run]:
+    """Those whose times have a part in common, or that have a process in common, as one; by their begin."""
     runs: list[Run] = []
     for run in sorted(each, key=lambda run: run.begin_ns):
-        same = [other for other in runs if other.end_ns >= run.begin_ns or other.processes & run.processes]
+        same = [other for other in runs if other.end_ns >= run.begin_ns or _have_one_process(other, run)]
         runs = [other for other in runs if other not in same] + [_merged([*same, run])]
-    return runs
+    return sorted(runs, key=lambda run: run.begin_ns)
+
+
+def _have_one_process(run: Run, other: Run) -> bool:
+    return any(_is_one_process(one, two) for one in run.claims for two in other.claims)
 
 
 def _merged(parts: Sequence[Run]) -> Run:
-    return Run(
-        [fact for part in parts for fact in part.facts],
-        min(part.begin_ns for part in parts),
-        max(part.end_ns for part in parts),
-        set().union(*(part.processes for part in parts)),
-        set().union(*(part.places for part in parts)),
-    )
+    facts = [fact for part in parts for fact in part.facts]
+    return Run(facts, min(part.begin_ns for part in parts), max(part.end_ns for part in parts))

@@ -67,6 +67,24 @@ class Study:
         return f"; {count} reports of {whose} are windows of one capture, read together"
 
     @property
+    def ranks_with_steps(self) -> tuple[int, int]:
+        """How many there are, and of how many; several reports of a rank count once."""
+        merit = {"found": 0, "other_run": 2, "wrong_job": 2}
+        coverage = self.tables["coverage"].assign(merit=lambda each: each["status"].map(merit).fillna(1))
+        coverage = coverage[coverage["merit"] < 2].sort_values("merit", kind="stable")
+        ranks = coverage[~(coverage["rank"].duplicated() & coverage["rank"].notna())]
+        return int((ranks["status"] == "found").sum()), len(ranks)
+
+    @property
+    def looked_at(self) -> str:
+        """Which reports are looked at, if some are of other runs; else empty."""
+        coverage = self.tables["coverage"]
+        if not (coverage["status"] == "other_run").any():
+            return ""
+        names = list(coverage.loc[coverage["status"].isin(["found", "truncated"]), "report"].unique())
+        return f"; looked at: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+
+    @property
     def waits_unseen(self) -> bool:
         """Whether several ranks have steps, and no collective was recorded."""
         several = sum(len(trace.steps) > 0 for trace in self.traces) > 1

@@ -218,13 +218,12 @@ def exchanged_line(study: Study) -> str:
 
 def coverage_line(study: Study) -> str:
     """How many of the expected reports were read; several of one rank count once for it."""
-    coverage = study.tables["coverage"].sort_values("status", key=lambda each: each == "other_run", kind="stable")
-    status, rank = coverage["status"], coverage["rank"]
-    again = (rank.duplicated() & rank.notna()) | (status == "other_run")
-    found = (status == "found") & ~(again & rank.isin(rank[status == "found"].unique()))
+    status = study.tables["coverage"]["status"]
     rest = status[status != "found"].value_counts()
     told = ", ".join(f"{count} {str(name).replace('_', ' ')}" for name, count in rest.items())
-    return f"{found.sum()} of {(~again).sum()} ranks with steps" + (f" ({told})" if told else "") + study.joined_windows
+    used, whole = study.ranks_with_steps
+    which = study.joined_windows + study.looked_at
+    return f"{used} of {whole} ranks with steps" + (f" ({told})" if told else "") + which
 
 
 def gaps(coverage: pd.DataFrame) -> list[tuple[str, str, str]]:
@@ -234,12 +233,12 @@ def gaps(coverage: pd.DataFrame) -> list[tuple[str, str, str]]:
     said = troubled["reason"].str.replace(_OF_PROCESS, "", regex=True)
     alone = (said == troubled["reason"]) & (troubled["report"] != "")
     own = np.where(alone, np.arange(len(troubled)), -1 - pd.factorize(troubled["report"])[0])
-    own[troubled["status"] == "other_run"] = len(troubled)
-    alike = troubled.assign(own=own, said=said)
+    others = troubled["status"] == "other_run"
+    alike = troubled.assign(own=np.where(others, len(troubled), own), said=said, node=troubled["node"].mask(others, ""))
     told = []
     for _, rows in alike.groupby(["own", "status", "said", "node"], sort=False):
         row = rows.iloc[0]
-        known = rows.loc[rows["rank"].ge(0).fillna(False), "rank"]
+        known = rows.loc[rows["rank"].ge(0).fillna(False) & (rows["status"] != "other_run"), "rank"]
         if len(known) > 1:
             who = f"ranks {rank_list(known)}" + (f" · {plain(row['node'])}" if row["node"] else "")
         elif len(known):

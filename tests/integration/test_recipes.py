@@ -14,7 +14,8 @@ from hpcmm.config.validate import validate
 
 pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.nsys, pytest.mark.timeout(1200)]
 
-STEPS = 12
+STEPS = 48
+"""So many that the signal comes before the last one: a step of a small model takes less than a tenth of a second."""
 TRAINING = [
     "cluster=local_slurm", "cluster.nodes=2", "cluster.gpus_per_node=0", "task=omni", "train.micro_batch_size=4",
     f"train.steps={STEPS}", "train.evaluate=false", "train.log_every=1",
