@@ -123,11 +123,25 @@ def runs_of(facts: Iterable[ReportFacts]) -> list[Run]:
     On one node the order of times is sure. If each node has as many runs as the others, the first of each is the first
     run, however far apart their clocks are. Otherwise the clocks tell which belong together.
     """
+    each = [_alone(fact) for fact in facts if fact.epoch_ns is not None and fact.traces]
+    working = [run for run in each if any(len(trace.steps) or len(trace.collectives) for _, trace in run.claims)]
+    runs = _in_order(working or each)
+    for run in each if working else ():
+        within = [other for other in runs if other.begin_ns <= run.end_ns and run.begin_ns <= other.end_ns]
+        if run not in working and len(within) == 1:  # one that lies in several, such as a launcher's, joins none
+            within[0].facts.extend(run.facts)
+    return runs
+
+
+def _alone(fact: ReportFacts) -> Run:
+    begin_ns = fact.epoch_ns or 0
+    return Run([fact], begin_ns, begin_ns + fact.first_ns + round(fact.span_s * NS_PER_S))
+
+
+def _in_order(each: Sequence[Run]) -> list[Run]:
     by_node: dict[str | None, list[Run]] = {}
-    for fact in facts:
-        if fact.epoch_ns is not None and fact.traces:
-            end_ns = fact.epoch_ns + fact.first_ns + round(fact.span_s * NS_PER_S)
-            by_node.setdefault(fact.identity.node, []).append(Run([fact], fact.epoch_ns, end_ns))
+    for run in each:
+        by_node.setdefault(run.facts[0].identity.node, []).append(run)
     nodes = [_at_once(reports) for reports in by_node.values()]
     if len({len(runs) for runs in nodes}) == 1 and len(nodes[0]) > 1:
         return [_merged(runs) for runs in zip(*nodes, strict=True)]

@@ -126,10 +126,12 @@ def test_nodes_whose_clocks_differ_by_more_than_the_pause_are_not_mixed(runs: Pa
 
 
 def test_a_report_of_a_launcher_of_both_runs_joins_them_not(runs: Path) -> None:
+    nanoseconds = 3 * LATER_NS
     shutil.copy(runs / "a_0.sqlite", runs / "launcher.sqlite")
     edit(
         runs / "launcher.sqlite",
         "DELETE FROM OSRT_API",
+        f"UPDATE ANALYSIS_DETAILS SET duration = {nanoseconds}, stopTime = {nanoseconds}",  # noqa: S608
         "DELETE FROM NVTX_EVENTS WHERE rowid > (SELECT MIN(rowid) FROM NVTX_EVENTS WHERE eventType = 59)",
         f'UPDATE NVTX_EVENTS SET text = \'srun\', textId = NULL, domainId = 0, "end" = "end" + {2 * LATER_NS}',  # noqa: S608
         "DELETE FROM TARGET_INFO_SYSTEM_ENV WHERE name = 'DeviceEnvironment'",
