@@ -244,9 +244,12 @@ def matching(name: pd.Series, expression: str) -> npt.NDArray[np.bool_]:
 _LOADING = frozenset({"data", "dataloader", "dataloading", "fetch", "loader", "loading", "prefetch"})
 _READS = frozenset({"fetch", "get", "load", "next", "generator", "read", "wait", "waiting"})
 _EXAMPLES = frozenset({"batch", "batches", "example", "examples", "input", "inputs", "sample", "samples"})
+_LOADS_ALONE = frozenset({"load", "loads", "read", "reading", "reads"})
 _NO_LOADING = frozenset({"copy", "cuda", "device", "fsdp", "gpu", "norm", "parallel", "to", "transfer"})
 _SAVES = frozenset({"checkpoint", "checkpointing", "ckpt"})
-_OPTIMIZER = frozenset({"adam", "adamw", "optim", "optimizer", "sgd"})
+_OPTIMIZER = frozenset({"adam", "adamw", "optim", "optimize", "optimizer", "sgd"})
+_OPTIMIZER_ALONE = frozenset({"opt", "step", "update"})
+"""``opt_step`` is one, but the name of a model may have the word, too."""
 
 
 @lru_cache(maxsize=4096)
@@ -257,8 +260,11 @@ def part_of_a_step(name: str) -> str:
         return ""
     if told & _SAVES and not told & {"activation", "recompute", "forward", "backward"}:
         return "checkpoint"
-    if (told & _LOADING or (told & _READS and told & _EXAMPLES) or "__next__" in name) and not told & _NO_LOADING:
+    loads = told & _LOADING or (told & _READS and told & _EXAMPLES) or "__next__" in name
+    if (loads or (told and told <= _LOADS_ALONE)) and not told & _NO_LOADING:
         return "data"
+    if "opt" in told and told <= _OPTIMIZER_ALONE:
+        return "optimizer"
     for part, said in (("backward", {"backward", "bwd"}), ("forward", {"forward", "fwd"}), ("optimizer", _OPTIMIZER)):
         if told & said:
             return part
