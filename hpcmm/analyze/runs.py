@@ -25,9 +25,9 @@ from hpcmm.runs.run_dir import RunDir
 _NUMBERS = {
     "efficiency": ("step", *EFFICIENCIES),
     "steps": ("rank", "step", "start_s", "duration_s"),
-    "phases": ("step", "useful_s", "wait_s", "transfer_s"),
+    "phases": ("rank", "step", "useful_s", "wait_s", "transfer_s"),
     "delays": ("rank", "step", "lost_s"),
-    "bottlenecks": ("rank",),
+    "bottlenecks": ("rank", "lost_s_per_step"),
 }
 """The tables that are compared, and their columns of numbers ..."""
 _TEXTS = {

@@ -265,7 +265,7 @@ def _aligned(lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 def _what(row: dict[Any, Any]) -> str:
     if row["kind"] == "phase":
-        return f"useful time in {plain(row['phase'])}"
+        return f"{plain(row['metric'])} in {plain(row['phase'])}"
     if row["kind"] != "bottleneck":
         return plain(row["metric"])
     who = f"node {plain(row['node'])}" if pd.isna(row["rank"]) else rank_name(int(row["rank"]))

@@ -9,7 +9,7 @@ from hpcmm.analysis import bottlenecks, time_tables
 from hpcmm.analysis.collectives import bus_bandwidth, estimate_waits, expose, match
 from hpcmm.analysis.compare import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE, RunTables, compare
 from hpcmm.analysis.phases import step_times
-from hpcmm.analysis.pop_metrics import efficiency
+from hpcmm.analysis.pop_metrics import EFFICIENCIES, efficiency
 from hpcmm.analysis.statistics import half_widths
 from hpcmm.analysis.time_tables import phases_table
 from hpcmm.analyze import analyze
@@ -182,3 +182,72 @@ def test_what_lies_between_steps_counts_if_one_of_the_runs_has_it_there() -> Non
 
 def zero(rank: int, step: int, phase: str) -> float:
     return 0.0 if phase == "between" else plain_work(rank, step, phase)
+
+
+def without_records(run: RunTables, *bottlenecks: tuple) -> RunTables:
+    """``run`` as its tables are if no collective was recorded; ``bottlenecks``: (cause, loss, rank, phase)."""
+    phases = run.tables["phases"]
+    outer = phases["within"].where(phases["within"] != "", phases["phase"])
+    whole = phases.assign(phase=outer, within="", useful_s=phases["duration_s"], wait_s=0.0, transfer_s=0.0)
+    found = pd.DataFrame(bottlenecks, columns=["cause", "lost_s_per_step", "rank", "phase"]).assign(node="node1")
+    tables = {
+        "phases": whole,
+        "delays": run.tables["delays"].iloc[:0],
+        "efficiency": run.tables["efficiency"].assign(**dict.fromkeys(EFFICIENCIES, np.nan)),
+        "bottlenecks": found,
+    }
+    return RunTables(run.name, {**run.tables, **tables}, run.config)
+
+
+def test_a_rank_that_is_blamed_without_collectives_is_compared_by_its_own_time() -> None:
+    clean = without_records(run_of(simulate_run(plain_work, seed=1)))
+    slow = without_records(run_of(simulate_run(straggler, seed=2)), ("computation", 0.025, 5, "forward"))
+    for comparison, verdict, sign in ((compare(clean, slow), WORSE, 1), (compare(slow, clean), BETTER, -1)):
+        (blamed,) = comparison.table[comparison.table["kind"] == "bottleneck"].to_dict("records")
+        assert (blamed["rank"], blamed["phase"], blamed["verdict"]) == (5, "forward", verdict)
+        assert blamed["change"] == pytest.approx(sign * 0.025, abs=0.002)
+        told = "\n".join(comparison.notes)
+        assert "its time in that phase beyond that of the others stands for the delays by rank 5: computation" in told
+
+
+@pytest.mark.parametrize("of_both", [True, False])
+def test_what_was_not_recorded_has_no_row_and_a_note_says_so(of_both: bool) -> None:
+    seen = run_of(simulate_run(plain_work, seed=1))
+    unseen = without_records(run_of(simulate_run(plain_work, seed=2)))
+    comparison = compare(unseen if of_both else seen, unseen)
+    assert not {"communication", "efficiency"} & set(comparison.table["kind"])
+    where = "either run" if of_both else "B"
+    assert comparison.notes[0].startswith(
+        f"waiting, transfer and efficiencies are not compared: no collective was recorded in {where}, "
+    )
+    # A wait that only one of the runs tells apart from its phase is no change of the phase.
+    assert verdicts(comparison.table)["phase", "time", "backward"] == NO_DIFFERENCE
+
+
+def test_a_rank_that_no_table_shows_step_by_step_is_named_and_not_compared() -> None:
+    clean = run_of(simulate_run(plain_work, seed=1))
+    stalled = run_of(simulate_run(plain_work, seed=2))
+    row = {"cause": "stall", "lost_s_per_step": 0.03, "rank": 3, "node": "node2", "phase": ""}
+    stalled.tables["bottlenecks"] = pd.DataFrame([row])
+    comparison = compare(clean, stalled)
+    assert "bottleneck" not in set(comparison.table["kind"])
+    told = "not compared, as no table tells them by step (30.00 ms in B): delays by rank 3: stall"
+    assert told in comparison.notes
+
+
+def test_work_between_the_steps_of_one_rank_is_compared_by_its_time_there() -> None:
+    def saves(rank: int, step: int, phase: str) -> float:
+        return 40.0 * (rank == 0) if phase == "between" else plain_work(rank, step, phase)
+
+    program = ["data", "forward", ("forward", everyone), "backward"]
+    first = without_records(run_of(simulate_program(program, zero, seed=1)))
+    between = ("save of rank 0 alone in every step", 0.04, 0, "between steps")
+    second = without_records(run_of(simulate_program(program, saves, seed=2)), between)
+    (row,) = compare(first, second).table.query("kind == 'bottleneck'").to_dict("records")
+    assert (row["rank"], row["verdict"]) == (0, WORSE)
+    assert row["change"] == pytest.approx(0.04, rel=0.1)
+
+
+def test_one_rank_alone_has_no_rows_of_waiting() -> None:
+    alone = run_of(simulate_run(plain_work, ranks=1, transfer_ms=0.0))
+    assert "communication" not in set(compare(alone, alone).table["kind"])
