@@ -61,6 +61,13 @@ class RunTables:
     name: str
     tables: Mapping[str, pd.DataFrame]
     config: Mapping[str, Any]
+    why_no_steps: str = ""
+    """Of a run without steps: what is to be done about that, in a sentence or two. Empty if that is not known."""
+
+    def without_steps(self, of: str) -> HpcmmError:
+        """That it has no steps ``of`` (``to compare``), and what gives it some."""
+        why = self.why_no_steps or "only annotated steps after the first count."
+        return HpcmmError(f"{self.name} has no steps{of}: {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,7 @@ def compare(run_a: RunTables, run_b: RunTables) -> Comparison:
             or not len(_steady(run))
             or not steps.loc[steps["step"].isin(_steady(run)), "duration_s"].sum() > 0
         ):
-            raise HpcmmError(f"{run.name} has no steps to compare: only annotated steps after the first count.")
+            raise run.without_steps(" to compare")
     unseen = _of_waiting((run_a, run_b))
     blamed = _compared_bottlenecks((run_a, run_b), waits_are_known=not unseen)
     step = Metric("step", "step time")

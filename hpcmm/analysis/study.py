@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -113,6 +115,17 @@ class Selection:
     name: str
     tables: Mapping[str, pd.DataFrame]
     complete: bool
+
+
+_WHOSE = re.compile(r"^process [0-9]+(?:, GPU [0-9]+)?: ")
+"""What a reason begins with if it is of one process of a report."""
+
+
+def usual_reason(coverage: pd.DataFrame) -> str:
+    """What is wrong with most reports of table ``coverage``; empty if nothing is."""
+    told = coverage[["report", "reason"]].fillna("").astype(str).itertuples(index=False)
+    reasons = [_WHOSE.sub("", reason.removeprefix(f"{report}: ")) for report, reason in told if reason]
+    return Counter(reasons).most_common(1)[0][0] if reasons else ""
 
 
 def why_failed(folder: str) -> str:

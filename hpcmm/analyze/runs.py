@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +15,7 @@ import pandas as pd
 from hpcmm.analysis.compare import Comparison, RunTables
 from hpcmm.analysis.compare import compare as compare_tables
 from hpcmm.analysis.pop_metrics import EFFICIENCIES, STEP, Reference, samples_per_step
+from hpcmm.analysis.study import Study, usual_reason, why_failed
 from hpcmm.analyze.analysis import Analysis, Paths, analyze, as_paths
 from hpcmm.errors import HpcmmError
 from hpcmm.files import is_regular, open_regular, resolved
@@ -36,6 +38,7 @@ _TEXTS = {
     "phases": ("phase", "within"),
     "delays": ("node", "phase"),
     "bottlenecks": ("cause", "phase", "node"),
+    "coverage": ("reason", "report"),
 }
 """... and of text."""
 _MOST_ROWS, _MOST_COLUMNS, _MOST_BYTES = 10_000_000, 100, 1 << 29
@@ -43,6 +46,7 @@ _MOST_ROWS, _MOST_COLUMNS, _MOST_BYTES = 10_000_000, 100, 1 << 29
 _MOST_BYTES_OF_CSV = 1 << 26
 _LONG_LINE = re.compile(rb"[^\n]{65536}")
 _ROWS_PER_PIECE = 1 << 16
+_LONGEST_REASON = 600
 _TOO_LARGE = "it is larger than an analysis writes"
 
 
@@ -64,20 +68,36 @@ def read_reference(run: Paths | Analysis, *, progress: Progress | None = None) -
     tables = read_run(run, progress)
     reference = Reference.of(tables.tables["efficiency"], samples_per_step(tables.config))
     if reference is None:
-        raise HpcmmError(f"the reference run {tables.name} has no steps: only annotated steps after the first count.")
+        raise replace(tables, name=f"the reference run {tables.name}").without_steps("")
     return reference
 
 
 def read_run(run: Paths | Analysis, progress: Progress | None = None) -> RunTables:
     """The tables of ``run``; its reports are read afresh if it has any."""
     if isinstance(run, Analysis):
-        return RunTables(run.name or "the run", run.tables, run.config)
+        return _tables_of(run, "the run")
     paths = as_paths(run)
     folder = _tables_folder(paths)
     if folder is not None:
         return _written(folder)
-    analysis = analyze(paths, progress=progress)
-    return RunTables(analysis.name or ", ".join(map(str, paths)), analysis.tables, analysis.config)
+    return _tables_of(analyze(paths, progress=progress), ", ".join(map(str, paths)))
+
+
+def _tables_of(run: Analysis, name: str) -> RunTables:
+    made, why = run.made, ""
+    if isinstance(made, Study) and made.failed_before_steps:
+        why = why_failed(made.failed_run)
+    elif isinstance(made, Study) and not any(len(trace.steps) for trace in made.traces):
+        why = _what_gives_steps(run.tables["coverage"], made.line_to_add)
+    return RunTables(run.name or name, run.tables, run.config, why)
+
+
+def _what_gives_steps(coverage: pd.DataFrame, line_to_add: str = "") -> str:
+    """Of a run without steps, from the reasons in its table ``coverage``; empty if there is none."""
+    why = usual_reason(coverage)[:_LONGEST_REASON]
+    if "--steps" in why:
+        why += ". Analyse such runs with --steps REGEX --out DIR, a folder each, and name these folders here"
+    return f"{why}.{f' The line to add: {line_to_add}' if line_to_add else ''}" if why else ""
 
 
 def _tables_folder(paths: Sequence[Path]) -> Path | None:
@@ -100,7 +120,10 @@ def file_of(folder: Path, table: str) -> Path | None:
 def _written(folder: Path) -> RunTables:
     run_dir = RunDir(resolved(folder).parent)
     record = read_run_record(run_dir if is_regular(run_dir.config) else None)
-    return RunTables(record.name or str(folder), {name: _read(folder, name) for name in _NUMBERS}, record.config)
+    tables = {name: _read(folder, name) for name in _NUMBERS}
+    is_lacking = tables["steps"].empty and file_of(folder, "coverage") is not None
+    why = _what_gives_steps(_read(folder, "coverage")) if is_lacking else ""
+    return RunTables(record.name or str(folder), tables, record.config, why)
 
 
 def _read(folder: Path, table: str) -> pd.DataFrame:
@@ -112,7 +135,7 @@ def _read(folder: Path, table: str) -> pd.DataFrame:
             read = _parquet(file) if path.suffix == ".parquet" else _csv(file)
     except (OSError, ValueError, KeyError) as error:  # what pyarrow and pandas raise for a damaged file
         raise HpcmmError(f"{path} cannot be read ({error}): analyse the run again.") from error
-    wrong = _wrong_column(read, _NUMBERS[table], _TEXTS[table])
+    wrong = _wrong_column(read, _NUMBERS.get(table, ()), _TEXTS[table])
     if wrong:
         raise HpcmmError(f"{path} is not what an analysis writes ({wrong}): analyse the run again.")
     return read

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -17,7 +16,7 @@ from hpcmm.analysis.delay_costs import BETWEEN_STEPS
 from hpcmm.analysis.findings import ONE_STEP, computation_has_phases, gpu_doubt, phases_launch
 from hpcmm.analysis.gpu_findings import device_name
 from hpcmm.analysis.gpu_trace import counted, traced
-from hpcmm.analysis.study import Study, why_failed
+from hpcmm.analysis.study import Study, usual_reason, why_failed
 from hpcmm.analysis.trace import NOT_LAUNCHED, OTHER, RankTrace
 from hpcmm.ranges import write_ranges
 from hpcmm.text import visible
@@ -116,20 +115,15 @@ def headline(study: Study) -> str:
     return f"{cause[:1].upper()}{cause[1:]} {costs} {lost}{where}."
 
 
-_WHOSE, _OF_PROCESS = re.compile(r"^process [0-9]+(?:, GPU [0-9]+)?: "), re.compile(r"^process [0-9]+: ")
+_OF_PROCESS = re.compile(r"^process [0-9]+: ")
 """What a reason begins with if it is of one process of a report."""
 
 
 def _why_no_steps(study: Study) -> str:
     if study.failed_before_steps:
         return plain(why_failed(study.failed_run))
-    coverage = study.tables["coverage"]
-    told = [
-        _WHOSE.sub("", str(reason).removeprefix(f"{report}: "))
-        for report, reason in coverage.loc[coverage["reason"] != "", ["report", "reason"]].itertuples(index=False)
-    ]
-    if told:
-        why = plain(Counter(told).most_common(1)[0][0])
+    why = plain(usual_reason(study.tables["coverage"]))
+    if why:
         line = f" The line to add: {study.line_to_add}" if study.line_to_add else ""
         return f"{why}.{_of_collectives(study)}{_of_phases(study)}{line}"
     return "none was closed on all ranks."

@@ -268,6 +268,18 @@ def test_the_command_compares(written: Path, slow_data: Analysis, tmp_path: Path
     assert "worse" not in told
 
 
+def test_runs_without_steps_are_not_compared_and_the_remedy_is_named(clean: Analysis, tmp_path: Path) -> None:
+    run = analyze(SAMPLES / "h100_2gpu_nccl.sqlite")
+    with pytest.raises(HpcmmError) as refused:
+        compare(run, clean)
+    told = str(refused.value)
+    assert "has no steps to compare: none of its NVTX ranges is clearly a step; --steps REGEX says which is one" in told
+    assert "Analyse such runs with --steps REGEX --out DIR, a folder each, and name these folders here." in told
+    assert told.endswith("The line to add: for batch in hpcmm.annotate.steps(loader):")
+    with pytest.raises(HpcmmError, match=r"the reference run .* has no steps: none of .* --steps REGEX --out DIR"):
+        read_reference(run.write(tmp_path / "written"))
+
+
 def test_the_command_takes_a_reference(written: Path, tmp_path: Path, capsys) -> None:
     assert main([str(SAMPLES / "slow_data"), "--reference", str(written), "--out", str(tmp_path)]) == 0
     run = pd.read_parquet(tmp_path / "efficiency.parquet").iloc[0]
