@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcmm.analysis.choice import Choice
+from hpcmm.analysis.study import TABLES
 from hpcmm.analyze.analysis import ALL_READ, analyze, as_paths, default_folder
-from hpcmm.analyze.runs import compare, file_of, read_reference
+from hpcmm.analyze.runs import compare, file_of, read_reference, replaced_in_words, written_before
 from hpcmm.cli import progress_bar, run_command
 from hpcmm.errors import HpcmmError
 from hpcmm.reports.find import Found, find_reports
@@ -25,7 +26,8 @@ or a job's number such as 12 or 12_3), a folder of reports, or any
 number of report files: .nsys-rep, .qdstrm (what a killed capture leaves) or .sqlite exports, made by hpcmm or not.
 Inputs are only read.
 
-Into RUN_DIR/analysis, or ./analysis, or DIR go
+Into RUN_DIR/analysis go the files below; of reports that are in no run directory into ./analysis, that is, of the
+current folder, in place of an earlier analysis there, which is then named; with --out into DIR:
   report.html            the verdicts, a timeline of all ranks, and charts: open it in a browser
   summary.md             the verdicts and the small tables
   trace.json.gz          all ranks on one clock, for ui.perfetto.dev or chrome://tracing
@@ -48,7 +50,8 @@ number of comparisons taken into account, and at least 2% of a step. Keys of the
 
 A RUN is a run directory, the name of a run in ./runs, a folder of reports, a report file, or the folder that an
 earlier analysis wrote.
-The table goes to DIR as compare.csv and compare.parquet; without --out, to the folder of RUN_B's analysis.
+The table goes to DIR as compare.csv and compare.parquet; without --out, to the folder of RUN_B's analysis, which is
+./analysis if RUN_B is reports that are in no run directory. If a table was there already, that is said.
 """
 COMPARE_EPILOG = """\
 exit status: 0 compared, whatever the verdicts; 1 a run could not be read or has no steps.
@@ -106,6 +109,7 @@ def _analyze(arguments: Sequence[str], prog: str) -> int:
     choice = Choice(options.steps, options.phases, options.from_s, options.to_s, options.between)
     found = find_reports(as_paths(options.paths))
     folder = _own(default_folder(found)) if options.out is None else _apart_from_inputs(options.out, found)
+    before = written_before(folder, options.tables or TABLES) if options.out is None and found.run_dir is None else None
     with progress_bar() as progress:
         reference = read_reference(options.reference, progress=progress) if options.reference is not None else None
         analysis = analyze(
@@ -124,6 +128,8 @@ def _analyze(arguments: Sequence[str], prog: str) -> int:
     else:
         for name, table in analysis.tables.items():
             print(f"{printable(str(folder / name))}.csv: {len(table)} rows")
+    if told := replaced_in_words(before, analysis.tables.get("coverage"), folder):
+        print(printable(told), file=sys.stderr)
     return analysis.exit_status
 
 
@@ -185,8 +191,12 @@ def _compare(arguments: Sequence[str], prog: str) -> int:
 
     folder = options.out or _folder_of(options.run_b)
     refuse_folder_of_others(folder)
+    is_replaced = options.out is None and file_of(folder, "compare") is not None
     write_comparison(comparison, folder)
     print_comparison(comparison, folder)
+    if is_replaced:
+        told = "An earlier comparison's table was there, and is replaced: --out DIR gives each a folder of its own."
+        print(told, file=sys.stderr)
     return ALL_READ
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -115,6 +115,50 @@ def file_of(folder: Path, table: str) -> Path | None:
     """The file of a table that an analysis wrote into this folder; None if there is none."""
     candidates = (folder / f"{table}.parquet", folder / f"{table}.csv")
     return next((path for path in candidates if is_regular(path)), None)
+
+
+_WHICH_REPORTS = ["report", "events", "span_s"]
+"""Columns of ``coverage`` that tell whether two analyses are of the same reports."""
+
+
+def written_before(folder: Path, names: Iterable[str]) -> pd.DataFrame | None:
+    """Which reports the analysis in ``folder`` is of that is there before the tables ``names`` are written; None if
+    none is. Empty if it does not tell."""
+    if not any(file_of(folder, name) is not None for name in names):
+        return None
+    try:
+        return _read(folder, "coverage")[_WHICH_REPORTS]
+    except (HpcmmError, KeyError):
+        return pd.DataFrame(columns=_WHICH_REPORTS)
+
+
+def replaced_in_words(before: pd.DataFrame | None, coverage: pd.DataFrame | None, folder: Path) -> str:
+    """That an analysis of other reports was in ``folder``; empty if there was none, or one of the same.
+
+    ``before`` is what :func:`written_before` gives, ``coverage`` the new table, None if only others were written.
+    """
+    if before is None or (coverage is not None and _are_alike(before, coverage[_WHICH_REPORTS])):
+        return ""
+    reports = sorted(set(before["report"].fillna("").astype(str)) - {""})
+    listed = f" of {', '.join(reports[:_MOST_LISTED])}" if reports else ""
+    listed += f" and {len(reports) - _MOST_LISTED} more" if len(reports) > _MOST_LISTED else ""
+    replaced = "is replaced" if coverage is not None else "those of its tables that were written again are replaced"
+    return f"An earlier analysis{listed} was in {folder}, and {replaced}: --out DIR gives each a folder of its own."
+
+
+_MOST_LISTED = 4
+
+
+def _are_alike(before: pd.DataFrame, after: pd.DataFrame) -> bool:
+    """Whether two analyses are of the same reports, as far as their names, events and lengths tell."""
+    try:
+        told = [
+            sorted((report, float(events), round(float(span_s), 6)) for report, events, span_s in rows)
+            for rows in (frame.fillna({"report": ""}).fillna(0).itertuples(index=False) for frame in (before, after))
+        ]
+    except (TypeError, ValueError):  # anyone may have edited a table
+        return False
+    return told[0] == told[1]
 
 
 def _written(folder: Path) -> RunTables:

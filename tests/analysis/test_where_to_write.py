@@ -65,3 +65,31 @@ def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert ended.value.code == 2
     assert "an empty name is no folder" in capsys.readouterr().err
+
+
+def test_an_analysis_of_other_reports_is_not_replaced_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    samples = SAMPLE.parent
+    for name, told in (("clean", False), ("clean", False), ("slow_data", True)):
+        # Reports of the same names are others all the same.
+        assert main([str(samples / name)]) == 0
+        said = capsys.readouterr()
+        assert said.out.splitlines()[-1] == "Report: analysis/report.html"
+        assert ("An earlier analysis of rank_0000.sqlite, " in said.err) == told
+        assert ("was in analysis, and is replaced: --out DIR gives each a folder of its own." in said.err) == told
+    assert main([str(samples / "clean"), "--tables", "osrt"]) == 0
+    assert "and those of its tables that were written again are replaced" in capsys.readouterr().err
+    assert main([str(samples / "clean"), "--out", "analysis"]) == 0
+    assert "earlier" not in capsys.readouterr().err
+
+
+def test_a_comparison_is_not_replaced_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for told in (False, True):
+        assert main(["compare", str(SAMPLE), str(SAMPLE.parent / "slow_data")]) == 0
+        assert ("An earlier comparison's table was there, and is replaced" in capsys.readouterr().err) == told
+    assert [path.name for path in (tmp_path / "analysis").glob("*.csv")] == ["compare.csv"]
