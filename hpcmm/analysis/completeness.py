@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,19 +38,28 @@ def untraced(activities: pd.DataFrame, calls: pd.DataFrame, steps: pd.DataFrame,
     says that it lost records, or may have. Then steps without any launch or record count as well: without that, a
     program that launches nothing uses no GPU.
     """
-    lacking = _without_records(activities, calls)
+    lacking = _without_records(activities, calls).missing
     silent = _silent(activities, calls, steps) if is_lossy else IntervalSet.empty()
     return IntervalSet.union_of(
         np.concatenate((lacking.start_ns, silent.start_ns)), np.concatenate((lacking.end_ns, silent.end_ns))
     )
 
 
-def _without_records(activities: pd.DataFrame, calls: pd.DataFrame) -> IntervalSet:
+class _Lacking(NamedTuple):
+    """Launches without a record that count."""
+
+    missing: IntervalSet
+    """When what they launched ran."""
+    record: npt.NDArray[np.int64]
+    """Of each of them, what became of it; when it ran is what tells where it belongs, for a host runs ahead."""
+
+
+def _without_records(activities: pd.DataFrame, calls: pd.DataFrame) -> _Lacking:
     """From each launch without a record, once all that was launched before has ended, to what was launched after it."""
     record = calls["record"].to_numpy(np.int64)
     lost = np.isin(record, [UNRECORDED, IMPOSSIBLE])
     if not lost.any():
-        return IntervalSet.empty()
+        return _Lacking(IntervalSet.empty(), record[:0])
     launch, start, end = (activities[name].to_numpy(np.int64) for name in ("launch_ns", "start_ns", "end_ns"))
     known = np.flatnonzero(launch != UNKNOWN)
     order = known[np.argsort(launch[known], kind="stable")]
@@ -64,7 +74,7 @@ def _without_records(activities: pd.DataFrame, calls: pd.DataFrame) -> IntervalS
     # Records that do not tell their launch may be of these launches.
     stray = IntervalSet.union_of(start[launch == UNKNOWN], end[launch == UNKNOWN])
     enough &= stray.covered_within(low, high) == 0
-    return IntervalSet.union_of(low[enough], high[enough])
+    return _Lacking(IntervalSet.union_of(low[enough], high[enough]), record[lost][enough & (low < high)])
 
 
 def _silent(activities: pd.DataFrame, calls: pd.DataFrame, steps: pd.DataFrame) -> IntervalSet:
@@ -98,12 +108,8 @@ def in_words(missing: IntervalSet, activities: pd.DataFrame, calls: pd.DataFrame
         told = _of_steps(missing, steps) if len(steps) else _of_capture(missing, activities, calls)
     if not told:
         return ""
-    lacking, impossible = (
-        int((missing.covered_within(at, at + 1) > 0).sum())
-        for at in (
-            calls.loc[calls["record"] == kind, "start_ns"].to_numpy(np.int64) for kind in (UNRECORDED, IMPOSSIBLE)
-        )
-    )
+    record = _without_records(activities, calls).record
+    lacking, impossible = (int((record == kind).sum()) for kind in (UNRECORDED, IMPOSSIBLE))
     if impossible and not lacking:
         return ""  # which is said where these are left out
     why = (

@@ -5,11 +5,15 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
+from hpcmm.analysis.completeness import in_words, untraced
 from hpcmm.analysis.gpu_trace import traced
 from hpcmm.analyze import Analysis, analyze
 from hpcmm.page.headlines import gpu_line, headline
+from hpcmm.reports.report import RECORDED, UNRECORDED
 
 INPUTS = Path(__file__).parent / "inputs"
 
@@ -105,6 +109,20 @@ def test_launches_without_records_make_a_trace_incomplete(tmp_path: Path, lost: 
     assert said in reason(analysis)
     assert analysis.coverage()["status"].tolist() == ["truncated"]
     assert (analysis.bottlenecks()["step_share"] < 0.06).all()
+
+
+def test_launches_of_a_host_that_runs_ahead_are_counted_where_they_would_have_run() -> None:
+    """All 40 come before the first kernel has ended; the records of the 10th to the 19th are missing."""
+    launch = np.arange(40) * 1_000
+    lost = (np.arange(40) >= 10) & (np.arange(40) < 20)
+    start = 100_000 + np.arange(40) * 1_000_000
+    activities = pd.DataFrame({"launch_ns": launch, "start_ns": start, "end_ns": start + 990_000})[~lost]
+    calls = pd.DataFrame({"start_ns": launch, "end_ns": launch + 500, "record": np.where(lost, UNRECORDED, RECORDED)})
+    steps = pd.DataFrame(
+        {"step": range(8), "start_ns": np.arange(8) * 5_000_000, "end_ns": np.arange(1, 9) * 5_000_000}
+    )
+    told = in_words(untraced(activities, calls, steps, is_lossy=False), activities, calls, steps)
+    assert "GPU records are missing in steps 2-3: 10 launches there have none" in told
 
 
 def test_a_capture_that_ends_while_the_gpu_still_works_is_complete(tmp_path: Path) -> None:
