@@ -78,11 +78,11 @@ def match(traces: Sequence[RankTrace]) -> pd.DataFrame:
                 *("needs_all", "partner_start_ns", *UNEVEN, "axis", "axis_basis", "group_ranks"),
             ]
         )
-    rows = nccl.with_basis(rows)
+    rows["instance"] = rows.groupby(KEY, sort=False).ngroup()
+    rows = nccl.in_phase_of_launch(nccl.with_basis(rows))
     rows["peer"] = rows["peer"].fillna(NO_PEER).astype(np.int64) if "peer" in rows else NO_PEER
     for column in UNEVEN:
         rows[column] = rows[column].fillna(NO_SIZE).astype(np.int64) if column in rows else NO_SIZE
-    rows["instance"] = rows.groupby(KEY, sort=False).ngroup()
     collective = ~rows["op"].isin(POINT_TO_POINT)
     members = rows[collective].groupby("group")["trace"].nunique()
     closed = rows["closed"].groupby(rows["instance"]).sum()

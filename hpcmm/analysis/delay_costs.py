@@ -197,17 +197,26 @@ def work_parts(traces: Sequence[RankTrace]) -> WorkParts:
 
     While the GPUs of a rank run something, that is its work, in the phase that launched it: a host that runs ahead and
     waits for its GPU at the end of the step would have all of it there. What the host does counts while they do not.
-    If the records of any rank's GPUs are missing, ranks can be compared by their hosts alone.
+    If the records of any rank's GPUs are missing, ranks can be compared by their hosts alone; if the calls are that
+    launched their work, by how long all of it takes.
     """
     stepping = [trace for trace in traces if len(trace.steps)]
     if any(trace.device_work is None or trace.gpu_missing for trace in stepping):
         traces = [replace(trace, device_work=None) for trace in traces]
-    phases = sorted({str(phase) for trace in traces for phase in trace.segments["phase"].unique()})
+    elif lack_launches(traces):
+        traces = [replace(each, device_work=each.device_work and each.device_work.without_phases()) for each in traces]
+    launched = {name for trace in traces if trace.device_work for name in trace.device_work.by_phase if name}
+    phases = sorted(launched.union(*(trace.segments["phase"].unique() for trace in traces)))
     names = (*phases, *(SUBPROCESS + phase for phase in phases), BETWEEN_STEPS)
     columns = [(trace.steps["step"].tolist(), trace.steps["start_ns"].tolist()) for trace in traces]
     starts = tuple(dict(zip(steps, at, strict=True)) for steps, at in columns)
     communication = tuple(None if each.device_work is None else each.device_work.communication for each in traces)
     return WorkParts(names, tuple(_parts_of(trace, phases) for trace in traces), starts, communication)
+
+
+def lack_launches(traces: Sequence[RankTrace]) -> list[RankTrace]:
+    """Those whose GPUs' work the recorded calls do not tell by phase."""
+    return [trace for trace in traces if len(trace.steps) and trace.device_work and trace.device_work.lacks_launches]
 
 
 def exposed_communication(trace: RankTrace) -> IntervalSet:

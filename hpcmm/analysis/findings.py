@@ -13,7 +13,7 @@ from hpcmm.analysis.delay_costs import BETWEEN_STEPS, SUBPROCESS, Floats, WorkPa
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.phases import StepTimes, step_ends_ns
 from hpcmm.analysis.range_names import part_of_a_step
-from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
+from hpcmm.analysis.trace import ON_GPU, OTHER, OUTSIDE, RankTrace
 from hpcmm.analysis.wait_chains import ChargedGroup
 from hpcmm.runs.links import Network
 
@@ -75,12 +75,13 @@ def kind_of_part(part: str) -> str:
 
 
 def phase_of_part(part: str) -> str:
-    return part.removeprefix(SUBPROCESS)
+    """The phase of a part; empty if it is the work of GPUs, of which phases are not known."""
+    return "" if part == ON_GPU else part.removeprefix(SUBPROCESS)
 
 
 def work_in_words(phase: str) -> str:
     """What takes longer: a phase, or the work that none covers."""
-    return {OTHER: CAUSES["other"], BETWEEN_STEPS: CAUSES["between"]}.get(phase, phase)
+    return {OTHER: CAUSES["other"], BETWEEN_STEPS: CAUSES["between"], "": f"work {ON_GPU}"}.get(phase, phase)
 
 
 def in_percent(share: float) -> str:

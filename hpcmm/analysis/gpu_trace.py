@@ -302,9 +302,10 @@ def _starved(activities: pd.DataFrame, steps: pd.DataFrame, not_idle: NotIdle) -
 
 def _placed(collectives: pd.DataFrame, kernels: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
     """Collectives in the step and phase that launched their kernels, or in which these began if that is not known."""
-    launched = kernels["launch_ns"].where(kernels["launch_ns"] != UNKNOWN, kernels["start_ns"])
-    step, phase = phases.locate(segments, launched.to_numpy(np.int64))
-    return collectives.assign(step=step, phase=phase, tid=kernels["launch_tid"].to_numpy(np.int64))
+    launched = (kernels["launch_ns"] != UNKNOWN).to_numpy(bool)
+    at = kernels["launch_ns"].where(launched, kernels["start_ns"])
+    step, phase = phases.locate(segments, at.to_numpy(np.int64))
+    return collectives.assign(step=step, phase=phase, launched=launched, tid=kernels["launch_tid"].to_numpy(np.int64))
 
 
 def _blocked(host: IntervalSet | None, collectives: pd.DataFrame, activities: pd.DataFrame) -> IntervalSet | None:

@@ -330,6 +330,17 @@ def without_size(rows: pd.DataFrame) -> npt.NDArray[np.bool_]:
     return ~known.to_numpy(np.bool_)
 
 
+def in_phase_of_launch(rows: pd.DataFrame) -> pd.DataFrame:
+    """``rows`` of matched collectives, of which those whose launch is not known are of the phase in which another rank
+    launched the same one."""
+    known = rows["launched"].fillna(True).astype(bool) if "launched" in rows else pd.Series(True, index=rows.index)
+    rows = rows.drop(columns="launched", errors="ignore")
+    if known.all():
+        return rows
+    told = rows["phase"].where(known).groupby(rows["instance"]).transform("first")
+    return rows.assign(phase=rows["phase"].where(known | told.isna(), told))
+
+
 def by_order(rows: pd.DataFrame) -> pd.Series[bool]:
     """Which rows are instances by their place alone."""
     return rows["basis"] == BY_ORDER if "basis" in rows else pd.Series(False, index=rows.index)

@@ -171,7 +171,7 @@ def work_on_devices(
     """When the GPUs of a process ran what each of its phases had launched, from all their ``activities``.
 
     ``communication`` (activities,) says which of them communicate. An activity whose launch is not known belongs to no
-    phase: that time stays with what the host does meanwhile.
+    phase.
     """
     start, end, launch = (activities[name].to_numpy(np.int64) for name in ("start_ns", "end_ns", "launch_ns"))
     _, phase = locate(segments, launch)
@@ -184,7 +184,10 @@ def work_on_devices(
         by_phase[str(name)] = IntervalSet(wide.start_ns, wide.end_ns - BACK_TO_BACK_NS).subtract(claimed)
         claimed = IntervalSet.union(claimed, by_phase[str(name)])
     moves = IntervalSet.union_of(start[communication], end[communication])
-    return DeviceWork(by_phase, moves.subtract(claimed))
+    stray = ~communication & (launch == UNKNOWN)
+    return DeviceWork(
+        by_phase, moves.subtract(claimed), IntervalSet.union_of(start[stray], end[stray]).subtract(claimed)
+    )
 
 
 MAX_PHASES = 100

@@ -15,6 +15,9 @@ from hpcmm.reports.report import Member
 
 OTHER = "other"
 """Time within a step that no phase covers."""
+ON_GPU = "on the GPU"
+"""Work of GPUs where it is not known which phase launched it."""
+MOST_UNLAUNCHED = 0.1
 OUTSIDE = -1
 """Step number of phases that lie outside any step, such as a last checkpoint."""
 LAUNCHER, WORKER, DATA_LOADER, OTHER_PROCESS = "launcher", "worker", "data_loader", "other"
@@ -58,6 +61,19 @@ class DeviceWork:
     launched outside any phase has an empty name."""
     communication: IntervalSet
     """When they communicated and did nothing else."""
+    unlaunched: IntervalSet = field(default_factory=IntervalSet.empty)
+    """When they ran what no recorded call had launched, communication apart."""
+
+    @property
+    def lacks_launches(self) -> bool:
+        """Whether too much of the work was launched by calls that were not recorded to tell it by phase."""
+        missing, known = self.unlaunched.total_ns, sum(own.total_ns for own in self.by_phase.values())
+        return missing > MOST_UNLAUNCHED * (missing + known)
+
+    def without_phases(self) -> DeviceWork:
+        """The same without what launched the work: all of it is of phase :data:`ON_GPU`."""
+        work = IntervalSet.union(self.unlaunched, *self.by_phase.values())
+        return DeviceWork({ON_GPU: work}, self.communication.subtract(work))
 
     @property
     def busy(self) -> IntervalSet:
@@ -67,7 +83,7 @@ class DeviceWork:
     def on_clock(self, clock: OnClock) -> DeviceWork:
         """The same with every time put through ``clock``."""
         by_phase = {phase: own.on_clock(clock) for phase, own in self.by_phase.items()}
-        return DeviceWork(by_phase, self.communication.on_clock(clock))
+        return DeviceWork(by_phase, self.communication.on_clock(clock), self.unlaunched.on_clock(clock))
 
     def renamed(self, name_of: Callable[[str], str]) -> DeviceWork:
         """The same with phases put together under other names."""
@@ -82,6 +98,7 @@ class DeviceWork:
         return DeviceWork(
             {phase: _union(self.by_phase, later.by_phase, phase) for phase in phases},
             IntervalSet.union(self.communication, later.communication),
+            IntervalSet.union(self.unlaunched, later.unlaunched),
         )
 
 
