@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.analysis import (
-    collectives,
     delay_costs,
     experts,
     gpu_findings,
@@ -47,10 +46,9 @@ from hpcmm.analysis.findings import (
     within,
 )
 from hpcmm.analysis.intervals import NS_PER_S
-from hpcmm.analysis.network import SlowLink, Standing
 from hpcmm.analysis.parallelism import Stages
 from hpcmm.analysis.phases import StepTimes
-from hpcmm.analysis.process_groups import Unseen
+from hpcmm.analysis.process_groups import Unseen, silent_ranks
 from hpcmm.analysis.range_names import part_of_a_step
 from hpcmm.analysis.statistics import chance_of_sum
 from hpcmm.analysis.stragglers import (
@@ -61,7 +59,7 @@ from hpcmm.analysis.stragglers import (
     find_stragglers,
     least_loss_s,
 )
-from hpcmm.analysis.trace import RankTrace
+from hpcmm.analysis.trace import ON_GPU, RankTrace
 from hpcmm.runs.links import Network
 
 MIN_SHARE = 0.02
@@ -86,7 +84,9 @@ def gather(
     parts = delay_costs.work_parts(traces)
     groups = wait_chains.charged_groups(rows, parts)
     losses = wait_chains.losses_by_step(groups, len(traces), parts, steps.numbers)
-    total, own = losses.total / NS_PER_S, losses.own / NS_PER_S
+    # Of ranks whose communication was not recorded it is not known how long they wait: the mean is over the others.
+    seen = 1.0 - len(silent_ranks(traces)) / max(len(traces), 1)
+    total, own = losses.total / NS_PER_S / seen, losses.own / NS_PER_S / seen
     gpu, idle, copies = (pd.DataFrame() if on_gpus is None else on_gpus[name] for name in ("gpu", "idle", "copies"))
     known = Network() if links is None else links
     return AnalysisContext(traces, rows, steps, parts, groups, total, own, expected_ranks, gpu, idle, copies, known)
@@ -104,7 +104,7 @@ def find(context: AnalysisContext) -> list[Finding]:
     in_pipeline = parallelism.pipeline_losses(context, stages)
     stopped, stopped_s = _stopped(context)
     broken = stalls.find_network_stalls(context, stopped_s)
-    transfer = _transfer(context, sum(finding.lost_s for finding in [*stopped, *broken]), stages)
+    transfer = network.transfer(context, sum(finding.lost_s for finding in [*stopped, *broken]), stages)
     context = replace(context, losses=in_pipeline.losses)
     least_s = least_loss_s(context, sum(finding.lost_s for finding in transfer))
     alone, explained = stalls.solo_findings(context, least_s)
@@ -114,11 +114,13 @@ def find(context: AnalysisContext) -> list[Finding]:
     if not stages:  # whose ranks have different work
         longer = longer_work.find_longer_work(context, late, blamed)
         blamed, withheld_s = longer.blamed, max(0.0, withheld_s - longer.uncharged_s)
-        late = longer.findings + longer_work.find_unseen_waiting(context)
+        unseen = longer_work.find_unseen_waiting(context)
+        late = longer.findings + unseen
+        transfer = network.without_waiting(transfer, sum(finding.lost_s for finding in unseen))
         in_sends_s = longer.in_sends_s
     moe = experts.expert_groups(context)
     late = [experts.explain_by_experts(context, explain_by_batches(context, finding), moe) for finding in late]
-    late = [_placed(context, finding, stages) for finding in late]
+    late = doubted([_placed(context, finding, stages) for finding in late], _doubt_of_phases(context))
     own_work = _own_work(context)
     # That the GPUs starve meanwhile is seen in those steps alone that have their records.
     seen = gpu_trace.traced_share(context.gpu)
@@ -139,6 +141,15 @@ def find(context: AnalysisContext) -> list[Finding]:
         *on_gpus,
     ]
     return _worth(within(of_few_steps(findings, context.steps), context.steps.period_s), context.steps.period_s)
+
+
+def _doubt_of_phases(context: AnalysisContext) -> str:
+    """Why the phases of GPUs' work are not compared between ranks; empty if they are."""
+    lacking = delay_costs.lack_launches(context.traces)
+    if not lacking or ON_GPU not in context.parts.names:
+        return ""
+    whose = "" if len(lacking) == len(context.traces) else f" on {', '.join(trace.name for trace in lacking[:5])}"
+    return f"the calls that launched work of GPUs were not recorded{whose}, so that it is not told by phase"
 
 
 def _without_launches(findings: Sequence[Finding], gpu: pd.DataFrame, accounted_s: float) -> list[Finding]:
@@ -212,12 +223,6 @@ def _worth(findings: Sequence[Finding], step_s: float, weight: float = BLAMED_WE
 _JUST_ABOVE = 1.0 + 1e-9
 
 
-_PHASE_SHARE = 0.1
-"""A phase is named for communication that spreads over several when it holds this share of it."""
-_MOST_SINGLE = 1.5
-"""Up to so many messages a step, most steps have one."""
-
-
 def _stopped(context: AnalysisContext) -> tuple[list[Finding], Floats]:
     """Ranks whose process stood still in the middle of a collective, and what all such stalls cost in each step."""
     found = []
@@ -234,80 +239,6 @@ def _stopped(context: AnalysisContext) -> tuple[list[Finding], Floats]:
         if share >= STRAGGLER_SHARE:
             found.append(Finding("stall", CAUSES["stall"], mean, trace.rank, trace.node, "", told, sure, rows, worst))
     return found, total
-
-
-def _transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> list[Finding]:
-    """Exposed communication that neither a late rank explains nor one that stood still (``explained_s``).
-
-    One row for each thing that moves, since each has its own advice; a slow link, or what may be
-    waiting for ranks without a report, has one row for all of them.
-    """
-    rows = context.rows
-    inside = rows[rows["step"].isin(context.steps.numbers)] if len(rows) else rows
-    inside = parallelism.without_bubble(inside, stages) if len(inside) else inside
-    if inside.empty:
-        return []
-    count = len(context.steps.numbers) * len(context.traces)
-    exposed_s = float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count
-    left = max(0.0, exposed_s - explained_s) / exposed_s if exposed_s > 0 else 0.0
-    bytes_of = inside.groupby("group")["bytes"].sum()
-    widest = inside.loc[inside["group"] == bytes_of.idxmax(), "trace"].nunique() == len(context.traces)
-    start_s = collectives.start_up_s(inside)
-    link = network.slow_link(
-        context.traces,
-        context.network,
-        is_ring=widest and context.gpu.empty,
-        is_bound_by_bandwidth=collectives.bound_by(inside, start_s) == "bandwidth",
-    )
-    moves = parallelism.what_moves(inside, stages)
-    largest = inside.groupby(moves)["exposed_transfer_ns"].sum().idxmax()
-    unseen = network.unseen(context).missing > 0
-    kinds = (
-        {str(largest): np.ones(len(inside), dtype=bool)}
-        if link.node or unseen
-        else {str(each): moves == each for each in dict.fromkeys(moves)}
-    )
-    return [_transfer_of(context, inside[chosen], left, str(kind), link, start_s) for kind, chosen in kinds.items()]
-
-
-def _transfer_of(
-    context: AnalysisContext, rows: pd.DataFrame, left: float, moves: str, link: SlowLink, start_s: float | None
-) -> Finding:
-    """The row of what ``rows`` carry; ``left`` is the share of their time that nothing else explains."""
-    count = len(context.steps.numbers) * len(context.traces)
-    lost = left * float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / count
-    by_phase = rows.groupby("phase")["exposed_transfer_ns"].sum()
-    shares = (by_phase / max(float(by_phase.sum()), 1.0)).sort_values(ascending=False)
-    phase = ", ".join(str(name) for name in shares[shares >= _PHASE_SHARE].index)
-    cause, confidence, why = network.transfer_or_waiting(context, rows)
-    bound = collectives.bound_by(rows, start_s) if cause != CAUSES["gpu_comm"] else ""
-    told = f"{collectives.in_words(rows, count)}; {why}"
-    name = parallelism.group_name(rows, moves, context.traces)
-    told += f"; {name}" if name else ""
-    against = network.standing(rows, context.network, context.traces) if bound != "latency" else Standing(False, "")
-    told += f"; {against.about}" if against.about else ""
-    if bound == "bandwidth" and not (link.about or against.about or name.endswith("within a node")):
-        told += f"; what the network can do is not known: {network.what_measures(len(context.nodes()))}"
-    if cause == CAUSES["transfer"]:
-        of = f" of {moves}" if moves else ""
-        bounds = ", far below what the network can do" if against.is_slow else f", bound by {bound}" if bound else ""
-        cause += of + bounds
-    by_step = rows.groupby("step")["exposed_transfer_ns"].sum().reindex(context.steps.numbers).fillna(0.0)
-    worst = context.worst_step(by_step.to_numpy(np.float64))
-    most = rows.iloc[int(rows["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
-    where = f"collectives: step={most['step']} op={most['op']} group={most['group']} sequence={most['sequence']}"
-    node, about = link
-    if about:
-        told += f"; {about}"
-        confidence = MEDIUM if node and confidence == HIGH else confidence
-    kinds = {CAUSES[kind]: kind for kind in ("gpu_comm", "unseen")}
-    kind = "transfer" if node else kinds.get(cause, "transfer")
-    found = Finding(kind, cause, lost, None, node, phase, told, confidence, where, worst)
-    is_single = bound == "latency" and len(rows) <= _MOST_SINGLE * count
-    bytes_of_it = float(rows["bytes"].sum()) / count
-    is_in_node = name.endswith("within a node")
-    found = replace(found, moves=moves, bound=bound, is_single=is_single, is_in_node=is_in_node, step_bytes=bytes_of_it)
-    return replace(found, is_slow=against.is_slow or (bound == "bandwidth" and link.about != ""))
 
 
 def _imbalance(
@@ -411,7 +342,7 @@ def _told_of_rare(context: AnalysisContext, by_step: Floats, at: npt.NDArray[np.
 
 
 def _work_per_step(context: AnalysisContext, parts: WorkParts) -> Floats:
-    """Mean seconds a (non-warm-up) step in each of ``parts``, shape (traces, parts)."""
+    """Mean seconds a (non-warm-up) step that a trace has in each of ``parts``, shape (traces, parts)."""
     totals = np.zeros((len(context.traces), len(parts.names)))
     between = parts.names.index(BETWEEN_STEPS)
     for trace, rank in enumerate(context.traces):
@@ -420,7 +351,8 @@ def _work_per_step(context: AnalysisContext, parts: WorkParts) -> Floats:
         if len(steps):
             totals[trace] = parts.between(trace, start, end).sum(axis=0)
             totals[trace, between] = parts.between(trace, start[:1], end[-1:])[0, between]
-    return totals / NS_PER_S / len(context.steps.numbers)
+            totals[trace] /= NS_PER_S * len(steps)
+    return totals
 
 
 def table(findings: Sequence[Finding], period_s: float, suggestions: Sequence[str]) -> pd.DataFrame:

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from hpcmm.analysis import copies, idle
+from hpcmm.analysis import copies, idle, network
 from hpcmm.analysis.findings import CAUSES, LOW, MEDIUM, STRAGGLER_SHARE, AnalysisContext, Finding
 from hpcmm.analysis.gpu_trace import counted
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.nccl import kernel_op, waits_for_all
-from hpcmm.analysis.process_groups import Unseen, unseen_ranks
+from hpcmm.analysis.process_groups import Unseen
 from hpcmm.reports.report import CUDA_CALL, MPI, SYNCHRONISING
 
 EVERYBODY = Unseen(0, 0)
@@ -154,8 +154,8 @@ def unmatched(context: AnalysisContext, named: Sequence[Finding]) -> list[Findin
     if not lost > 0:  # nor if no step is left
         return []
     kernels = _unmatched_kernels(context)
-    unseen = unseen_ranks(context.rows, [each for each in context.traces if len(each.steps)], context.expected_ranks)
-    waiting = [] if named or unseen.missing > 0 else _waiting_for_one(context, left, chosen, kernels)
+    absent = network.unseen(context)
+    waiting = [] if named or absent.missing > 0 else _waiting_for_one(context, left, chosen, kernels)
     rest = lost - sum(finding.lost_s for finding in waiting)
     rank = whole.idxmax()
     most = device_name(chosen[chosen["rank"] == rank].iloc[0])
@@ -164,8 +164,8 @@ def unmatched(context: AnalysisContext, named: Sequence[Finding]) -> list[Findin
         f"accounts for, so that transfer cannot be told from waiting for a rank that comes later{_by_kernel(kernels)}; "
         f"most of all {most}, {float(whole.max()):.3g} s a step"
     )
-    kind = "unseen" if unseen.missing > 0 else "gpu_comm"
-    told += f"; {unseen} have no report with steps" if unseen.missing > 0 else ""
+    kind = "unseen" if absent.missing > 0 else "gpu_comm"
+    told += f"; {absent.in_words(with_steps=True)}" if absent.missing > 0 else ""
     where, worst = f"gpu: rank={rank}", _worst_step(context, left.mean(axis=1))
     return [*waiting, Finding(kind, CAUSES[kind], rest, None, "", "", told, LOW, where, worst)]
 
@@ -257,7 +257,7 @@ def of_capture(tables: Mapping[str, pd.DataFrame], unseen: Unseen = EVERYBODY) -
     devices = _with_kinds(per_device(gpu), rows)
     about = _Told(rows, tables["copies"], "in all", len(devices))
     found = [_finding(kind, float(devices[kind].mean()), devices, gpu, about) for kind in _LOST]
-    found.append(_communication(devices, tables["kernels"], unseen))
+    found.append(_communication(devices, tables, unseen))
     found.append(_waiting(devices, tables["collectives"], unseen))
     return found
 
@@ -361,7 +361,8 @@ def _single_gap(own: pd.DataFrame, devices: pd.DataFrame, gpu: pd.DataFrame) -> 
     return told + f"; without it GPUs are idle for {late / rest if rest > 0 else 0.0:.1%} of the other {rest:.3g} s"
 
 
-def _communication(devices: pd.DataFrame, kernels: pd.DataFrame, unseen: Unseen) -> Finding:
+def _communication(devices: pd.DataFrame, tables: Mapping[str, pd.DataFrame], unseen: Unseen) -> Finding:
+    kernels, collectives = tables["kernels"], tables["collectives"]
     lost = float(devices["gpu_comm"].mean())
     most = devices.iloc[int((devices["gpu_comm"] / devices["span_s"]).to_numpy(float).argmax())]
     told = (
@@ -372,10 +373,13 @@ def _communication(devices: pd.DataFrame, kernels: pd.DataFrame, unseen: Unseen)
     told += f"; in all {_most_of(names, len(devices))}" if len(names) else ""
     others = float(names[[kernel_op(str(name)) is None for name in names.index]].sum())
     if unseen.missing > 0:
-        told += f"; {unseen} have no report, so that transfer cannot be told from waiting for them"
+        told += f"; {unseen.in_words()}, so that transfer cannot be told from waiting for them"
         return Finding("unseen", CAUSES["unseen"], lost, None, "", "", told, LOW, _rows(most))
+    why = network.withdrawn(collectives)
     if others > NOT_NCCL * float(names.sum()):
-        told += "; most of them are not NCCL's and are not matched between ranks, so that part of it may be waiting"
+        why = "most of them are not NCCL's and are not matched between ranks"
+    if why:
+        told += f"; {why}, so that part of it may be waiting"
         return Finding("gpu_comm", CAUSES["gpu_comm"], lost, None, "", "", told, LOW, _rows(most))
     return Finding("transfer", CAUSES["transfer"], lost, None, "", "", told, MEDIUM, _rows(most))
 
@@ -397,7 +401,7 @@ def _waiting(devices: pd.DataFrame, collectives: pd.DataFrame, unseen: Unseen) -
                 if (more := float(one[column] - np.median(devices[column]))) > lost / 2:
                     told, does = f"{told}; it {what} {more:.3g} s longer than the median GPU", what
     if unseen.missing > 0:
-        told, confidence = f"{told}; {unseen} have no report, and may come later still", LOW
+        told, confidence = f"{told}; {unseen.in_words()}, and may come later still", LOW
     if len(waits):
         told += f"; matched by {' and '.join(sorted(set(waits['basis'])))}"
     return Finding("gpu_wait", CAUSES["gpu_wait"], lost, rank, node, "", told, confidence, _rows(most), gpu_excess=does)

@@ -136,7 +136,7 @@ def find(traces: Sequence[RankTrace], unseen: Unseen) -> tuple[list[Finding], fl
     if any(own.total(CODE) < LEAST_CODE_SHARE * loop.length_s for own in spent):
         return [], 0.0
     # Who is waited for may be a rank that no report shows.
-    doubt = f"{unseen} have no report" if unseen.missing > 0 else ""
+    doubt = unseen.in_words() if unseen.missing > 0 else ""
     late = _late_worker(spent, loop)
     everybodys = sorted(_of_all(spent, loop, late), key=lambda finding: -finding.lost_s)
     return doubted([*late, *everybodys], doubt), loop.length_s

@@ -135,12 +135,16 @@ def _longer_work(context: AnalysisContext) -> Iterator[_LongerWork]:
     waits, transfer = (_exposed(context, name, context.rows) for name in ("exposed_wait_ns", "exposed_transfer_ns"))
     communication, transfer_s = (waits + transfer)[:, :, None], float(transfer.mean())
     unseen_s, sends = withheld_s(context), _Sends.of(context)
+    # Of a rank whose communication was not recorded nothing tells it from work.
+    known = np.setdiff1d(np.arange(len(context.traces)), process_groups.silent_ranks(context.traces))
     for kind, columns in parts_by_kind(context).items():
         own = work[:, :, columns].sum(axis=2)
         excess = np.maximum(own - np.median(own, axis=1, keepdims=True), 0.0)
         ranks = ((index,) for index in range(own.shape[1]))
         for members in (*slow_nodes(context, excess), *late_alike(sends.stages, excess), *ranks):
-            others = np.delete(np.arange(own.shape[1]), members)
+            others = np.setdiff1d(known, members)
+            if not set(members) <= set(known.tolist()):
+                continue
             if not len(others) or not stands_apart(
                 own[:, members].mean(axis=1), own[:, others], context.steps.period_s
             ):
@@ -348,17 +352,21 @@ _NOT_COMMUNICATION = ("data", "checkpoint", "subprocess")
 
 
 def find_unseen_waiting(context: AnalysisContext) -> list[Finding]:
-    """Who is waited for in a run none of whose communication was recorded, but whose steps take the same time.
+    """Ranks that are waited for though their communication was not recorded, as their steps take the others' time.
 
     Where one rank works longer in almost every step, and the others wait in the OS by as much longer than it does, they
     wait for it. Without OS calls only work is looked at in which a rank waits for no other, such as loading.
     """
-    if len(context.rows) or len(context.traces) < 2:
+    silent = process_groups.silent_ranks(context.traces) if len(context.rows) else range(len(context.traces))
+    if not len(silent) or len(context.traces) < 2:
         return []
     context = _preceded(context)
     whole = context.work_by_step()
     length = whole.sum(axis=2)
-    waits = _waiting(context)
+    for name in ("exposed_wait_ns", "exposed_transfer_ns"):
+        length = length + _exposed(context, name, context.rows)
+    # Of ranks whose communication was recorded, what they wait is no part of their work.
+    waits = None if len(context.rows) else _waiting(context)
     found = []
     for kind, columns in parts_by_kind(context).items():
         own = whole[:, :, columns].sum(axis=2)
@@ -366,7 +374,7 @@ def find_unseen_waiting(context: AnalysisContext) -> list[Finding]:
             if waits is None:
                 continue
             own = own - waits[:, :, columns].sum(axis=2)
-        for index in range(own.shape[1]):
+        for index in silent:
             others = np.delete(np.arange(own.shape[1]), index)
             longer = own[:, index] - np.median(own[:, others], axis=1)
             longer_s = float(longer.mean())

@@ -1,6 +1,6 @@
 """The network against what it can do: the node behind a slow link, and whether transfer is far below the links' rate.
 
-Before that: whether what seems transfer is any.
+Before that: what each kind of transfer costs, and whether what seems transfer is any.
 
 Where data trickle in tells which hop is slow. Which end of it is at fault tell the links' own counters, which the first
 rank of each node noted, or that a node has slow hops to several others.
@@ -11,17 +11,19 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from hpcmm.analysis import nccl, process_groups
+from hpcmm.analysis import collectives, nccl, parallelism, process_groups
 from hpcmm.analysis.collectives import FROM_ROOT, bus_rate, size_in_words
-from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, AnalysisContext
+from hpcmm.analysis.findings import CAUSES, HIGH, LOW, MEDIUM, AnalysisContext, Finding
 from hpcmm.analysis.intervals import NS_PER_S
 from hpcmm.analysis.osrt import STEP_THREAD
+from hpcmm.analysis.parallelism import Stages
 from hpcmm.analysis.process_groups import Unseen
 from hpcmm.analysis.trace import NO_PEER, WORKER, RankTrace
 from hpcmm.runs.links import LinkUse, Network
@@ -215,6 +217,8 @@ def standing(rows: pd.DataFrame, network: Network, traces: Sequence[RankTrace]) 
 
 _MATCHED = 0.9
 """From this share of the operations on, what is left of them is transfer."""
+_MOSTLY = 0.5
+"""Up to this share nothing tells transfer from waiting."""
 _SURE = 0.1
 """Up to this share of it may be waiting, and what is left is still transfer for sure."""
 
@@ -230,7 +234,8 @@ def transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple
     absent = unseen(context)
     matched = float((inside["complete"].astype(bool) & (inside["ranks"] > 1)).mean()) if len(inside) else 0.0
     if absent.missing > 0:
-        return CAUSES["unseen"], LOW, f"{absent} have no report with steps, and part of this may be waiting for them"
+        told = absent.in_words(with_steps=True)
+        return CAUSES["unseen"], LOW, f"{told}, and part of this may be waiting for them"
     untold = float(is_untold(inside).mean()) if len(inside) else 0.0
     if untold > 1.0 - _MATCHED:
         why = (
@@ -243,8 +248,22 @@ def transfer_or_waiting(context: AnalysisContext, inside: pd.DataFrame) -> tuple
         if unsure > _SURE:
             told = f"up to {unsure:.0%} of it may be waiting: the clocks of the ranks agree within {error_s:.3g} s only"
         return CAUSES["transfer"], HIGH if unsure <= _SURE else MEDIUM if unsure <= 0.5 else LOW, told
-    why = f"only {matched:.0%} of the operations were seen on several ranks and all of their group"
-    return CAUSES["transfer"], MEDIUM if matched > 0.5 else LOW, f"{why}: part of this may be waiting"
+    why = withdrawn(inside) or f"only {matched:.0%} of the operations were seen on several ranks and all of their group"
+    told = f"{why}: part of this may be waiting"
+    if matched <= _MOSTLY and len(context.traces) > 1:
+        return CAUSES["gpu_comm"], LOW, told
+    return CAUSES["transfer"], MEDIUM if matched > _MOSTLY else LOW, told
+
+
+def withdrawn(rows: pd.DataFrame) -> str:
+    """That the matches of most of ``rows``, collectives, were withdrawn, and why; empty if they were not."""
+    share = float((rows["basis"] == nccl.UNCONFIRMED).mean()) if len(rows) else 0.0
+    if share <= _MOSTLY:
+        return ""
+    return (
+        f"{share:.0%} of the operations could not be matched between ranks: the order of their kernels does not fit "
+        "their times, as if captures began at different iterations"
+    )
 
 
 def is_untold(rows: pd.DataFrame) -> pd.Series[bool]:
@@ -264,3 +283,104 @@ def what_measures(nodes: int) -> str:
     """What tells the bandwidth between so many nodes."""
     tools = f"python -m hpcmm.doctor cluster=... --nodes {nodes}, iperf3 or all_reduce_perf of nccl-tests measure it"
     return f"{tools}, though of two nodes nothing tells which one is slow" if nodes == 2 else tools
+
+
+_PHASE_SHARE = 0.1
+"""A phase is named for communication that spreads over several when it holds this share of it."""
+_MOST_SINGLE = 1.5
+"""Up to so many messages a step, most steps have one."""
+
+
+def transfer(context: AnalysisContext, explained_s: float, stages: Stages) -> list[Finding]:
+    """Exposed communication that neither a late rank explains nor one that stood still (``explained_s``).
+
+    One row for each thing that moves, since each has its own advice; a slow link, or what may be
+    waiting for ranks without a report, has one row for all of them.
+    """
+    rows = context.rows
+    inside = rows[rows["step"].isin(context.steps.numbers)] if len(rows) else rows
+    inside = parallelism.without_bubble(inside, stages) if len(inside) else inside
+    if inside.empty:
+        return []
+    count = rank_steps(context)
+    exposed_s = float(inside["exposed_transfer_ns"].sum()) / NS_PER_S / count
+    left = max(0.0, exposed_s - explained_s) / exposed_s if exposed_s > 0 else 0.0
+    bytes_of = inside.groupby("group")["bytes"].sum()
+    widest = inside.loc[inside["group"] == bytes_of.idxmax(), "trace"].nunique() == len(context.traces)
+    start_s = collectives.start_up_s(inside)
+    link = slow_link(
+        context.traces,
+        context.network,
+        is_ring=widest and context.gpu.empty,
+        is_bound_by_bandwidth=collectives.bound_by(inside, start_s) == "bandwidth",
+    )
+    moves = parallelism.what_moves(inside, stages)
+    largest = inside.groupby(moves)["exposed_transfer_ns"].sum().idxmax()
+    kinds = (
+        {str(largest): np.ones(len(inside), dtype=bool)}
+        if link.node or unseen(context).missing > 0
+        else {str(each): moves == each for each in dict.fromkeys(moves)}
+    )
+    return [_transfer_of(context, inside[chosen], left, str(kind), link, start_s) for kind, chosen in kinds.items()]
+
+
+def without_waiting(findings: Sequence[Finding], waited_s: float) -> list[Finding]:
+    """``findings`` without the waiting for ranks without a report that is in other rows."""
+    if not waited_s:
+        return list(findings)
+    told = f"; {waited_s:.3g} s a step of it is in rows of who is waited for"
+    return [
+        replace(each, lost_s=max(0.0, each.lost_s - waited_s), evidence=each.evidence + told)
+        if each.kind == "unseen"
+        else each
+        for each in findings
+    ]
+
+
+def rank_steps(context: AnalysisContext) -> int:
+    """What a mean over ranks and steps of their communication is over: steps that a rank did not record, and ranks
+    whose communication nobody recorded, are not steps in which nothing was exchanged."""
+    numbers = context.steps.numbers
+    each = [int(trace.steps["step"].isin(numbers).sum()) for trace in context.traces if len(trace.collectives)]
+    return max(sum(each), 1)
+
+
+def _transfer_of(
+    context: AnalysisContext, rows: pd.DataFrame, left: float, moves: str, link: SlowLink, start_s: float | None
+) -> Finding:
+    """The row of what ``rows`` carry; ``left`` is the share of their time that nothing else explains."""
+    count = rank_steps(context)
+    lost = left * float(rows["exposed_transfer_ns"].sum()) / NS_PER_S / count
+    by_phase = rows.groupby("phase")["exposed_transfer_ns"].sum()
+    shares = (by_phase / max(float(by_phase.sum()), 1.0)).sort_values(ascending=False)
+    phase = ", ".join(str(name) for name in shares[shares >= _PHASE_SHARE].index)
+    cause, confidence, why = transfer_or_waiting(context, rows)
+    bound = collectives.bound_by(rows, start_s) if cause != CAUSES["gpu_comm"] else ""
+    told = f"{collectives.in_words(rows, count)}; {why}"
+    # Of whom a group is, only its members tell.
+    name = "" if cause == CAUSES["unseen"] else parallelism.group_name(rows, moves, context.traces)
+    told += f"; {name}" if name else ""
+    against = standing(rows, context.network, context.traces) if bound != "latency" else Standing(False, "")
+    told += f"; {against.about}" if against.about else ""
+    if bound == "bandwidth" and not (link.about or against.about or name.endswith("within a node")):
+        told += f"; what the network can do is not known: {what_measures(len(context.nodes()))}"
+    if cause == CAUSES["transfer"]:
+        of = f" of {moves}" if moves else ""
+        bounds = ", far below what the network can do" if against.is_slow else f", bound by {bound}" if bound else ""
+        cause += of + bounds
+    by_step = rows.groupby("step")["exposed_transfer_ns"].sum().reindex(context.steps.numbers).fillna(0.0)
+    worst = context.worst_step(by_step.to_numpy(np.float64))
+    most = rows.iloc[int(rows["exposed_transfer_ns"].to_numpy(np.float64).argmax())]
+    where = f"collectives: step={most['step']} op={most['op']} group={most['group']} sequence={most['sequence']}"
+    node, about = link
+    if about:
+        told += f"; {about}"
+        confidence = MEDIUM if node and confidence == HIGH else confidence
+    kinds = {CAUSES[kind]: kind for kind in ("gpu_comm", "unseen")}
+    kind = "transfer" if node else kinds.get(cause, "transfer")
+    found = Finding(kind, cause, lost, None, node, phase, told, confidence, where, worst)
+    is_single = bound == "latency" and len(rows) <= _MOST_SINGLE * count
+    bytes_of_it = float(rows["bytes"].sum()) / count
+    is_in_node = name.endswith("within a node")
+    found = replace(found, moves=moves, bound=bound, is_single=is_single, is_in_node=is_in_node, step_bytes=bytes_of_it)
+    return replace(found, is_slow=against.is_slow or (bound == "bandwidth" and link.about != ""))

@@ -192,8 +192,9 @@ def _efficiency(
     reference: Reference | None,
 ) -> pd.DataFrame:
     alone = inventory.expected_ranks <= 1 and sum(len(trace.steps) > 0 for _, trace in inventory.used) <= 1
+    silent = process_groups.silent_ranks([trace for _, trace in inventory.used if len(trace.steps)])
     samples = samples_per_step(record.config)
-    return efficiency(of_phases, steps, reference, samples, waiting_is_known=alone or len(rows) > 0)
+    return efficiency(of_phases, steps, reference, samples, waiting_is_known=alone or (len(rows) > 0 and not silent))
 
 
 def _lacks_steps(coverage: pd.DataFrame) -> bool:

@@ -105,6 +105,7 @@ def efficiency(
     work in both runs or, where ``samples`` a step and the reference's are known, each sample. If it was not recorded
     when ranks waited for one another, useful time is not known, and there are no efficiencies (NaN).
     """
+    phases = phases[~phases["rank"].isin(steps.left_out)]
     times = _Times.of(phases[phases["step"].isin(steps.numbers)])
     if times is None:
         return pd.DataFrame(columns=COLUMNS)

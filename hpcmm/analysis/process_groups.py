@@ -26,27 +26,43 @@ def with_record(trace: RankTrace, record: Mapping[int, Mapping[str, GroupMark]])
     return trace if trace.groups else replace(trace, groups=record.get(trace.rank, {}))
 
 
+MOST_NAMED = 5
+NO_REPORT, NO_COMMUNICATION = "no report", "no communication in their reports"
+
+
 class Unseen(NamedTuple):
-    """Ranks that no report shows: ``missing`` of ``size``; nobody knows of how many if ``size`` is 0."""
+    """Ranks whose communication no report shows: ``missing`` of ``size``; nobody knows of how many if ``size`` is 0."""
 
     missing: int
     size: int
     of: str = "ranks"
+    lack: str = NO_REPORT
+    """What they have not."""
 
     def __str__(self) -> str:
         return f"{self.missing} of {self.size} {self.of}" if self.size else "the others of its communicator"
+
+    def in_words(self, *, with_steps: bool = False) -> str:
+        """``2 of 4 ranks have no report``."""
+        return f"{self} have {self.lack}" + (" with steps" if with_steps and self.lack == NO_REPORT else "")
 
 
 def unseen_ranks(rows: pd.DataFrame, traces: Sequence[RankTrace], expected_ranks: int) -> Unseen:
     """Which of the ranks that collectives may wait for are not among ``traces``; ``missing`` is 0 if none.
 
     They are counted among all ``expected_ranks`` and in each group of matched ``rows`` whose size NCCL or a mark tells.
+    A rank whose communication was not recorded while its peers' was is as one without a report there.
     """
     sizes = {name: member.size for trace in traces for name, member in trace.communicators.items()}
     sizes |= {group: len(mark.ranks) for group, mark in told(traces).items() if mark.ranks}
     unseen = [Unseen(expected_ranks - len(traces), expected_ranks)]
     if rows.empty:
         return unseen[0]
+    if silent := silent_ranks(traces):
+        names = ", ".join(traces[at].name for at in silent[:MOST_NAMED]) + (", ..." if len(silent) > MOST_NAMED else "")
+        lack = f"{NO_COMMUNICATION} ({names})"
+        lack = lack if unseen[0].missing <= 0 else f"{NO_REPORT}, or {lack}"
+        unseen.append(Unseen(unseen[0].missing + len(silent), expected_ranks, lack=lack))
     seen = rows.loc[rows["ranks"] > 0, ["group", "ranks", "basis"]].drop_duplicates("group")
     for group, ranks, basis in seen.itertuples(index=False):
         if size := sizes.get(group, 0):
@@ -54,6 +70,17 @@ def unseen_ranks(rows: pd.DataFrame, traces: Sequence[RankTrace], expected_ranks
         elif ranks == expected_ranks == 1 and basis.startswith("kernel order"):  # NCCL runs no kernel for one rank
             unseen.append(Unseen(1, 0))
     return max(unseen)
+
+
+def silent_ranks(traces: Sequence[RankTrace]) -> list[int]:
+    """Positions of the ranks whose communication was not recorded, though that of others was.
+
+    A process of unknown rank that uses a GPU and exchanges nothing, such as an evaluation beside the training, is none.
+    """
+    silent = [at for at, trace in enumerate(traces) if trace.collectives.empty]
+    if len(silent) == len(traces):
+        return []
+    return [at for at in silent if traces[at].rank >= 0 or traces[at].gpu is None]
 
 
 def told(traces: Sequence[RankTrace]) -> dict[str, GroupMark]:

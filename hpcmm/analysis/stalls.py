@@ -29,6 +29,7 @@ from hpcmm.analysis.findings import (
 )
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
 from hpcmm.analysis.phases import OTHERS, StepTimes
+from hpcmm.analysis.process_groups import unseen_ranks
 from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.annotate.schema import PHASES
 
@@ -95,8 +96,8 @@ MOST_STEPS = 0.2
 def find_network_stalls(context: AnalysisContext, stopped_s: Floats) -> list[Finding]:
     """One finding, or none. ``stopped_s`` by step, a mean over ranks, is lost to processes that stood still."""
     rows, numbers = context.rows, context.steps.numbers
-    unseen = context.expected_ranks > sum(len(trace.steps) > 0 for trace in context.traces)
-    if rows.empty or unseen:
+    stepping = [trace for trace in context.traces if len(trace.steps)]
+    if rows.empty or unseen_ranks(rows, stepping, context.expected_ranks).missing > 0:
         return []
     inside = rows[rows["step"].isin(numbers)]
     inside = inside[_usual(inside["phase"], inside["step"], len(numbers))]

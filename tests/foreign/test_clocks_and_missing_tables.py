@@ -86,3 +86,35 @@ def test_of_idle_time_without_launches_it_is_said_that_nothing_tells_the_cause(t
     idle = table[table["cause"].str.startswith("GPU idle")]
     assert set(idle["cause"]) <= {"GPU idle"}
     assert not table["evidence"].str.contains("launched in time").any()
+
+
+LONGER = "UPDATE CUPTI_ACTIVITY_KIND_KERNEL SET start = start - 38000000 WHERE correlationId % 4 = 1"
+
+
+@pytest.mark.parametrize(
+    ("more", "cause", "phase"), [("SELECT 1", "data loading", "data"), (LONGER, "computation", "")]
+)
+def test_ranks_are_compared_by_what_all_have_if_launches_of_one_are_missing(
+    tmp_path: Path, more: str, cause: str, phase: str
+) -> None:
+    """Rank 3 loads, or its GPU computes, for 40 ms longer; nothing tells which phase launched that."""
+    table = analysis_of(tmp_path, "clocks_apart", more, NO_LAUNCHES[0], only="rank3").bottlenecks()
+    first, (_, transfer) = table.iloc[0], *table[table["cause"].str.startswith("communication")].iterrows()
+    assert (first["cause"], first["rank"], first["phase"], first["confidence"]) == (cause, 3, phase, "low")
+    assert first["lost_s_per_step"] == pytest.approx(0.04, rel=0.06)
+    assert "the calls that launched work of GPUs were not recorded on rank 3" in first["evidence"]
+    assert transfer["phase"] == "backward", "in which the other ranks launch it"
+
+
+def test_a_rank_that_lost_most_of_its_steps_is_no_idle_one(tmp_path: Path) -> None:
+    whole = analyze(changed(tmp_path / "whole", "clocks_apart"))
+    lost = "DELETE FROM NVTX_EVENTS WHERE start > 400000000"
+    analysis = analysis_of(tmp_path, "clocks_apart", lost, only="rank1")
+    assert analysis.study.steps.left_out == (1,)
+    run = analysis.efficiency().query("scope == 'run'").iloc[0]
+    inside = whole.phases().query("rank != 1 and not warmup and step.notna()")
+    useful = inside.groupby("rank")["useful_s"].sum()
+    assert run["load_balance"] == pytest.approx(useful.mean() / useful.max(), rel=0.01)
+    transfer = row_of(analysis.bottlenecks(), "communication transfer")
+    assert transfer["lost_s_per_step"] == pytest.approx(0.0081, rel=0.02)
+    assert "1 message a step and rank" in transfer["evidence"]

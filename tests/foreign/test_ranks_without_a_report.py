@@ -3,9 +3,12 @@
 import json
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from changed_inputs import changed, first
 
 from hpcmm.analysis.process_groups import Unseen
 from hpcmm.analyze import Analysis, analyze
@@ -62,3 +65,46 @@ def test_with_all_ranks_there_it_is_transfer() -> None:
 def test_those_unseen_are_named_by_what_they_are_of() -> None:
     assert str(Unseen(7, 8)) == "7 of 8 ranks"
     assert str(Unseen(1, 0)) == "the others of its communicator"
+
+
+NOT_RECORDED = "DROP TABLE CUPTI_ACTIVITY_KIND_KERNEL"
+
+
+def test_a_rank_whose_communication_was_not_recorded_is_as_one_without_a_report(tmp_path: Path) -> None:
+    """The others' kernels of 8 ms may wait for it; their mean is over them alone."""
+    analysis = analyze(changed(tmp_path, "clocks_apart", NOT_RECORDED, only="rank2"))
+    told = communication(analysis)
+    assert told["cause"] == "communication, or waiting for ranks without a report"
+    assert told["confidence"] == "low"
+    assert "1 message a step and rank" in told["evidence"]
+    assert "1 of 4 ranks have no communication in their reports (rank 2)" in told["evidence"]
+    assert "data-parallel group" not in told["evidence"]
+    assert "accumulate" not in told["suggestion"]
+    table = analysis.bottlenecks().set_index("cause")["lost_s_per_step"]
+    assert table[told["cause"]] == pytest.approx(0.0081, rel=0.02)
+    run = analysis.efficiency().query("scope == 'run'").iloc[0]
+    assert pd.isna(run["parallel_efficiency"]), "what that rank waits is not known"
+
+
+def test_it_is_named_if_its_own_clock_tells_that_it_loads_longer(tmp_path: Path) -> None:
+    analysis = analyze(changed(tmp_path, "clocks_apart", NOT_RECORDED, only="rank3"))
+    assert first(analysis) == ("data loading", 3, "data", 0.0397)
+    (rest,) = analysis.bottlenecks().query("cause.str.startswith('communication')").to_dict("records")
+    assert rest["confidence"] == "low"
+    assert rest["lost_s_per_step"] == pytest.approx(0.0079, rel=0.05), "without what is waited for rank 3"
+    assert "0.0397 s a step of it is in rows of who is waited for" in rest["evidence"]
+
+
+def test_captures_that_begin_at_different_iterations_tell_no_transfer_from_waiting(tmp_path: Path) -> None:
+    """Without steps, as with them: the ranks' kernels are counted from different ones."""
+    later = "DELETE FROM {} WHERE start < 400000000"
+    for folder, steps in (("with", later.format("NVTX_EVENTS")), ("without", "DROP TABLE NVTX_EVENTS")):
+        reports = changed(tmp_path / folder, "clocks_apart", steps)
+        with closing(sqlite3.connect(reports / "rank0.sqlite")) as connection:
+            connection.execute(later.format("CUPTI_ACTIVITY_KIND_KERNEL"))
+            connection.execute(later.format("CUPTI_ACTIVITY_KIND_RUNTIME"))
+            connection.commit()
+        told = communication(analyze(reports))
+        assert told["cause"] == "communication, transfer or waiting", folder
+        assert told["confidence"] == "low"
+        assert "100% of the operations could not be matched between ranks" in told["evidence"]
