@@ -269,3 +269,25 @@ def part_of_a_step(name: str) -> str:
         if told & said:
             return part
     return ""
+
+
+_COMMUNICATES = (
+    {"allgather", "allreduce", "alltoall", "barrier", "bcast", "broadcast", "collective", "collectives", "comm"},
+    {"communicate", "communication", "exchange", "irecv", "isend", "receive", "recv", "reducescatter", "send"},
+    {"all", "gather"},
+    {"all", "reduce"},
+    {"all", "to"},
+    {"reduce", "scatter"},
+    {"grad", "sync"},
+    {"gradient", "sync"},
+    {"gradients", "sync"},
+    {"grads", "sync"},
+)
+"""Words of which one says it, in the first two, and words that say it together."""
+
+
+@lru_cache(maxsize=4096)
+def communicates(name: str) -> bool:
+    """Whether a program's phase is communication with other ranks, by what it is called."""
+    told = words(name)
+    return any(told & said for said in _COMMUNICATES[:2]) or any(told >= said for said in _COMMUNICATES[2:])

@@ -30,6 +30,7 @@ from hpcmm.analysis.findings import (
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet
 from hpcmm.analysis.phases import OTHERS, StepTimes
 from hpcmm.analysis.process_groups import unseen_ranks
+from hpcmm.analysis.range_names import communicates
 from hpcmm.analysis.trace import OTHER, OUTSIDE, RankTrace
 from hpcmm.annotate.schema import PHASES
 
@@ -342,8 +343,9 @@ def solo_findings(context: AnalysisContext, least_s: float) -> tuple[list[Findin
     return found, blamed
 
 
-WAITED = 0.5
-"""Ranks have waited for work of others if their steps take longer by this share of it."""
+WAITED, WAITED_ERRORS = 0.5, 3.0
+"""Ranks have waited for work of others if their steps take longer by this share of it, beyond so many standard errors
+of what one step differs from the next."""
 
 
 def unseen_solo_findings(context: AnalysisContext, least_s: float) -> list[Finding]:
@@ -353,21 +355,42 @@ def unseen_solo_findings(context: AnalysisContext, least_s: float) -> list[Findi
     """
     if len(context.rows) or len(context.traces) < 2:
         return []
-    length = context.work_by_step().sum(axis=2)
     found = []
     for solo in find_solo_work(context):
-        others = np.delete(np.arange(length.shape[1]), solo.members)
-        rest = np.delete(np.arange(len(length)), np.minimum([*solo.at, *(solo.at + 1)], len(length) - 1))
-        if not solo.name or not len(rest):
+        if not solo.name or communicates(solo.name):
             continue
-        waited_s = float(length[solo.at][:, others].mean() - np.median(length[rest][:, others]))
-        by_step = np.zeros(len(length))
+        waited_s, later_s = _waited_for(context, solo)
+        by_step = np.zeros(len(context.steps.numbers))
         by_step[solo.at] = min(solo.length_s, waited_s)
         if waited_s >= WAITED * solo.length_s and by_step.mean() >= least_s:
-            told = "; of these steps all are as much longer, for communication that was not recorded"
+            told = "of these steps all are as much longer"
+            if later_s > WAITED * waited_s:
+                told = "the others' steps after these are as much longer"
             row = _finding_of_solo_work(context, solo, by_step, solo.part)
-            found.append(replace(row, confidence=MEDIUM, evidence=row.evidence + told))
+            evidence = f"{row.evidence}; {told}, for communication that was not recorded"
+            found.append(replace(row, confidence=MEDIUM, evidence=evidence))
     return found
+
+
+def _waited_for(context: AnalysisContext, solo: SoloWork) -> tuple[float, float]:
+    """Seconds by which the others' steps are longer each time, and what of them lies in the steps after its own.
+
+    Work at the end of a step keeps the others waiting only in the next one, so that both count. What takes longer in
+    its ranks as well, such as an evaluation on all of them, is no waiting for it.
+    """
+    work, members = context.work_by_step(), list(solo.members)
+    length = work.sum(axis=2)
+    its_own = length[:, members] - work[:, members, context.parts.names.index(solo.part)]
+    longer = np.delete(length, members, axis=1).mean(axis=1) - its_own.mean(axis=1)
+    after = np.setdiff1d(np.minimum(solo.at + 1, len(longer) - 1), solo.at)
+    rest = np.delete(longer, [*solo.at, *after])
+    if not len(rest):
+        return 0.0, 0.0
+    usual_s, times = float(np.median(rest)), len(solo.at)
+    later_s = float((longer[after] - usual_s).sum()) / times
+    waited_s = float((longer[solo.at] - usual_s).sum()) / times + later_s
+    error_s = float(rest.std()) * np.sqrt(times + len(after)) / times
+    return (waited_s, later_s) if waited_s > WAITED_ERRORS * error_s else (0.0, 0.0)
 
 
 def _charges_of_solo_work(context: AnalysisContext, solo: SoloWork) -> Mask:

@@ -136,3 +136,56 @@ def test_a_model_that_one_rank_calls_more_often_is_not_slower_computation() -> N
 def test_pauses_that_hit_any_rank_are_nobodys_work() -> None:
     first = first_verdict(lambda _r, _s, _p: 0.0, pauses=0.05)
     assert first.kind != "solo"
+
+
+SAVES_AT = {5, 10, 15, 20, 25, 30, 35}
+
+
+def without_record(*, save_at: int, waits: bool = True, name: str = "save", evaluation_ms: float = 0.0):
+    """A loop of two ranks whose communication was not recorded; rank 0 saves as the part ``save_at`` of its step.
+
+    ``evaluation_ms``: what both do in the step after it. Without ``waits`` each rank trains for itself.
+    """
+    program: list = ["data", "forward", "backward", *[("backward", everyone)] * waits, "evaluation"]
+    program.insert(save_at, name)
+    extra = {name: lambda r, s: 400.0 * (r == 0 and s in SAVES_AT)}
+    extra["evaluation"] = lambda _r, s: evaluation_ms * (s - 1 in SAVES_AT)
+    traces = simulate_program(
+        program, lambda r, s, p: WORK.get(p, 0.0) + extra.get(p, lambda _r, _s: 0.0)(r, s), ranks=2, steps=40
+    )
+    return [
+        replace(
+            trace,
+            collectives=trace.collectives[:0],
+            segments=trace.segments[
+                ~trace.segments["phase"].isin([name, "evaluation"])
+                | (trace.segments["end_ns"] - trace.segments["start_ns"] > 1e6)
+            ],
+        )
+        for trace in traces
+    ]
+
+
+@pytest.mark.parametrize(
+    ("save_at", "told"),
+    [(0, "of these steps all are as much longer"), (5, "the others' steps after these are as much longer")],
+    ids=["at the start", "at the end"],
+)
+def test_who_waits_for_a_save_without_a_record_does_so_in_that_step_or_the_next(save_at, told) -> None:
+    first = verdicts(without_record(save_at=save_at))[0]
+    assert (first.kind, first.rank, first.confidence) == ("solo", 0, "medium")
+    assert first.cause == "save of rank 0 alone in steps 5, 10, 15, 20, 25, ..."
+    assert first.lost_s == pytest.approx(0.4 * 7 / 39, rel=0.1)
+    assert f"{told}, for communication that was not recorded" in first.evidence
+
+
+@pytest.mark.parametrize("save_at", [0, 4])
+@pytest.mark.parametrize("evaluation_ms", [0.0, 900.0])
+def test_a_save_that_nobody_waits_for_costs_the_others_nothing(save_at, evaluation_ms) -> None:
+    found = verdicts(without_record(save_at=save_at, waits=False, evaluation_ms=evaluation_ms))
+    assert "solo" not in {each.kind for each in found}
+
+
+def test_a_wait_that_is_named_is_no_work_of_the_rank_that_waits() -> None:
+    found = verdicts(without_record(save_at=0, name="barrier"))
+    assert "solo" not in {each.kind for each in found}
