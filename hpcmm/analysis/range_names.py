@@ -271,23 +271,23 @@ def part_of_a_step(name: str) -> str:
     return ""
 
 
-_COMMUNICATES = (
-    {"allgather", "allreduce", "alltoall", "barrier", "bcast", "broadcast", "collective", "collectives", "comm"},
-    {"communicate", "communication", "exchange", "irecv", "isend", "receive", "recv", "reducescatter", "send"},
-    {"all", "gather"},
-    {"all", "reduce"},
-    {"all", "to"},
-    {"reduce", "scatter"},
-    {"grad", "sync"},
-    {"gradient", "sync"},
-    {"gradients", "sync"},
-    {"grads", "sync"},
+_COMMUNICATES = frozenset(
+    {"allgather", "allreduce", "barrier", "bcast", "broadcast", "collective", "collectives", "comm", "communicate"}
+    | {"communication", "exchange", "irecv", "isend", "receive", "recv", "reducescatter", "send"}
 )
-"""Words of which one says it, in the first two, and words that say it together."""
+_TOGETHER = ({"all", "gather"}, {"all", "reduce"}, {"reduce", "scatter"})
+"""Words that say together that ranks exchange something, whatever stands between them."""
+_ALL_TO_ALL = re.compile("all[^a-z]?to[^a-z]?all", re.IGNORECASE)
+_GRADIENTS = frozenset({"grad", "grads", "gradient", "gradients"})
 
 
 @lru_cache(maxsize=4096)
 def communicates(name: str) -> bool:
     """Whether a program's phase is communication with other ranks, by what it is called."""
     told = words(name)
-    return any(told & said for said in _COMMUNICATES[:2]) or any(told >= said for said in _COMMUNICATES[2:])
+    return (
+        bool(told & _COMMUNICATES)
+        or any(told >= said for said in _TOGETHER)
+        or _ALL_TO_ALL.search(name) is not None
+        or ("sync" in told and bool(told & _GRADIENTS))
+    )

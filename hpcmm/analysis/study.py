@@ -14,12 +14,16 @@ import pandas as pd
 from hpcmm.analysis.advice import WITHOUT_PYTHON
 from hpcmm.analysis.choice import NO_WHOLE_STEP
 from hpcmm.analysis.clock import CommonClock
+from hpcmm.analysis.findings import in_percent
 from hpcmm.analysis.phases import StepTimes
+from hpcmm.analysis.range_names import communicates
 from hpcmm.analysis.trace import RankTrace
 from hpcmm.reports.report import TEXT_AS_PYTHON
 
 LITTLE_COVER = 0.25
 """Of the time from step to step: what is called a step and covers less is a part of one."""
+LITTLE_COMMUNICATION, MOST_NAMED = 0.02, 5
+"""Phases of communication are named from this part of the time on, and so many of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +96,47 @@ class Study:
         several = sum(len(trace.steps) > 0 for trace in self.traces) > 1
         return several and not len(self.tables["collectives"])
 
+    def nothing_stands_out(self, step: str) -> str:
+        """That no cause takes a worthwhile part of ``step``, and what keeps this from being sure, without a full stop.
+
+        Who waits for whom leads if it was not recorded: waiting may be most of the step.
+        """
+        if not self.waits_unseen:
+            return f"Nothing stands out: no cause takes 2% of the {step}{self.nobody_to_blame}"
+        names, share = self._phases_of_communication()
+        if share < LITTLE_COMMUNICATION:
+            told = "Whether ranks wait for one another was not recorded; nothing else stands out: no cause takes 2% of "
+            return f"{told}the {step}{self._little_cover}"
+        listed = ", ".join(names[:MOST_NAMED]) + ", ..." * (len(names) > MOST_NAMED)
+        told = f"Phases {listed}, communication by their names, take"
+        if len(names) == 1:
+            told = f"Phase {listed}, communication by its name, takes"
+        return (
+            f"{told} {in_percent(share)} of the {step}; who waits for whom was not recorded, and nothing else stands "
+            f"out{self._little_cover}"
+        )
+
+    def _phases_of_communication(self) -> tuple[list[str], float]:
+        """Phases that communicate by their names, the longest first, and which part of a rank's time they take."""
+        steps, table = self.steps, self.tables["phases_summary"]
+        own = table[(table["within"] == "") & table["rank"].isin(list(steps.periods_s))]
+        by_name = own.groupby("phase")["s_per_step"].sum().sort_values(ascending=False) / len(steps.periods_s)
+        by_name = by_name[[communicates(str(name)) for name in by_name.index]]
+        whole_s = steps.mean_s if steps.adjoin else steps.period_s
+        return [str(name) for name in by_name.index], float(by_name.sum()) / whole_s
+
     @property
     def nobody_to_blame(self) -> str:
         """That no rank is, or what keeps this from being known."""
+        unseen = (self.tables["coverage"]["steps"] == 0).any()
+        usual = "; ranks that were not seen may be late" if unseen else ", and no rank is to blame"
+        return self._little_cover or usual
+
+    @property
+    def _little_cover(self) -> str:
         if self.steps.mean_s < LITTLE_COVER * self.steps.period_s:
             return f"; but most of the time lies between the steps, which are {self.steps.mean_s:.2g} s long"
-        if self.waits_unseen:
-            return "; whether ranks wait for one another was not recorded"
-        unseen = (self.tables["coverage"]["steps"] == 0).any()
-        return "; ranks that were not seen may be late" if unseen else ", and no rank is to blame"
+        return ""
 
     @property
     def names(self) -> dict[int, str]:

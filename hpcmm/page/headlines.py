@@ -93,7 +93,7 @@ def headline(study: Study) -> str:
     steps = study.steps
     step = f"{seconds(steps.mean_s)} step" if steps.adjoin else f"{seconds(steps.period_s)} from step to step"
     if table.empty:
-        told = f"Nothing stands out: no cause takes 2% of the {step}{study.nobody_to_blame}."
+        told = f"{plain(study.nothing_stands_out(step))}."
         doubt = graphs_line(study) or gpu_doubt(study.traces)
         return f"{told} But {plain(doubt)}." if doubt else told
     row = table.iloc[0]

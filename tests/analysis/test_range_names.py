@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from hpcmm.analysis.range_names import (
+    communicates,
     counted,
     looks_like_a_step,
     matching,
@@ -154,3 +155,17 @@ def test_an_expression_means_whole_names_before_parts_of_names() -> None:
     assert matching(names, "step.*").tolist() == [True, False, True]
     assert matching(names, "mizer").tolist() == [False, True, False]
     assert not matching(names, "nosuch").any()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (
+            ["recv", "send_forward", "ncclAllReduce", "all_to_all", "AllToAll", "barrier", "sync grads", "P2P.irecv"],
+            True,
+        ),
+        (["forward", "copy all to device", "gather metrics", "sync", "reduce_lr", "optimizer.step", "commit"], False),
+    ],
+)
+def test_a_name_says_that_a_phase_communicates(names: list[str], says: bool) -> None:
+    assert [name for name in names if communicates(name) != says] == []

@@ -1,6 +1,7 @@
 """Analyses of a part of a run alone, however few steps that leaves."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,29 @@ def test_nobody_is_cleared_of_what_was_not_recorded() -> None:
     alike = analyze(INPUTS / "steps_megatron_bridge" / "rank0.sqlite")
     assert "and no rank is to blame" not in headlines.headline(alike.study)
     assert alike.efficiency()["parallel_efficiency"].isna().all() or len(alike.collectives())
+
+
+@pytest.mark.parametrize(
+    ("renamed", "told"),
+    [
+        ({}, "Whether ranks wait for one another was not recorded; nothing else stands out: no cause takes 2% of the "),
+        ({"backward": "recv_forward"}, "Phase recv_forward, communication by its name, takes "),
+        (
+            {"backward": "recv", "forward": "all_reduce"},
+            "Phases recv, all_reduce, communication by their names, take ",
+        ),
+    ],
+)
+def test_what_was_not_recorded_leads_if_nothing_stands_out(renamed: dict[str, str], told: str) -> None:
+    study = analyze(INPUTS / "cpu_torchrun_plain").study
+    phases = study.tables["phases_summary"].replace({"phase": renamed})
+    share = phases.loc[phases["phase"].isin(renamed.values()), "step_share"].sum() / 2
+    tables = {**study.tables, "phases_summary": phases, "bottlenecks": study.tables["bottlenecks"][:0]}
+    said = headlines.headline(replace(study, tables=tables))
+    assert said.startswith(told)
+    assert "was not recorded" in said
+    assert ("no cause takes 2%" in said) != bool(renamed)
+    assert not renamed or abs(int(said.partition("%")[0].split()[-1]) - 100 * share) < 2
 
 
 def test_steps_that_are_a_small_part_of_the_time_clear_nobody() -> None:
