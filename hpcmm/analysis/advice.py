@@ -112,6 +112,11 @@ OS = (
 """By the function in which the host is."""
 
 
+MORE_CORES = "sbatch --cpus-per-task=N --hint=nomultithread ... with more cores a rank"
+MORE_CORES_WITHOUT_SLURM = (
+    "cores of its own for each rank (taskset -c, numactl --physcpubind), and no more threads than these: "
+    "OMP_NUM_THREADS=N"
+)
 WITHOUT_PYTHON = "without Python"
 """Stands for a framework, of a report whose workers are no Python programs."""
 _MORE_A_LAUNCH = "more work a launch: larger problems, fewer and larger kernels, or CUDA graphs"
@@ -123,8 +128,7 @@ _WITHOUT_PYTHON = {
     "other": f"{_RANGES} tell which part it is",
     "solo": "share it out over all ranks, do it less often, or in a thread or job of its own",
     "transfer": "fewer, larger messages, less often, or beside the computation: on a stream, by calls that do not wait",
-    "unseen": "capture each rank: srun nsys profile -o report_%q{SLURM_PROCID} ./program, or "
-    "mpirun nsys profile -o report_%q{OMPI_COMM_WORLD_RANK} ./program",
+    "unseen": "capture each rank: mpirun nsys profile -o report_%q{OMPI_COMM_WORLD_RANK} ./program",
     "gpu_host": _MORE_A_LAUNCH,
     "gpu_sync": "fewer cudaDeviceSynchronize and blocking copies in the loop: events, streams and cudaMemcpyAsync",
     "gpu_order": "let streams wait for one another only where they must; fewer, larger kernels, or CUDA graphs",
@@ -152,8 +156,13 @@ _COPIES_WITHOUT_PYTHON = {
 }
 
 
-def without_python(finding: Finding) -> str:
+_UNSEEN_BY_SLURM = ", or srun nsys profile -o report_%q{SLURM_PROCID} ./program"
+
+
+def without_python(finding: Finding, *, has_slurm: bool) -> str:
     """What to try in a program without Python; empty if that is no other than in any."""
+    if finding.kind == "unseen" and has_slurm:
+        return _WITHOUT_PYTHON["unseen"] + _UNSEEN_BY_SLURM
     if finding.kind == "gpu_copy":
         usual = "" if finding.moves in copies.ADVICE else "fewer, larger copies, on a stream beside the computation"
         return _COPIES_WITHOUT_PYTHON.get(finding.moves, usual)

@@ -137,8 +137,7 @@ def study(
             findings, whole_s = bottlenecks.find(context()), steps.period_s
         else:
             findings, whole_s = _found_without_steps(made, rows, traces, inventory.expected_ranks, record)
-        advice = [suggest(each, record.tunable, record.cpus, framework) for each in findings]
-        return bottlenecks.table(findings, whole_s, advice)
+        return bottlenecks.table(findings, whole_s, _suggestions(findings, inventory, record))
 
     made = Tables(
         {
@@ -181,6 +180,15 @@ def _framework(inventory: ReportInventory, record: RunRecord) -> str:
     """What the run trains with: as its script says, or that it has no Python; empty if that is not known."""
     has_no_python = [fact.has_no_python for fact, _ in inventory.used]
     return record.framework or (WITHOUT_PYTHON if has_no_python and all(has_no_python) else "")
+
+
+def _suggestions(findings: Sequence[Finding], inventory: ReportInventory, record: RunRecord) -> list[str]:
+    """What to try against each of ``findings``."""
+    found = [fact.identity.environment for fact, _ in inventory.used]
+    # A report without an environment, as one that was made smaller, may be of any run.
+    has_slurm = bool(record.config) or not all(found) or any(each.startswith("SLURM") for own in found for each in own)
+    framework = _framework(inventory, record)
+    return [suggest(each, record.tunable, record.cpus, framework, has_slurm=has_slurm) for each in findings]
 
 
 def _efficiency(

@@ -20,37 +20,41 @@ from hpcmm.analysis.findings import Finding
 from hpcmm.analysis.range_names import part_of_a_step, words
 
 
-def suggest(finding: Finding, config: Mapping[str, Any], cpus: int = 0, framework: str = "") -> str:
+def suggest(
+    finding: Finding, config: Mapping[str, Any], cpus: int = 0, framework: str = "", *, has_slurm: bool = True
+) -> str:
     """One override or command for ``finding``; ``cpus``: of the smallest node, 0 if that is not known.
 
     ``framework``: that a script of the user's imports, such as ``deepspeed``, or that the run has no Python; empty if
     that is not known.
 
     ``config`` is what decides how the run's ranks ran: its configuration, of it the section ``cluster`` alone where it
-    ran a script of the user's, or empty if there is none.
+    ran a script of the user's, or empty if there is none. ``has_slurm``: whether the ranks may be Slurm's, whose
+    commands do nothing for those that torchrun or mpirun started.
     """
-    if framework == advice.WITHOUT_PYTHON and (told := advice.without_python(finding)):
+    has_slurm = has_slurm and not _is_local(config)
+    if framework == advice.WITHOUT_PYTHON and (told := advice.without_python(finding, has_slurm=has_slurm)):
         return told
     if finding.kind == "gpu_data":
-        return suggest(replace(finding, kind="data"), config, cpus, framework)
+        return suggest(replace(finding, kind="data"), config, cpus, framework, has_slurm=has_slurm)
     if finding.kind in host_calls.ADVICE:
         return host_calls.ADVICE[finding.kind]
-    return _suggestion(finding, config, cpus, framework)
+    return _suggestion(finding, config, cpus, framework, has_slurm=has_slurm)
 
 
 def _suggestion(  # noqa: PLR0911 -- one answer a kind
-    finding: Finding, config: Mapping[str, Any], cpus: int, framework: str
+    finding: Finding, config: Mapping[str, Any], cpus: int, framework: str, *, has_slurm: bool
 ) -> str:
     trains = bool(config) and set(config) != {"cluster"}
     ours = {"", "gradients"} | ({"sharded parameters"} if _zero_stage(config) > 2 else set())
     if finding.kind in {"stall", "subprocess", "interruption"} or (finding.kind == "transfer" and finding.node):
-        return _shell(finding)
+        return _shell(finding, has_slurm=has_slurm)
     if finding.kind == "unseen":
-        return _capture_all(config)
+        return _capture_all(config, has_slurm=has_slurm)
     if finding.kind == "few":
         return "capture more steps, ten or more: they tell a rank that is always late from chance"
     if finding.is_slow:
-        return _find_the_link(config)
+        return _find_the_link(config, has_slurm=has_slurm)
     if trains and (own := _key_of_recipe(finding, config)):
         return own
     if finding.kind in advice.PIPELINE or (finding.kind == "transfer" and not (trains and finding.moves in ours)):
@@ -62,17 +66,20 @@ def _suggestion(  # noqa: PLR0911 -- one answer a kind
     if finding.kind == "compute" and finding.gpu_excess in _OF_EXCESS:
         return advice.GPU[_OF_EXCESS[finding.gpu_excess]]
     if finding.kind == "compute" and _has_no_other_node(finding, config):
-        return _look_at_the_node(finding, config)
+        return _look_at_the_rank(finding, config, framework)
     scheduled = finding.kind == "imbalance" or (finding.kind == "compute" and finding.node != "")
     shared = _shared_cpus(config, cpus) if finding.kind == "imbalance" else ""
-    return shared or (_override(finding, config) if trains or (config and scheduled) else _advice(finding))
+    return shared or (
+        _override(finding, config) if trains or (config and scheduled) else _advice(finding, has_slurm=has_slurm)
+    )
 
 
-def _capture_all(config: Mapping[str, Any]) -> str:
+def _capture_all(config: Mapping[str, Any], *, has_slurm: bool) -> str:
     """How to have a report of each rank."""
     if not config:
+        by_slurm = "srun nsys profile -o report_%q{SLURM_PROCID} python ..., or " if has_slurm else ""
         return (
-            "capture each rank: srun nsys profile -o report_%q{SLURM_PROCID} python ..., or "
+            f"capture each rank: {by_slurm}"
             "torchrun --no-python nsys profile -o report_%q{RANK} python ..., or one report a node of all of its "
             "ranks: nsys profile -o report_%h torchrun ..."
         )
@@ -174,12 +181,21 @@ def _has_no_other_node(finding: Finding, config: Mapping[str, Any]) -> bool:
     return finding.node != "" and _number(config, "cluster", "nodes", 0) == 1 and _is_local(config)
 
 
-def _look_at_the_node(finding: Finding, config: Mapping[str, Any]) -> str:
-    """What to look at on the only node of a run, that no other node can stand in for."""
+def _look_at_the_rank(finding: Finding, config: Mapping[str, Any], framework: str) -> str:
+    """What to look at if no other node can stand in for the rank's, or which that is is not known.
+
+    The other ranks run there as well, as far as is known: what else runs on the node comes last.
+    """
     where = "this machine" if _is_local(config) else finding.node or "its node"
     if finding.gpu_excess == gpu_findings.COMPUTES:
         return f"on {where}: nvidia-smi -q -d CLOCK,PERFORMANCE,TEMPERATURE, for a GPU that is slowed down"
-    return f"see what else uses the cores of {where}: top"
+    tells = "samples of the CPU (nsys profile --sample=process-tree) tell"
+    if framework != advice.WITHOUT_PYTHON:
+        tells = "py-spy record --pid PID tells"
+    return (
+        "if it stays with the rank in another run, so do its samples, its part of the model, or a branch of the "
+        f"program on the rank, and {tells} which; if not, see what else uses the cores of {where}: top"
+    )
 
 
 def _is_local(config: Mapping[str, Any]) -> bool:
@@ -188,24 +204,36 @@ def _is_local(config: Mapping[str, Any]) -> bool:
     return isinstance(cluster, Mapping) and cluster.get("executor") == "local"
 
 
-def _shell(finding: Finding) -> str:
+def _shell(finding: Finding, *, has_slurm: bool) -> str:
     match finding.kind:
         case "stall":
-            return f"srun -w {shlex.quote(finding.node)} dmesg -T | grep -iE 'throttl|oom|hung|link'"
+            return _on(finding.node, "dmesg -T | grep -iE 'throttl|oom|hung|link'", has_slurm=has_slurm)
         case "interruption":
-            return "srun --ntasks-per-node=1 sh -c 'hostname; ip -s link; dmesg -T | grep -i link | tail'"
+            return _on_each_node("ip -s link; dmesg -T | grep -i link | tail", has_slurm=has_slurm)
         case "transfer":
-            return f"srun -w {shlex.quote(finding.node)} sh -c 'ip -s link; tc -s qdisc'"
+            return _on(finding.node, "ip -s link; tc -s qdisc", has_slurm=has_slurm)
         case _:
             return "grep 'within step' analysis/waitpid.csv"
 
 
-def _find_the_link(config: Mapping[str, Any]) -> str:
+def _on(node: str, command: str, *, has_slurm: bool) -> str:
+    """``command`` where it can be typed: through Slurm, or on the node itself."""
+    if not has_slurm:
+        return f"on {node or 'its node'}: {command}"
+    whole = f"sh -c '{command}'" if ";" in command else command
+    return f"srun -w {shlex.quote(node)} {whole}"
+
+
+def _on_each_node(command: str, *, has_slurm: bool) -> str:
+    return f"srun --ntasks-per-node=1 sh -c 'hostname; {command}'" if has_slurm else f"on each node: {command}"
+
+
+def _find_the_link(config: Mapping[str, Any], *, has_slurm: bool) -> str:
     """What measures each node's link: hpcmm's own check, if it knows the cluster by name."""
     name, nodes = _text(config, "cluster", "name"), _number(config, "cluster", "nodes", 0)
     if name and nodes > 2 and not _is_local(config):  # of two it cannot say which is slow
         return f"python -m hpcmm.doctor cluster={shlex.quote(name)} --nodes {nodes}"
-    return "srun --ntasks-per-node=1 sh -c 'hostname; ip -s link; tc -s qdisc; nstat -az TcpRetransSegs; ibstat'"
+    return _on_each_node("ip -s link; tc -s qdisc; nstat -az TcpRetransSegs; ibstat", has_slurm=has_slurm)
 
 
 _OF_EXCESS = {gpu_findings.COPIES: "gpu_copy", gpu_findings.SETS: "gpu_set"}
@@ -289,12 +317,13 @@ def _twice_the_micro_batch(config: Mapping[str, Any]) -> str:
     return f"train.micro_batch_size={2 * max(1, _number(config, 'train', 'micro_batch_size', 1))}"
 
 
-def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
+def _advice(finding: Finding, *, has_slurm: bool) -> str:  # noqa: PLR0911 -- one answer a kind
     match finding.kind:
         case "data":
             return _LOAD
         case "compute" if finding.node:
-            return f"sbatch --exclude={shlex.quote(finding.node)} ..."
+            excluded = f"sbatch --exclude={shlex.quote(finding.node)} ..."
+            return excluded if has_slurm else f"leave {finding.node} out of the nodes that you launch on"
         case "batch" | "uneven":
             return "bucket examples by length, or share them out over the ranks by their cost"
         case "checkpoint":
@@ -302,7 +331,7 @@ def _advice(finding: Finding) -> str:  # noqa: PLR0911 -- one answer a kind
         case "solo":
             return _advice_for_solo_work(finding.phase)
         case "imbalance":
-            return "sbatch --cpus-per-task=N --hint=nomultithread ... with more cores a rank"
+            return advice.MORE_CORES if has_slurm else advice.MORE_CORES_WITHOUT_SLURM
         case "other" if finding.function in _WRITING:
             return "print, log or save less often there, or from a thread of its own"
         case "other":

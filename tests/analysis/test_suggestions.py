@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 
+from hpcmm.analysis.advice import WITHOUT_PYTHON
 from hpcmm.analysis.findings import Finding
 from hpcmm.analysis.suggestions import suggest
 from hpcmm.config.compose import compose_run
@@ -142,3 +144,38 @@ def test_uneven_experts_of_hpcmms_are_not_advised_a_loss_that_it_refuses(tmp_pat
 )
 def test_the_advice_against_work_of_one_rank_alone_is_that_of_the_thing(phase: str, advice: str) -> None:
     assert advice in suggest(Finding("solo", "", 1.0, 0, "node1", phase, "", "high"), {})
+
+
+SLOW_RANK = Finding("compute", "", 1.0, 1, "node1", "forward", "", "high", is_only_node=True)
+
+
+def test_other_users_of_a_node_on_which_all_ranks_run_are_the_last_thing_to_look_for() -> None:
+    told = suggest(SLOW_RANK, {})
+    assert told.startswith("if it stays with the rank in another run, so do its samples")
+    assert told.index("py-spy") < told.index("top")
+    without = suggest(SLOW_RANK, {}, framework=WITHOUT_PYTHON)
+    assert "py-spy" not in without
+    assert "nsys profile --sample=process-tree" in without
+    computes = suggest(replace(SLOW_RANK, gpu_excess="computes"), {})
+    assert "nvidia-smi" in computes
+
+
+OF_SLURM = re.compile("sbatch|srun|SLURM")
+NO_SLURM = {
+    "node": (replace(SLOW_RANK, is_only_node=False), "leave node1 out of the nodes that you launch on"),
+    "cores": (Finding("imbalance", "", 1.0, None, "", "", "", "low"), "numactl"),
+    "stall": (Finding("stall", "", 1.0, 1, "node1", "", "", "high"), "on node1: dmesg"),
+    "network": (Finding("interruption", "", 1.0, None, "", "", "", "medium"), "on each node: ip -s link"),
+    "slow node": (Finding("transfer", "", 1.0, None, "node1", "", "", "high"), "on node1: ip -s link"),
+    "slow link": (Finding("transfer", "", 1.0, None, "", "", "", "high", is_slow=True), "on each node: ip -s link"),
+    "unseen": (Finding("unseen", "", 1.0, None, "", "", "", "low"), "torchrun --no-python"),
+}
+
+
+@pytest.mark.parametrize(("finding", "told"), NO_SLURM.values(), ids=NO_SLURM)
+def test_a_run_that_slurm_did_not_start_is_advised_none_of_its_commands(finding: Finding, told: str) -> None:
+    assert OF_SLURM.search(suggest(finding, {}))
+    for framework in ("", WITHOUT_PYTHON):
+        assert not OF_SLURM.search(suggest(finding, {}, framework=framework, has_slurm=False))
+    assert told in suggest(finding, {}, has_slurm=False)
+    assert not OF_SLURM.search(suggest(finding, {"cluster": {"executor": "local", "nodes": 1}}))

@@ -31,8 +31,21 @@ def test_one_rank_of_eight_tells_no_transfer_from_waiting(reports: Path) -> None
     assert told["cause"] == "communication, or waiting for ranks without a report"
     assert told["confidence"] == "low"
     assert "7 of 8 ranks have no report" in told["evidence"]
-    assert "srun nsys profile -o report_%q{SLURM_PROCID}" in told["suggestion"]
+    assert told["suggestion"].startswith("capture each rank: torchrun --no-python nsys profile -o report_%q{RANK} ")
     assert "accumulate" not in told["suggestion"]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    ["UPDATE META_DATA_CAPTURE SET value = 'SLURM_JOB_ID=9' WHERE value LIKE 'RANK=%'",
+     "DELETE FROM META_DATA_CAPTURE WHERE name LIKE '%ENVIRONMENT_VARIABLE'"],
+    ids=["a variable of Slurm", "no environment"],
+)  # fmt: skip
+def test_slurm_captures_each_rank_if_a_report_does_not_speak_against_it(reports: Path, environment: str) -> None:
+    with sqlite3.connect(reports / "report.sqlite") as connection:
+        assert connection.execute(environment).rowcount
+    connection.close()
+    assert "srun nsys profile -o report_%q{SLURM_PROCID}" in communication(analyze(reports))["suggestion"]
 
 
 def test_nor_does_a_report_that_does_not_say_how_many_ranks_there_are(reports: Path) -> None:
