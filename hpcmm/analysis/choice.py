@@ -77,7 +77,8 @@ class Choice:
     """UTC at which the run begins; None: each report counts from its own first event."""
     usual_steps: str = ""
     """What the steps of the other reports are called, with ``{n}`` for a number; empty if it is not known."""
-
+    begin_rule: str = ""
+    """By which range all ranks' steps begin if none is one; empty if each may have its own."""
     needs_step_ranges: bool = False
     """Whether steps are ranges themselves: not all ranks of the run name the parts of their loop well enough."""
 

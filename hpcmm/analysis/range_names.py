@@ -1,4 +1,5 @@
-"""What the name of an NVTX range says: whether it counts repetitions, and which part of a step it may be.
+"""What the name of an NVTX range says: whether it counts repetitions, and which part of a step it may be; and where the
+steps begin of a loop that names its parts alone.
 
 Names are a program's own. Nothing here is certain, so that who asks also looks at the times.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -291,3 +293,108 @@ def communicates(name: str) -> bool:
         or _ALL_TO_ALL.search(name) is not None
         or ("sync" in told and bool(told & _GRADIENTS))
     )
+
+
+_EVALUATES = frozenset({"eval", "evaluate", "evaluation", "test", "testing", "val", "valid", "validate", "validation"})
+MIN_CYCLES, REGULAR = 5, 0.9
+"""Ranges that come in the same numbers in this share of so many repetitions are parts of a loop."""
+FREQUENT = 0.5
+"""What comes in fewer repetitions, as an evaluation does, is no part of the loop."""
+MIN_RUN = 2
+"""Repetitions of another kind come in runs if there are so many one after the other, as a mean."""
+
+
+class Cycles(NamedTuple):
+    """Repetitions of a loop."""
+
+    begins: npt.NDArray[np.intp]
+    """The place of each one's first part among all parts."""
+    is_step: npt.NDArray[np.bool_]
+
+
+def cycles_by_rule(labels: pd.Series, length_ns: pd.Series) -> dict[str, Cycles]:
+    """The steps of a loop by each range that can tell where they begin, the best one first; empty if none is clear.
+
+    ``labels``: the outermost ranges of a thread in the order of time. A step begins after the optimizer's longest
+    range; without one with the loading of a batch, else with a forward pass. The other rules give as many steps: ranks
+    that do not have the first range may be cut by them. Numbers are left out of what a rule is called.
+    """
+    taken_ns = length_ns.groupby(labels).sum().sort_values(ascending=False)
+    by_part: dict[str, list[str]] = {}
+    for label in map(str, taken_ns.index):
+        if not words(label) & _EVALUATES:
+            by_part.setdefault(part_of_a_step(label), []).append(label)
+    found: dict[str, Cycles] = {}
+    if not {"optimizer", "data"} & by_part.keys() and not {"forward", "backward"} <= by_part.keys():
+        return found
+    names = labels.to_numpy(object)
+    for label in (label for part in ("optimizer", "data", "forward") for label in by_part.get(part, [])):
+        begins = np.flatnonzero(names == label)
+        if part_of_a_step(label) == "optimizer":
+            begins = np.append(0, begins + 1)
+            begins = begins[begins < len(names)]
+        cycles = Cycles(begins, _steps_among(labels, begins, label))
+        count, best = cycles.is_step.sum(), next((each.is_step.sum() for each in found.values()), 0)
+        if not found and not count:
+            break  # another rule would cut the loop into micro-batches
+        if not found or REGULAR * best - 1 <= count <= best / REGULAR + 1:
+            found.setdefault(_NUMBERS.sub(NUMBER, label), cycles)
+    return found
+
+
+def _steps_among(labels: pd.Series, begins: npt.NDArray[np.intp], rule: str) -> npt.NDArray[np.bool_]:
+    """Which repetitions, that have their ``begins`` at positions, are steps; a part of one at either end is none.
+
+    It is clear if several of ``labels``, none of which looks like a step itself, come equally often in almost all.
+    """
+    steps = np.zeros(len(begins), np.bool_)
+    if len(begins) < MIN_CYCLES or any(map(looks_like_a_step, labels.unique())):
+        return steps
+    cycle = np.searchsorted(begins, np.arange(len(labels)), side="right")
+    table = pd.crosstab(cycle[cycle > 0], labels.to_numpy(object)[cycle > 0])
+    trains = np.ones(len(table), np.bool_) if part_of_a_step(rule) == "optimizer" else _trains(table)
+    counts = table.to_numpy()[trains]
+    if len(counts) < MIN_CYCLES:
+        return steps
+    alike = counts == np.median(counts, axis=0)
+    frequent = (counts > 0).mean(axis=0) >= FREQUENT
+    if frequent.sum() > 1 and (alike[1:-1].mean(axis=0) >= REGULAR)[frequent].all():
+        is_whole = np.ones(len(counts), np.bool_)
+        is_whole[[0, -1]] = alike[[0, -1]][:, frequent].all(axis=1)
+        steps[trains] = is_whole
+    return steps
+
+
+def _trains(table: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Which repetitions, of which ``table`` counts the ranges by label, train; none if that is not clear.
+
+    Batches of a validation may be called as those of the training, but for what only these have: a backward pass, or
+    whatever the others lack several times in a row.
+    """
+    present = table.to_numpy() > 0
+    labels = [str(label) for label in table.columns]
+    is_backward = [part_of_a_step(label) == "backward" and not words(label) & _EVALUATES for label in labels]
+    trains: npt.NDArray[np.bool_] = np.logical_or.reduce(present[:, is_backward], axis=1)
+    if trains.sum() >= MIN_CYCLES:
+        # A pipeline's micro-batches have their forward passes first: each is followed by one without a backward pass.
+        follow = (trains[1:] & trains[:-1]).sum() >= FREQUENT * trains.sum()
+        return trains if trains.all() or follow else np.zeros_like(trains)
+    trains = np.ones(len(table), np.bool_)
+    for has in present.T:
+        lacks = ~has[int(has.argmax()) :]  # what begins later is no sign of another loop before
+        if not _in_runs(has) or not _in_runs(lacks):
+            continue
+        if has.mean() < FREQUENT:
+            if _runs(has) > 1:
+                return np.zeros_like(trains)
+        else:
+            trains &= has
+    return trains
+
+
+def _runs(mask: npt.NDArray[np.bool_]) -> int:
+    return int(mask[:1].sum() + (mask[1:] & ~mask[:-1]).sum())
+
+
+def _in_runs(mask: npt.NDArray[np.bool_]) -> bool:
+    return bool(mask.any()) and bool(mask.sum() >= MIN_RUN * _runs(mask))

@@ -19,7 +19,9 @@ from hpcmm.analysis.choice import Choice
 from hpcmm.analysis.intervals import NS_PER_S, IntervalSet, first_claims
 from hpcmm.analysis.range_names import (
     NUMBER,
+    Cycles,
     counted,
+    cycles_by_rule,
     is_library,
     is_operator,
     looks_like_a_step,
@@ -43,8 +45,8 @@ RIVAL_COVER = 0.1
 RIVAL_CALLS = 2.0
 """Ranges of another name that come about as often, and not within the first ones, make the choice unclear."""
 WITHIN = 0.5
-MIN_CYCLES, REGULAR, MAX_LABELS = 5, 0.9, 50
-"""Ranges that come in the same numbers in this share of so many repetitions are parts of a loop."""
+MAX_LABELS = 50
+"""Of the ranges of a thread so many kinds are looked at as parts of a loop."""
 MAX_PHASES = 30
 LEAST_PHASE = 0.002
 """Of the time of all steps, if each took the usual time: what takes less is no phase, unless it is called one."""
@@ -73,7 +75,10 @@ class Adopted:
     stepped_before: frozenset[int] = frozenset()
     """Processes that ran steps before the first of those that were chosen."""
     begins: str = ""
-    """The range with which each step begins, if no range is one: ``steps`` is empty then."""
+    """The range with which most steps begin, if no range is one: ``steps`` is empty then."""
+    begin_rules: tuple[str, ...] = ()
+    """What steps begin by then, and could begin by as well, as :func:`~hpcmm.analysis.range_names.cycles_by_rule` says
+    it."""
 
 
 def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = None) -> Adopted:
@@ -95,11 +100,13 @@ def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = 
     else:
         chosen = _clear_steps(ranges, launching, choice.usual_steps)
     if chosen.empty:
-        cycles = pd.DataFrame() if choice.steps or choice.needs_step_ranges else _cycles(ranges, launching)
+        is_asked = not choice.steps and not choice.needs_step_ranges
+        cycles, rules = _cycles(ranges, launching, choice.begin_rule) if is_asked else (pd.DataFrame(), [])
         if cycles.empty:
             return Adopted(_NOTHING, candidates=told, labels=labels)
+        usual = str(cycles["name"].mode().iloc[0])  # the first step may begin with what comes once
         adopted = _adopted(ranges, cycles, choice.phases)
-        return replace(adopted, candidates=told, labels=labels, begins=str(cycles["name"].iloc[0]))
+        return replace(adopted, candidates=told, labels=labels, begins=usual, begin_rules=tuple(rules))
     steps = pd.concat([_numbered(_on_one_thread(own)) for _, own in chosen.groupby("pid")])
     names = steps["name"].drop_duplicates() if len(steps) == steps["pid"].nunique() else steps["label"]
     adopted = replace(_adopted(ranges.drop(steps.index), steps, choice.phases), candidates=told, labels=labels)
@@ -162,26 +169,32 @@ def _clear_steps(ranges: pd.DataFrame, candidates: pd.DataFrame, usual: str) -> 
     return alike[theirs.isin(pd.MultiIndex.from_frame(same[keys]))]
 
 
-def _cycles(ranges: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Steps of a loop whose phases alone are ranges: each lasts from one's first phase to the next one's.
+def _cycles(ranges: pd.DataFrame, candidates: pd.DataFrame, rule: str) -> tuple[pd.DataFrame, list[str]]:
+    """Steps of a loop whose phases alone are ranges, and the rules by which they could be cut on all its processes.
 
-    Named by the range with which they begin; empty if it is not clear that they are a training loop's.
+    They are cut by ``rule``, or the first of these. Named by the range with which they begin; empty if it is not clear
+    that they are a training loop's.
     """
-    found: list[pd.DataFrame] = []
+    ways: list[tuple[pd.DataFrame, dict[str, Cycles]]] = []
     for pid, own in candidates.groupby("pid"):
         tid = int(str(own.groupby("tid")["total_ns"].sum().idxmax()))
         labels = own.loc[own["tid"] == tid, "label"].head(MAX_LABELS)  # which take most time
         mine = ranges[(ranges["pid"] == pid) & (ranges["tid"] == tid) & ranges["label"].isin(labels)]
         parts = outermost(mine[~mine["label"].isin(_holders(mine))])
-        begins = _begins(parts)
-        whole = _whole_cycles(parts["label"], begins)
-        if not whole.any():
-            return pd.DataFrame()
+        ways.append((parts, cycles_by_rule(parts["label"], parts["end_ns"] - parts["start_ns"])))
+    rules = [each for each in (ways[0][1] if ways else ()) if all(each in found for _, found in ways)]
+    rule = rule or next(iter(rules), "")
+    if rule not in rules:
+        return pd.DataFrame(), rules
+    found: list[pd.DataFrame] = []
+    for parts, known in ways:
+        begins, whole = known[rule].begins, known[rule].is_step
         end = np.append(parts["start_ns"].to_numpy(np.int64)[begins[1:]], parts["end_ns"].max())
-        steps = parts.iloc[begins].assign(end_ns=end, closed=True, label="", end_tid=tid)[whole]
+        cut = parts.iloc[begins]
+        steps = cut.assign(end_ns=end, closed=True, name=cut["label"], label="", end_tid=cut["tid"])[whole]
         steps["payload"] = np.arange(len(steps))
         found.append(steps.set_axis(-1 - np.arange(len(steps)) - sum(len(each) for each in found)))
-    return pd.concat(found) if found else pd.DataFrame()
+    return pd.concat(found), rules
 
 
 def _holders(ranges: pd.DataFrame) -> set[str]:
@@ -194,44 +207,6 @@ def _holders(ranges: pd.DataFrame) -> set[str]:
         if any(float(np.median(each)) > 1 for each in inside):
             held.add(str(label))
     return held
-
-
-def _begins(parts: pd.DataFrame) -> npt.NDArray[np.intp]:
-    """Positions of those of ``parts``, in the order of time, with which a repetition begins.
-
-    That is what follows the optimizer's longest range; without one the loading of a batch, else a forward pass.
-    """
-    if parts.empty:
-        return np.empty(0, np.intp)
-    taken_ns = (parts["end_ns"] - parts["start_ns"]).groupby(parts["label"]).sum().sort_values(ascending=False)
-    by_part: dict[str, str] = {}
-    for label in taken_ns.index:
-        by_part.setdefault(part_of_a_step(str(label)), str(label))
-    label = parts["label"].to_numpy(object)
-    if optimizer := by_part.get("optimizer"):
-        after = np.flatnonzero(label == optimizer) + 1
-        return np.append(0, after[after < len(label)])
-    if "data" in by_part or {"forward", "backward"} <= by_part.keys():
-        return np.flatnonzero(label == by_part.get("data", by_part.get("forward")))
-    return np.empty(0, np.intp)
-
-
-def _whole_cycles(labels: pd.Series, begins: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
-    """Which repetitions, that have their ``begins`` at positions, are steps; a part of one at either end is none.
-
-    It is clear if several of ``labels``, none of which looks like a step itself, come equally often in almost all.
-    """
-    steps = np.zeros(len(begins), np.bool_)
-    if len(begins) < MIN_CYCLES or any(map(looks_like_a_step, labels.unique())):
-        return steps
-    cycle = np.searchsorted(begins, np.arange(len(labels)), side="right")
-    counts = pd.crosstab(cycle[cycle > 0], labels.to_numpy(object)[cycle > 0]).to_numpy()
-    alike = counts == np.median(counts, axis=0)
-    frequent = (counts > 0).mean(axis=0) >= WITHIN
-    if frequent.sum() > 1 and (alike[1:-1].mean(axis=0) >= REGULAR)[frequent].all():
-        steps[:] = True
-        steps[[0, -1]] = alike[[0, -1]][:, frequent].all(axis=1)
-    return steps
 
 
 def _on_one_thread(ranges: pd.DataFrame) -> pd.DataFrame:

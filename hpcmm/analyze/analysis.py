@@ -309,11 +309,26 @@ def _observed(sources: Sequence[ReportSource], reader: _Reader, choice: Choice) 
     others = [at for at, fact in enumerate(facts) if label and has_other_steps(fact, label)]
     if others and not choice.steps:
         _read_again(facts, others, sources, reader, replace(choice, usual_steps=label))
-    begun = [at for at, fact in enumerate(facts) if fact.adopted is not None and fact.adopted.begins]
-    lacking = [fact for fact in facts if fact.traces and not fact.has_steps]
-    if begun and lacking:  # whose waiting would be in no row
-        _read_again(facts, begun, sources, reader, replace(choice, needs_step_ranges=True))
+    _begin_alike(facts, sources, reader, choice)
     return warm(facts)
+
+
+def _begin_alike(facts: list[ReportFacts], sources: Sequence[ReportSource], reader: _Reader, choice: Choice) -> None:
+    """Have all steps that are no ranges themselves begin by one rule, or no report have such steps.
+
+    What comes between two steps, as an evaluation, would be in different steps of the ranks otherwise.
+    """
+    rules = {at: fact.adopted.begin_rules for at, fact in enumerate(facts) if fact.adopted and fact.adopted.begins}
+    if not rules:
+        return
+    lacking = [fact for fact in facts if fact.traces and not fact.has_steps]  # whose waiting would be in no row
+    first, *others = rules.values()
+    common = [] if lacking else [rule for rule in first if all(rule in each for each in others)]
+    if common:
+        differing = [at for at, each in rules.items() if each[0] != common[0]]
+        _read_again(facts, differing, sources, reader, replace(choice, begin_rule=common[0]))
+    else:
+        _read_again(facts, list(rules), sources, reader, replace(choice, needs_step_ranges=True))
 
 
 def _read_again(

@@ -7,6 +7,7 @@ import pytest
 from hpcmm.analysis.range_names import (
     communicates,
     counted,
+    cycles_by_rule,
     looks_like_a_step,
     matching,
     never_a_step,
@@ -169,3 +170,42 @@ def test_an_expression_means_whole_names_before_parts_of_names() -> None:
 )
 def test_a_name_says_that_a_phase_communicates(names: list[str], says: bool) -> None:
     assert [name for name in names if communicates(name) != says] == []
+
+
+def steps_of(*loop: str) -> dict[str, int]:
+    """The number of steps by each rule, of ranges that take as long as each other."""
+    labels = pd.Series(" ".join(loop).split())
+    found = cycles_by_rule(labels, pd.Series(1, index=labels.index))
+    return {rule: int(cycles.is_step.sum()) for rule, cycles in found.items()}
+
+
+TRAINING, VALIDATION = "data forward backward ", "data forward "
+
+
+@pytest.mark.parametrize("batches", [1, 2, 4, 20])
+def test_batches_of_a_validation_without_a_backward_pass_are_no_steps(batches: int) -> None:
+    assert steps_of((TRAINING * 5 + VALIDATION * batches) * 6) == {"data": 30, "forward": 30}
+
+
+def test_what_begins_a_validation_begins_no_step_however_long_it_takes() -> None:
+    validation = "val_data val_data_wait val_forward " * 20
+    assert steps_of((TRAINING * 5 + validation) * 6) == {"data": 30, "forward": 29}
+
+
+def test_micro_batches_before_their_backward_passes_are_no_steps() -> None:
+    assert steps_of(("data forward " * 4 + "backward " * 4) * 10) == {}
+    assert steps_of((TRAINING + VALIDATION) * 20) == {}
+
+
+def test_batches_that_lack_several_times_what_most_have_are_no_steps() -> None:
+    training = "data forward gradients "
+    assert steps_of((training * 15 + VALIDATION * 2) * 2) == {"data": 30, "forward": 30}
+    assert steps_of(training * 30 + VALIDATION * 8) == {"data": 30, "forward": 30}
+    assert steps_of((training * 5 + VALIDATION * 12) * 6) == {}  # which of the two trains?
+    assert steps_of(VALIDATION * 2 + training * 30) == {"data": 31, "forward": 30}
+
+
+def test_other_rules_count_only_if_they_give_as_many_steps() -> None:
+    assert list(steps_of("data forward backward optimizer " * 20)) == ["optimizer", "data", "forward"]
+    assert list(steps_of(("data forward backward " * 4 + "optimizer ") * 20)) == ["optimizer"]
+    assert steps_of(*("data forward backward " * (2 + n % 3) + "optimizer" for n in range(20))) == {}

@@ -130,6 +130,60 @@ def test_if_the_parts_of_some_ranks_alone_make_steps_nobody_has_them(tmp_path: P
     assert not analysis.bottlenecks()["suggestion"].str.contains("capture each rank").any()
 
 
+def only_on_rank1(folder: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(folder / "rank1.sqlite")) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+def test_all_ranks_cut_their_steps_by_one_rule(tmp_path: Path) -> None:
+    """A checkpoint after the optimizer, which rank 1 does not name, would be in the next step of rank 0 alone."""
+    checkpoint = f"""
+        INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
+        SELECT "end" + 100, "end" + 2000, 59, 'save_checkpoint', globalTid, 0 FROM (
+            SELECT "end", globalTid, row_number() OVER (PARTITION BY globalTid ORDER BY start) AS n
+            FROM NVTX_EVENTS WHERE {named("optimizer")}) WHERE n % 5 = 0
+    """  # noqa: S608
+    folder = changed(tmp_path, "steps_megatron_bridge", NO_STEPS, checkpoint)
+    only_on_rank1(folder, without("optimizer"))
+    saved = analyze(folder).phases().query("phase == 'save_checkpoint'")
+    by_rank = [list(own["step"]) for _, own in saved.groupby("rank")]
+    assert len(by_rank) == 2
+    assert by_rank[0] == by_rank[1]
+
+
+def test_if_no_rule_cuts_all_ranks_steps_alike_nobody_has_them(tmp_path: Path) -> None:
+    """Rank 1 does not name its optimizer, so that each of its micro-batches would be a step."""
+    micro_batches = [
+        f"""INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
+            SELECT start + {at}, start + {at} + 500, 59, '{name}', globalTid, 0
+            FROM NVTX_EVENTS WHERE {named("data")}"""  # noqa: S608
+        for batch in range(4)
+        for name, at in (("next_batch", 10_000 * batch), ("fwd", 10_000 * batch + 1000), ("bwd", 10_000 * batch + 2000))
+    ]
+    rest = without("data", "forward", "backward")
+    folder = changed(tmp_path, "steps_megatron_bridge", NO_STEPS, *micro_batches, rest)
+    assert len(analyze(folder).study.steps.numbers) == 19
+    only_on_rank1(folder, without("optimizer"))
+    assert analyze(folder).steps().empty
+
+
+def test_steps_are_called_by_what_most_of_them_begin_with(tmp_path: Path) -> None:
+    warm_up = """
+        INSERT INTO NVTX_EVENTS (start, "end", eventType, text, globalTid, domainId)
+        SELECT min(start) + {at}, min(start) + {at} + 2000, 59, 'warmup', globalTid, 0
+        FROM NVTX_EVENTS WHERE {of_data} GROUP BY globalTid
+    """
+    three = [warm_up.format(at=at, of_data=named("data")) for at in (0, 3000, 6000)]
+    after_it = f"""
+        UPDATE NVTX_EVENTS SET start = start + 20000
+        WHERE {named("data")} AND start < (SELECT min(start) + 100 FROM NVTX_EVENTS WHERE {named("data")})
+    """  # noqa: S608
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", NO_STEPS, *three, after_it))
+    assert analysis.study.ranges.startswith("steps begin with each NVTX range 'data',")
+
+
 @pytest.mark.parametrize(
     ("name", "cause", "steps"),
     [("validate", "validate on all ranks", "6, 12, 18"), ("", "work outside the phases", "5, 11, 17")],
