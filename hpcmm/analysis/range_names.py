@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from hpcmm.reports.report import MAX_NAME_LENGTH
 from hpcmm.text import visible
 
 NUMBER = "{n}"
@@ -22,9 +23,15 @@ NUMBER = "{n}"
 _VALUE = r"[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
 _AFTER = r"(?:(?<=[=:(\[,])|(?<=[=:,]\s))"
 """Where a sign, or a word for a number, belongs to a value: ``loss=-0.3``, but ``step-3``."""
-_NUMBERS = re.compile(rf"(?:{_AFTER}[-+])?{_VALUE}|{_AFTER}[-+]?(?i:nan|inf)\b")
-"""As programs write them: 12, 0.31, 1e-4, nan."""
-_WHOLE = re.compile("[0-9]+")
+_HEXADECIMAL = "0[xX][0-9a-fA-F]+"
+_NUMBER = rf"{_HEXADECIMAL}|(?:{_AFTER}[-+])?{_VALUE}|{_AFTER}[-+]?(?i:nan|inf)\b"
+_NUMBERS = re.compile(_NUMBER)
+"""As programs write them: 12, 0x1f, 0.31, 1e-4, nan."""
+_GROUPED = "[1-9][0-9]{0,2}(?:[,_'][0-9]{3})+(?![0-9])"
+_NUMBERS_IN_GROUPS = re.compile(f"{_GROUPED}|{_NUMBER}")
+"""The same, and 12,345 as one number."""
+_SEPARATED = re.compile("[0-9]+(?:[,_'][0-9]+)+")
+_WHOLE = re.compile(f"{_HEXADECIMAL}|{_GROUPED}|[0-9]+")
 _ANSI = re.compile(r"(?:\x1b|\\x1b)(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\^_])")
 """What steers a terminal, as it is or as the escape that a report's text has for it."""
 _ESCAPE = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}")
@@ -36,6 +43,8 @@ MOST_CALLS_A_NAME = 1.5
 MOST_NAMES = 200
 """Of one kind: with more, the numbers are folded whatever they are."""
 MOST_DIGITS = 18
+LONGEST_KIND = 200
+"""Of a name that was cut."""
 
 _STEPS = frozenset({"step", "steps", "iter", "iters", "iteration", "iterations", "it", "batch", "minibatch"})
 _STEPS_IN_ONE = re.compile("^(train|training|global|profiler)?(step|iter|iteration|minibatch|batch)$")
@@ -87,10 +96,29 @@ def _of_kind(name: object) -> str:
     return _SUFFIX.sub("", plain(str(name)))
 
 
+def _number_patterns(names: Sequence[str]) -> list[re.Pattern[str]]:
+    """How the numbers of each name are to be read: ``1,234`` is one unless a name of its kind has ``1,23``."""
+    if not any(map(_SEPARATED.search, names)):
+        return [_NUMBERS] * len(names)
+    kinds = [_NUMBERS.sub(NUMBER, _SEPARATED.sub(NUMBER, name)) for name in names]
+    grouped = re.compile(_GROUPED)
+    lists = {
+        kind
+        for kind, name in zip(kinds, names, strict=True)
+        if not all(map(grouped.fullmatch, _SEPARATED.findall(name)))
+    }
+    return [_NUMBERS if kind in lists else _NUMBERS_IN_GROUPS for kind in kinds]
+
+
 def templates(names: Sequence[object]) -> npt.NDArray[np.object_]:
     """Each name with :data:`NUMBER` for its numbers if others differ by these alone; without emit_nvtx's additions."""
     own = [_of_kind(name) for name in names]
-    folded = [_NUMBERS.sub(NUMBER, name) for name in own]
+    folded = [numbers.sub(NUMBER, name) for name, numbers in zip(own, _number_patterns(own), strict=True)]
+    # Where the reader has cut a long name depends on how many digits come before: the end is no part of its kind.
+    folded = [
+        kind[:LONGEST_KIND] if len(str(name)) >= MAX_NAME_LENGTH else kind
+        for kind, name in zip(folded, names, strict=True)
+    ]
     kinds: dict[str, set[str]] = {}
     for kind, name in zip(folded, own, strict=True):
         kinds.setdefault(kind, set()).add(name)
@@ -106,13 +134,15 @@ def without_counters(name: pd.Series) -> npt.NDArray[np.object_]:
     categories = [_of_kind(each) for each in name.cat.categories]
     codes = name.cat.codes.to_numpy()
     calls = np.bincount(codes[codes >= 0], minlength=len(categories))
+    patterns = _number_patterns(categories)
     kinds: dict[str, list[int]] = {}
-    for index, each in enumerate(categories):
-        kinds.setdefault(_NUMBERS.sub(NUMBER, each), []).append(index)
+    for index, (each, numbers) in enumerate(zip(categories, patterns, strict=True)):
+        kinds.setdefault(numbers.sub(NUMBER, each), []).append(index)
     found = np.array(categories, dtype=object)
     for kind, members in kinds.items():
         if NUMBER in kind and len(members) > 1:
-            found[members] = _folded([categories[index] for index in members], int(calls[members].sum()))
+            alike = [categories[index] for index in members]
+            found[members] = _folded(alike, int(calls[members].sum()), patterns[members[0]])
     return found[codes] if len(codes) else np.empty(0, dtype=object)
 
 
@@ -130,10 +160,10 @@ def without_micro_batches(name: str) -> str:
     return _NUMBERS.sub(folded, name)
 
 
-def _folded(names: list[str], calls: int) -> list[str]:
+def _folded(names: list[str], calls: int, pattern: re.Pattern[str]) -> list[str]:
     """``names`` of one kind, with as many of their numbers folded as it takes."""
-    texts = [_NUMBERS.split(name) for name in names]
-    numbers = np.array([_NUMBERS.findall(name) for name in names], dtype=object)
+    texts = [pattern.split(name) for name in names]
+    numbers = np.array([pattern.findall(name) for name in names], dtype=object)
     open_places = list(range(numbers.shape[1]))
     while open_places:
         distinct = len({tuple(row) for row in numbers})
@@ -158,22 +188,30 @@ def counted(names: Sequence[str]) -> npt.NDArray[np.int64] | None:
     Of several such numbers it is the one behind a word for a step, else the one that goes up by one most often.
     """
     own = [_of_kind(name) for name in names]
-    found = [_NUMBERS.findall(name) for name in own]
+    patterns = _number_patterns(own)
+    found = [numbers.findall(name) for name, numbers in zip(own, patterns, strict=True)]
     width = len(found[0]) if found else 0
     if not width or any(len(each) != width for each in found):
         return None
     best, best_merit = None, (False, -1.0)
-    for place, before in zip(range(width), _NUMBERS.split(own[0]), strict=False):
+    for place, before in zip(range(width), patterns[0].split(own[0]), strict=False):
         told = [each[place] for each in found]
-        if not all(_WHOLE.fullmatch(each) and len(each) <= MOST_DIGITS for each in told):
+        if not all(map(_WHOLE.fullmatch, told)):
             continue
-        column = np.array(told, dtype=object).astype(np.int64)
+        values = list(map(_value, told))
+        if max(values) >= 10**MOST_DIGITS:
+            continue
+        column = np.array(values, dtype=np.int64)
         difference = np.diff(column)
         share = float((difference == 1).mean()) if len(difference) else 1.0
         merit = (_says_step(before), share)
         if (difference > 0).all() and merit > best_merit:
             best, best_merit = column, merit
     return best
+
+
+def _value(number: str) -> int:
+    return int(number, 16) if number[1:2] in {"x", "X"} else int(re.sub("[,_']", "", number))
 
 
 @lru_cache(maxsize=4096)

@@ -72,6 +72,8 @@ class Adopted:
     """All that could be chosen instead, of threads that launch."""
     other_loops: tuple[str, ...] = ()
     """Ranges that are as clearly steps of another loop, before or after the one that was taken, in words."""
+    left_out: tuple[str, ...] = ()
+    """Names of ranges beside the steps that may be steps as well, but differ from them by more than numbers."""
     stepped_before: frozenset[int] = frozenset()
     """Processes that ran steps before the first of those that were chosen."""
     begins: str = ""
@@ -110,10 +112,12 @@ def adopt(ranges: pd.DataFrame, choice: Choice, launches: pd.DataFrame | None = 
     steps = pd.concat([_numbered(_on_one_thread(own)) for _, own in chosen.groupby("pid")])
     names = steps["name"].drop_duplicates() if len(steps) == steps["pid"].nunique() else steps["label"]
     adopted = replace(_adopted(ranges.drop(steps.index), steps, choice.phases), candidates=told, labels=labels)
+    other_loops = _other_loops(launching, steps)
     return replace(
         adopted,
         steps=", ".join(map(plain, names.astype(str).drop_duplicates()[:MAX_TOLD])),
-        other_loops=() if choice.steps else _told(_other_loops(launching, steps)),
+        other_loops=() if choice.steps else _told(other_loops),
+        left_out=() if choice.steps else _left_out(ranges[~ranges["label"].isin(other_loops["label"])], steps),
         stepped_before=_stepped_before(ranges, steps),
     )
 
@@ -223,6 +227,19 @@ def _other_loops(candidates: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+def _left_out(ranges: pd.DataFrame, steps: pd.DataFrame) -> tuple[str, ...]:
+    """Names of ``ranges`` beside ``steps``, on their threads, that look like steps and last half as long at least."""
+    found: list[str] = []
+    for (pid, tid), own in steps.groupby(["pid", "tid"]):
+        mine = ranges[(ranges["pid"] == pid) & (ranges["tid"] == tid) & ~ranges["label"].isin(own["label"])]
+        mine = mine[mine["label"].map(looks_like_a_step).astype(bool)]
+        start, end = mine["start_ns"].to_numpy(np.int64), mine["end_ns"].to_numpy(np.int64)
+        beside = IntervalSet.union_of(own["start_ns"], own["end_ns"]).covered_within(start, end) == 0
+        is_long = end - start >= WITHIN * float((own["end_ns"] - own["start_ns"]).median())
+        found += map(str, mine.loc[beside & is_long, "name"])
+    return tuple(found)
+
+
 def _stepped_before(ranges: pd.DataFrame, steps: pd.DataFrame) -> frozenset[int]:
     """Processes with ranges that are called as their ``steps`` and lie on the same thread before these."""
     found = set()
@@ -265,6 +282,8 @@ def in_words(adopted: Sequence[Adopted]) -> str:
     told += [f"phases are {several}"] if phases else ["no ranges within them are phases"]
     loops = list(dict.fromkeys(loop for each in adopted for loop in each.other_loops))
     told += [f"another loop is {' and '.join(loops[:MAX_TOLD])}"] if loops else []
+    left = [plain(name) for each in adopted for name in each.left_out]
+    told += [f"{len(left)} ranges that may be steps are left out, as {left[0]!r}"] if left else []
     return f"{', '.join(told)}; --steps and --phases choose others"
 
 

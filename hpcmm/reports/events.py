@@ -25,6 +25,7 @@ from hpcmm.reports.report import (
     LOADER_NAME,
     MARK,
     MARK_COLUMNS,
+    MAX_NAME_LENGTH,
     PID_SHIFT,
     PUSH_POP,
     START_END,
@@ -33,7 +34,7 @@ from hpcmm.reports.report import (
     Parts,
     Report,
 )
-from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
+from hpcmm.reports.sqlite import ReportDatabase
 
 DOMAIN_CREATE = 75
 OSRT_CALL = 27
@@ -69,11 +70,10 @@ def read_report(path: Path, source: Path, parts: Parts = Parts.ALL, *, every_ran
         needed = every_range or cuda is not None or not has_steps
         ranges = read_ranges(database, domains, last + base, damage) if needed else no_ranges()
         if base:
-            nvtx, osrt = (
-                each.assign(start_ns=each["start_ns"] - base, end_ns=each["end_ns"] - base) for each in (nvtx, osrt)
+            nvtx, osrt, ranges = (
+                each.assign(start_ns=each.start_ns - base, end_ns=each.end_ns - base) for each in (nvtx, osrt, ranges)
             )
             cuda = cuda and shifted(cuda, base)
-            ranges = ranges.assign(start_ns=ranges["start_ns"] - base, end_ns=ranges["end_ns"] - base)
         cuda = cuda and replace(cuda, ranges=ranges)
         nvtx["end_ns"] = nvtx["end_ns"].where(nvtx["closed"], max(last, first)).astype(np.int64)
         nvtx = nvtx[nvtx["end_ns"] >= nvtx["start_ns"]].reset_index(drop=True)

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.report import Identity
-from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
+from hpcmm.reports.report import MAX_NAME_LENGTH, Identity
+from hpcmm.reports.sqlite import ReportDatabase
 from hpcmm.text import printable
 
 RANK_AND_SIZE = {

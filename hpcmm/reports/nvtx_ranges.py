@@ -12,8 +12,17 @@ import numpy.typing as npt
 import pandas as pd
 
 from hpcmm.errors import HpcmmError
-from hpcmm.reports.report import ID_MASK, PID_SHIFT, PUSH_POP, RANGE_COLUMNS, START_END, UNKNOWN, Integers
-from hpcmm.reports.sqlite import MAX_NAME_LENGTH, ReportDatabase
+from hpcmm.reports.report import (
+    ID_MASK,
+    MAX_NAME_LENGTH,
+    PID_SHIFT,
+    PUSH_POP,
+    RANGE_COLUMNS,
+    START_END,
+    UNKNOWN,
+    Integers,
+)
+from hpcmm.reports.sqlite import ReportDatabase
 
 IMPORTED_PUSH_POP, IMPORTED_START_END = 70, 71
 MAX_RANGES = 2_000_000

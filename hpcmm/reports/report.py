@@ -40,6 +40,8 @@ class Member:
 KERNEL, COPY, SET, GRAPH = "kernel", "copy", "set", "graph"
 SYNCHRONISING, CUDA_CALL, MPI = "synchronising call", "CUDA call", "MPI"
 """Kinds of calls that can keep a host from launching: that wait for the device, other ones of CUDA, those of MPI."""
+MAX_NAME_LENGTH = 256
+"""Characters of a name that are read; longer names come from damaged or hostile reports."""
 UNKNOWN = -1
 """A number that the report does not tell: the launch of an activity, a process id."""
 

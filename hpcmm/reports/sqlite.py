@@ -190,8 +190,6 @@ def _decode(pages: Bytes, usable: int, columns: Sequence[int]) -> tuple[list[Int
 
 
 ROWS_PER_FETCH = 100_000
-MAX_NAME_LENGTH = 256
-"""Characters of a name that are read; longer names come from damaged or hostile reports."""
 MAX_NS = 1 << 52
 """Longest capture that is believed: 52 days in nanoseconds. Times beyond it are damage."""
 _STEPS_A_LOOK = 1_000_000

@@ -20,6 +20,7 @@ from hpcmm.errors import HpcmmError
 from hpcmm.reports.report import (
     ID_MASK,
     IMPOSSIBLE,
+    MAX_NAME_LENGTH,
     NO_LAUNCH,
     PID_SHIFT,
     RECORDED,
@@ -27,7 +28,7 @@ from hpcmm.reports.report import (
     UNRECORDED,
     Integers,
 )
-from hpcmm.reports.sqlite import MAX_NAME_LENGTH, MAX_NS, ReportDatabase
+from hpcmm.reports.sqlite import MAX_NS, ReportDatabase
 
 Flags = npt.NDArray[np.bool_]
 

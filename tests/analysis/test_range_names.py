@@ -113,6 +113,12 @@ def test_a_name_is_a_template_only_of_several() -> None:
         (["t=1 step 10", "t=2 step 20"], [10, 20]),
         (["Step 12: loss=nan lr=1e-4", "Step 13: loss=-0.5 lr=1e-05"], [12, 13]),
         (["loss=1.5", "loss=2.5"], None),
+        (["step 0x0009", "step 0x000a", "step 0X1F"], [9, 10, 31]),
+        ([f"step 0x{2**64 - 2:x}", f"step 0x{2**64 - 1:x}"], None),
+        (["step 990", "step 1,990", "step 12,345,678"], [990, 1990, 12345678]),
+        (["step 1_990", "step 2_000"], [1990, 2000]),
+        (["step 1,100", "step 1,101", "step 2,99"], None),  # epoch and step
+        (["conv 128,25 step 1", "conv 128,25 step 2"], [1, 2]),
         (["\\x1b[31mit 7\\x1b[0m", "\x1b[32mit 8\x1b[0m"], [7, 8]),
     ],
 )
@@ -126,6 +132,9 @@ def test_the_number_that_goes_up_is_the_step_s(names: list[str], numbers: list[i
     [
         (["loss=0.31", "loss=-1e-4", "loss=nan"], "loss={n}"),
         (["a-1", "a-2"], "a-{n}"),
+        (["step 0x0009", "step 0x000a"], "step {n}"),
+        (["step 990", "step 1,990"], "step {n}"),
+        (["step 1,100", "step 2,99"], "step {n},{n}"),
         (["\\x1b[31mit 1\\x1b[0m", "\\x1b[1;32mit 2\\x1b[0m"], "it {n}"),
         (["bell\\x07 1", "bell\\x07 2"], "bell\N{REPLACEMENT CHARACTER} {n}"),
         (["turned\\u202e 1", "turned\\u202e 2"], "turned\N{REPLACEMENT CHARACTER} {n}"),
@@ -209,3 +218,13 @@ def test_other_rules_count_only_if_they_give_as_many_steps() -> None:
     assert list(steps_of("data forward backward optimizer " * 20)) == ["optimizer", "data", "forward"]
     assert list(steps_of(("data forward backward " * 4 + "optimizer ") * 20)) == ["optimizer"]
     assert steps_of(*("data forward backward " * (2 + n % 3) + "optimizer" for n in range(20))) == {}
+
+
+def test_where_a_long_name_was_cut_makes_no_other_kind_of_it() -> None:
+    names = [f"step {n} {'x' * 300}"[:256] for n in (9, 10, 1000)]
+    assert set(templates(names)) == {f"step {{n}} {'x' * 300}"[:200]}
+
+
+def test_numbers_with_separators_are_left_out_of_phases() -> None:
+    names = [f"forward of step {990 + n:,}" for n in range(20)]
+    assert set(without_counters(names_of(*names))) == {"forward of step {n}"}

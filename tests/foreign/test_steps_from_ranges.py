@@ -62,6 +62,14 @@ def test_steps_are_found_however_they_were_written(tmp_path: Path, statement: st
     assert first(analyze(changed(tmp_path, "steps_megatron_bridge", statement))) == LOADING
 
 
+def test_ranges_that_may_be_steps_and_are_called_otherwise_are_counted(tmp_path: Path) -> None:
+    """Such as those with digits that are letters, of numbers in hexadecimal."""
+    letter = "UPDATE StringIds SET value = value || 'a' WHERE value = 'training_step_7'"
+    analysis = analyze(changed(tmp_path, "steps_megatron_bridge", letter))
+    assert "2 ranges that may be steps are left out, as 'training_step_7a'" in analysis.study.ranges
+    assert 7 not in set(analysis.steps()["step"])
+
+
 @pytest.mark.parametrize(
     "name",
     [
