@@ -253,11 +253,12 @@ def of_capture(tables: Mapping[str, pd.DataFrame], unseen: Unseen = EVERYBODY) -
     gpu = tables["gpu"]
     if gpu.empty:
         return []
-    rows = host_kinds(tables["idle"], in_steps=False)
+    steps = int(counted(gpu).groupby(_DEVICE)["step"].nunique().max())  # if the ranks have some, but none in common
+    rows = host_kinds(tables["idle"], in_steps=steps > 0)
     devices = _with_kinds(per_device(gpu), rows)
-    about = _Told(rows, tables["copies"], "in all", len(devices))
+    about = _Told(rows, tables["copies"], "a step" if steps else "in all", len(devices) * max(steps, 1))
     found = [_finding(kind, float(devices[kind].mean()), devices, gpu, about) for kind in _LOST]
-    found.append(_communication(devices, tables, unseen))
+    found.append(_communication(devices, tables, unseen, about.each))
     found.append(_waiting(devices, tables["collectives"], unseen))
     return found
 
@@ -361,12 +362,12 @@ def _single_gap(own: pd.DataFrame, devices: pd.DataFrame, gpu: pd.DataFrame) -> 
     return told + f"; without it GPUs are idle for {late / rest if rest > 0 else 0.0:.1%} of the other {rest:.3g} s"
 
 
-def _communication(devices: pd.DataFrame, tables: Mapping[str, pd.DataFrame], unseen: Unseen) -> Finding:
+def _communication(devices: pd.DataFrame, tables: Mapping[str, pd.DataFrame], unseen: Unseen, each: str) -> Finding:
     kernels, collectives = tables["kernels"], tables["collectives"]
     lost = float(devices["gpu_comm"].mean())
     most = devices.iloc[int((devices["gpu_comm"] / devices["span_s"]).to_numpy(float).argmax())]
     told = (
-        f"kernels that communicate run {lost:.3g} s in all with no computation beside them, most of all on "
+        f"kernels that communicate run {lost:.3g} s {each} with no computation beside them, most of all on "
         f"{device_name(most)}, {_share(most, 'gpu_comm')}"
     )
     names = kernels[kernels["communication"].astype(bool)].groupby("name")["total_s"].sum()

@@ -57,10 +57,18 @@ class Study:
     @property
     def no_steps(self) -> str:
         """That there are none to compare, in words."""
-        if any(len(trace.steps) for trace in self.traces):
+        stepping = [trace.steps for trace in self.traces if len(trace.steps)]
+        if self.ranges and len(stepping) > 1 and all(own["closed"].any() for own in stepping):
+            return "The ranks number their steps differently, so that no step is one of all ranks"
+        if stepping:
             return "No step was closed on all ranks"
         cut = self.tables["coverage"]["reason"].str.contains(NO_WHOLE_STEP, regex=False).any()
         return "No whole step lies in the window" if cut else "No steps are annotated"
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether losses are those of a step, of all ranks or, if these have none in common, of each GPU."""
+        return len(self.steps.numbers) > 0 or bool(self.tables["gpu"]["step"].notna().any())
 
     @property
     def joined_windows(self) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 from hpcmm.analysis import process_groups
 from hpcmm.analysis.delay_costs import BETWEEN_STEPS
 from hpcmm.analysis.findings import ONE_STEP, computation_has_phases, gpu_doubt, phases_launch
-from hpcmm.analysis.gpu_findings import device_name
+from hpcmm.analysis.gpu_findings import device_name, span_s
 from hpcmm.analysis.gpu_trace import counted, traced
 from hpcmm.analysis.study import Study, usual_reason, why_failed
 from hpcmm.analysis.trace import NOT_LAUNCHED, OTHER, RankTrace
@@ -182,7 +182,7 @@ def mesh_line(study: Study) -> str:
 
 def lost_heading(study: Study) -> str:
     """What the column of losses is called: a capture without steps counts as a whole."""
-    return "lost a step" if len(study.steps.numbers) else "lost"
+    return "lost a step" if study.counts_steps else "lost"
 
 
 def ranges_line(study: Study) -> str:
@@ -389,8 +389,8 @@ def _capture_headline(study: Study) -> str:
     if not devices and (table.empty or len(study.tables["phases"])):
         return ""
     where = "one GPU" if devices == 1 else f"{devices} GPUs"
-    why = study.no_steps
-    told = f"{why}; of {seconds(float(rows['span_s'].sum()) / max(devices, 1))} on {where}"
+    whole = seconds(span_s(study.tables["gpu"]) if study.counts_steps else rows["span_s"].sum() / max(devices, 1))
+    told = f"{study.no_steps}; of {f'each {whole} step' if study.counts_steps else whole} on {where}"
     graphs = graphs_line(study)
     if table.empty:
         doubt = gpu_doubt(study.traces)
@@ -400,7 +400,7 @@ def _capture_headline(study: Study) -> str:
     row = table.iloc[0]
     share, who = float(row["step_share"]), ""
     if not devices:
-        told = f"{why}; of {seconds(float(row['lost_s_per_step']) / share)} of the loop"
+        told = f"{study.no_steps}; of {seconds(float(row['lost_s_per_step']) / share)} of the loop"
         who = f" of {rank_name(int(row['rank']), names=study.names)}" if pd.notna(row["rank"]) else ""
     return f"{told} {percent(share)} are lost to this: {plain(row['cause'])}{who}."
 

@@ -436,3 +436,21 @@ def test_a_first_step_that_compiles_for_a_minute_leaves_the_phases_of_the_others
         'UPDATE CUPTI_ACTIVITY_KIND_RUNTIME SET start = start + 60000000000, "end" = "end" + 60000000000',
     )
     assert first(analyze(folder)) == LOADING
+
+
+def test_ranks_that_number_their_steps_differently_are_said_to(tmp_path: Path) -> None:
+    """Each GPU's losses are those of its own steps then."""
+    folder = changed(tmp_path, "steps_megatron_bridge")
+    rank1 = changed(
+        tmp_path / "other",
+        "steps_megatron_bridge",
+        "UPDATE StringIds SET value = replace(value, 'training_step_', 'iter 10') WHERE value LIKE 'training_step%'",
+        only="rank1",
+    )
+    (rank1 / "rank1.sqlite").replace(folder / "rank1.sqlite")
+    analysis = analyze(folder)
+    told = headlines.headline(analysis.study)
+    assert told.startswith("The ranks number their steps differently, so that no step is one of all ranks; of each ")
+    assert " step on 2 GPUs" in told
+    assert headlines.lost_heading(analysis.study) == "lost a step"
+    assert not analysis.bottlenecks()["evidence"].str.contains("[0-9] s in all").any()
