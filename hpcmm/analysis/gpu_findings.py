@@ -357,8 +357,7 @@ def _single_gap(own: pd.DataFrame, devices: pd.DataFrame, gpu: pd.DataFrame) -> 
     told += f"; meanwhile the host spends {_most_of(own.groupby(_doing(own))['idle_s'].sum(), len(devices))}"
     ranges = own[own["range"] != ""].groupby("range")["idle_s"].sum()
     told += f"; by ranges, {_most_of(ranges, len(devices))}" if len(ranges) else ""
-    rest = float((devices["span_s"] - devices["gpu_gap"]).mean())
-    late = float((devices["idle"] - devices["gpu_gap"]).mean())
+    rest, late = (float((devices[each] - devices["gpu_gap"]).mean()) for each in ("span_s", "idle"))
     return told + f"; without it GPUs are idle for {late / rest if rest > 0 else 0.0:.1%} of the other {rest:.3g} s"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+import pandas as pd
 
 from hpcmm.analysis.extraction import ReportFacts
 from hpcmm.analysis.intervals import NS_PER_S
@@ -31,10 +33,17 @@ def other_window(claim: Claim, claims: Mapping[int, Sequence[Claim]]) -> int | N
 
 def is_copy(fact: ReportFacts, other: ReportFacts) -> bool:
     """Whether two reports are one, in two files."""
-    told = (fact.epoch_ns, fact.first_ns, fact.span_s, fact.events, fact.identity)
-    pids = [trace.pid for trace in fact.traces]
-    same = told == (other.epoch_ns, other.first_ns, other.span_s, other.events, other.identity)
-    return fact.path != other.path and same and pids == [trace.pid for trace in other.traces]
+    mine, its = (
+        (each.epoch_ns, each.first_ns, each.span_s, each.events, each.identity, len(each.traces))
+        for each in (fact, other)
+    )
+    return fact.path != other.path and mine == its and all(map(_show_the_same, fact.traces, other.traces))
+
+
+def _show_the_same(one: RankTrace, other: RankTrace) -> bool:
+    tables = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(RankTrace)]
+    same = [ours.equals(theirs) for ours, theirs in tables if isinstance(ours, pd.DataFrame)]
+    return one.pid == other.pid and all(same)
 
 
 def _is_one_process(one: Claim, other: Claim) -> bool:
