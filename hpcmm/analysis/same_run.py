@@ -70,12 +70,12 @@ def _are_windows(one: Claim, other: Claim) -> bool:
     return len(times) == 2 and times[0][1] <= times[1][0]
 
 
-def _time(fact: ReportFacts) -> tuple[float, float] | None:
+def _time(fact: ReportFacts) -> tuple[int, int] | None:
     """From its first event to its last, in nanoseconds of its node's clock; None if it does not tell."""
     if fact.epoch_ns is None:
         return None
     begin = fact.epoch_ns + fact.first_ns
-    return begin, begin + fact.span_s * NS_PER_S
+    return begin, begin + round(fact.span_s * NS_PER_S)
 
 
 def windows_of(best: Claim, claimants: Sequence[Claim]) -> list[Claim]:
@@ -84,7 +84,7 @@ def windows_of(best: Claim, claimants: Sequence[Claim]) -> list[Claim]:
     for claim in claimants:
         if claim is not best and all(_are_windows(claim, other) for other in chosen):
             chosen.append(claim)
-    return sorted(chosen, key=lambda claim: (claim[0].epoch_ns or 0) + claim[0].first_ns)
+    return sorted(chosen, key=lambda claim: _time(claim[0]) or (0, 0))
 
 
 def join_windows(windows: Sequence[Claim]) -> Claim:
@@ -109,6 +109,21 @@ class Run:
         return [(fact, trace) for fact in self.facts for trace in fact.traces]
 
     @property
+    def ranks(self) -> set[int]:
+        """Those that are known."""
+        return {trace.rank for _, trace in self.claims if trace.rank >= 0}
+
+    @property
+    def nodes(self) -> set[str]:
+        return {fact.identity.node for fact in self.facts if fact.identity.node is not None}
+
+    @property
+    def nodes_of_unknown(self) -> set[str]:
+        """The nodes of processes whose rank nothing tells."""
+        told = {fact.identity.node for fact, trace in self.claims if trace.rank < 0}
+        return {node for node in told if node is not None}
+
+    @property
     def steps(self) -> int:
         return sum(len(trace.steps) for _, trace in self.claims)
 
@@ -118,12 +133,9 @@ class Run:
 
     def is_apart_from(self, other: Run) -> bool:
         """Whether it has a rank that the other has, or either a process of unknown rank on a node of the other's."""
-        ranks, ranks2 = ({trace.rank for _, trace in run.claims if trace.rank >= 0} for run in (self, other))
-        nodes, nodes2 = ({fact.identity.node for fact in run.facts} - {None} for run in (self, other))
-        unknown, unknown2 = (
-            {fact.identity.node for fact, trace in run.claims if trace.rank < 0} - {None} for run in (self, other)
+        return bool(
+            self.ranks & other.ranks or self.nodes_of_unknown & other.nodes or other.nodes_of_unknown & self.nodes
         )
-        return bool(ranks & ranks2 or unknown & nodes2 or unknown2 & nodes)
 
 
 def runs_of(facts: Iterable[ReportFacts]) -> list[Run]:
@@ -132,7 +144,11 @@ def runs_of(facts: Iterable[ReportFacts]) -> list[Run]:
     On one node the order of times is sure. If each node has as many runs as the others, the first of each is the first
     run, however far apart their clocks are. Otherwise the clocks tell which belong together.
     """
-    each = [_alone(fact) for fact in facts if fact.epoch_ns is not None and fact.traces]
+    each = [
+        Run([fact], fact.epoch_ns, time[1])
+        for fact in facts
+        if fact.traces and fact.epoch_ns is not None and (time := _time(fact)) is not None
+    ]
     working = [run for run in each if any(len(trace.steps) or len(trace.collectives) for _, trace in run.claims)]
     runs = _in_order(working or each)
     for run in each if working else ():
@@ -140,11 +156,6 @@ def runs_of(facts: Iterable[ReportFacts]) -> list[Run]:
         if run not in working and len(within) == 1:  # one that lies in several, such as a launcher's, joins none
             within[0].facts.extend(run.facts)
     return runs
-
-
-def _alone(fact: ReportFacts) -> Run:
-    begin_ns = fact.epoch_ns or 0
-    return Run([fact], begin_ns, begin_ns + fact.first_ns + round(fact.span_s * NS_PER_S))
 
 
 def _in_order(each: Sequence[Run]) -> list[Run]:

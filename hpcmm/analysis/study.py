@@ -19,6 +19,7 @@ from hpcmm.analysis.phases import StepTimes
 from hpcmm.analysis.range_names import communicates
 from hpcmm.analysis.trace import RankTrace
 from hpcmm.reports.report import TEXT_AS_PYTHON
+from hpcmm.text import listed
 
 LITTLE_COVER = 0.25
 """Of the time from step to step: what is called a step and covers less is a part of one."""
@@ -96,7 +97,7 @@ class Study:
         if not (coverage["status"] == "other_run").any():
             return ""
         names = list(coverage.loc[coverage["status"].isin(["found", "truncated"]), "report"].unique())
-        return f"; looked at: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        return f"; looked at: {listed(names)}"
 
     @property
     def waits_unseen(self) -> bool:

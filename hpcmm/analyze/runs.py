@@ -23,6 +23,7 @@ from hpcmm.reports.find import find_reports
 from hpcmm.reports.report import Progress
 from hpcmm.reports.run_record import read_run_record
 from hpcmm.runs.run_dir import RunDir
+from hpcmm.text import listed
 
 _NUMBERS = {
     "efficiency": ("step", *EFFICIENCIES),
@@ -140,13 +141,9 @@ def replaced_in_words(before: pd.DataFrame | None, coverage: pd.DataFrame | None
     if before is None or (coverage is not None and _are_alike(before, coverage[_WHICH_REPORTS])):
         return ""
     reports = sorted(set(before["report"].fillna("").astype(str)) - {""})
-    listed = f" of {', '.join(reports[:_MOST_LISTED])}" if reports else ""
-    listed += f" and {len(reports) - _MOST_LISTED} more" if len(reports) > _MOST_LISTED else ""
+    whose = f" of {listed(reports)}" if reports else ""
     replaced = "is replaced" if coverage is not None else "those of its tables that were written again are replaced"
-    return f"An earlier analysis{listed} was in {folder}, and {replaced}: --out DIR gives each a folder of its own."
-
-
-_MOST_LISTED = 4
+    return f"An earlier analysis{whose} was in {folder}, and {replaced}: --out DIR gives each a folder of its own."
 
 
 def _are_alike(before: pd.DataFrame, after: pd.DataFrame) -> bool:
